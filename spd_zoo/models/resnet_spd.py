@@ -1,0 +1,169 @@
+"""SPD-ResNet: every strided 3x3 convolution is a plain one followed by space-to-depth.
+
+Paper: No More Strided Convolutions or Pooling: A New CNN Building Block for Low-Resolution Images and Small Objects,
+https://arxiv.org/abs/2208.03641
+Original code: https://github.com/LabSAINT/SPD-Conv (MIT). As there, and unlike the paper's text, space-to-depth stands
+behind the 3x3 convolution of a block, the stem's convolution is 1x1, and shortcuts keep their strided 1x1.
+
+Deliberate differences: any image size works (an odd size gets a row or column of zeros in front of space-to-depth; the
+original fails), and a name says what is inside (the authors' `resnet18_spd` command builds `resnet50_spd`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from spd_zoo import weights
+from spd_zoo.layers import SpaceToDepth
+from spd_zoo.models._classifier import Classifier
+from spd_zoo.models._registry import register_model
+
+__all__ = ["SPDResNet"]  # register_model adds the entry points
+
+
+def residual_basic(in_chs: int, width: int, stride: int, dd: dict[str, Any]) -> nn.Sequential:
+    """3x3 (and space-to-depth at stride 2), 3x3; indices as in the authors' `residual_function`."""
+    first = nn.Conv2d(in_chs, width, 3, padding=1, bias=False, **dd)
+    down = [SpaceToDepth("rows_first")] if stride == 2 else []
+    chs = 4 * width if stride == 2 else width
+    last = nn.Conv2d(chs, width, 3, padding=1, bias=False, **dd)
+    return nn.Sequential(
+        first, *down, nn.BatchNorm2d(chs, **dd), nn.ReLU(inplace=True), last, nn.BatchNorm2d(width, **dd)
+    )
+
+
+def residual_bottleneck(in_chs: int, width: int, stride: int, dd: dict[str, Any]) -> nn.Sequential:
+    """1x1, 3x3 (and space-to-depth at stride 2), 1x1; indices as in the authors' `residual_function`."""
+    reduce = [nn.Conv2d(in_chs, width, 1, bias=False, **dd), nn.BatchNorm2d(width, **dd), nn.ReLU(inplace=True)]
+    conv = nn.Conv2d(width, width, 3, padding=1, bias=False, **dd)
+    down = [SpaceToDepth("rows_first")] if stride == 2 else []
+    chs = 4 * width if stride == 2 else width
+    expand = [nn.Conv2d(chs, 4 * width, 1, bias=False, **dd), nn.BatchNorm2d(4 * width, **dd)]
+    return nn.Sequential(*reduce, conv, *down, nn.BatchNorm2d(chs, **dd), nn.ReLU(inplace=True), *expand)
+
+
+class Block(nn.Module):
+    """A residual branch (`residual_basic` or `residual_bottleneck`) plus a shortcut."""
+
+    def __init__(
+        self, residual: nn.Sequential, in_chs: int, out_chs: int, stride: int, drop_path: float, dd: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_chs != out_chs:
+            self.shortcut.append(nn.Conv2d(in_chs, out_chs, 1, stride, bias=False, **dd))
+            self.shortcut.append(nn.BatchNorm2d(out_chs, **dd))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
+        return torch.relu(self.drop_path(self.residual(x)) + self.shortcut(x))
+
+
+class SPDResNet(Classifier):
+    """A space-to-depth stem and four stages of `depths` blocks, at strides 2, 4, 8 and 16.
+
+    Args:
+        depths: Blocks of each stage.
+        bottleneck: Bottleneck blocks with four times the width as output; else basic blocks.
+        output_stride: Only 16: the network has no dilated form.
+
+    Raises:
+        ValueError: If `output_stride` is not 16.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        bottleneck: bool,
+        num_classes: int = 100,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        output_stride: int = 16,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if output_stride != 16:
+            raise ValueError(f"SPD-ResNet has output_stride 16 and no dilated form, got {output_stride}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        chs = 64
+        conv = nn.Conv2d(4 * in_chans, chs, 1, bias=False, **dd)
+        stem = nn.Sequential(SpaceToDepth("rows_first"), conv, nn.BatchNorm2d(chs, **dd), nn.SiLU(inplace=True))
+        stages, feature_info = nn.Sequential(), []
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        for i, depth in enumerate(depths):
+            width = 64 * 2**i
+            out_chs = 4 * width if bottleneck else width
+            stage = nn.Sequential()
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                residual = (residual_bottleneck if bottleneck else residual_basic)(chs, width, stride, dd)
+                stage.append(Block(residual, chs, out_chs, stride, drop_paths[i][j], dd))
+                chs = out_chs
+            stages.append(stage)
+            feature_info.append({"num_chs": chs, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
+        super().__init__(stem, stages, feature_info, num_classes, in_chans, global_pool, drop_rate, **dd)
+
+
+_RENAMES = (  # the authors' keys -> ours
+    (r"^conv1\.conv\.conv\.", "stem.1."),
+    (r"^conv1\.conv\.bn\.", "stem.2."),
+    (r"^conv([2-5])_x\.", lambda match: f"stages.{int(match[1]) - 2}."),
+    (r"\.residual_function\.", ".residual."),
+    (r"^fc\.", "head.fc."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dict[str, Tensor]:
+    """The authors' keys as ours; keys that are ours already stay. Image channels are adapted phase by phase."""
+    state_dict = weights.rename(state_dict, _RENAMES)
+    stem = state_dict.get("stem.1.weight")
+    if stem is not None and stem.shape[1] != 4 * model.in_chans and stem.shape[1] % 4 == 0:
+        phases = [adapt_input_conv(model.in_chans, phase, stem.shape[1] // 4) for phase in stem.chunk(4, 1)]
+        state_dict["stem.1.weight"] = torch.cat(phases, 1)
+    return state_dict
+
+
+default_cfgs = weights.default_cfgs("resnet_spd", first_conv="stem.1", classifier="head.fc")
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> SPDResNet:
+    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
+    return weights.build(SPDResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def resnet18_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
+    """SPD-ResNet-18 of the paper's name: basic blocks. (The authors' `resnet18_spd` command builds `resnet50_spd`.)"""
+    return _create("resnet18_spd", pretrained, depths=(2, 2, 2, 2), bottleneck=False, **kwargs)
+
+
+@register_model
+def resnet34_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
+    """SPD-ResNet-34: basic blocks."""
+    return _create("resnet34_spd", pretrained, depths=(3, 4, 6, 3), bottleneck=False, **kwargs)
+
+
+@register_model
+def resnet50_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
+    """SPD-ResNet-50 of the paper: bottlenecks."""
+    return _create("resnet50_spd", pretrained, depths=(3, 4, 6, 3), bottleneck=True, **kwargs)
+
+
+@register_model
+def resnet101_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
+    """SPD-ResNet-101: bottlenecks."""
+    return _create("resnet101_spd", pretrained, depths=(3, 4, 23, 3), bottleneck=True, **kwargs)
+
+
+@register_model
+def resnet152_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
+    """SPD-ResNet-152: bottlenecks."""
+    return _create("resnet152_spd", pretrained, depths=(3, 8, 36, 3), bottleneck=True, **kwargs)
