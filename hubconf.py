@@ -1,5 +1,9 @@
-"""Every network of the zoo for `torch.hub`: `torch.hub.load("OWNER/spd_zoo", "pyconvresnet50_spd", pretrained=True)`."""
+"""Every network for `torch.hub`: `torch.hub.load("OWNER/spd_zoo", "pyconvresnet50_spd", pretrained=True)`."""
+
+from timm import is_model as _is_model
+
+from spd_zoo import models as _models
 
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors"]
 
-from spd_zoo.models import *  # noqa: E402
+globals().update({name: value for name, value in vars(_models).items() if _is_model(name)})

@@ -231,8 +231,9 @@ class PyConv2d(nn.ModuleDict):
         """The levels' outputs; narrow levels on one packed map."""
         height, width = -(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride)
         phases = 4 if self.stride == 1 and min(height, width) >= 12 else 2
-        narrow = [level for level in self.values() if _is_narrow(level) and x.device.type == "cpu"]
-        outputs = [level(x) for level in self.values() if level not in narrow]
+        levels = [level for level in self.values() if isinstance(level, nn.Conv2d)]
+        narrow = [level for level in levels if _is_narrow(level) and x.device.type == "cpu"]
+        outputs: list[Tensor] = [level(x) for level in levels if level not in narrow]
         if narrow:
             cell = self.stride * phases
             bottom, right = -x.shape[-2] % cell, -x.shape[-1] % cell

@@ -1,6 +1,5 @@
 """What timm expects of a classification network, written once: a stem, stages and a head."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,8 @@ class Classifier(nn.Module):
         global_pool: timm's pooling type; "" leaves the map unpooled.
         drop_rate: Dropout in front of the classifier.
     """
+
+    pretrained_cfg: dict[str, Any]  # set by timm
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Classifier(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -121,7 +122,7 @@ class Classifier(nn.Module):
         return maps if intermediates_only else (x, maps)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops what the maps `indices` do not need; returns their indices."""
         take, last = feature_take_indices(len(self.feature_info), indices)

@@ -18,5 +18,5 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     if timm.is_model(fn.__name__):
         owner = timm.model_entrypoint(fn.__name__).__module__
         if owner != fn.__module__:
-            raise RuntimeError(f"{fn.__module__} cannot register {fn.__name__}: {owner} already has a network of that name")
+            raise RuntimeError(f"{fn.__module__} cannot register {fn.__name__}: {owner} has a network of that name")
     return timm_register_model(fn)

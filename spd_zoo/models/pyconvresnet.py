@@ -49,7 +49,7 @@ def shortcut(in_chs: int, out_chs: int, stride: int, spd: bool, dd: dict[str, An
     """Max-pool (with `spd`: and phase mix), 1x1 convolution, BatchNorm; the first part alone where channels stay."""
     pool: nn.Module = nn.MaxPool2d(3, stride, padding=1)
     if spd and stride == 2:
-        pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), PhaseMix(in_chs, **dd))  # pools before an odd size is padded
+        pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), PhaseMix(in_chs, **dd))  # pool first, then pad an odd size
     if in_chs == out_chs:
         return nn.Sequential(pool)
     return nn.Sequential(pool, nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd))
@@ -156,7 +156,7 @@ class PyConvResNet(Classifier):
         stem = nn.Sequential(conv, nn.BatchNorm2d(chs, **dd), nn.ReLU(inplace=True))
         feature_info = [{"num_chs": chs, "reduction": reduction, "module": "stem.2"}]
         stages = nn.Sequential()
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         for i, depth in enumerate(depths):
             width = (128 if hg else 64) * 2**i
             out_chs = width * (1 if block is not Bottleneck else 2 if hg else 4)
@@ -172,6 +172,8 @@ class PyConvResNet(Classifier):
             reduction *= STRIDES[output_stride][i]
             feature_info.append({"num_chs": chs, "reduction": reduction, "module": f"stages.{i}"})
         super().__init__(stem, stages, feature_info, num_classes, in_chans, global_pool, drop_rate, **dd)
+        if spd:
+            self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
         self.init_weights(zero_init_residual)
 
     @torch.no_grad()
@@ -311,16 +313,22 @@ def pyconvresnet152_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet
 @register_model
 def pyconvhgresnet50_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-50 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvhgresnet50_spd", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), hg=True, spd=True, **kwargs)
+    return _create(
+        "pyconvhgresnet50_spd", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), hg=True, spd=True, **kwargs
+    )
 
 
 @register_model
 def pyconvhgresnet101_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-101 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvhgresnet101_spd", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), hg=True, spd=True, **kwargs)
+    return _create(
+        "pyconvhgresnet101_spd", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), hg=True, spd=True, **kwargs
+    )
 
 
 @register_model
 def pyconvhgresnet152_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-152 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvhgresnet152_spd", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), hg=True, spd=True, **kwargs)
+    return _create(
+        "pyconvhgresnet152_spd", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), hg=True, spd=True, **kwargs
+    )

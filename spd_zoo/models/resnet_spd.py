@@ -97,7 +97,7 @@ class SPDResNet(Classifier):
         conv = nn.Conv2d(4 * in_chans, chs, 1, bias=False, **dd)
         stem = nn.Sequential(SpaceToDepth("rows_first"), conv, nn.BatchNorm2d(chs, **dd), nn.SiLU(inplace=True))
         stages, feature_info = nn.Sequential(), []
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         for i, depth in enumerate(depths):
             width = 64 * 2**i
             out_chs = 4 * width if bottleneck else width
@@ -110,6 +110,7 @@ class SPDResNet(Classifier):
             stages.append(stage)
             feature_info.append({"num_chs": chs, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
         super().__init__(stem, stages, feature_info, num_classes, in_chans, global_pool, drop_rate, **dd)
+        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
 
 
 _RENAMES = (  # the authors' keys -> ours
@@ -125,7 +126,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dic
     """The authors' keys as ours; keys that are ours already stay. Image channels are adapted phase by phase."""
     state_dict = weights.rename(state_dict, _RENAMES)
     stem = state_dict.get("stem.1.weight")
-    if stem is not None and stem.shape[1] != 4 * model.in_chans and stem.shape[1] % 4 == 0:
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != 4 * model.in_chans and stem.shape[1] % 4 == 0:
         phases = [adapt_input_conv(model.in_chans, phase, stem.shape[1] // 4) for phase in stem.chunk(4, 1)]
         state_dict["stem.1.weight"] = torch.cat(phases, 1)
     return state_dict

@@ -116,7 +116,7 @@ def train_val_split(data: LabelledImages, val_size: int, seed: int) -> tuple[Lab
     return data.subset([i for i in range(len(labels)) if i not in chosen]), data.subset(val)
 
 
-class _Transformed(Dataset[tuple[Tensor, int]]):
+class _Transformed(Dataset[tuple[Tensor, Any]]):
     def __init__(self, images: Dataset[tuple[Image.Image, int]], transform: Callable[[Image.Image], Tensor]) -> None:
         self.images = images
         self.transform = transform
@@ -124,14 +124,14 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]  # every data set here has a length
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = self.images[index]
         return self.transform(image), label
 
 
 def loader(
     data: LabelledImages, image_size: int, batch_size: int, training: bool, num_workers: int, **transform: Any
-) -> "DataLoader[tuple[Tensor, Tensor]]":
+) -> DataLoader[tuple[Tensor, Any]]:
     """Batches of (N, 3, image_size, image_size) and (N,): shuffled and augmented for training, else in order."""
     make = create_transform(image_size, is_training=training, **transform)
     return DataLoader(

@@ -2,16 +2,16 @@
 
 import csv
 import json
-import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data import Mixup, resolve_data_config
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -24,45 +24,50 @@ from spd_zoo.training.data import DataError, loader, open_data, train_val_split
 __all__ = ["FinetuneConfig", "finetune", "top1"]
 
 
-@dataclass
-class FinetuneConfig:
-    """What to train, on what, and how. The names are those of the command line."""
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
-    model: str
-    data: Path
-    out: Path
-    pretrained: bool = False
-    model_args: tuple[tuple[str, Any], ...] = ()  # arguments of the network, e.g. ("zero_init_residual", True)
-    epochs: int = 20
-    batch_size: int = 128
-    image_size: tuple[tuple[int, int], ...] = ((64, 0),)  # (pixels, first epoch with that size)
-    val_size: int = 0  # images held out of the training split where there is no val split
-    opt: str = "lamb"
-    lr: float = 6e-3
-    weight_decay: float = 0.02
-    warmup_epochs: int = 2
-    label_smoothing: float = 0.1
-    crop_scale: float = 0.5  # smallest share of the image's area that a random crop keeps
-    auto_augment: str | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    bf16: bool = False
-    seed: int = 0
-    workers: int = 2
-    device: str = "cpu"
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What to train, on what, and how; each field is an option of `spd-zoo finetune`."""
+
+    model: str = field(metadata={"help": "network, with or without a tag"})
+    data: Path = field(metadata={"help": "folder with train/<class>/ or train*.parquet, and val likewise"})
+    out: Path = field(metadata={"help": "folder of the run; a run in it goes on where it stopped"})
+    pretrained: bool = _option(False, "start from the network's pretrained weights")
+    model_args: str = _option("", "arguments of the network, for example zero_init_residual=true,drop_path_rate=0.1")
+    epochs: int = _option(20, "passes over the training images")
+    batch_size: int = _option(128, "images per step")
+    image_size: str = _option("64", "pixels; 32,48@11 means 32, and 48 from epoch 11 (counted from 0) on")
+    val_size: int = _option(0, "training images to hold out where the data has no val split")
+    opt: str = _option("lamb", "timm's name of the optimiser")
+    lr: float = _option(6e-3, "largest learning rate")
+    weight_decay: float = _option(0.02, "weight decay; none on biases and normalisation layers")
+    warmup_epochs: int = _option(2, "epochs over which the learning rate rises")
+    label_smoothing: float = _option(0.1, "share of the target spread over all classes")
+    crop_scale: float = _option(0.5, "smallest share of an image's area that a random crop keeps")
+    auto_augment: str | None = _option(None, "timm's policy string, for example rand-m6-n2-mstd0.5")
+    mixup: float = _option(0.0, "Mixup alpha")
+    cutmix: float = _option(0.0, "CutMix alpha")
+    bf16: bool = _option(False, "compute in bfloat16 where autocast allows it")
+    seed: int = _option(0, "seed of initial weights, order, augmentation and held-out images")
+    workers: int = _option(2, "processes that read and augment images")
+    device: str = _option("cpu", "torch device")
 
 
 def finetune(config: FinetuneConfig) -> float:
-    """Trains `config.model`, resuming where an earlier run into `config.out` stopped; returns the validation top-1.
+    """Trains `config.model` and returns the validation top-1 in per cent.
 
     `config.out` then holds `model.safetensors` and `config.json`, which `timm.create_model("local-dir:OUT")` loads,
-    `metrics.csv`, and `last.pt`, from which the run resumes (its weights are tensors only; nothing is unpickled).
+    `metrics.csv`, `run.json` (this configuration) and `last.pt`. A run that was stopped goes on behind its last
+    finished epoch when it is called again with the same configuration.
 
     Raises:
         DataError: If the data set cannot be used.
+        ValueError: If an option has no meaning, or `config.out` holds a run of another configuration.
     """
+    sizes = _parse_sizes(config.image_size)
     train = open_data(config.data, "train")
     if train is None:
         raise DataError(f"{config.data} has neither train/<class>/ folders nor train*.parquet files")
@@ -71,12 +76,14 @@ def finetune(config: FinetuneConfig) -> float:
         if not config.val_size:
             raise DataError(f"{config.data} has no val split; add one or hold images out with --val-size")
         train, val = train_val_split(train, config.val_size, config.seed)
-    config.out.mkdir(parents=True, exist_ok=True)
+    _claim(config)
 
     random_seed(config.seed)
-    network_args = dict(config.model_args) | {"num_classes": len(train.class_names)}
+    network_args = _parse_model_args(config.model_args) | {"num_classes": len(train.class_names)}
     net = timm.create_model(config.model, pretrained=config.pretrained, **network_args)
-    net = net.to(config.device, memory_format=torch.channels_last)
+    net = net.to(config.device).to(memory_format=torch.channels_last)
+    input_config = resolve_data_config(model=net)
+    normalize = {"mean": input_config["mean"], "std": input_config["std"]}
     optimizer = create_optimizer_v2(net, config.opt, lr=config.lr, weight_decay=config.weight_decay)
     steps_per_epoch = max(1, len(train.labels) // config.batch_size)
     scheduler, _ = create_scheduler_v2(
@@ -85,17 +92,13 @@ def finetune(config: FinetuneConfig) -> float:
         num_epochs=config.epochs,
         warmup_epochs=config.warmup_epochs,
         warmup_lr=config.lr / 100,
-        warmup_prefix=False,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
     mixup = None
     if config.mixup or config.cutmix:
         mixup = Mixup(
-            config.mixup,
-            config.cutmix,
-            label_smoothing=config.label_smoothing,
-            num_classes=len(train.class_names),
+            config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(train.class_names)
         )
 
     state_file = config.out / "last.pt"
@@ -106,11 +109,10 @@ def finetune(config: FinetuneConfig) -> float:
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
 
-    normalize = {"mean": config.mean, "std": config.std}
     for epoch in range(len(history), config.epochs):
         started = time.monotonic()
-        random_seed(config.seed, epoch + 1)
-        size = next(pixels for pixels, first in reversed(config.image_size) if epoch >= first)
+        random_seed(config.seed, epoch + 1)  # so that an epoch is the same after a stop
+        size = next(pixels for pixels, first in reversed(sizes) if epoch >= first)
         batches = loader(
             train,
             size,
@@ -125,7 +127,7 @@ def finetune(config: FinetuneConfig) -> float:
         )
         loss_sum = torch.zeros((), device=config.device)
         net.train()
-        progress = tqdm(batches, f"epoch {epoch + 1}/{config.epochs} at {size} px", mininterval=5.0)
+        progress = tqdm(batches, f"epoch {epoch + 1}/{config.epochs} at {size} px", mininterval=5.0, leave=False)
         for step, (images, labels) in enumerate(progress):
             images, labels = images.to(config.device, memory_format=torch.channels_last), labels.to(config.device)
             if mixup is not None:
@@ -143,23 +145,77 @@ def finetune(config: FinetuneConfig) -> float:
 
         val_batches = loader(val, size, 250, False, config.workers, crop_pct=1.0, interpolation="bilinear", **normalize)
         accuracy = top1(net, val_batches, config.device, config.bf16)
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "image_size": size,
-                "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": loss_sum.item() / len(batches),
-                "val_top1": accuracy,
-                "seconds": round(time.monotonic() - started, 1),
-            }
-        )
+        row = {
+            "epoch": epoch + 1,
+            "image_size": size,
+            "lr": optimizer.param_groups[0]["lr"],
+            "train_loss": loss_sum.item() / len(batches),
+            "val_top1": accuracy,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        history.append(row)
         _write_metrics(config.out / "metrics.csv", history)
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
         torch.save(state, state_file.with_suffix(".tmp"))
-        os.replace(state_file.with_suffix(".tmp"), state_file)
-        print(f"epoch {epoch + 1}: train loss {history[-1]['train_loss']:.3f}, val top-1 {accuracy:.2f} %", flush=True)
-    _write_network(net, config, train.class_names)
+        state_file.with_suffix(".tmp").replace(state_file)
+        print(f"epoch {epoch + 1}: train loss {row['train_loss']:.3f}, val top-1 {accuracy:.2f} %", flush=True)
+
+    net = net.to(memory_format=torch.contiguous_format)  # what safetensors stores
+    cfg: Any = net.pretrained_cfg
+    source = {
+        "input_size": (net.in_chans, sizes[-1][0], sizes[-1][0]),
+        "num_classes": len(train.class_names),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "label_names": train.class_names,
+    }
+    save_for_hf(net, str(config.out), {"pretrained_cfg": cfg | source}, safe_serialization=True)
     return float(history[-1]["val_top1"])
+
+
+def _claim(config: FinetuneConfig) -> None:
+    """Makes the run's folder, or checks that the run in it is this one."""
+    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    file = config.out / "run.json"
+    if file.exists():
+        given = json.loads(file.read_text(encoding="utf-8"))
+        other = [key for key in wanted if wanted[key] != given.get(key) and key not in ("out", "workers", "device")]
+        if other:
+            raise ValueError(
+                f"{config.out} holds a run with {other[0]}={given.get(other[0])}, not {wanted[other[0]]}; "
+                "give another folder with --out"
+            )
+        return
+    if config.out.exists() and any(config.out.iterdir()):
+        raise ValueError(f"{config.out} is not empty and holds no run; give a new folder with --out")
+    config.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def _parse_sizes(text: str) -> list[tuple[int, int]]:
+    """ "32,48@11" -> [(32, 0), (48, 11)]: pixels and the first epoch with that size."""
+    sizes = []
+    for part in text.split(","):
+        pixels, _, first = part.partition("@")
+        if not pixels.strip().isdigit() or not (first or "0").isdigit():
+            raise ValueError(f"image_size {text!r} is not like 64 or 32,48@11")
+        sizes.append((int(pixels), int(first or 0)))
+    epochs = [first for _, first in sizes]
+    if epochs[0] != 0 or epochs != sorted(set(epochs)):
+        raise ValueError(f"image_size {text!r} must begin with a size for epoch 0, then sizes with rising epochs")
+    return sizes
+
+
+def _parse_model_args(text: str) -> dict[str, Any]:
+    """ "zero_init_residual=true,drop_path_rate=0.1" -> {"zero_init_residual": True, "drop_path_rate": 0.1}."""
+    arguments = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            arguments[name.strip()] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"model_args {part!r} is not like zero_init_residual=true or drop_rate=0.1") from error
+    return arguments
 
 
 def _loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -168,7 +224,7 @@ def _loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 
 @torch.inference_mode()
-def top1(net: nn.Module, batches: Any, device: str, bf16: bool = False) -> float:
+def top1(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: str, bf16: bool = False) -> float:
     """Share of images whose class has the largest logit, in per cent."""
     net.eval()
     right = total = 0
@@ -182,24 +238,8 @@ def top1(net: nn.Module, batches: Any, device: str, bf16: bool = False) -> float
 
 
 def _write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    with path.with_suffix(".tmp").open("w", newline="") as file:
+    with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, history[0].keys())
         writer.writeheader()
         writer.writerows(history)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def _write_network(net: nn.Module, config: FinetuneConfig, class_names: list[str]) -> None:
-    """The folder that `timm.create_model("local-dir:...")` loads, and the exact configuration beside it."""
-    size = config.image_size[-1][0]
-    cfg = net.pretrained_cfg | {
-        "input_size": (3, size, size),
-        "num_classes": len(class_names),
-        "mean": config.mean,
-        "std": config.std,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "label_names": class_names,
-    }
-    save_for_hf(net, str(config.out), {"pretrained_cfg": cfg}, safe_serialization=True)
-    (config.out / "run.json").write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+    path.with_suffix(".tmp").replace(path)

@@ -2,14 +2,21 @@
 
 import pickle
 import re
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import timm
 from safetensors import SafetensorError
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, load_state_dict
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_model_traits,
+    get_pretrained_cfg,
+    load_state_dict,
+)
 from torch import Tensor, nn
 
 from spd_zoo.weights.fetch import WeightsError, fetch
@@ -22,13 +29,26 @@ StateDict = dict[str, Tensor]
 FilterFn = Callable[[StateDict, Any], StateDict]
 Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
+_UNREADABLE = (  # what broken files have been seen to raise in torch's and safetensors' readers
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OSError,
+    pickle.UnpicklingError,
+    struct.error,
+    SafetensorError,
+)
+
 
 def default_cfgs(group: str, first_conv: str, classifier: str) -> dict[str, Any]:
     """timm's configurations of all networks and checkpoints in a group of the manifest.
 
     A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known.
     """
-    cfgs = {}
+    cfgs: dict[str, Any] = {}
     for entry in entries().values():
         if entry.group != group:
             continue
@@ -82,23 +102,24 @@ def build(
     """
     overlay = dict(pretrained_cfg_overlay or {})
     ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; anything else is the caller's own source
-    if pretrained and ours:
-        file = overlay.get("file")
-        if not file and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
-            file = overlay["file"] = str(_fetch_tag(variant, pretrained_cfg, cache_dir))
-        elif file:
-            classes = _classes_in(file, cls, variant, pretrained_filter_fn, kwargs)
-            if classes:
-                overlay.setdefault("num_classes", classes)
+    if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
+        if overlay.get("file"):
+            meta = timm.create_model(f"{variant}.{pretrained_cfg}" if pretrained_cfg else variant, device="meta")
+            classes = _classes_in(pretrained_filter_fn(_read(overlay["file"]), meta), meta)
+            if not (pretrained_cfg and classes == meta.num_classes):
                 overlay.setdefault("label_names", None)
-                kwargs.setdefault("num_classes", classes)
+            kwargs.setdefault("num_classes", overlay.get("num_classes", classes))
+            overlay["num_classes"] = classes
+        else:
+            overlay["file"] = str(_fetch_tag(variant, pretrained_cfg, cache_dir))
+            _read(overlay["file"])
     return build_model_with_cfg(
         cls,
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=_checked(pretrained_filter_fn),
+        pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False)),
         cache_dir=cache_dir,
         **kwargs,
     )
@@ -114,74 +135,81 @@ def _fetch_tag(variant: str, tag: str | None, cache_dir: str | Path | None) -> P
     tags = [other.name for other in entries().values() if other.network == variant and other.tag]
     if entry is None:
         raise WeightsError(f"there are no weights called {name}; there are: {', '.join(tags) or 'none'}")
-    if not tag and tags:
+    if not tag and not entry.verified and (tags or entry.source):
         raise WeightsError(
-            f"{variant} has no verified weights; it has unverified ones, to be asked for by name: {', '.join(tags)}"
+            f"{variant} has no verified weights; unverified ones, to be asked for by name: {', '.join(tags) or 'none'}"
         )
     return fetch(entry, cache_dir)
 
 
 def _read(file: str | Path) -> StateDict:
     """The tensors of a checkpoint, read by timm; nothing in it is executed."""
+    if not Path(file).is_file():
+        raise WeightsError(f"{file} does not exist or is no file; give the path of a checkpoint file")
     try:
         state_dict = load_state_dict(str(file))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{file} does not exist; give the path of a checkpoint file") from error
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError, OSError) as error:
+    except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise WeightsError(
-            f"{file} is no checkpoint that can be read safely ({reason}); it must be a safetensors file or a PyTorch "
-            "file of tensors. Get it again, or convert it on a machine where you trust it"
+            f"{file} is no checkpoint that can be read safely ({reason}); it must be a file of tensors: "
+            "NAME.safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
         ) from error
+    return _tensors(state_dict, str(file))
+
+
+def _tensors(state_dict: StateDict, name: str) -> StateDict:
+    """`state_dict`, if it is what its type says."""
     if not state_dict or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
-        raise WeightsError(f"{file} holds no network weights (a dict of tensors, or one under 'state_dict')")
+        raise WeightsError(f"{name} holds no network weights: neither a dict of tensors, nor one under 'state_dict'")
     return state_dict
 
 
-def _classes_in(
-    file: str | Path, cls: type[Network], variant: str, filter_fn: FilterFn, kwargs: dict[str, Any]
-) -> int | None:
-    """How many classes the classifier of a checkpoint has; None if it has no classifier."""
-    meta = build_model_with_cfg(cls, variant, False, **{**kwargs, "features_only": False, "device": "meta"})
-    weight = filter_fn(_read(file), meta).get(f"{meta.pretrained_cfg['classifier']}.weight")
-    return None if weight is None else len(weight)
+def _cfg(model: nn.Module) -> dict[str, Any]:
+    return cast("dict[str, Any]", model.pretrained_cfg)
 
 
-def _checked(filter_fn: FilterFn) -> FilterFn:
-    """`filter_fn`, and an error if what it returns does not fit the network outside the classifier."""
+def _classes_in(state_dict: StateDict, model: nn.Module) -> int:
+    """How many classes the classifier of a checkpoint has; 0 if it has no classifier."""
+    weight = state_dict.get(f"{_cfg(model)['classifier']}.weight")
+    return 0 if weight is None else weight.shape[:1].numel()
+
+
+def _checked(filter_fn: FilterFn, features_only: bool) -> FilterFn:
+    """`filter_fn`, and an error if what it returns does not fit the network.
+
+    The classifier may differ where timm leaves the checkpoint's out.
+    """
 
     def checked(state_dict: StateDict, model: nn.Module) -> StateDict:
-        renamed = filter_fn(state_dict, model)
-        misfit = _misfit(renamed, model)
+        cfg = _cfg(model)
+        name = cfg.get("file") or "the checkpoint"
+        renamed = filter_fn(_tensors(state_dict, name), model)
+        same_classes = model.num_classes == cfg["num_classes"] and not features_only
+        misfit = _misfit(renamed, model, with_classifier=same_classes)
         if misfit:
             fitting = [name for name in _own_networks() if _fits(state_dict, name)]
             advice = f"it fits {' and '.join(fitting)}" if fitting else "it fits no network of the zoo"
-            network = model.pretrained_cfg["architecture"]
-            raise WeightsError(f"the checkpoint does not fit {network}: {misfit}; {advice}")
+            raise WeightsError(f"{name} does not fit {cfg['architecture']}: {misfit}; {advice}")
         return renamed
 
     return checked
 
 
-def _misfit(state_dict: StateDict, model: nn.Module) -> str | None:
-    """The first difference between a checkpoint and a network, outside the classifier; None if there is none."""
-    cfg = model.pretrained_cfg
-    classifier = f"{cfg['classifier']}."
-    expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items() if not key.startswith(classifier)}
-    given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(classifier)}
+def _misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = False) -> str | None:
+    """The first difference between a checkpoint and a network; None if there is none."""
+    cfg = _cfg(model)
+    other = () if with_classifier or not cfg["classifier"] else (f"{cfg['classifier']}.",)
+    expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items() if not key.startswith(other)}
+    given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
+    adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels
     for key, shape in expected.items():
         if key not in given:
             missing = len(expected.keys() - given.keys())
             return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
-        if given[key] != shape and not (key == f"{cfg['first_conv']}.weight" and _other_channels(given[key], shape)):
+        if given[key] != shape and not (key == adapted and given[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
             return f"{key} has shape {given[key]}, the network's has {shape}"
     surplus = [key for key in given if key not in expected]
     return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
-
-
-def _other_channels(given: list[int], expected: list[int]) -> bool:
-    """Whether two kernels differ in the image's channels alone, which timm adapts."""
-    return len(given) == 4 and given[:1] + given[2:] == expected[:1] + expected[2:]
 
 
 def _own_networks() -> list[str]:

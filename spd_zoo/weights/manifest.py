@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Entry:
-    """A network, or a checkpoint of it; the fields are those of the manifest (`manifest.schema.json` describes them)."""
+    """A network, or a checkpoint of it; `manifest.schema.json` describes the fields."""
 
     name: str  # network, or network.tag
     group: str  # the model file it belongs to

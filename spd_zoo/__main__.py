@@ -1,0 +1,8 @@
+"""`python -m spd_zoo` is `spd-zoo`."""
+
+import sys
+
+from spd_zoo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""The command `spd-zoo`: parse, call one function, print."""
+
+import argparse
+import dataclasses
+import fnmatch
+import importlib
+import io
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+from tqdm import tqdm
+
+from spd_zoo import __version__
+from spd_zoo.predict import Answer, ModelError, check_model, find_images, predict
+from spd_zoo.weights import Entry, WeightsError, entries
+
+__all__ = ["main"]
+
+
+class CommandError(Exception):
+    """A command that cannot be carried out; the message is one sentence for the user."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command of `spd-zoo`; returns its exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    try:
+        options = _parser("finetune" in arguments[:1]).parse_args(arguments)
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (CommandError, ModelError, WeightsError, OSError) as error:
+        _complain(str(error))
+        return 1
+
+
+def _complain(text: str) -> None:
+    tqdm.write(f"spd-zoo: error: {text}", file=sys.stderr)
+
+
+def _parser(finetune_options: bool) -> argparse.ArgumentParser:
+    """The parser; `finetune_options` are left out where not needed, because they load the training code."""
+    parser = argparse.ArgumentParser("spd-zoo", description="Networks for low-resolution images and small objects.")
+    parser.add_argument("--version", action="version", version=f"spd-zoo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        return command
+
+    command = add("list", _list, "list the networks and their weights")
+    command.add_argument("filters", metavar="FILTER", nargs="*", help="name with wildcards, for example 'pyconv*_spd'")
+    command.add_argument("--pretrained", action="store_true", help="only verified weights")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add("info", _info, "print all that is known about a network or its weights")
+    command.add_argument("model", metavar="MODEL", help="network, with or without a tag")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add("predict", _predict, "name what images show")
+    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or local-dir:FOLDER")
+    command.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders or globs")
+    command.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes per image (default: 5)")
+    command.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")
+    command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add("finetune", _finetune, "train a network on your images")
+    if finetune_options:
+        _add_fields(command, _training().FinetuneConfig)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _list(options: argparse.Namespace) -> int:
+    found = [entry for entry in _listed(options.pretrained) if _matches(entry, options.filters)]
+    if not found:
+        kind = "verified weights" if options.pretrained else "networks"
+        wanted = f" called {' or '.join(options.filters)}" if options.filters else ""
+        raise CommandError(f"there are no {kind}{wanted}; `spd-zoo list` shows all networks")
+    if options.json:
+        print(json.dumps([_row(entry) for entry in found], indent=2))
+        return 0
+    header = ("name", "params", "MACs", "input", "top-1", "licence", "weights")
+    lines = [header, *(_cells(entry) for entry in found)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if i in (1, 2) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+    return 0
+
+
+def _listed(pretrained: bool) -> list[Entry]:
+    """One entry per checkpoint; networks without any stand for themselves."""
+    everything = list(entries().values())
+    tagged = {entry.network for entry in everything if entry.tag}
+    return [
+        entry for entry in everything if (entry.verified if pretrained else entry.tag or entry.network not in tagged)
+    ]
+
+
+def _matches(entry: Entry, filters: list[str]) -> bool:
+    """Whether a filter fits the whole name or, as in timm, the name without the tag."""
+    return not filters or any(fnmatch.fnmatch(name, f) for f in filters for name in (entry.name, entry.network))
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    params, macs = _cost(entry)
+    return {
+        "name": entry.name,
+        "network": entry.network,
+        "tag": entry.tag or None,
+        "default": entry.name == _default(entry.network),
+        "params": params,
+        "macs": macs,
+        "input_size": entry.input_size,
+        "num_classes": entry.num_classes,
+        "top1": _top1(entry),
+        "license": entry.license,
+        "weights": _state(entry),
+    }
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    params, macs = _cost(entry)
+    top1 = _top1(entry)
+    return (
+        entry.name,
+        f"{params / 1e6:.1f} M" if params else "-",
+        f"{macs / 1e9:.2f} G" if macs else "-",
+        _size(entry.input_size),
+        _sentence(top1) if top1 else "-",
+        entry.license or "-",
+        _state(entry),
+    )
+
+
+def _cost(entry: Entry) -> tuple[int | None, int | None]:
+    """Parameters and MACs of a checkpoint's network: its own, or the network's if that has the same shape."""
+    network = entries()[entry.network]
+    same = (entry.num_classes, entry.input_size) == (network.num_classes, network.input_size)
+    return (network.params, network.macs) if same and entry.params is None else (entry.params, entry.macs)
+
+
+def _top1(entry: Entry) -> dict[str, Any] | None:
+    """The top-1 at the checkpoint's own input size, or the first that there is."""
+    found = [metric for metric in entry.metrics if metric["metric"] == "top1"]
+    return next(
+        (metric for metric in found if metric["input_size"] == entry.input_size[-1]), found[0] if found else None
+    )
+
+
+def _state(entry: Entry) -> str:
+    if entry.verified:
+        return "bundled" if str(entry.source).startswith("bundled:") else "hub"
+    return "unverified" if entry.tag else "none"
+
+
+def _default(network: str) -> str | None:
+    """The checkpoint that `pretrained=True` loads."""
+    cfg = timm.get_pretrained_cfg(network)
+    return f"{network}.{cfg.tag}" if cfg is not None and cfg.has_weights else None
+
+
+def _size(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _sentence(metric: dict[str, Any]) -> str:
+    return f"{metric['value']:.2f} % {metric['dataset']} at {metric['input_size']} px ({metric['measured_by']})"
+
+
+def _info(options: argparse.Namespace) -> int:
+    check_model(options.model)
+    entry = entries().get(options.model)
+    if entry is None:
+        raise CommandError(f"{options.model} is no network of the zoo; `spd-zoo list` shows them")
+    checkpoints = [other for other in entries().values() if other.tag and other.network == entry.network]
+    described = _described(entry)
+    if not entry.tag:
+        described["checkpoints"] = [_described(checkpoint) for checkpoint in checkpoints]
+    if options.json:
+        print(json.dumps(described, indent=2))
+    else:
+        _print_tree(described)
+    return 0
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    """The manifest's fields and what follows from them."""
+    row = _row(entry)
+    return dataclasses.asdict(entry) | {key: row[key] for key in ("params", "macs", "weights", "default")}
+
+
+def _print_tree(fields: dict[str, Any], indent: str = "") -> None:
+    """A line per field that has a value; dicts and lists of dicts are indented."""
+    for name, value in fields.items():
+        label = f"{indent}{name.replace('_', ' ')}:"
+        if isinstance(value, dict):
+            print(label)
+            _print_tree(value, f"{indent}  ")
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+            for item in value:
+                print(label)
+                _print_tree(item, f"{indent}  ")
+        elif isinstance(value, list | tuple) and value:
+            print(label, ", ".join(map(str, value)))
+        elif value is not None and not isinstance(value, list | tuple):
+            print(label, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    paths = find_images(options.images)
+    answers = predict(options.model, paths, options.top_k, options.batch_size, options.device)
+    few = len(paths) <= options.batch_size
+    failed = False
+    separator = "[\n"
+    for answer in tqdm(answers, total=len(paths), unit="image", leave=False, disable=True if few else None):
+        if answer.error is not None:
+            failed = True
+            _complain(f"{answer.path}: {answer.error}")
+        if options.json:
+            tqdm.write(separator + json.dumps(_as_json(answer)), end="")
+            separator = ",\n"
+        elif answer.error is None:
+            lines = (f"  {100 * guess.probability:6.2f} %  {guess.name}" for guess in answer.top)
+            tqdm.write("\n".join((str(answer.path), *lines)))
+    if options.json:
+        print("\n]")
+    return int(failed)
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    path = str(answer.path)
+    if answer.error is not None:
+        return {"path": path, "error": answer.error}
+    return {"path": path, "top": [dataclasses.asdict(guess) for guess in answer.top]}
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    training = _training()
+    given = {key: value for key, value in vars(options).items() if key != "run"}
+    check_model(given["model"])
+    try:
+        training.finetune(training.FinetuneConfig(**given))
+    except ValueError as error:  # a DataError, or an option without meaning
+        raise CommandError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise _lacks(error) from error
+    return 0
+
+
+def _training() -> types.ModuleType:
+    try:
+        return importlib.import_module("spd_zoo.training.finetune")
+    except ModuleNotFoundError as error:
+        raise _lacks(error) from error
+
+
+def _lacks(error: ModuleNotFoundError) -> CommandError:
+    return CommandError(f"training needs the package {error.name}: pip install 'spd-zoo[train]'")
+
+
+def _add_fields(command: argparse.ArgumentParser, config: type) -> None:
+    """An option per field of a dataclass, `model` by its place; what is not given is left to the dataclass."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
+        if field.name == "model":
+            command.add_argument(field.name, metavar="MODEL", help=field.metadata["help"])
+            continue
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = "" if field.default in (dataclasses.MISSING, None, "") else f" (default: {field.default})"
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        command.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            required=required,
+            help=(field.metadata.get("help", "") + default).replace("%", "%%"),
+            **how,
+        )

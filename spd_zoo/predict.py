@@ -1,0 +1,218 @@
+"""Image files in, the most probable classes of each out: what `spd-zoo predict` runs."""
+
+import difflib
+import glob
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo, create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from spd_zoo.weights import WeightsError, entries
+
+__all__ = ["Answer", "Guess", "ModelError", "check_model", "class_names", "find_images", "predict", "read_image"]
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
+_READING_ERRORS = (  # what PIL's decoders raise for broken files
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError),
+    *(struct.error, MemoryError, Image.DecompressionBombError),
+)
+
+
+class ModelError(ValueError):
+    """A network that there is not or that cannot be used; the message says what would work."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class and how probable the network holds it."""
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The most probable classes of an image file, the most probable first, or why there are none."""
+
+    path: Path
+    top: tuple[Guess, ...] = ()
+    error: str | None = None
+
+
+def check_model(name: str) -> None:
+    """Refuses a name that neither the zoo, nor timm, nor a source such as `local-dir:` can serve.
+
+    Raises:
+        ModelError: With the nearest names.
+    """
+    network = name.partition(".")[0]
+    ours = {entry.network for entry in entries().values()}
+    if name in entries() or ":" in name or (network not in ours and timm.is_model(network)):
+        return
+    if Path(name).is_dir():
+        raise ModelError(f"{name} is a folder; to use the network saved in it, write local-dir:{name}")
+    nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
+    advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
+    raise ModelError(f"there is no network {name!r}; {advice}")
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """The files behind files, folders (with the folders in them) and globs, in order.
+
+    What stands for no image, such as a folder without any, stays in the list: reading it says what is wrong.
+    """
+    found = []
+    for pattern in patterns:
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (absolute too)
+        for path in map(Path, matches or [pattern]):
+            inside = sorted(path.rglob("*")) if path.is_dir() else []
+            found += [file for file in inside if _is_visible_image(file, path)] or [path]
+    return found
+
+
+def _is_visible_image(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
+
+
+def read_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """An image file upright and in `mode`, 8 bits per channel; 16-bit grey is scaled to 8.
+
+    Raises:
+        ValueError: If `path` is no image that can be read.
+    """
+    if not path.exists():
+        raise ValueError("there is no such file, nor does a file match it as a pattern")
+    if path.is_dir():
+        raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of what it copes with: large images, odd EXIF, palettes
+            with Image.open(path) as image:
+                return _in_8_bits(ImageOps.exif_transpose(image)).convert(mode)
+    except UnidentifiedImageError as error:
+        raise ValueError("this is no image in a format that Pillow knows") from error
+    except _READING_ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"cannot read this image: {reason}") from error
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Modes with more than 8 bits scaled, which `convert` would clip; the others as they are."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("its pixels have 32 bits, of unknown range; save it with 8 or 16 bits")
+    return Image.fromarray((pixels / 257).round().astype(np.uint8))
+
+
+def class_names(cfg: dict[str, Any]) -> list[str]:
+    """What each output of the network with this `pretrained_cfg` means; its number where nobody says."""
+    names = [str(index) for index in range(cfg["num_classes"])]
+    info: DatasetInfo
+    if cfg.get("label_names"):
+        info = CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
+    elif _is_imagenet(cfg):
+        info = ImageNetInfo()
+    else:
+        return names
+    return [info.index_to_description(i) if info.has_label(i) else number for i, number in enumerate(names)]
+
+
+def _is_imagenet(cfg: dict[str, Any]) -> bool:
+    """Whether the outputs are ImageNet-1k's: the manifest says so of our weights, the tag of timm's."""
+    tag = cfg.get("tag") or ""
+    entry = entries().get(f"{cfg['architecture']}.{tag}")
+    dataset = tag if entry is None else entry.dataset or ""
+    return cfg["num_classes"] == 1000 and ("in1k" in dataset or dataset.startswith("ImageNet-1k"))
+
+
+def predict(
+    model: str, paths: Sequence[Path], top_k: int = 5, batch_size: int = 32, device: str | None = None
+) -> Iterator[Answer]:
+    """The answers for image files, in order, each as soon as its batch is computed.
+
+    Args:
+        model: A network with pretrained weights, with or without a tag, or `local-dir:FOLDER`.
+        paths: Image files, as `find_images` gives them.
+        top_k: Classes per image.
+        batch_size: Images in memory at once.
+        device: torch device; a GPU if there is one, unless given.
+
+    Raises:
+        ModelError: If there is no such network, or it cannot be used.
+        WeightsError: If its weights cannot be had or must not be used.
+    """
+    net = _load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cfg = _cfg(net)
+    names = class_names(cfg)
+    config = resolve_data_config(pretrained_cfg=cfg)
+    mode = {1: "L", 3: "RGB"}.get(config["input_size"][0])
+    if mode is None:
+        raise ModelError(f"{model} takes {config['input_size'][0]} channels; images have 1 or 3")
+    transform = create_transform(**config)
+    for start in range(0, len(paths), batch_size):
+        inputs: dict[int, Tensor] = {}
+        errors: dict[int, str] = {}
+        batch = paths[start : start + batch_size]
+        for i, path in enumerate(batch):
+            try:
+                inputs[i] = transform(read_image(path, mode))
+            except ValueError as error:
+                errors[i] = str(error)
+        tops = dict(zip(inputs, _top(net, list(inputs.values()), names, top_k), strict=True))
+        for i, path in enumerate(batch):
+            yield Answer(path, tops.get(i, ()), errors.get(i))
+
+
+def _load(model: str, device: str) -> nn.Module:
+    """A pretrained classifier, ready to compute."""
+    check_model(model)
+    try:
+        net: nn.Module = timm.create_model(model, pretrained=True).eval()
+    except WeightsError:
+        raise
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
+    if not _cfg(net)["num_classes"]:
+        raise ModelError(f"{model} has no classifier, so it cannot name what it sees")
+    try:
+        return net.to(device).to(memory_format=torch.channels_last)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot use device {device!r}: {_first_line(error)}") from error
+
+
+def _cfg(net: nn.Module) -> dict[str, Any]:
+    cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
+    return cfg
+
+
+def _first_line(error: BaseException) -> str:
+    return type(error).__name__ + ": " + str(error).strip().partition("\n")[0]
+
+
+@torch.inference_mode()
+def _top(net: nn.Module, inputs: list[Tensor], names: list[str], top_k: int) -> list[tuple[Guess, ...]]:
+    if not inputs:
+        return []
+    device = next(net.parameters()).device
+    images = torch.stack(inputs).to(device, memory_format=torch.channels_last)
+    best = net(images).float().softmax(1).topk(min(top_k, len(names)))
+    return [
+        tuple(Guess(i, names[i], probability) for i, probability in zip(indices, values, strict=True))
+        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

@@ -1,0 +1,337 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import timm
+from PIL import Image
+from timm.models import save_for_hf
+
+import spd_zoo
+from spd_zoo.cli import main
+from spd_zoo.training.data import DataError
+from spd_zoo.training.finetune import FinetuneConfig
+from spd_zoo.weights import Entry, entries
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NETWORKS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("saved")
+    config = {"pretrained_cfg": {"input_size": (3, 32, 32)}, "label_names": ["cat", "dog", "owl"]}
+    save_for_hf(timm.create_model("pyconvresnet18", num_classes=3), str(folder), config, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "images" / "grey.png"
+    path.parent.mkdir()
+    Image.new("L", (40, 30), 128).save(path)
+    return path
+
+
+@pytest.fixture
+def made_up_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Entry("pyconvresnet50", "pyconvresnet", 1000, (3, 224, 224), (7, 7), params=24_847_720, macs=3_820_441_600)
+    metrics = tuple(
+        {"dataset": "Photos", "metric": metric, "value": value, "input_size": size, "measured_by": "us"}
+        for metric, value, size in (("top5", 99.0, 224), ("top1", 80.0, 320), ("top1", 78.125, 224))
+    )
+    found = [
+        base,
+        dataclasses.replace(base, name="pyconvresnet50.a", source="bundled:a", sha256="0" * 64, license="mit"),
+        dataclasses.replace(base, name="pyconvresnet50.b", source="hf://o/r@c:f", sha256="0" * 64, metrics=metrics),
+        dataclasses.replace(base, name="pyconvresnet50.c", source="hf://o/r@c:f", params=None, macs=None),
+        dataclasses.replace(base, name="pyconvresnet50.d", num_classes=9, params=None, macs=None),
+        dataclasses.replace(base, name="resnet18_spd"),
+    ]
+    monkeypatch.setattr("spd_zoo.cli.entries", lambda: {entry.name: entry for entry in found})
+
+
+def rows_of(capsys: Capture, *arguments: str) -> list[dict[str, object]]:
+    assert main([*arguments, "--json"]) == 0
+    rows: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def test_the_list_has_every_network_and_every_checkpoint(capsys: Capture) -> None:
+    rows = rows_of(capsys, "list")
+    assert {row["network"] for row in rows} == set(NETWORKS)
+    assert {row["name"] for row in rows if row["tag"]} == {name for name, entry in entries().items() if entry.tag}
+    assert len({row["name"] for row in rows}) == len(rows)
+
+
+def test_the_list_is_an_aligned_table(capsys: Capture) -> None:
+    assert main(["list"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "params", "MACs", "input", "top-1", "licence", "weights"]
+    for title in ("input", "top-1", "licence", "weights"):
+        start = header.index(title)
+        assert all(line[start - 1] == " " and line[start] != " " for line in lines)
+
+
+@pytest.mark.parametrize("name", ["pyconvresnet50_spd", "pyconvresnet50.in1k"])
+def test_a_name_without_wildcards_lists_that_network(name: str, capsys: Capture) -> None:
+    assert all(name in (row["name"], row["network"]) for row in rows_of(capsys, "list", name))
+
+
+def test_filters_select_as_timms_do(capsys: Capture) -> None:
+    rows = rows_of(capsys, "list", "pyconv*_spd", "resnet1*_spd")
+    expected = timm.list_models(["pyconv*_spd", "resnet1*_spd"])
+    assert {row["network"] for row in rows} == set(expected)
+    assert {row["tag"] for row in rows_of(capsys, "list", "*.in1k")} == {"in1k"}
+
+
+def test_a_filter_that_fits_nothing_is_an_error(capsys: Capture) -> None:
+    assert main(["list", "vit*"]) == 1
+    assert capsys.readouterr().err.startswith("spd-zoo: error: there are no networks called vit*;")
+
+
+@pytest.mark.usefixtures("made_up_entries")
+def test_the_list_tells_the_state_of_weights(capsys: Capture) -> None:
+    states = {row["name"]: row["weights"] for row in rows_of(capsys, "list")}
+    assert states == {
+        "pyconvresnet50.a": "bundled",
+        "pyconvresnet50.b": "hub",
+        "pyconvresnet50.c": "unverified",
+        "pyconvresnet50.d": "unverified",
+        "resnet18_spd": "none",
+    }
+
+
+@pytest.mark.usefixtures("made_up_entries")
+def test_the_list_can_leave_out_what_is_not_verified(capsys: Capture) -> None:
+    rows = rows_of(capsys, "list", "--pretrained")
+    assert [row["name"] for row in rows] == ["pyconvresnet50.a", "pyconvresnet50.b"]
+
+
+@pytest.mark.usefixtures("made_up_entries")
+def test_the_list_gives_top_1_at_the_input_size_with_who_measured_it(capsys: Capture) -> None:
+    assert main(["list", "pyconvresnet50.b"]) == 0
+    assert "78.12 % Photos at 224 px (us)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("made_up_entries")
+def test_a_checkpoint_costs_what_its_network_costs_only_if_it_has_its_shape(capsys: Capture) -> None:
+    params = {row["tag"]: row["params"] for row in rows_of(capsys, "list")}
+    assert params["c"] == 24_847_720
+    assert params["d"] is None
+
+
+def test_info_prints_what_the_manifest_knows(capsys: Capture) -> None:
+    assert main(["info", "pyconvresnet50.in1k"]) == 0
+    printed = capsys.readouterr().out
+    entry = entries()["pyconvresnet50.in1k"]
+    for known in (entry.name, entry.license, entry.original_link, entry.notes, "24,847,720", "77.88", "unverified"):
+        assert str(known) in printed
+
+
+def test_info_as_json_has_every_field_of_the_manifest(capsys: Capture) -> None:
+    assert main(["info", "pyconvresnet50.in1k", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    known = dataclasses.asdict(entries()["pyconvresnet50.in1k"])
+    cost = {"params": 24_847_720, "macs": 3_820_441_600}
+    assert printed == json.loads(json.dumps(known | cost | {"weights": "unverified", "default": False}))
+
+
+def test_info_about_a_network_describes_its_checkpoints(capsys: Capture) -> None:
+    assert main(["info", "pyconvresnet50", "--json"]) == 0
+    checkpoints = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [entry["name"] for entry in checkpoints] == ["pyconvresnet50.in1k", "pyconvresnet50.aug_in1k"]
+
+
+def test_info_knows_networks_of_the_zoo_only(capsys: Capture) -> None:
+    assert main(["info", "resnet18"]) == 1
+    assert capsys.readouterr().err.startswith("spd-zoo: error: resnet18 is no network of the zoo")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["info", "pyconvresnet51"], ["predict", "pyconvresnet51", "a.png"], ["finetune", "pyconvresnet51"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_unknown_network_gives_the_nearest_names(arguments: list[str], tmp_path: Path, capsys: Capture) -> None:
+    if arguments[0] == "finetune":
+        arguments = [*arguments, "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("spd-zoo: error: there is no network 'pyconvresnet51'; the nearest names are")
+    assert "pyconvresnet50" in error
+
+
+def test_predict_prints_a_table_per_image(saved: str, image: Path, capsys: Capture) -> None:
+    assert main(["predict", saved, str(image), "--top-k", "2"]) == 0
+    out, err = capsys.readouterr()
+    path, *lines = out.splitlines()
+    assert path == str(image)
+    assert len(lines) == 2
+    for line in lines:
+        probability, sign, name = line.split()
+        assert 0 <= float(probability) <= 100 and sign == "%"
+        assert name in {"cat", "dog", "owl"}
+    assert err == ""
+
+
+def test_predict_prints_json(saved: str, image: Path, capsys: Capture) -> None:
+    (answer,) = rows_of(capsys, "predict", saved, str(image))
+    top = answer["top"]
+    assert answer["path"] == str(image)
+    assert isinstance(top, list)
+    assert {(guess["index"], guess["name"]) for guess in top} == {(0, "cat"), (1, "dog"), (2, "owl")}
+    assert sum(guess["probability"] for guess in top) == pytest.approx(1)
+
+
+def test_predict_names_unreadable_images_and_answers_the_others(saved: str, image: Path, capsys: Capture) -> None:
+    broken = image.with_name("broken.png")
+    broken.write_bytes(image.read_bytes()[:-30])
+    assert main(["predict", saved, str(broken), "missing.png", str(image), "--json"]) == 1
+    out, err = capsys.readouterr()
+    first, second, third = json.loads(out)
+    assert set(first) == set(second) == {"path", "error"}
+    assert len(third["top"]) == 3
+    assert [line.split(": ")[:3] for line in err.splitlines()] == [
+        ["spd-zoo", "error", str(broken)],
+        ["spd-zoo", "error", "missing.png"],
+    ]
+
+
+def test_predict_shows_no_progress_bar_where_there_is_no_terminal(saved: str, image: Path, capsys: Capture) -> None:
+    assert main(["predict", saved, *[str(image)] * 3, "--batch-size", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count(str(image)) == 3
+    assert err == ""
+
+
+@pytest.mark.parametrize("model", ["pyconvresnet18", "pyconvresnet50", "local-dir:missing", "nowhere:pyconvresnet50"])
+def test_a_network_that_cannot_predict_is_one_clear_sentence(model: str, image: Path, capsys: Capture) -> None:
+    assert main(["predict", model, str(image)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("spd-zoo: error: ") and err.count("\n") == 1
+
+
+def test_the_default_weights_recognise_the_example_images(capsys: Capture) -> None:
+    images = sorted(str(path) for path in EXAMPLES.glob("*"))
+    assert main(["predict", "pyconvresnet50_spd", *images, "--json"]) == 0
+    tops = {Path(answer["path"]).name: answer["top"] for answer in json.loads(capsys.readouterr().out)}
+    assert "rocket" in {guess["name"] for guess in tops["rocket.jpg"]}
+
+
+@pytest.mark.parametrize("option", ["--top-k", "--batch-size"])
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_counts_must_be_positive(option: str, value: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", "pyconvresnet50", "a.png", option, value])
+    assert option in capsys.readouterr().err
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
+    given: list[FinetuneConfig] = []
+    monkeypatch.setattr("spd_zoo.training.finetune.finetune", given.append)
+    return given
+
+
+def required_options() -> list[str]:
+    required = [field.name for field in dataclasses.fields(FinetuneConfig) if field.default is dataclasses.MISSING]
+    values = {"model": "resnet18_spd", "data": "photos", "out": "run"}
+    return [part for name in required for part in (f"--{name}", values[name])]
+
+
+def test_finetune_leaves_what_is_not_given_to_the_configuration(configs: list[FinetuneConfig]) -> None:
+    assert main(["finetune", *required_options()]) == 0
+    assert configs == [FinetuneConfig(model="resnet18_spd", data=Path("photos"), out=Path("run"))]
+
+
+def test_finetune_has_an_option_for_every_field(configs: list[FinetuneConfig]) -> None:
+    arguments, expected = [], {}
+    for field in dataclasses.fields(FinetuneConfig):
+        option = f"--{field.name.replace('_', '-')}"
+        if field.default is dataclasses.MISSING:
+            continue
+        if isinstance(field.default, bool):
+            arguments.append(option.replace("--", "--no-") if field.default else option)
+            expected[field.name] = not field.default
+        elif isinstance(field.default, int | float):
+            expected[field.name] = type(field.default)(7)
+            arguments += [option, "7"]
+        else:
+            expected[field.name] = Path("x") if isinstance(field.default, Path) else "x"
+            arguments += [option, "x"]
+    assert main(["finetune", *required_options(), *arguments]) == 0
+    (config,) = configs
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_finetune_explains_its_options(capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["finetune", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(FinetuneConfig):
+        assert " ".join(field.metadata["help"].split()) in printed.replace("held- out", "held-out")
+
+
+@pytest.mark.parametrize(
+    ("raised", "printed"),
+    [
+        (DataError("photos is empty"), "photos is empty"),
+        (ValueError("lr must be positive"), "lr must be positive"),
+        (
+            ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow"),
+            "training needs the package pyarrow: pip install 'spd-zoo[train]'",
+        ),
+    ],
+    ids=["data", "option", "package"],
+)
+def test_what_stops_finetune_is_one_clear_sentence(
+    raised: Exception, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def stop(_: FinetuneConfig) -> NoReturn:
+        raise raised
+
+    monkeypatch.setattr("spd_zoo.training.finetune.finetune", stop)
+    assert main(["finetune", *required_options()]) == 1
+    assert capsys.readouterr().err == f"spd-zoo: error: {printed}\n"
+
+
+def test_training_code_that_lacks_a_package_is_one_clear_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.delitem(sys.modules, "spd_zoo.training.finetune")
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    assert main(["finetune", *required_options()]) == 1
+    assert capsys.readouterr().err == (
+        "spd-zoo: error: training needs the package timm.optim: pip install 'spd-zoo[train]'\n"
+    )
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spd_zoo.cli.entries", interrupt)
+    assert main(["list"]) == 130
+
+
+def test_a_reader_that_stops_reading_causes_no_traceback() -> None:
+    command = [sys.executable, "-m", "spd_zoo", "list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert errors == ""
+
+
+def test_the_version_is_the_packages(capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"spd-zoo {spd_zoo.__version__}\n"

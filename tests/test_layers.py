@@ -1,0 +1,243 @@
+"""Layers compute exactly what they stand for: space-to-depth, strided convolutions, pyramids."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d, space_to_depth, spd_weight
+
+SIZES = [(1, 1), (2, 3), (7, 4), (12, 13), (16, 16), (31, 26)]
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def fill(module: nn.Module) -> None:
+    """Weights that no initialisation gives."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(noise(*parameter.shape))
+
+
+def test_channels_first_order_keeps_the_phases_of_a_channel_together() -> None:
+    x = noise(2, 3, 4, 6)
+    y = space_to_depth(x)
+    for c in range(3):
+        for dy in (0, 1):
+            for dx in (0, 1):
+                assert torch.equal(y[:, 4 * c + 2 * dy + dx], x[:, c, dy::2, dx::2])
+
+
+def test_rows_first_order_keeps_the_channels_of_a_phase_together() -> None:
+    x = noise(2, 3, 4, 6)
+    y = space_to_depth(x, "rows_first")
+    for c in range(3):
+        for dy in (0, 1):
+            for dx in (0, 1):
+                assert torch.equal(y[:, (2 * dx + dy) * 3 + c], x[:, c, dy::2, dx::2])
+
+
+@pytest.mark.parametrize("order", ["channels_first", "rows_first"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_odd_sizes_get_zeros_at_the_bottom_and_right(order: str, size: tuple[int, int]) -> None:
+    height, width = size
+    x = noise(2, 3, height, width)
+    padded = torch.zeros(2, 3, height + height % 2, width + width % 2, dtype=x.dtype)
+    padded[..., :height, :width] = x
+    assert torch.equal(SpaceToDepth(order)(x), space_to_depth(padded, order))
+
+
+def test_space_to_depth_refuses_an_unknown_order() -> None:
+    with pytest.raises(ValueError, match="columns_first"):
+        SpaceToDepth("columns_first")
+
+
+@pytest.mark.parametrize("phases", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", range(1, 10))
+def test_a_packed_kernel_computes_the_convolution_exactly(kernel: int, stride: int, phases: int) -> None:
+    cell = stride * phases
+    for padding in range(min(kernel, 5)):
+        for groups in (1, 2, 4):
+            weight = noise(8, 4 // groups, kernel, kernel)
+            x = noise(2, 4, 19, 26)
+            expected = F.conv2d(x, weight, stride=stride, padding=padding, groups=groups)
+            packed, before, after = spd_weight(weight, stride, padding, phases)
+            cells = F.pixel_unshuffle(F.pad(x, [0, -26 % cell, 0, -19 % cell]), cell)
+            actual = F.conv2d(F.pad(cells, [before, after, before, after]), packed, groups=groups)
+            actual = F.pixel_shuffle(actual, phases)
+            height, width = (min(a, b) for a, b in zip(actual.shape[2:], expected.shape[2:], strict=True))
+            assert height > 4 and width > 8
+            torch.testing.assert_close(actual[..., :height, :width], expected[..., :height, :width], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "cells", "padding"), [(3, 2, (1, 0)), (5, 3, (1, 1)), (7, 4, (2, 1)), (9, 5, (2, 2))]
+)
+def test_space_to_depth_kernels_have_the_smallest_size(kernel: int, cells: int, padding: tuple[int, int]) -> None:
+    packed, before, after = spd_weight(noise(2, 3, kernel, kernel), stride=2, padding=kernel // 2)
+    assert packed.shape == (2, 12, cells, cells)
+    assert (before, after) == padding
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9])
+def test_an_spd_convolution_stands_for_a_strided_one(kernel: int, groups: int, size: tuple[int, int]) -> None:
+    strided = nn.Conv2d(8, 12, kernel, 2, kernel // 2, groups=groups, dtype=torch.float64)
+    layer = SPDConv2d(8, 12, kernel, groups=groups, bias=True, dtype=torch.float64)
+    layer.load_state_dict({"weight": layer.from_strided(strided.weight), "bias": strided.bias})
+    x = noise(2, 8, *size)
+    torch.testing.assert_close(layer(x), strided(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("kernel", "before", "after"), [(1, 0, 0), (3, 1, 0), (5, 1, 1), (7, 2, 1), (9, 2, 2)])
+def test_an_spd_convolution_is_a_plain_one_behind_space_to_depth(
+    kernel: int, before: int, after: int, size: tuple[int, int]
+) -> None:
+    layer = SPDConv2d(4, 6, kernel, groups=2, dtype=torch.float64)
+    fill(layer)
+    x = noise(2, 4, *size)
+    expected = F.conv2d(F.pad(space_to_depth(x), [before, after, before, after]), layer.weight, groups=2)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+def test_an_spd_convolution_knows_kernels_of_the_old_size() -> None:
+    layer = SPDConv2d(4, 6, 7, groups=2)
+    assert layer.is_strided_weight(layer.new_strided_weight())
+    assert layer.new_strided_weight().shape == (6, 2, 7, 7)
+    assert not layer.is_strided_weight(layer.weight)
+    assert not layer.is_strided_weight(None)
+
+
+def test_an_spd_convolution_refuses_an_even_kernel() -> None:
+    with pytest.raises(ValueError, match="odd kernel size, got 4"):
+        SPDConv2d(3, 8, 4)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_phase_mix_starts_as_a_stride(size: tuple[int, int]) -> None:
+    x = noise(2, 3, *size)
+    assert torch.equal(PhaseMix(3, dtype=torch.float64)(x), x[..., ::2, ::2])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_phase_mix_weighs_the_four_phases_of_each_channel(size: tuple[int, int]) -> None:
+    mix = PhaseMix(3, dtype=torch.float64)
+    fill(mix)
+    x = noise(2, 3, *size)
+    expected = F.conv2d(space_to_depth(x), mix.weight, groups=3)
+    torch.testing.assert_close(mix(x), expected, rtol=0, atol=1e-12)
+
+
+def test_a_phase_mix_trains_in_bfloat16() -> None:
+    mix = PhaseMix(3)
+    fill(mix)
+    x = noise(2, 3, 6, 9).float()
+    expected = mix(x)
+    expected.square().sum().backward()
+    expected_grad, mix.weight.grad = mix.weight.grad, None
+    mix.to(torch.bfloat16)
+    output = mix(x.bfloat16())
+    output.square().sum().backward()
+    assert output.dtype == mix.weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(mix.weight.grad.float(), expected_grad, rtol=0.05, atol=0.05)
+
+
+# Levels of which some are packed and some are not, as in the networks.
+PYRAMIDS = {
+    "four levels": ((3, 5, 7, 9), (1, 4, 8, 16)),
+    "three levels": ((3, 5, 7), (1, 4, 8)),
+    "all packed": ((7, 9), (16, 16)),
+    "none packed": ((3, 5), (16, 16)),
+}
+
+
+def pyramid(name: str, stride: int, spd: bool = False, dilation: int = 1) -> PyConv2d:
+    kernels, groups = PYRAMIDS[name]
+    layer = PyConv2d(16, [16] * len(kernels), kernels, groups, stride, dilation, spd, dtype=torch.float64)
+    fill(layer)
+    return layer
+
+
+def plainly(layer: PyConv2d, x: Tensor) -> Tensor:
+    """The levels one by one, each as an ordinary convolution."""
+    levels: Sequence[nn.Conv2d] = list(layer.values())
+    return torch.cat([F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups) for c in levels], 1)
+
+
+def gradients(output: Tensor, x: Tensor, layer: nn.Module) -> tuple[Tensor, ...]:
+    weights = noise(*output.shape)
+    return torch.autograd.grad((output * weights).sum(), [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_a_packed_pyramid_equals_plain_convolutions(name: str, stride: int, size: tuple[int, int]) -> None:
+    layer = pyramid(name, stride)
+    x = noise(2, 16, *size).requires_grad_()
+    output, expected = layer(x), plainly(layer, x)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    for actual, wanted in zip(gradients(output, x, layer), gradients(expected, x, layer), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_a_pyramid_with_space_to_depth_stands_for_a_strided_one(name: str, size: tuple[int, int]) -> None:
+    strided, layer = pyramid(name, 2), pyramid(name, 2, spd=True)
+    layer.load_state_dict({f"{key}.weight": level.from_strided(strided[key].weight) for key, level in layer.items()})
+    x = noise(2, 16, *size)
+    torch.testing.assert_close(layer(x), plainly(strided, x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_a_packed_pyramid_with_space_to_depth_equals_its_levels(name: str, size: tuple[int, int]) -> None:
+    layer = pyramid(name, 2, spd=True)
+    x = noise(2, 16, *size).requires_grad_()
+    output, expected = layer(x), torch.cat([level(x) for level in layer.values()], 1)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    for actual, wanted in zip(gradients(output, x, layer), gradients(expected, x, layer), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dilation", [2, 4])
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_a_dilated_pyramid_keeps_the_size_and_equals_plain_convolutions(name: str, dilation: int) -> None:
+    layer = pyramid(name, 1, dilation=dilation)
+    x = noise(2, 16, 13, 16)
+    assert layer(x).shape[-2:] == x.shape[-2:]
+    torch.testing.assert_close(layer(x), plainly(layer, x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("spd", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pyramid_follows_autocast(stride: int, spd: bool) -> None:
+    layer = pyramid("four levels", stride, spd).float()
+    x = noise(2, 16, 15, 18).float()
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    output.float().sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert {parameter.grad.dtype for parameter in layer.parameters()} == {torch.float32}
+    assert (output.float() - expected).std() < 0.01 * expected.std()
+
+
+def test_a_pyramid_keeps_channels_last_maps_correct() -> None:
+    layer = pyramid("four levels", 1)
+    x = noise(2, 16, 15, 18)
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), plainly(layer, x), rtol=0, atol=1e-10)
+
+
+def test_a_pyramid_refuses_levels_of_different_number() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        PyConv2d(16, [8, 8], (3, 5, 7), (1, 1, 1))

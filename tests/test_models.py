@@ -1,0 +1,620 @@
+"""The networks compute what the authors' compute, and keep timm's contract."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.layers import DropPath
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+import spd_zoo
+from spd_zoo.layers import PhaseMix, SpaceToDepth, SPDConv2d
+from spd_zoo.models.pyconvresnet import Bottleneck, PyConvResNet
+
+NETWORKS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+CASES = [case for family in ("pyconv", "spd_resnet") for case in golden.cases(family)]
+
+
+def depth(name: str) -> int:
+    return int(re.findall(r"\d+", name)[0])
+
+
+def architectures() -> list[str]:
+    """The shallowest network of each kind: family, with or without space-to-depth, basic blocks or bottlenecks."""
+    shallowest: dict[tuple[str, bool], str] = {}
+    for name in sorted(NETWORKS, key=depth):
+        shallowest.setdefault((re.sub(r"\d+", "", name, count=1), depth(name) < 50), name)
+    return list(shallowest.values())
+
+
+ARCHITECTURES = architectures()
+PYCONV = [name for name in ARCHITECTURES if "pyconv" in name]
+SPD_TWINS = [(name.removesuffix("_spd"), name) for name in PYCONV if name.endswith("_spd")]
+ALL = [pytest.param(name, marks=[] if name in ARCHITECTURES else pytest.mark.slow) for name in NETWORKS]
+
+
+def twins() -> list[Any]:
+    """Every case with its network and, where there is one, the network with space-to-depth that computes the same."""
+    params = []
+    for case in CASES:
+        marks = [pytest.mark.slow] if case["macs"] > 1.3e9 or case["params"] > 5e7 else []
+        for name in {case["model"], f"{case['model']}_spd"} & set(NETWORKS):
+            params.append(pytest.param(case, name, marks=marks, id=f"{case['id']}-{name}"))
+    return sorted(params, key=lambda param: str(param.id))
+
+
+def originals(case: dict[str, Any]) -> dict[str, Tensor]:
+    """The case's tensors under the authors' names."""
+    return {key: torch.from_numpy(array) for key, array in golden.fill_state_dict(case["entries"]).items()}
+
+
+def case_of(name: str) -> dict[str, Any]:
+    """The case of a network, or of its strided twin, with the smallest input."""
+    own = [case for case in CASES if case["model"] == name.removesuffix("_spd") or case["model"] == name]
+    return min(own, key=lambda case: case["macs"])
+
+
+def load(name: str, file: Path, **kwargs: Any) -> nn.Module:
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs).eval()
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Any:
+    """Writes a network's own tensors, or given ones, to a file that lives as long as the test."""
+    written = []
+
+    def save(content: Any, suffix: str = ".pth") -> Path:
+        file = tmp_path / f"{len(written)}{suffix}"
+        written.append(file)
+        if isinstance(content, nn.Module):
+            content = content.state_dict()
+        if suffix == ".safetensors":
+            save_file(content, file)
+        else:
+            torch.save(content, file)
+        return file
+
+    yield save
+    for file in written:
+        file.unlink()
+
+
+def random_network(name: str, **kwargs: Any) -> nn.Module:
+    """A network in which no two channels and no two phases play the same part."""
+    torch.manual_seed(0)
+    net = timm.create_model(name, **kwargs)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+        elif isinstance(module, PhaseMix):
+            nn.init.uniform_(module.weight)
+    return net.eval()
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
+    """Equal up to `rtol` of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
+
+
+# What the authors' networks compute
+
+
+@pytest.mark.parametrize(("case", "name"), twins())
+def test_computes_what_the_authors_code_computes(case: dict[str, Any], name: str, save: Any) -> None:
+    net = load(name, save(originals(case)), **case["model_args"])
+    x = torch.from_numpy(golden.make_input(**case["input"]))
+    maps: list[Tensor] = []
+    for info in net.feature_info:
+        net.get_submodule(info["module"]).register_forward_hook(lambda module, args, output: maps.append(output))
+    with torch.inference_mode():
+        outputs = [net(x)]
+        features = dict(zip(case.get("features", {}), maps, strict=False))
+        stressed = [net(x * case["stress"]["input_scale"])]
+        y = net.double()(x.double())
+    for output, expected in zip(outputs, case["outputs"], strict=True):
+        golden.assert_matches(output.numpy(), expected)
+    for output, expected in zip(stressed, case["stress"]["outputs"], strict=True):
+        golden.assert_matches(output.numpy(), expected)
+    golden.assert_matches((y[0] - y[1]).numpy(), case["batch_difference_float64"])
+    for stage, expected in case.get("features", {}).items():
+        golden.assert_matches(features[stage].numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
+def test_checkpoints_load_from_every_container(name: str, save: Any) -> None:
+    tensors = originals(case_of(name))
+    prefixed = {f"module.{key}": tensor for key, tensor in tensors.items()}
+    plain = load(name, save(tensors))
+    expected = plain.state_dict()
+    containers = {
+        "state_dict": save({"epoch": 3, "arch": name, "state_dict": tensors, "best_acc1": 0.5}),
+        "module.": save(prefixed),
+        "state_dict, module.": save({"state_dict": prefixed}),
+        "safetensors": save(tensors, ".safetensors"),
+        "ours": save(plain),
+        "ours, safetensors": save(plain, ".safetensors"),
+    }
+    for container, file in containers.items():
+        loaded = load(name, file).state_dict()
+        assert loaded.keys() == expected.keys(), container
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items()), container
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case["model_args"] and "same_entries_as" not in case and case["params"] < 5e7],
+    ids=lambda case: case["id"],
+)
+def test_a_file_brings_its_own_number_of_classes(case: dict[str, Any], save: Any) -> None:
+    tensors = originals(case)
+    net = load(case["model"], save(tensors))
+    assert net.num_classes == case["model_args"]["num_classes"]
+    assert torch.equal(net.get_classifier().weight, tensors["fc.weight"])
+
+
+# Weights that do not fit
+
+
+def test_a_missing_tensor_is_refused_even_with_another_number_of_classes(save: Any) -> None:
+    tensors = originals(case_of("pyconvresnet18"))
+    del tensors["layer3.1.bn2.running_var"]
+    with pytest.raises(spd_zoo.WeightsError, match=r"1 of \d+ tensors are missing.*stages\.2\.1\.bn2\.running_var"):
+        load("pyconvresnet18", save(tensors), num_classes=7)
+
+
+def test_a_surplus_tensor_is_refused_even_with_another_number_of_classes(save: Any) -> None:
+    tensors = originals(case_of("pyconvresnet18"))
+    tensors["layer1.2.bn1.bias"] = torch.zeros(64)
+    with pytest.raises(spd_zoo.WeightsError, match=r"1 tensors have no place.*stages\.0\.2\.bn1\.bias"):
+        load("pyconvresnet18", save(tensors), num_classes=7)
+
+
+def test_a_tensor_of_another_shape_is_refused_even_with_another_number_of_classes(save: Any) -> None:
+    tensors = originals(case_of("resnet18_spd"))
+    tensors["conv5_x.1.residual_function.3.weight"] = torch.zeros(512, 512, 1, 1)
+    with pytest.raises(spd_zoo.WeightsError, match=r"stages\.3\.1\.residual\.3\.weight has shape \[512, 512, 1, 1\]"):
+        load("resnet18_spd", save(tensors), num_classes=7)
+
+
+@pytest.mark.parametrize("num_classes", [None, 7])
+def test_the_error_for_another_networks_checkpoint_names_the_one_it_fits(num_classes: int | None, save: Any) -> None:
+    case = next(case for case in CASES if case["id"] == "spd_resnet18_asreleased_tin200")
+    kwargs = {} if num_classes is None else {"num_classes": num_classes}
+    with pytest.raises(spd_zoo.WeightsError, match=r"does not fit resnet18_spd: .*; it fits resnet50_spd$"):
+        load("resnet18_spd", save(originals(case)), **kwargs)
+
+
+def test_a_checkpoint_of_no_network_is_said_to_fit_none(save: Any) -> None:
+    with pytest.raises(spd_zoo.WeightsError, match="it fits no network of the zoo"):
+        load("resnet18_spd", save({"features.0.weight": torch.zeros(8, 3, 3, 3)}))
+
+
+def test_absent_phase_mixes_beside_kernels_of_the_new_size_are_refused(save: Any) -> None:
+    tensors = random_network("pyconvresnet50_spd").state_dict()
+    mix = "stages.1.0.downsample.0.1.weight"
+    del tensors[mix]
+    with pytest.raises(spd_zoo.WeightsError, match=re.escape(f"the first is {mix}")):
+        load("pyconvresnet50_spd", save(tensors))
+
+
+def test_kernels_of_the_old_size_beside_new_ones_are_refused(save: Any) -> None:
+    tensors = random_network("pyconvresnet50_spd").state_dict()
+    tensors["stages.3.0.conv2.weight"] = torch.zeros(512, 512, 3, 3)
+    with pytest.raises(spd_zoo.WeightsError, match=r"stages\.3\.0\.conv2\.weight has shape \[512, 512, 3, 3\]"):
+        load("pyconvresnet50_spd", save(tensors))
+
+
+def test_the_import_refuses_to_take_a_name_from_timm() -> None:
+    script = (
+        "import sys, types, timm\n"
+        "def resnet50_spd(pretrained=False, **kwargs): ...\n"
+        "resnet50_spd.__module__ = 'timm.models.other'\n"
+        "sys.modules['timm.models.other'] = types.ModuleType('timm.models.other')\n"
+        "timm.models.register_model(resnet50_spd)\n"
+        "import spd_zoo\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot register resnet50_spd: timm.models.other has a network of that name" in done.stderr
+
+
+# Any image
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_any_image_size_works(name: str) -> None:
+    net = timm.create_model(name, num_classes=5).eval()
+    with torch.inference_mode():
+        for size in ((1, 1), (17, 9), (33, 31)):
+            output = net(noise(2, 3, *size))
+            assert output.shape == (2, 5)
+            assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_parameter_trains(name: str) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=5).train()
+    before = {key: parameter.detach().clone() for key, parameter in net.named_parameters()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    F.cross_entropy(net(noise(4, 3, 48, 48)), torch.arange(4)).backward()
+    optimizer.step()
+    for key, parameter in net.named_parameters():
+        assert parameter.isfinite().all(), key
+        assert not torch.equal(parameter, before[key]), key
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pretrained_weights_are_adapted_to_other_image_channels(name: str, save: Any) -> None:
+    coloured = random_network(name, num_classes=5)
+    file = save(coloured)
+    x = noise(2, 4, 33, 31)
+    with torch.inference_mode():
+        grey = load(name, file, in_chans=1)(x[:, :1])
+        assert_close(grey, coloured(x[:, :1].repeat(1, 3, 1, 1)))
+        # timm repeats the kernels of the three colours and scales them by 3/4
+        expected = coloured(torch.stack([x[:, 0] + x[:, 3], x[:, 1], x[:, 2]], 1) * 0.75)
+        assert_close(load(name, file, in_chans=4)(x), expected)
+
+
+def test_strided_weights_are_adapted_to_grey_images_in_space_to_depth_networks(save: Any) -> None:
+    for strided, spd in SPD_TWINS:
+        net = random_network(strided, num_classes=5)
+        x = noise(2, 1, 33, 31)
+        with torch.inference_mode():
+            assert_close(load(spd, save(net), in_chans=1)(x), net(x.repeat(1, 3, 1, 1)))
+
+
+def test_an_odd_map_of_resnet_spd_gets_zeros_behind_the_3x3_convolution() -> None:
+    for name in (name for name in ARCHITECTURES if "pyconv" not in name):
+        branch = random_network(name).stages[1][0].residual
+        at = next(i for i, module in enumerate(branch) if isinstance(module, SpaceToDepth))
+        x = noise(2, branch[0].in_channels, 7, 5)
+        with torch.inference_mode():
+            inner = F.pad(branch[:at](x), (0, 1, 0, 1))
+            phases = [inner[..., dy::2, dx::2] for dx in (0, 1) for dy in (0, 1)]
+            assert_close(branch(x), branch[at + 1 :](torch.cat(phases, 1)))
+
+
+def test_an_odd_image_of_resnet_spd_is_the_image_with_zeros_at_the_bottom_and_right() -> None:
+    for name in (name for name in ARCHITECTURES if "pyconv" not in name):
+        net = random_network(name)
+        x = noise(2, 3, 31, 45)
+        with torch.inference_mode():
+            assert_close(net(x), net(F.pad(x, (0, 1, 0, 1))))
+
+
+def test_the_shortcut_of_pyconv_spd_pools_before_an_odd_map_gets_zeros() -> None:
+    for _, name in SPD_TWINS:
+        pool = random_network(name).stages[0][0].downsample[0]
+        x = noise(2, 64, 7, 5).abs()
+        with torch.inference_mode():
+            maxima = F.pad(F.max_pool2d(x, 3, 1, 1), (0, 1, 0, 1))
+            weights = pool[1].weight[None, :, :, :, 0]  # (1, chs, 4, 1)
+            phases = [maxima[..., dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)]
+            expected = sum(phase * weights[:, :, i : i + 1] for i, phase in enumerate(phases))
+            assert_close(pool(x), expected)
+
+
+# timm's arguments and methods
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_another_number_of_classes_keeps_everything_but_the_classifier(name: str, save: Any) -> None:
+    source = random_network(name, num_classes=5)
+    file, expected = save(source), source.state_dict()
+    for num_classes in (7, 0):
+        net = load(name, file, num_classes=num_classes)
+        loaded = net.state_dict()
+        body = [key for key in expected if not key.startswith("head.fc.")]
+        assert [key for key in loaded if not key.startswith("head.fc.")] == body
+        assert all(torch.equal(loaded[key], expected[key]) for key in body)
+        with torch.inference_mode():
+            x = noise(2, 3, 32, 32)
+            output = net(x)
+            assert output.shape == (2, num_classes or net.num_features)
+            if num_classes == 0:
+                assert_close(output, source.forward_features(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_global_pool_chooses_what_the_classifier_reads(name: str) -> None:
+    x = noise(2, 3, 48, 80)
+    net = random_network(name, num_classes=0, global_pool="")
+    with torch.inference_mode():
+        last = net.forward_features(x)
+        assert torch.equal(net(x), last)
+        for pool, pooled in (
+            ("max", last.amax((2, 3))),
+            ("catavgmax", torch.cat([last.mean((2, 3)), last.amax((2, 3))], 1)),
+        ):
+            net.reset_classifier(5, pool)
+            assert net.head_hidden_size == pooled.shape[1]
+            assert_close(net(x), net.get_classifier()(pooled))
+            fresh = timm.create_model(name, num_classes=5, global_pool=pool, device="meta")
+            assert fresh.get_classifier().weight.shape == (5, pooled.shape[1])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_reset_classifier_changes_the_classifier_alone(name: str) -> None:
+    net = random_network(name, num_classes=5)
+    x = noise(2, 3, 32, 32)
+    with torch.inference_mode():
+        pooled = net.forward_head(net.forward_features(x), pre_logits=True)
+        net.reset_classifier(9)
+        assert net.num_classes == 9
+        assert_close(net(x), net.get_classifier()(pooled))
+        net.reset_classifier(0)
+        assert_close(net(x), pooled)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("rate", ["drop_rate", "drop_path_rate"])
+def test_dropout_and_drop_path_act_in_training_alone(name: str, rate: str) -> None:
+    net = random_network(name, num_classes=5, **{rate: 0.5})
+    plain = random_network(name, num_classes=5)
+    plain.load_state_dict(net.state_dict())
+    x = noise(4, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(net(x), plain(x))
+        net.train(), plain.train()
+        assert torch.equal(plain(x), plain(x))
+        assert not torch.equal(net(x), net(x))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_drop_path_grows_from_zero_to_its_rate(name: str) -> None:
+    net = timm.create_model(name, drop_path_rate=0.3, device="meta")
+    blocks = [block for stage in net.stages for block in stage]
+    rates = [block.drop_path.drop_prob if isinstance(block.drop_path, DropPath) else 0.0 for block in blocks]
+    assert rates == sorted(rates)
+    assert rates[0] == 0
+    assert rates[-1] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
+    net = random_network(name, num_classes=5).train()
+    x, target = noise(4, 3, 32, 32), torch.arange(4)
+    gradients = []
+    for enable in (False, True):
+        other = copy.deepcopy(net)
+        other.set_grad_checkpointing(enable)
+        calls: list[str] = []
+        other.stages[0][0].register_forward_hook(lambda module, args, output, calls=calls: calls.append("forward"))
+        F.cross_entropy(other(x), target).backward()
+        assert len(calls) == 1 + enable
+        gradients.append([parameter.grad for parameter in other.parameters()])
+    for actual, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> None:
+    net = timm.create_model(name, device="meta")
+    names = [key for key, _ in net.named_parameters()]
+    for coarse, count in ((True, 1 + len(net.stages) + 1), (False, 1 + sum(map(len, net.stages)) + 1)):
+        groups = [group for _, group in sorted(group_parameters(net, net.group_matcher(coarse)).items())]
+        assert len(groups) == count
+        assert [key for group in groups for key in group] == names
+        assert [key.partition(".")[0] for key in groups[-1]] == ["head", "head"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
+    for kwargs in ({}, {"output_stride": 16}, {"output_stride": 8}) if "pyconv" in name else ({},):
+        net = timm.create_model(name, features_only=True, device="meta", **kwargs)
+        maps = net(torch.empty(1, 3, 64, 96, device="meta"))
+        assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels()
+        assert [(64 // fmap.shape[2], 96 // fmap.shape[3]) for fmap in maps] == [
+            (reduction, reduction) for reduction in net.feature_info.reduction()
+        ]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_features_only_gives_the_maps_asked_for(name: str, save: Any) -> None:
+    net = random_network(name)
+    file = save(net)
+    x = noise(2, 3, 33, 47)
+    count = len(net.feature_info)
+    with torch.inference_mode():
+        last, maps = net.forward_intermediates(x)
+        assert torch.equal(last, maps[-1])
+        assert torch.equal(last, net.forward_features(x))
+        for indices in (tuple(range(count)), (0, 2), (-2, -1), (1,)):
+            chosen = [maps[i] for i in sorted(i % count for i in indices)]
+            backbone = load(name, file, features_only=True, out_indices=indices)
+            for actual, expected in zip(backbone(x), chosen, strict=True):
+                assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_forward_intermediates_gives_the_maps_asked_for(name: str) -> None:
+    net = random_network(name)
+    x = noise(2, 3, 33, 47)
+    count = len(net.feature_info)
+    with torch.inference_mode():
+        _, maps = net.forward_intermediates(x)
+        for indices in ([0], [1, 2], [-1], 2):
+            chosen = maps[-indices:] if isinstance(indices, int) else [maps[i] for i in indices]
+            for stop_early in (False, True):
+                given = net.forward_intermediates(x, indices, stop_early=stop_early, intermediates_only=True)
+                assert len(given) == len(chosen)
+                assert all(torch.equal(a, b) for a, b in zip(given, chosen, strict=True))
+        assert net.prune_intermediate_layers([count - 2]) == [count - 2]
+        pruned = net(x)
+        assert torch.equal(pruned, maps[count - 2])
+        assert net.num_features == maps[count - 2].shape[1]
+    with pytest.raises(ValueError, match="NCHW"):
+        net.forward_intermediates(x, output_fmt="NLC")
+
+
+# Output strides
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("name", PYCONV)
+def test_output_stride_sets_the_size_of_the_last_map(name: str, output_stride: int) -> None:
+    net = timm.create_model(name, output_stride=output_stride, device="meta")
+    size = 224 // output_stride
+    assert net.forward_features(torch.empty(1, 3, 224, 224, device="meta")).shape[-2:] == (size, size)
+
+
+@pytest.mark.parametrize("name", PYCONV)
+@pytest.mark.parametrize(("output_stride", "dilations"), [(32, (1, 1, 1, 1)), (16, (1, 1, 1, 2)), (8, (1, 1, 2, 4))])
+def test_every_kernel_of_a_dilated_stage_is_dilated(name: str, output_stride: int, dilations: tuple[int, ...]) -> None:
+    net = timm.create_model(name, output_stride=output_stride, device="meta")
+    for stage, dilation in zip(net.stages, dilations, strict=True):
+        for key, module in stage.named_modules():
+            if isinstance(module, nn.Conv2d) and not isinstance(module, SPDConv2d) and module.kernel_size[0] > 1:
+                half = module.kernel_size[0] // 2
+                assert (module.dilation, module.padding) == (2 * (dilation,), 2 * (dilation * half,)), key
+            if isinstance(module, nn.Conv2d | nn.MaxPool2d) and dilation > 1:
+                assert module.stride in (1, (1, 1)), key
+            if isinstance(module, nn.MaxPool2d):
+                assert (module.kernel_size, module.padding, module.dilation) == (3, 1, 1), key
+            assert not (dilation > 1 and isinstance(module, SPDConv2d | PhaseMix)), key
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize(("strided", "spd"), SPD_TWINS)
+def test_space_to_depth_keeps_the_function_at_every_output_stride(
+    strided: str, spd: str, output_stride: int, save: Any
+) -> None:
+    native = random_network(strided, num_classes=5)
+    file = save(native)
+    x = noise(2, 3, 65, 47)
+    with torch.inference_mode():
+        expected = load(strided, file, output_stride=output_stride)(x)
+        assert_close(load(spd, file, output_stride=output_stride)(x), expected)
+        assert not torch.allclose(native(x), expected)
+
+
+@pytest.mark.parametrize(("name", "output_stride"), [(PYCONV[0], 4), (SPD_TWINS[0][1], 24)])
+def test_output_strides_that_do_not_exist_are_refused(name: str, output_stride: int) -> None:
+    with pytest.raises(ValueError, match=f"8, 16 or 32, got {output_stride}"):
+        timm.create_model(name, output_stride=output_stride)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if "pyconv" not in name])
+def test_resnet_spd_refuses_any_output_stride_but_its_own(name: str) -> None:
+    with pytest.raises(ValueError, match="no dilated form, got 8"):
+        timm.create_model(name, output_stride=8)
+    timm.create_model(name, output_stride=16, device="meta")
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_compiles_as_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    net = random_network(name, num_classes=5)
+    x = noise(2, 3, 31, 32)
+    with torch.inference_mode():
+        assert_close(torch.compile(net, fullgraph=True, backend="eager")(x), net(x))
+
+
+@pytest.mark.slow
+def test_compiles_to_machine_code_that_trains() -> None:
+    torch.compiler.reset()
+    net = random_network(PYCONV[0], num_classes=5).train()
+    x = noise(4, 3, 64, 64)
+    losses = []
+    for run in (copy.deepcopy(net), torch.compile(copy.deepcopy(net), fullgraph=True)):
+        loss = run(x).square().sum()
+        loss.backward()
+        losses.append((loss, next(run.parameters()).grad))
+    assert_close(losses[1][0], losses[0][0])
+    assert_close(losses[1][1], losses[0][1], 1e-3)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_exports(name: str) -> None:
+    net = random_network(name, num_classes=5)
+    x = noise(2, 3, 31, 32)
+    exported = torch.export.export(net, (x,)).module()
+    with torch.inference_mode():
+        assert_close(exported(x), net(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, or in Python 3.14 not supported, says torch
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scripts(name: str) -> None:
+    net = random_network(name, num_classes=5)
+    scripted = torch.jit.script(net)
+    with torch.inference_mode():
+        for size in ((31, 32), (17, 9)):
+            x = noise(2, 3, *size)
+            assert_close(scripted(x), net(x))
+
+
+# Initialisation
+
+
+def old_taps(conv: SPDConv2d) -> Tensor:
+    """Which taps of an SPD kernel the strided kernel has, (4, K, K): phase d of cell m reads offset 2m + d."""
+    half = conv.strided_kernel_size // 2
+    cells = torch.arange(conv.kernel_size[0]) - (half + 1) // 2
+    inside = [(2 * cells + d).abs() <= half for d in (0, 1)]
+    return torch.stack([inside[dy][:, None] & inside[dx][None, :] for dy in (0, 1) for dx in (0, 1)])
+
+
+@pytest.mark.parametrize("name", [spd for _, spd in SPD_TWINS])
+def test_a_fresh_space_to_depth_network_starts_as_a_strided_one(name: str) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model(name)
+    convs = [module for module in net.modules() if isinstance(module, SPDConv2d)]
+    mixes = [module for module in net.modules() if isinstance(module, PhaseMix)]
+    assert len(convs) == 1 + 4 + 3 + 2 + 1
+    assert len(mixes) == 4
+    for conv in convs:
+        mask = old_taps(conv)
+        weight = conv.weight.detach().unflatten(1, (-1, 4))
+        assert mask.sum() == conv.strided_kernel_size**2
+        assert not weight[:, :, ~mask].any()
+        taps = weight[:, :, mask]
+        std = (2 / (conv.out_channels * conv.strided_kernel_size**2)) ** 0.5
+        assert taps.std().item() == pytest.approx(std, rel=5 / (2 * taps.numel()) ** 0.5)
+    for mix in mixes:
+        assert torch.equal(mix.weight.flatten(1), torch.tensor([1.0, 0, 0, 0]).expand(len(mix.weight), 4))
+
+
+@pytest.mark.parametrize("name", [name for name in PYCONV if not name.endswith("_spd")])
+def test_a_fresh_network_draws_each_level_by_its_own_channels(name: str) -> None:
+    torch.manual_seed(0)
+    for key, module in timm.create_model(name).named_modules():
+        if isinstance(module, nn.Conv2d):
+            std = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(std, rel=5 / (2 * module.weight.numel()) ** 0.5), key
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all(), key
+            assert not module.bias.any(), key
+
+
+@pytest.mark.parametrize("name", PYCONV)
+@pytest.mark.parametrize("zero", [False, True])
+def test_zero_init_residual_zeroes_the_last_norm_of_bottlenecks(name: str, zero: bool) -> None:
+    net = timm.create_model(name, zero_init_residual=zero)
+    assert isinstance(net, PyConvResNet)
+    zeroed = {
+        key for key, module in net.named_modules() if isinstance(module, nn.BatchNorm2d) and not module.weight.any()
+    }
+    bottlenecks = {f"{key}.bn3" for key, module in net.named_modules() if isinstance(module, Bottleneck)}
+    assert zeroed == (bottlenecks if zero else set())

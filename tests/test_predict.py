@@ -1,0 +1,245 @@
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+from spd_zoo.predict import ModelError, check_model, class_names, find_images, predict, read_image
+from spd_zoo.weights import WeightsError
+
+NAMES = ["cat", "dog", "owl"]
+
+
+@pytest.fixture(scope="module")
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    net = timm.create_model("pyconvresnet18", num_classes=3).eval()
+    with torch.inference_mode():  # a classifier that gives different images different answers
+        features = net.forward_head(net.forward_features(torch.randn(8, 3, 32, 32)), pre_logits=True)
+        weight = torch.randn(3, features.shape[1]) / features.sub(features.mean(0)).norm(dim=1).mean()
+        net.head.fc.load_state_dict({"weight": weight, "bias": -weight @ features.mean(0)})
+    return net
+
+
+@pytest.fixture(scope="module")
+def saved(net: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("saved")
+    config = {"pretrained_cfg": {"input_size": (3, 32, 32)}, "label_names": NAMES}
+    save_for_hf(net, str(folder), config, safe_serialization=True)
+    return f"local-dir:{folder}"
+
+
+def write_image(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).resize((48, 48), Image.Resampling.BILINEAR).save(path)
+    return path
+
+
+def test_answers_are_those_of_the_network_in_the_order_of_the_images(
+    net: torch.nn.Module, saved: str, tmp_path: Path
+) -> None:
+    paths = [write_image(tmp_path / f"{i}.png", seed=i) for i in range(5)]
+    answers = list(predict(saved, paths, top_k=3, batch_size=2, device="cpu"))
+    assert [answer.path for answer in answers] == paths
+    cfg = dict(net.pretrained_cfg, input_size=(3, 32, 32))
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=cfg))
+    for path, answer in zip(paths, answers, strict=True):
+        with torch.inference_mode():
+            expected = net(transform(Image.open(path))[None]).softmax(1)[0]
+        assert [guess.index for guess in answer.top] == expected.argsort(descending=True).tolist()
+        for guess in answer.top:
+            assert guess.probability == pytest.approx(expected[guess.index].item(), abs=1e-4)
+            assert guess.name == NAMES[guess.index]
+    assert len({round(answer.top[0].probability, 3) for answer in answers}) > 1
+
+
+def test_more_classes_than_there_are_give_all_of_them(saved: str, tmp_path: Path) -> None:
+    (answer,) = predict(saved, [write_image(tmp_path / "a.png")], top_k=9, device="cpu")
+    assert sum(guess.probability for guess in answer.top) == pytest.approx(1)
+    assert len(answer.top) == 3
+
+
+def test_a_broken_image_does_not_keep_the_others_from_being_answered(saved: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "missing.png", write_image(tmp_path / "a.png"), tmp_path / "text.png"]
+    paths[2].write_text("no image")
+    missing, good, text = predict(saved, paths, batch_size=2, device="cpu")
+    assert missing.top == () and "no such file" in missing.error
+    assert len(good.top) == 3 and good.error is None
+    assert text.top == () and "no image" in text.error
+
+
+def test_no_more_images_are_read_than_a_batch_holds(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write_image(tmp_path / f"{i}.png") for i in range(4)]
+    read = []
+    monkeypatch.setattr("spd_zoo.predict.read_image", lambda path, mode: read.append(path) or read_image(path, mode))
+    next(predict(saved, paths, batch_size=2, device="cpu"))
+    assert read == paths[:2]
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_of_images_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(path)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    assert np.asarray(image).min() >= 254
+
+
+def test_a_palette_with_transparency_becomes_rgb(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    image = Image.new("RGB", (4, 4), (200, 30, 10)).quantize(4)
+    image.save(path, transparency=bytes([128, 255, 255, 255]))
+    assert read_image(path).getpixel((0, 0)) == (200, 30, 10)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_16_bit_grey_is_scaled(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], np.uint16)).save(path)
+    assert np.asarray(read_image(path))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bit_pixels_are_refused(dtype: type, tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    Image.fromarray(np.full((4, 4), 70000, dtype)).save(path)
+    with pytest.raises(ValueError, match="32 bits"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_an_image_is_turned_upright(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    image = Image.new(mode, (6, 2))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(path, exif=exif)
+    assert read_image(path).size == (2, 6)
+
+
+def test_a_truncated_image_is_refused(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "image.jpg")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="truncated"):
+        read_image(path)
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    path = tmp_path / "bomb.png"
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
+    with pytest.raises(ValueError, match="decompression bomb"):
+        read_image(path)
+
+
+def test_folders_and_globs_stand_for_the_images_in_them(tmp_path: Path) -> None:
+    first, second = write_image(tmp_path / "b.PNG"), write_image(tmp_path / "deeper" / "a.jpg")
+    write_image(tmp_path / ".hidden" / "a.jpg")
+    (tmp_path / "notes.txt").write_text("not to be answered")
+    assert find_images([str(tmp_path)]) == [first, second]
+    assert find_images([str(tmp_path / "*.PNG"), str(tmp_path / "**" / "*.jpg")]) == [first, second]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
+    write_image(tmp_path / "a1.png")
+    odd = write_image(tmp_path / "a[1].png")
+    assert find_images([str(odd)]) == [odd]
+
+
+def test_a_folder_without_images_says_so(tmp_path: Path) -> None:
+    (folder,) = find_images([str(tmp_path)])
+    with pytest.raises(ValueError, match="folder holds no image"):
+        read_image(folder)
+
+
+def test_a_glob_that_fits_nothing_says_so(tmp_path: Path) -> None:
+    (pattern,) = find_images([str(tmp_path / "*.png")])
+    with pytest.raises(ValueError, match="no such file"):
+        read_image(pattern)
+
+
+def test_classes_of_imagenet_weights_have_names() -> None:
+    cfg = timm.get_pretrained_cfg("pyconvresnet50.in1k").to_dict()
+    assert class_names(cfg)[1] == "goldfish, Carassius auratus"
+
+
+def test_classes_of_timms_imagenet_weights_have_names() -> None:
+    cfg = timm.get_pretrained_cfg("resnet18.a1_in1k").to_dict()
+    assert class_names(cfg)[1] == "goldfish, Carassius auratus"
+
+
+@pytest.mark.parametrize("name", ["pyconvresnet18", "resnet50_spd"])
+def test_classes_that_nobody_named_are_numbers(name: str) -> None:
+    cfg = timm.get_pretrained_cfg(name).to_dict()
+    assert class_names(cfg) == [str(i) for i in range(cfg["num_classes"])]
+
+
+def test_named_and_unnamed_classes_can_mix() -> None:
+    assert class_names({"num_classes": 3, "label_names": {"0": "cat", "2": "owl"}}) == ["cat", "1", "owl"]
+
+
+@pytest.mark.parametrize("name", ["pyconvresnet50.in1k", "pyconvresnet50", "resnet18", "local-dir:somewhere"])
+def test_networks_of_the_zoo_and_of_timm_are_known(name: str) -> None:
+    check_model(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("pyconvresnet51", "pyconvresnet50"),
+        ("PyConvResNet50_SPD", "pyconvresnet50_spd"),
+        ("pyconvresnet50.in1", "pyconvresnet50.in1k"),
+    ],
+)
+def test_an_unknown_network_gives_the_nearest_names(name: str, nearest: str) -> None:
+    with pytest.raises(ModelError, match=rf"no network '{name}'; the nearest names are .*\b{nearest}\b"):
+        check_model(name)
+
+
+def test_an_unknown_network_like_no_other_gives_the_command_that_lists_all() -> None:
+    with pytest.raises(ModelError, match="`spd-zoo list`"):
+        check_model("qqqqqq")
+
+
+def test_a_folder_given_as_network_gives_the_right_spelling(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"local-dir:{tmp_path}"):
+        check_model(str(tmp_path))
+
+
+def test_a_network_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no weights"):
+        next(predict("pyconvresnet18", [write_image(tmp_path / "a.png")]))
+
+
+def test_a_saved_folder_with_broken_weights_is_refused(saved: str, tmp_path: Path) -> None:
+    folder = Path(saved.removeprefix("local-dir:"))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ModelError, match=f"cannot load local-dir:{tmp_path}"):
+        next(predict(f"local-dir:{tmp_path}", [tmp_path]))
+
+
+def test_a_saved_folder_with_another_networks_name_is_refused(saved: str, tmp_path: Path) -> None:
+    folder = Path(saved.removeprefix("local-dir:"))
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "pyconvresnet34"}))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="it fits pyconvresnet18"):
+        next(predict(f"local-dir:{tmp_path}", [tmp_path]))
+
+
+def test_an_impossible_device_is_refused(saved: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot use device 'nonsense'"):
+        next(predict(saved, [tmp_path], device="nonsense"))

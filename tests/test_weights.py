@@ -1,0 +1,505 @@
+import copy
+import hashlib
+import json
+import logging
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import jsonschema
+import pytest
+import timm
+import torch
+from hub_double import COMMIT, hub_double
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from timm.models import load_checkpoint, save_for_hf
+
+import spd_zoo
+from spd_zoo import WeightsError
+from spd_zoo.weights import entries, fetch, sha256_of
+from spd_zoo.weights.fetch import BUNDLED
+from spd_zoo.weights.manifest import Entry, manifest_path
+
+MANIFEST = json.loads(manifest_path().read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(spd_zoo.__file__).parent / "weights/manifest.schema.json").read_text(encoding="utf-8"))
+NETWORKS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+ENTRIES = list(entries().values())
+CHECKPOINTS = [entry for entry in ENTRIES if entry.tag]
+UNVERIFIED = [entry for entry in CHECKPOINTS if not entry.verified]
+PINNED = f"hf://org/repo@{COMMIT}:weights.safetensors"
+MIB = 2**20
+
+
+# The manifest
+
+
+def test_the_manifest_follows_its_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(MANIFEST, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": "hf://org/repo@main:weights.safetensors"},
+        {"source": f"hf://org/repo@{COMMIT}:../weights.safetensors"},
+        {"source": f"hf://org/repo@{COMMIT}:/weights.safetensors"},
+        {"source": f"https://example.org/repo@{COMMIT}:weights.safetensors"},
+        {"source": "bundled:../weights.safetensors", "sha256": "0" * 64, "size": 1},
+        {"source": "bundled:/weights.safetensors", "sha256": "0" * 64, "size": 1},
+        {"source": "bundled:weights.safetensors", "sha256": None, "size": 1},
+        {"source": "bundled:weights.safetensors", "sha256": "0" * 64, "size": None},
+        {"sha256": "0" * 63},
+        {"sha256": "G" * 64},
+        {"license": None},
+        {"metrics": []},
+        {"first_conv": "stem.0"},
+    ],
+    ids=str,
+)
+def test_the_schema_refuses(change):
+    manifest = copy.deepcopy(MANIFEST)
+    manifest[UNVERIFIED[0].group][UNVERIFIED[0].name].update(change)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(manifest, SCHEMA)
+
+
+def test_no_name_or_field_occurs_twice():
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        assert sorted(set(keys)) == sorted(keys)
+        return dict(pairs)
+
+    json.loads(manifest_path().read_text(encoding="utf-8"), object_pairs_hook=unique)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_has_an_entry_in_the_group_of_its_file(network):
+    assert network in MANIFEST[timm.model_entrypoint(network).__module__.rpartition(".")[2]]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_an_entry_describes_the_network_that_is_built(entry):
+    net = timm.create_model(entry.name, device="meta", num_classes=entry.num_classes).eval()
+    cfg = net.pretrained_cfg
+    if cfg.get("tag", "") == entry.tag:  # else another entry is the network's default
+        for field in ("num_classes", "input_size", "pool_size", "mean", "std", "crop_pct", "interpolation"):
+            assert cfg[field] == getattr(entry, field)
+    assert cfg["architecture"] == entry.network
+    assert net.num_classes == entry.num_classes == net.get_submodule(cfg["classifier"]).out_features
+    first_conv = net.get_submodule(cfg["first_conv"])
+    assert first_conv is next(module for module in net.modules() if isinstance(module, torch.nn.Conv2d))
+    last_map = net.forward_features(torch.empty(1, *entry.input_size, device="meta"))
+    assert last_map.shape[-2:] == entry.pool_size
+
+
+@pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
+def test_a_checkpoint_names_all_its_classes_or_none(entry):
+    assert entry.class_names is None or len(set(entry.class_names)) == entry.num_classes
+    assert timm.get_pretrained_cfg(entry.name).label_names == entry.class_names
+
+
+def test_the_bundled_files_are_those_of_the_manifest_and_small():
+    bundled = {entry.source.removeprefix("bundled:"): entry for entry in CHECKPOINTS if "bundled:" in str(entry.source)}
+    files = {path.name: path for path in BUNDLED.glob("*") if not path.name.startswith(".")}
+    assert files.keys() == bundled.keys()
+    for name, path in files.items():
+        assert (sha256_of(path), path.stat().st_size) == (bundled[name].sha256, bundled[name].size)
+        assert path.stat().st_size <= 50 * MIB
+    assert sum(path.stat().st_size for path in files.values()) <= 80 * MIB
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_only_verified_weights_are_a_default(network):
+    tag = timm.get_pretrained_cfg(network).tag
+    verified = [entry.name for entry in CHECKPOINTS if entry.network == network and entry.verified]
+    assert timm.list_pretrained(f"{network}.*") == sorted(verified)
+    if verified:
+        assert f"{network}.{tag}" in verified
+    else:
+        with pytest.raises(WeightsError, match=r"no verified weights|there are no weights"):
+            timm.create_model(network, pretrained=True)
+
+
+# Fetching
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with hub_double() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        huggingface_hub.close_session()
+        server.files["org/repo/weights.safetensors"] = b"the weights"
+        yield server
+    huggingface_hub.close_session()
+
+
+def an_entry(content=b"the weights", **fields):
+    entry = Entry(name="network.tag", group="group", num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1))
+    return replace(entry, **{"source": PINNED, "sha256": hashlib.sha256(content).hexdigest()} | fields)
+
+
+def test_a_pinned_file_is_downloaded_once_and_then_no_socket_is_opened(hub, tmp_path, monkeypatch):
+    path = fetch(an_entry(), tmp_path)
+    assert path.read_bytes() == b"the weights"
+    assert path.is_relative_to(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a warm load opened a socket")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    hub.requests.clear()
+    assert fetch(an_entry(), tmp_path) == path
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("damaged", [b"the veights", b"the wei", b""], ids=["one bit", "truncated", "empty"])
+def test_a_damaged_file_in_the_cache_is_downloaded_once_more(hub, tmp_path, damaged):
+    path = fetch(an_entry(), tmp_path)
+    path.write_bytes(damaged)
+    hub.requests.clear()
+    assert fetch(an_entry(), tmp_path).read_bytes() == b"the weights"
+    assert hub.requests.count(f"GET /org/repo/resolve/{COMMIT}/weights.safetensors") == 1
+
+
+def test_a_hub_that_serves_other_bytes_is_not_believed(hub, tmp_path):
+    hub.files["org/repo/weights.safetensors"] = b"other weights"
+    with pytest.raises(WeightsError) as error:
+        fetch(an_entry(), tmp_path)
+    for part in ("weights.safetensors", an_entry().sha256, hashlib.sha256(b"other weights").hexdigest(), "What to do"):
+        assert part in str(error.value)
+
+
+def test_a_damaged_file_is_refused_where_the_hub_cannot_be_asked(hub, tmp_path, monkeypatch):
+    fetch(an_entry(), tmp_path).write_bytes(b"the veights")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    with pytest.raises(WeightsError, match=f"has sha256 .*, expected {an_entry().sha256}.*What to do"):
+        fetch(an_entry(), tmp_path)
+
+
+def test_without_a_hub_a_cold_cache_is_reported_soon(hub, tmp_path):
+    hub.shutdown()
+    hub.server_close()
+    started = time.monotonic()
+    with pytest.raises(WeightsError, match=r"cannot get the weights of network\.tag .*by hand"):
+        fetch(an_entry(), tmp_path)
+    assert time.monotonic() - started < 10
+
+
+def test_offline_mode_is_honoured(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    with pytest.raises(WeightsError, match="OfflineModeIsEnabled"):
+        fetch(an_entry(), tmp_path)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("source", [PINNED.replace("weights", "others"), PINNED.replace(COMMIT, "f" * 40)])
+def test_a_file_that_the_hub_does_not_have_is_reported(hub, tmp_path, source):
+    with pytest.raises(WeightsError, match=r"cannot get the weights of network\.tag"):
+        fetch(an_entry(source=source), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["bundled:../manifest.py", "hf://org/repo@main:a", "https://example.org/a.pth"])
+def test_a_source_that_is_not_pinned_or_leads_elsewhere_is_refused(source):
+    with pytest.raises(WeightsError, match="it must be bundled:FILE or hf://"):
+        fetch(an_entry(source=source))
+
+
+def test_a_bundled_file_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["spd_zoo.weights.fetch"], "BUNDLED", tmp_path)
+    entry = an_entry(source="bundled:weights.safetensors")
+    with pytest.raises(WeightsError, match="is missing"):
+        fetch(entry)
+    (tmp_path / "weights.safetensors").write_bytes(b"the weights")
+    assert fetch(entry) == tmp_path / "weights.safetensors"
+    (tmp_path / "weights.safetensors").write_bytes(b"the veights")
+    with pytest.raises(WeightsError, match=f"has sha256 .*, expected {entry.sha256}"):
+        fetch(entry)
+
+
+def test_a_hub_file_without_a_known_sha256_loads_with_a_warning(hub, tmp_path):
+    with pytest.warns(UserWarning, match="not verified"):
+        assert fetch(an_entry(sha256=None), tmp_path).read_bytes() == b"the weights"
+
+
+DRIVE = "https://drive.google.com/uc?export=download&id=1"
+
+
+@pytest.fixture
+def drive(monkeypatch):
+    """`gdown` as a stand-in; what `content` is: the next downloads' bytes, or the error that they raise."""
+    module = types.SimpleNamespace(DownloadError=type("DownloadError", (Exception,), {}), links=[], content=b"theirs")
+
+    def download(url, output, **kwargs):
+        module.links.append(url)
+        if isinstance(module.content, Exception):
+            Path(output).write_bytes(b"half of")
+            raise module.content
+        Path(output).write_bytes(module.content)
+
+    module.download = download
+    monkeypatch.setitem(sys.modules, "gdown", module)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return module
+
+
+def test_the_authors_file_is_downloaded_once_with_a_warning_each_time(drive, tmp_path):
+    entry = an_entry(source=None, sha256=None, original_link=DRIVE)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="not verified"):
+            path = fetch(entry, tmp_path)
+        assert path.read_bytes() == b"theirs"
+    assert drive.links == [DRIVE]
+    assert path == tmp_path / "spd_zoo" / "originals" / "network.tag.pth"
+
+
+def test_the_authors_file_is_checked_once_its_sha256_is_known(drive, tmp_path):
+    with pytest.raises(WeightsError, match="has sha256"):
+        fetch(an_entry(source=None, original_link=DRIVE), tmp_path)
+
+
+def test_a_failed_download_of_the_authors_file_leaves_nothing_behind(drive, tmp_path):
+    entry = an_entry(source=None, sha256=None, original_link=DRIVE)
+    for error in (drive.DownloadError("quota"), ConnectionError("no route")):
+        drive.content = error
+        with pytest.raises(WeightsError, match=f"{error}.*get it from {re.escape(DRIVE)} by hand"):
+            fetch(entry, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("obstacle", ["no gdown", "offline", "folder"])
+def test_what_cannot_be_downloaded_is_to_be_got_by_hand(drive, tmp_path, monkeypatch, obstacle):
+    link = DRIVE
+    if obstacle == "no gdown":
+        monkeypatch.setitem(sys.modules, "gdown", None)
+    elif obstacle == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        link = "https://drive.google.com/drive/folders/1"
+    with pytest.raises(WeightsError, match=r"not verified|HF_HUB_OFFLINE") as error:
+        fetch(an_entry(source=None, sha256=None, original_link=link), tmp_path)
+    assert f"get it from {link} by hand" in str(error.value)
+    assert drive.links == []
+
+
+# Loading
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The smallest network, untrained, with ten classes."""
+    torch.manual_seed(0)
+    return timm.create_model("pyconvresnet18", num_classes=10).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_file(small.state_dict(), path)
+    return path
+
+
+def load(file, name="pyconvresnet18", **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs).eval()
+
+
+def test_a_number_of_classes_in_the_overlay_means_the_same(checkpoint):
+    overlay = {"file": str(checkpoint), "num_classes": 7}
+    net = timm.create_model("pyconvresnet18", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert (net.num_classes, net.pretrained_cfg["num_classes"]) == (7, 10)
+
+
+def test_a_file_without_a_classifier_makes_a_network_without_one(small, tmp_path):
+    body = {key: tensor for key, tensor in small.state_dict().items() if not key.startswith("head.fc")}
+    save_file(body, tmp_path / "body.safetensors")
+    assert load(tmp_path / "body.safetensors").num_classes == 0
+    assert load(tmp_path / "body.safetensors", num_classes=7).num_classes == 7
+
+
+def test_features_load_the_same_weights(small, checkpoint):
+    image = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        maps = load(checkpoint, features_only=True, out_indices=(1, 4))(image)
+        expected = small.forward_intermediates(image, indices=[1, 4], intermediates_only=True)
+    for ours, theirs in zip(maps, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_features_are_refused_a_checkpoint_that_does_not_fit(small, tmp_path):
+    tensors = dict(small.state_dict())
+    del tensors["stages.2.1.bn1.weight"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"does not fit pyconvresnet18: 1 of .*stages\.2\.1\.bn1\.weight; it fits no "
+    ):
+        load(tmp_path / "a.safetensors", features_only=True)
+
+
+def test_a_checkpoint_of_another_family_is_refused(checkpoint):
+    with pytest.raises(WeightsError, match=r"does not fit resnet18_spd: .*it fits pyconvresnet18$"):
+        load(checkpoint, "resnet18_spd")
+
+
+def test_a_broken_classifier_is_refused(small, tmp_path):
+    save_file(small.state_dict() | {"head.fc.weight": torch.zeros(10, 3)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"head\.fc\.weight has shape"):
+        load(tmp_path / "a.safetensors")
+    assert load(tmp_path / "a.safetensors", num_classes=7).num_classes == 7
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def broken_files(small, checkpoint, folder):
+    torch.save(small.state_dict(), folder / "whole.pth")
+    contents = {
+        "truncated.safetensors": checkpoint.read_bytes()[:-1000],
+        "truncated.pth": (folder / "whole.pth").read_bytes()[:-1000],
+        "empty.safetensors": b"",
+        "empty.pth": b"",
+        "page.safetensors": b"<!DOCTYPE html><html>Quota exceeded</html>",
+        "page.pth": b"<!DOCTYPE html><html>Quota exceeded</html>",
+        "payload.pth": pickle.dumps({"state_dict": Payload(folder / "trace")}, protocol=2),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    torch.save({"model": {"epoch": 1, "stem.0.weight": torch.zeros(1)}}, folder / "no tensors.pth")
+    torch.save({"state_dict": Payload(folder / "trace")}, folder / "zipped payload.pth")
+    torch.save([torch.zeros(1)], folder / "list.pth")
+    torch.save({}, folder / "nothing.pth")
+    return [*contents, "no tensors.pth", "zipped payload.pth", "list.pth", "nothing.pth", "missing.pth", "."]
+
+
+def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(small, checkpoint, tmp_path):
+    for name in broken_files(small, checkpoint, tmp_path):
+        with pytest.raises(WeightsError) as error:
+            load(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+    assert not (tmp_path / "trace").exists()
+    with pytest.raises(AttributeError):  # the payload works where pickle is trusted; then nothing like a dict is left
+        pickle.loads((tmp_path / "payload.pth").read_bytes())["state_dict"].items()
+    assert (tmp_path / "trace").exists()
+
+
+def warnings_of_loading(caplog):
+    builder = [record for record in caplog.records if record.name == "timm.models._builder"]
+    return [record.message for record in builder if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_a_saved_network_is_loaded_again(tmp_path, caplog, name, in_chans):
+    net = timm.create_model(name, num_classes=10, in_chans=in_chans).eval()
+    save_for_hf(net, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    again = timm.create_model(name, num_classes=10, in_chans=in_chans)
+    load_checkpoint(again, str(tmp_path / "model.safetensors"))
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+        assert torch.equal(again.state_dict()[key], tensor)
+    assert warnings_of_loading(caplog) == []
+
+
+@pytest.mark.parametrize("how", ["local-dir", "file"])
+@pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
+def test_a_network_for_grey_images_computes_what_it_did_for_the_three_channels(tmp_path, caplog, name, how):
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=10).eval()
+    save_for_hf(net, str(tmp_path), safe_serialization=True)
+    if how == "file":
+        grey = load(tmp_path / "model.safetensors", name, in_chans=1)
+    else:
+        grey = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1).eval()
+    image = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(grey(image), net(image.expand(1, 3, 64, 64)), rtol=1e-4, atol=1e-4)
+    assert warnings_of_loading(caplog) == []
+
+
+# A tag, from the manifest to the network
+
+
+LOAD_TWICE = """
+import socket, sys, timm, torch, spd_zoo
+net = timm.create_model("resnet50_spd", pretrained=True)
+def refuse(*args): raise AssertionError("a warm load opened a socket")
+socket.create_connection = socket.socket.connect = refuse
+again = timm.create_model("resnet50_spd.spd_cifar10", pretrained=True, num_classes=10)
+assert torch.equal(again.stem[1].weight, net.stem[1].weight)
+print(spd_zoo.__file__, net.pretrained_cfg["tag"], net.num_classes, float(net.head.fc.bias[0]))
+"""
+
+
+@pytest.mark.slow
+def test_an_entry_that_moves_to_the_hub_is_loaded_from_there_and_is_a_default(tmp_path):
+    net = timm.create_model("resnet50_spd", num_classes=100)
+    torch.nn.init.constant_(net.head.fc.bias, 0.25)
+    save_file({key: tensor.half() for key, tensor in net.state_dict().items()}, tmp_path / "weights.safetensors")
+    manifest = copy.deepcopy(MANIFEST)
+    entry = manifest["resnet_spd"]["resnet50_spd.spd_cifar10"]
+    entry.update(source=PINNED, sha256=sha256_of(tmp_path / "weights.safetensors"))
+    jsonschema.validate(manifest, SCHEMA)
+    package = tmp_path / "site" / "spd_zoo"
+    shutil.copytree(Path(spd_zoo.__file__).parent, package, ignore=shutil.ignore_patterns("bundled", "__pycache__"))
+    (package / "weights_manifest.json").write_text(json.dumps(manifest))
+    with hub_double() as server:
+        server.files["org/repo/weights.safetensors"] = (tmp_path / "weights.safetensors").read_bytes()
+        environment = server.environment | {"PYTHONPATH": str(package.parent), "HF_HOME": str(tmp_path / "hf")}
+        environment.pop("HF_HUB_CACHE", None)
+        command = [sys.executable, "-c", LOAD_TWICE]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(package / "__init__.py"), "spd_cifar10", "100", "0.25"]
+    assert list((tmp_path / "hf").rglob("weights.safetensors"))
+
+
+def test_the_error_for_an_unknown_tag_names_those_that_exist():
+    with pytest.raises(WeightsError, match=r"no weights called resnet50_spd\.nonsense; .*resnet50_spd\.spd_cifar10"):
+        timm.create_model("resnet50_spd.nonsense", pretrained=True)
+
+
+def test_an_unverified_tag_is_loaded_by_name_from_the_authors(drive, tmp_path):
+    net = timm.create_model("resnet50_spd", num_classes=1000)
+    save = tmp_path / "theirs.pth"
+    torch.save({f"module.{key}": tensor for key, tensor in net.state_dict().items()}, save)
+    drive.content = save.read_bytes()
+    name = "pyconvresnet50.in1k"
+    with pytest.warns(UserWarning, match="not verified"), pytest.raises(WeightsError, match=r"it fits resnet50_spd$"):
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+    drive.content = b"<!DOCTYPE html>"
+    (tmp_path / f"spd_zoo/originals/{name}.pth").unlink()
+    with pytest.warns(UserWarning, match="not verified"), pytest.raises(WeightsError, match="can be read safely"):
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+
+
+def test_a_file_got_by_hand_is_loaded_under_its_tag(tmp_path):
+    net = timm.create_model("resnet50_spd", num_classes=100)
+    save_file(net.state_dict(), tmp_path / "a.safetensors")
+    loaded = load(tmp_path / "a.safetensors", "resnet50_spd.spd_cifar10")
+    assert loaded.pretrained_cfg["tag"] == "spd_cifar10"
+    assert torch.equal(loaded.head.fc.weight, load_file(tmp_path / "a.safetensors")["head.fc.weight"])

@@ -1,0 +1,290 @@
+"""How fast our networks are: against the same networks written the plain way, and against timm's resnet50.
+
+    python tools/benchmark.py --network pyconvresnet50 [--threads 2] [--batch 16] [--forms 'inference-fp32-*'] [--quick]
+
+The plain way is that of the papers' code: space-to-depth by slices and concatenation, every level of a pyramid its own
+convolution. "/ plain" compares with it as the papers run it (contiguous, eager, BatchNorm as it is, same precision),
+"/ plain, same form" and "/ resnet50" with the same form. All contenders alternate in one process; images/s are medians
+over the rounds, ratios are medians of the ratios of each round. Before anything is timed, all must agree in their
+results. Peak memory is that of one step in a process of its own, beyond what the process needs before (Linux).
+
+A trap: with one thread and a batch below 16, torch computes fp32 1x1 and 3x3 convolutions by a slow built-in kernel.
+"""
+
+import argparse
+import copy
+import fnmatch
+import itertools
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d
+
+QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # patterns of forms
+
+
+@dataclass(frozen=True)
+class Form:
+    """In which form a network is run."""
+
+    step: str = "inference"  # or train: forward, backward and SGD
+    precision: str = "fp32"  # or bf16: the weights in inference, autocast in training
+    layout: str = "contiguous"  # or channels_last
+    mode: str = "eager"  # or compile
+    folded: str = ""  # or folded: BatchNorm folded into the convolution in front of it
+
+    def __str__(self) -> str:
+        parts = (self.step, self.precision, self.layout, self.mode, self.folded)
+        return "-".join(part for part in parts if part)
+
+
+FORMS = [
+    Form(*parts)
+    for parts in itertools.product(
+        ("inference", "train"), ("fp32", "bf16"), ("contiguous", "channels_last"), ("eager", "compile"), ("", "folded")
+    )
+    if parts[0] == "inference" or not parts[-1]
+]
+
+
+class PlainSpaceToDepth(nn.Module):
+    """`SpaceToDepth` by slices and concatenation."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, 4C, ceil(H / 2), ceil(W / 2))."""
+        x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
+        if self.order == "rows_first":
+            return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
+        phases = [x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]]
+        return torch.stack(phases, 2).flatten(1, 2)  # stack is a concatenation that keeps a group's channels together
+
+
+class PlainPyConv(nn.ModuleDict):
+    """`PyConv2d` with one convolution per level."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the concatenated outputs of the levels."""
+        return torch.cat([level(x) for level in self.values()], 1)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """One of our layers written the plain way, with the same weights; any other module with its children so."""
+    if isinstance(module, SpaceToDepth):
+        return PlainSpaceToDepth(module.order)
+    if isinstance(module, SPDConv2d | PhaseMix):
+        conv = nn.Conv2d(
+            module.in_channels, module.out_channels, module.kernel_size[0], groups=module.groups, bias=False
+        )
+        conv.weight = module.weight
+        down = PlainSpaceToDepth("channels_first")
+        if isinstance(module, PhaseMix) or module.kernel_size[0] == 1:
+            return nn.Sequential(down, conv)
+        before, after = module.pad_before // 2, module.pad_after // 2
+        return nn.Sequential(down, nn.ZeroPad2d((before, after, before, after)), conv)
+    if isinstance(module, PyConv2d):
+        return PlainPyConv({name: plain(level) for name, level in module.items()})
+    for name, child in module.named_children():
+        setattr(module, name, plain(child))
+    return module
+
+
+def plain_twin(net: nn.Module) -> nn.Module:
+    """The same network, with equal weights, written the plain way."""
+    return plain(copy.deepcopy(net))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaves = (SpaceToDepth, SPDConv2d, PhaseMix, PyConv2d, PlainSpaceToDepth, PlainPyConv)
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def fold_batchnorm(net: nn.Module) -> nn.Module:
+    """A copy for inference, in which every BatchNorm right behind a convolution or pyramid is part of it."""
+    net = copy.deepcopy(net).eval()
+    modules = dict(net.named_modules())
+    for node in _Tracer().trace(net).nodes:
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        source = node.all_input_nodes[0]
+        conv = modules.get(str(source.target)) if source.op == "call_module" else None
+        if len(source.users) == 1 and isinstance(conv, nn.Conv2d | PyConv2d | PlainPyConv):
+            _fold(conv, norm)
+            net.set_submodule(str(node.target), nn.Identity())
+    return net
+
+
+def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
+    convs = [module for module in conv.modules() if isinstance(module, nn.Conv2d)]
+    assert norm.running_mean is not None and norm.running_var is not None
+    values = [norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach()]
+    splits = [value.split([level.out_channels for level in convs]) for value in values]
+    for level, mean, var, scale, shift in zip(convs, *splits, strict=True):
+        level.weight, level.bias = fuse_conv_bn_weights(level.weight, level.bias, mean, var, norm.eps, scale, shift)
+
+
+def check_agreement(nets: dict[str, nn.Module], image_size: int) -> None:
+    """Raises if networks that must give the same result do not."""
+    x = torch.randn(2, 3, image_size, image_size)
+    with torch.inference_mode():
+        results = {name: net.eval()(x) for name, net in nets.items()}
+    first, *others = results
+    for name in others:
+        error = (results[name] - results[first]).abs().max() / results[first].std()
+        if not error < 1e-3:
+            raise AssertionError(f"{name} differs from {first} by {error:.2g} of the results' standard deviation")
+
+
+def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callable[[], None]:
+    """A function that runs one batch through a copy of `net` in the given form; warmed up."""
+    layout = torch.channels_last if form.layout == "channels_last" else torch.contiguous_format
+    net = fold_batchnorm(net) if form.folded else copy.deepcopy(net)
+    net = net.train(form.step == "train").to(memory_format=layout)
+    x = torch.randn(batch, 3, image_size, image_size).to(memory_format=layout)
+    bf16 = form.precision == "bf16"
+    if bf16 and form.step == "inference":
+        net, x = net.bfloat16(), x.bfloat16()
+    run: Callable[[Tensor], Tensor] = torch.compile(net) if form.mode == "compile" else net
+    if form.step == "inference":
+
+        def step() -> None:
+            with torch.inference_mode():
+                run(x)
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
+        labels = torch.zeros(batch, dtype=torch.long)
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(run(x), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step()
+    return step
+
+
+def time_steps(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round; every second round goes backwards."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds):
+        for name, step in reversed(steps.items()) if i % 2 else steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def build(network: str, way: str) -> nn.Module:
+    """A network with reproducible random weights and BatchNorm statistics, as it is or written the plain way."""
+    torch.manual_seed(0)
+    net = timm.create_model(network)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for name, tensor in module.state_dict().items():
+                if name in ("weight", "running_var"):
+                    nn.init.uniform_(tensor, 0.5, 1.5)
+                elif name in ("bias", "running_mean"):
+                    nn.init.normal_(tensor, std=0.1)
+    return plain_twin(net) if way == "plain" else net
+
+
+def _peak_mib(network: str, way: str, form: Form, batch: int, image_size: int, threads: int) -> float:
+    torch.set_num_threads(threads)
+    start = _high_water_mib()
+    make_step(build(network, way), form, batch, image_size)()
+    return _high_water_mib() - start
+
+
+def _high_water_mib() -> float:
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(match[1]) / 1024 if match else float("nan")
+
+
+def measure_memory(network: str, way: str, form: Form, args: argparse.Namespace) -> float:
+    """Peak memory of one step in a fresh process, in MiB."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_mib, network, way, form, args.batch, args.image_size, torch.get_num_threads()).result()
+
+
+def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """One row per form: images/s, ratios (above 1: ours is faster) and memory."""
+    nets = {"ours": build(network, "ours"), "plain": build(network, "plain")}
+    check_agreement({**nets, **{f"{way}, folded": fold_batchnorm(net) for way, net in nets.items()}}, args.image_size)
+    rival = build("resnet50", "ours")
+    for form in forms:
+        torch._dynamo.reset()
+        contenders = {
+            "ours": (nets["ours"], form),
+            "plain": (nets["plain"], Form(form.step, form.precision)),
+            "plain, same form": (nets["plain"], form),
+            "resnet50": (rival, form),
+        }
+        steps = {name: make_step(net, its, args.batch, args.image_size) for name, (net, its) in contenders.items()}
+        seconds = time_steps(steps, args.rounds)
+        row: dict[str, Any] = {"network": network, "form": str(form)}
+        for name, times in seconds.items():
+            row[name] = args.batch / statistics.median(times)
+        for name in list(seconds)[1:]:
+            row[f"/ {name}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[name], strict=True))
+        if args.memory and form.mode == "eager":
+            row["MiB"] = measure_memory(network, "ours", form, args)
+            row["MiB plain"] = measure_memory(network, "plain", Form(form.step, form.precision), args)
+        yield row
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="pyconvresnet50", help='a name, or "all" for all of spd_zoo')
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--forms", nargs="+", default=["*"], help="patterns, as train-fp32-channels_last-*")
+    parser.add_argument("--quick", action="store_true", help=f"the forms {', '.join(QUICK)}; no memory")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.forms, args.memory = QUICK, False
+    forms = [form for form in FORMS if any(fnmatch.fnmatch(str(form), pattern) for pattern in args.forms)]
+    if not forms:
+        parser.error(f"no form matches {args.forms}; there are: {', '.join(map(str, FORMS))}")
+    torch.set_num_threads(args.threads)
+    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+    note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
+    print(f"# {note}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; images/s", file=sys.stderr)
+    for name in own if args.network == "all" else [args.network]:
+        for row in benchmark(name, forms, args):
+            if args.json:
+                print(json.dumps(row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}))
+            else:
+                cells = (f"{key} {value:.2f}" for key, value in row.items() if isinstance(value, float))
+                print(f"{row['network']} {row['form']}: {' | '.join(cells)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""Puts the network of a finished run into the package, with its accuracy measured, and enters it in the manifest.
+
+    python tools/bundle_weights.py RUN pyconvresnet50_spd.cifar100 --dataset CIFAR-100 --hardware "2 CPU cores"
+
+The weights are stored as fp16. The input size is the one of `--image-sizes` with the best accuracy on the images that
+the run held out; the accuracy that is entered is measured once, on the test split, with the stored weights in fp32.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from spd_zoo.complexity import count_macs, count_params
+from spd_zoo.training.data import DataError, LabelledImages, loader, open_data, train_val_split
+from spd_zoo.training.finetune import top1
+from spd_zoo.weights.fetch import BUNDLED, sha256_of
+from spd_zoo.weights.manifest import manifest_path
+
+
+def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: dict[str, Any]) -> float:
+    """Top-1 in per cent at `image_size`."""
+    normalize = {"mean": cfg["mean"], "std": cfg["std"]}
+    batches = loader(data, image_size, 250, False, 2, crop_pct=1.0, interpolation=cfg["interpolation"], **normalize)
+    return top1(net, batches, "cpu")
+
+
+def save_fp16(run: Path, target: Path) -> None:
+    """Writes the run's weights as fp16, counters as they are, through a temporary file."""
+    state_dict = load_file(run / "model.safetensors")
+    halves = {key: value.half() if value.is_floating_point() else value for key, value in state_dict.items()}
+    if not all(value.isfinite().all() for value in halves.values()):
+        raise SystemExit(f"{run}: a weight does not fit into fp16")
+    target.parent.mkdir(exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    save_file(halves, temporary, metadata={"format": "pt"})
+    temporary.replace(target)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Bundles one run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name", help="network.tag of the new entry")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--hardware", required=True)
+    parser.add_argument("--notes")
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[48, 56, 64])
+    options = parser.parse_args(argv)
+
+    recipe = json.loads((options.run / "run.json").read_text(encoding="utf-8"))
+    cfg = json.loads((options.run / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    train, test = open_data(Path(recipe["data"]), "train"), open_data(Path(recipe["data"]), "test")
+    if train is None or test is None:
+        raise DataError(f"{recipe['data']} has no train or no test split")
+    _, val = train_val_split(train, recipe["val_size"], recipe["seed"])
+
+    file = BUNDLED / f"{options.name}.safetensors"
+    save_fp16(options.run, file)
+    network = options.name.partition(".")[0]
+    net = timm.create_model(network, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    feature_info: Any = net.feature_info
+    net = net.to(memory_format=torch.channels_last)
+    on_val = {size: round(accuracy(net, val, size, cfg), 2) for size in options.image_sizes}
+    size = max(on_val, key=lambda pixels: on_val[pixels])
+    top = accuracy(net, test, size, cfg)
+    print(f"held-out top-1 by image size: {on_val}; test top-1 at {size} px: {top:.2f} %")
+
+    manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
+    group = next(group for group, members in manifest.items() if network in members)
+    measured = {"metric": "top1", "measured_by": "us"}
+    reduction = feature_info[-1]["reduction"]
+    manifest[group][options.name] = {
+        "num_classes": net.num_classes,
+        "input_size": [net.in_chans, size, size],
+        "params": count_params(net),
+        "macs": count_macs(timm.create_model(network, num_classes=net.num_classes, device="meta"), (3, size, size)),
+        "pool_size": [-(-size // reduction)] * 2,
+        "mean": cfg["mean"],
+        "std": cfg["std"],
+        "crop_pct": cfg["crop_pct"],
+        "interpolation": cfg["interpolation"],
+        "source": f"bundled:{file.name}",
+        "sha256": sha256_of(file),
+        "size": file.stat().st_size,
+        "license": "apache-2.0",
+        "dataset": options.dataset,
+        "class_names": train.class_names,
+        "recipe": {key: value for key, value in recipe.items() if key not in ("data", "out", "workers", "device")}
+        | {"hardware": options.hardware, "torch": torch.__version__},
+        "metrics": [
+            {"dataset": f"{options.dataset} test", "value": round(top, 2), "input_size": size} | measured,
+            {"dataset": f"{options.dataset} held-out train", "value": on_val[size], "input_size": size} | measured,
+        ],
+    }
+    if options.notes:
+        manifest[group][options.name]["notes"] = options.notes
+    temporary = manifest_path().with_suffix(".tmp")
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(manifest_path())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

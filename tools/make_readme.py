@@ -1,0 +1,98 @@
+"""Writes the README's tables from the manifest and the recorded speeds: `python tools/make_readme.py [--check]`."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spd_zoo.weights import Entry, entries
+
+ROOT = Path(__file__).parent.parent
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def networks() -> str:
+    """Every network: its size, and the input it was made for."""
+    rows = []
+    for entry in entries().values():
+        if not entry.tag and entry.params and entry.macs:
+            size = f"{entry.input_size[1]} px, {entry.num_classes} classes"
+            rows.append([f"`{entry.name}`", f"{entry.params / 1e6:.2f}", f"{entry.macs / 1e9:.2f}", size])
+    return table(["network", "parameters (M)", "MACs (G)", "counted at"], rows)
+
+
+def checkpoints() -> str:
+    """Every checkpoint: what it was trained on, how good it is and who says so, and where it is."""
+    rows = []
+    for entry in entries().values():
+        if entry.tag:
+            figures = ", ".join(_figure(metric) for metric in entry.metrics)
+            rows.append([f"`{entry.name}`", str(entry.dataset), figures, _place(entry), str(entry.license)])
+    return table(["weights", "trained on", "top-1", "file", "licence"], rows)
+
+
+def _figure(metric: dict[str, Any]) -> str:
+    who = "measured here" if metric["measured_by"] == "us" else "the authors' figure"
+    return f"{metric['value']:.2f} % on {metric['dataset']} at {metric['input_size']} px ({who})"
+
+
+def _place(entry: Entry) -> str:
+    if entry.verified:
+        return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
+    return f"[authors' link]({entry.original_link}), not verified"
+
+
+def speed() -> str:
+    """The ratios that `tools/benchmark.py` measured."""
+    record = json.loads((ROOT / "tools" / "speed.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"`{row['network']}`",
+            row["form"],
+            f"{row['images_per_s']:.1f}",
+            f"{row['vs_plain']:.2f}",
+            "" if row.get("vs_resnet50") is None else f"{row['vs_resnet50']:.2f}",
+        ]
+        for row in record["rows"]
+    ]
+    head = ["network", "form", "images/s", "against its plain way", "against timm's resnet50 in the same form"]
+    return f"{record['machine']}\n\n{table(head, rows)}"
+
+
+def render(text: str) -> str:
+    """The README with every generated part made anew."""
+    for name, make in (("networks", networks), ("checkpoints", checkpoints), ("speed", speed)):
+        pattern = rf"(<!-- {name}: tools/make_readme.py -->\n).*?(<!-- end -->)"
+        made = make().replace("\\", r"\\")
+        text, count = re.subn(pattern, rf"\g<1>{made}\n\g<2>", text, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} parts called {name}, expected 1")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the README, or with --check says whether it is current; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the README is not current")
+    options = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    current = render(text)
+    if options.check:
+        if text != current:
+            print("README.md is not current: run python tools/make_readme.py", file=sys.stderr)
+        return int(text != current)
+    readme.write_text(current, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

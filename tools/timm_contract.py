@@ -1,0 +1,177 @@
+"""Runs timm's own tests/test_models.py, of the installed timm, against our classification networks.
+
+    python tools/timm_contract.py [--all] [-m MARKERS] [any other option of pytest's]
+
+Without --all only the shallowest network of each architecture is tested. The tests come from timm's source distribution
+on the package registry and are kept in the user's cache directory. Exit status: pytest's; 1 also if a test of one of
+our networks was skipped; 2 if timm's tests cannot be had.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+import spd_zoo  # noqa: F401  (registers the networks)
+from spd_zoo.models._classifier import Classifier
+
+# Tests that timm runs on a few networks of its own, given by name, but that hold for any: here they run on ours.
+# The values go to the arguments besides the network's name. test_feature_getter_stage_ends_torchscript is not among
+# them: it scripts forward_intermediates, which timm's own ResNet cannot either; torch deprecates TorchScript.
+ANY_NETWORK: dict[str, tuple[Any, ...]] = {
+    "test_reset_classifier_keeps_pool": (),
+    "test_features_only_grad_checkpointing_backward": (),
+    "test_head_hidden_size": ({},),
+    "test_headless_checkpoint_reload": ({},),
+    "test_model_features_output_stride": (),
+    "test_prune_intermediate_layers_params_used": (),
+    "test_features_only_feature_cls_class": (),
+    "test_forward_after_prune_intermediate_layers": (),
+    "test_prune_intermediate_layers_last_feature": (True,),
+    "test_prune_to_stem_feature": (),
+    "test_forward_intermediates_stop_early_final_norm": ({},),
+    "test_resnetv2_stem_feature_odd_size": ({},),
+}
+
+# What cannot apply to some of our networks: pattern of the test's id -> reason. Every other test that is left out names
+# networks or layers of timm's own; their names are printed.
+NOT_APPLICABLE = {
+    r"test_model_features_output_stride\[8-resnet\d+_spd\]": "SPD-ResNet has no dilated form and refuses the argument",
+}
+
+
+def classification_networks() -> list[str]:
+    """Our classification networks by name, each architecture's from shallow to deep."""
+    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+    return [name for name in own if isinstance(timm.create_model(name, device="meta"), Classifier)]
+
+
+def one_per_architecture(names: Iterable[str]) -> list[str]:
+    """The first network of each architecture: of one name but for numbers, and one set of layers in the blocks."""
+    chosen: dict[Any, str] = {}
+    for name in names:
+        keys = timm.create_model(name, device="meta").state_dict()
+        layers = frozenset(re.sub(r"^stages\.\d+\.\d+", "block", key) for key in keys)
+        chosen.setdefault((re.sub(r"\d+", "", name), layers), name)
+    return list(chosen.values())
+
+
+def get_timms_tests(cache: Path) -> Path:
+    """timm's test file in `cache`, beside timm's pytest configuration; downloaded if it is not there.
+
+    Raises:
+        RuntimeError: If the registry does not give timm's source distribution.
+    """
+    folder = cache / f"timm-{timm.__version__}"
+    tests = folder / "tests" / "test_models.py"
+    if tests.exists():
+        return tests
+    with tempfile.TemporaryDirectory() as tmp:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "timm", "--dest", tmp]
+        done = subprocess.run([*pip, f"timm=={timm.__version__}"], stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"pip cannot download the source distribution of timm {timm.__version__}: {done.stderr}")
+        with tarfile.open(next(Path(tmp).glob("timm-*.tar.gz"))) as archive:
+            for name in ("pyproject.toml", "tests/conftest.py", "tests/test_models.py"):  # the last one marks the end
+                member = archive.extractfile(f"{folder.name}/{name}")
+                if member is None:
+                    raise RuntimeError(f"the source distribution of timm {timm.__version__} has no file {name}")
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(member.read())
+    return tests
+
+
+class OnlyOurs:
+    """A pytest plugin: timm's tests see our networks alone."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.generic = dict(ANY_NETWORK)  # those not collected yet
+        self.left_out: dict[str, set[str]] = {}  # reason -> tests
+        self.skipped: list[str] = []
+
+    def patch(self) -> None:
+        """Puts our networks in place of timm's lists, before timm's tests import them."""
+        list_models = timm.list_models
+
+        def list_ours(filter: Any = "", module: Any = "", exclude_filters: Any = "", **kwargs: Any) -> list[str]:
+            names = list_models(filter, **kwargs)  # no module and no exclusion leaves one of our networks out
+            return [name for name in names if name.partition(".")[0] in self.names]
+
+        def list_our_pretrained(filter: Any = "", exclude_filters: Any = "") -> list[str]:
+            return list_ours(filter, pretrained=True, include_tags=True)
+
+        vars(timm).update(list_models=list_ours, list_pretrained=list_our_pretrained)
+
+    def pytest_pycollect_makeitem(self, name: str, obj: Any) -> None:
+        """Gives the tests of ANY_NETWORK our networks."""
+        if name in self.generic:
+            others = self.generic.pop(name)
+            values = [(network, *others) if others else network for network in self.names]
+            marks = obj.pytestmark
+            for i, mark in enumerate(marks):
+                if mark.name == "parametrize" and mark.args[0].startswith("model_name"):
+                    marks[i] = pytest.mark.parametrize(mark.args[0], values).mark
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leaves out the tests of timm's own networks, and what cannot apply to ours."""
+        if self.generic:
+            raise pytest.UsageError(f"timm {timm.__version__} has no tests called {', '.join(self.generic)} any more")
+        kept: list[pytest.Item] = []
+        dropped: list[pytest.Item] = []
+        for item in items:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            if str(params.get("model_name")).partition(".")[0] in self.names:
+                reasons = [why for pattern, why in NOT_APPLICABLE.items() if re.fullmatch(pattern, item.name)]
+                test = item.name
+            else:
+                reasons, test = ["about networks or layers of timm's own"], item.name.partition("[")[0]
+            for reason in reasons:
+                self.left_out.setdefault(reason, set()).add(test)
+            (dropped if reasons else kept).append(item)
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Remembers skipped tests."""
+        if report.skipped:
+            self.skipped.append(report.nodeid)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Says what was left out, and why."""
+        terminalreporter.write_line(f"\nnetworks: {', '.join(self.names)}")
+        for reason, tests in self.left_out.items():
+            terminalreporter.write_line(f"left out, {reason}: {', '.join(sorted(tests))}")
+        for test in self.skipped:
+            terminalreporter.write_line(f"SKIPPED, which counts as a failure: {test}")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="all networks, not one per architecture")
+    args, pytest_args = parser.parse_known_args(argv)
+    os.environ.pop("GITHUB_ACTIONS", None)  # there timm would leave out tests and networks
+    try:
+        tests = get_timms_tests(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spd-zoo")
+    except RuntimeError as error:
+        print(f"nothing was tested: {error}", file=sys.stderr)
+        return 2
+    names = classification_networks()
+    plugin = OnlyOurs(names if args.all else one_per_architecture(names))
+    plugin.patch()
+    own = ["-c", str(tests.parent.parent / "pyproject.toml"), "-p", "no:cacheprovider", "--disable-warnings", "-q"]
+    return int(pytest.main([str(tests), *own, *pytest_args], plugins=[plugin])) or int(bool(plugin.skipped))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
