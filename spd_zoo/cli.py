@@ -17,7 +17,7 @@ import timm
 from tqdm import tqdm
 
 from spd_zoo import __version__
-from spd_zoo.predict import Answer, ModelError, check_model, find_images, predict
+from spd_zoo.predict import Answer, ModelError, find_images, predict, timm_name
 from spd_zoo.weights import Entry, WeightsError, entries
 
 __all__ = ["main"]
@@ -72,7 +72,7 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
 
     command = add("predict", _predict, "name what images show")
-    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or local-dir:FOLDER")
+    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
     command.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders or globs")
     command.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes per image (default: 5)")
     command.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")
@@ -194,7 +194,7 @@ def _sentence(metric: dict[str, Any]) -> str:
 
 
 def _info(options: argparse.Namespace) -> int:
-    check_model(options.model)
+    timm_name(options.model)
     entry = entries().get(options.model)
     if entry is None:
         raise CommandError(f"{options.model} is no network of the zoo; `spd-zoo list` shows them")
@@ -263,7 +263,7 @@ def _as_json(answer: Answer) -> dict[str, Any]:
 def _finetune(options: argparse.Namespace) -> int:
     training = _training()
     given = {key: value for key, value in vars(options).items() if key != "run"}
-    check_model(given["model"])
+    timm_name(given["model"])
     try:
         training.finetune(training.FinetuneConfig(**given))
     except ValueError as error:  # a DataError, or an option without meaning

@@ -1,7 +1,6 @@
 """Layers that two families use, or that are worth using alone: space-to-depth and pyramidal convolution."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +9,8 @@ from torch import Tensor, nn
 
 __all__ = ["PhaseMix", "PyConv2d", "SPDConv2d", "SpaceToDepth", "space_to_depth", "spd_weight"]
 
-PhaseOrder = Literal["channels_first", "rows_first"]
 
-
-def space_to_depth(x: Tensor, order: PhaseOrder = "channels_first") -> Tensor:
+def space_to_depth(x: Tensor, order: str = "channels_first") -> Tensor:
     """Moves each 2x2 cell of pixels into channels: (N, C, H, W) -> (N, 4C, ceil(H / 2), ceil(W / 2)).
 
     An odd height or width first gets one row or column of zeros at the bottom or right.
@@ -24,23 +21,26 @@ def space_to_depth(x: Tensor, order: PhaseOrder = "channels_first") -> Tensor:
             `torch.nn.functional.pixel_unshuffle`, which keeps the channels of a convolution group together.
             "rows_first": channel (2dx + dy) * C + c, the order of the SPD-Conv paper's code
             (arXiv 2208.03641, section 3.1).
+
+    Raises:
+        ValueError: If `order` is neither.
     """
-    height, width = x.shape[-2:]
+    height, width = x.shape[-2], x.shape[-1]
     if height % 2 or width % 2:
-        x = F.pad(x, (0, width % 2, 0, height % 2))
-    if order == "rows_first":
-        return torch.cat([x[..., dy::2, dx::2] for dx in (0, 1) for dy in (0, 1)], dim=1)
-    return F.pixel_unshuffle(x, 2)
+        x = F.pad(x, [0, width % 2, 0, height % 2])
+    if order == "channels_first":
+        return F.pixel_unshuffle(x, 2)
+    if order != "rows_first":
+        raise ValueError(f"order is channels_first or rows_first, got {order}")
+    return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
 
 
 @register_notrace_module
 class SpaceToDepth(nn.Module):
     """`space_to_depth` as a module."""
 
-    def __init__(self, order: PhaseOrder = "channels_first") -> None:
+    def __init__(self, order: str = "channels_first") -> None:
         super().__init__()
-        if order not in ("channels_first", "rows_first"):
-            raise ValueError(f"order is channels_first or rows_first, got {order!r}")
         self.order = order
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +196,6 @@ class PyConv2d(nn.ModuleDict):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.stride = stride
         for i, (out, kernel, group) in enumerate(zip(out_chs, kernel_sizes, groups, strict=True)):
             level: nn.Conv2d
             if spd and stride == 2:
@@ -223,39 +222,33 @@ class PyConv2d(nn.ModuleDict):
             for level in self.values():
                 outputs.append(level(x))
         else:
-            outputs = self._packed(x)
+            outputs = self._outputs(x)
         return torch.cat(outputs, 1)
 
     @torch.jit.unused
-    def _packed(self, x: Tensor) -> list[Tensor]:
-        """The levels' outputs; narrow levels on one packed map."""
-        height, width = -(-x.shape[-2] // self.stride), -(-x.shape[-1] // self.stride)
-        phases = 4 if self.stride == 1 and min(height, width) >= 12 else 2
+    def _outputs(self, x: Tensor) -> list[Tensor]:
+        """The levels' outputs, those of the narrow levels computed on one packed map."""
         levels = [level for level in self.values() if isinstance(level, nn.Conv2d)]
-        narrow = [level for level in levels if _is_narrow(level) and x.device.type == "cpu"]
+        narrow = [level for level in levels if x.device.type == "cpu" and _is_narrow(level)]
         outputs: list[Tensor] = [level(x) for level in levels if level not in narrow]
         if narrow:
-            cell = self.stride * phases
-            bottom, right = -x.shape[-2] % cell, -x.shape[-1] % cell
+            height, width = x.shape[-2:]
+            cell = 4 if min(height, width) >= 12 else 2
+            bottom, right = -height % cell, -width % cell
             cells = F.pixel_unshuffle(F.pad(x, [0, right, 0, bottom]) if bottom or right else x, cell)
-            packed = torch.cat([_packed_conv(level, cells, phases) for level in narrow], 1)
-            outputs.append(F.pixel_shuffle(packed, phases)[:, :, :height, :width])
+            packed = torch.cat([_packed_conv(level, cells, cell) for level in narrow], 1)
+            outputs.append(F.pixel_shuffle(packed, cell)[:, :, :height, :width])
         return outputs
 
 
 def _is_narrow(level: nn.Conv2d) -> bool:
-    """Whether packing pays: large kernels over at most 8 channels per group (README, "Speed")."""
-    if isinstance(level, SPDConv2d):
-        return level.strided_kernel_size >= 7 and level.in_channels <= 32 * level.groups
-    return level.kernel_size[0] >= 7 and level.in_channels <= 8 * level.groups and level.dilation == (1, 1)
+    """Whether packing pays on a CPU (README, "Speed"): a large kernel over few channels per group, not strided."""
+    plain = not isinstance(level, SPDConv2d) and level.stride == (1, 1) and level.dilation == (1, 1)
+    return plain and level.in_channels // level.groups <= 2 * (level.kernel_size[0] - 3)
 
 
-def _packed_conv(level: nn.Conv2d, cells: Tensor, phases: int) -> Tensor:
-    """`level` on a packed map: (N, in_chs * cell**2, H, W) -> (N, out_chs * phases**2, H, W)."""
-    if isinstance(level, SPDConv2d):
-        weight, before, after = spd_weight(F.pixel_shuffle(level.weight, 2), 2, level.pad_before, phases)
-    else:
-        weight, before, after = spd_weight(level.weight, level.stride[0], level.kernel_size[0] // 2, phases)
-    if before != after:
-        return F.conv2d(F.pad(cells, [before, after, before, after]), weight, groups=level.groups)
-    return F.conv2d(cells, weight, padding=before, groups=level.groups)
+def _packed_conv(level: nn.Conv2d, cells: Tensor, cell: int) -> Tensor:
+    """`level` on a packed map: (N, in_chs * cell**2, H, W) -> (N, out_chs * cell**2, H, W)."""
+    weight, padding, _ = spd_weight(level.weight, 1, level.kernel_size[0] // 2, cell)
+    bias = None if level.bias is None else level.bias.repeat_interleave(cell**2)
+    return F.conv2d(cells, weight, bias, padding=padding, groups=level.groups)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spd_zoo.weights import WeightsError, entries
 
-__all__ = ["Answer", "Guess", "ModelError", "check_model", "class_names", "find_images", "predict", "read_image"]
+__all__ = ["Answer", "Guess", "ModelError", "class_names", "find_images", "predict", "read_image", "timm_name"]
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
@@ -52,18 +52,20 @@ class Answer:
     error: str | None = None
 
 
-def check_model(name: str) -> None:
-    """Refuses a name that neither the zoo, nor timm, nor a source such as `local-dir:` can serve.
+def timm_name(name: str) -> str:
+    """What timm calls a network given by its name, by a source such as `local-dir:`, or by the folder of a run.
 
     Raises:
-        ModelError: With the nearest names.
+        ModelError: If there is no such network; with the nearest names.
     """
     network = name.partition(".")[0]
     ours = {entry.network for entry in entries().values()}
     if name in entries() or ":" in name or (network not in ours and timm.is_model(network)):
-        return
+        return name
     if Path(name).is_dir():
-        raise ModelError(f"{name} is a folder; to use the network saved in it, write local-dir:{name}")
+        if not (Path(name) / "config.json").is_file():
+            raise ModelError(f"{name} is a folder without config.json; give one that a finished run left")
+        return f"local-dir:{name}"
     nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
     advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
     raise ModelError(f"there is no network {name!r}; {advice}")
@@ -147,7 +149,7 @@ def predict(
     """The answers for image files, in order, each as soon as its batch is computed.
 
     Args:
-        model: A network with pretrained weights, with or without a tag, or `local-dir:FOLDER`.
+        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
         paths: Image files, as `find_images` gives them.
         top_k: Classes per image.
         batch_size: Images in memory at once.
@@ -181,9 +183,9 @@ def predict(
 
 def _load(model: str, device: str) -> nn.Module:
     """A pretrained classifier, ready to compute."""
-    check_model(model)
+    name = timm_name(model)
     try:
-        net: nn.Module = timm.create_model(model, pretrained=True).eval()
+        net: nn.Module = timm.create_model(name, pretrained=True).eval()
     except WeightsError:
         raise
     except _LOADING_ERRORS as error:

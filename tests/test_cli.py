@@ -239,14 +239,11 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
     return given
 
 
-def required_options() -> list[str]:
-    required = [field.name for field in dataclasses.fields(FinetuneConfig) if field.default is dataclasses.MISSING]
-    values = {"model": "resnet18_spd", "data": "photos", "out": "run"}
-    return [part for name in required for part in (f"--{name}", values[name])]
+REQUIRED = ["resnet18_spd", "--data", "photos", "--out", "run"]
 
 
 def test_finetune_leaves_what_is_not_given_to_the_configuration(configs: list[FinetuneConfig]) -> None:
-    assert main(["finetune", *required_options()]) == 0
+    assert main(["finetune", *REQUIRED]) == 0
     assert configs == [FinetuneConfig(model="resnet18_spd", data=Path("photos"), out=Path("run"))]
 
 
@@ -265,7 +262,7 @@ def test_finetune_has_an_option_for_every_field(configs: list[FinetuneConfig]) -
         else:
             expected[field.name] = Path("x") if isinstance(field.default, Path) else "x"
             arguments += [option, "x"]
-    assert main(["finetune", *required_options(), *arguments]) == 0
+    assert main(["finetune", *REQUIRED, *arguments]) == 0
     (config,) = configs
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -297,7 +294,7 @@ def test_what_stops_finetune_is_one_clear_sentence(
         raise raised
 
     monkeypatch.setattr("spd_zoo.training.finetune.finetune", stop)
-    assert main(["finetune", *required_options()]) == 1
+    assert main(["finetune", *REQUIRED]) == 1
     assert capsys.readouterr().err == f"spd-zoo: error: {printed}\n"
 
 
@@ -306,7 +303,7 @@ def test_training_code_that_lacks_a_package_is_one_clear_sentence(
 ) -> None:
     monkeypatch.delitem(sys.modules, "spd_zoo.training.finetune")
     monkeypatch.setitem(sys.modules, "timm.optim", None)
-    assert main(["finetune", *required_options()]) == 1
+    assert main(["finetune", *REQUIRED]) == 1
     assert capsys.readouterr().err == (
         "spd-zoo: error: training needs the package timm.optim: pip install 'spd-zoo[train]'\n"
     )

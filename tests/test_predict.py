@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
-from spd_zoo.predict import ModelError, check_model, class_names, find_images, predict, read_image
+from spd_zoo.predict import ModelError, class_names, find_images, predict, read_image, timm_name
 from spd_zoo.weights import WeightsError
 
 NAMES = ["cat", "dog", "owl"]
@@ -192,7 +192,7 @@ def test_named_and_unnamed_classes_can_mix() -> None:
 
 @pytest.mark.parametrize("name", ["pyconvresnet50.in1k", "pyconvresnet50", "resnet18", "local-dir:somewhere"])
 def test_networks_of_the_zoo_and_of_timm_are_known(name: str) -> None:
-    check_model(name)
+    timm_name(name)
 
 
 @pytest.mark.parametrize(
@@ -205,17 +205,18 @@ def test_networks_of_the_zoo_and_of_timm_are_known(name: str) -> None:
 )
 def test_an_unknown_network_gives_the_nearest_names(name: str, nearest: str) -> None:
     with pytest.raises(ModelError, match=rf"no network '{name}'; the nearest names are .*\b{nearest}\b"):
-        check_model(name)
+        timm_name(name)
 
 
 def test_an_unknown_network_like_no_other_gives_the_command_that_lists_all() -> None:
     with pytest.raises(ModelError, match="`spd-zoo list`"):
-        check_model("qqqqqq")
+        timm_name("qqqqqq")
 
 
-def test_a_folder_given_as_network_gives_the_right_spelling(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"local-dir:{tmp_path}"):
-        check_model(str(tmp_path))
+def test_a_folder_is_a_network_if_a_run_left_one_in_it(saved: str, tmp_path: Path) -> None:
+    assert timm_name(saved.removeprefix("local-dir:")) == saved
+    with pytest.raises(ModelError, match=r"is a folder without config\.json"):
+        timm_name(str(tmp_path))
 
 
 def test_a_network_without_weights_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Classifier(nn.Module):
         self.in_chans = in_chans
         self.grad_checkpointing = False
         self.feature_info = feature_info
+        self.stem_maps = len(feature_info) - len(stages)
         self.stem = stem
         self.stages = stages
         self.num_features: int = feature_info[-1]["num_chs"]
@@ -68,7 +69,7 @@ class Classifier(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, untrained classifier of `num_classes` outputs (0: none); the pooling stays unless given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -111,13 +112,12 @@ class Classifier(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is NCHW, got {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
-        offset = len(self.feature_info) - len(self.stages)
         x = self.stem(x)
-        maps = [x] if offset and 0 in take else []
-        stages = self.stages[: last + 1 - offset] if stop_early else self.stages
+        maps = [x] if self.stem_maps and 0 in take else []
+        stages = self.stages[: last + 1 - self.stem_maps] if stop_early else self.stages
         for i, stage in enumerate(stages):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
-            if i + offset in take:
+            if i + self.stem_maps in take:
                 maps.append(x)
         return maps if intermediates_only else (x, maps)
 
@@ -126,10 +126,9 @@ class Classifier(nn.Module):
     ) -> list[int]:
         """Drops what the maps `indices` do not need; returns their indices."""
         take, last = feature_take_indices(len(self.feature_info), indices)
-        offset = len(self.feature_info) - len(self.stages)
         cut = last + 1 < len(self.feature_info)
         if cut:
-            self.stages = self.stages[: last + 1 - offset]
+            self.stages = self.stages[: last + 1 - self.stem_maps]
             self.num_features = self.feature_info[last]["num_chs"]
             self.head.in_features = self.num_features
         if prune_head or cut:
