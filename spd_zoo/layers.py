@@ -1,13 +1,14 @@
 """Layers that two families use, or that are worth using alone: space-to-depth and pyramidal convolution."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-__all__ = ["PhaseMix", "PyConv2d", "SPDConv2d", "SpaceToDepth", "space_to_depth", "spd_weight"]
+__all__ = ["PhaseMix", "PyConv2d", "SPDConv2d", "SpaceToDepth", "phase_weight", "space_to_depth", "spd_weight"]
 
 
 def space_to_depth(x: Tensor, order: str = "channels_first") -> Tensor:
@@ -48,39 +49,40 @@ class SpaceToDepth(nn.Module):
         return space_to_depth(x, self.order)
 
 
-def spd_weight(weight: Tensor, stride: int, padding: int, phases: int = 1) -> tuple[Tensor, int, int]:
-    """The kernel that computes a strided convolution on packed maps, exactly.
+def spd_weight(weight: Tensor, padding: int) -> Tensor:
+    """The kernel that gives, behind `space_to_depth`, what `weight` gives as a convolution of stride 2.
 
-    A convolution of `stride` s and `phases` q on (C, H, W) equals a convolution of stride 1 on
-    `pixel_unshuffle(x, s * q)` whose result is `pixel_shuffle`d by q: space-to-depth for s = 2, q = 1; packing for
-    q > 1, which trades zero taps for channel groups wide enough for vector units. Output phase y of cell m reads tap
-    `s * q * m + phase - s * y + padding` of the old kernel; taps that the old kernel has not are zero.
+    Tap o of the old kernel, counted from the output's pixel (-padding .. k - 1 - padding), becomes tap floor(o / 2) of
+    phase o mod 2 of the new one; taps that the old kernel has not are zero. The new convolution has stride 1, the same
+    groups, and ceil(padding / 2) cells of zeros before, floor((k - 1 - padding) / 2) behind.
+
+    Args:
+        weight: The old kernel, (out_chs, in_chs / groups, k, k).
+        padding: Zero padding of the old convolution.
+
+    Returns:
+        The new kernel, (out_chs, 4 * in_chs / groups, K, K).
+    """
+    kernel = weight.shape[-1]
+    before, after = padding % 2, (kernel - padding) % 2
+    return F.pixel_unshuffle(F.pad(weight, [before, after, before, after]), 2)
+
+
+def phase_weight(weight: Tensor, stride: int) -> Tensor:
+    """The kernel that computes 2x2 output pixels at once, as channels: a convolution of twice the stride.
+
+    With it, `F.pixel_shuffle(convolution, 2)` is the convolution with `weight` and `stride`. The kernel stands in it
+    four times, once for each output pixel, shifted by `stride`.
 
     Args:
         weight: The old kernel, (out_chs, in_chs / groups, k, k).
         stride: Stride of the old convolution.
-        padding: Zero padding of the old convolution.
-        phases: Rows and columns of output pixels that become channels of one output cell.
 
     Returns:
-        The new kernel (out_chs * q**2, in_chs / groups * (s * q)**2, K, K), and the padding before and after, in cells.
+        The new kernel, (4 * out_chs, in_chs / groups, k + stride, k + stride).
     """
-    out_chs, in_chs, kernel, _ = weight.shape
-    cell = stride * phases
-    before = -(-padding // cell)
-    after = (stride * (phases - 1) + kernel - 1 - padding) // cell
-    size = cell * (before + 1 + after)
-    first = cell * before - padding  # room in front of the old kernel in the window of output phase 0
-    last = first + stride * (phases - 1)  # ... and of the last output phase
-    padded = F.pad(weight, 2 * (last, size - first - kernel))
-    windows = padded.unfold(2, size, stride).unfold(3, size, stride)  # (out, in, q, q, size, size), last phase first
-    if phases > 1:
-        windows = windows.flip(2, 3)
-    cells = windows.reshape(out_chs, in_chs, phases, phases, size // cell, cell, size // cell, cell)
-    packed = cells.permute(0, 2, 3, 1, 5, 7, 4, 6).reshape(
-        out_chs * phases**2, in_chs * cell**2, size // cell, size // cell
-    )
-    return packed, before, after
+    rows = torch.stack([F.pad(weight, [0, 0, 0, stride]), F.pad(weight, [0, 0, stride, 0])], 1)
+    return torch.stack([F.pad(rows, [0, stride]), F.pad(rows, [stride, 0])], 2).flatten(0, 2)
 
 
 @register_notrace_module
@@ -124,7 +126,7 @@ class SPDConv2d(nn.Conv2d):
 
     def from_strided(self, weight: Tensor) -> Tensor:
         """A kernel of the convolution that this one stands for as one of this."""
-        return spd_weight(weight, stride=2, padding=self.strided_kernel_size // 2)[0]
+        return spd_weight(weight, padding=self.strided_kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, ceil(H / 2), ceil(W / 2))."""
@@ -171,7 +173,8 @@ class PhaseMix(nn.Conv2d):
 class PyConv2d(nn.ModuleDict):
     """Pyramidal convolution: kernels of several sizes side by side over the same input (arXiv 2006.11538, section 3).
 
-    Levels whose groups are too narrow for vector units are computed packed (`spd_weight`), which changes no number.
+    Levels whose groups have few output channels are computed four output pixels at a time (`phase_weight`), which
+    changes no number and is faster on a CPU (README, "Speed").
 
     Args:
         in_chs: Input channels; every level reads all of them.
@@ -222,33 +225,33 @@ class PyConv2d(nn.ModuleDict):
             for level in self.values():
                 outputs.append(level(x))
         else:
-            outputs = self._outputs(x)
+            for level in self.values():
+                narrow = x.device.type == "cpu" and is_narrow(level)
+                outputs.append(four_at_a_time(level, x) if narrow else level(x))
         return torch.cat(outputs, 1)
 
-    @torch.jit.unused
-    def _outputs(self, x: Tensor) -> list[Tensor]:
-        """The levels' outputs, those of the narrow levels computed on one packed map."""
-        levels = [level for level in self.values() if isinstance(level, nn.Conv2d)]
-        narrow = [level for level in levels if x.device.type == "cpu" and _is_narrow(level)]
-        outputs: list[Tensor] = [level(x) for level in levels if level not in narrow]
-        if narrow:
-            height, width = x.shape[-2:]
-            cell = 4 if min(height, width) >= 12 else 2
-            bottom, right = -height % cell, -width % cell
-            cells = F.pixel_unshuffle(F.pad(x, [0, right, 0, bottom]) if bottom or right else x, cell)
-            packed = torch.cat([_packed_conv(level, cells, cell) for level in narrow], 1)
-            outputs.append(F.pixel_shuffle(packed, cell)[:, :, :height, :width])
-        return outputs
+
+def is_narrow(level: nn.Module) -> bool:
+    """Whether a level's groups fill too little of a vector: at most 4 output channels each."""
+    return isinstance(level, nn.Conv2d) and level.out_channels // level.groups <= 4 and level.dilation == (1, 1)
 
 
-def _is_narrow(level: nn.Conv2d) -> bool:
-    """Whether packing pays on a CPU (README, "Speed"): a large kernel over few channels per group, not strided."""
-    plain = not isinstance(level, SPDConv2d) and level.stride == (1, 1) and level.dilation == (1, 1)
-    return plain and level.in_channels // level.groups <= 2 * (level.kernel_size[0] - 3)
-
-
-def _packed_conv(level: nn.Conv2d, cells: Tensor, cell: int) -> Tensor:
-    """`level` on a packed map: (N, in_chs * cell**2, H, W) -> (N, out_chs * cell**2, H, W)."""
-    weight, padding, _ = spd_weight(level.weight, 1, level.kernel_size[0] // 2, cell)
-    bias = None if level.bias is None else level.bias.repeat_interleave(cell**2)
-    return F.conv2d(cells, weight, bias, padding=padding, groups=level.groups)
+def four_at_a_time(level: Any, x: Tensor) -> Tensor:
+    """What `level`, SPD or not, gives for `x`, computed as channels of 2x2 pixels (`phase_weight`)."""
+    if isinstance(level, SPDConv2d):
+        weight, stride, before = F.pixel_shuffle(level.weight, 2), 2, level.pad_before
+    else:
+        weight, stride, before = level.weight, level.stride[0], level.kernel_size[0] // 2
+    height, width = -(-x.shape[-2] // stride), -(-x.shape[-1] // stride)
+    weight = phase_weight(weight, stride)
+    bias = None if level.bias is None else level.bias.repeat_interleave(4)
+    kernel, step = weight.shape[-1], 2 * stride
+    behind = [  # padding that the last window needs, whose 2x2 cell may reach over an odd output
+        step * ((out + 1) // 2 - 1) + kernel - before - size
+        for out, size in ((width, x.shape[-1]), (height, x.shape[-2]))
+    ]
+    if all(before - step < need <= before for need in behind):  # then the convolution's own padding does
+        phases = F.conv2d(x, weight, bias, step, before, groups=level.groups)
+    else:
+        phases = F.conv2d(F.pad(x, [before, behind[0], before, behind[1]]), weight, bias, step, groups=level.groups)
+    return F.pixel_shuffle(phases, 2)[:, :, :height, :width]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d, space_to_depth, spd_weight
+from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d, phase_weight, space_to_depth, spd_weight
 
 SIZES = [(1, 1), (2, 3), (7, 4), (12, 13), (16, 16), (31, 26)]
 
@@ -53,35 +53,35 @@ def test_odd_sizes_get_zeros_at_the_bottom_and_right(order: str, size: tuple[int
 
 def test_space_to_depth_refuses_an_unknown_order() -> None:
     with pytest.raises(ValueError, match="columns_first"):
-        SpaceToDepth("columns_first")
+        SpaceToDepth("columns_first")(torch.zeros(1, 1, 2, 2))
 
 
-@pytest.mark.parametrize("phases", [1, 2, 4])
-@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", range(1, 10))
-def test_a_packed_kernel_computes_the_convolution_exactly(kernel: int, stride: int, phases: int) -> None:
-    cell = stride * phases
+def test_a_strided_convolution_is_space_to_depth_and_a_plain_one_exactly(kernel: int) -> None:
     for padding in range(min(kernel, 5)):
         for groups in (1, 2, 4):
-            weight = noise(8, 4 // groups, kernel, kernel)
-            x = noise(2, 4, 19, 26)
-            expected = F.conv2d(x, weight, stride=stride, padding=padding, groups=groups)
-            packed, before, after = spd_weight(weight, stride, padding, phases)
-            cells = F.pixel_unshuffle(F.pad(x, [0, -26 % cell, 0, -19 % cell]), cell)
-            actual = F.conv2d(F.pad(cells, [before, after, before, after]), packed, groups=groups)
-            actual = F.pixel_shuffle(actual, phases)
+            weight, x = noise(8, 4 // groups, kernel, kernel), noise(2, 4, 19, 26)
+            expected = F.conv2d(x, weight, stride=2, padding=padding, groups=groups)
+            before, after = (padding + 1) // 2, (kernel - 1 - padding) // 2
+            cells = F.pad(space_to_depth(x), [before, after, before, after])
+            actual = F.conv2d(cells, spd_weight(weight, padding), groups=groups)
             height, width = (min(a, b) for a, b in zip(actual.shape[2:], expected.shape[2:], strict=True))
             assert height > 4 and width > 8
             torch.testing.assert_close(actual[..., :height, :width], expected[..., :height, :width], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "cells", "padding"), [(3, 2, (1, 0)), (5, 3, (1, 1)), (7, 4, (2, 1)), (9, 5, (2, 2))]
-)
-def test_space_to_depth_kernels_have_the_smallest_size(kernel: int, cells: int, padding: tuple[int, int]) -> None:
-    packed, before, after = spd_weight(noise(2, 3, kernel, kernel), stride=2, padding=kernel // 2)
-    assert packed.shape == (2, 12, cells, cells)
-    assert (before, after) == padding
+@pytest.mark.parametrize(("kernel", "cells"), [(3, 2), (5, 3), (7, 4), (9, 5)])
+def test_space_to_depth_kernels_have_the_smallest_size(kernel: int, cells: int) -> None:
+    assert spd_weight(noise(2, 3, kernel, kernel), padding=kernel // 2).shape == (2, 12, cells, cells)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", range(1, 10))
+def test_four_output_pixels_at_once_are_those_of_the_convolution_exactly(kernel: int, stride: int) -> None:
+    weight, x = noise(8, 2, kernel, kernel), noise(2, 4, 2 * stride + kernel, 4 * stride + kernel)
+    expected = F.conv2d(x, weight, stride=stride, groups=2)[..., :2, :4]
+    phases = F.conv2d(x, phase_weight(weight, stride), stride=2 * stride, groups=2)
+    torch.testing.assert_close(F.pixel_shuffle(phases, 2)[..., :2, :4], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

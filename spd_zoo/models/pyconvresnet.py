@@ -80,9 +80,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return torch.relu(self.drop_path(y) + self.downsample(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.drop_path(self.bn2(self.conv2(y)))
+        y += self.downsample(x)
+        return F.relu(y, inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -111,10 +112,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = torch.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return torch.relu(self.drop_path(y) + self.downsample(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.drop_path(self.bn3(self.conv3(y)))
+        y += self.downsample(x)
+        return F.relu(y, inplace=True)
 
 
 class PyConvResNet(Classifier):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -62,7 +63,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
-        return torch.relu(self.drop_path(self.residual(x)) + self.shortcut(x))
+        y = self.drop_path(self.residual(x))
+        y += self.shortcut(x)
+        return F.relu(y, inplace=True)
 
 
 class SPDResNet(Classifier):
