@@ -17,7 +17,8 @@ import timm
 from tqdm import tqdm
 
 from spd_zoo import __version__
-from spd_zoo.predict import Answer, ModelError, find_images, predict, timm_name
+from spd_zoo.images import find_images
+from spd_zoo.predict import Answer, ModelError, predict, timm_name
 from spd_zoo.weights import Entry, WeightsError, entries
 
 __all__ = ["main"]

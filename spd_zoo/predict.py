@@ -1,33 +1,24 @@
 """Image files in, the most probable classes of each out: what `spd-zoo predict` runs."""
 
 import difflib
-import glob
-import struct
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from spd_zoo.images import read_image
 from spd_zoo.weights import WeightsError, entries
 
-__all__ = ["Answer", "Guess", "ModelError", "class_names", "find_images", "predict", "read_image", "timm_name"]
+__all__ = ["Answer", "Guess", "ModelError", "class_names", "predict", "timm_name"]
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
-_READING_ERRORS = (  # what PIL's decoders raise for broken files
-    *(OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError),
-    *(struct.error, MemoryError, Image.DecompressionBombError),
-)
 
 
 class ModelError(ValueError):
@@ -71,57 +62,6 @@ def timm_name(name: str) -> str:
     raise ModelError(f"there is no network {name!r}; {advice}")
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The files behind files, folders (with the folders in them) and globs, in order.
-
-    What stands for no image, such as a folder without any, stays in the list: reading it says what is wrong.
-    """
-    found = []
-    for pattern in patterns:
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (absolute too)
-        for path in map(Path, matches or [pattern]):
-            inside = sorted(path.rglob("*")) if path.is_dir() else []
-            found += [file for file in inside if _is_visible_image(file, path)] or [path]
-    return found
-
-
-def _is_visible_image(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
-
-
-def read_image(path: Path, mode: str = "RGB") -> Image.Image:
-    """An image file upright and in `mode`, 8 bits per channel; 16-bit grey is scaled to 8.
-
-    Raises:
-        ValueError: If `path` is no image that can be read.
-    """
-    if not path.exists():
-        raise ValueError("there is no such file, nor does a file match it as a pattern")
-    if path.is_dir():
-        raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of what it copes with: large images, odd EXIF, palettes
-            with Image.open(path) as image:
-                return _in_8_bits(ImageOps.exif_transpose(image)).convert(mode)
-    except UnidentifiedImageError as error:
-        raise ValueError("this is no image in a format that Pillow knows") from error
-    except _READING_ERRORS as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"cannot read this image: {reason}") from error
-
-
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Modes with more than 8 bits scaled, which `convert` would clip; the others as they are."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("its pixels have 32 bits, of unknown range; save it with 8 or 16 bits")
-    return Image.fromarray((pixels / 257).round().astype(np.uint8))
-
-
 def class_names(cfg: dict[str, Any]) -> list[str]:
     """What each output of the network with this `pretrained_cfg` means; its number where nobody says."""
     names = [str(index) for index in range(cfg["num_classes"])]
@@ -150,7 +90,7 @@ def predict(
 
     Args:
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
-        paths: Image files, as `find_images` gives them.
+        paths: Image files, as `spd_zoo.images.find_images` gives them.
         top_k: Classes per image.
         batch_size: Images in memory at once.
         device: torch device; a GPU if there is one, unless given.

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
-from spd_zoo.predict import ModelError, class_names, find_images, predict, read_image, timm_name
+from spd_zoo.images import find_images, read_image
+from spd_zoo.predict import ModelError, class_names, predict, timm_name
 from spd_zoo.weights import WeightsError
 
 NAMES = ["cat", "dog", "owl"]

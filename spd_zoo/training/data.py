@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
+
+from spd_zoo.images import SUFFIXES, read_image
 
 __all__ = ["DataError", "LabelledImages", "loader", "open_data", "train_val_split"]
 
@@ -71,7 +74,7 @@ def open_data(root: Path, split: str) -> LabelledImages | None:
     Either `root/<split>/<class name>/*` holds images, or `root/<split>*.parquet` the Hugging Face layout.
 
     Raises:
-        DataError: If `root` is no folder, or a class folder holds no image.
+        DataError: If `root` is no folder, or has no class folders or an empty one.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give one with train/<class>/ folders or train*.parquet files")
@@ -82,15 +85,21 @@ def open_data(root: Path, split: str) -> LabelledImages | None:
     folder = root / split
     if not folder.is_dir():
         return None
-    class_names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not class_names:
+    if not any(entry.is_dir() for entry in folder.iterdir()):
         raise DataError(f"{folder} has no class folders; put the images of each class into {folder}/<class name>/")
-    images = ImageDataset(str(folder), class_map={name: i for i, name in enumerate(class_names)})
-    labels = [label for _, label in images.reader.samples]
-    empty = sorted(set(range(len(class_names))) - set(labels))
+    images = ImageFolder(folder, loader=_read, is_valid_file=_has_image_suffix, allow_empty=True)
+    empty = sorted(set(range(len(images.classes))) - set(images.targets))
     if empty:
-        raise DataError(f"class folder {folder / class_names[empty[0]]} holds no image; fill it or remove it")
-    return LabelledImages(images, labels, class_names)
+        raise DataError(f"class folder {folder / images.classes[empty[0]]} holds no image; fill it or remove it")
+    return LabelledImages(images, images.targets, images.classes)
+
+
+def _read(path: str) -> Image.Image:
+    return read_image(Path(path))
+
+
+def _has_image_suffix(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
 
 
 def train_val_split(data: LabelledImages, val_size: int, seed: int) -> tuple[LabelledImages, LabelledImages]:

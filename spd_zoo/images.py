@@ -1,0 +1,69 @@
+"""Image files: found by name, folder or glob, and read as networks take them, whatever their format."""
+
+import glob
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["SUFFIXES", "find_images", "read_image"]
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_READING_ERRORS = (  # what PIL's decoders raise for broken files
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError),
+    *(struct.error, MemoryError, Image.DecompressionBombError),
+)
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """The files behind files, folders (with the folders in them) and globs, in order.
+
+    What stands for no image, such as a folder without any, stays in the list: reading it says what is wrong.
+    """
+    found = []
+    for pattern in patterns:
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (absolute too)
+        for path in map(Path, matches or [pattern]):
+            inside = sorted(path.rglob("*")) if path.is_dir() else []
+            found += [file for file in inside if _is_visible_image(file, path)] or [path]
+    return found
+
+
+def _is_visible_image(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
+
+
+def read_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """An image file upright and in `mode`, 8 bits per channel; 16-bit grey is scaled to 8.
+
+    Raises:
+        ValueError: If `path` is no image that can be read.
+    """
+    if not path.exists():
+        raise ValueError("there is no such file, nor does a file match it as a pattern")
+    if path.is_dir():
+        raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of what it copes with: large images, odd EXIF, palettes
+            with Image.open(path) as image:
+                return _in_8_bits(ImageOps.exif_transpose(image)).convert(mode)
+    except UnidentifiedImageError as error:
+        raise ValueError("this is no image in a format that Pillow knows") from error
+    except _READING_ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"cannot read this image: {reason}") from error
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Modes with more than 8 bits scaled, which `convert` would clip; the others as they are."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("its pixels have 32 bits, of unknown range; save it with 8 or 16 bits")
+    return Image.fromarray((pixels / 257).round().astype(np.uint8))
