@@ -51,20 +51,13 @@ def _place(entry: Entry) -> str:
 
 
 def speed() -> str:
-    """The ratios that `tools/benchmark.py` measured."""
-    record = json.loads((ROOT / "tools" / "speed.json").read_text(encoding="utf-8"))
-    rows = [
-        [
-            f"`{row['network']}`",
-            row["form"],
-            f"{row['images_per_s']:.1f}",
-            f"{row['vs_plain']:.2f}",
-            "" if row.get("vs_resnet50") is None else f"{row['vs_resnet50']:.2f}",
-        ]
-        for row in record["rows"]
-    ]
-    head = ["network", "form", "images/s", "against its plain way", "against timm's resnet50 in the same form"]
-    return f"{record['machine']}\n\n{table(head, rows)}"
+    """What `tools/benchmark.py --json` printed into `tools/speed.jsonl`."""
+    lines = (ROOT / "tools" / "speed.jsonl").read_text(encoding="utf-8").splitlines()
+    record = [json.loads(line) for line in lines]
+    columns = ("ours", "/ plain", "/ plain, same form", "/ resnet50")
+    rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
+    settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
+    return f"{'; '.join(sorted(settings))}\n\n{table(['network', 'form', 'images/s', *columns[1:]], rows)}"
 
 
 def render(text: str) -> str:
