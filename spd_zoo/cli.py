@@ -129,14 +129,13 @@ def _matches(entry: Entry, filters: list[str]) -> bool:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    params, macs = _cost(entry)
     return {
         "name": entry.name,
         "network": entry.network,
         "tag": entry.tag or None,
         "default": entry.name == _default(entry.network),
-        "params": params,
-        "macs": macs,
+        "params": entry.params,
+        "macs": entry.macs,
         "input_size": entry.input_size,
         "num_classes": entry.num_classes,
         "top1": _top1(entry),
@@ -146,24 +145,16 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
-    params, macs = _cost(entry)
     top1 = _top1(entry)
     return (
         entry.name,
-        f"{params / 1e6:.1f} M" if params else "-",
-        f"{macs / 1e9:.2f} G" if macs else "-",
+        f"{entry.params / 1e6:.1f} M",
+        f"{entry.macs / 1e9:.2f} G",
         _size(entry.input_size),
         _sentence(top1) if top1 else "-",
         entry.license or "-",
         _state(entry),
     )
-
-
-def _cost(entry: Entry) -> tuple[int | None, int | None]:
-    """Parameters and MACs of a checkpoint's network: its own, or the network's if that has the same shape."""
-    network = entries()[entry.network]
-    same = (entry.num_classes, entry.input_size) == (network.num_classes, network.input_size)
-    return (network.params, network.macs) if same and entry.params is None else (entry.params, entry.macs)
 
 
 def _top1(entry: Entry) -> dict[str, Any] | None:
@@ -213,7 +204,7 @@ def _info(options: argparse.Namespace) -> int:
 def _described(entry: Entry) -> dict[str, Any]:
     """The manifest's fields and what follows from them."""
     row = _row(entry)
-    return dataclasses.asdict(entry) | {key: row[key] for key in ("params", "macs", "weights", "default")}
+    return dataclasses.asdict(entry) | {key: row[key] for key in ("weights", "default")}
 
 
 def _print_tree(fields: dict[str, Any], indent: str = "") -> None:

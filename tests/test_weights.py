@@ -150,7 +150,7 @@ def hub(monkeypatch):
 
 
 def an_entry(content=b"the weights", **fields):
-    entry = Entry(name="network.tag", group="group", num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1))
+    entry = Entry("network.tag", "group", 10, (3, 32, 32), (1, 1), params=1, macs=1)
     return replace(entry, **{"source": PINNED, "sha256": hashlib.sha256(content).hexdigest()} | fields)
 
 

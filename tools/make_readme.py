@@ -23,7 +23,7 @@ def networks() -> str:
     """Every network: its size, and the input it was made for."""
     rows = []
     for entry in entries().values():
-        if not entry.tag and entry.params and entry.macs:
+        if not entry.tag:
             size = f"{entry.input_size[1]} px, {entry.num_classes} classes"
             rows.append([f"`{entry.name}`", f"{entry.params / 1e6:.2f}", f"{entry.macs / 1e9:.2f}", size])
     return table(["network", "parameters (M)", "MACs (G)", "counted at"], rows)

@@ -1,7 +1,7 @@
 """The manifest: one entry per network and checkpoint, read from `weights_manifest.json`."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ class Entry:
     num_classes: int
     input_size: tuple[int, int, int]
     pool_size: tuple[int, int]
-    params: int | None = None  # of the network with num_classes outputs
-    macs: int | None = None  # convolutions and linear layers, one image of input_size
+    params: int  # of the network with num_classes outputs
+    macs: int  # convolutions and linear layers, one image of input_size
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875
@@ -62,14 +62,19 @@ def manifest_path() -> Path:
 
 @cache
 def entries() -> dict[str, Entry]:
-    """All entries by name."""
+    """All entries by name.
+
+    Raises:
+        ValueError: If a name stands in two groups.
+        TypeError: If an entry has a field that there is not, or lacks one.
+    """
     groups = json.loads(manifest_path().read_text(encoding="utf-8"))
-    known = {field.name for field in fields(Entry)}
-    found = {}
+    found: dict[str, Entry] = {}
     for group, members in groups.items():
-        for name, values in members.items():
-            arguments = {key: _tuple(value) for key, value in values.items() if key in known}
-            found[name] = Entry(name=name, group=group, **arguments)
+        for name, fields in members.items():
+            if name in found:
+                raise ValueError(f"{manifest_path()} has {name} twice, in {found[name].group} and in {group}")
+            found[name] = Entry(name=name, group=group, **{key: _tuple(value) for key, value in fields.items()})
     return found
 
 
