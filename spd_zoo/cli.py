@@ -102,12 +102,12 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([_row(entry) for entry in found], indent=2))
         return 0
-    header = ("name", "params", "MACs", "input", "top-1", "licence", "weights")
+    header = ("name", "tag", "params", "MACs", "input", "top-1", "licence", "weights")
     lines = [header, *(_cells(entry) for entry in found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [
-            cell.rjust(width) if i in (1, 2) else cell.ljust(width)
+            cell.rjust(width) if i in (2, 3) else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
@@ -146,8 +146,10 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 def _cells(entry: Entry) -> tuple[str, ...]:
     top1 = _top1(entry)
+    default = " (default)" if entry.name == _default(entry.network) else ""
     return (
-        entry.name,
+        entry.network,
+        f"{entry.tag}{default}" or "-",
         f"{entry.params / 1e6:.1f} M",
         f"{entry.macs / 1e9:.2f} G",
         _size(entry.input_size),
@@ -273,7 +275,8 @@ def _training() -> types.ModuleType:
 
 
 def _lacks(error: ModuleNotFoundError) -> CommandError:
-    return CommandError(f"training needs the package {error.name}: pip install 'spd-zoo[train]'")
+    extra = "[train]" if error.name == "pyarrow" else ""
+    return CommandError(f"training needs the package {error.name}: pip install 'spd-zoo{extra}'")
 
 
 def _add_fields(command: argparse.ArgumentParser, config: type) -> None:

@@ -26,9 +26,7 @@ def space_to_depth(x: Tensor, order: str = "channels_first") -> Tensor:
     Raises:
         ValueError: If `order` is neither.
     """
-    height, width = x.shape[-2], x.shape[-1]
-    if height % 2 or width % 2:
-        x = F.pad(x, [0, width % 2, 0, height % 2])
+    x = _pad_to_even(x)
     if order == "channels_first":
         return F.pixel_unshuffle(x, 2)
     if order != "rows_first":
@@ -47,6 +45,22 @@ class SpaceToDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, 4C, ceil(H / 2), ceil(W / 2))."""
         return space_to_depth(x, self.order)
+
+
+def _pad_to_even(x: Tensor) -> Tensor:
+    """`x` with a row or column of zeros at the bottom or right where its height or width is odd."""
+    height, width = x.shape[-2], x.shape[-1]
+    if _is_exporting() or height % 2 or width % 2:
+        return F.pad(x, [0, width % 2, 0, height % 2])
+    return x
+
+
+def _is_exporting() -> bool:
+    """Whether `torch.export` reads the code: then no branch may depend on the image size, which may be dynamic."""
+    exporting = False
+    if not torch.jit.is_scripting():
+        exporting = torch.compiler.is_exporting()
+    return exporting
 
 
 def spd_weight(weight: Tensor, padding: int) -> Tensor:
@@ -133,9 +147,9 @@ class SPDConv2d(nn.Conv2d):
         before, after = self.pad_before, self.pad_after
         bottom, right = after + x.shape[-2] % 2, after + x.shape[-1] % 2
         weight = F.pixel_shuffle(self.weight, 2)
-        if before == bottom == right:
-            return F.conv2d(x, weight, self.bias, 2, before, groups=self.groups)
-        return F.conv2d(F.pad(x, [before, right, before, bottom]), weight, self.bias, 2, groups=self.groups)
+        if _is_exporting() or not (before == bottom and before == right):
+            return F.conv2d(F.pad(x, [before, right, before, bottom]), weight, self.bias, 2, groups=self.groups)
+        return F.conv2d(x, weight, self.bias, 2, before, groups=self.groups)
 
 
 @register_notrace_module
@@ -159,8 +173,7 @@ class PhaseMix(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> (N, chs, ceil(H / 2), ceil(W / 2))."""
-        if x.shape[-2] % 2 or x.shape[-1] % 2:
-            x = F.pad(x, [0, x.shape[-1] % 2, 0, x.shape[-2] % 2])
+        x = _pad_to_even(x)
         weight = F.pixel_shuffle(self.weight, 2)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
             # oneDNN's bf16 gradient of a depthwise convolution takes twenty times as long as its fp32 one.
@@ -226,7 +239,7 @@ class PyConv2d(nn.ModuleDict):
                 outputs.append(level(x))
         else:
             for level in self.values():
-                narrow = x.device.type == "cpu" and is_narrow(level)
+                narrow = x.device.type == "cpu" and is_narrow(level) and not _is_exporting()
                 outputs.append(four_at_a_time(level, x) if narrow else level(x))
         return torch.cat(outputs, 1)
 

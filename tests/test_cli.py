@@ -47,8 +47,8 @@ def made_up_entries(monkeypatch: pytest.MonkeyPatch) -> None:
         base,
         dataclasses.replace(base, name="pyconvresnet50.a", source="bundled:a", sha256="0" * 64, license="mit"),
         dataclasses.replace(base, name="pyconvresnet50.b", source="hf://o/r@c:f", sha256="0" * 64, metrics=metrics),
-        dataclasses.replace(base, name="pyconvresnet50.c", source="hf://o/r@c:f", params=None, macs=None),
-        dataclasses.replace(base, name="pyconvresnet50.d", num_classes=9, params=None, macs=None),
+        dataclasses.replace(base, name="pyconvresnet50.c", source="hf://o/r@c:f"),
+        dataclasses.replace(base, name="pyconvresnet50.d", num_classes=9),
         dataclasses.replace(base, name="resnet18_spd"),
     ]
     monkeypatch.setattr("spd_zoo.cli.entries", lambda: {entry.name: entry for entry in found})
@@ -70,8 +70,8 @@ def test_the_list_has_every_network_and_every_checkpoint(capsys: Capture) -> Non
 def test_the_list_is_an_aligned_table(capsys: Capture) -> None:
     assert main(["list"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["name", "params", "MACs", "input", "top-1", "licence", "weights"]
-    for title in ("input", "top-1", "licence", "weights"):
+    assert header.split() == ["name", "tag", "params", "MACs", "input", "top-1", "licence", "weights"]
+    for title in ("tag", "input", "top-1", "licence", "weights"):
         start = header.index(title)
         assert all(line[start - 1] == " " and line[start] != " " for line in lines)
 
@@ -103,6 +103,13 @@ def test_the_list_tells_the_state_of_weights(capsys: Capture) -> None:
         "pyconvresnet50.d": "unverified",
         "resnet18_spd": "none",
     }
+
+
+def test_the_list_marks_the_weights_that_pretrained_true_loads(capsys: Capture) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    defaults = {name for name in NETWORKS if timm.get_pretrained_cfg(name).has_weights}
+    assert {line.split()[0] for line in lines if "(default)" in line} == defaults
 
 
 @pytest.mark.usefixtures("made_up_entries")
@@ -241,8 +248,8 @@ def test_finetune_has_an_option_for_every_field(configs: list[FinetuneConfig]) -
             arguments.append(option.replace("--", "--no-") if field.default else option)
             expected[field.name] = not field.default
         elif isinstance(field.default, int | float):
-            expected[field.name] = type(field.default)(7)
-            arguments += [option, "7"]
+            expected[field.name] = 8 if isinstance(field.default, int) else 0.25
+            arguments += [option, str(expected[field.name])]
         else:
             expected[field.name] = Path("x") if isinstance(field.default, Path) else "x"
             arguments += [option, "x"]
@@ -288,9 +295,7 @@ def test_training_code_that_lacks_a_package_is_one_clear_sentence(
     monkeypatch.delitem(sys.modules, "spd_zoo.training.finetune")
     monkeypatch.setitem(sys.modules, "timm.optim", None)
     assert main(["finetune", *REQUIRED]) == 1
-    assert capsys.readouterr().err == (
-        "spd-zoo: error: training needs the package timm.optim: pip install 'spd-zoo[train]'\n"
-    )
+    assert capsys.readouterr().err == ("spd-zoo: error: training needs the package timm.optim: pip install 'spd-zoo'\n")
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

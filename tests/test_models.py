@@ -545,13 +545,23 @@ def test_compiles_to_machine_code_that_trains() -> None:
     assert_close(losses[1][1], losses[0][1], 1e-3)
 
 
+def test_trains_compiled_in_bf16() -> None:
+    torch.compiler.reset()
+    net = random_network("pyconvresnet50_spd", num_classes=5).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(net, fullgraph=True, backend="aot_eager")(noise(2, 3, 32, 32)).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_exports(name: str) -> None:
+def test_exports_for_any_batch_and_image_size_above_32(name: str) -> None:
     net = random_network(name, num_classes=5)
-    x = noise(2, 3, 31, 32)
-    exported = torch.export.export(net, (x,)).module()
+    sizes = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(net, (noise(2, 3, 65, 79),), dynamic_shapes=(sizes,)).module()
     with torch.inference_mode():
-        assert_close(exported(x), net(x))
+        for shape in ((2, 3, 65, 79), (3, 3, 64, 66), (1, 3, 97, 70)):
+            x = noise(*shape)
+            assert_close(exported(x), net(x))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, or in Python 3.14 not supported, says torch

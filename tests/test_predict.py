@@ -229,7 +229,7 @@ def test_a_saved_folder_with_broken_weights_is_refused(saved: str, tmp_path: Pat
     folder = Path(saved.removeprefix("local-dir:"))
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(ModelError, match=f"cannot load local-dir:{tmp_path}"):
+    with pytest.raises(WeightsError, match=f"cannot read the weights in {tmp_path}"):
         next(predict(f"local-dir:{tmp_path}", [tmp_path]))
 
 

@@ -104,6 +104,26 @@ def test_arguments_without_meaning_are_refused(folders, tmp_path):
         finetune(config(folders, tmp_path / "run", model_args="drop_rate"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"crop_scale": 0.0}, "crop_scale must be above 0"),
+        ({"val_size": -1}, "val_size must not be negative"),
+        ({"mixup": 0.2, "batch_size": 3}, "even batch_size, got 3"),
+        ({"model_args": "depth=3"}, "resnet18_spd does not take these model_args"),
+        ({"device": "abacus"}, "cannot use device 'abacus'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_without_meaning_are_refused_and_leave_no_folder(folders, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(config(folders, tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_validation_split_is_said(folders, tmp_path):
     (folders / "val").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="no val split; add one or hold images out with --val-size"):

@@ -503,3 +503,31 @@ def test_a_file_got_by_hand_is_loaded_under_its_tag(tmp_path):
     loaded = load(tmp_path / "a.safetensors", "resnet50_spd.spd_cifar10")
     assert loaded.pretrained_cfg["tag"] == "spd_cifar10"
     assert torch.equal(loaded.head.fc.weight, load_file(tmp_path / "a.safetensors")["head.fc.weight"])
+
+
+def test_a_file_without_a_tag_is_not_taken_for_the_default_weights(tmp_path):
+    """Here resnet50_spd.spd_tiny_in200 stands for a default whose input differs from the network's own."""
+    net = timm.create_model("resnet50_spd", num_classes=7)
+    save_file(net.state_dict(), tmp_path / "mine.safetensors")
+    overlay = {"file": str(tmp_path / "mine.safetensors")}
+    plain = timm.create_model("resnet50_spd", pretrained=True, pretrained_cfg_overlay=overlay).pretrained_cfg
+    assert (plain["input_size"], plain["num_classes"]) == ((3, 32, 32), 7)
+    assert not plain.keys() & {"tag", "license", "origin_url", "url"}
+    tagged = timm.create_model("resnet50_spd.spd_tiny_in200", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert (tagged.pretrained_cfg["input_size"], tagged.pretrained_cfg["tag"]) == ((3, 64, 64), "spd_tiny_in200")
+
+
+@pytest.mark.parametrize("broken", ["truncated", "missing"])
+def test_a_broken_file_in_a_folder_or_in_the_callers_configuration_is_named(tmp_path, broken):
+    net = timm.create_model("resnet18_spd", num_classes=7)
+    timm.models.save_for_hf(net, str(tmp_path), safe_serialization=True)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()[:5000]
+    file.unlink()
+    if broken == "truncated":
+        file.write_bytes(content)
+    with pytest.raises(RuntimeError, match=re.escape(str(tmp_path))):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    cfg = dict(timm.get_pretrained_cfg("resnet18_spd").to_dict(), file=str(file))
+    with pytest.raises(WeightsError, match=re.escape(str(file))):
+        timm.create_model("resnet18_spd", pretrained=True, pretrained_cfg=cfg)

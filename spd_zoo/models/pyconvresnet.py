@@ -128,6 +128,7 @@ class PyConvResNet(Classifier):
         hg: The "HG" network: twice the width, more groups.
         spd: Space-to-depth in place of every stride and strided pool.
         zero_init_residual: Start the last BatchNorm of every bottleneck at zero.
+        weight_init: "skip" leaves torch's own initialisation, for weights that are loaded next (as in timm's ViT).
         output_stride: 32, 16 or 8; below 32 the last stages keep their size and dilate instead.
 
     Raises:
@@ -145,6 +146,7 @@ class PyConvResNet(Classifier):
         global_pool: str = "avg",
         output_stride: int = 32,
         zero_init_residual: bool = False,
+        weight_init: str = "",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -176,7 +178,8 @@ class PyConvResNet(Classifier):
         super().__init__(stem, stages, feature_info, num_classes, in_chans, global_pool, drop_rate, **dd)
         if spd:
             self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
-        self.init_weights(zero_init_residual)
+        if weight_init != "skip":
+            self.init_weights(zero_init_residual)
 
     @torch.no_grad()
     def init_weights(self, zero_init_residual: bool = False) -> None:
@@ -229,6 +232,7 @@ default_cfgs = weights.default_cfgs("pyconvresnet", first_conv="stem.0", classif
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PyConvResNet:
     kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
+    kwargs.setdefault("weight_init", "skip" if pretrained else "")
     return weights.build(PyConvResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spd_zoo.training.data import DataError, loader, open_data, train_val_split
+from spd_zoo.weights import WeightsError
 
 __all__ = ["FinetuneConfig", "finetune", "top1"]
 
@@ -55,6 +56,21 @@ class FinetuneConfig:
     workers: int = _option(2, "processes that read and augment images")
     device: str = _option("cpu", "torch device")
 
+    def __post_init__(self) -> None:
+        """Refuses numbers without meaning."""
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("val_size", "warmup_epochs", "workers", "mixup", "cutmix", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 < self.crop_scale <= 1 or not 0 <= self.label_smoothing < 1:
+            raise ValueError("crop_scale must be above 0 and at most 1, label_smoothing from 0 to below 1")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"Mixup and CutMix need an even batch_size, got {self.batch_size}")
+
 
 def finetune(config: FinetuneConfig) -> float:
     """Trains `config.model` and returns the validation top-1 in per cent.
@@ -76,12 +92,18 @@ def finetune(config: FinetuneConfig) -> float:
         if not config.val_size:
             raise DataError(f"{config.data} has no val split; add one or hold images out with --val-size")
         train, val = train_val_split(train, config.val_size, config.seed)
-    _claim(config)
-
     random_seed(config.seed)
     network_args = _parse_model_args(config.model_args) | {"num_classes": len(train.class_names)}
-    net = timm.create_model(config.model, pretrained=config.pretrained, **network_args)
-    net = net.to(config.device).to(memory_format=torch.channels_last)
+    try:
+        net = timm.create_model(config.model, pretrained=config.pretrained, **network_args)
+        net = net.to(config.device).to(memory_format=torch.channels_last)
+    except TypeError as error:
+        raise ValueError(f"{config.model} does not take these model_args: {error}") from error
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise ValueError(f"cannot use device {config.device!r}: {error}") from error
+    _claim(config)
     input_config = resolve_data_config(model=net)
     normalize = {"mean": input_config["mean"], "std": input_config["std"]}
     optimizer = create_optimizer_v2(net, config.opt, lr=config.lr, weight_decay=config.weight_decay)

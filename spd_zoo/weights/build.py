@@ -19,8 +19,8 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from spd_zoo.weights.fetch import WeightsError, fetch
-from spd_zoo.weights.manifest import entries, find_entry
+from spd_zoo.weights.fetch import WeightsError, fetch, sha256_of
+from spd_zoo.weights.manifest import Entry, entries, find_entry
 
 __all__ = ["build", "default_cfgs", "rename"]
 
@@ -52,15 +52,9 @@ def default_cfgs(group: str, first_conv: str, classifier: str) -> dict[str, Any]
     for entry in entries().values():
         if entry.group != group:
             continue
-        cfgs[entry.name] = {
+        cfgs[entry.name] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
             "num_classes": entry.num_classes,
-            "input_size": entry.input_size,
-            "pool_size": entry.pool_size,
-            "mean": entry.mean,
-            "std": entry.std,
-            "crop_pct": entry.crop_pct,
-            "interpolation": entry.interpolation,
             "label_names": entry.class_names,
             "license": entry.license,
             "origin_url": entry.origin_url,
@@ -68,6 +62,12 @@ def default_cfgs(group: str, first_conv: str, classifier: str) -> dict[str, Any]
             "classifier": classifier,
         }
     return generate_default_cfgs(cfgs)
+
+
+def _input_of(entry: Entry) -> dict[str, Any]:
+    """What images the network takes, in timm's words."""
+    names = ("input_size", "pool_size", "mean", "std", "crop_pct", "interpolation")
+    return {name: getattr(entry, name) for name in names}
 
 
 def rename(state_dict: StateDict, renames: Renames) -> StateDict:
@@ -104,25 +104,63 @@ def build(
     ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; anything else is the caller's own source
     if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
         if overlay.get("file"):
-            meta = timm.create_model(f"{variant}.{pretrained_cfg}" if pretrained_cfg else variant, device="meta")
-            classes = _classes_in(pretrained_filter_fn(_read(overlay["file"]), meta), meta)
-            if not (pretrained_cfg and classes == meta.num_classes):
-                overlay.setdefault("label_names", None)
-            kwargs.setdefault("num_classes", overlay.get("num_classes", classes))
-            overlay["num_classes"] = classes
+            _check_tag(variant, pretrained_cfg, Path(overlay["file"]))
+            facts = _facts_about(variant, pretrained_cfg, overlay["file"], pretrained_filter_fn)
+            kwargs.setdefault("num_classes", overlay.get("num_classes", facts["num_classes"]))
+            overlay = facts | overlay | {"num_classes": facts["num_classes"]}
         else:
             overlay["file"] = str(_fetch_tag(variant, pretrained_cfg, cache_dir))
-            _read(overlay["file"])
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False)),
-        cache_dir=cache_dir,
-        **kwargs,
-    )
+    try:
+        return build_model_with_cfg(
+            cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False)),
+            cache_dir=cache_dir,
+            **kwargs,
+        )
+    except (FileNotFoundError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        file = overlay.get("file") or (pretrained_cfg or {}).get("file")
+        raise WeightsError(f"cannot read the weights in {file} ({_first_line(error)}); get them again") from error
+
+
+def _check_tag(variant: str, tag: str | None, file: Path) -> None:
+    """Refuses a file that is given for a tag but is not the one that the manifest pins."""
+    entry = find_entry(f"{variant}.{tag}") if tag else None
+    if entry is not None and entry.sha256 is not None and file.is_file():
+        actual = sha256_of(file)
+        if actual != entry.sha256:
+            raise WeightsError(
+                f"{file} has sha256 {actual}, the weights of {entry.name} have {entry.sha256}: it is truncated, "
+                f"changed or another file. Get it again, or load it without the tag, as {variant}"
+            )
+
+
+def _facts_about(variant: str, tag: str | None, file: str | Path, filter_fn: FilterFn) -> dict[str, Any]:
+    """What timm's configuration must say about a checkpoint of the caller's: its classes, and what images it takes.
+
+    Without a tag that is the network's own input, not that of the default weights.
+    """
+    meta = timm.create_model(f"{variant}.{tag}" if tag else variant, device="meta")
+    state_dict = filter_fn(_read(file), meta)
+    classifier, stem = (state_dict.get(f"{_cfg(meta)[key]}.weight") for key in ("classifier", "first_conv"))
+    facts: dict[str, Any] = {"num_classes": 0 if classifier is None else classifier.shape[:1].numel()}
+    entry = find_entry(f"{variant}.{tag}" if tag else variant)
+    if entry is None:
+        return facts
+    own = meta.get_submodule(_cfg(meta)["first_conv"]).weight
+    chans = entry.input_size[0]
+    if isinstance(own, Tensor) and stem is not None and stem.ndim == 4:
+        chans = stem.shape[1] * entry.input_size[0] // own.shape[1]
+    facts["input_size"] = (chans, *entry.input_size[1:])
+    if not tag:
+        unknown = dict.fromkeys(("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url"))
+        facts |= unknown | {"label_names": None} | _input_of(entry) | {"input_size": facts["input_size"]}
+    elif facts["num_classes"] != entry.num_classes:
+        facts["label_names"] = None
+    return facts
 
 
 def _fetch_tag(variant: str, tag: str | None, cache_dir: str | Path | None) -> Path:
@@ -139,7 +177,10 @@ def _fetch_tag(variant: str, tag: str | None, cache_dir: str | Path | None) -> P
         raise WeightsError(
             f"{variant} has no verified weights; unverified ones, to be asked for by name: {', '.join(tags) or 'none'}"
         )
-    return fetch(entry, cache_dir)
+    file = fetch(entry, cache_dir)
+    if entry.sha256 is None:
+        _read(file)
+    return file
 
 
 def _read(file: str | Path) -> StateDict:
@@ -149,12 +190,15 @@ def _read(file: str | Path) -> StateDict:
     try:
         state_dict = load_state_dict(str(file))
     except _UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0][:200]
         raise WeightsError(
-            f"{file} is no checkpoint that can be read safely ({reason}); it must be a file of tensors: "
+            f"{file} is no checkpoint that can be read safely ({_first_line(error)}); it must be a file of tensors: "
             "NAME.safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
         ) from error
     return _tensors(state_dict, str(file))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def _tensors(state_dict: StateDict, name: str) -> StateDict:
@@ -166,12 +210,6 @@ def _tensors(state_dict: StateDict, name: str) -> StateDict:
 
 def _cfg(model: nn.Module) -> dict[str, Any]:
     return cast("dict[str, Any]", model.pretrained_cfg)
-
-
-def _classes_in(state_dict: StateDict, model: nn.Module) -> int:
-    """How many classes the classifier of a checkpoint has; 0 if it has no classifier."""
-    weight = state_dict.get(f"{_cfg(model)['classifier']}.weight")
-    return 0 if weight is None else weight.shape[:1].numel()
 
 
 def _checked(filter_fn: FilterFn, features_only: bool) -> FilterFn:
