@@ -16,6 +16,7 @@ from spd_zoo.training.data import DataError
 from spd_zoo.training.finetune import FinetuneConfig
 from spd_zoo.weights import Entry, entries
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 NETWORKS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
 Capture = pytest.CaptureFixture[str]
 
@@ -213,6 +214,13 @@ def test_a_network_that_cannot_predict_is_one_clear_sentence(model: str, image: 
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("spd-zoo: error: ") and err.count("\n") == 1
+
+
+def test_the_default_weights_recognise_the_example_images(capsys: Capture) -> None:
+    images = sorted(str(path) for path in EXAMPLES.glob("*"))
+    assert main(["predict", "pyconvresnet50_spd", *images, "--json"]) == 0
+    tops = {Path(answer["path"]).name: answer["top"] for answer in json.loads(capsys.readouterr().out)}
+    assert "rocket" in {guess["name"] for guess in tops["rocket.jpg"]}
 
 
 @pytest.mark.parametrize("option", ["--top-k", "--batch-size"])

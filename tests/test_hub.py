@@ -55,6 +55,10 @@ except RuntimeError as error:
     refusal = str(error)
 print(json.dumps([names, helps, built, refusal, sys.modules["spd_zoo"].__file__]))
 """
+DEFAULT_WEIGHTS = """
+net = torch.hub.load(repo, "pyconvresnet50_spd", source="local", pretrained=True)
+print(json.dumps([net.num_classes, net.pretrained_cfg["label_names"][69]]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,7 @@ def test_hub_lists_explains_and_builds_exactly_the_networks_from_the_checkout(re
     assert helps == {name: timm.model_entrypoint(name).__doc__ for name in NETWORKS}
     assert built == {name: [name, 7] for name in NETWORKS}
     assert "no weights for pyconvresnet18" in refusal
+
+
+def test_hub_loads_the_default_weights(repo: Path) -> None:
+    assert run(DEFAULT_WEIGHTS, repo) == [100, "rocket"]

@@ -40,6 +40,7 @@ def save_fp16(run: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     temporary = target.with_suffix(".tmp")
     save_file(halves, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # which safetensors does not do
     temporary.replace(target)
 
 
