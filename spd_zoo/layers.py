@@ -1,14 +1,36 @@
-"""Layers that two families use, or that are worth using alone: space-to-depth and pyramidal convolution."""
+"""Layers that two families use, or that are worth using alone."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import ConvNormAct
 from timm.models import register_notrace_module
+from timm.models.efficientformer_v2 import Attention2dDownsample, Downsample
 from torch import Tensor, nn
 
-__all__ = ["PhaseMix", "PyConv2d", "SPDConv2d", "SpaceToDepth", "phase_weight", "space_to_depth", "spd_weight"]
+__all__ = [
+    "AttentionDownsample",
+    "BSConvS2d",
+    "BSConvU2d",
+    "HybridStem",
+    "ImageSizeError",
+    "NormActConv",
+    "PaddingFreeDownsample",
+    "PhaseMix",
+    "PositionAwareCircularConv2d",
+    "PyConv2d",
+    "SPDConv2d",
+    "SpaceToDepth",
+    "conv_norm_act",
+    "orthonormality",
+    "phase_weight",
+    "resample_to_fit",
+    "space_to_depth",
+    "spd_weight",
+]
 
 
 def space_to_depth(x: Tensor, order: str = "channels_first") -> Tensor:
@@ -245,8 +267,11 @@ class PyConv2d(nn.ModuleDict):
 
 
 def is_narrow(level: nn.Module) -> bool:
-    """Whether a level's groups fill too little of a vector: at most 4 output channels each."""
-    return isinstance(level, nn.Conv2d) and level.out_channels // level.groups <= 4 and level.dilation == (1, 1)
+    """Whether a level's groups fill too little of a vector: 4 output channels each, or 8 at stride 1 in evaluation."""
+    if not isinstance(level, nn.Conv2d) or level.dilation != (1, 1):
+        return False
+    strided = isinstance(level, SPDConv2d) or level.stride != (1, 1)
+    return level.out_channels // level.groups <= (4 if strided or level.training else 8)
 
 
 def four_at_a_time(level: Any, x: Tensor) -> Tensor:
@@ -268,3 +293,402 @@ def four_at_a_time(level: Any, x: Tensor) -> Tensor:
     else:
         phases = F.conv2d(F.pad(x, [before, behind[0], before, behind[1]]), weight, bias, step, groups=level.groups)
     return F.pixel_shuffle(phases, 2)[:, :, :height, :width]
+
+
+class ImageSizeError(ValueError):
+    """An image of a size that the network does not take."""
+
+
+def conv_norm_act(
+    in_chs: int,
+    out_chs: int,
+    kernel_size: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    act_layer: type[nn.Module] | None = None,
+    norm_kwargs: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ConvNormAct:
+    """timm's convolution (odd kernel, "same" padding, no bias), BatchNorm and activation; None: no activation."""
+    return ConvNormAct(
+        in_chs,
+        out_chs,
+        kernel_size,
+        stride,
+        padding=kernel_size // 2,
+        groups=groups,
+        apply_act=act_layer is not None,
+        act_layer=act_layer,
+        norm_kwargs=norm_kwargs,
+        device=device,
+        dtype=dtype,
+    )
+
+
+@register_notrace_module
+class PaddingFreeDownsample(nn.Module):
+    """A convolution of stride 2 with less padding than usual, plus a max-pool of the convolution's input.
+
+    Both read only windows that lie inside the map (3x3), or all but one pixel of it (5x5), so a map of n pixels becomes
+    one of floor((n - 3) / 2) + 1, and what is at its border counts as little as what zeros would dilute. Code of
+    "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024); which parts follow the convolution,
+    and whether the pooled input goes through a 1x1 convolution, differs from network to network there.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels; other than `in_chs` they need `project`.
+        kernel_size: 3 or 5.
+        groups: Groups of the convolution.
+        norm: Whether BatchNorm follows the convolution.
+        act_layer: What follows that, before the sum.
+        pool_size: Kernel of the max-pool; 3 or, with the padding of a 5x5 convolution, 5.
+        project: A 1x1 convolution behind the max-pool.
+        norm_kwargs: `eps` and `momentum` of the BatchNorm.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 3,
+        groups: int = 1,
+        norm: bool = True,
+        act_layer: type[nn.Module] | None = None,
+        pool_size: int = 3,
+        project: bool = False,
+        norm_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if kernel_size not in (3, 5) or pool_size not in (3, 5):
+            raise ValueError(f"padding-free downsampling has kernels of 3 or 5, got {kernel_size} and {pool_size}")
+        if in_chs != out_chs and not project:
+            raise ValueError(f"{in_chs} pooled channels cannot be added to {out_chs} without project=True")
+        padding = kernel_size // 2 - 1
+        self.conv: nn.Module = nn.Conv2d(in_chs, out_chs, kernel_size, 2, padding, groups=groups, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **(norm_kwargs or {}), **dd) if norm else nn.Identity()
+        self.act = act_layer() if act_layer is not None else nn.Identity()
+        self.pool = nn.MaxPool2d(pool_size, 2, pool_size // 2 - 1)
+        self.project = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, floor((H - 3) / 2) + 1, floor((W - 3) / 2) + 1); H and W at least 3."""
+        if not _is_exporting() and min(x.shape[-2], x.shape[-1]) < 3:
+            raise ImageSizeError(
+                f"padding-free downsampling needs maps of at least 3x3 pixels, got {x.shape[-2]}x{x.shape[-1]}: "
+                "give larger images"
+            )
+        return self.act(self.bn(self.conv(x))) + self.project(self.pool(x))
+
+
+class HybridStem(nn.Module):
+    """A 3x3 convolution, then a depthwise 3x3 convolution beside a 3x3 max-pool, then a 1x1 convolution over both.
+
+    Code of "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
+
+    Args:
+        in_chans: Image channels.
+        chs: Output channels, and those inside.
+        stride: Of the first convolution.
+        inner_stride: Of the depthwise convolution and the max-pool.
+        act_layer: Behind every convolution's BatchNorm.
+        residual: Add what the first convolution gives to the output; needs `inner_stride` 1.
+        pre_activation: BatchNorm and activation in front of the convolutions, and none at the first one.
+        norm_kwargs: `eps` and `momentum` of the BatchNorms.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        chs: int,
+        stride: int = 1,
+        inner_stride: int = 1,
+        act_layer: type[nn.Module] = nn.ReLU,
+        residual: bool = False,
+        pre_activation: bool = False,
+        norm_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if residual and inner_stride != 1:
+            raise ValueError(f"a residual hybrid stem has inner_stride 1, got {inner_stride}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        kwargs = {"act_layer": act_layer, "norm_kwargs": norm_kwargs, **dd}
+        self.residual = residual
+        self.conv: nn.Module
+        self.branch: nn.Module
+        self.fuse: nn.Module
+        if pre_activation:
+            self.conv = nn.Conv2d(in_chans, chs, 3, stride, 1, bias=False, **dd)
+            self.branch = NormActConv(chs, chs, 3, inner_stride, groups=chs, **kwargs)
+            self.fuse = NormActConv(2 * chs, chs, 1, **kwargs)
+        else:
+            self.conv = conv_norm_act(in_chans, chs, 3, stride, **kwargs)
+            self.branch = conv_norm_act(chs, chs, 3, inner_stride, groups=chs, **kwargs)
+            self.fuse = conv_norm_act(2 * chs, chs, 1, **kwargs)
+        self.pool = nn.MaxPool2d(3, inner_stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> (N, chs, H', W'), H' = ceil(ceil(H / stride) / inner_stride)."""
+        x = self.conv(x)
+        y = self.fuse(torch.cat([self.branch(x), self.pool(x)], 1))
+        return y + x if self.residual else y
+
+
+class NormActConv(nn.Module):
+    """BatchNorm, activation and a convolution (odd kernel, "same" padding, no bias), as pre-activation networks do."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        act_layer: type[nn.Module] = nn.ReLU,
+        norm_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.bn = nn.BatchNorm2d(in_chs, **(norm_kwargs or {}), **dd)
+        self.act = act_layer()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, ceil(H / stride), ceil(W / stride))."""
+        return self.conv(self.act(self.bn(x)))
+
+
+class BSConvU2d(nn.Sequential):
+    """Blueprint separable convolution, unconstrained: a 1x1 convolution `pw`, then a depthwise one `dw`.
+
+    Haase and Amthor, Rethinking Depthwise Separable Convolutions, https://arxiv.org/abs/2003.13549, section 3.2. It
+    takes the place of a convolution of the same arguments: (N, in_chs, H, W) -> (N, out_chs, H', W').
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_channels, self.out_channels = in_chs, out_chs
+        self.pw = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd)
+        self.dw = nn.Conv2d(out_chs, out_chs, kernel_size, stride, padding, groups=out_chs, bias=bias, **dd)
+
+
+class BSConvS2d(nn.Sequential):
+    """Blueprint separable convolution, subspace: 1x1 convolutions `pw1` and `pw2` with few channels between, then `dw`.
+
+    Haase and Amthor, Rethinking Depthwise Separable Convolutions, https://arxiv.org/abs/2003.13549, section 3.3. It
+    takes the place of a convolution of the same arguments: (N, in_chs, H, W) -> (N, out_chs, H', W'). Add
+    `orthonormality(layer.pw1.weight)`, times 0.1 in the paper, to the training loss.
+
+    Args:
+        ratio: Channels between the 1x1 convolutions, as a share of `in_chs`.
+        min_mid_chs: But at least so many, and at most `in_chs`.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = False,
+        ratio: float = 0.25,
+        min_mid_chs: int = 4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_channels, self.out_channels = in_chs, out_chs
+        mid_chs = min(in_chs, max(min_mid_chs, math.ceil(ratio * in_chs)))
+        self.pw1 = nn.Conv2d(in_chs, mid_chs, 1, bias=False, **dd)
+        self.pw2 = nn.Conv2d(mid_chs, out_chs, 1, bias=False, **dd)
+        self.dw = nn.Conv2d(out_chs, out_chs, kernel_size, stride, padding, groups=out_chs, bias=bias, **dd)
+
+
+def orthonormality(weight: Tensor) -> Tensor:
+    """How far the kernels of a 1x1 convolution are from orthonormal: the Frobenius norm of W W^T - I, a scalar.
+
+    The regularisation of BSConv-S (arXiv 2003.13549, section 3.3), not squared.
+
+    Args:
+        weight: The kernels, (out_chs, in_chs, 1, 1).
+    """
+    kernels = weight.flatten(1)
+    return torch.linalg.matrix_norm(kernels @ kernels.T - torch.eye(len(kernels), device=weight.device))
+
+
+def _check_size(x: Tensor, size: tuple[int, int]) -> None:
+    height, width = x.shape[-2], x.shape[-1]
+    if (height, width) != size:
+        raise ImageSizeError(
+            f"a layer was built for maps of {size[0]}x{size[1]} pixels and got {height}x{width}: this network takes "
+            "images of one size; create it with img_size=..., or call its set_input_size(...)"
+        )
+
+
+@register_notrace_module
+class PositionAwareCircularConv2d(nn.Module):
+    """ParC: a depthwise convolution as long as the map along one axis, which wraps around, and optionally a position.
+
+    Zhang, Hu and Wang, ParC-Net, https://arxiv.org/abs/2203.03952, section 3.
+
+    Args:
+        chs: Channels.
+        size: Height and width of the map.
+        axis: 0 convolves columns (along the height), 1 rows (along the width).
+        position: Add a learnt value for every place along the axis first.
+    """
+
+    def __init__(
+        self,
+        chs: int,
+        size: tuple[int, int],
+        axis: int,
+        position: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if axis not in (0, 1):
+            raise ValueError(f"axis is 0 (height) or 1 (width), got {axis}")
+        self.size, self.axis = size, axis
+        kernel = (size[0], 1) if axis == 0 else (1, size[1])
+        self.pe = nn.Parameter(torch.zeros(1, chs, *kernel, **dd)) if position else None
+        self.conv = nn.Conv2d(chs, chs, kernel, groups=chs, **dd)
+
+    def resampled(self, name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
+        """The parameter `name` of such a layer as one for maps of height and width `size`.
+
+        Positions and kernels are interpolated; kernels keep their sum, and so what they make of a constant map.
+        """
+        kernel = (size[0], 1) if self.axis == 0 else (1, size[1])
+        if name == "conv.bias" or tensor.shape[2:] == kernel:
+            return tensor
+        resampled = F.interpolate(tensor.float(), kernel, mode="bilinear")
+        if name == "conv.weight":
+            resampled = resampled * (tensor[0, 0].numel() / max(kernel))
+            missing = tensor.float().sum((2, 3), keepdim=True) - resampled.sum((2, 3), keepdim=True)
+            resampled = resampled + missing / max(kernel)
+        return resampled.to(tensor.dtype)
+
+    def set_size(self, size: tuple[int, int]) -> None:
+        """Resamples the parameters for maps of another height and width."""
+        if self.pe is not None:
+            self.pe = nn.Parameter(self.resampled("pe", self.pe.detach(), size), self.pe.requires_grad)
+        weight = self.resampled("conv.weight", self.conv.weight.detach(), size)
+        self.conv.weight = nn.Parameter(weight, self.conv.weight.requires_grad)
+        self.conv.kernel_size = tuple(self.conv.weight.shape[2:])
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, chs, H, W) -> the same shape; raises ImageSizeError if H and W are not the layer's."""
+        _check_size(x, self.size)
+        if self.pe is not None:
+            x = x + self.pe
+        if self.axis == 0:
+            return self.conv(torch.cat([x, x[:, :, :-1]], 2))
+        return self.conv(torch.cat([x, x[:, :, :, :-1]], 3))
+
+
+class _Attention(Attention2dDownsample):
+    """timm's, without its cache of attention biases, which would outlive weights that are loaded after a prediction."""
+
+    attention_bias_idxs: Tensor
+
+    def get_attention_biases(self, device: torch.device) -> Tensor:
+        """(heads, queries, keys)."""
+        return self.attention_biases[:, self.attention_bias_idxs]
+
+
+@register_notrace_module
+class AttentionDownsample(Downsample):
+    """EfficientFormerV2's downsampling: a 3x3 convolution of stride 2, and beside it attention of the same stride.
+
+    Li et al., Rethinking Vision Transformers for MobileNet Size and Speed, https://arxiv.org/abs/2212.08059.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        size: Height and width of the map.
+        attention: Whether there is attention; without it every size works.
+        norm_kwargs: `eps` and `momentum` of the convolution's BatchNorm.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        size: tuple[int, int],
+        attention: bool = True,
+        norm_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chs, out_chs, device=device, dtype=dtype)
+        vars(self.conv.bn).update(norm_kwargs or {})
+        self.size = size
+        if attention:
+            self.attn = _Attention(in_chs, out_dim=out_chs, resolution=size, device=device, dtype=dtype)
+
+    def resampled(self, name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
+        """The parameter `name` of such a layer as one for maps of `size`; biases for maps of unknown shape stay.
+
+        Known are those of the layer's own size and square ones.
+        """
+        side = math.isqrt(tensor.shape[-1])
+        old = self.size if tensor.shape[-1] == self.size[0] * self.size[1] else (side, side)
+        if name != "attn.attention_biases" or old == size or tensor.shape[-1] != old[0] * old[1]:
+            return tensor
+        table = tensor.float().unflatten(1, old)[None]  # one bias per distance (rows, columns)
+        return F.interpolate(table, size, mode="bilinear")[0].flatten(1).to(tensor.dtype)
+
+    def set_size(self, size: tuple[int, int]) -> None:
+        """Resamples the attention's biases for maps of another height and width."""
+        if self.attn is not None:
+            old = self.attn
+            fresh = _Attention(old.q.local.in_channels, out_dim=old.out_dim, resolution=size, device="meta")
+            biases = self.resampled("attn.attention_biases", old.attention_biases.detach(), size)
+            old.resolution, old.resolution2, old.N, old.N2 = fresh.resolution, fresh.resolution2, fresh.N, fresh.N2
+            old.attention_biases = nn.Parameter(biases, old.attention_biases.requires_grad)
+            old.attention_bias_idxs = old._compute_attention_bias_idxs(biases.device)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, ceil(H / 2), ceil(W / 2)); raises ImageSizeError for another size."""
+        out = self.conv(x)
+        if self.attn is not None:
+            _check_size(x, self.size)
+            out = self.attn(x) + out
+        return out
+
+
+def resample_to_fit(state_dict: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint whose parts that depend on the image size are resampled to the size of the network."""
+    for prefix, module in net.named_modules():
+        if isinstance(module, PositionAwareCircularConv2d | AttentionDownsample):
+            for name, parameter in module.named_parameters():
+                key = f"{prefix}.{name}"
+                if key in state_dict and state_dict[key].ndim == parameter.ndim:
+                    state_dict[key] = module.resampled(name, state_dict[key], module.size)
+    return state_dict

@@ -38,9 +38,17 @@ def fill_tensor(key: str, shape: Sequence[int]) -> np.ndarray:
     return (rng.standard_normal(shape) * np.sqrt(1.5 / fan_in)).astype(np.float32)
 
 
-def fill_state_dict(entries: list[tuple[str, list[int]]]) -> dict[str, np.ndarray]:
-    """{key: array} for `entries`, under the authors' key names and in their order."""
-    return {key: fill_tensor(key, shape) for key, shape in entries}
+def fill_state_dict(
+    entries: list[tuple[str, list[int]]], kept: dict[str, dict[str, Any]] | None = None
+) -> dict[str, np.ndarray]:
+    """{key: array} for `entries`, under the authors' key names and in their order; `kept` has the values of some."""
+    kept = kept or {}
+    return {
+        key: np.asarray(kept[key]["values"], kept[key]["dtype"]).reshape(shape)
+        if key in kept
+        else fill_tensor(key, shape)
+        for key, shape in entries
+    }
 
 
 def make_input(shape: Sequence[int], seed: int = 0) -> np.ndarray:

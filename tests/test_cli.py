@@ -259,8 +259,9 @@ def test_finetune_has_an_option_for_every_field(configs: list[FinetuneConfig]) -
             expected[field.name] = 8 if isinstance(field.default, int) else 0.25
             arguments += [option, str(expected[field.name])]
         else:
-            expected[field.name] = Path("x") if isinstance(field.default, Path) else "x"
-            arguments += [option, "x"]
+            text = {"sched": "multistep"}.get(field.name, "x")
+            expected[field.name] = Path(text) if isinstance(field.default, Path) else text
+            arguments += [option, text]
     assert main(["finetune", *REQUIRED, *arguments]) == 0
     (config,) = configs
     assert {name: getattr(config, name) for name in expected} == expected

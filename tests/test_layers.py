@@ -1,13 +1,31 @@
 """Layers compute exactly what they stand for: space-to-depth, strided convolutions, pyramids."""
 
+import math
 from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.efficientformer_v2 import Downsample
 from torch import Tensor, nn
 
-from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d, phase_weight, space_to_depth, spd_weight
+from spd_zoo.layers import (
+    AttentionDownsample,
+    BSConvS2d,
+    BSConvU2d,
+    HybridStem,
+    ImageSizeError,
+    PaddingFreeDownsample,
+    PhaseMix,
+    PositionAwareCircularConv2d,
+    PyConv2d,
+    SpaceToDepth,
+    SPDConv2d,
+    orthonormality,
+    phase_weight,
+    space_to_depth,
+    spd_weight,
+)
 
 SIZES = [(1, 1), (2, 3), (7, 4), (12, 13), (16, 16), (31, 26)]
 
@@ -241,3 +259,93 @@ def test_a_pyramid_keeps_channels_last_maps_correct() -> None:
 def test_a_pyramid_refuses_levels_of_different_number() -> None:
     with pytest.raises(ValueError, match="longer"):
         PyConv2d(16, [8, 8], (3, 5, 7), (1, 1, 1))
+
+
+# Padding-free downsampling and what comes with it
+
+
+@pytest.mark.parametrize(("kernel_size", "pool_size"), [(3, 3), (5, 3), (5, 5)])
+def test_padding_free_downsampling_adds_a_pool_of_the_same_windows(kernel_size: int, pool_size: int) -> None:
+    torch.manual_seed(0)
+    layer = PaddingFreeDownsample(6, 6, kernel_size, groups=6, act_layer=nn.ReLU, pool_size=pool_size).eval()
+    x = torch.randn(2, 6, 32, 15)
+    with torch.inference_mode():
+        conv = F.conv2d(x, layer.conv.weight, None, 2, kernel_size // 2 - 1, groups=6)
+        expected = F.relu(layer.bn(conv)) + F.max_pool2d(x, pool_size, 2, pool_size // 2 - 1)
+        assert expected.shape == (2, 6, 15, 7)
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_padding_free_downsampling_refuses_what_it_cannot_add() -> None:
+    with pytest.raises(ValueError, match="6 pooled channels cannot be added to 8 without project=True"):
+        PaddingFreeDownsample(6, 8)
+    with pytest.raises(ValueError, match="kernels of 3 or 5, got 7 and 3"):
+        PaddingFreeDownsample(6, 6, 7)
+    with pytest.raises(ImageSizeError, match="at least 3x3 pixels, got 2x9: give larger images"):
+        PaddingFreeDownsample(6, 6)(torch.zeros(1, 6, 2, 9))
+
+
+@pytest.mark.parametrize("pre_activation", [False, True])
+@pytest.mark.parametrize(("stride", "inner_stride"), [(1, 1), (2, 1), (2, 2)])
+def test_the_hybrid_stem_divides_the_size_by_its_strides(pre_activation: bool, stride: int, inner_stride: int) -> None:
+    stem = HybridStem(3, 8, stride, inner_stride, pre_activation=pre_activation)
+    height, width = (math.ceil(math.ceil(side / stride) / inner_stride) for side in (33, 30))
+    assert stem(torch.randn(2, 3, 33, 30)).shape == (2, 8, height, width)
+
+
+def test_a_residual_hybrid_stem_adds_its_first_convolution() -> None:
+    torch.manual_seed(0)
+    stem = HybridStem(3, 8, residual=True).eval()
+    plain = HybridStem(3, 8).eval()
+    plain.load_state_dict(stem.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(stem(x), plain(x) + stem.conv(x))
+    with pytest.raises(ValueError, match="inner_stride 1, got 2"):
+        HybridStem(3, 8, inner_stride=2, residual=True)
+
+
+@pytest.mark.parametrize("layer", [BSConvU2d, BSConvS2d])
+def test_blueprint_separable_convolutions_are_products_of_matrices_and_one_kernel_per_channel(layer: type) -> None:
+    torch.manual_seed(0)
+    conv = layer(16, 24, 3, stride=2, padding=1)
+    mix = conv.pw.weight if layer is BSConvU2d else torch.einsum("omij,mcij->ocij", conv.pw2.weight, conv.pw1.weight)
+    whole = mix * conv.dw.weight  # (out, in, 1, 1) * (out, 1, 3, 3)
+    x = torch.randn(2, 16, 9, 8)
+    torch.testing.assert_close(conv(x), F.conv2d(x, whole, None, 2, 1))
+    assert layer is BSConvU2d or conv.pw1.weight.shape == (4, 16, 1, 1)
+
+
+def test_orthonormality_is_zero_for_orthonormal_kernels_alone() -> None:
+    rows = torch.linalg.qr(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))[0].T[:, :, None, None]
+    assert orthonormality(rows).item() == pytest.approx(0, abs=1e-5)
+    assert orthonormality(2 * rows).item() == pytest.approx(3 * 4**0.5, rel=1e-5)  # |4 I - I|
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_circular_convolution_reads_the_whole_axis_and_wraps_around(axis: int) -> None:
+    torch.manual_seed(0)
+    layer = PositionAwareCircularConv2d(4, (6, 5), axis, position=True)
+    nn.init.normal_(layer.pe)
+    x = torch.randn(2, 4, 6, 5)
+    with torch.inference_mode():
+        actual = layer(x)
+        kernel = layer.conv.weight.flatten(1)
+        for i in range(x.shape[2 + axis]):
+            window = (x + layer.pe).roll(-i, 2 + axis).movedim(2 + axis, -1)  # starts at place i
+            expected = torch.einsum("nckt,ct->nck", window, kernel) + layer.conv.bias[:, None]
+            torch.testing.assert_close(actual.select(2 + axis, i), expected)
+    with pytest.raises(ImageSizeError, match="built for maps of 6x5 pixels and got 6x6"):
+        layer(torch.zeros(1, 4, 6, 6))
+
+
+def test_attention_downsampling_is_timms() -> None:
+    torch.manual_seed(0)
+    ours, theirs = AttentionDownsample(16, 24, (7, 10)).eval(), Downsample(16, 24, resolution=(7, 10), use_attn=True)
+    nn.init.normal_(ours.attn.attention_biases)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.attn.eval(), theirs.conv.eval()
+    x = torch.randn(2, 16, 7, 10)
+    with torch.inference_mode():
+        assert ours(x).shape == (2, 24, 4, 5)
+        torch.testing.assert_close(ours(x), theirs(x))

@@ -1,7 +1,6 @@
 """The maintainers' tools: the benchmark compares equal networks, timm's tests see one network of each architecture."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -14,14 +13,31 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import benchmark
 import timm_contract
 
-NETWORKS = timm_contract.one_per_architecture(timm_contract.classification_networks())
+EVERY = timm_contract.classification_networks()
+NETWORKS = benchmark.with_a_plain_way(timm_contract.one_per_architecture(EVERY))
 
 
-def test_one_per_architecture_keeps_every_name_and_no_depth_twice() -> None:
-    every = timm_contract.classification_networks()
-    assert {re.sub(r"\d+", "", name) for name in NETWORKS} == {re.sub(r"\d+", "", name) for name in every}
-    assert timm_contract.one_per_architecture(["pyconvresnet50", "pyconvresnet101"]) == ["pyconvresnet50"]
+def test_one_per_architecture_has_every_layer_and_no_depth_twice() -> None:
+    def layers(names: list[str]) -> set[type]:
+        return {type(module) for name in names for module in timm.create_model(name, device="meta").modules()}
+
+    assert layers(timm_contract.one_per_architecture(EVERY)) == layers(EVERY)
+    assert timm_contract.one_per_architecture(["pyconvresnet101", "pyconvresnet50"]) == ["pyconvresnet50"]
     assert len(timm_contract.one_per_architecture(["pyconvresnet18", "pyconvresnet50"])) == 2
+
+
+def test_networks_without_layers_of_ours_to_write_otherwise_have_no_plain_way() -> None:
+    names = ["cifar_ghostnet_pfd", "pyconvresnet18", "resnet18_spd", "cifar_resnet20"]
+    assert benchmark.with_a_plain_way(names) == ["pyconvresnet18", "resnet18_spd"]
+
+
+@pytest.mark.parametrize("network", ["cifar_resnet20_pfd", "cifar_mobilenetv3_large", "cifar_shufflenetv2_pfd"])
+def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks(network: str) -> None:
+    net = benchmark.build(network, "ours")
+    folded = benchmark.fold_batchnorm(net)
+    benchmark.check_agreement({"ours": net, "folded": folded}, image_size=49)
+    norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in other.modules()) for other in (net, folded)]
+    assert norms[1] < norms[0] // 2
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -1,5 +1,6 @@
 """Training: data sets as users have them, runs that go on where they stopped, results that timm loads."""
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.training import finetune as training
 from spd_zoo.training.data import DataError, open_data, train_val_split
 from spd_zoo.training.finetune import FinetuneConfig, finetune
@@ -187,3 +189,44 @@ def test_a_parquet_file_without_the_columns_is_named(tmp_path):
     parquet.write_table(pa.table({"x": [1]}), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="has no column 'image'"):
         open_data(tmp_path, "train")
+
+
+def test_a_multistep_schedule_divides_the_learning_rate_by_ten_at_its_epochs(folders, tmp_path):
+    steps = {"sched": "multistep", "decay_epochs": "1,3", "opt": "momentum", "lr": 0.1, "decay_all": True}
+    finetune(config(folders, tmp_path / "run", model="cifar_resnet20", epochs=4, crop_padding=2, **steps))
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+
+
+@pytest.mark.parametrize(
+    "options", [{"sched": "multistep"}, {"decay_epochs": "1,2"}, {"sched": "linear"}, {"crop_padding": -1}]
+)
+def test_schedules_without_meaning_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match=r"sched is cosine, or multistep with decay_epochs|crop_padding"):
+        config(tmp_path, tmp_path / "run", **options)
+
+
+def test_the_crop_of_a_padded_image_moves_it_over_black(folders):
+    images = open_data(folders, "train")
+    assert images is not None
+    batches = training.loader(
+        images, 16, 24, True, 0, crop_padding=4, color_jitter=0.0, hflip=0.0, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    torch.manual_seed(0)
+    batch, _ = next(iter(batches))
+    black = (batch == 0).all(1)
+    edges = [black[:, 0].all(1), black[:, -1].all(1), black[:, :, 0].all(1), black[:, :, -1].all(1)]
+    assert all(0 < edge.sum() < 24 for edge in edges)
+    assert not black[:, 4:-4, 4:-4].any()
+
+
+def test_training_adds_the_regularization_of_bsconvs_networks(folders, tmp_path, monkeypatch):
+    losses = []
+
+    def regularization_loss(net: BSConvMobileNetV3) -> torch.Tensor:
+        losses.append(net.regularization)
+        return next(net.parameters()).sum()
+
+    monkeypatch.setattr(BSConvMobileNetV3, "regularization_loss", regularization_loss)
+    finetune(config(folders, tmp_path / "run", model="cifar_mobilenetv3_large_w1_bsconvs", epochs=1, image_size="32"))
+    assert losses == 3 * [0.1]

@@ -1,14 +1,103 @@
 """What timm expects of a classification network, written once: a stem, stages and a head."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead, SelectAdaptivePool2d, get_device_dtype, to_2tuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "HiddenLayerHead", "last_of_each_reduction"]
+
+
+def last_of_each_reduction(chs: Sequence[int], reductions: Sequence[int]) -> list[dict[str, Any]]:
+    """timm's description of the maps behind the stages, of each reduction the last one.
+
+    Args:
+        chs: Channels of each stage's map.
+        reductions: Image pixels per pixel of each stage's map.
+    """
+    return [
+        {"num_chs": chs[i], "reduction": reduction, "module": f"stages.{i}"}
+        for i, reduction in enumerate(reductions)
+        if reduction not in reductions[i + 1 :]
+    ]
+
+
+class HiddenLayerHead(nn.Module):
+    """Pooling, a hidden 1x1 convolution, its activation, dropout and the classifier; used as timm's heads are.
+
+    Args:
+        in_features: Channels of the map.
+        num_classes: Outputs of the classifier; 0 leaves it out.
+        hidden_size: Channels of the hidden layer.
+        act_layer: Its activation.
+        pool_type: timm's pooling type; "" leaves the map unpooled.
+        drop_rate: Dropout in front of the classifier.
+        bias: Whether the hidden layer has one.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden_size: int,
+        act_layer: type[nn.Module],
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.num_features = hidden_size
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type)
+        pooled = in_features * self.global_pool.feat_mult()
+        self.hidden: nn.Module = nn.Conv2d(pooled, hidden_size, 1, bias=bias, device=device, dtype=dtype)
+        self.act: nn.Module = act_layer()
+        self.drop = nn.Dropout(drop_rate)
+        self.flatten = nn.Flatten(1) if pool_type else nn.Identity()
+        self.fc: nn.Module = nn.Identity()
+        self.reset(num_classes, pool_type, device=device, dtype=dtype)
+
+    def reset(
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """A new classifier; `reset_other` takes the hidden layer away, `in_features` is then the map's channels.
+
+        Raises:
+            AssertionError: If `pool_type` gives another number of features than the hidden layer reads, or leaves a map
+                for a classifier; as timm's heads do.
+        """
+        if num_classes and pool_type == "":
+            raise AssertionError('a map without pooling has no classifier: global_pool="" needs num_classes=0')
+        dd = get_device_dtype(self, device=device, dtype=dtype)
+        pool = self.global_pool if pool_type is None else SelectAdaptivePool2d(pool_type=pool_type)
+        if reset_other:
+            self.hidden, self.act = nn.Identity(), nn.Identity()
+            self.in_features = in_features or self.in_features
+        if isinstance(self.hidden, nn.Identity):
+            self.num_features = self.in_features * pool.feat_mult()
+        elif pool.feat_mult() != self.global_pool.feat_mult():
+            raise AssertionError(f"the hidden layer cannot read pooling {pool_type!r}; give global_pool at creation")
+        self.global_pool = pool
+        self.flatten = nn.Identity() if pool.is_identity() else nn.Flatten(1)
+        self.fc = nn.Linear(self.num_features, num_classes, **dd) if num_classes else nn.Identity()
+        self.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(N, in_features, H, W) -> logits (N, num_classes), or with `pre_logits` what the classifier reads."""
+        x = self.drop(self.flatten(self.act(self.hidden(self.global_pool(x)))))
+        return x if pre_logits else self.fc(x)
 
 
 class Classifier(nn.Module):
@@ -17,12 +106,13 @@ class Classifier(nn.Module):
     Args:
         stem: The first layers.
         stages: One module per stage, each an `nn.Sequential` of blocks.
-        feature_info: timm's description of the maps that `features_only` offers: those behind the stages, and first,
-            if there is one more, that behind the stem.
+        feature_info: timm's description of the maps that `features_only` offers: those behind stages, the last stage
+            among them, and first, if its module is the stem's last, that behind the stem.
         num_classes: Outputs of the classifier; 0 leaves it out.
         in_chans: Image channels.
         global_pool: timm's pooling type; "" leaves the map unpooled.
         drop_rate: Dropout in front of the classifier.
+        head: What reads the last map, if it is not timm's `ClassifierHead`.
     """
 
     pretrained_cfg: dict[str, Any]  # set by timm
@@ -36,6 +126,7 @@ class Classifier(nn.Module):
         in_chans: int,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        head: HiddenLayerHead | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -44,11 +135,16 @@ class Classifier(nn.Module):
         self.in_chans = in_chans
         self.grad_checkpointing = False
         self.feature_info = feature_info
-        self.stem_maps = len(feature_info) - len(stages)
+        # of each map, how many stages lie in front of it
+        self.map_depths = [
+            int(info["module"].removeprefix("stages.")) + 1 if info["module"].startswith("stages.") else 0
+            for info in feature_info
+        ]
         self.stem = stem
         self.stages = stages
         self.num_features: int = feature_info[-1]["num_chs"]
-        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.head = head or ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
 
     @torch.jit.ignore
@@ -65,6 +161,30 @@ class Classifier(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resamples what depends on the image size for another one; most networks have no such part, and take any.
+
+        Args:
+            img_size: Height and width in pixels.
+        """
+
+        def set_size(module: Any, args: tuple[Tensor]) -> None:
+            module.set_size(tuple(args[0].shape[-2:]))
+
+        sized = [module for module in self.modules() if hasattr(module, "set_size")]
+        hooks = [module.register_forward_pre_hook(set_size) for module in sized]
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                self.stages(self.stem(next(self.parameters()).new_zeros(1, self.in_chans, *to_2tuple(img_size))))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, mode in modes:
+                module.training = mode
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, untrained classifier of `num_classes` outputs (0: none); the pooling stays unless given."""
@@ -112,12 +232,13 @@ class Classifier(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is NCHW, got {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
+        depths = [self.map_depths[i] for i in take]
         x = self.stem(x)
-        maps = [x] if self.stem_maps and 0 in take else []
-        stages = self.stages[: last + 1 - self.stem_maps] if stop_early else self.stages
+        maps = [x] if 0 in depths else []
+        stages = self.stages[: self.map_depths[last]] if stop_early else self.stages
         for i, stage in enumerate(stages):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
-            if i + self.stem_maps in take:
+            if i + 1 in depths:
                 maps.append(x)
         return maps if intermediates_only else (x, maps)
 
@@ -128,9 +249,10 @@ class Classifier(nn.Module):
         take, last = feature_take_indices(len(self.feature_info), indices)
         cut = last + 1 < len(self.feature_info)
         if cut:
-            self.stages = self.stages[: last + 1 - self.stem_maps]
+            self.stages = self.stages[: self.map_depths[last]]
             self.num_features = self.feature_info[last]["num_chs"]
-            self.head.in_features = self.num_features
         if prune_head or cut:
-            self.reset_classifier(0, "")
+            self.num_classes = 0
+            self.head.reset(0, "", reset_other=True, in_features=self.num_features)
+            self.head_hidden_size = self.head.num_features
         return take

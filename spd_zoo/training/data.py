@@ -12,6 +12,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from spd_zoo.images import SUFFIXES, read_image
 
@@ -139,10 +140,23 @@ class _Transformed(Dataset[tuple[Tensor, Any]]):
 
 
 def loader(
-    data: LabelledImages, image_size: int, batch_size: int, training: bool, num_workers: int, **transform: Any
+    data: LabelledImages,
+    image_size: int,
+    batch_size: int,
+    training: bool,
+    num_workers: int,
+    crop_padding: int = 0,
+    **transform: Any,
 ) -> DataLoader[tuple[Tensor, Any]]:
-    """Batches of (N, 3, image_size, image_size) and (N,): shuffled and augmented for training, else in order."""
+    """Batches of (N, 3, image_size, image_size) and (N,): shuffled and augmented for training, else in order.
+
+    `transform` goes to timm's `create_transform`. With `crop_padding`, a crop of the image with so many black pixels on
+    every side takes the place of timm's random resized crop.
+    """
     make = create_transform(image_size, is_training=training, **transform)
+    if crop_padding:
+        resize = v2.Resize((image_size, image_size))
+        make.transforms[0] = v2.Compose([resize, v2.RandomCrop(image_size, padding=crop_padding)])
     return DataLoader(
         _Transformed(data.images, make),
         batch_size,

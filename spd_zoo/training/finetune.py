@@ -19,6 +19,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.training.data import DataError, loader, open_data, train_val_split
 from spd_zoo.weights import WeightsError
 
@@ -45,9 +46,13 @@ class FinetuneConfig:
     opt: str = _option("lamb", "timm's name of the optimiser")
     lr: float = _option(6e-3, "largest learning rate")
     weight_decay: float = _option(0.02, "weight decay; none on biases and normalisation layers")
+    decay_all: bool = _option(False, "weight decay on biases and normalisation layers too")
+    sched: str = _option("cosine", "how the learning rate falls: cosine, or multistep: to a tenth at --decay-epochs")
+    decay_epochs: str = _option("", "epochs for multistep, counted from 0, for example 100,150,180")
     warmup_epochs: int = _option(2, "epochs over which the learning rate rises")
     label_smoothing: float = _option(0.1, "share of the target spread over all classes")
     crop_scale: float = _option(0.5, "smallest share of an image's area that a random crop keeps")
+    crop_padding: int = _option(0, "instead: random crop of the image with so many black pixels around it")
     auto_augment: str | None = _option(None, "timm's policy string, for example rand-m6-n2-mstd0.5")
     mixup: float = _option(0.0, "Mixup alpha")
     cutmix: float = _option(0.0, "CutMix alpha")
@@ -61,13 +66,18 @@ class FinetuneConfig:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("val_size", "warmup_epochs", "workers", "mixup", "cutmix", "weight_decay"):
+        for name in ("val_size", "warmup_epochs", "workers", "mixup", "cutmix", "weight_decay", "crop_padding"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 < self.crop_scale <= 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("crop_scale must be above 0 and at most 1, label_smoothing from 0 to below 1")
+        if self.sched not in ("cosine", "multistep") or (self.sched == "multistep") != bool(self.decay_epochs):
+            raise ValueError(
+                "sched is cosine, or multistep with decay_epochs, "
+                f"got {self.sched!r} with decay_epochs {self.decay_epochs!r}"
+            )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"Mixup and CutMix need an even batch_size, got {self.batch_size}")
 
@@ -106,14 +116,19 @@ def finetune(config: FinetuneConfig) -> float:
     _claim(config)
     input_config = resolve_data_config(model=net)
     normalize = {"mean": input_config["mean"], "std": input_config["std"]}
-    optimizer = create_optimizer_v2(net, config.opt, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = create_optimizer_v2(
+        net, config.opt, config.lr, config.weight_decay, filter_bias_and_bn=not config.decay_all
+    )
     steps_per_epoch = max(1, len(train.labels) // config.batch_size)
+    # timm looks one step ahead: half a step behind the beginning of an epoch, its first step has the new rate
+    milestones: Any = [epoch + 0.5 / steps_per_epoch for epoch in _parse_epochs(config.decay_epochs)]
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        "cosine",
+        config.sched,
         num_epochs=config.epochs,
         warmup_epochs=config.warmup_epochs,
         warmup_lr=config.lr / 100,
+        decay_milestones=milestones,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
@@ -141,6 +156,7 @@ def finetune(config: FinetuneConfig) -> float:
             config.batch_size,
             True,
             config.workers,
+            crop_padding=config.crop_padding,
             scale=(config.crop_scale, 1.0),
             color_jitter=0.0,
             auto_augment=config.auto_augment,
@@ -158,6 +174,8 @@ def finetune(config: FinetuneConfig) -> float:
             with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
                 logits = net(images)
             loss = _loss(logits.float(), labels, config.label_smoothing)
+            if isinstance(net, BSConvMobileNetV3):
+                loss = loss + net.regularization_loss()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -226,6 +244,14 @@ def _parse_sizes(text: str) -> list[tuple[int, int]]:
     if epochs[0] != 0 or epochs != sorted(set(epochs)):
         raise ValueError(f"image_size {text!r} must begin with a size for epoch 0, then sizes with rising epochs")
     return sizes
+
+
+def _parse_epochs(text: str) -> list[int]:
+    """ "100,150,180" -> [100, 150, 180]."""
+    epochs = text.split(",") if text else []
+    if not all(epoch.strip().isdigit() for epoch in epochs):
+        raise ValueError(f"decay_epochs {text!r} is not like 100,150,180")
+    return [int(epoch) for epoch in epochs]
 
 
 def _parse_model_args(text: str) -> dict[str, Any]:

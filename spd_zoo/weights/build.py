@@ -43,8 +43,11 @@ _UNREADABLE = (  # what broken files have been seen to raise in torch's and safe
 )
 
 
-def default_cfgs(group: str, first_conv: str, classifier: str) -> dict[str, Any]:
+def default_cfgs(group: str, first_conv: str | Callable[[str], str], classifier: str) -> dict[str, Any]:
     """timm's configurations of all networks and checkpoints in a group of the manifest.
+
+    `first_conv` and `classifier` name the network's first convolution, or say it for a network's name, and its last
+    layer.
 
     A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known.
     """
@@ -58,7 +61,7 @@ def default_cfgs(group: str, first_conv: str, classifier: str) -> dict[str, Any]
             "label_names": entry.class_names,
             "license": entry.license,
             "origin_url": entry.origin_url,
-            "first_conv": first_conv,
+            "first_conv": first_conv if isinstance(first_conv, str) else first_conv(entry.network),
             "classifier": classifier,
         }
     return generate_default_cfgs(cfgs)
@@ -66,7 +69,7 @@ def default_cfgs(group: str, first_conv: str, classifier: str) -> dict[str, Any]
 
 def _input_of(entry: Entry) -> dict[str, Any]:
     """What images the network takes, in timm's words."""
-    names = ("input_size", "pool_size", "mean", "std", "crop_pct", "interpolation")
+    names = ("input_size", "fixed_input_size", "pool_size", "mean", "std", "crop_pct", "interpolation")
     return {name: getattr(entry, name) for name in names}
 
 

@@ -26,6 +26,7 @@ class Entry:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
+    fixed_input_size: bool = False  # whether the network takes images of the size alone that it was created for
     source: str | None = None
     sha256: str | None = None
     size: int | None = None

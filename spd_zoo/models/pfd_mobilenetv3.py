@@ -1,0 +1,219 @@
+"""MobileNetV3-large with padding-free downsampling and a hybrid stem.
+
+Paper: Searching for MobileNetV3, https://arxiv.org/abs/1905.02244; the padding-free networks:
+"Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024), "second set of hyper-parameters".
+Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (no licence in this part).
+The first set's MobileNetV3, another network, is in `bsconv_mobilenetv3`.
+"""
+
+from typing import Any
+
+from timm.layers import DropPath, SEModule, calculate_drop_path_rates, make_divisible, to_2tuple
+from torch import Tensor, nn
+
+from spd_zoo import weights
+from spd_zoo.layers import AttentionDownsample, conv_norm_act
+from spd_zoo.models._classifier import Classifier, HiddenLayerHead, last_of_each_reduction
+from spd_zoo.models._pfd import Downsampling, depthwise, halved, rename_shared, stem
+from spd_zoo.models._registry import register_model
+
+__all__ = ["PFDMobileNetV3"]  # register_model adds the entry points
+
+# Stages of units: kernel size, hidden channels, output channels, squeeze-and-excitation, hard-swish; the first unit of
+# the stages STRIDED has a stride (paper, table 1).
+STAGES = (
+    ((3, 16, 16, False, False),),
+    ((3, 64, 24, False, False), (3, 72, 24, False, False)),
+    ((5, 72, 40, True, False), (5, 120, 40, True, False), (5, 120, 40, True, False)),
+    ((3, 240, 80, False, True), (3, 200, 80, False, True), (3, 184, 80, False, True), (3, 184, 80, False, True)),
+    ((3, 480, 112, True, True), (3, 672, 112, True, True)),
+    ((5, 672, 160, True, True), (5, 960, 160, True, True), (5, 960, 160, True, True)),
+)
+STRIDED = (1, 2, 3, 5)
+NORM = {"eps": 1e-3, "momentum": 0.01}
+
+
+class InvertedResidual(nn.Module):
+    """1x1 convolution unless nothing expands, depthwise convolution, squeeze-and-excitation, 1x1 convolution."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        hidden_chs: int,
+        out_chs: int,
+        kernel_size: int,
+        stride: int,
+        se: bool,
+        act_layer: type[nn.Module],
+        downsampling: Downsampling,
+        drop_path: float,
+        dd: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.block = nn.Sequential()
+        if hidden_chs != in_chs:
+            self.block.append(conv_norm_act(in_chs, hidden_chs, act_layer=act_layer, norm_kwargs=NORM, **dd))
+        self.block.append(depthwise(hidden_chs, kernel_size, stride, downsampling, act_layer, dd, norm_kwargs=NORM))
+        if se:
+            rd_chs = make_divisible(hidden_chs // 4, 8)
+            self.block.append(SEModule(hidden_chs, rd_channels=rd_chs, gate_layer="hard_sigmoid", **dd))
+        self.block.append(conv_norm_act(hidden_chs, out_chs, norm_kwargs=NORM, **dd))
+        self.residual = stride == 1 and in_chs == out_chs
+        self.drop_path = DropPath(drop_path) if drop_path and self.residual else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, H', W')."""
+        y = self.drop_path(self.block(x))
+        return x + y if self.residual else y
+
+
+class PFDMobileNetV3(Classifier):
+    """A stem, six stages of inverted residuals, a 1x1 convolution and a head with a hidden layer.
+
+    Args:
+        small: For images of 32 pixels: the stem and stage 2 have stride 1, and the last map is 1/8 of the image.
+        hybrid_stem: `HybridStem` instead of a convolution.
+        downsampling: "padded", padding-free ("pfd") or `AttentionDownsample` blocks ("attention").
+        img_size: Pixels, one number or height and width; matters to attention only. 32 with `small`, else 224.
+    """
+
+    def __init__(
+        self,
+        small: bool = False,
+        hybrid_stem: bool = False,
+        downsampling: Downsampling = "padded",
+        num_classes: int = 292,
+        in_chans: int = 3,
+        img_size: int | tuple[int, int] | None = None,
+        global_pool: str = "avg",
+        drop_rate: float = 0.2,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        first_stride = 1 if small else 2
+        stages, chs, reductions = nn.Sequential(), 16, []
+        size, reduction = to_2tuple(img_size or (32 if small else 224)), first_stride
+        size = size if small else halved(size, "padded")
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, [len(stage) for stage in STAGES], stagewise=True)
+        for i, units in enumerate(STAGES):
+            stage = nn.Sequential()
+            for j, (kernel_size, hidden_chs, out_chs, se, hard_swish) in enumerate(units):
+                stride = 1 if i not in STRIDED or j > 0 else first_stride if i == STRIDED[0] else 2
+                act_layer: type[nn.Module] = nn.Hardswish if hard_swish else nn.ReLU
+                if stride == 2 and downsampling == "attention":
+                    attention = i > STRIDED[1]
+                    stage.append(AttentionDownsample(chs, out_chs, size, attention, norm_kwargs=NORM, **dd))
+                else:
+                    unit = InvertedResidual(
+                        chs, hidden_chs, out_chs, kernel_size, stride, se, act_layer, downsampling, drop_paths[i][j], dd
+                    )
+                    stage.append(unit)
+                chs = out_chs
+                if stride == 2:
+                    size, reduction = halved(size, downsampling), 2 * reduction
+            stages.append(stage)
+            reductions.append(reduction)
+        stages.append(nn.Sequential(conv_norm_act(chs, 960, act_layer=nn.Hardswish, norm_kwargs=NORM, **dd)))
+        feature_info = last_of_each_reduction([*(units[-1][2] for units in STAGES), 960], [*reductions, reduction])
+        super().__init__(
+            nn.Sequential(stem(hybrid_stem, in_chans, 16, first_stride, nn.Hardswish, NORM, dd)),
+            stages,
+            feature_info,
+            num_classes,
+            in_chans,
+            head=HiddenLayerHead(960, num_classes, 1280, nn.Hardswish, global_pool, drop_rate, **dd),
+        )
+        init_weights(self)
+
+
+def init_weights(net: Classifier) -> None:
+    """As the authors': convolutions normal by their fan-out with groups not divided out, linear layers normal."""
+    linear = [module for module in net.head.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if module in linear:
+                nn.init.normal_(module.weight, std=0.01)
+            else:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+_RENAMES = (  # the authors' keys -> ours
+    (r"^features\.0\.", "stem.0."),
+    (r"^(stages\.\d+\.\d+(?:\.block\.\d+)?)\.0\.(?=\w+$)", r"\1.conv."),
+    (r"^(stages\.\d+\.\d+(?:\.block\.\d+)?)\.1\.(?=\w+$)", r"\1.bn."),
+    (r"^classifier\.0\.", "head.hidden."),
+    (r"^classifier\.3\.", "head.fc."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDMobileNetV3) -> dict[str, Tensor]:
+    """The authors' keys as ours; keys that are ours already stay."""
+    numbered = [
+        f"stages.{i}.{j}." for i, stage in enumerate(model.stages.children()) for j, _ in enumerate(stage.children())
+    ]
+    flat = tuple((rf"^features\.{i}\.", name) for i, name in enumerate(numbered, 1))
+    state_dict = rename_shared(weights.rename(state_dict, (*flat, *_RENAMES)), model)
+    hidden = state_dict.get("head.hidden.weight")
+    if hidden is not None and hidden.ndim == 2:
+        state_dict["head.hidden.weight"] = hidden[:, :, None, None]
+    return state_dict
+
+
+def _first_conv(variant: str) -> str:
+    return "stem.0.conv.conv" if variant.endswith(("_stem", "_pfd")) else "stem.0.conv"
+
+
+default_cfgs = weights.default_cfgs("pfd_mobilenetv3", first_conv=_first_conv, classifier="head.fc")
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> PFDMobileNetV3:
+    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
+    return weights.build(PFDMobileNetV3, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def cifar_mobilenetv3_large(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
+    """MobileNetV3-large for CIFAR."""
+    return _create("cifar_mobilenetv3_large", pretrained, small=True, **kwargs)
+
+
+@register_model
+def cifar_mobilenetv3_large_stem(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
+    """MobileNetV3-large for CIFAR with a hybrid stem."""
+    return _create("cifar_mobilenetv3_large_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+
+
+@register_model
+def cifar_mobilenetv3_large_down(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
+    """MobileNetV3-large for CIFAR with padding-free downsampling."""
+    return _create("cifar_mobilenetv3_large_down", pretrained, small=True, downsampling="pfd", **kwargs)
+
+
+@register_model
+def cifar_mobilenetv3_large_pfd(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
+    """MobileNetV3-large for CIFAR with padding-free downsampling and a hybrid stem."""
+    return _create(
+        "cifar_mobilenetv3_large_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs
+    )
+
+
+@register_model
+def cifar_mobilenetv3_large_effdown(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
+    """MobileNetV3-large for CIFAR with EfficientFormerV2's downsampling."""
+    return _create("cifar_mobilenetv3_large_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+
+
+@register_model
+def mobilenetv3_large(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
+    """MobileNetV3-large."""
+    return _create("mobilenetv3_large", pretrained, **kwargs)
+
+
+@register_model
+def mobilenetv3_large_pfd(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
+    """MobileNetV3-large with padding-free downsampling and a hybrid stem."""
+    return _create("mobilenetv3_large_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)

@@ -1,0 +1,237 @@
+"""ParC-MobileNetV2, a MobileNetV2 with position-aware circular convolutions, with padding-free downsampling.
+
+Papers: ParC-Net, https://arxiv.org/abs/2203.03952; MobileNetV2, https://arxiv.org/abs/1801.04381; the padding-free
+networks: "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
+Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (no licence in this part).
+
+Deliberate difference: a network can be created for any image size, and its weights are resampled from one to another.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
+from torch import Tensor, nn
+
+from spd_zoo import weights
+from spd_zoo.layers import AttentionDownsample, PositionAwareCircularConv2d, conv_norm_act
+from spd_zoo.models._classifier import Classifier, last_of_each_reduction
+from spd_zoo.models._pfd import Downsampling, depthwise, halved, rename_shared, stem
+from spd_zoo.models._registry import register_model
+
+__all__ = ["ParCMobileNetV2"]  # register_model adds the entry points
+
+# Stages: expansion, output channels, units, and how many of these are plain ones of MobileNetV2; the first unit of the
+# stages STRIDED has a stride.
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 3), (6, 64, 4, 2), (6, 96, 3, 2), (6, 160, 3, 2), (6, 320, 1, 1))
+STRIDED = (1, 2, 3, 5)
+
+
+class PlainUnit(nn.Module):
+    """MobileNetV2's unit: 1x1 convolution unless nothing expands, depthwise 3x3 convolution, 1x1 convolution."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        expansion: int,
+        out_chs: int,
+        stride: int,
+        downsampling: Downsampling,
+        drop_path: float,
+        dd: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        chs = in_chs * expansion
+        self.branch = nn.Sequential()
+        if expansion != 1:
+            self.branch.append(conv_norm_act(in_chs, chs, act_layer=nn.ReLU6, **dd))
+        self.branch.append(depthwise(chs, 3, stride, downsampling, nn.ReLU6, dd))
+        self.branch.append(nn.Conv2d(chs, out_chs, 1, bias=False, **dd))
+        self.branch.append(nn.BatchNorm2d(out_chs, **dd))
+        self.residual = stride == 1 and in_chs == out_chs
+        self.drop_path = DropPath(drop_path) if drop_path and self.residual else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, H', W')."""
+        y = self.drop_path(self.branch(x))
+        return x + y if self.residual else y
+
+
+class ParCUnit(nn.Module):
+    """1x1 convolution, circular convolutions (half of the channels along the height, half along the width), 1x1."""
+
+    def __init__(
+        self,
+        in_chs: int,
+        expansion: int,
+        out_chs: int,
+        size: tuple[int, int],
+        position: bool,
+        drop_path: float,
+        dd: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        chs = in_chs * expansion
+        self.pw_expand = conv_norm_act(in_chs, chs, act_layer=nn.ReLU6, **dd)
+        self.parc_h = PositionAwareCircularConv2d(chs // 2, size, 0, position, **dd)
+        self.parc_w = PositionAwareCircularConv2d(chs // 2, size, 1, position, **dd)
+        self.bn = nn.BatchNorm2d(chs, **dd)
+        self.act = nn.ReLU6()
+        self.pw_linear = nn.Sequential(nn.Conv2d(chs, out_chs, 1, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd))
+        self.residual = in_chs == out_chs
+        self.drop_path = DropPath(drop_path) if drop_path and self.residual else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, H, W)."""
+        columns, rows = self.pw_expand(x).chunk(2, 1)
+        y = self.act(self.bn(torch.cat([self.parc_h(columns), self.parc_w(rows)], 1)))
+        y = self.drop_path(self.pw_linear(y))
+        return x + y if self.residual else y
+
+
+class ParCMobileNetV2(Classifier):
+    """A stem, seven stages of plain and position-aware units, a 1x1 convolution and a linear classifier.
+
+    Args:
+        small: For images of 32 pixels: the stem and stage 2 have stride 1, and the last map is 1/8 of the image.
+        hybrid_stem: `HybridStem` instead of a convolution.
+        downsampling: "padded", padding-free ("pfd") or `AttentionDownsample` blocks ("attention").
+        img_size: The images' pixels, one number or height and width. 32 with `small`, else 224.
+    """
+
+    def __init__(
+        self,
+        small: bool = False,
+        hybrid_stem: bool = False,
+        downsampling: Downsampling = "padded",
+        num_classes: int = 292,
+        in_chans: int = 3,
+        img_size: int | tuple[int, int] | None = None,
+        global_pool: str = "avg",
+        drop_rate: float = 0.2,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        first_stride = 1 if small else 2
+        stages, chs, reductions = nn.Sequential(), 32, []
+        size, reduction = to_2tuple(img_size or (32 if small else 224)), first_stride
+        size = size if small else halved(size, "padded")
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, [stage[2] for stage in STAGES], stagewise=True)
+        for i, (expansion, out_chs, depth, plain) in enumerate(STAGES):
+            stage = nn.Sequential()
+            for j in range(depth):
+                stride = 1 if i not in STRIDED or j > 0 else first_stride if i == STRIDED[0] else 2
+                drop_path = drop_paths[i][j]
+                if stride == 2 and downsampling == "attention":
+                    stage.append(AttentionDownsample(chs, out_chs, size, attention=i > STRIDED[1], **dd))
+                elif j < plain:
+                    stage.append(PlainUnit(chs, expansion, out_chs, stride, downsampling, drop_path, dd))
+                else:
+                    stage.append(ParCUnit(chs, expansion, out_chs, size, j == plain, drop_path, dd))
+                chs = out_chs
+                if stride == 2:
+                    size, reduction = halved(size, downsampling), 2 * reduction
+            stages.append(stage)
+            reductions.append(reduction)
+        stages.append(nn.Sequential(conv_norm_act(chs, 1280, act_layer=nn.ReLU6, **dd)))
+        super().__init__(
+            nn.Sequential(stem(hybrid_stem, in_chans, 32, first_stride, nn.ReLU6, None, dd)),
+            stages,
+            last_of_each_reduction([*(stage[1] for stage in STAGES), 1280], [*reductions, reduction]),
+            num_classes,
+            in_chans,
+            global_pool,
+            drop_rate,
+            **dd,
+        )
+        init_weights(self)
+
+
+def init_weights(net: nn.Module) -> None:
+    """As the authors': convolutions normal by their fan-out with groups not divided out, the linear layer normal."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, PositionAwareCircularConv2d) and module.pe is not None:
+            nn.init.trunc_normal_(module.pe, std=0.02, a=-2, b=2)
+
+
+_RENAMES = (  # the authors' keys -> ours
+    (r"^features\.0\.", "stem.0."),
+    (r"\.gcc_H\.(?:gcc_)?", ".parc_h."),
+    (r"\.gcc_W\.(?:gcc_)?", ".parc_w."),
+    (r"^(stages\.\d+\.\d+(?:\.branch\.\d+|\.pw_expand)?)\.0\.(?=\w+$)", r"\1.conv."),
+    (r"^(stages\.\d+\.\d+(?:\.branch\.\d+|\.pw_expand)?)\.1\.(?=\w+$)", r"\1.bn."),
+    (r"^classifier\.1\.", "head.fc."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ParCMobileNetV2) -> dict[str, Tensor]:
+    """The authors' keys as ours; keys that are ours already stay. Weights for another image size are resampled."""
+    numbered = [
+        f"stages.{i}.{j}." for i, stage in enumerate(model.stages.children()) for j, _ in enumerate(stage.children())
+    ]
+    units = [(rf"^features\.{i}\.conv\.(?=\d)", f"{name}branch.") for i, name in enumerate(numbered, 1)]
+    others = [(rf"^features\.{i}\.", name) for i, name in enumerate(numbered, 1)]
+    return rename_shared(weights.rename(state_dict, (*units, *others, *_RENAMES)), model)
+
+
+def _first_conv(variant: str) -> str:
+    return "stem.0.conv.conv" if variant.endswith(("_stem", "_pfd")) else "stem.0.conv"
+
+
+default_cfgs = weights.default_cfgs("pfd_parc_mobilenetv2", first_conv=_first_conv, classifier="head.fc")
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> ParCMobileNetV2:
+    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
+    return weights.build(ParCMobileNetV2, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def cifar_parc_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
+    """ParC-MobileNetV2 for CIFAR."""
+    return _create("cifar_parc_mobilenetv2", pretrained, small=True, **kwargs)
+
+
+@register_model
+def cifar_parc_mobilenetv2_stem(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
+    """ParC-MobileNetV2 for CIFAR with a hybrid stem."""
+    return _create("cifar_parc_mobilenetv2_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+
+
+@register_model
+def cifar_parc_mobilenetv2_down(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
+    """ParC-MobileNetV2 for CIFAR with padding-free downsampling."""
+    return _create("cifar_parc_mobilenetv2_down", pretrained, small=True, downsampling="pfd", **kwargs)
+
+
+@register_model
+def cifar_parc_mobilenetv2_pfd(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
+    """ParC-MobileNetV2 for CIFAR with padding-free downsampling and a hybrid stem."""
+    return _create("cifar_parc_mobilenetv2_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs)
+
+
+@register_model
+def cifar_parc_mobilenetv2_effdown(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
+    """ParC-MobileNetV2 for CIFAR with EfficientFormerV2's downsampling."""
+    return _create("cifar_parc_mobilenetv2_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+
+
+@register_model
+def parc_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
+    """ParC-MobileNetV2."""
+    return _create("parc_mobilenetv2", pretrained, **kwargs)
+
+
+@register_model
+def parc_mobilenetv2_pfd(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
+    """ParC-MobileNetV2 with padding-free downsampling and a hybrid stem."""
+    return _create("parc_mobilenetv2_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)
