@@ -1,18 +1,47 @@
 """What networks cost: the manifest says what is measured, and what is measured is what recorded counts say."""
 
 import json
+from operator import itemgetter
 from typing import Any
 
 import pytest
 import timm
+import torch
 from golden import FOLDER, cases
-from torch import nn
+from torch import Tensor, nn
 
 import spd_zoo  # noqa: F401 - registers the networks
-from spd_zoo.complexity import count_macs, count_params
+from spd_zoo.complexity import (
+    COUNTERS,
+    Operation,
+    count_activations,
+    count_layer_params,
+    count_macs,
+    count_params,
+    fvcore,
+    trace,
+)
 from spd_zoo.weights import entries
 
-RECORDED = cases("pyconv") + cases("spd_resnet") + json.loads((FOLDER / "costs.json").read_text())
+BSCONV, THOP_2020 = cases("pfd_bsconv"), cases("pfd_mobile")
+RECORDED = cases("pyconv") + cases("spd_resnet") + BSCONV + THOP_2020 + json.loads((FOLDER / "costs.json").read_text())
+COUNTED = [  # by fvcore 0.1.5 and by thop 0.0.22 on the authors' networks: network, classes, pixels, counts
+    ("pyconvresnet18", 1000, 224, 868130304, 876030232),
+    ("pyconvresnet34", 1000, 224, 1742296576, 1753332504),
+    ("pyconvresnet50", 1000, 224, 3843974144, 3877433368),
+    ("pyconvresnet101", 1000, 224, 7266178048, 7313285144),
+    ("pyconvhgresnet50", 1000, 224, 4565254144, 4606490648),
+    ("pyconvhgresnet152", 1000, 224, 12214484992, 12293855256),
+    ("pyconvresnet18_basicblock1", 1000, 224, 1538883072, 1546783000),
+    ("resnet18_spd", 200, 64, 1065725952, None),
+    ("resnet50_spd", 200, 64, 1795211264, None),
+    ("resnet152_spd", 100, 32, 1056849920, None),
+]
+
+
+def run(case: dict[str, Any]) -> list[Operation]:
+    net = timm.create_model(case["model"], device="meta", **case["model_args"])
+    return trace(net, tuple(case["macs_input"][1:]))
 
 
 @pytest.mark.parametrize("name", entries())
@@ -30,14 +59,49 @@ def test_parameters_and_macs_are_those_recorded(case: dict[str, Any]) -> None:
     assert (count_params(net), count_macs(net, tuple(case["macs_input"][1:]))) == (case["params"], case["macs"])
 
 
+@pytest.mark.parametrize(("network", "num_classes", "size", "by_fvcore", "by_thop"), COUNTED)
+def test_fvcore_and_thop_of_2019_count_as_recorded(
+    network: str, num_classes: int, size: int, by_fvcore: int, by_thop: int | None
+) -> None:
+    operations = trace(timm.create_model(network, num_classes=num_classes, device="meta"), (3, size, size))
+    assert COUNTERS["fvcore"](operations) == by_fvcore
+    assert by_thop is None or COUNTERS["thop_2019"](operations) == by_thop
+
+
+@pytest.mark.parametrize("case", BSCONV, ids=itemgetter("id"))
+def test_the_profiler_of_bsconv_counts_as_recorded(case: dict[str, Any]) -> None:
+    assert COUNTERS["bsconv"](run(case)) == case["repo_profiler"]["flops"]
+
+
+@pytest.mark.parametrize("case", THOP_2020, ids=itemgetter("id"))
+def test_thop_of_2020_counts_as_recorded(case: dict[str, Any]) -> None:
+    pools = {"ghostnet": "thop_2020_pools", "mobilenetv3": "thop_2020_head"}
+    counter = pools.get(case["model"].removeprefix("cifar_").partition("_")[0], "thop_2020")
+    operations, recorded = run(case), case["published_counter"]
+    assert (count_layer_params(operations), COUNTERS[counter](operations)) == (recorded["params"], recorded["flops"])
+
+
+@pytest.mark.filterwarnings("ignore")  # fvcore's: torch.jit is deprecated
+@pytest.mark.parametrize("network", ["cifar_shufflenetv2_effdown", "cifar_ghostnet_pfd", "resnet18_spd"])
+def test_flops_and_activations_are_fvcores(network: str) -> None:
+    from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
+
+    images = torch.zeros(1, 3, 32, 32)
+    net = timm.create_model(network).eval()
+    by_fvcore = [analysis(net, images).total() for analysis in (FlopCountAnalysis, ActivationCountAnalysis)]
+    operations = trace(net.to("meta"), (3, 32, 32))
+    assert [fvcore(operations), count_activations(operations)] == by_fvcore
+
+
 @pytest.mark.parametrize(
     ("conv", "macs"),
     [
         (nn.Conv2d(6, 8, 3, padding=1, device="meta"), 8 * 6 * 9 * 10 * 14),
         (nn.Conv2d(6, 8, 3, padding=1, groups=2, device="meta"), 8 * 3 * 9 * 10 * 14),
         (nn.Conv2d(6, 8, 3, stride=2, device="meta"), 8 * 6 * 9 * 4 * 6),
+        (nn.ConvTranspose2d(6, 8, 2, stride=2, device="meta"), 8 * 6 * 4 * 10 * 14),
     ],
-    ids=["plain", "groups", "stride"],
+    ids=["plain", "groups", "stride", "transposed"],
 )
 def test_a_convolution_costs_its_kernel_for_every_output_pixel(conv: nn.Conv2d, macs: int) -> None:
     assert count_macs(conv, (6, 10, 14)) == macs
@@ -50,6 +114,25 @@ def test_a_linear_layer_costs_its_weights() -> None:
 
 def test_normalisation_activation_and_pooling_cost_nothing() -> None:
     assert count_macs(nn.Sequential(nn.BatchNorm2d(3, device="meta"), nn.ReLU(), nn.MaxPool2d(2)), (3, 8, 8)) == 0
+
+
+class Untidy(nn.Module):
+    """A layer called twice, one that is not called, and a parameter that no layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.unused = nn.Linear(5, 5), nn.Linear(5, 7)
+        self.position = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(self.twice(x.flatten(1) + self.position))
+
+
+def test_parameters_of_layers_are_counted_once_and_only_where_they_are_read() -> None:
+    net = Untidy().to("meta")
+    assert count_layer_params(trace(net, (5, 1, 1))) == 30
+    assert count_params(net) == 30 + 42 + 5
+    assert count_macs(net, (5, 1, 1)) == 50
 
 
 def test_frozen_parameters_are_not_counted() -> None:

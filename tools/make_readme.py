@@ -1,4 +1,7 @@
-"""Writes the README's tables from the manifest and the recorded speeds: `python tools/make_readme.py [--check]`."""
+"""Writes the README's tables: `python tools/make_readme.py [--check]`.
+
+They come from the manifest, from the recorded speeds and latencies, and from counting what papers print.
+"""
 
 import argparse
 import json
@@ -7,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import check_published
 
 from spd_zoo.weights import Entry, entries
 
@@ -60,9 +65,29 @@ def speed() -> str:
     return f"{'; '.join(sorted(settings))}\n\n{table(['network', 'form', 'images/s', *columns[1:]], rows)}"
 
 
+def published() -> str:
+    """What papers print beside what is counted here."""
+    head, *rows = check_published.table(check_published.check_published())
+    return table(head, rows)
+
+
+def latency() -> str:
+    """What `tools/latency.py --json` printed into `tools/latency.jsonl`, beside the authors' figures."""
+    lines = (ROOT / "tools" / "latency.jsonl").read_text(encoding="utf-8").splitlines()
+    columns = ("network", "image_size", "runtime", "padded_ms", "padding_free_ms", "ratio")
+    rows = [[str(row[column]) for column in columns] for row in map(json.loads, lines)]
+    return table(("network", "pixels", "runtime", "padded (ms)", "padding-free (ms)", "ratio"), rows)
+
+
 def render(text: str) -> str:
     """The README with every generated part made anew."""
-    for name, make in (("networks", networks), ("checkpoints", checkpoints), ("speed", speed)):
+    for name, make in (
+        ("networks", networks),
+        ("checkpoints", checkpoints),
+        ("published", published),
+        ("latency", latency),
+        ("speed", speed),
+    ):
         pattern = rf"(<!-- {name}: tools/make_readme.py -->\n).*?(<!-- end -->)"
         made = make().replace("\\", r"\\")
         text, count = re.subn(pattern, rf"\g<1>{made}\n\g<2>", text, flags=re.S)

@@ -1,0 +1,190 @@
+"""Checks what papers print about the networks, and what every network costs, against the networks themselves.
+
+    python tools/check_published.py [NETWORK ...] [--json | --csv] [--record]
+
+`published.csv` has a row for every row of the authors' tables: the figures as printed (their unit may stand in the
+table's head), the rule that counted them (`spd_zoo.complexity.COUNTERS`) and a verdict. "match": counted by that rule
+and rounded to the printed digits, the network has these figures. "differs: reason": it has not, or the same source
+prints another accuracy further up; once the two agree, the row is an error. "uncounted": there are neither parameters
+nor FLOPs. `complexity.csv` is the record of what every network costs; --record writes it anew, without it a network
+that costs something else is an error. Exit status: 1 if there is an error, 2 if a table cannot be read.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
+from pathlib import Path
+from typing import TextIO
+
+import timm
+
+import spd_zoo  # noqa: F401  (registers the networks)
+from spd_zoo import complexity
+from spd_zoo.weights import entries
+
+PUBLISHED, RECORD = (Path(__file__).parent / name for name in ("published.csv", "complexity.csv"))
+COLUMNS = {  # of published.csv, and what may stand there
+    "model": r"\w*",  # a name that timm knows
+    "input": r"(\d+x\d+x\d+)?",
+    "classes": r"\d*",
+    **dict.fromkeys(("dataset", "table", "row"), r".*"),
+    **dict.fromkeys(("params", "flops"), r"(\d+(\.\d+)?[MG])?"),
+    **dict.fromkeys(("accuracy", "latency"), r".*"),
+    "counter": "|".join(["", *complexity.COUNTERS]),
+    "source": r".+",
+    "verdict": r"match|differs: .+|uncounted(: .+)?",
+}
+RECORDED = ("network", "input", "classes", "params", "macs", "fvcore_flops", "activations")  # of complexity.csv
+COUNTED = ("our_params", "our_flops", "all_params", "macs", "fvcore_flops")  # the first two by the authors' rule
+SHOWN = ("model", "dataset", "params", "flops", "counter", *COUNTED, "verdict", "source")
+
+
+def read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table; raises ValueError if it has other columns, or a row has more or fewer."""
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.reader(file, strict=True))
+    for i, line in enumerate(lines or [[]]):
+        if len(line) != len(columns) or (i == 0 and line != list(columns)):
+            raise ValueError(f"{path.name}, row {i}: expected {', '.join(columns)}, got {', '.join(line)}")
+    return [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+
+
+def write(rows: Sequence[dict[str, str]], file: TextIO) -> None:
+    """Writes a table."""
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def problem(row: dict[str, str]) -> str:
+    """What is wrong with a row of `published.csv` itself, if anything."""
+    for column, pattern in COLUMNS.items():
+        if not re.fullmatch(pattern, row[column]):
+            return f"{column} cannot be {row[column]!r}"
+    if row["model"] and not timm.is_model(row["model"]):
+        return f"there is no network {row['model']!r}"
+    figures = row["params"] or row["flops"]
+    needed = ("model", "input", "classes", "counter") if figures else ("input", "classes") if row["model"] else ()
+    for column in needed:
+        if not row[column]:
+            return f"{column} is missing"
+    if row["verdict"].startswith("uncounted" if figures else "match"):
+        return f"{row['verdict']!r} cannot be the verdict where figures are {'' if figures else 'not '}printed"
+    return ""
+
+
+@cache
+def measure(network: str, input: str, classes: int) -> tuple[dict[str, str], list[complexity.Operation]]:
+    """The row of `complexity.csv` for a network, and the operators that it runs."""
+    channels, height, width = map(int, input.split("x"))
+    net = timm.create_model(network, num_classes=classes, device="meta")
+    run = complexity.trace(net, (channels, height, width))
+    costs = (complexity.macs(run), complexity.fvcore(run), complexity.count_activations(run))
+    values = (network, input, classes, complexity.count_params(net), *costs)
+    return dict(zip(RECORDED, map(str, values), strict=True)), run
+
+
+def as_printed(count: str, printed: str) -> str:
+    """`count` in the unit and with the digits of a printed figure."""
+    unit = {"M": 10**6, "G": 10**9}[printed[-1]]
+    return f"{(Decimal(count) / unit).quantize(Decimal(printed[:-1]), ROUND_HALF_UP)}{printed[-1]}"
+
+
+def contradict(one: str, other: str) -> bool:
+    """Whether two accuracies, like 76.0% and 74.00%, differ in the digits that both have."""
+    if not all(re.fullmatch(r"\d+\.\d+%", accuracy) for accuracy in (one, other)):
+        return False
+    short, long = sorted((one[:-1], other[:-1]), key=len)
+    return Decimal(long).quantize(Decimal(short), ROUND_HALF_UP) != Decimal(short)
+
+
+def check(row: dict[str, str], above: Sequence[dict[str, str]]) -> dict[str, str]:
+    """A row of `published.csv` with what is counted, and what differs: from that, or from the rows above it."""
+    row, found = {**row, **dict.fromkeys(COUNTED, "")}, []
+    if row["model"]:
+        cost, run = measure(row["model"], row["input"], int(row["classes"]))
+        row |= {"all_params": cost["params"], "macs": cost["macs"], "fvcore_flops": cost["fvcore_flops"]}
+        if row["counter"]:
+            seen = complexity.count_layer_params(run) if row["counter"].startswith("thop") else cost["params"]
+            row |= {"our_params": str(seen), "our_flops": str(complexity.COUNTERS[row["counter"]](run))}
+    for kind in ("params", "flops"):
+        if row[kind] and (counted := as_printed(row[f"our_{kind}"], row[kind])) != row[kind]:
+            found.append(f"{kind} {row[kind]} printed, {counted} counted")
+    for other in above:
+        same = all(row[key] == other[key] for key in ("model", "dataset", "source"))
+        if same and contradict(row["accuracy"], other["accuracy"]):
+            found.append(f"accuracy {row['accuracy']} printed, {other['accuracy']} above it")
+    return {**row, "found": "; ".join(found)}
+
+
+def check_published(networks: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of `published.csv`, of some networks or all, checked; raises ValueError if one is malformed."""
+    rows = read(PUBLISHED, list(COLUMNS))
+    for i, row in enumerate(rows, 1):
+        if wrong := problem(row):
+            raise ValueError(f"{PUBLISHED.name}, row {i}: {wrong}")
+    return [check(row, rows[:i]) for i, row in enumerate(rows) if not networks or row["model"] in networks]
+
+
+def table(rows: Sequence[dict[str, str]]) -> list[list[str]]:
+    """Checked rows that are not uncounted as lines of a table, below its head."""
+    checked = [row for row in rows if not row["verdict"].startswith("uncounted")]
+    return [list(SHOWN), *([row[key] for key in SHOWN] for row in checked)]
+
+
+def cost(network: str) -> dict[str, str]:
+    """The row of `complexity.csv` for a network, with the input and the classes it was made for."""
+    entry = entries()[network]
+    return measure(network, "x".join(map(str, entry.input_size)), entry.num_classes)[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the rows and what is wrong; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="check these alone, not all")
+    parser.add_argument("--json", action="store_true", help="print every row as JSON")
+    parser.add_argument("--csv", action="store_true", help="print every row as CSV")
+    parser.add_argument("--record", action="store_true", help="write complexity.csv anew, for all networks")
+    options = parser.parse_args(argv)
+    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+    if unknown := [name for name in options.networks if not timm.is_model(name)]:
+        parser.error(f"there is no network {' and no '.join(unknown)}")
+    if options.record:
+        temporary = RECORD.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            write([cost(name) for name in own], file)
+        temporary.replace(RECORD)
+    try:
+        rows, recorded = check_published(options.networks), read(RECORD, RECORDED)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    costs = [cost(name) for name in own if not options.networks or name in options.networks]
+    errors = [f"{', '.join(new.values())} is not what {RECORD.name} has" for new in costs if new not in recorded]
+    errors += [f"{RECORD.name} has {old['network']}, no network" for old in recorded if old["network"] not in own]
+    for row in rows:
+        if bool(row["found"]) != row["verdict"].startswith("differs"):
+            errors.append(f"{row['model']}, {row['table']}: {row['verdict']!r}, but {row['found'] or 'all agrees'}")
+    if options.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif options.csv:
+        write(rows, sys.stdout)
+    else:
+        lines = table(rows)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            print("  ".join(map(str.ljust, line, widths)).rstrip())
+    verdicts = Counter(row["verdict"].partition(":")[0] for row in rows)
+    print(f"{len(rows)} rows {dict(verdicts)}, {len(costs)} networks, {len(errors)} errors", file=sys.stderr)
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
+    return int(bool(errors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

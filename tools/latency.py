@@ -1,0 +1,117 @@
+"""How long padded and padding-free networks take for one image: the four pairs of the authors' latency table.
+
+    pip install '.[bench]' && python tools/latency.py [--image-size 224] [--rounds 30] [--json]
+
+One image at a time, fp32, one thread, BatchNorm as it is; eager torch and ONNX Runtime (on its CPU provider). The two
+networks of a pair and both runtimes alternate in one run; times are medians over the rounds, ratios are medians of the
+ratios of each round. The authors print 8.5 to 11.4 ms for the padded and 9.0 to 11.7 ms for the padding-free networks
+on an AMD Ryzen 5 5600H; neither image size nor runtime are stated. (`tools/published.csv` has their figures.)
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import spd_zoo  # noqa: F401  (registers the networks)
+
+PAIRS = ("mobilenetv3_large", "parc_mobilenetv2", "ghostnet", "shufflenetv2")
+
+
+def onnx_session(net: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """The network as ONNX Runtime runs it with one thread, on `x`."""
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own exporter
+        program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    expected = net(x)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), expected, rtol=1e-3, atol=1e-3)
+    return lambda: session.run(None, feed)
+
+
+def contenders(name: str, image_size: int) -> dict[str, Callable[[], Any]]:
+    """The padded and the padding-free network, in both runtimes."""
+    x = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    runs: dict[str, Callable[[], Any]] = {}
+    for kind, network in (("padded", name), ("padding-free", f"{name}_pfd")):
+        size: dict[str, Any] = {"img_size": image_size} if "parc" in name else {}
+        net = timm.create_model(network, **size).eval()
+        runs[f"eager {kind}"] = lambda net=net: net(x)  # type: ignore[misc]  # mypy cannot type a default argument
+        runs[f"onnx {kind}"] = onnx_session(net, x)
+    return runs
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Of one image."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(name: str, image_size: int, rounds: int) -> list[dict[str, Any]]:
+    """One row per runtime."""
+    runs = contenders(name, image_size)
+    for run in runs.values():
+        for _ in range(5):
+            run()
+    times: dict[str, list[float]] = {key: [] for key in runs}
+    for _ in tqdm(range(rounds), f"{name} at {image_size} px", leave=False):
+        for key, run in runs.items():
+            times[key].append(seconds(run))
+    rows = []
+    for runtime in ("eager", "onnx"):
+        padded, free = times[f"{runtime} padded"], times[f"{runtime} padding-free"]
+        rows.append(
+            {
+                "network": name,
+                "image_size": image_size,
+                "runtime": runtime,
+                "padded_ms": round(1000 * statistics.median(padded), 2),
+                "padding_free_ms": round(1000 * statistics.median(free), 2),
+                "ratio": round(statistics.median(b / a for a, b in zip(padded, free, strict=True)), 3),
+            }
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints one line per network and runtime; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for name in PAIRS:
+            for row in measure(name, options.image_size, options.rounds):
+                if options.json:
+                    print(json.dumps(row), flush=True)
+                else:
+                    print(
+                        f"{row['network']:18} {row['runtime']:6} padded {row['padded_ms']:7.2f} ms, padding-free "
+                        f"{row['padding_free_ms']:7.2f} ms, ratio {row['ratio']:.3f}",
+                        flush=True,
+                    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
