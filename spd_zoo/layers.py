@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ConvNormAct
+from timm.layers import ConvNormAct, to_2tuple
 from timm.models import register_notrace_module
 from timm.models.efficientformer_v2 import Attention2dDownsample, Downsample
 from torch import Tensor, nn
@@ -330,8 +330,8 @@ def conv_norm_act(
 class PaddingFreeDownsample(nn.Module):
     """A convolution of stride 2 with less padding than usual, plus a max-pool of the convolution's input.
 
-    Both read only windows that lie inside the map (3x3), or all but one pixel of it (5x5), so a map of n pixels becomes
-    one of floor((n - 3) / 2) + 1, and what is at its border counts as little as what zeros would dilute. Code of
+    Their 3x3 windows lie inside the map, 5x5 ones reach one pixel beyond it, so a map of n pixels becomes one of
+    floor((n - 3) / 2) + 1, and fewer zeros or none take part. Code of
     "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024); which parts follow the convolution,
     and whether the pooled input goes through a 1x1 convolution, differs from network to network there.
 
@@ -397,7 +397,6 @@ class HybridStem(nn.Module):
         act_layer: Behind every convolution's BatchNorm.
         residual: Add what the first convolution gives to the output; needs `inner_stride` 1.
         pre_activation: BatchNorm and activation in front of the convolutions, and none at the first one.
-        norm_kwargs: `eps` and `momentum` of the BatchNorms.
     """
 
     def __init__(
@@ -409,7 +408,6 @@ class HybridStem(nn.Module):
         act_layer: type[nn.Module] = nn.ReLU,
         residual: bool = False,
         pre_activation: bool = False,
-        norm_kwargs: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -417,7 +415,7 @@ class HybridStem(nn.Module):
         if residual and inner_stride != 1:
             raise ValueError(f"a residual hybrid stem has inner_stride 1, got {inner_stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        kwargs = {"act_layer": act_layer, "norm_kwargs": norm_kwargs, **dd}
+        kwargs: dict[str, Any] = {"act_layer": act_layer, **dd}
         self.residual = residual
         self.conv: nn.Module
         self.branch: nn.Module
@@ -450,13 +448,12 @@ class NormActConv(nn.Module):
         stride: int = 1,
         groups: int = 1,
         act_layer: type[nn.Module] = nn.ReLU,
-        norm_kwargs: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.bn = nn.BatchNorm2d(in_chs, **(norm_kwargs or {}), **dd)
+        self.bn = nn.BatchNorm2d(in_chs, **dd)
         self.act = act_layer()
         padding = kernel_size // 2
         self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd)
@@ -572,8 +569,9 @@ class PositionAwareCircularConv2d(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if axis not in (0, 1):
             raise ValueError(f"axis is 0 (height) or 1 (width), got {axis}")
-        self.size, self.axis = size, axis
-        kernel = (size[0], 1) if axis == 0 else (1, size[1])
+        self.size: tuple[int, int] = to_2tuple(size)
+        self.axis = axis
+        kernel = (self.size[0], 1) if axis == 0 else (1, self.size[1])
         self.pe = nn.Parameter(torch.zeros(1, chs, *kernel, **dd)) if position else None
         self.conv = nn.Conv2d(chs, chs, kernel, groups=chs, **dd)
 
@@ -599,7 +597,7 @@ class PositionAwareCircularConv2d(nn.Module):
         weight = self.resampled("conv.weight", self.conv.weight.detach(), size)
         self.conv.weight = nn.Parameter(weight, self.conv.weight.requires_grad)
         self.conv.kernel_size = tuple(self.conv.weight.shape[2:])
-        self.size = size
+        self.size = (size[0], size[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> the same shape; raises ImageSizeError if H and W are not the layer's."""
@@ -646,10 +644,11 @@ class AttentionDownsample(Downsample):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_chs, out_chs, device=device, dtype=dtype)
-        vars(self.conv.bn).update(norm_kwargs or {})
-        self.size = size
+        for name, value in (norm_kwargs or {}).items():
+            setattr(self.conv.bn, name, value)
+        self.size: tuple[int, int] = to_2tuple(size)
         if attention:
-            self.attn = _Attention(in_chs, out_dim=out_chs, resolution=size, device=device, dtype=dtype)
+            self.attn = _Attention(in_chs, out_dim=out_chs, resolution=self.size, device=device, dtype=dtype)
 
     def resampled(self, name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
         """The parameter `name` of such a layer as one for maps of `size`; biases for maps of unknown shape stay.
@@ -672,7 +671,7 @@ class AttentionDownsample(Downsample):
             old.resolution, old.resolution2, old.N, old.N2 = fresh.resolution, fresh.resolution2, fresh.N, fresh.N2
             old.attention_biases = nn.Parameter(biases, old.attention_biases.requires_grad)
             old.attention_bias_idxs = old._compute_attention_bias_idxs(biases.device)
-        self.size = size
+        self.size = (size[0], size[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, ceil(H / 2), ceil(W / 2)); raises ImageSizeError for another size."""

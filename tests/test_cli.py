@@ -259,7 +259,13 @@ def test_finetune_has_an_option_for_every_field(configs: list[FinetuneConfig]) -
             expected[field.name] = 8 if isinstance(field.default, int) else 0.25
             arguments += [option, str(expected[field.name])]
         else:
-            text = {"sched": "multistep"}.get(field.name, "x")
+            texts = {
+                "sched": "multistep",
+                "decay_epochs": "1,2",
+                "image_size": "32,48@1",
+                "model_args": "drop_rate=0.5",
+            }
+            text = texts.get(field.name, "x")
             expected[field.name] = Path(text) if isinstance(field.default, Path) else text
             arguments += [option, text]
     assert main(["finetune", *REQUIRED, *arguments]) == 0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import DropPath
-from timm.models import group_parameters
+from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -301,7 +301,7 @@ def test_images_of_another_size_than_the_network_was_created_for_are_refused(nam
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name in FIXED_SIZE])
-def test_a_network_of_one_image_size_can_be_given_another(name: str, save: Any) -> None:
+def test_a_network_of_one_image_size_can_be_given_another(name: str, save: Any, tmp_path: Path) -> None:
     net = random_network(name, num_classes=5)
     before = copy.deepcopy(net)
     x = noise(2, 3, 48, 80)
@@ -310,9 +310,29 @@ def test_a_network_of_one_image_size_can_be_given_another(name: str, save: Any) 
         net.set_input_size((48, 80))
         assert not net.training
         assert_close(net(x), expected)
+        save_for_hf(net, str(tmp_path), safe_serialization=True)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(again(x), net(x))
+        for size, why in ((12, "3x3"), (0, "positive height and width, got 0")):
+            if size == 0 or "_pfd" in name:
+                with pytest.raises(ValueError, match=why):
+                    net.set_input_size(size)
+        assert torch.equal(again(x), net(x))
         net.set_input_size(32)
         for actual, old in zip(net.parameters(), before.parameters(), strict=True):
             assert actual.shape == old.shape
+
+
+def test_the_size_of_any_other_network_needs_no_setting() -> None:
+    net = random_network("cifar_resnet20_pfd")
+    before = net.state_dict()
+    net.set_input_size(48)
+    assert all(torch.equal(before[key], tensor) for key, tensor in net.state_dict().items())
+
+
+def test_networks_are_not_created_for_images_too_small_for_them() -> None:
+    with pytest.raises(ImageSizeError, match="img_size is too small: a map of 1x1 pixels cannot be halved"):
+        timm.create_model("cifar_parc_mobilenetv2_pfd", img_size=8)
 
 
 def test_a_resampled_circular_convolution_treats_a_constant_map_as_before() -> None:

@@ -30,7 +30,7 @@ def change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Row
         for name, table in (("PUBLISHED", rows), ("RECORD", costs)):
             path = tmp_path / f"{name}.csv"
             with path.open("w", encoding="utf-8", newline="") as file:
-                check_published.write(table, file)
+                check_published.write(table, list(table[0]), file)
             monkeypatch.setattr(check_published, name, path)
         return rows
 
@@ -87,7 +87,7 @@ def test_a_source_that_contradicts_itself_differs(change: Any, accuracy: str, st
     assert (row["accuracy"], rows[0]["accuracy"]) == ("76.0%", "74.00%")
     row["accuracy"] = accuracy
     with check_published.PUBLISHED.open("w", encoding="utf-8", newline="") as file:
-        check_published.write(rows, file)
+        check_published.write(rows, list(check_published.COLUMNS), file)
     assert main(["cifar_ghostnet"]) == status
 
 
@@ -167,3 +167,7 @@ def test_the_rows_can_be_read_by_programs(form: str, capsys: pytest.CaptureFixtu
 def test_the_table_has_what_was_checked_below_its_head() -> None:
     head, *lines = check_published.table(check_published.check_published(["cifar_ghostnet"]))
     assert [dict(zip(head, line, strict=True))["verdict"].partition(":")[0] for line in lines] == ["match", "differs"]
+
+
+def test_a_network_of_which_nothing_is_printed_or_recorded_is_an_error() -> None:
+    assert main(["resnet18"]) == 1

@@ -230,3 +230,21 @@ def test_training_adds_the_regularization_of_bsconvs_networks(folders, tmp_path,
     monkeypatch.setattr(BSConvMobileNetV3, "regularization_loss", regularization_loss)
     finetune(config(folders, tmp_path / "run", model="cifar_mobilenetv3_large_w1_bsconvs", epochs=1, image_size="32"))
     assert losses == 3 * [0.1]
+
+
+def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders, tmp_path):
+    options = {"model": "cifar_parc_mobilenetv2_pfd", "epochs": 1}
+    finetune(config(folders, tmp_path / "run", image_size="48", **options))
+    net = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert net.stages[-2][0](torch.zeros(1, 160, 5, 5)).shape[-2:] == (5, 5)
+    assert tuple(net.pretrained_cfg["input_size"]) == (3, 48, 48)
+    for other in ({"image_size": "32,48@1"}, {"image_size": "48", "model_args": "img_size=32"}):
+        with pytest.raises(ValueError, match="takes images of one size: give one --image-size"):
+            finetune(config(folders, tmp_path / "other", **options, **other))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("epochs", ["1,x", "3,1", "2,2"])
+def test_decay_epochs_that_do_not_rise_are_refused_before_anything_is_written(epochs, tmp_path):
+    with pytest.raises(ValueError, match="rising whole numbers"):
+        config(tmp_path, tmp_path / "run", sched="multistep", decay_epochs=epochs)

@@ -31,11 +31,12 @@ from spd_zoo.weights import entries
 PUBLISHED, RECORD = (Path(__file__).parent / name for name in ("published.csv", "complexity.csv"))
 COLUMNS = {  # of published.csv, and what may stand there
     "model": r"\w*",  # a name that timm knows
-    "input": r"(\d+x\d+x\d+)?",
+    "input": r"(3(x[1-9]\d*){2})?",
     "classes": r"\d*",
     **dict.fromkeys(("dataset", "table", "row"), r".*"),
     **dict.fromkeys(("params", "flops"), r"(\d+(\.\d+)?[MG])?"),
-    **dict.fromkeys(("accuracy", "latency"), r".*"),
+    "accuracy": r"(.*\d.*)?",
+    "latency": r".*",
     "counter": "|".join(["", *complexity.COUNTERS]),
     "source": r".+",
     "verdict": r"match|differs: .+|uncounted(: .+)?",
@@ -47,17 +48,20 @@ SHOWN = ("model", "dataset", "params", "flops", "counter", *COUNTED, "verdict", 
 
 def read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a table; raises ValueError if it has other columns, or a row has more or fewer."""
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.reader(file, strict=True))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.reader(file, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path.name} is no CSV table: {error}") from error
     for i, line in enumerate(lines or [[]]):
         if len(line) != len(columns) or (i == 0 and line != list(columns)):
             raise ValueError(f"{path.name}, row {i}: expected {', '.join(columns)}, got {', '.join(line)}")
     return [dict(zip(columns, line, strict=True)) for line in lines[1:]]
 
 
-def write(rows: Sequence[dict[str, str]], file: TextIO) -> None:
+def write(rows: Sequence[dict[str, str]], columns: Sequence[str], file: TextIO) -> None:
     """Writes a table."""
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 
@@ -83,7 +87,9 @@ def problem(row: dict[str, str]) -> str:
 def measure(network: str, input: str, classes: int) -> tuple[dict[str, str], list[complexity.Operation]]:
     """The row of `complexity.csv` for a network, and the operators that it runs."""
     channels, height, width = map(int, input.split("x"))
-    net = timm.create_model(network, num_classes=classes, device="meta")
+    cfg = timm.get_pretrained_cfg(network)
+    size = {"img_size": (height, width)} if cfg is not None and cfg.fixed_input_size else {}
+    net = timm.create_model(network, num_classes=classes, device="meta", **size)  # type: ignore[arg-type]
     run = complexity.trace(net, (channels, height, width))
     costs = (complexity.macs(run), complexity.fvcore(run), complexity.count_activations(run))
     values = (network, input, classes, complexity.count_params(net), *costs)
@@ -129,7 +135,14 @@ def check_published(networks: Sequence[str] = ()) -> list[dict[str, str]]:
     for i, row in enumerate(rows, 1):
         if wrong := problem(row):
             raise ValueError(f"{PUBLISHED.name}, row {i}: {wrong}")
-    return [check(row, rows[:i]) for i, row in enumerate(rows) if not networks or row["model"] in networks]
+    checked = []
+    for i, row in enumerate(rows, 1):
+        if not networks or row["model"] in networks:
+            try:
+                checked.append(check(row, rows[: i - 1]))
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{PUBLISHED.name}, row {i}: {row['model']} at {row['input']}: {error}") from error
+    return checked
 
 
 def table(rows: Sequence[dict[str, str]]) -> list[list[str]]:
@@ -158,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.record:
         temporary = RECORD.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            write([cost(name) for name in own], file)
+            write([cost(name) for name in own], RECORDED, file)
         temporary.replace(RECORD)
     try:
         rows, recorded = check_published(options.networks), read(RECORD, RECORDED)
@@ -167,13 +180,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     costs = [cost(name) for name in own if not options.networks or name in options.networks]
     errors = [f"{', '.join(new.values())} is not what {RECORD.name} has" for new in costs if new not in recorded]
     errors += [f"{RECORD.name} has {old['network']}, no network" for old in recorded if old["network"] not in own]
+    errors += [
+        f"{RECORD.name} has {name} {n} times"
+        for name, n in Counter(old["network"] for old in recorded).items()
+        if n > 1
+    ]
+    errors += [
+        f"{PUBLISHED.name} and {RECORD.name} have no row of {name}"
+        for name in options.networks
+        if name not in own and all(row["model"] != name for row in rows)
+    ]
     for row in rows:
         if bool(row["found"]) != row["verdict"].startswith("differs"):
             errors.append(f"{row['model']}, {row['table']}: {row['verdict']!r}, but {row['found'] or 'all agrees'}")
     if options.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     elif options.csv:
-        write(rows, sys.stdout)
+        write(rows, [*COLUMNS, *COUNTED, "found"], sys.stdout)
     else:
         lines = table(rows)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -94,8 +94,8 @@ def measure(name: str, image_size: int, rounds: int) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line per network and runtime; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--image-size", type=int, choices=range(64, 1025), metavar="N", default=224)
+    parser.add_argument("--rounds", type=int, choices=range(1, 1001), metavar="N", default=30)
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """What timm expects of a classification network, written once: a stem, stages and a head."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from timm.layers import ClassifierHead, SelectAdaptivePool2d, get_device_dtype, to_2tuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 __all__ = ["Classifier", "HiddenLayerHead", "last_of_each_reduction"]
@@ -166,30 +168,40 @@ class Classifier(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resamples what depends on the image size for another one; most networks have no such part, and take any.
 
+        The resampled parameters are new ones: make the optimiser afterwards.
+
         Args:
             img_size: Height and width in pixels.
+
+        Raises:
+            ValueError: If `img_size` is not positive or too small for the network, which then stays as it is.
         """
+        height, width = to_2tuple(img_size)
+        if height < 1 or width < 1:
+            raise ValueError(f"an image has a positive height and width, got {img_size}")
+        trial: Any = copy.deepcopy(self).to("meta").eval()
+        sizes: dict[str, tuple[int, int]] = {}
+        for name, module in trial.named_modules():
+            if hasattr(module, "set_size"):
 
-        def set_size(module: Any, args: tuple[Tensor]) -> None:
-            module.set_size(tuple(args[0].shape[-2:]))
+                def set_size(module: Any, args: tuple[Tensor], name: str = name) -> None:
+                    sizes[name] = (args[0].shape[-2], args[0].shape[-1])
+                    module.set_size(sizes[name])
 
-        sized = [module for module in self.modules() if hasattr(module, "set_size")]
-        hooks = [module.register_forward_pre_hook(set_size) for module in sized]
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                self.stages(self.stem(next(self.parameters()).new_zeros(1, self.in_chans, *to_2tuple(img_size))))
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, mode in modes:
-                module.training = mode
+                module.register_forward_pre_hook(set_size)
+        with torch.no_grad():
+            trial.stages(trial.stem(next(trial.parameters()).new_zeros(1, self.in_chans, height, width)))
+        modules: dict[str, Any] = dict(self.named_modules())
+        for name, size in sizes.items():
+            if modules[name].size != size:
+                modules[name].set_size(size)
+        if sizes:  # then the size belongs to what a saved network is made again from
+            update_model_input_size(self, (height, width))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, untrained classifier of `num_classes` outputs (0: none); the pooling stays unless given."""
-        self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.num_classes = num_classes
         self.head_hidden_size = self.head.num_features
 
     def forward_features(self, x: Tensor) -> Tensor:

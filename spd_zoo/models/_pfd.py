@@ -5,9 +5,16 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import AttentionDownsample, HybridStem, PaddingFreeDownsample, conv_norm_act, resample_to_fit
+from spd_zoo.layers import (
+    AttentionDownsample,
+    HybridStem,
+    ImageSizeError,
+    PaddingFreeDownsample,
+    conv_norm_act,
+    resample_to_fit,
+)
 
-__all__ = ["Downsampling", "depthwise", "halved", "rename_shared", "stem"]
+__all__ = ["Downsampling", "depthwise", "first_conv", "halved", "rename_shared", "stem"]
 
 Downsampling = Literal["padded", "pfd", "attention"]  # the authors' baseline, theirs, and EfficientFormerV2's
 
@@ -19,6 +26,11 @@ def stem(
     if hybrid:
         return HybridStem(in_chans, chs, stride, act_layer=act_layer, **dd)
     return conv_norm_act(in_chans, chs, 3, stride, act_layer=act_layer, norm_kwargs=norm_kwargs, **dd)
+
+
+def first_conv(variant: str) -> str:
+    """The name of a network's first convolution."""
+    return "stem.0.conv.conv" if variant.endswith(("_stem", "_pfd")) else "stem.0.conv"
 
 
 def depthwise(
@@ -39,8 +51,10 @@ def depthwise(
 
 
 def halved(size: tuple[int, int], downsampling: Downsampling) -> tuple[int, int]:
-    """Height and width behind a downsampling."""
+    """Height and width behind a downsampling; raises ImageSizeError if nothing would be left."""
     height, width = size
+    if min(size) < (3 if downsampling == "pfd" else 1):
+        raise ImageSizeError(f"img_size is too small: a map of {height}x{width} pixels cannot be halved")
     if downsampling == "pfd":
         return (height - 3) // 2 + 1, (width - 3) // 2 + 1
     return -(-height // 2), -(-width // 2)

@@ -11,7 +11,8 @@ They take pixel values from 0 to 1: the first layer is a BatchNorm.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from timm.layers import BatchNormAct2d, DropPath, calculate_drop_path_rates
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from spd_zoo import weights
 from spd_zoo.layers import BSConvU2d, HybridStem, PaddingFreeDownsample, conv_norm_act
+from spd_zoo.models._bsconv import fit_image_norm, init_weights
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 from spd_zoo.models._registry import register_model
 
@@ -45,9 +47,7 @@ def separable_projection(in_chs: int, out_chs: int, dd: dict[str, Any]) -> nn.Se
 class ResidualUnit(nn.Module):
     """Two 3x3 convolutions and a shortcut, ReLU after the sum."""
 
-    def __init__(
-        self, in_chs: int, out_chs: int, stride: int, pfd: bool, bsconvu: bool, drop_path: float, dd: dict[str, Any]
-    ) -> None:
+    def __init__(self, in_chs: int, out_chs: int, stride: int, pfd: bool, drop_path: float, dd: dict[str, Any]) -> None:
         super().__init__()
         self.conv1 = strided_conv(in_chs, out_chs, stride, pfd, dd)
         self.conv2 = conv_norm_act(out_chs, out_chs, 3, **dd)
@@ -65,10 +65,20 @@ class ResidualUnit(nn.Module):
 
 
 class PreActivationUnit(nn.Module):
-    """BatchNorm and ReLU, then two 3x3 convolutions, and a shortcut of the input or, if it projects, of the ReLU."""
+    """BatchNorm and ReLU, then two 3x3 convolutions, and a shortcut of the input or, if it projects, of the ReLU.
+
+    `separable` says which padding-free projection: `separable_projection`, or a convolution and a projected max-pool.
+    """
 
     def __init__(
-        self, in_chs: int, out_chs: int, stride: int, pfd: bool, bsconvu: bool, drop_path: float, dd: dict[str, Any]
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int,
+        pfd: bool,
+        drop_path: float,
+        dd: dict[str, Any],
+        separable: bool = False,
     ) -> None:
         super().__init__()
         self.bn = BatchNormAct2d(in_chs, inplace=False, **dd)
@@ -76,7 +86,7 @@ class PreActivationUnit(nn.Module):
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
         self.projects = stride == 2 or in_chs != out_chs
         self.projection: nn.Module = nn.Identity()
-        if stride == 2 and pfd and bsconvu:
+        if stride == 2 and pfd and separable:
             self.projection = separable_projection(in_chs, out_chs, dd)
         elif stride == 2 and pfd:
             self.projection = PaddingFreeDownsample(in_chs, out_chs, norm=False, project=True, **dd)
@@ -125,14 +135,16 @@ class CifarResNet(Classifier):
             first = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
         else:
             first = conv_norm_act(in_chans, 16, 3, act_layer=nn.ReLU, **dd)
-        unit = PreActivationUnit if pre_activation else ResidualUnit
+        unit: Callable[..., nn.Module] = (
+            partial(PreActivationUnit, separable=bsconvu) if pre_activation else ResidualUnit
+        )
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, 3 * [depth], stagewise=True)
         stages, in_chs = nn.Sequential(), 16
         for i, out_chs in enumerate(chs):
             stage = nn.Sequential()
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                stage.append(unit(in_chs, out_chs, stride, pfd, bsconvu, drop_paths[i][j], dd))
+                stage.append(unit(in_chs, out_chs, stride, pfd, drop_paths[i][j], dd))
                 in_chs = out_chs
             stages.append(stage)
         chs, reductions = list(chs), [1, 2, 4]
@@ -153,17 +165,6 @@ class CifarResNet(Classifier):
         init_weights(self)
         if bsconvu:
             use_bsconvu(self)
-
-
-def init_weights(net: nn.Module) -> None:
-    """As the authors': convolutions uniform by their fan-in, the classifier's weight Xavier-normal."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            nn.init.xavier_normal_(module.weight)
 
 
 def use_bsconvu(net: nn.Module) -> None:
@@ -204,21 +205,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: CifarResNet) -> d
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | BSConvU2d)]
     bare = [(rf"^{re.escape(name)}\.conv\.", f"{name}.") for name in convs]  # the authors wrap every convolution
     return fit_image_norm(weights.rename(state_dict, bare), model)
-
-
-def fit_image_norm(state_dict: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:
-    """A checkpoint whose BatchNorm on the image has the network's channels, and whose classifier is a matrix.
-
-    One channel gets the mean of the checkpoint's; more than it has repeat them in order.
-    """
-    for key in ("stem.0.weight", "stem.0.bias", "stem.0.running_mean", "stem.0.running_var"):
-        if key in state_dict and state_dict[key].ndim == 1 and len(state_dict[key]) != model.in_chans:
-            channels = state_dict[key].mean(0, keepdim=True) if model.in_chans == 1 else state_dict[key]
-            state_dict[key] = channels.repeat(-(-model.in_chans // len(channels)))[: model.in_chans]
-    classifier = state_dict.get("head.fc.weight")
-    if classifier is not None and classifier.ndim == 4:
-        state_dict["head.fc.weight"] = classifier.flatten(1)
-    return state_dict
 
 
 def _first_conv(variant: str) -> str:

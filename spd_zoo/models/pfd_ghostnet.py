@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spd_zoo import weights
 from spd_zoo.layers import AttentionDownsample, conv_norm_act
 from spd_zoo.models._classifier import Classifier, HiddenLayerHead, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, depthwise, halved, rename_shared, stem
+from spd_zoo.models._pfd import Downsampling, depthwise, first_conv, halved, rename_shared, stem
 from spd_zoo.models._registry import register_model
 
 __all__ = ["PFDGhostNet"]  # register_model adds the entry points
@@ -42,7 +42,10 @@ class Uncalled(nn.BatchNorm2d):
     """A BatchNorm that does nothing, as behind the original's hybrid stem; it holds what checkpoints have."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> `x` itself; in training the parameters get gradients of zero, which distributed runs need."""
+        """(N, C, H, W) -> `x` itself; in training the parameters get gradients of zero, which distributed runs need.
+
+        Weight decay, where it covers BatchNorms, therefore shrinks them; nothing reads them.
+        """
         return x + 0 * (self.weight.sum() + self.bias.sum()) if self.training else x
 
 
@@ -162,11 +165,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDGhostNet) -> d
     return rename_shared(weights.rename(state_dict, (norm, *_RENAMES)), model)
 
 
-def _first_conv(variant: str) -> str:
-    return "stem.0.conv.conv" if variant.endswith(("_stem", "_pfd")) else "stem.0.conv"
-
-
-default_cfgs = weights.default_cfgs("pfd_ghostnet", first_conv=_first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("pfd_ghostnet", first_conv=first_conv, classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PFDGhostNet:

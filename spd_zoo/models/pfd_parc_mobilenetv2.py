@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spd_zoo import weights
 from spd_zoo.layers import AttentionDownsample, PositionAwareCircularConv2d, conv_norm_act
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, depthwise, halved, rename_shared, stem
+from spd_zoo.models._pfd import Downsampling, depthwise, first_conv, halved, rename_shared, stem
 from spd_zoo.models._registry import register_model
 
 __all__ = ["ParCMobileNetV2"]  # register_model adds the entry points
@@ -183,11 +183,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ParCMobileNetV2) 
     return rename_shared(weights.rename(state_dict, (*units, *others, *_RENAMES)), model)
 
 
-def _first_conv(variant: str) -> str:
-    return "stem.0.conv.conv" if variant.endswith(("_stem", "_pfd")) else "stem.0.conv"
-
-
-default_cfgs = weights.default_cfgs("pfd_parc_mobilenetv2", first_conv=_first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("pfd_parc_mobilenetv2", first_conv=first_conv, classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ParCMobileNetV2:

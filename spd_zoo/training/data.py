@@ -154,7 +154,7 @@ def loader(
     every side takes the place of timm's random resized crop.
     """
     make = create_transform(image_size, is_training=training, **transform)
-    if crop_padding:
+    if training and crop_padding:
         resize = v2.Resize((image_size, image_size))
         make.transforms[0] = v2.Compose([resize, v2.RandomCrop(image_size, padding=crop_padding)])
     return DataLoader(

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, resolve_data_config
-from timm.models import save_for_hf
+from timm.models import get_pretrained_cfg, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
@@ -52,7 +52,7 @@ class FinetuneConfig:
     warmup_epochs: int = _option(2, "epochs over which the learning rate rises")
     label_smoothing: float = _option(0.1, "share of the target spread over all classes")
     crop_scale: float = _option(0.5, "smallest share of an image's area that a random crop keeps")
-    crop_padding: int = _option(0, "instead: random crop of the image with so many black pixels around it")
+    crop_padding: int = _option(0, "instead of that, a random crop of the image with so many black pixels around it")
     auto_augment: str | None = _option(None, "timm's policy string, for example rand-m6-n2-mstd0.5")
     mixup: float = _option(0.0, "Mixup alpha")
     cutmix: float = _option(0.0, "CutMix alpha")
@@ -78,6 +78,7 @@ class FinetuneConfig:
                 "sched is cosine, or multistep with decay_epochs, "
                 f"got {self.sched!r} with decay_epochs {self.decay_epochs!r}"
             )
+        _parse_sizes(self.image_size), _parse_epochs(self.decay_epochs), _parse_model_args(self.model_args)
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"Mixup and CutMix need an even batch_size, got {self.batch_size}")
 
@@ -104,6 +105,10 @@ def finetune(config: FinetuneConfig) -> float:
         train, val = train_val_split(train, config.val_size, config.seed)
     random_seed(config.seed)
     network_args = _parse_model_args(config.model_args) | {"num_classes": len(train.class_names)}
+    network = get_pretrained_cfg(config.model.partition(".")[0])
+    fixed_size = network is not None and network.fixed_input_size
+    if fixed_size and (len(sizes) > 1 or network_args.setdefault("img_size", sizes[0][0]) != sizes[0][0]):
+        raise ValueError(f"{config.model} takes images of one size: give one --image-size, and no other img_size")
     try:
         net = timm.create_model(config.model, pretrained=config.pretrained, **network_args)
         net = net.to(config.device).to(memory_format=torch.channels_last)
@@ -174,7 +179,7 @@ def finetune(config: FinetuneConfig) -> float:
             with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
                 logits = net(images)
             loss = _loss(logits.float(), labels, config.label_smoothing)
-            if isinstance(net, BSConvMobileNetV3):
+            if isinstance(net, BSConvMobileNetV3) and net.regularization:
                 loss = loss + net.regularization_loss()
             optimizer.zero_grad()
             loss.backward()
@@ -249,9 +254,10 @@ def _parse_sizes(text: str) -> list[tuple[int, int]]:
 def _parse_epochs(text: str) -> list[int]:
     """ "100,150,180" -> [100, 150, 180]."""
     epochs = text.split(",") if text else []
-    if not all(epoch.strip().isdigit() for epoch in epochs):
-        raise ValueError(f"decay_epochs {text!r} is not like 100,150,180")
-    return [int(epoch) for epoch in epochs]
+    numbers = [int(epoch) for epoch in epochs if epoch.strip().isdigit()]
+    if len(numbers) < len(epochs) or numbers != sorted(set(numbers)):
+        raise ValueError(f"decay_epochs {text!r} is not like 100,150,180: rising whole numbers")
+    return numbers
 
 
 def _parse_model_args(text: str) -> dict[str, Any]:
