@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import timm
 
@@ -88,8 +88,8 @@ def measure(network: str, input: str, classes: int) -> tuple[dict[str, str], lis
     """The row of `complexity.csv` for a network, and the operators that it runs."""
     channels, height, width = map(int, input.split("x"))
     cfg = timm.get_pretrained_cfg(network)
-    size = {"img_size": (height, width)} if cfg is not None and cfg.fixed_input_size else {}
-    net = timm.create_model(network, num_classes=classes, device="meta", **size)  # type: ignore[arg-type]
+    size: dict[str, Any] = {"img_size": (height, width)} if cfg is not None and cfg.fixed_input_size else {}
+    net = timm.create_model(network, num_classes=classes, device="meta", **size)
     run = complexity.trace(net, (channels, height, width))
     costs = (complexity.macs(run), complexity.fvcore(run), complexity.count_activations(run))
     values = (network, input, classes, complexity.count_params(net), *costs)

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import timm
@@ -53,7 +54,7 @@ def contenders(name: str, image_size: int) -> dict[str, Callable[[], Any]]:
     for kind, network in (("padded", name), ("padding-free", f"{name}_pfd")):
         size: dict[str, Any] = {"img_size": image_size} if "parc" in name else {}
         net = timm.create_model(network, **size).eval()
-        runs[f"eager {kind}"] = lambda net=net: net(x)  # type: ignore[misc]  # mypy cannot type a default argument
+        runs[f"eager {kind}"] = partial(net, x)
         runs[f"onnx {kind}"] = onnx_session(net, x)
     return runs
 

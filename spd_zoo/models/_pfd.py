@@ -13,8 +13,9 @@ from spd_zoo.layers import (
     conv_norm_act,
     resample_to_fit,
 )
+from spd_zoo.models._classifier import Classifier
 
-__all__ = ["Downsampling", "depthwise", "first_conv", "halved", "rename_shared", "stem"]
+__all__ = ["Downsampling", "block_names", "depthwise", "first_conv", "halved", "rename_shared", "stem"]
 
 Downsampling = Literal["padded", "pfd", "attention"]  # the authors' baseline, theirs, and EfficientFormerV2's
 
@@ -58,6 +59,11 @@ def halved(size: tuple[int, int], downsampling: Downsampling) -> tuple[int, int]
     if downsampling == "pfd":
         return (height - 3) // 2 + 1, (width - 3) // 2 + 1
     return -(-height // 2), -(-width // 2)
+
+
+def block_names(net: Classifier) -> list[str]:
+    """The beginnings of our keys for the blocks in their order, which the authors number through from 1."""
+    return [f"stages.{i}.{j}." for i, stage in enumerate(net.stages.children()) for j, _ in enumerate(stage.children())]
 
 
 _STEM = (  # the authors' keys -> ours

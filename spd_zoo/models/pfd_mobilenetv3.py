@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spd_zoo import weights
 from spd_zoo.layers import AttentionDownsample, conv_norm_act
 from spd_zoo.models._classifier import Classifier, HiddenLayerHead, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, depthwise, first_conv, halved, rename_shared, stem
+from spd_zoo.models._pfd import Downsampling, block_names, depthwise, first_conv, halved, rename_shared, stem
 from spd_zoo.models._registry import register_model
 
 __all__ = ["PFDMobileNetV3"]  # register_model adds the entry points
@@ -152,10 +152,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDMobileNetV3) -> dict[str, Tensor]:
     """The authors' keys as ours; keys that are ours already stay."""
-    numbered = [
-        f"stages.{i}.{j}." for i, stage in enumerate(model.stages.children()) for j, _ in enumerate(stage.children())
-    ]
-    flat = tuple((rf"^features\.{i}\.", name) for i, name in enumerate(numbered, 1))
+    flat = tuple((rf"^features\.{i}\.", name) for i, name in enumerate(block_names(model), 1))
     state_dict = rename_shared(weights.rename(state_dict, (*flat, *_RENAMES)), model)
     hidden = state_dict.get("head.hidden.weight")
     if hidden is not None and hidden.ndim == 2:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spd_zoo import weights
 from spd_zoo.layers import AttentionDownsample, PositionAwareCircularConv2d, conv_norm_act
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, depthwise, first_conv, halved, rename_shared, stem
+from spd_zoo.models._pfd import Downsampling, block_names, depthwise, first_conv, halved, rename_shared, stem
 from spd_zoo.models._registry import register_model
 
 __all__ = ["ParCMobileNetV2"]  # register_model adds the entry points
@@ -175,11 +175,8 @@ _RENAMES = (  # the authors' keys -> ours
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ParCMobileNetV2) -> dict[str, Tensor]:
     """The authors' keys as ours; keys that are ours already stay. Weights for another image size are resampled."""
-    numbered = [
-        f"stages.{i}.{j}." for i, stage in enumerate(model.stages.children()) for j, _ in enumerate(stage.children())
-    ]
-    units = [(rf"^features\.{i}\.conv\.(?=\d)", f"{name}branch.") for i, name in enumerate(numbered, 1)]
-    others = [(rf"^features\.{i}\.", name) for i, name in enumerate(numbered, 1)]
+    units = [(rf"^features\.{i}\.conv\.(?=\d)", f"{name}branch.") for i, name in enumerate(block_names(model), 1)]
+    others = [(rf"^features\.{i}\.", name) for i, name in enumerate(block_names(model), 1)]
     return rename_shared(weights.rename(state_dict, (*units, *others, *_RENAMES)), model)
 
 
