@@ -2,7 +2,7 @@
 
 from spd_zoo import models
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d, space_to_depth
-from spd_zoo.weights import WeightsError
+from spd_zoo.weights import WeightsError, use_manifest
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "WeightsError",
     "models",
     "space_to_depth",
+    "use_manifest",
 ]

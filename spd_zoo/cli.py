@@ -10,7 +10,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import timm
@@ -19,9 +19,23 @@ from tqdm import tqdm
 from spd_zoo import __version__
 from spd_zoo.images import find_images
 from spd_zoo.predict import Answer, ModelError, predict, timm_name
-from spd_zoo.weights import Entry, WeightsError, entries
+from spd_zoo.weights import (
+    Entry,
+    WeightsError,
+    entries,
+    fetch,
+    find,
+    import_weights,
+    imported_names,
+    is_right,
+    origin_of,
+    remove,
+)
 
 __all__ = ["main"]
+
+
+Run = Callable[[argparse.Namespace], int]
 
 
 class CommandError(Exception):
@@ -58,8 +72,8 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spd-zoo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    def add(name: str, run: Run | None, text: str, to: Any = commands) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = to.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.set_defaults(run=run)
         return command
 
@@ -79,6 +93,22 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")
     command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    weights = add("weights", None, "see, get, import, check and delete weights").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    command = add("list", _weights_list, "list all weights and where they are", weights)
+    command.add_argument("filters", metavar="FILTER", nargs="*", help="name with wildcards, for example '*.in1k'")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command = add("pull", _weights_pull, "download weights, convert the authors' ones, and check them", weights)
+    command.add_argument("names", metavar="MODEL.TAG", nargs="+", help="as `spd-zoo weights list` shows them")
+    command = add("import", _weights_import, "convert a checkpoint, check it, and keep it for pretrained=True", weights)
+    command.add_argument("name", metavar="MODEL[.TAG]", help="what it is, or a tag of your own")
+    command.add_argument("file", metavar="FILE|URL", help="a checkpoint in any usual form; nothing in it is run")
+    command = add("verify", _weights_verify, "compute the SHA-256 of all weights on this machine again", weights)
+    command.add_argument("filters", metavar="FILTER", nargs="*", help="only these, for example '*.in1k'")
+    command = add("rm", _weights_rm, "delete downloaded or imported weights", weights)
+    command.add_argument("names", metavar="MODEL.TAG", nargs="+", help="as `spd-zoo weights list` shows them")
 
     command = add("finetune", _finetune, "train a network on your images")
     if finetune_options:
@@ -102,16 +132,22 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([_row(entry) for entry in found], indent=2))
         return 0
-    header = ("name", "tag", "params", "MACs", "input", "top-1", "licence", "weights")
-    lines = [header, *(_cells(entry) for entry in found)]
+    _print_table(
+        ("name", "tag", "params", "MACs", "input", "top-1", "licence", "weights"), map(_cells, found), right=(2, 3)
+    )
+    return 0
+
+
+def _print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    """Columns as wide as needed; those at the places `right` end at the same place."""
+    lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [
-            cell.rjust(width) if i in (2, 3) else cell.ljust(width)
+            cell.rjust(width) if i in right else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
-    return 0
 
 
 def _listed(pretrained: bool) -> list[Entry]:
@@ -224,6 +260,102 @@ def _print_tree(fields: dict[str, Any], indent: str = "") -> None:
             print(label, ", ".join(map(str, value)))
         elif value is not None and not isinstance(value, list | tuple):
             print(label, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value)
+
+
+def _checkpoints(filters: Sequence[str] = ()) -> list[Entry]:
+    """The checkpoints of the manifest, then those that the user imported under tags of their own."""
+    networks = {name: entry for name, entry in entries().items() if not entry.tag}
+    mine = [name for name in imported_names() if name not in entries() and name.partition(".")[0] in networks]
+    found = [entry for entry in entries().values() if entry.tag]
+    found += [dataclasses.replace(networks[name.partition(".")[0]], name=name) for name in mine]
+    found = [entry for entry in found if _matches(entry, list(filters))]
+    if filters and not found:
+        raise CommandError(f"there are no weights called {' or '.join(filters)}; `spd-zoo weights list` shows all")
+    return found
+
+
+def _checkpoint(name: str) -> Entry:
+    """The checkpoint of this name; for the name of a network alone, its default."""
+    default = None if "." in name or not timm.is_model(name) else _default(name)
+    found = next((entry for entry in _checkpoints() if entry.name == (default or name)), None)
+    if found is None:
+        tags = [entry.name for entry in _checkpoints() if entry.network == name]
+        advice = f"there are {', '.join(tags)}" if tags else "`spd-zoo weights list` shows all"
+        raise CommandError(f"there are no weights called {name}; {advice}")
+    return found
+
+
+def _weights_list(options: argparse.Namespace) -> int:
+    rows = [_weights_row(entry) for entry in _checkpoints(options.filters)]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    header = ("name", "here", "sha256", "size", "licence", "from")
+    _print_table(header, [tuple(row[name] or "-" for name in header) for row in map(_readable, rows)], right=(3,))
+    return 0
+
+
+def _weights_row(entry: Entry) -> dict[str, Any]:
+    file = find(entry)
+    if file is None:
+        here, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
+    elif str(entry.source).startswith("bundled:"):
+        here, origin = "bundled", "spd-zoo"
+    elif entry.name in imported_names():
+        here, origin = "imported", origin_of(file).get("origin", "")
+    else:
+        here, origin = "cached", str(entry.source)
+    return {
+        "name": entry.name,
+        "here": here,
+        "sha256": entry.sha256,
+        "size": entry.size if file is None else file.stat().st_size,
+        "licence": entry.license,
+        "from": origin,
+        "file": None if file is None else str(file),
+    }
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    size = f"{row['size'] / 2**20:.1f} MiB" if row["size"] else None
+    return row | {"sha256": "pinned" if row["sha256"] else "unknown", "size": size}
+
+
+def _weights_pull(options: argparse.Namespace) -> int:
+    for entry in [_checkpoint(name) for name in options.names]:
+        print(fetch(entry))
+    return 0
+
+
+def _weights_import(options: argparse.Namespace) -> int:
+    file = import_weights(options.name, options.file)
+    name = file.name.rsplit(".", 2)[0]
+    print(f'{file}\nload it with timm.create_model("{name}", pretrained=True)')
+    return 0
+
+
+def _weights_verify(options: argparse.Namespace) -> int:
+    damaged = False
+    rows = []
+    for entry in tqdm(_checkpoints(options.filters), unit="file", leave=False, disable=None):
+        file = find(entry)
+        right = None if file is None else is_right(entry, file)
+        damaged |= right is False
+        verdict = {True: "right", False: "DAMAGED", None: "not here" if file is None else "sha256 unknown"}[right]
+        rows.append((entry.name, verdict, str(file or "-")))
+    _print_table(("name", "sha256", "file"), rows)
+    if damaged:
+        _complain("a file is damaged; `spd-zoo weights pull NAME` gets it again, `spd-zoo weights rm NAME` deletes it")
+    return int(damaged)
+
+
+def _weights_rm(options: argparse.Namespace) -> int:
+    for entry in [_checkpoint(name) for name in options.names]:
+        file = remove(entry)
+        if file is None:
+            raise CommandError(f"the weights of {entry.name} are not on this machine")
+        print(f"deleted {file}")
+    return 0
 
 
 def _predict(options: argparse.Namespace) -> int:

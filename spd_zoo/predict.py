@@ -14,7 +14,7 @@ from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo, create_trans
 from torch import Tensor, nn
 
 from spd_zoo.images import read_image
-from spd_zoo.weights import WeightsError, entries
+from spd_zoo.weights import WeightsError, entries, imported_names
 
 __all__ = ["Answer", "Guess", "ModelError", "class_names", "predict", "timm_name"]
 
@@ -51,7 +51,8 @@ def timm_name(name: str) -> str:
     """
     network = name.partition(".")[0]
     ours = {entry.network for entry in entries().values()}
-    if name in entries() or ":" in name or (network not in ours and timm.is_model(network)):
+    known = name in entries() or (network in ours and name in imported_names())
+    if known or ":" in name or (network not in ours and timm.is_model(network)):
         return name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():

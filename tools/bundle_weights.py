@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from spd_zoo.complexity import count_macs, count_params
 from spd_zoo.training.data import DataError, LabelledImages, loader, open_data, train_val_split
 from spd_zoo.training.finetune import top1
-from spd_zoo.weights.fetch import BUNDLED, sha256_of
+from spd_zoo.weights import sha256_of
+from spd_zoo.weights.fetch import BUNDLED
 from spd_zoo.weights.manifest import manifest_path
 
 

@@ -1,8 +1,15 @@
-"""Pretrained weights: the manifest, the files behind it, and loading them into a network only when they are right."""
+"""Pretrained weights: the manifest, the files behind it, and loading them into a network only when they are right.
 
-from spd_zoo.weights.build import build, default_cfgs, rename
-from spd_zoo.weights.fetch import WeightsError, fetch, sha256_of
-from spd_zoo.weights.manifest import Entry, entries, find_entry
+`manifest` says what there is, `download` gets files, `originals` reads and converts the authors', `fit` compares a
+checkpoint with a network, `fetch` makes a verified file of an entry, `build` stands between a variant and timm.
+"""
+
+from spd_zoo.weights.build import build, default_cfgs, use_manifest
+from spd_zoo.weights.download import sha256_of
+from spd_zoo.weights.fetch import fetch, find, import_weights, is_right, remove
+from spd_zoo.weights.fit import rename
+from spd_zoo.weights.manifest import Entry, WeightsError, entries, find_entry
+from spd_zoo.weights.originals import imported_names, origin_of, read_original
 
 __all__ = [
     "Entry",
@@ -11,7 +18,15 @@ __all__ = [
     "default_cfgs",
     "entries",
     "fetch",
+    "find",
     "find_entry",
+    "import_weights",
+    "imported_names",
+    "is_right",
+    "origin_of",
+    "read_original",
+    "remove",
     "rename",
     "sha256_of",
+    "use_manifest",
 ]

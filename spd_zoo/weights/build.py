@@ -1,46 +1,26 @@
 """Between a variant and timm: the configurations of the manifest, and a network whose weights were checked."""
 
 import pickle
-import re
-import struct
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import timm
 from safetensors import SafetensorError
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_model_traits,
-    get_pretrained_cfg,
-    load_state_dict,
-)
-from torch import Tensor, nn
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from torch import nn
 
-from spd_zoo.weights.fetch import WeightsError, fetch, sha256_of
-from spd_zoo.weights.manifest import Entry, entries, find_entry
+from spd_zoo.weights.download import sha256_of
+from spd_zoo.weights.fetch import fetch
+from spd_zoo.weights.fit import FilterFn, StateDict, cfg_of, checked_tensors, facts, misfit, own_networks, which_fits
+from spd_zoo.weights.manifest import Entry, WeightsError, entries, entries_for_import, find_entry, set_private
+from spd_zoo.weights.originals import UNTAGGED, find_imported, read_original
 
-__all__ = ["build", "default_cfgs", "rename"]
+__all__ = ["build", "default_cfgs", "use_manifest"]
 
 Network = TypeVar("Network", bound=nn.Module)
-StateDict = dict[str, Tensor]
-FilterFn = Callable[[StateDict, Any], StateDict]
-Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
-
-_UNREADABLE = (  # what broken files have been seen to raise in torch's and safetensors' readers
-    RuntimeError,
-    ValueError,
-    EOFError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    OSError,
-    pickle.UnpicklingError,
-    struct.error,
-    SafetensorError,
-)
 
 
 def default_cfgs(group: str, first_conv: str | Callable[[str], str], classifier: str) -> dict[str, Any]:
@@ -52,7 +32,7 @@ def default_cfgs(group: str, first_conv: str | Callable[[str], str], classifier:
     A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known.
     """
     cfgs: dict[str, Any] = {}
-    for entry in entries().values():
+    for entry in entries_for_import().values():
         if entry.group != group:
             continue
         cfgs[entry.name] = _input_of(entry) | {
@@ -73,15 +53,30 @@ def _input_of(entry: Entry) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in names}
 
 
-def rename(state_dict: StateDict, renames: Renames) -> StateDict:
-    """The tensors under new keys: every pattern that matches a key is replaced, in order."""
-    renamed = {}
-    for key, tensor in state_dict.items():
-        new = key
-        for pattern, replacement in renames:
-            new = re.sub(pattern, replacement, new)
-        renamed[new] = tensor
-    return renamed
+def use_manifest(path: str | Path | None) -> None:
+    """Adds the entries of a private manifest to the package's own, or puts them in their place; None: takes them away.
+
+    The environment variable `SPD_ZOO_MANIFEST=FILE` does the same at import. `spd_zoo/weights/manifest.schema.json`
+    describes the format. timm lists the new tags, and the first verified checkpoint of a network is its default.
+
+    Raises:
+        WeightsError: If `path` is no valid manifest; then nothing changes.
+    """
+    set_private(path)
+    entrypoints = [timm.model_entrypoint(name) for name in own_networks()]
+    for module_name in {entrypoint.__module__ for entrypoint in entrypoints}:
+        module: Any = sys.modules[module_name]
+        before: dict[str, Any] = {network: cfgs.default for network, cfgs in module.default_cfgs.items()}
+        first_convs = {network: cfg.first_conv for network, cfg in before.items()}
+        module.default_cfgs = default_cfgs(
+            module_name.rpartition(".")[2],
+            first_conv=first_convs.__getitem__,
+            classifier=next(iter(before.values())).classifier,
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # timm's, that a name is registered again
+        for entrypoint in entrypoints:
+            register_model(entrypoint)
 
 
 def build(
@@ -106,13 +101,20 @@ def build(
     overlay = dict(pretrained_cfg_overlay or {})
     ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; anything else is the caller's own source
     if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
+        tag = pretrained_cfg
         if overlay.get("file"):
-            _check_tag(variant, pretrained_cfg, Path(overlay["file"]))
-            facts = _facts_about(variant, pretrained_cfg, overlay["file"], pretrained_filter_fn)
-            kwargs.setdefault("num_classes", overlay.get("num_classes", facts["num_classes"]))
-            overlay = facts | overlay | {"num_classes": facts["num_classes"]}
+            _check_tag(variant, tag, Path(overlay["file"]))
+            described = _described(variant, tag, Path(overlay["file"]), pretrained_filter_fn)
+        elif mine := _imported_by_user(variant, tag, cache_dir):
+            described = _described(variant, None, mine, pretrained_filter_fn)
+            described |= {"file": str(mine), "tag": tag or UNTAGGED}
+            pretrained_cfg = None  # the manifest, and so timm, does not know the tag
         else:
-            overlay["file"] = str(_fetch_tag(variant, pretrained_cfg, cache_dir))
+            described = {"file": str(fetch(_entry_of(variant, tag), cache_dir))}
+        if "num_classes" in described:
+            kwargs.setdefault("num_classes", overlay.get("num_classes", described["num_classes"]))
+            overlay["num_classes"] = described["num_classes"]
+        overlay = described | overlay
     try:
         return build_model_with_cfg(
             cls,
@@ -126,7 +128,11 @@ def build(
         )
     except (FileNotFoundError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         file = overlay.get("file") or (pretrained_cfg or {}).get("file")
-        raise WeightsError(f"cannot read the weights in {file} ({_first_line(error)}); get them again") from error
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise WeightsError(
+            f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
+            f"spd-zoo weights import {variant} {file}"
+        ) from error
 
 
 def _check_tag(variant: str, tag: str | None, file: Path) -> None:
@@ -141,78 +147,58 @@ def _check_tag(variant: str, tag: str | None, file: Path) -> None:
             )
 
 
-def _facts_about(variant: str, tag: str | None, file: str | Path, filter_fn: FilterFn) -> dict[str, Any]:
-    """What timm's configuration must say about a checkpoint of the caller's: its classes, and what images it takes.
+def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | None) -> Path | None:
+    """The file that a user imported under a tag of their own, or without one where the network has no default.
+
+    Raises:
+        WeightsError: If it is damaged.
+    """
+    known = find_entry(f"{variant}.{tag}") if tag else _default_tag(variant)
+    if known is not None:
+        return None
+    found = find_imported(f"{variant}.{tag or UNTAGGED}", cache_dir)
+    if found is not None and sha256_of(found[0]) != found[1]:
+        raise WeightsError(f"{found[0]} is damaged, its sha256 is not that of its name; import the weights again")
+    return None if found is None else found[0]
+
+
+def _described(variant: str, tag: str | None, file: Path, filter_fn: FilterFn) -> dict[str, Any]:
+    """What timm's configuration must say about a file: its classes, and what images it takes.
 
     Without a tag that is the network's own input, not that of the default weights.
     """
-    meta = timm.create_model(f"{variant}.{tag}" if tag else variant, device="meta")
-    state_dict = filter_fn(_read(file), meta)
-    classifier, stem = (state_dict.get(f"{_cfg(meta)[key]}.weight") for key in ("classifier", "first_conv"))
-    facts: dict[str, Any] = {"num_classes": 0 if classifier is None else classifier.shape[:1].numel()}
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
-    if entry is None:
-        return facts
-    own = meta.get_submodule(_cfg(meta)["first_conv"]).weight
-    chans = entry.input_size[0]
-    if isinstance(own, Tensor) and stem is not None and stem.ndim == 4:
-        chans = stem.shape[1] * entry.input_size[0] // own.shape[1]
-    facts["input_size"] = (chans, *entry.input_size[1:])
-    if not tag:
-        unknown = dict.fromkeys(("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url"))
-        facts |= unknown | {"label_names": None} | _input_of(entry) | {"input_size": facts["input_size"]}
-    elif facts["num_classes"] != entry.num_classes:
-        facts["label_names"] = None
-    return facts
+    meta = timm.create_model(f"{variant}.{tag}" if tag else variant, device="meta")
+    chans, *size = entry.input_size if entry is not None else cfg_of(meta)["input_size"]
+    found = facts(filter_fn(read_original(file), meta), meta, chans)
+    described: dict[str, Any] = {}
+    if entry is not None:
+        if not tag:
+            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url", "label_names")
+            described = dict.fromkeys(unknown) | _input_of(entry)
+        elif found["num_classes"] != entry.num_classes:
+            described = {"label_names": None}
+        described["input_size"] = (found["in_chans"], *size)
+    return described | {"num_classes": found["num_classes"]}
 
 
-def _fetch_tag(variant: str, tag: str | None, cache_dir: str | Path | None) -> Path:
-    """The file of a tag, or of the network's default tag."""
-    if not tag:
-        cfg = get_pretrained_cfg(variant)
-        tag = cfg.tag if cfg is not None and cfg.has_weights else None
-    name = f"{variant}.{tag}" if tag else variant
-    entry = find_entry(name)
+def _default_tag(variant: str) -> str | None:
+    cfg = get_pretrained_cfg(variant)
+    return cfg.tag if cfg is not None and cfg.has_weights else None
+
+
+def _entry_of(variant: str, tag: str | None) -> Entry:
+    """The entry of a tag, or of the network's default tag."""
+    tag = tag or _default_tag(variant)
+    entry = find_entry(f"{variant}.{tag}" if tag else variant)
     tags = [other.name for other in entries().values() if other.network == variant and other.tag]
     if entry is None:
-        raise WeightsError(f"there are no weights called {name}; there are: {', '.join(tags) or 'none'}")
+        raise WeightsError(f"there are no weights called {variant}.{tag}; there are: {', '.join(tags) or 'none'}")
     if not tag and not entry.verified and (tags or entry.source):
         raise WeightsError(
             f"{variant} has no verified weights; unverified ones, to be asked for by name: {', '.join(tags) or 'none'}"
         )
-    file = fetch(entry, cache_dir)
-    if entry.sha256 is None:
-        _read(file)
-    return file
-
-
-def _read(file: str | Path) -> StateDict:
-    """The tensors of a checkpoint, read by timm; nothing in it is executed."""
-    if not Path(file).is_file():
-        raise WeightsError(f"{file} does not exist or is no file; give the path of a checkpoint file")
-    try:
-        state_dict = load_state_dict(str(file))
-    except _UNREADABLE as error:
-        raise WeightsError(
-            f"{file} is no checkpoint that can be read safely ({_first_line(error)}); it must be a file of tensors: "
-            "NAME.safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
-        ) from error
-    return _tensors(state_dict, str(file))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
-
-
-def _tensors(state_dict: StateDict, name: str) -> StateDict:
-    """`state_dict`, if it is what its type says."""
-    if not state_dict or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
-        raise WeightsError(f"{name} holds no network weights: neither a dict of tensors, nor one under 'state_dict'")
-    return state_dict
-
-
-def _cfg(model: nn.Module) -> dict[str, Any]:
-    return cast("dict[str, Any]", model.pretrained_cfg)
+    return entry
 
 
 def _checked(filter_fn: FilterFn, features_only: bool) -> FilterFn:
@@ -222,42 +208,13 @@ def _checked(filter_fn: FilterFn, features_only: bool) -> FilterFn:
     """
 
     def checked(state_dict: StateDict, model: nn.Module) -> StateDict:
-        cfg = _cfg(model)
+        cfg = cfg_of(model)
         name = cfg.get("file") or "the checkpoint"
-        renamed = filter_fn(_tensors(state_dict, name), model)
+        renamed = filter_fn(checked_tensors(state_dict, name), model)
         same_classes = model.num_classes == cfg["num_classes"] and not features_only
-        misfit = _misfit(renamed, model, with_classifier=same_classes)
-        if misfit:
-            fitting = [name for name in _own_networks() if _fits(state_dict, name)]
-            advice = f"it fits {' and '.join(fitting)}" if fitting else "it fits no network of the zoo"
-            raise WeightsError(f"{name} does not fit {cfg['architecture']}: {misfit}; {advice}")
+        problem = misfit(renamed, model, with_classifier=same_classes)
+        if problem:
+            raise WeightsError(f"{name} does not fit {cfg['architecture']}: {problem}; {which_fits(state_dict)}")
         return renamed
 
     return checked
-
-
-def _misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = False) -> str | None:
-    """The first difference between a checkpoint and a network; None if there is none."""
-    cfg = _cfg(model)
-    other = () if with_classifier or not cfg["classifier"] else (f"{cfg['classifier']}.",)
-    expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items() if not key.startswith(other)}
-    given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
-    adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels
-    for key, shape in expected.items():
-        if key not in given:
-            missing = len(expected.keys() - given.keys())
-            return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
-        if given[key] != shape and not (key == adapted and given[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
-            return f"{key} has shape {given[key]}, the network's has {shape}"
-    surplus = [key for key in given if key not in expected]
-    return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
-
-
-def _own_networks() -> list[str]:
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
-
-
-def _fits(state_dict: StateDict, name: str) -> bool:
-    meta = timm.create_model(name, device="meta")
-    renamed = sys.modules[type(meta).__module__].checkpoint_filter_fn(state_dict, meta)
-    return _misfit(renamed, meta) is None

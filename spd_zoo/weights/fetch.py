@@ -1,42 +1,58 @@
 """From an entry of the manifest to a verified file: in the package, on the Hugging Face Hub or at the authors'."""
 
-import hashlib
 import re
-import tempfile
 import warnings
 from pathlib import Path
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of the Hub's client, httpx or httpx2
+from huggingface_hub import scan_cache_dir
 
-from spd_zoo.weights.manifest import Entry
+from spd_zoo.weights.download import (
+    HUB_SOURCE,
+    DownloadError,
+    download,
+    download_from_hub,
+    find_in_hub_cache,
+    hub_url,
+    sha256_of,
+)
+from spd_zoo.weights.manifest import Entry, WeightsError
+from spd_zoo.weights.originals import find_imported, import_original, locked, origin_of, tagged
 
-__all__ = ["BUNDLED", "WeightsError", "fetch", "sha256_of"]
+__all__ = ["BUNDLED", "fetch", "find", "import_weights", "is_right", "remove"]
 
 BUNDLED = Path(__file__).parent / "bundled"
-_NAME = r"\w[\w.-]*"  # neither "..", nor hidden, nor absolute
-_BUNDLED_SOURCE = re.compile(rf"bundled:(?P<file>{_NAME})")
-_HUB_SOURCE = re.compile(rf"hf://(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}}):(?P<file>{_NAME}(/{_NAME})*)")
-_PATIENCE = 4.0  # seconds to wait for the first answer of a server
+_BUNDLED_SOURCE = re.compile(r"bundled:(?P<file>\w[\w.-]*)", re.ASCII)
 
 
-class WeightsError(RuntimeError):
-    """Weights that cannot be had or must not be used; the message says what is wrong and what to do."""
+def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
+    """The file of `entry` on this machine, unchecked: in the package, imported, or in the Hugging Face cache."""
+    bundled, hub = _places(entry)
+    imported = find_imported(entry.name, cache_dir)
+    if bundled:
+        return BUNDLED / bundled["file"] if (BUNDLED / bundled["file"]).is_file() else None
+    if imported and (hub is None or imported[1] == entry.sha256):
+        return imported[0]
+    return find_in_hub_cache(hub, cache_dir) if hub else None
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def is_right(entry: Entry, path: Path) -> bool | None:
+    """Whether a file that `find` or `fetch` gave has the bytes that it must have; None if nobody knows them."""
+    imported = re.search(r"\.([0-9a-f]{64})\.safetensors$", path.name)
+    expected = imported[1] if imported else entry.sha256
+    if expected is None:
+        return None
+    if sha256_of(path) != expected:
+        return False
+    if imported and entry.source is None and entry.sha256 is not None:
+        return origin_of(path).get("original_sha256") == entry.sha256
+    return True
 
 
 def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
-    """The file of `entry`, its SHA-256 checked; what is not in the package is downloaded once.
+    """The file of `entry`, its SHA-256 checked; what is not on this machine is downloaded once.
 
-    Warns if the file is not verified, because no SHA-256 is known for it.
+    What is damaged on this machine is downloaded once more. The authors' file is converted to our keys. Warns if the
+    file is not verified, because no SHA-256 is known for it.
 
     Args:
         entry: Which weights.
@@ -45,107 +61,136 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
     Raises:
         WeightsError: If the file cannot be had, or is not the one that the manifest pins.
     """
-    source = entry.source or ""
-    bundled, hub = _BUNDLED_SOURCE.fullmatch(source), _HUB_SOURCE.fullmatch(source)
-    if bundled:
-        path, advice = BUNDLED / bundled["file"], "install spd-zoo again"
-        if not path.is_file():
-            raise WeightsError(
-                f"{path}, the weights of {entry.name}, is missing (expected sha256 {entry.sha256}). "
-                f"What to do: {advice}"
-            )
-    elif hub:
-        path = _from_hub(entry, hub, cache_dir)
-        advice = "do not use it, and report that the Hub serves another file than the manifest pins"
-    elif source:
+    bundled, hub = _places(entry)
+    path = find(entry, cache_dir)
+    right = None if path is None else is_right(entry, path)
+    if path is None and bundled:
         raise WeightsError(
-            f"the source of {entry.name} is {source!r}; it must be bundled:FILE or hf://ORG/REPO@<40-digit commit>:FILE"
+            f"{BUNDLED / bundled['file']}, the weights of {entry.name}, is missing (expected sha256 {entry.sha256}). "
+            "What to do: install spd-zoo again"
         )
-    elif entry.original_link:
-        path = _from_authors(entry, entry.original_link, cache_dir)
-        advice = f"delete it and try again; if that does not help, {entry.original_link} is not what it was"
-    else:
-        raise WeightsError(f"there are no weights for {entry.name}; create it with pretrained=False")
-
-    if entry.sha256 is None:
+    if path is not None and bundled and not right:
+        raise _wrong(entry, path, "install spd-zoo again")
+    if path is None or right is False:
+        path = _get(entry, hub, path, cache_dir)
+        right = is_right(entry, path)
+        if right is False:
+            raise _wrong(entry, path, "do not use it, and report that another file is served than the manifest pins")
+    if right is None:
         warnings.warn(
-            f"the weights of {entry.name} ({path}) are not verified: nobody here has seen the authors' file, so no "
-            "sha256 is known, and neither their accuracy nor that they fit was checked",
+            f"the weights of {entry.name} ({path}) are not verified: no sha256 is known, and neither their accuracy "
+            "nor that they fit was checked",
             stacklevel=2,
         )
-        return path
-    actual = sha256_of(path)
-    if actual != entry.sha256 and hub:
-        try:
-            path = _from_hub(entry, hub, cache_dir, again=True)
-            actual = sha256_of(path)
-        except WeightsError as error:
-            advice = f"delete it, or try again online; now it could not be downloaded again: {error}"
-    if actual != entry.sha256:
-        raise WeightsError(
-            f"{path}, the weights of {entry.name}, has sha256 {actual}, expected {entry.sha256}: it is truncated, "
-            f"changed or another file. What to do: {advice}"
-        )
     return path
 
 
-def _from_hub(entry: Entry, source: re.Match[str], cache_dir: str | Path | None, again: bool = False) -> Path:
-    """The file from the Hugging Face cache or, if it is not there or `again`, from the Hub."""
-    repo, commit, file = source["repo"], source["commit"], source["file"]
-    cached = try_to_load_from_cache(repo, file, cache_dir, commit)
-    if isinstance(cached, str) and not again:
-        return Path(cached)
-    url = hf_hub_url(repo, file, revision=commit)
-    try:
-        get_hf_file_metadata(url, timeout=_PATIENCE)  # asks once; offline, hf_hub_download asks for half a minute
-        return Path(hf_hub_download(repo, file, revision=commit, cache_dir=cache_dir, force_download=again))
-    except (HTTPError, OSError, ValueError) as error:
+def _places(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:
+    """The source of an entry, as a bundled file or one on the Hub."""
+    if entry.source is None:
+        return None, None
+    bundled, hub = _BUNDLED_SOURCE.fullmatch(entry.source), HUB_SOURCE.fullmatch(entry.source)
+    if not bundled and not hub:
         raise WeightsError(
-            f"cannot get the weights of {entry.name} from {entry.source} ({_reason(error)}). What to do: try again "
-            f"online, or get {url} by hand (expected sha256 {entry.sha256}) and load it with {_by_hand(entry)}"
-        ) from error
+            f"the source of {entry.name} is {entry.source!r}; "
+            "it must be bundled:FILE or hf://ORG/REPO@<40-digit commit>:FILE"
+        )
+    return bundled, hub
 
 
-def _from_authors(entry: Entry, link: str, cache_dir: str | Path | None) -> Path:
-    """The authors' file from Google Drive, or where an earlier download put it."""
-    path = Path(cache_dir or constants.HF_ASSETS_CACHE) / "spd_zoo" / "originals" / f"{entry.name}.pth"
-    if path.is_file():
-        return path
-    by_hand = f"get it from {link} by hand, check that it is what you expect, and load it with {_by_hand(entry)}"
-    if "/folders/" in link:
-        raise WeightsError(
-            f"the weights of {entry.name} are in a folder of the authors', not verified. What to do: {by_hand}"
-        )
-    if constants.HF_HUB_OFFLINE:
-        raise WeightsError(
-            f"cannot download the authors' weights of {entry.name}: HF_HUB_OFFLINE is set. What to do: {by_hand}"
-        )
-    try:
-        import gdown
-    except ImportError as error:
-        raise WeightsError(
-            f"the weights of {entry.name} are on the authors' Google Drive only, not verified. What to do: "
-            f"pip install 'spd-zoo[originals]' and try again, or {by_hand}"
-        ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        part = Path(folder) / path.name
+def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_dir: str | Path | None) -> Path:
+    """Downloads the file of `entry`, one process at a time; the others then find it."""
+    if hub is None and entry.original_link is None:
+        if damaged is not None:
+            raise _wrong(entry, damaged, f"import it again: spd-zoo weights import {entry.name} FILE")
+        raise WeightsError(f"there are no weights for {entry.name}; create it with pretrained=False")
+    with locked(entry.name, cache_dir) as folder:
+        path = find(entry, cache_dir)
+        if path is not None and is_right(entry, path) is not False:
+            return path
+        part = folder / f"{entry.name}.original"
         try:
-            gdown.download(link, str(part), timeout=(_PATIENCE, 60.0))  # to connect, and between bytes
-            part.replace(path)
-        except (gdown.DownloadError, OSError) as error:
+            if hub:
+                return download_from_hub(hub, cache_dir, again=path is not None)
+            download(str(entry.original_link), entry.original_file, part)
+            return _import(entry, part, cache_dir)
+        except DownloadError as error:
+            raise _unavailable(entry, hub, damaged, error) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """`import_original` for a file, or for a link, which is downloaded first.
+
+    Raises:
+        WeightsError: If it cannot be had, cannot be read or does not fit; nothing is kept.
+    """
+    if not re.match("https?://", str(file)):
+        return import_original(name, Path(file), cache_dir=cache_dir)
+    name = tagged(name)
+    with locked(name, cache_dir) as folder:
+        part = folder / f"{name}.original"
+        try:
+            download(str(file), None, part)
+            return import_original(name, part, str(file), cache_dir)
+        except DownloadError as error:
             raise WeightsError(
-                f"cannot download the authors' weights of {entry.name} ({_reason(error)}). "
-                f"What to do: try again online, or {by_hand}"
+                f"cannot download {file} ({error}). What to do: try again online, or get the file by hand and run: "
+                f"spd-zoo weights import {name} FILE"
             ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _import(entry: Entry, original: Path, cache_dir: str | Path | None) -> Path:
+    """Converts the authors' file that was just downloaded."""
+    origin = " ".join(filter(None, (entry.original_link, entry.original_file)))
+    path = import_original(entry.name, original, origin, cache_dir)
+    if entry.sha256 is None:
+        warnings.warn(
+            f"the weights of {entry.name} came from {origin} and fit, but nobody here has seen the file before: "
+            "neither its sha256 nor its accuracy was checked",
+            stacklevel=4,
+        )
     return path
 
 
-def _by_hand(entry: Entry) -> str:
-    return f'timm.create_model("{entry.name}", pretrained=True, pretrained_cfg_overlay={{"file": PATH}})'
+def _unavailable(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, reason: DownloadError) -> WeightsError:
+    if damaged is not None:
+        return _wrong(entry, damaged, f"delete it, or try again online; now it cannot be replaced: {reason}")
+    url = hub_url(hub) if hub else f"{entry.original_link}"
+    which = f" the file {entry.original_file} of" if entry.original_file else ""
+    expected = f" (expected sha256 {entry.sha256})" if entry.sha256 else ""
+    return WeightsError(
+        f"cannot get the weights of {entry.name} from {entry.source or url} ({reason}). What to do: try again online, "
+        f"or get{which} {url} by hand{expected} and run: spd-zoo weights import {entry.name} FILE"
+    )
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, for use inside a sentence."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+def _wrong(entry: Entry, path: Path, advice: str) -> WeightsError:
+    expected = entry.sha256 if entry.verified else "that of its name"
+    return WeightsError(
+        f"{path}, the weights of {entry.name}, has sha256 {sha256_of(path)}, expected {expected}: it is truncated, "
+        f"changed or another file. What to do: {advice}"
+    )
+
+
+def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
+    """Deletes the file of `entry` from the user's cache; returns its path, None if there was none.
+
+    Raises:
+        WeightsError: If the file belongs to the package.
+    """
+    bundled, hub = _places(entry)
+    if bundled:
+        raise WeightsError(f"the weights of {entry.name} are part of the package and stay; uninstall spd-zoo instead")
+    path = find(entry, cache_dir)
+    if path is None:
+        return None
+    imported = find_imported(entry.name, cache_dir)
+    if imported is not None and imported[0] == path:
+        path.unlink()
+    elif hub is not None:
+        scan_cache_dir(cache_dir).delete_revisions(hub["commit"]).execute()
+    return path

@@ -1,14 +1,22 @@
-"""The manifest: one entry per network and checkpoint, read from `weights_manifest.json`."""
+"""The manifest: one entry per network and checkpoint, from `weights_manifest.json` and from a private one beside it."""
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["Entry", "entries", "find_entry", "manifest_path"]
+__all__ = ["Entry", "WeightsError", "entries", "entries_for_import", "find_entry", "manifest_path", "set_private"]
 
 PACKAGE = Path(__file__).parent.parent
+_LARGEST = 4 * 2**20  # bytes of a private manifest
+_private: str | Path | None = os.environ.get("SPD_ZOO_MANIFEST") or None
+
+
+class WeightsError(RuntimeError):
+    """Weights that cannot be had or must not be used; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class Entry:
     """A network, or a checkpoint of it; `manifest.schema.json` describes the fields."""
 
     name: str  # network, or network.tag
-    group: str  # the model file it belongs to
+    group: str  # the model file it belongs to; "timm" for a network of timm's own
     num_classes: int
     input_size: tuple[int, int, int]
     pool_size: tuple[int, int]
@@ -33,6 +41,7 @@ class Entry:
     license: str | None = None
     origin_url: str | None = None
     original_link: str | None = None
+    original_file: str | None = None  # the file in it, where original_link is a folder
     dataset: str | None = None
     class_names: tuple[str, ...] | None = None
     recipe: dict[str, Any] | None = None
@@ -61,21 +70,64 @@ def manifest_path() -> Path:
     return installed if installed.exists() else PACKAGE.parent / "weights_manifest.json"
 
 
-@cache
-def entries() -> dict[str, Entry]:
-    """All entries by name.
+def set_private(path: str | Path | None) -> None:
+    """Reads `path` beside the package's own manifest from now on; None: the own one alone.
 
     Raises:
-        ValueError: If a name stands in two groups.
-        TypeError: If an entry has a field that there is not, or lacks one.
+        WeightsError: If `path` is no valid manifest; then nothing changes.
     """
-    groups = json.loads(manifest_path().read_text(encoding="utf-8"))
+    global _private
+    if path is not None:
+        _read_private(Path(path))
+    _private = path
+    entries.cache_clear()
+
+
+@cache
+def entries() -> dict[str, Entry]:
+    """All entries by name; those of a private manifest take the place of the package's own.
+
+    Raises:
+        WeightsError: If a manifest is invalid.
+    """
+    return _own() if _private is None else {**_own(), **_read_private(Path(_private))}
+
+
+def entries_for_import() -> dict[str, Entry]:
+    """`entries`, or the package's own where the private manifest is invalid, so that `import spd_zoo` always works.
+
+    Whatever asks for weights asks `entries` and gets the error then.
+    """
+    try:
+        return entries()
+    except WeightsError:
+        return _own()
+
+
+def find_entry(name: str) -> Entry | None:
+    """The entry of `network.tag` or `network`, if there is one.
+
+    Raises:
+        WeightsError: If a manifest is invalid.
+    """
+    return entries().get(name)
+
+
+@cache
+def _own() -> dict[str, Entry]:
+    return _entries_of(json.loads(manifest_path().read_text(encoding="utf-8")), manifest_path())
+
+
+def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for group, members in groups.items():
         for name, fields in members.items():
             if name in found:
-                raise ValueError(f"{manifest_path()} has {name} twice, in {found[name].group} and in {group}")
-            found[name] = Entry(name=name, group=group, **{key: _tuple(value) for key, value in fields.items()})
+                raise WeightsError(f"{path} has {name} twice, in {found[name].group} and in {group}; remove one")
+            try:
+                found[name] = Entry(name=name, group=group, **{key: _tuple(value) for key, value in fields.items()})
+            except TypeError as error:
+                raise WeightsError(f"the entry {name} of {path} is invalid: {error}; correct it") from error
     return found
 
 
@@ -83,6 +135,47 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def find_entry(name: str) -> Entry | None:
-    """The entry of `network.tag` or `network`, if the manifest has one."""
-    return entries().get(name)
+def _read_private(path: Path) -> dict[str, Entry]:
+    """The entries of a manifest that others wrote, after checking everything that can be checked without a download."""
+    import jsonschema  # here, because few need it and importing it takes long
+
+    def refuse(reason: str, cause: BaseException | None = None) -> NoReturn:
+        raise WeightsError(
+            f"the manifest {path} {reason}. Correct it (the format is {PACKAGE.name}/weights/manifest.schema.json), "
+            "or leave out SPD_ZOO_MANIFEST and use_manifest"
+        ) from cause
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            refuse(f"has {next(name for name in names if names.count(name) > 1)[:80]!r} twice in one place")
+        return fields
+
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            refuse(f"has {size} bytes; a manifest has at most {_LARGEST}")
+        groups = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=_no_number)
+    except OSError as error:
+        refuse(f"cannot be read ({error.strerror or error})", error)
+    except (ValueError, RecursionError) as error:  # of the text's encoding or JSON
+        refuse(f"is no JSON ({str(error)[:150]})", error)
+    schema = json.loads((Path(__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
+    problems = jsonschema.Draft202012Validator(schema).iter_errors(groups)
+    problem = jsonschema.exceptions.best_match(islice(problems, 20))  # not all: there may be very many
+    if problem is not None:
+        where = "/".join(map(str, problem.absolute_path)) or "top level"
+        refuse(f"is invalid at {where[:150]}: {problem.message[:200]}", problem)
+    found = _entries_of(groups, path)
+    for entry in found.values():
+        network = _own().get(entry.network)
+        if network is None and entry.group != "timm":
+            refuse(f"has {entry.name}, but there is no network {entry.network} in this zoo")
+        if network is not None and network.group != entry.group:
+            refuse(f"has {entry.name} in the group {entry.group}; it belongs to {network.group}")
+    return found
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")

@@ -1,0 +1,170 @@
+"""Files from the Hugging Face Hub and from the authors' links; the only code that uses the network to read.
+
+What may pass at the next try (a broken connection, an overloaded server) is tried again a few times.
+"""
+
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of the Hub's client, httpx or httpx2
+from tqdm import tqdm
+
+from spd_zoo.weights.manifest import WeightsError
+
+__all__ = ["HUB_SOURCE", "DownloadError", "download", "download_from_hub", "find_in_hub_cache", "hub_url", "sha256_of"]
+
+_NAME = r"\w[\w.-]*"  # neither "..", nor hidden, nor absolute
+HUB_SOURCE = re.compile(
+    rf"hf://(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}}):(?P<file>{_NAME}(/{_NAME})*)", re.A
+)
+_TRIES = 4
+_PATIENCE = 4.0  # seconds to wait for a server's first answer, once
+_LONGEST_PAUSE = 10.0  # seconds, if the server asks for one
+
+T = TypeVar("T")
+
+
+class DownloadError(WeightsError):
+    """A file that cannot be downloaded now; the message is the reason alone."""
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_in_hub_cache(source: re.Match[str], cache_dir: str | Path | None) -> Path | None:
+    """The file of a `HUB_SOURCE` in the Hugging Face cache; opens no socket."""
+    found = try_to_load_from_cache(source["repo"], source["file"], cache_dir, source["commit"])
+    return Path(found) if isinstance(found, str) else None
+
+
+def hub_url(source: re.Match[str]) -> str:
+    """Where a browser gets the file of a `HUB_SOURCE`."""
+    return hf_hub_url(source["repo"], source["file"], revision=source["commit"])
+
+
+def download_from_hub(source: re.Match[str], cache_dir: str | Path | None, again: bool = False) -> Path:
+    """The file of a `HUB_SOURCE` in the Hugging Face cache, downloaded unless it is there and not wanted `again`.
+
+    Raises:
+        DownloadError: If it cannot be had; the reason.
+    """
+
+    def get() -> Path:
+        get_hf_file_metadata(hub_url(source), timeout=_PATIENCE)  # without a server, hf_hub_download waits for minutes
+        file = hf_hub_download(
+            source["repo"], source["file"], revision=source["commit"], cache_dir=cache_dir, force_download=again
+        )
+        return Path(file)
+
+    return _patiently(get)
+
+
+def download(link: str, file: str | None, path: Path) -> None:
+    """Writes what lies behind a link to `path`: a file on Google Drive, `file` in a folder there, or any HTTPS file.
+
+    Raises:
+        DownloadError: If it cannot be had, with the reason, or is a web page.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError("HF_HUB_OFFLINE is set")
+    if "drive.google.com" in link:
+        _download_from_drive(link, file, path)
+    else:
+        _patiently(lambda: _download_from_server(link, path))
+    with path.open("rb") as part:
+        start = part.read(512).lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head")):
+        raise DownloadError(
+            f"{link} answered with a web page instead of a file: a quota, a login or a confirmation stands before it"
+        )
+
+
+def _download_from_server(link: str, path: Path) -> None:
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds to connect, and between blocks
+    with get_session().stream("GET", link, timeout=timeout, follow_redirects=True) as response, path.open("wb") as part:
+        response.raise_for_status()
+        size = int(response.headers.get("Content-Length", 0)) or None
+        with tqdm(desc=path.stem, total=size, unit="B", unit_scale=True, leave=False, disable=None) as progress:
+            for block in response.iter_bytes(2**20):
+                progress.update(part.write(block))
+
+
+def _download_from_drive(link: str, file: str | None, path: Path) -> None:
+    try:
+        import gdown
+    except ImportError as error:
+        raise DownloadError("Google Drive needs the package gdown: pip install 'spd-zoo[originals]'") from error
+
+    def get() -> None:
+        url, timeout = link, (_PATIENCE, 60.0)  # to connect, and between bytes
+        if "/folders/" in link:
+            listed: Any = gdown.download_folder(link, skip_download=True, quiet=True, timeout=timeout)
+            ids = {Path(item.path).name: item.id for item in listed}
+            if file not in ids:
+                raise DownloadError(f"the folder holds {', '.join(sorted(ids)) or 'nothing'}, and no {file}")
+            url = f"https://drive.google.com/uc?id={ids[file]}"
+        gdown.download(url, str(path), timeout=timeout, use_cookies=False)
+
+    try:
+        _patiently(get)
+    except gdown.DownloadError as error:
+        raise DownloadError(_reason(error)) from error
+
+
+def _patiently(get: Callable[[], T]) -> T:
+    """What `get` returns, tried again while it fails in a way that may pass."""
+    attempt = 0
+    while True:
+        try:
+            return get()
+        except (HTTPError, OSError, ValueError) as error:
+            pause = _pause(error, attempt)
+            attempt += 1
+            if attempt == _TRIES or pause is None:
+                raise DownloadError(_reason(error)) from error
+            time.sleep(pause)
+
+
+def _pause(error: Exception, attempt: int) -> float | None:
+    """Seconds after which another try may succeed; None if it would not."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        if response.status_code not in (408, 429) and response.status_code < 500:
+            return None
+        wished = response.headers.get("Retry-After", "")
+        seconds = float(wished) if wished.isdigit() else 0.5 * 2**attempt
+        return seconds if seconds <= _LONGEST_PAUSE else None
+    broken = isinstance(error, ConnectionError) or type(error).__name__ in _BROKEN_CONNECTIONS
+    shortened = type(error) is OSError and error.errno is None  # huggingface_hub's error for a wrong length
+    return 0.5 * 2**attempt if broken or shortened else None
+
+
+# the same names in httpx, httpx2 and requests, which gdown uses
+_BROKEN_CONNECTIONS = {
+    *("ConnectError", "ReadError", "WriteError", "CloseError", "RemoteProtocolError"),
+    *("ConnectionError", "ChunkedEncodingError"),
+}
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, for use inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')[:300]}" if lines else type(error).__name__

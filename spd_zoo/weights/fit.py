@@ -1,0 +1,111 @@
+"""Whether the tensors of a checkpoint fit a network, and which network of the zoo they do fit."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import timm
+from timm.models import get_model_traits
+from torch import Tensor, nn
+
+from spd_zoo.weights.manifest import WeightsError
+
+__all__ = [
+    "FilterFn",
+    "StateDict",
+    "cfg_of",
+    "checked_tensors",
+    "facts",
+    "filter_of",
+    "misfit",
+    "own_networks",
+    "rename",
+    "which_fits",
+]
+
+StateDict = dict[str, Tensor]
+FilterFn = Callable[[StateDict, Any], StateDict]
+Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+
+
+def rename(state_dict: StateDict, renames: Renames) -> StateDict:
+    """The tensors under new keys: every pattern that matches a key is replaced, in order."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        new = key
+        for pattern, replacement in renames:
+            new = re.sub(pattern, replacement, new)
+        renamed[new] = tensor
+    return renamed
+
+
+def filter_of(model: nn.Module) -> FilterFn:
+    """The function that gives the authors' keys the names of this network's; timm's networks need none."""
+    module = sys.modules[type(model).__module__]
+    filter_fn: FilterFn = getattr(module, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
+    return filter_fn
+
+
+def cfg_of(model: nn.Module) -> dict[str, Any]:
+    """timm's configuration of the network."""
+    return cast("dict[str, Any]", model.pretrained_cfg)
+
+
+def checked_tensors(state_dict: Any, name: str) -> StateDict:
+    """`state_dict`, if it is one."""
+    if (
+        not isinstance(state_dict, dict)
+        or not state_dict
+        or not all(isinstance(tensor, Tensor) for tensor in state_dict.values())
+    ):
+        raise WeightsError(f"{name} holds no network weights: neither a dict of tensors, nor one under 'state_dict'")
+    return state_dict
+
+
+def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, Any]:
+    """The number of classes and of image channels that a checkpoint was made for.
+
+    Args:
+        state_dict: The tensors under the network's own keys.
+        meta: The network, with `in_chans` image channels.
+        in_chans: Image channels of `meta`.
+    """
+    classifier, stem = (state_dict.get(f"{cfg_of(meta)[key]}.weight") for key in ("classifier", "first_conv"))
+    own = meta.get_submodule(cfg_of(meta)["first_conv"]).weight
+    if isinstance(own, Tensor) and stem is not None and stem.ndim == 4:
+        in_chans = stem.shape[1] * in_chans // own.shape[1]
+    return {"num_classes": 0 if classifier is None else classifier.shape[:1].numel(), "in_chans": in_chans}
+
+
+def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = False) -> str | None:
+    """The first difference between a checkpoint and a network; None if there is none."""
+    cfg = cfg_of(model)
+    other = () if with_classifier or not cfg["classifier"] else (f"{cfg['classifier']}.",)
+    expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items() if not key.startswith(other)}
+    given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
+    adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels
+    for key, shape in expected.items():
+        if key not in given:
+            missing = len(expected.keys() - given.keys())
+            return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
+        if given[key] != shape and not (key == adapted and given[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
+            return f"{key} has shape {given[key]}, the network's has {shape}"
+    surplus = [key for key in given if key not in expected]
+    return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
+
+
+def which_fits(state_dict: StateDict) -> str:
+    """A clause for an error: which networks of the zoo a checkpoint with the authors' or our keys does fit."""
+    fitting = [name for name in own_networks() if _fits(state_dict, name)]
+    return f"it fits {' and '.join(fitting)}" if fitting else "it fits no network of the zoo"
+
+
+def own_networks() -> list[str]:
+    """The names of this zoo's networks in timm's registry."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+
+
+def _fits(state_dict: StateDict, name: str) -> bool:
+    meta = timm.create_model(name, device="meta")
+    return misfit(filter_of(meta)(state_dict, meta), meta) is None
