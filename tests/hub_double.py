@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,6 +95,11 @@ class HubDouble(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.faults: list[Fault] = []
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints a traceback, except where it is the client that went away."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

@@ -5,6 +5,7 @@ What may pass at the next try (a broken connection, an overloaded server) is tri
 
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,9 @@ def download_from_hub(source: re.Match[str], cache_dir: str | Path | None, again
         DownloadError: If it cannot be had; the reason.
     """
 
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError("OfflineModeIsEnabled: HF_HUB_OFFLINE is set")
+
     def get() -> Path:
         get_hf_file_metadata(hub_url(source), timeout=_PATIENCE)  # without a server, hf_hub_download waits for minutes
         file = hf_hub_download(
@@ -84,7 +88,7 @@ def download(link: str, file: str | None, path: Path) -> None:
         DownloadError: If it cannot be had, with the reason, or is a web page.
     """
     if constants.HF_HUB_OFFLINE:
-        raise DownloadError("HF_HUB_OFFLINE is set")
+        raise DownloadError("OfflineModeIsEnabled: HF_HUB_OFFLINE is set")
     if "drive.google.com" in link:
         _download_from_drive(link, file, path)
     else:
@@ -121,22 +125,22 @@ def _download_from_drive(link: str, file: str | None, path: Path) -> None:
             if file not in ids:
                 raise DownloadError(f"the folder holds {', '.join(sorted(ids)) or 'nothing'}, and no {file}")
             url = f"https://drive.google.com/uc?id={ids[file]}"
-        gdown.download(url, str(path), timeout=timeout, use_cookies=False)
+        gdown.download(url, str(path), timeout=timeout, use_cookies=False, quiet=not sys.stderr.isatty())
 
-    try:
-        _patiently(get)
-    except gdown.DownloadError as error:
-        raise DownloadError(_reason(error)) from error
+    _patiently(get, gdown.DownloadError)
 
 
-def _patiently(get: Callable[[], T]) -> T:
-    """What `get` returns, tried again while it fails in a way that may pass."""
+def _patiently(get: Callable[[], T], vague: type[Exception] = ConnectionError) -> T:
+    """What `get` returns, tried again while it fails in a way that may pass.
+
+    `vague` errors do not say why; they are tried again, too.
+    """
     attempt = 0
     while True:
         try:
             return get()
-        except (HTTPError, OSError, ValueError) as error:
-            pause = _pause(error, attempt)
+        except (HTTPError, OSError, ValueError, vague) as error:
+            pause = 0.5 * 2**attempt if isinstance(error, vague) else _pause(error, attempt)
             attempt += 1
             if attempt == _TRIES or pause is None:
                 raise DownloadError(_reason(error)) from error
@@ -152,7 +156,7 @@ def _pause(error: Exception, attempt: int) -> float | None:
         wished = response.headers.get("Retry-After", "")
         seconds = float(wished) if wished.isdigit() else 0.5 * 2**attempt
         return seconds if seconds <= _LONGEST_PAUSE else None
-    broken = isinstance(error, ConnectionError) or type(error).__name__ in _BROKEN_CONNECTIONS
+    broken = type(error).__name__ in _BROKEN_CONNECTIONS
     shortened = type(error) is OSError and error.errno is None  # huggingface_hub's error for a wrong length
     return 0.5 * 2**attempt if broken or shortened else None
 
@@ -165,6 +169,6 @@ _BROKEN_CONNECTIONS = {
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, for use inside a sentence."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')[:300]}" if lines else type(error).__name__
+    """An error in one line, for use inside a sentence."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

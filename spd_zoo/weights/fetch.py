@@ -37,6 +37,8 @@ def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
 
 def is_right(entry: Entry, path: Path) -> bool | None:
     """Whether a file that `find` or `fetch` gave has the bytes that it must have; None if nobody knows them."""
+    if not path.is_file():
+        return False
     imported = re.search(r"\.([0-9a-f]{64})\.safetensors$", path.name)
     expected = imported[1] if imported else entry.sha256
     if expected is None:
@@ -111,7 +113,9 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
         part = folder / f"{entry.name}.original"
         try:
             if hub:
-                return download_from_hub(hub, cache_dir, again=path is not None)
+                if path is None:
+                    path = download_from_hub(hub, cache_dir)
+                return path if is_right(entry, path) is not False else download_from_hub(hub, cache_dir, again=True)
             download(str(entry.original_link), entry.original_file, part)
             return _import(entry, part, cache_dir)
         except DownloadError as error:
@@ -170,9 +174,10 @@ def _unavailable(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, 
 
 def _wrong(entry: Entry, path: Path, advice: str) -> WeightsError:
     expected = entry.sha256 if entry.verified else "that of its name"
+    found = f"has sha256 {sha256_of(path)}" if path.is_file() else "is no file"
     return WeightsError(
-        f"{path}, the weights of {entry.name}, has sha256 {sha256_of(path)}, expected {expected}: it is truncated, "
-        f"changed or another file. What to do: {advice}"
+        f"{path}, the weights of {entry.name}, {found}, expected {expected}: it is truncated, changed or another file. "
+        f"What to do: {advice}"
     )
 
 

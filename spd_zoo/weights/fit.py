@@ -9,7 +9,7 @@ import timm
 from timm.models import get_model_traits
 from torch import Tensor, nn
 
-from spd_zoo.weights.manifest import WeightsError
+from spd_zoo.weights.manifest import WeightsError, entries_for_import
 
 __all__ = [
     "FilterFn",
@@ -80,9 +80,9 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
 
 def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = False) -> str | None:
     """The first difference between a checkpoint and a network; None if there is none."""
-    cfg = cfg_of(model)
+    cfg, own = cfg_of(model), model.state_dict()
     other = () if with_classifier or not cfg["classifier"] else (f"{cfg['classifier']}.",)
-    expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items() if not key.startswith(other)}
+    expected = {key: list(tensor.shape) for key, tensor in own.items() if not key.startswith(other)}
     given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
     adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels
     for key, shape in expected.items():
@@ -91,13 +91,17 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
             return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
         if given[key] != shape and not (key == adapted and given[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
             return f"{key} has shape {given[key]}, the network's has {shape}"
+        if state_dict[key].is_floating_point() != own[key].is_floating_point():
+            return f"{key} holds {state_dict[key].dtype}, the network's {own[key].dtype}"
     surplus = [key for key in given if key not in expected]
     return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
 
 
 def which_fits(state_dict: StateDict) -> str:
     """A clause for an error: which networks of the zoo a checkpoint with the authors' or our keys does fit."""
-    fitting = [name for name in own_networks() if _fits(state_dict, name)]
+    numbers = sum(tensor.numel() for tensor in state_dict.values())
+    similar = [name for name in own_networks() if 1 / 3 < numbers / entries_for_import()[name].params < 3]
+    fitting = [name for name in similar if _fits(state_dict, name)]  # takes long for all
     return f"it fits {' and '.join(fitting)}" if fitting else "it fits no network of the zoo"
 
 

@@ -99,9 +99,10 @@ def read_original(file: Path, called: str = "") -> StateDict:
     try:
         found = load_file(file) if start[8:9] == b"{" else _unpickle(file)
     except _UNREADABLE as error:
-        lines = str(error).strip().splitlines() or [""]
+        text = " ".join(str(error).split())
+        reason = text.rpartition("WeightsUnpickler error: ")[2][:200]  # behind torch's advice not to be so strict
         raise WeightsError(
-            f"{called} is no checkpoint that can be read safely ({type(error).__name__}: {lines[0][:200]}); it must be "
+            f"{called} is no checkpoint that can be read safely ({type(error).__name__}: {reason}); it must be "
             "a file of tensors: safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
         ) from error
     return checked_tensors(clean_state_dict(_state_dict_in(found)), called)

@@ -1,0 +1,61 @@
+"""Every fault ends in the right network or in one clear error; `tools/fault_report.py` lists them."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import fault_report
+from fault_report import GROUPS, Bench, Outcome
+
+QUICK = {
+    *("cut at 50 %", "one bit flipped", "one bit flipped, always", "a web page, always", "503", "404, always"),
+    *("HF_HUB_OFFLINE", "truncation", "bit flip, offline"),
+}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    before = dict(os.environ)
+    with fault_report.open_bench() as bench:
+        yield bench
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def bad(outcomes: list[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in outcomes if not outcome.good]
+
+
+def test_a_few_faults_at_every_entry_point_are_survived(bench: Bench) -> None:
+    outcomes = fault_report.run(bench, ["network", "disk"], lambda case: case.fault in QUICK)
+    assert {outcome.fault for outcome in outcomes} == QUICK
+    assert {outcome.entry_point for outcome in outcomes} == set(fault_report.ENTRY_POINTS)
+    assert bad(outcomes) == []
+    assert {outcome.result for outcome in outcomes if outcome.fault == "cut at 50 %"} == {"loaded"}
+    assert {outcome.result for outcome in outcomes if outcome.fault == "one bit flipped, always"} == {"error"}
+
+
+def believe(file: Path) -> str:
+    """An entry point without any check."""
+    return str(file)
+
+
+def test_the_report_notices_what_is_believed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fault_report.FILE_TASKS, "timm", believe)
+    outcomes = fault_report.run(bench, ["headers"], lambda case: case.fault in ("nothing", "a list"))
+    results = {(outcome.entry_point, outcome.result) for outcome in outcomes}
+    assert results == {("timm", "BELIEVED"), ("weights import", "refused")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_fault_is_survived(bench: Bench, group: str) -> None:
+    first = "timm" if group in ("network", "disk") else None  # the other entry points: the report, and the few above
+    outcomes = fault_report.run(bench, [group], lambda case: first in (None, case.entry_point))
+    assert outcomes
+    assert bad(outcomes) == []
