@@ -64,6 +64,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", buffering=0)
         self.close_connection = False
 
+    def finish(self) -> None:
+        super().finish()
+        self.connection.close()  # that of TLS, if there is one
+
     def do_GET(self) -> None:
         self.server.requests.append(f"{self.headers['Host']}{self.path}")
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def test_every_network_has_an_entry_in_the_group_of_its_file(network):
     assert network in MANIFEST[timm.model_entrypoint(network).__module__.rpartition(".")[2]]
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.group != "timm"], ids=lambda entry: entry.name)
 def test_an_entry_describes_the_network_that_is_built(entry):
     net = timm.create_model(entry.name, device="meta", num_classes=entry.num_classes).eval()
     cfg = net.pretrained_cfg
@@ -105,7 +104,15 @@ def test_an_entry_describes_the_network_that_is_built(entry):
 @pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
 def test_a_checkpoint_names_all_its_classes_or_none(entry):
     assert entry.class_names is None or len(set(entry.class_names)) == entry.num_classes
-    assert timm.get_pretrained_cfg(entry.name).label_names == entry.class_names
+    if entry.group != "timm":
+        assert timm.get_pretrained_cfg(entry.name).label_names == entry.class_names
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.group == "timm"], ids=lambda entry: entry.name)
+def test_a_checkpoint_for_a_network_of_timms_describes_that(entry):
+    net = timm.create_model(entry.network, device="meta")
+    assert sum(parameter.numel() for parameter in net.parameters()) == entry.params
+    assert (net.num_classes, net.pretrained_cfg["pool_size"]) == (entry.num_classes, entry.pool_size)
 
 
 def test_the_bundled_files_are_those_of_the_manifest_and_small():
@@ -229,66 +236,6 @@ def test_a_bundled_file_is_checked(tmp_path, monkeypatch):
 def test_a_hub_file_without_a_known_sha256_loads_with_a_warning(hub, tmp_path):
     with pytest.warns(UserWarning, match="not verified"):
         assert fetch(an_entry(sha256=None), tmp_path).read_bytes() == b"the weights"
-
-
-DRIVE = "https://drive.google.com/uc?export=download&id=1"
-
-
-@pytest.fixture
-def drive(monkeypatch):
-    """`gdown` as a stand-in; what `content` is: the next downloads' bytes, or the error that they raise."""
-    module = types.SimpleNamespace(DownloadError=type("DownloadError", (Exception,), {}), links=[], content=b"theirs")
-
-    def download(url, output, **kwargs):
-        module.links.append(url)
-        if isinstance(module.content, Exception):
-            Path(output).write_bytes(b"half of")
-            raise module.content
-        Path(output).write_bytes(module.content)
-
-    module.download = download
-    monkeypatch.setitem(sys.modules, "gdown", module)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    return module
-
-
-def test_the_authors_file_is_downloaded_once_with_a_warning_each_time(drive, tmp_path):
-    entry = an_entry(source=None, sha256=None, original_link=DRIVE)
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="not verified"):
-            path = fetch(entry, tmp_path)
-        assert path.read_bytes() == b"theirs"
-    assert drive.links == [DRIVE]
-    assert path == tmp_path / "spd_zoo" / "originals" / "network.tag.pth"
-
-
-def test_the_authors_file_is_checked_once_its_sha256_is_known(drive, tmp_path):
-    with pytest.raises(WeightsError, match="has sha256"):
-        fetch(an_entry(source=None, original_link=DRIVE), tmp_path)
-
-
-def test_a_failed_download_of_the_authors_file_leaves_nothing_behind(drive, tmp_path):
-    entry = an_entry(source=None, sha256=None, original_link=DRIVE)
-    for error in (drive.DownloadError("quota"), ConnectionError("no route")):
-        drive.content = error
-        with pytest.raises(WeightsError, match=f"{error}.*get it from {re.escape(DRIVE)} by hand"):
-            fetch(entry, tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-@pytest.mark.parametrize("obstacle", ["no gdown", "offline", "folder"])
-def test_what_cannot_be_downloaded_is_to_be_got_by_hand(drive, tmp_path, monkeypatch, obstacle):
-    link = DRIVE
-    if obstacle == "no gdown":
-        monkeypatch.setitem(sys.modules, "gdown", None)
-    elif obstacle == "offline":
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    else:
-        link = "https://drive.google.com/drive/folders/1"
-    with pytest.raises(WeightsError, match=r"not verified|HF_HUB_OFFLINE") as error:
-        fetch(an_entry(source=None, sha256=None, original_link=link), tmp_path)
-    assert f"get it from {link} by hand" in str(error.value)
-    assert drive.links == []
 
 
 # Loading
@@ -472,20 +419,6 @@ def test_an_entry_that_moves_to_the_hub_is_loaded_from_there_and_is_a_default(tm
 def test_the_error_for_an_unknown_tag_names_those_that_exist():
     with pytest.raises(WeightsError, match=r"no weights called resnet50_spd\.nonsense; .*resnet50_spd\.spd_cifar10"):
         timm.create_model("resnet50_spd.nonsense", pretrained=True)
-
-
-def test_an_unverified_tag_is_loaded_by_name_from_the_authors(drive, tmp_path):
-    net = timm.create_model("resnet50_spd", num_classes=1000)
-    save = tmp_path / "theirs.pth"
-    torch.save({f"module.{key}": tensor for key, tensor in net.state_dict().items()}, save)
-    drive.content = save.read_bytes()
-    name = "pyconvresnet50.in1k"
-    with pytest.warns(UserWarning, match="not verified"), pytest.raises(WeightsError, match=r"it fits resnet50_spd$"):
-        timm.create_model(name, pretrained=True, cache_dir=tmp_path)
-    drive.content = b"<!DOCTYPE html>"
-    (tmp_path / f"spd_zoo/originals/{name}.pth").unlink()
-    with pytest.warns(UserWarning, match="not verified"), pytest.raises(WeightsError, match="can be read safely"):
-        timm.create_model(name, pretrained=True, cache_dir=tmp_path)
 
 
 def test_a_file_got_by_hand_is_loaded_under_its_tag(tmp_path):

@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # the standard library's, which torch uses, too
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,7 @@ _UNREADABLE = (  # what broken files have been seen to raise in torch's and safe
 )
 # what torch's restricted unpickler allows, no checkpoint of weights needs, and can fill the memory
 _HUNGRY = re.compile(
-    r"(builtins|__builtin__)\.bytearray|torch\.(\w+\.)*\w*Tensor|torch\._tensor\.\w+"
+    r"builtins\.bytearray|torch\.(\w+\.)*\w*Tensor|torch\._tensor\.\w+"
     r"|torch\._utils\._rebuild_(qtensor|sparse|meta|wrapper|device)\w*"
 )
 
@@ -105,7 +106,7 @@ def read_original(file: Path, called: str = "") -> StateDict:
             f"{called} is no checkpoint that can be read safely ({type(error).__name__}: {reason}); it must be "
             "a file of tensors: safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
         ) from error
-    return checked_tensors(clean_state_dict(_state_dict_in(found)), called)
+    return clean_state_dict(checked_tensors(_state_dict_in(found), called))
 
 
 def _unpickle(file: Path) -> Any:
@@ -140,8 +141,10 @@ def _globals_in_streams(content: BinaryIO) -> set[str]:
 
 
 def _globals(stream: Any) -> set[str]:
-    """The names of the classes and functions in a pickle."""
-    return {str(arg).replace(" ", ".") for op, arg, _ in pickletools.genops(stream) if op.name == "GLOBAL"}
+    """The names of the classes and functions in a pickle, those of Python 2 as they are called today."""
+    found = [str(arg).split(" ", 1) for op, arg, _ in pickletools.genops(stream) if op.name == "GLOBAL"]
+    renamed = [NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)) for module, name in found]
+    return {f"{module}.{name}" for module, name in renamed}
 
 
 def _state_dict_in(found: Any) -> Any:

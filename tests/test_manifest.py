@@ -1,0 +1,113 @@
+"""Private manifests: what they add and replace, and that a wrong one is never half believed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_double import COMMIT, hub_double
+from safetensors.torch import save
+
+import spd_zoo
+from spd_zoo.weights import WeightsError, entries, sha256_of
+from spd_zoo.weights.manifest import manifest_path
+
+OWN = json.loads(manifest_path().read_text(encoding="utf-8"))
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Iterator[Write]:
+    """Writes a private manifest with one checkpoint; afterwards there is none again."""
+
+    def write(name: str = "cifar_resnet20.company", group: str = "bsconv_resnet", **fields: Any) -> Path:
+        network = OWN[group][name.partition(".")[0]]
+        source = {"source": f"hf://org/repo@{COMMIT}:a.safetensors", "sha256": "0" * 64}
+        path = tmp_path / "private.json"
+        path.write_text(
+            json.dumps({group: {name: OWN["pyconvresnet"]["pyconvresnet50.in1k"] | network | source | fields}})
+        )
+        return path
+
+    yield write
+    spd_zoo.use_manifest(None)
+
+
+def test_a_private_checkpoint_is_listed_and_becomes_the_default(write: Write) -> None:
+    before = timm.list_pretrained("pyconvresnet18.*")
+    spd_zoo.use_manifest(write("pyconvresnet18.company", "pyconvresnet"))
+    assert timm.list_pretrained("pyconvresnet18.*") == ["pyconvresnet18.company"]
+    assert timm.get_pretrained_cfg("pyconvresnet18").tag == "company"
+    assert timm.create_model("pyconvresnet18", device="meta").num_classes == 1000
+    spd_zoo.use_manifest(None)
+    assert timm.list_pretrained("pyconvresnet18.*") == before
+    assert "pyconvresnet18.company" not in entries()
+
+
+def test_a_private_checkpoint_takes_the_place_of_an_own_one(write: Write) -> None:
+    name = "pyconvresnet50_spd.cifar100"
+    spd_zoo.use_manifest(write(name, "pyconvresnet", license="proprietary"))
+    assert entries()[name].license == "proprietary"
+    assert timm.get_pretrained_cfg(name).license == "proprietary"
+    assert set(entries()) == {key for members in OWN.values() for key in members}
+
+
+def test_a_private_checkpoint_is_loaded_from_a_mirror(write: Write, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = timm.create_model("cifar_resnet20")
+    content = save(net.state_dict())
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with hub_double() as mirror, mirror.replace(monkeypatch):
+        mirror.files["org/repo/a.safetensors"] = content
+        spd_zoo.use_manifest(write(sha256=sha256_of(tmp_path / "a.safetensors")))
+        loaded = timm.create_model("cifar_resnet20.company", pretrained=True, cache_dir=tmp_path)
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+
+
+def test_after_a_wrong_manifest_the_one_before_still_counts(write: Write, tmp_path: Path) -> None:
+    spd_zoo.use_manifest(write("pyconvresnet18.company", "pyconvresnet"))
+    (tmp_path / "wrong.json").write_text("{")
+    for path in (tmp_path / "wrong.json", tmp_path / "missing.json", tmp_path):
+        with pytest.raises(WeightsError, match=f"the manifest {path} "):
+            spd_zoo.use_manifest(path)
+    assert timm.list_pretrained("pyconvresnet18.*") == ["pyconvresnet18.company"]
+
+
+ASK = """
+import timm, spd_zoo
+timm.create_model("pyconvresnet18", device="meta")
+try:
+    timm.create_model("pyconvresnet50_spd", pretrained=True)
+except spd_zoo.WeightsError as error:
+    print(error)
+"""
+
+
+def run(*command: str, manifest: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"SPD_ZOO_MANIFEST": str(manifest)}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_wrong_manifest_in_the_environment_stops_loading_and_the_command_but_not_the_import(tmp_path: Path) -> None:
+    (tmp_path / "wrong.json").write_text('{"pyconvresnet": {}}')
+    asked = run("-c", ASK, manifest=tmp_path / "wrong.json")
+    assert asked.returncode == 0, asked.stderr
+    assert f"the manifest {tmp_path / 'wrong.json'} is invalid at pyconvresnet" in asked.stdout
+    listed = run("-m", "spd_zoo", "list", manifest=tmp_path / "wrong.json")
+    assert (listed.returncode, listed.stdout) == (1, "")
+    assert listed.stderr.startswith(f"spd-zoo: error: the manifest {tmp_path / 'wrong.json'} is invalid")
+    assert len(listed.stderr.splitlines()) == 1
+
+
+def test_a_manifest_in_the_environment_counts_from_the_start(write: Write) -> None:
+    listed = run(
+        "-m", "spd_zoo", "list", "--json", "pyconvresnet18.*", manifest=write("pyconvresnet18.company", "pyconvresnet")
+    )
+    (row,) = json.loads(listed.stdout)
+    assert (row["name"], row["default"], row["weights"]) == ("pyconvresnet18.company", True, "hub")

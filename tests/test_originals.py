@@ -1,0 +1,369 @@
+"""The authors' checkpoints: what is understood, what is refused, what is kept, and where they are downloaded from."""
+
+import json
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import golden
+import numpy as np
+import pytest
+import timm
+import torch
+from drive_double import DriveDouble, drive_double
+from hub_double import COMMIT, fails, hub_double
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import spd_zoo
+from spd_zoo.weights import (
+    WeightsError,
+    fetch,
+    find_entry,
+    import_weights,
+    imported_names,
+    origin_of,
+    read_original,
+    remove,
+    sha256_of,
+)
+from spd_zoo.weights.manifest import Entry, manifest_path
+
+CASE = next(case for case in golden.cases("pfd_bsconv") if case["model"] == "cifar_resnet20")
+NAME = "cifar_resnet20.theirs"
+FAR = "cifar_resnet20.far"
+DRIVE = f"https://drive.google.com/uc?export=download&id={'1' * 30}"
+FOLDER = f"https://drive.google.com/drive/folders/{'f' * 30}"
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    """The authors' state dict of the recorded case."""
+    return {key: torch.from_numpy(value) for key, value in golden.fill_state_dict(CASE["entries"]).items()}
+
+
+def outputs(name: str, cache: Path) -> np.ndarray:
+    net = timm.create_model(name, pretrained=True, cache_dir=cache).eval()
+    with torch.inference_mode():
+        return net(torch.from_numpy(golden.make_input(**CASE["input"]))).numpy()
+
+
+def save(content: Any, path: Path, **options: Any) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+# Forms of checkpoints
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: tensors,
+        lambda tensors: {"state_dict": {f"module.{key}": tensor for key, tensor in tensors.items()}, "epoch": 7},
+        lambda tensors: {"model": {"x": torch.zeros(1)}, "ema": None, "state_dict": tensors, "args": object},
+        lambda tensors: {"state_dict": {"x": torch.zeros(1)}, "model_ema": tensors, "optimizer": {"state": [1, 2.5]}},
+    ],
+    ids=["state dict", "data parallel", "unknown class", "averaged"],
+)
+def test_a_checkpoint_gives_the_recorded_outputs_after_import(tensors, tmp_path, wrap, old_format):
+    file = save(wrap(tensors), tmp_path / "a.pth", _use_new_zipfile_serialization=not old_format)
+    import_weights(NAME, file, tmp_path)
+    golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
+
+
+def test_safetensors_are_imported_too(tensors, tmp_path):
+    save_file(tensors, tmp_path / "a.safetensors")
+    import_weights(NAME, tmp_path / "a.safetensors", tmp_path)
+    golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
+    """A class of networks in a module `models.yolo`, as a checkpoint's author has it."""
+    package, module = types.ModuleType("models"), types.ModuleType("models.yolo")
+    monkeypatch.setitem(sys.modules, "models", package)
+    monkeypatch.setitem(sys.modules, "models.yolo", module)
+
+    class Model(nn.Module):
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            raise AssertionError("code of the checkpoint's author ran")
+
+    Model.__module__, Model.__qualname__ = "models.yolo", "Model"
+    vars(module)["Model"] = Model
+    return Model
+
+
+def grow(cls: type[nn.Module], tensors: dict[str, Tensor]) -> nn.Module:
+    """A network of nested `cls` whose state dict is `tensors` in half precision, and one more buffer outside it."""
+    root = cls()
+    for key, tensor in tensors.items():
+        *path, leaf = key.split(".")
+        part = root
+        for name in path:
+            if name not in dict(part.named_children()):
+                part.add_module(name, cls())
+            part = part.get_submodule(name)
+        if "running" in leaf or not tensor.is_floating_point():
+            part.register_buffer(leaf, tensor.half() if tensor.is_floating_point() else tensor)
+        else:
+            part.register_parameter(leaf, nn.Parameter(tensor.half()))
+    root.register_buffer("grid", torch.zeros(3), persistent=False)
+    return root
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_whole_network_is_imported_without_its_classes(foreign, tensors, tmp_path, monkeypatch, averaged):
+    net = grow(foreign, tensors)
+    other = grow(foreign, {key: torch.zeros_like(tensor) for key, tensor in tensors.items()})
+    content = {
+        "epoch": -1,
+        "best_fitness": np.array([0.25]),
+        "model": other if averaged else net,
+        "ema": net if averaged else None,
+        "optimizer": None,
+        "path": Path("runs/train"),
+    }
+    file = save(content, tmp_path / "best.pt")
+    monkeypatch.delitem(sys.modules, "models.yolo")
+    monkeypatch.delitem(sys.modules, "models")
+    found = read_original(file)
+    assert list(found) == list(tensors)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float16, torch.int64}
+    kept = load_file(import_weights(NAME, file, tmp_path))
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float16, torch.int64}
+    golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0], rtol=5e-3)
+
+
+def test_a_network_whose_modules_hold_each_other_is_refused(foreign, tmp_path):
+    net = foreign()
+    net._modules["self"] = net
+    with pytest.raises(WeightsError, match="hold each other"):
+        read_original(save({"model": net}, tmp_path / "a.pt"))
+
+
+# What is refused
+
+
+def test_a_web_page_is_recognised(tmp_path):
+    (tmp_path / "a.pth").write_text("\n <!DOCTYPE html><html>Google Drive - Quota exceeded</html>")
+    with pytest.raises(WeightsError, match=r"a\.pth is a web page, not a checkpoint: .*quota"):
+        import_weights(NAME, tmp_path / "a.pth", tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(tensors, tmp_path, value):
+    key = next(iter(tensors))
+    damaged = tensors | {key: tensors[key].clone()}
+    damaged[key].view(-1)[0] = value
+    with pytest.raises(WeightsError, match="holds a number that is not finite"):
+        import_weights(NAME, save(damaged, tmp_path / "a.pth"), tmp_path)
+
+
+def test_numbers_that_overflow_in_the_network_are_refused(tensors, tmp_path):
+    large = {key: torch.full_like(tensor, 1e38) if key.endswith("bias") else tensor for key, tensor in tensors.items()}
+    with pytest.raises(WeightsError, match="computes a number that is not finite"):
+        import_weights(NAME, save(large, tmp_path / "a.pth"), tmp_path)
+
+
+def test_what_does_not_fit_is_refused_with_what_it_does_fit(tensors, tmp_path):
+    with pytest.raises(WeightsError, match=r"does not fit cifar_resnet20_pfd\.theirs: .*; it fits cifar_resnet20$"):
+        import_weights("cifar_resnet20_pfd.theirs", save(tensors, tmp_path / "a.pth"), tmp_path)
+    wrong = dict(tensors)
+    wrong.pop(next(iter(tensors)))
+    with pytest.raises(WeightsError, match=r"1 of .* tensors are missing"):
+        import_weights(NAME, save(wrong, tmp_path / "b.pth"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no_network", "../cifar_resnet20", "cifar_resnet20.../x", "cifar_resnet20.A", ""])
+def test_a_name_that_is_none_is_refused(tensors, tmp_path, name):
+    with pytest.raises(WeightsError, match=r"is not NETWORK or NETWORK\.TAG"):
+        import_weights(name, save(tensors, tmp_path / "a.pth"), tmp_path)
+
+
+def test_a_refused_file_leaves_nothing_behind(tensors, tmp_path):
+    cache = tmp_path / "cache"
+    save(tensors, tmp_path / "a.pth")
+    with pytest.raises(WeightsError):
+        import_weights("cifar_resnet20_pfd.theirs", tmp_path / "a.pth", cache)
+    assert [file for file in cache.rglob("*") if file.is_file()] == []
+
+
+# What is kept
+
+
+def test_an_imported_file_says_where_it_came_from(tensors, tmp_path):
+    original = save(tensors, tmp_path / "a.pth")
+    file = import_weights(NAME, original, tmp_path)
+    about = origin_of(file)
+    assert about["origin"] == original.as_uri()
+    assert about["original_sha256"] == sha256_of(original)
+    assert (about["name"], about["license"]) == (NAME, "unknown")
+    assert about["date"].startswith("20")
+    assert file.name == f"{NAME}.{sha256_of(file)}.safetensors"
+
+
+def test_the_last_import_under_a_name_counts_and_brings_its_classes(tensors, tmp_path):
+    import_weights(NAME, save(tensors, tmp_path / "a.pth"), tmp_path)
+    ten = {key: tensor[:10] if tensor.shape[:1] == (100,) else tensor for key, tensor in tensors.items()}
+    import_weights(NAME, save(ten, tmp_path / "b.pth"), tmp_path)
+    net = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
+    assert (net.num_classes, net.pretrained_cfg["tag"]) == (10, "theirs")
+    assert timm.create_model(NAME, pretrained=True, cache_dir=tmp_path, num_classes=3).num_classes == 3
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_a_checkpoint_without_a_tag_is_found_where_there_is_no_default(tmp_path):
+    torch.manual_seed(0)
+    theirs = timm.create_model("pyconvresnet18", num_classes=7).state_dict()
+    import_weights("pyconvresnet18", save(theirs, tmp_path / "a.pth"), tmp_path)
+    assert imported_names(tmp_path) == ["pyconvresnet18.imported"]
+    for name in ("pyconvresnet18", "pyconvresnet18.imported"):
+        net = timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+        assert (net.num_classes, net.pretrained_cfg["tag"]) == (7, "imported")
+
+
+def test_a_damaged_import_is_noticed(tensors, tmp_path):
+    file = import_weights(NAME, save(tensors, tmp_path / "a.pth"), tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match="is damaged"):
+        timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
+
+
+def test_a_file_got_by_hand_stands_for_the_pinned_one(private, tmp_path):
+    net = timm.create_model("cifar_resnet20")
+    save_file(net.state_dict(), tmp_path / "a.safetensors")
+    sha256 = sha256_of(tmp_path / "a.safetensors")
+    entry = private(source=f"hf://org/repo@{'0' * 40}:a.safetensors", sha256=sha256)
+    save_file({**net.state_dict(), "conv": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(WeightsError, match=f"the weights of {entry.name} have {sha256}: it is another file"):
+        import_weights(entry.name, tmp_path / "b.safetensors", tmp_path)
+    file = import_weights(entry.name, tmp_path / "a.safetensors", tmp_path)
+    assert sha256_of(file) == sha256
+    assert fetch(entry, tmp_path) == file
+    assert remove(entry, tmp_path) == file
+    assert not file.exists()
+
+
+# Downloads
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Iterator[Callable[..., Entry]]:
+    """Puts a checkpoint with such fields into a private manifest."""
+    own = json.loads(manifest_path().read_text(encoding="utf-8"))
+    like = own["pyconvresnet"]["pyconvresnet50.in1k"] | own["bsconv_resnet"]["cifar_resnet20"]
+
+    def use(**fields: Any) -> Entry:
+        (tmp_path / "private.json").write_text(json.dumps({"bsconv_resnet": {FAR: like | fields}}))
+        spd_zoo.use_manifest(tmp_path / "private.json")
+        entry = find_entry(FAR)
+        assert entry is not None
+        return entry
+
+    yield use
+    spd_zoo.use_manifest(None)
+
+
+@pytest.fixture
+def drive(monkeypatch: pytest.MonkeyPatch, tensors, tmp_path) -> Iterator[DriveDouble]:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with drive_double(monkeypatch) as server:
+        server.files["1" * 30] = save(tensors, tmp_path / "theirs.pth").read_bytes()
+        server.folders["f" * 30] = {"resnet.pt": "1" * 30}
+        yield server
+
+
+def test_the_authors_file_is_downloaded_converted_and_kept(drive, private, tmp_path):
+    entry = private(original_link=DRIVE)
+    with pytest.warns(UserWarning, match="nobody here has seen the file before"):
+        golden.assert_matches(outputs(FAR, tmp_path), CASE["outputs"][0])
+    asked = len(drive.requests)
+    golden.assert_matches(outputs(FAR, tmp_path), CASE["outputs"][0])
+    assert len(drive.requests) == asked
+    assert origin_of(fetch(entry, tmp_path))["origin"] == DRIVE
+
+
+def test_a_file_in_a_folder_is_found_by_its_name(drive, private, tmp_path):
+    with pytest.warns(UserWarning, match="nobody here has seen"):
+        fetch(private(original_link=FOLDER, original_file="resnet.pt"), tmp_path)
+    with pytest.raises(WeightsError, match=r"the folder holds resnet\.pt, and no other\.pt"):
+        fetch(private(original_link=FOLDER, original_file="other.pt"), tmp_path / "other")
+
+
+def test_googles_question_about_viruses_is_answered(drive, private, tmp_path):
+    drive.scanned.add("1" * 30)
+    with pytest.warns(UserWarning, match="nobody here has seen"):
+        fetch(private(original_link=DRIVE), tmp_path)
+    assert any("confirm=t" in request for request in drive.requests)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_drive_that_is_busy_once_is_asked_again(drive, private, tmp_path, status):
+    drive.failures = [status]
+    with pytest.warns(UserWarning, match="nobody here has seen"):
+        fetch(private(original_link=DRIVE), tmp_path)
+
+
+def test_a_quota_is_reported_with_what_to_do(drive, private, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    drive.over_quota.add("1" * 30)
+    with pytest.raises(WeightsError, match=r"Too many users.*by hand.*spd-zoo weights import cifar_resnet20\.far FILE"):
+        fetch(private(original_link=DRIVE), tmp_path)
+    assert [file.suffix for file in tmp_path.rglob("cifar_resnet20.far*")] == [".lock"]
+
+
+def test_the_authors_file_must_be_the_one_whose_sha256_is_known(drive, private, tmp_path):
+    with pytest.raises(WeightsError, match="it is another file"):
+        fetch(private(original_link=DRIVE, sha256="0" * 64), tmp_path)
+    entry = private(original_link=DRIVE, sha256=sha256_of(tmp_path / "theirs.pth"))
+    assert fetch(entry, tmp_path) == fetch(entry, tmp_path)  # without a warning, which would be an error here
+
+
+def test_a_damaged_import_is_downloaded_again(drive, private, tmp_path):
+    entry = private(original_link=DRIVE)
+    with pytest.warns(UserWarning, match="nobody here has seen"):
+        file = fetch(entry, tmp_path)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="nobody here has seen"):
+        assert sha256_of(fetch(entry, tmp_path)) in fetch(entry, tmp_path).name
+
+
+@pytest.mark.parametrize("obstacle", ["no gdown", "offline"])
+def test_what_cannot_be_downloaded_is_to_be_got_by_hand(drive, private, tmp_path, monkeypatch, obstacle):
+    if obstacle == "no gdown":
+        monkeypatch.setitem(sys.modules, "gdown", None)
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match=r"(pip install 'spd-zoo\[originals\]'|HF_HUB_OFFLINE).*by hand"):
+        fetch(private(original_link=DRIVE), tmp_path)
+    assert drive.requests == []
+
+
+def test_a_link_is_imported_over_http(tensors, tmp_path, monkeypatch):
+    content = save(tensors, tmp_path / "a.pth").read_bytes()
+    with hub_double() as server, server.replace(monkeypatch):
+        server.files["org/repo/a.pth"] = content
+        server.faults.append(fails("GET /org.*", 503))
+        link = f"{server.url}/org/repo/resolve/{COMMIT}/a.pth"
+        file = import_weights(NAME, link, tmp_path)
+        assert origin_of(file)["origin"] == link
+        server.files["org/repo/a.pth"] = b"<!DOCTYPE html><html>Sign in</html>"
+        with pytest.raises(WeightsError, match="answered with a web page instead of a file"):
+            import_weights(NAME, link, tmp_path)
+    golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
+
+
+def test_timms_own_network_loads_what_is_pulled_for_it(tmp_path, monkeypatch):
+    theirs = timm.create_model("resnet50")
+    content = save(theirs.state_dict(), tmp_path / "a.pth")
+    file = import_weights("resnet50.pyconv_in1k", content, tmp_path)
+    net = timm.create_model("resnet50", pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    assert torch.equal(net.fc.weight, theirs.fc.weight)
