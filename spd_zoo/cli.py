@@ -152,7 +152,7 @@ def _print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]], right
 
 def _listed(pretrained: bool) -> list[Entry]:
     """One entry per checkpoint; networks without any stand for themselves."""
-    everything = list(entries().values())
+    everything = [entry for entry in entries().values() if entry.group != "timm"]
     tagged = {entry.network for entry in everything if entry.tag}
     return [
         entry for entry in everything if (entry.verified if pretrained else entry.tag or entry.network not in tagged)

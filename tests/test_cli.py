@@ -7,6 +7,8 @@ from typing import NoReturn
 
 import pytest
 import timm
+import torch
+from huggingface_hub import constants
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -64,7 +66,8 @@ def rows_of(capsys: Capture, *arguments: str) -> list[dict[str, object]]:
 def test_the_list_has_every_network_and_every_checkpoint(capsys: Capture) -> None:
     rows = rows_of(capsys, "list")
     assert {row["network"] for row in rows} == set(NETWORKS)
-    assert {row["name"] for row in rows if row["tag"]} == {name for name, entry in entries().items() if entry.tag}
+    checkpoints = {name for name, entry in entries().items() if entry.tag and entry.group != "timm"}
+    assert {row["name"] for row in rows if row["tag"]} == checkpoints
     assert len({row["name"] for row in rows}) == len(rows)
 
 
@@ -163,6 +166,93 @@ def test_an_unknown_network_gives_the_nearest_names(arguments: list[str], tmp_pa
     error = capsys.readouterr().err
     assert error.startswith("spd-zoo: error: there is no network 'pyconvresnet51'; the nearest names are")
     assert "pyconvresnet50" in error
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the Hugging Face libraries that nobody else uses."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """What `torch.save` makes of an untrained cifar_resnet20."""
+    torch.save({"state_dict": timm.create_model("cifar_resnet20").state_dict()}, tmp_path / "mine.pth")
+    return tmp_path / "mine.pth"
+
+
+def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint: Path, capsys: Capture) -> None:
+    assert main(["weights", "import", "cifar_resnet20.mine", str(checkpoint)]) == 0
+    capsys.readouterr()
+    rows = {row["name"]: row for row in rows_of(capsys, "weights", "list")}
+    assert {name for name, entry in entries().items() if entry.tag} | {"cifar_resnet20.mine"} == set(rows)
+    assert rows["cifar_resnet20.mine"]["here"] == "imported"
+    assert rows["cifar_resnet20.mine"]["from"] == checkpoint.as_uri()
+    assert rows["pyconvresnet50_spd.cifar100"]["here"] == "bundled"
+    assert rows["pyconvresnet50.in1k"]["here"] == "missing"
+    assert main(["weights", "list", "*.mine"]) == 0
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "here", "sha256", "size", "licence", "from"]
+    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "unknown"]
+
+
+def test_what_was_imported_is_used_pulled_checked_and_deleted(
+    own_cache: Path, checkpoint: Path, image: Path, capsys: Capture
+) -> None:
+    assert main(["weights", "import", "cifar_resnet20.mine", str(checkpoint)]) == 0
+    file, advice = capsys.readouterr().out.splitlines()
+    assert advice == 'load it with timm.create_model("cifar_resnet20.mine", pretrained=True)'
+    assert main(["predict", "cifar_resnet20.mine", str(image)]) == 0
+    assert main(["weights", "verify", "*.mine"]) == 0
+    capsys.readouterr()
+    assert main(["weights", "pull", "cifar_resnet20.mine"]) == 0
+    assert capsys.readouterr().out.strip() == file
+    Path(file).write_bytes(Path(file).read_bytes()[:-1])
+    assert main(["weights", "verify", "*.mine"]) == 1
+    assert "DAMAGED" in capsys.readouterr().out
+    assert main(["predict", "cifar_resnet20.mine", str(image)]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert main(["weights", "rm", "cifar_resnet20.mine"]) == 0
+    assert not Path(file).exists()
+    assert main(["weights", "rm", "cifar_resnet20.mine"]) == 1
+
+
+def test_pull_gives_the_default_weights_of_a_network(capsys: Capture) -> None:
+    assert main(["weights", "pull", "pyconvresnet50_spd"]) == 0
+    assert Path(capsys.readouterr().out.strip()).name == "pyconvresnet50_spd.cifar100.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pull", "nonsense"], "there are no weights called nonsense; `spd-zoo weights list` shows all"),
+        (["pull", "pyconvresnet101"], "there are pyconvresnet101.in1k, pyconvresnet101.aug_in1k"),
+        (["list", "nonsense*"], "there are no weights called nonsense*"),
+        (["rm", "pyconvresnet50_spd.cifar100"], "are part of the package and stay"),
+        (["rm", "pyconvresnet50.in1k"], "are not on this machine"),
+        (["import", "cifar_resnet20", "missing.pth"], "missing.pth does not exist or is no file"),
+        (["import", "nonsense", "missing.pth"], "nonsense is not NETWORK or NETWORK.TAG"),
+    ],
+    ids=" ".join,
+)
+def test_what_stops_a_weights_command_is_one_clear_sentence(
+    arguments: list[str], message: str, own_cache: Path, capsys: Capture
+) -> None:
+    assert main(["weights", *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("spd-zoo: error: ")
+    assert message in line
+
+
+def test_a_checkpoint_for_a_network_of_timms_is_imported_and_predicts(
+    own_cache: Path, image: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    torch.save(timm.create_model("resnet50").state_dict(), tmp_path / "a.pth")
+    assert main(["weights", "import", "resnet50.pyconv_in1k", str(tmp_path / "a.pth")]) == 0
+    assert main(["predict", "resnet50.pyconv_in1k", str(image)]) == 0
+    assert "%" in capsys.readouterr().out
 
 
 def test_predict_prints_a_table_per_image(saved: str, image: Path, capsys: Capture) -> None:
