@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from spd_zoo import __version__
 from spd_zoo.images import find_images
 from spd_zoo.predict import Answer, ModelError, predict, timm_name
-from spd_zoo.weights import Entry, WeightsError, entries
+from spd_zoo.weights import Entry, WeightsError, entries, find_entry
+from spd_zoo.weights.publish import checkout_manifest, describe, prepare, publish
 
 __all__ = ["main"]
 
@@ -58,8 +60,10 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spd-zoo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, group: Any = commands
+    ) -> argparse.ArgumentParser:
+        command = _add_parser(group, name, text)
         command.set_defaults(run=run)
         return command
 
@@ -80,9 +84,23 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     command.add_argument("--json", action="store_true", help="print JSON")
 
+    weights = _add_parser(commands, "weights", "put weights on the Hugging Face Hub")
+    of_weights = weights.add_subparsers(required=True, metavar="COMMAND")
+
+    command = add("publish", _publish, "upload weights and enter their address in the manifest", of_weights)
+    command.add_argument("models", metavar="MODEL.tag", nargs="+", help="weights of the manifest")
+    command.add_argument("--org", required=True, help="organisation or user on the Hub, where ORG/MODEL.tag is made")
+    command.add_argument("--manifest", type=Path, metavar="FILE", help="manifest to write (default: the checkout's)")
+    command.add_argument("--dry-run", action="store_true", help="only show what would be done; opens no connection")
+
     command = add("finetune", _finetune, "train a network on your images")
     if finetune_options:
         _add_fields(command, _training().FinetuneConfig)
+    return parser
+
+
+def _add_parser(group: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = group.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     return parser
 
 
@@ -252,6 +270,25 @@ def _as_json(answer: Answer) -> dict[str, Any]:
     if answer.error is not None:
         return {"path": path, "error": answer.error}
     return {"path": path, "top": [dataclasses.asdict(guess) for guess in answer.top]}
+
+
+def _publish(options: argparse.Namespace) -> int:
+    manifest = options.manifest or checkout_manifest()
+    failed = False
+    for model in options.models:
+        try:
+            entry = find_entry(model)
+            if entry is None or not entry.tag:
+                raise WeightsError(f"there are no weights called {model}; `spd-zoo list` shows all")
+            publication = prepare(entry, options.org, offline=options.dry_run)
+            if options.dry_run:
+                print(describe(publication, manifest))
+            else:
+                print(f"{model}: {publish(publication, manifest)}", flush=True)
+        except WeightsError as error:
+            failed = True
+            _complain(str(error))
+    return int(failed)
 
 
 def _finetune(options: argparse.Namespace) -> int:

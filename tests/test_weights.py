@@ -135,18 +135,9 @@ def test_only_verified_weights_are_a_default(network):
 
 @pytest.fixture
 def hub(monkeypatch):
-    with hub_double() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        huggingface_hub.close_session()
+    with hub_double() as server, server.replace(monkeypatch):
         server.files["org/repo/weights.safetensors"] = b"the weights"
         yield server
-    huggingface_hub.close_session()
 
 
 def an_entry(content=b"the weights", **fields):

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Entry", "entries", "find_entry", "manifest_path"]
+__all__ = ["PACKAGE", "Entry", "entries", "find_entry", "manifest_path", "write_manifest"]
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -28,6 +28,7 @@ class Entry:
     interpolation: str = "bilinear"
     fixed_input_size: bool = False  # whether the network takes images of the size alone that it was created for
     source: str | None = None
+    mirror: str | None = None
     sha256: str | None = None
     size: int | None = None
     license: str | None = None
@@ -86,3 +87,14 @@ def _tuple(value: Any) -> Any:
 def find_entry(name: str) -> Entry | None:
     """The entry of `network.tag` or `network`, if the manifest has one."""
     return entries().get(name)
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> bool:
+    """Writes the manifest to `path`, through a temporary file, unless it stands there already; whether it did not."""
+    text = json.dumps(manifest, indent=2) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return True
