@@ -182,10 +182,7 @@ def _fetch_offline(entry: Entry) -> Path:
     try:
         return fetch(entry)
     except WeightsError as error:
-        raise WeightsError(
-            f"the weights of {entry.name} are not on this machine, and a dry run opens no connection; load them once: "
-            f'timm.create_model("{entry.name}", pretrained=True)'
-        ) from error
+        raise WeightsError(f"a dry run opens no connection and needs the weights on this machine: {error}") from error
     finally:
         constants.HF_HUB_OFFLINE = before
 
@@ -259,16 +256,15 @@ def _still_true(notes: str | None) -> str:
 
 def _network(entry: Entry, file: Path) -> nn.Module:
     """The network with the weights of `file`, which must be its own and give numbers."""
+    advice = f"import the weights of {entry.name} first"
     try:
         with safe_open(file, "pt") as tensors:
             keys = set(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{file} is no safetensors file ({error}); import the weights of {entry.name} first"
-        ) from error
+        raise WeightsError(f"{file} is no safetensors file ({error}); {advice}") from error
     net = timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
     if keys != net.state_dict().keys():
-        raise WeightsError(f"{file} has not the keys of {entry.network}; import {entry.name} first")
+        raise WeightsError(f"{file} has not the keys of {entry.network}; {advice}")
     cfg = cast("dict[str, Any]", net.pretrained_cfg)
     has, entered = (cfg["num_classes"], cfg["input_size"]), (entry.num_classes, entry.input_size)
     if has != entered:
