@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
@@ -21,7 +22,7 @@ def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str)
 
     Args:
         entry: The weights.
-        net: Their network; the docstring of its file names the papers.
+        net: Their network, whose docstrings say what it is; that of its file names the papers.
         repo: ORG/NAME on the Hub.
         sha256: Of the weights' file.
         notes: What else is to be known.
@@ -60,7 +61,8 @@ def _lines(lines: Iterable[str]) -> str:
 
 
 def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> str:
-    summary, sources, *_ = (inspect.getdoc(sys.modules[type(net).__module__]) or "").split("\n\n")
+    summary, sources, *more = (inspect.getdoc(sys.modules[type(net).__module__]) or "").split("\n\n")
+    about = "\n\n".join([inspect.getdoc(timm.model_entrypoint(entry.network)) or "", summary, *more])
     pixels = "x".join(map(str, entry.input_size))
     figures = [
         f"| {metric['dataset']} | {_METRICS[metric['metric']][1]} | {metric['value']} | {metric['input_size']} | "
@@ -83,7 +85,7 @@ def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> s
     return f"""
 # {entry.name}
 
-{summary}
+{about}
 
 {entry.params / 1e6:.2f} M parameters, {entry.macs / 1e9:.2f} G multiply-accumulates for an image of {pixels}
 (channels, height, width); {entry.num_classes} classes. `model.safetensors` has sha256 `{sha256}`.
