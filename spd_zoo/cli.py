@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -31,6 +32,7 @@ from spd_zoo.weights import (
     origin_of,
     remove,
 )
+from spd_zoo.weights.publish import checkout_manifest, describe, prepare, publish
 
 __all__ = ["main"]
 
@@ -94,7 +96,7 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     command.add_argument("--json", action="store_true", help="print JSON")
 
-    weights = add("weights", None, "see, get, import, check and delete weights").add_subparsers(
+    weights = add("weights", None, "see, get, import, check, delete and publish weights").add_subparsers(
         required=True, metavar="COMMAND"
     )
     command = add("list", _weights_list, "list all weights and where they are", weights)
@@ -109,6 +111,11 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("filters", metavar="FILTER", nargs="*", help="only these, for example '*.in1k'")
     command = add("rm", _weights_rm, "delete downloaded or imported weights", weights)
     command.add_argument("names", metavar="MODEL.TAG", nargs="+", help="as `spd-zoo weights list` shows them")
+    command = add("publish", _publish, "upload weights and enter their address in the manifest", weights)
+    command.add_argument("models", metavar="MODEL.tag", nargs="+", help="weights of the manifest")
+    command.add_argument("--org", required=True, help="organisation or user on the Hub, where ORG/MODEL.tag is made")
+    command.add_argument("--manifest", type=Path, metavar="FILE", help="manifest to write (default: the checkout's)")
+    command.add_argument("--dry-run", action="store_true", help="only show what would be done; opens no connection")
 
     command = add("finetune", _finetune, "train a network on your images")
     if finetune_options:
@@ -384,6 +391,25 @@ def _as_json(answer: Answer) -> dict[str, Any]:
     if answer.error is not None:
         return {"path": path, "error": answer.error}
     return {"path": path, "top": [dataclasses.asdict(guess) for guess in answer.top]}
+
+
+def _publish(options: argparse.Namespace) -> int:
+    manifest = options.manifest or checkout_manifest()
+    failed = False
+    for model in options.models:
+        try:
+            entry = entries().get(model)
+            if entry is None or not entry.tag:
+                raise WeightsError(f"there are no weights called {model}; `spd-zoo list` shows all")
+            publication = prepare(entry, options.org, offline=options.dry_run)
+            if options.dry_run:
+                print(describe(publication, manifest))
+            else:
+                print(f"{model}: {publish(publication, manifest)}", flush=True)
+        except WeightsError as error:
+            failed = True
+            _complain(str(error))
+    return int(failed)
 
 
 def _finetune(options: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from spd_zoo.training.data import DataError, LabelledImages, loader, open_data, 
 from spd_zoo.training.finetune import top1
 from spd_zoo.weights import sha256_of
 from spd_zoo.weights.fetch import BUNDLED
-from spd_zoo.weights.manifest import manifest_path
+from spd_zoo.weights.manifest import manifest_path, write_manifest
 
 
 def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: dict[str, Any]) -> float:
@@ -103,9 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if options.notes:
         manifest[group][options.name]["notes"] = options.notes
-    temporary = manifest_path().with_suffix(".tmp")
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(manifest_path())
+    write_manifest(manifest_path(), manifest)
     return 0
 
 

@@ -8,7 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Entry", "WeightsError", "entries", "entries_for_import", "find_entry", "manifest_path", "set_private"]
+__all__ = [
+    "PACKAGE",
+    "Entry",
+    "WeightsError",
+    "entries",
+    "entries_for_import",
+    "find_entry",
+    "manifest_path",
+    "set_private",
+    "write_manifest",
+]
 
 PACKAGE = Path(__file__).parent.parent
 _LARGEST = 4 * 2**20  # bytes of a private manifest
@@ -36,6 +46,7 @@ class Entry:
     interpolation: str = "bilinear"
     fixed_input_size: bool = False  # whether the network takes images of the size alone that it was created for
     source: str | None = None
+    mirror: str | None = None
     sha256: str | None = None
     size: int | None = None
     license: str | None = None
@@ -179,3 +190,14 @@ def _read_private(path: Path) -> dict[str, Entry]:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number")
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> bool:
+    """Writes the manifest to `path`, through a temporary file, unless it stands there already; whether it did not."""
+    text = json.dumps(manifest, indent=2) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return False
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return True

@@ -1,0 +1,154 @@
+"""The model card of published weights: what they are, how good, who says so, how to use them and what they cannot."""
+
+import inspect
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from spd_zoo.weights.manifest import Entry
+
+__all__ = ["model_card"]
+
+_METRICS = {"top1": ("accuracy", "top-1"), "top5": ("top_5_accuracy", "top-5")}  # the manifest's -> the Hub's, ours
+_WHO = {"us": "measured by the authors of spd_zoo", "authors": "reported by the authors, not checked here"}
+
+
+def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> str:
+    """The text of README.md, with its metadata.
+
+    Args:
+        entry: The weights.
+        net: Their network, whose docstrings say what it is; that of its file names the papers.
+        repo: ORG/NAME on the Hub.
+        sha256: Of the weights' file.
+        notes: What else is to be known.
+    """
+    data = ModelCardData(
+        license=entry.license,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", "spd_zoo"],
+        datasets=[_slug(entry.dataset)] if entry.dataset else None,
+        model_name=entry.name,
+        eval_results=[_result(entry, metric) for metric in entry.metrics],
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(entry, net, repo, sha256, notes)}"))
+
+
+def _slug(name: str | None) -> str:
+    return (name or "").lower().replace(" ", "-")
+
+
+def _result(entry: Entry, metric: dict[str, Any]) -> EvalResult:
+    kind, words = _METRICS[metric["metric"]]
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type=_slug(entry.dataset),
+        dataset_name=metric["dataset"],
+        dataset_split=metric["dataset"].removeprefix(entry.dataset or "").strip() or None,
+        metric_type=kind,
+        metric_name=f"{words} in per cent at {metric['input_size']} pixels, {_WHO[metric['measured_by']]}",
+        metric_value=metric["value"],
+    )
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(lines)
+
+
+def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> str:
+    summary, sources, *more = (inspect.getdoc(sys.modules[type(net).__module__]) or "").split("\n\n")
+    about = "\n\n".join([inspect.getdoc(timm.model_entrypoint(entry.network)) or "", summary, *more])
+    pixels = "x".join(map(str, entry.input_size))
+    figures = [
+        f"| {metric['dataset']} | {_METRICS[metric['metric']][1]} | {metric['value']} | {metric['input_size']} | "
+        f"{_WHO[metric['measured_by']]} |"
+        for metric in entry.metrics
+    ]
+    recipe = [
+        f"- {name.replace('_', ' ')}: {value}" for name, value in (entry.recipe or {}).items() if value is not None
+    ]
+    limits = [
+        f"- It takes images of {pixels} alone, unless it is created for other ones."
+        if entry.fixed_input_size
+        else f"- Its images are resized to {pixels}; the figures hold for the sizes in the table above.",
+        f"- It answers with one of its {entry.num_classes} classes also where an image shows none of them.",
+        "- Beyond that table nothing was measured: no other data, no damaged images, no bias.",
+    ]
+    if notes:
+        limits.append(f"- {notes}")
+    theirs = f", the licence of {entry.origin_url}: its copyright notice holds" if entry.origin_url else ""
+    return f"""
+# {entry.name}
+
+{about}
+
+{entry.params / 1e6:.2f} M parameters, {entry.macs / 1e9:.2f} G multiply-accumulates for an image of {pixels}
+(channels, height, width); {entry.num_classes} classes. `model.safetensors` has sha256 `{sha256}`.
+
+## Use
+
+Install the package `spd-zoo`, and `import spd_zoo` first: that registers the network, which timm does not have.
+
+With timm:
+
+```python
+import spd_zoo, timm
+
+net = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
+```
+
+With `torch.hub`, from a checkout of spd_zoo whose manifest names these weights; their sha256 is checked on every load:
+
+```python
+import torch
+
+weights = dict(pretrained=True, pretrained_cfg="{entry.tag}")
+net = torch.hub.load("path/to/spd_zoo", "{entry.network}", source="local", **weights).eval()
+```
+
+With the timm wrapper of transformers:
+
+```python
+import spd_zoo
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("{repo}")
+net = AutoModelForImageClassification.from_pretrained("{repo}").eval()
+```
+
+## Accuracy
+
+| dataset | metric | per cent | pixels | who says so |
+| --- | --- | --- | --- | --- |
+{_lines(figures)}
+
+## Training
+
+On {entry.dataset}:
+
+{_lines(recipe)}
+
+## Limits
+
+{_lines(limits)}
+
+## Licence
+
+The weights: {entry.license}{theirs}. The code, spd_zoo: Apache-2.0.
+
+## Citation
+
+{sources}
+
+```bibtex
+@software{{spd_zoo,
+  author = {{{{The spd_zoo authors}}}},
+  title = {{{{spd_zoo, a model zoo for low-resolution images and small objects}}}}
+}}
+```
+"""

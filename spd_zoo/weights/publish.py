@@ -1,0 +1,288 @@
+"""From the weights of an entry to a repository on the Hugging Face Hub, and its address back into the manifest."""
+
+import difflib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the Hub's client
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils.sha import git_hash
+from safetensors import SafetensorError, safe_open
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from spd_zoo.weights.card import model_card
+from spd_zoo.weights.download import sha256_of
+from spd_zoo.weights.fetch import fetch
+from spd_zoo.weights.manifest import PACKAGE, Entry, WeightsError, manifest_path, write_manifest
+
+__all__ = [
+    "LicenseError",
+    "Publication",
+    "check_license",
+    "checkout_manifest",
+    "describe",
+    "prepare",
+    "publish",
+]
+
+WEIGHTS = "model.safetensors"  # where timm and transformers look
+UNSEEN = "sha256 is unknown because the bytes were never seen here; nothing about this file is verified."  # a note
+NOTE = "import spd_zoo before this is loaded: it registers the network, which timm does not have"
+FREE = (  # licences (SPDX) under which anybody may pass weights on with their notice
+    "apache-2.0",
+    "mit",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "bsd-3-clause-clear",
+    "cc0-1.0",
+    "cc-by-3.0",
+    "cc-by-4.0",
+)
+
+
+class LicenseError(WeightsError):
+    """Weights that may not be passed on; the message says what their licence is."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is to stand on the Hub for an entry: `file` as model.safetensors, and `texts` under their names."""
+
+    entry: Entry
+    repo: str  # ORG/network.tag
+    file: Path
+    sha256: str
+    texts: dict[str, bytes]
+
+
+def check_license(entry: Entry) -> None:
+    """Lets those weights pass that anybody may pass on.
+
+    Raises:
+        LicenseError: For all others.
+    """
+    name, origin = (entry.license or "none").lower(), entry.origin_url or "their source"
+    if name in FREE:
+        return
+    if name in ("none", "unknown", "noassertion"):
+        why = f"{origin} gives no licence for them, so nobody but the authors may pass them on"
+    elif re.match(r"[al]?gpl\b", name):
+        why = f"{origin} has them under {name}, and this Apache-2.0 project passes no GPL weights on"
+    else:
+        why = f"{origin} has them under {name}, which is not among the licences to pass weights on ({', '.join(FREE)})"
+    raise LicenseError(f"the weights of {entry.name} are not published: {why}")
+
+
+def checkout_manifest() -> Path:
+    """The manifest in use, to be written.
+
+    Raises:
+        WeightsError: If it is that of the installed package, where an address would be lost with the next installation.
+    """
+    path = manifest_path()
+    if path.parent == PACKAGE:
+        raise WeightsError(f"{path} is the installed package's; name that of your checkout: --manifest FILE")
+    return path
+
+
+def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = False) -> Publication:
+    """What `publish` puts on the Hub; nothing is sent.
+
+    Args:
+        entry: Which weights.
+        org: Organisation or user on the Hub.
+        file: The weights under the network's own keys; fetched unless given.
+        offline: Fetch only what is on this machine already.
+
+    Raises:
+        LicenseError: If they may not be passed on.
+        WeightsError: If they cannot be had, do not fit the network, or it computes no finite numbers with them.
+    """
+    check_license(entry)
+    if file is None:
+        file = _fetch_offline(entry) if offline else fetch(entry)
+    net, repo, sha256 = _network(entry, file), f"{org}/{entry.name}", sha256_of(file)
+    card = model_card(entry, net, repo, sha256, _still_true(entry.notes))
+    return Publication(entry, repo, file, sha256, {"README.md": card.encode(), "config.json": _config(entry, net)})
+
+
+def publish(publication: Publication, manifest: Path) -> str:
+    """Creates the repository, uploads in one commit, and enters the address in `manifest`; what is there is left.
+
+    The address is entered only after the Hub said that it serves the same bytes there.
+
+    Returns:
+        What was done.
+
+    Raises:
+        WeightsError: If the manifest cannot be written, or the Hub cannot be asked, refuses or serves something else.
+            What was uploaded until then is found again by the next call.
+    """
+    entry, repo = publication.entry, publication.repo
+    content = _read(manifest, entry)
+    token = get_token()
+    if token is None:
+        raise WeightsError(
+            f"cannot publish {entry.name}: there is no token for the Hub. "
+            "What to do: run `hf auth login`, or set HF_TOKEN, with a token that may write"
+        )
+    with _explained(publication):
+        commit, new = _upload(publication, HfApi(token=token))
+        served = get_hf_file_metadata(hf_hub_url(repo, WEIGHTS, revision=commit), token=token)
+    has, expected = (served.etag, served.size), (publication.sha256, publication.file.stat().st_size)
+    if (served.commit_hash, *has) != (commit, *expected):
+        raise WeightsError(
+            f"{repo} at {commit} serves a {WEIGHTS} of sha256 and size {has}, not {expected}; the manifest stays as it "
+            "is. What to do: look at the repository, then run the same again"
+        )
+    written = write_manifest(manifest, _pinned(content, publication, commit))
+    return f"{'published' if new else 'unchanged'} at {commit}, manifest {'written' if written else 'unchanged'}"
+
+
+def describe(publication: Publication, manifest: Path) -> str:
+    """All that `publish` would do: address, licence, files, their texts, and the change to `manifest`.
+
+    Raises:
+        WeightsError: If the manifest cannot be written.
+    """
+    entry, file = publication.entry, publication.file
+    before = _read(manifest, entry)
+    known = re.search(rf"hf://{re.escape(publication.repo)}@([0-9a-f]+):", f"{entry.source} {entry.mirror}")
+    after = _pinned(before, publication, known[1] if known else "<commit>")
+    old, new = (json.dumps(content, indent=2).splitlines() for content in (before, after))
+    change = "\n".join(difflib.unified_diff(old, new, str(manifest), str(manifest), lineterm=""))
+    sizes = [f"{WEIGHTS}: {file.stat().st_size:,} bytes, sha256 {publication.sha256}"]
+    sizes += [f"{name}: {len(text):,} bytes, git {git_hash(text)}" for name, text in publication.texts.items()]
+    return "\n\n".join(
+        [
+            f"{entry.name} -> {constants.ENDPOINT}/{publication.repo}",
+            f"licence: {entry.license}, under which anybody may pass it on",
+            "\n".join(sizes),
+            *(f"===== {name}\n{text.decode()}" for name, text in publication.texts.items()),
+            f"===== {manifest}\n{change or 'unchanged'}",
+        ]
+    )
+
+
+def _fetch_offline(entry: Entry) -> Path:
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        return fetch(entry)
+    except WeightsError as error:
+        raise WeightsError(f"a dry run opens no connection and needs the weights on this machine: {error}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _upload(publication: Publication, api: HfApi) -> tuple[str, bool]:
+    """The commit that has the files, and whether it was made now."""
+    repo, texts = publication.repo, publication.texts
+    try:
+        info = api.model_info(repo, files_metadata=True)
+    except RepositoryNotFoundError:
+        api.create_repo(repo, exist_ok=True)
+    else:
+        there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
+        wanted = {name: git_hash(text) for name, text in texts.items()} | {WEIGHTS: publication.sha256}
+        if info.sha and wanted.items() <= there.items():
+            return info.sha, False
+    contents: dict[str, Path | bytes] = {WEIGHTS: publication.file, **texts}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    return api.create_commit(repo, operations, commit_message=f"Publish {publication.entry.name}").oid, True
+
+
+@contextmanager
+def _explained(publication: Publication) -> Iterator[None]:
+    """Turns what the Hub's client raises into one sentence with what to do."""
+    try:
+        yield
+    except (HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
+        cause = error.__cause__ or error if type(error) is RuntimeError else error  # one upload's, wrapped
+        org = publication.repo.partition("/")[0]
+        advice = {
+            401: "log in with a token that may write: `hf auth login`, or HF_TOKEN",
+            403: f"use a token that may write to {org}",
+            404: f"check that the Hub has {org} and that the token may write to it",
+        }.get(getattr(getattr(cause, "response", None), "status_code", 0), "run the same again later")
+        reason = " ".join(str(cause).partition("(Request ID")[0].split())[:300].rstrip(". ")
+        raise WeightsError(
+            f"cannot publish {publication.entry.name} as {publication.repo} ({type(cause).__name__}: {reason}); the "
+            f"manifest stays as it is. What to do: {advice}; what the Hub has by then is not sent twice"
+        ) from error
+
+
+def _read(manifest: Path, entry: Entry) -> dict[str, Any]:
+    """The content of `manifest`, which must have the entry and be open to writing."""
+    try:
+        content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{manifest} is no manifest that can be read ({error})") from error
+    if entry.name not in content.get(entry.group, {}):
+        raise WeightsError(f"{manifest} has no entry {entry.name} in {entry.group}; add it first")
+    if not os.access(manifest.parent, os.W_OK):
+        raise WeightsError(f"{manifest.parent} cannot be written; name another manifest: --manifest FILE")
+    return content
+
+
+def _pinned(content: dict[str, Any], publication: Publication, commit: str) -> dict[str, Any]:
+    """The manifest's `content` with the address, size and sha256; a file in the package stays the source."""
+    group, name = publication.entry.group, publication.entry.name
+    fields = dict(content[group][name])
+    bundled = str(fields["source"]).startswith("bundled:")
+    fields["mirror" if bundled else "source"] = f"hf://{publication.repo}@{commit}:{WEIGHTS}"
+    fields |= {"sha256": publication.sha256, "size": publication.file.stat().st_size}
+    if "notes" in fields:
+        fields["notes"] = _still_true(fields["notes"])
+    return content | {group: content[group] | {name: {key: value for key, value in fields.items() if value != ""}}}
+
+
+def _still_true(notes: str | None) -> str:
+    """`notes` without the one that publishing refutes."""
+    return (notes or "").replace(UNSEEN, "").strip()
+
+
+def _network(entry: Entry, file: Path) -> nn.Module:
+    """The network with the weights of `file`, which must be its own and give numbers."""
+    advice = f"import the weights of {entry.name} first"
+    try:
+        with safe_open(file, "pt") as tensors:
+            keys = set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is no safetensors file ({error}); {advice}") from error
+    net = timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
+    if keys != net.state_dict().keys():
+        raise WeightsError(f"{file} has not the keys of {entry.network}; {advice}")
+    cfg = cast("dict[str, Any]", net.pretrained_cfg)
+    has, entered = (cfg["num_classes"], cfg["input_size"]), (entry.num_classes, entry.input_size)
+    if has != entered:
+        raise WeightsError(f"{file} has classes and image {has}, but {entry.name} is entered with {entered}")
+    with torch.inference_mode():
+        logits = net(torch.rand(1, *entry.input_size, generator=torch.Generator().manual_seed(0)))
+    if not logits.isfinite().all():
+        raise WeightsError(f"{entry.network} computes numbers that are not finite with {file}")
+    return net
+
+
+def _config(entry: Entry, net: nn.Module) -> bytes:
+    """timm's `config.json`, in a form that transformers reads, too."""
+    extra = {"note": NOTE} | ({"label_names": entry.class_names} if entry.class_names else {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        save_config_for_hf(net, str(path), extra)
+        config = json.loads(path.read_text(encoding="utf-8"))
+    config["model_args"].pop("num_classes")  # also at the top; transformers hands timm both, and fails
+    return json.dumps(config, indent=2).encode()
