@@ -14,7 +14,7 @@ from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo, create_trans
 from torch import Tensor, nn
 
 from spd_zoo.images import read_image
-from spd_zoo.weights import WeightsError, entries, fetch, imported_names
+from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 
 __all__ = ["Answer", "Guess", "ModelError", "class_names", "predict", "timm_name"]
 
@@ -126,11 +126,11 @@ def _load(model: str, device: str) -> nn.Module:
     """A pretrained classifier, ready to compute."""
     name = timm_name(model)
     entry = entries().get(name)
-    given: dict[str, Any] = {}
-    if entry is not None and entry.group == "timm":  # a network of timm's, which does not know the tag
-        name, given = entry.network, {"pretrained_cfg_overlay": {"file": str(fetch(entry))}}
     try:
-        net: nn.Module = timm.create_model(name, pretrained=True, **given).eval()
+        if entry is not None and entry.group == "timm":
+            net = create(entry, fetch(entry)).eval()
+        else:
+            net = timm.create_model(name, pretrained=True).eval()
     except WeightsError:
         raise
     except _LOADING_ERRORS as error:

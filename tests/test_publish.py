@@ -40,7 +40,7 @@ SCHEMA = json.loads((PACKAGE / "weights" / "manifest.schema.json").read_text(enc
 NAME, NETWORK, GROUP = "cifar_resnet20.made_up", "cifar_resnet20", "bsconv_resnet"
 REPO = f"org/{NAME}"
 COMMAND = ["weights", "publish", "--org", "org", NAME]
-FAMILIES = {group: next(iter(members)) for group, members in MANIFEST.items()}
+FAMILIES = {group: next(iter(members)) for group, members in MANIFEST.items() if group != "timm"}
 METRIC = {"dataset": "CIFAR-100 test", "metric": "top1", "value": 12.5, "input_size": 32, "measured_by": "us"}
 FACTS = {
     "source": f"hf://authors/original@{COMMIT}:weights.safetensors",
@@ -62,6 +62,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
+
+
+def forget_the_manifest() -> None:
+    manifest._own.cache_clear()
+    entries.cache_clear()
 
 
 class Checkout:
@@ -87,7 +92,7 @@ class Checkout:
         return self.read()
 
     def read(self) -> Entry:
-        entries.cache_clear()
+        forget_the_manifest()
         cfg = default_cfgs(GROUP, first_conv="stem.1.conv", classifier="head.fc")[NETWORK].cfgs["made_up"]
         cfg = dataclasses.replace(cfg, architecture=NETWORK, tag="made_up")
         self.monkeypatch.setitem(_registry._model_pretrained_cfgs, NAME, cfg)
@@ -104,7 +109,7 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubDouble) -> Iterator[Checkout]:
     yield Checkout(tmp_path, monkeypatch, hub)
-    entries.cache_clear()
+    forget_the_manifest()
 
 
 def writes(hub: HubDouble) -> list[str]:

@@ -4,7 +4,7 @@
 checkpoint with a network, `fetch` makes a verified file of an entry, `build` stands between a variant and timm.
 """
 
-from spd_zoo.weights.build import build, default_cfgs, use_manifest
+from spd_zoo.weights.build import build, create, default_cfgs, use_manifest
 from spd_zoo.weights.download import sha256_of
 from spd_zoo.weights.fetch import fetch, find, import_weights, is_right, remove
 from spd_zoo.weights.fit import rename
@@ -15,6 +15,7 @@ __all__ = [
     "Entry",
     "WeightsError",
     "build",
+    "create",
     "default_cfgs",
     "entries",
     "fetch",

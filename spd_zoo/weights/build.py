@@ -18,7 +18,7 @@ from spd_zoo.weights.fit import FilterFn, StateDict, cfg_of, checked_tensors, fa
 from spd_zoo.weights.manifest import Entry, WeightsError, entries, entries_for_import, find_entry, set_private
 from spd_zoo.weights.originals import UNTAGGED, find_imported, read_original
 
-__all__ = ["build", "default_cfgs", "use_manifest"]
+__all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -133,6 +133,16 @@ def build(
             f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
             f"spd-zoo weights import {variant} {file}"
         ) from error
+
+
+def create(entry: Entry, file: Path) -> nn.Module:
+    """The network of a checkpoint with the weights in `file`; also for the networks of timm, which do not know the tag.
+
+    Raises:
+        WeightsError: If `file` is not what the manifest pins, or does not fit.
+    """
+    name = entry.network if entry.group == "timm" else entry.name
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
 
 
 def _check_tag(variant: str, tag: str | None, file: Path) -> None:

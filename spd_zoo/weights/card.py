@@ -61,8 +61,11 @@ def _lines(lines: Iterable[str]) -> str:
 
 
 def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> str:
-    summary, sources, *more = (inspect.getdoc(sys.modules[type(net).__module__]) or "").split("\n\n")
-    about = "\n\n".join([inspect.getdoc(timm.model_entrypoint(entry.network)) or "", summary, *more])
+    if entry.group == "timm":
+        about, sources = f"timm's {entry.network}, as others trained it.", f"Original code: {entry.origin_url}"
+    else:
+        summary, sources, *more = (inspect.getdoc(sys.modules[type(net).__module__]) or "").split("\n\n")
+        about = "\n\n".join([inspect.getdoc(timm.model_entrypoint(entry.network)) or "", summary, *more])
     pixels = "x".join(map(str, entry.input_size))
     figures = [
         f"| {metric['dataset']} | {_METRICS[metric['metric']][1]} | {metric['value']} | {metric['input_size']} | "

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the Hub's client
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from spd_zoo.weights.build import create
 from spd_zoo.weights.card import model_card
 from spd_zoo.weights.download import sha256_of
 from spd_zoo.weights.fetch import fetch
@@ -263,7 +263,7 @@ def _network(entry: Entry, file: Path) -> nn.Module:
             keys = set(tensors.keys())
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is no safetensors file ({error}); {advice}") from error
-    net = timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
+    net = create(entry, file).eval()
     if keys != net.state_dict().keys():
         raise WeightsError(f"{file} has not the keys of {entry.network}; {advice}")
     cfg = cast("dict[str, Any]", net.pretrained_cfg)
