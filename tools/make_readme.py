@@ -1,13 +1,13 @@
-"""Writes the README's tables: `python tools/make_readme.py [--check]`.
+"""Writes the tables of the README and of docs/: `python tools/make_readme.py [--check]`.
 
-They come from the manifest, from the recorded speeds and latencies, and from counting what papers print.
+They come from the manifest, from recorded speeds, latencies and faults, and from counting what papers print.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,37 +79,56 @@ def latency() -> str:
     return table(("network", "pixels", "runtime", "padded (ms)", "padding-free (ms)", "ratio"), rows)
 
 
-def render(text: str) -> str:
-    """The README with every generated part made anew."""
-    for name, make in (
-        ("networks", networks),
-        ("checkpoints", checkpoints),
-        ("published", published),
-        ("latency", latency),
-        ("speed", speed),
-    ):
+def faults() -> str:
+    """What `tools/fault_report.py --json` printed into `tools/faults.jsonl`."""
+    lines = (ROOT / "tools" / "faults.jsonl").read_text(encoding="utf-8").splitlines()
+    record = [json.loads(line) for line in lines]
+    results = ("loaded", "error", "refused", "detected", "BAD")
+    columns = ("faults", *results)
+    rows = [[row["group"], row["entry point"], *(str(row.get(name, 0)) for name in columns)] for row in record]
+    sums = [str(sum(row.get(name, 0) for row in record)) for name in columns]
+    heads = ("faults", "right network", "clear error", "refused", "all noticed", "anything else")
+    return table(("", "entry point", *heads), [*rows, ["sum", "", *sums]])
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "networks": networks,
+        "checkpoints": checkpoints,
+        "published": published,
+        "latency": latency,
+        "speed": speed,
+    },
+    "docs/reliability.md": {"faults": faults},
+}
+
+
+def render(file: str, text: str) -> str:
+    """The text with every generated part made anew."""
+    for name, make in PARTS[file].items():
         pattern = rf"(<!-- {name}: tools/make_readme.py -->\n).*?(<!-- end -->)"
         made = make().replace("\\", r"\\")
         text, count = re.subn(pattern, rf"\g<1>{made}\n\g<2>", text, flags=re.S)
         if count != 1:
-            raise SystemExit(f"README.md has {count} parts called {name}, expected 1")
+            raise SystemExit(f"{file} has {count} parts called {name}, expected 1")
     return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the README, or with --check says whether it is current; returns the exit status."""
+    """Writes the files, or with --check says whether they are current; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the README is not current")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a file is not current")
     options = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    current = render(text)
-    if options.check:
-        if text != current:
-            print("README.md is not current: run python tools/make_readme.py", file=sys.stderr)
-        return int(text != current)
-    readme.write_text(current, encoding="utf-8")
-    return 0
+    stale = False
+    for file in PARTS:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        current = render(file, text)
+        if options.check and text != current:
+            stale = True
+            print(f"{file} is not current: run python tools/make_readme.py", file=sys.stderr)
+        elif not options.check:
+            (ROOT / file).write_text(current, encoding="utf-8")
+    return int(stale)
 
 
 if __name__ == "__main__":
