@@ -35,6 +35,7 @@ from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_of_the_double"
+PAST_PROXIES = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
 @dataclass
@@ -109,8 +110,7 @@ class HubDouble(ThreadingHTTPServer):
     def environment(self) -> dict[str, str]:
         """The environment of a process that takes this for the Hub, past any proxy."""
         inherited = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-        ours = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        return inherited | ours
+        return inherited | {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1"} | PAST_PROXIES
 
     @contextmanager
     def replace(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -121,14 +121,15 @@ class HubDouble(ThreadingHTTPServer):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        for name, value in PAST_PROXIES.items():
+            monkeypatch.setenv(name, value)
         huggingface_hub.close_session()
         yield
         huggingface_hub.close_session()
 
     def history(self, repo: str) -> list[tuple[str, dict[str, bytes]]]:
-        fixed = {path.removeprefix(f"{repo}/"): content for path, content in self.files.items() if f"{repo}/" in path}
+        start = f"{repo}/"
+        fixed = {path.removeprefix(start): data for path, data in self.files.items() if path.startswith(start)}
         return self.repos.get(repo, [(COMMIT, fixed)] if fixed else [])
 
     def tree(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
@@ -138,7 +139,7 @@ class HubDouble(ThreadingHTTPServer):
     def commit(self, repo: str, files: dict[str, bytes], message: str) -> str:
         """Adds a commit, whose name follows from its content, and returns that."""
         history = self.repos.setdefault(repo, [])
-        content = [history[-1:], message, sorted((name, blob_id(data)) for name, data in files.items())]
+        content = [[parent for parent, _ in history], message, sorted((name, blob_id(data)) for name, data in files.items())]
         commit = hashlib.sha1(repr(content).encode()).hexdigest()
         history.append((commit, files))
         return commit
