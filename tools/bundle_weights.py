@@ -67,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_fp16(options.run, file)
     network = options.name.partition(".")[0]
     net = timm.create_model(network, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
-    feature_info: Any = net.feature_info
     net = net.to(memory_format=torch.channels_last)
     on_val = {size: round(accuracy(net, val, size, cfg), 2) for size in options.image_sizes}
     size = max(on_val, key=lambda pixels: on_val[pixels])
@@ -77,13 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
     group = next(group for group, members in manifest.items() if network in members)
     measured = {"metric": "top1", "measured_by": "us"}
-    reduction = feature_info[-1]["reduction"]
+    meta = timm.create_model(network, num_classes=net.num_classes, device="meta")
+    last_map = meta.forward_features(torch.empty(1, *cfg["input_size"][:1], size, size, device="meta"))
     manifest[group][options.name] = {
         "num_classes": net.num_classes,
         "input_size": [net.in_chans, size, size],
         "params": count_params(net),
-        "macs": count_macs(timm.create_model(network, num_classes=net.num_classes, device="meta"), (3, size, size)),
-        "pool_size": [-(-size // reduction)] * 2,
+        "macs": count_macs(meta, (3, size, size)),
+        "pool_size": list(last_map.shape[-2:]),
         "mean": cfg["mean"],
         "std": cfg["std"],
         "crop_pct": cfg["crop_pct"],
