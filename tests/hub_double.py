@@ -139,7 +139,11 @@ class HubDouble(ThreadingHTTPServer):
     def commit(self, repo: str, files: dict[str, bytes], message: str) -> str:
         """Adds a commit, whose name follows from its content, and returns that."""
         history = self.repos.setdefault(repo, [])
-        content = [[parent for parent, _ in history], message, sorted((name, blob_id(data)) for name, data in files.items())]
+        content = [
+            [parent for parent, _ in history],
+            message,
+            sorted((name, blob_id(data)) for name, data in files.items()),
+        ]
         commit = hashlib.sha1(repr(content).encode()).hexdigest()
         history.append((commit, files))
         return commit
