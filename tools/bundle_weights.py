@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
     group = next(group for group, members in manifest.items() if network in members)
     measured = {"metric": "top1", "measured_by": "us"}
-    meta = timm.create_model(network, num_classes=net.num_classes, device="meta")
+    meta: Any = timm.create_model(network, num_classes=net.num_classes, device="meta")
     last_map = meta.forward_features(torch.empty(1, *cfg["input_size"][:1], size, size, device="meta"))
     manifest[group][options.name] = {
         "num_classes": net.num_classes,
