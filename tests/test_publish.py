@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import jsonschema
 import pytest
 import timm
 import torch
+from drive_double import drive_double
 from hub_double import COMMIT, TOKEN, HubDouble, Response, fails, hub_double
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
@@ -577,6 +580,31 @@ def test_a_release_pins_what_is_not_pinned_and_leaves_it_the_next_time(
     assert release_weights.main(["--org", "org", NAME]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 pinned, 0 released, 0 refused, 0 left"
     assert hub.requests == []
+
+
+def test_a_release_goes_from_the_authors_link_to_a_pinned_manifest(
+    hub: HubDouble, checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Their file is a pickle on Google Drive, with names of its own; what is pinned is ours, and loads."""
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    link = f"https://drive.google.com/uc?export=download&id={'1' * 30}"
+    checkout.enter(source=None, sha256=None, size=None, original_link=link, notes=publish.UNSEEN)
+    with drive_double(monkeypatch) as drive:
+        theirs = io.BytesIO()
+        torch.save({"state_dict": {f"module.{k}": v for k, v in checkout.net.state_dict().items()}}, theirs)
+        drive.files["1" * 30] = theirs.getvalue()
+        with pytest.warns(UserWarning, match="nobody here has seen the file before"):
+            assert release_weights.main(["--org", "org", NAME]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0 pinned, 1 released, 0 refused, 0 left"
+    fields = checkout.fields
+    jsonschema.validate(json.loads(checkout.path.read_text()), SCHEMA)
+    assert fields["source"].startswith(f"hf://{REPO}@")
+    assert fields["sha256"] == sha256(hub.repos[REPO][-1][1]["model.safetensors"]).hexdigest()
+    shutil.rmtree(tmp_path / "assets")
+    checkout.read()
+    net = timm.create_model(NAME, pretrained=True)
+    for key, tensor in checkout.net.state_dict().items():
+        assert torch.equal(net.state_dict()[key], tensor)
 
 
 def test_a_release_lists_every_checkpoint_and_fails_while_one_is_left(
