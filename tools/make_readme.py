@@ -71,6 +71,22 @@ def published() -> str:
     return table(head, rows)
 
 
+def trained() -> str:
+    """Accuracies of the bundled weights beside those that are printed for the same network and data set."""
+    printed = check_published.read(check_published.PUBLISHED, list(check_published.COLUMNS))
+    rows = []
+    for entry in entries().values():
+        theirs = [
+            f"{row['accuracy'].rstrip('%')} % ({row['source'].partition('@')[0]})"
+            for row in printed
+            if entry.tag and (row["model"], row["dataset"]) == (entry.network, entry.dataset) and row["accuracy"]
+        ]
+        ours = [metric for metric in entry.metrics if metric["measured_by"] == "us" and "test" in metric["dataset"]]
+        if ours and theirs:
+            rows.append([f"`{entry.name}`", f"{ours[0]['value']:.2f} %", ", ".join(theirs), entry.notes or ""])
+    return table(["weights", "measured here, test", "published", "notes"], rows)
+
+
 def latency() -> str:
     """What `tools/latency.py --json` printed into `tools/latency.jsonl`, beside the authors' figures."""
     lines = (ROOT / "tools" / "latency.jsonl").read_text(encoding="utf-8").splitlines()
@@ -95,6 +111,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "networks": networks,
         "checkpoints": checkpoints,
+        "trained": trained,
         "published": published,
         "latency": latency,
         "speed": speed,
