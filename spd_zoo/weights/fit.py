@@ -91,7 +91,7 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
             return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
         if given[key] != shape and not (key == adapted and given[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
             return f"{key} has shape {given[key]}, the network's has {shape}"
-        if state_dict[key].is_floating_point() != own[key].is_floating_point():
+        if own[key].is_floating_point() and not state_dict[key].is_floating_point():
             return f"{key} holds {state_dict[key].dtype}, the network's {own[key].dtype}"
     surplus = [key for key in given if key not in expected]
     return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
