@@ -316,6 +316,7 @@ def _weights_row(entry: Entry) -> dict[str, Any]:
         "name": entry.name,
         "here": here,
         "sha256": entry.sha256,
+        "verified": None if file is None else is_right(entry, file),
         "size": entry.size if file is None else file.stat().st_size,
         "licence": entry.license,
         "from": origin,
@@ -325,7 +326,8 @@ def _weights_row(entry: Entry) -> dict[str, Any]:
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
     size = f"{row['size'] / 2**20:.1f} MiB" if row["size"] else None
-    return row | {"sha256": "pinned" if row["sha256"] else "unknown", "size": size}
+    unchecked = "pinned" if row["sha256"] else "unknown"
+    return row | {"sha256": {True: "verified", False: "DAMAGED"}.get(row["verified"], unchecked), "size": size}
 
 
 def _weights_pull(options: argparse.Namespace) -> int:
@@ -337,7 +339,13 @@ def _weights_pull(options: argparse.Namespace) -> int:
 def _weights_import(options: argparse.Namespace) -> int:
     file = import_weights(options.name, options.file)
     name = file.name.rsplit(".", 2)[0]
-    print(f'{file}\nload it with timm.create_model("{name}", pretrained=True)')
+    print(file)
+    network = name.partition(".")[0]
+    if network not in entries():  # one of timm's, which knows no tags of ours
+        call = f'"{network}", pretrained=True, pretrained_cfg_overlay={{"file": "{file}"}}'
+    else:
+        call = f'"{name}", pretrained=True'
+    print(f"load it with timm.create_model({call})")
     return 0
 
 

@@ -134,6 +134,7 @@ NETWORK_FAULTS: dict[str, NetworkFault] = {
     "reset before the headers": NetworkFault(_reset, "HEAD"),
     "reset, always": NetworkFault(_reset, "HEAD|GET", always=True),
     "a web page, always": NetworkFault(_page, "HEAD|GET", always=True),
+    "silence, once": NetworkFault(_silence, "HEAD"),
     "a slow file": NetworkFault(slowly),
     "a redirect loop": NetworkFault(_redirect_loop, "HEAD|GET", always=True),
     "no HTTP": NetworkFault(_garbage, "HEAD|GET", always=True),
@@ -219,6 +220,13 @@ def bad_manifests(good: dict[str, Any]) -> dict[str, str | bytes]:
         "a number of 5,000 digits": changed(size=1).replace('"size": 1', '"size": ' + "1" * 5000),
         "too large": text + " " * 5 * 2**20,
         "the same field twice": text.replace('"sha256"', '"license": "mit", "sha256"', 1),
+        "one of 40,000 entries twice": json.dumps({group: {f"a{i}": 1 for i in range(40_000)}})[:-2] + ', "a1": 1}}',
+        "a million classes too many": changed(num_classes=10**9),
+        "an image of 10**9 pixels": changed(input_size=[3, 10**9, 1]),
+        "an infinite top-1": changed(metrics=[{"value": 0}]).replace('"value": 0', '"value": 1e999'),
+        "a division by 0": changed(std=[0, 0, 0]),
+        "class names for other classes": changed(class_names=["a"]),
+        "lists of nothing": "[" + "[]," * 300_000 + "[]]",
         "the same entry twice": text.replace(f'"{name}": ', f'"{name}": {{}}, "{name}": ', 1),
         "an unknown field": changed(command="rm"),
         "no licence": without("license"),
@@ -344,7 +352,7 @@ def _call(module: str, function: str, argument: str | int) -> bytes:
     return _with_pickle(b"\x80\x02c" + f"{module}\n{function}\n".encode() + given + b"\x85R.")
 
 
-def _with_pickle(content: bytes, name: str = "archive", compressed: bool = False, **others: bytes) -> bytes:
+def _with_pickle(content: bytes, name: str = "archive", compressed: bool = False, zeros: int = 0) -> bytes:
     """A zip file as torch writes it, around a pickle."""
     buffer = io.BytesIO()
     method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
@@ -352,8 +360,7 @@ def _with_pickle(content: bytes, name: str = "archive", compressed: bool = False
         archive.writestr(f"{name}/data.pkl", content)
         archive.writestr(f"{name}/version", "3\n")
         archive.writestr(f"{name}/byteorder", "little")
-        for file, data in others.items():
-            archive.writestr(f"{name}/data/{file}", data)
+        archive.writestr(f"{name}/data/0", bytes(zeros))
     return buffer.getvalue()
 
 
@@ -389,10 +396,63 @@ def malicious_pickles(trace: Path, tensors: dict[str, torch.Tensor]) -> dict[str
         "10 GB bytearray": _call("builtins", "bytearray", 10**10),
         "10 GB tensor": _call("torch", "FloatTensor", 10**10),
         "10**10 lists": _saved({"state_dict": _bomb(10)}),
-        "compressed zeros": _with_pickle(pickle.dumps({}, 2), compressed=True, **{"0": bytes(10**8)}),
+        "compressed zeros": _with_pickle(pickle.dumps({}, 2), compressed=True, zeros=10**8),
+        "a key of 2**45 tuples": _with_pickle(b"\x80\x02})q\x00" + b"h\x00h\x00\x86q\x00" * 45 + b"K\x01s."),
+        "a set of 2**45 tuples": _with_pickle(b"\x80\x04\x8f()q\x00" + b"h\x00h\x00\x86q\x00" * 45 + b"\x90."),
+        "4 million lists": _with_pickle(b"\x80\x02" + b"]" * 4_000_000 + b"."),
+        "40 million lists": _with_pickle(b"\x80\x02" + b"]" * 40_000_000 + b"."),
+        "a memo of 10**9 places": _with_pickle(b"\x80\x02]r\xff\xff\xff\x3f."),
+        "a bytearray of 10**12": _with_pickle(b"\x80\x05\x96" + struct.pack("<Q", 10**12) + b"."),
+        "a tensor beyond its numbers": _resized(lambda size: b"\x8a\x05" + struct.pack("<Q", 10**10)[:5]),
+        "a class for each of 10**7 rows": _saved({"head.fc.weight": torch.zeros(1, 1).expand(10**7, 64)}),
+        "the same numbers 300 times": _overlapping(300, 4 * 2**20),
+        "a module that holds itself": _endless("module" * 100),
+        "a state dict that holds itself": _endless(""),
         "no weights": _saved({"state_dict": {"a": "text"}}),
         "TorchScript": _script(),
     }
+
+
+def _resized(number: Callable[[int], bytes]) -> bytes:
+    """A tensor of one number whose pickled size says another."""
+    content = _saved({"a": torch.zeros(7)})
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        index = archive.read("archive/data.pkl")
+    assert index.count(b"K\x07") == 2  # that of the storage, that of the tensor
+    before, middle, after = index.split(b"K\x07")
+    return _with_pickle(before + b"K\x07" + middle + number(7) + after, zeros=28)
+
+
+def _overlapping(count: int, size: int) -> bytes:
+    """A zip file whose table of contents names one part of it under many names."""
+    content = _saved({str(i): torch.zeros(1) for i in range(count)} | {"large": torch.zeros(size // 4)})
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        index = archive.read("archive/data.pkl")
+    large = max(members, key=lambda member: member.file_size)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", index)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr(large.filename, bytes(size))
+        offset = archive.getinfo(large.filename).header_offset
+        for i in range(count):
+            member = copy.copy(archive.getinfo(large.filename))
+            member.filename, member.header_offset = f"archive/data/{i}", offset
+            if member.filename != large.filename:
+                archive.filelist.append(member)
+    return buffer.getvalue()
+
+
+def _endless(name: str) -> bytes:
+    """A module that is its own child, or a dict that is its own state dict."""
+    if not name:
+        content: dict[str, Any] = {}
+        content["state_dict"] = content
+        return _saved(content)
+    module = torch.nn.Module()
+    module._modules[name] = module
+    return _saved({"model": module})
 
 
 def _script() -> bytes:

@@ -198,10 +198,11 @@ class Request(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def reset(self) -> None:
+    def reset(self) -> Response | None:
         """Ends the connection as a crash does."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
+        return None
 
     def carry_out(self) -> Response:
         path = unquote(urlsplit(self.path).path)

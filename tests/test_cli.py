@@ -195,7 +195,7 @@ def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint
     assert main(["weights", "list", "*.mine"]) == 0
     header, line = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "here", "sha256", "size", "licence", "from"]
-    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "unknown"]
+    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "verified"]
 
 
 def test_what_was_imported_is_used_pulled_checked_and_deleted(
@@ -251,6 +251,8 @@ def test_a_checkpoint_for_a_network_of_timms_is_imported_and_predicts(
 ) -> None:
     torch.save(timm.create_model("resnet50").state_dict(), tmp_path / "a.pth")
     assert main(["weights", "import", "resnet50.pyconv_in1k", str(tmp_path / "a.pth")]) == 0
+    advice = capsys.readouterr().out.splitlines()[-1].removeprefix("load it with ")
+    assert eval(advice, {"timm": timm}).num_classes == 1000
     assert main(["predict", "resnet50.pyconv_in1k", str(image)]) == 0
     assert "%" in capsys.readouterr().out
 

@@ -1,9 +1,12 @@
 """The authors' checkpoints: what is understood, what is refused, what is kept, and where they are downloaded from."""
 
+import argparse
+import hashlib
 import json
 import sys
 import time
 import types
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +80,67 @@ def test_a_checkpoint_gives_the_recorded_outputs_after_import(tensors, tmp_path,
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
 
 
+class Config(dict):  # type: ignore[type-arg]
+    """A kind of dict that only its author has."""
+
+
+class Ordered(OrderedDict):  # type: ignore[type-arg]
+    """Another one."""
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        defaultdict(list, {"a": [1]}),
+        deque([1, 2]),
+        Config(lr=0.1),
+        Path("runs"),
+        np.float64(0.5),
+        {1, 2},
+        bytearray(b"abc"),
+        argparse.Namespace(a=1),
+        torch.nn.functional.gelu,
+        torch.float16,
+        10**30,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_stands_beside_the_weights_does_not_matter(tensors, tmp_path, beside, protocol):
+    file = save({"args": beside, "state_dict": tensors}, tmp_path / "a.pth", pickle_protocol=protocol)
+    found = read_original(file)
+    assert list(found) == list(tensors)
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("kind", [Config, Ordered, OrderedDict])
+def test_a_state_dict_of_another_kind_is_understood(tensors, tmp_path, kind):
+    assert list(read_original(save({"model": kind(tensors)}, tmp_path / "a.pth"))) == list(tensors)
+
+
+def test_tensors_that_share_numbers_are_imported(tensors, tmp_path):
+    """In a network with tied weights, and here where a file has put all biases into one storage."""
+    biases = [key for key, tensor in tensors.items() if key.endswith("bias")]
+    storage = torch.cat([tensors[key] for key in biases])
+    parts = storage.split([len(tensors[key]) for key in biases])
+    file = save(tensors | dict(zip(biases, parts, strict=True)), tmp_path / "a.pth")
+    import_weights(NAME, file, tmp_path)
+    golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
+
+
+def test_prefixes_and_missing_counters_do_not_matter(tensors, tmp_path):
+    old = {f"net.{key}": tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
+    file = import_weights(NAME, save({"state_dict": old}, tmp_path / "a.pth"), tmp_path)
+    golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
+    assert load_file(file).keys() == timm.create_model("cifar_resnet20").state_dict().keys()
+
+
+@pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {(1, 2): torch.zeros(1)}, [], 3, {"a": torch.zeros(1), 5: 1}])
+def test_what_holds_no_weights_is_said(tmp_path, content):
+    with pytest.raises(WeightsError, match="holds no network weights"):
+        read_original(save(content, tmp_path / "a.pth"))
+
+
 def test_safetensors_are_imported_too(tensors, tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     import_weights(NAME, tmp_path / "a.safetensors", tmp_path)
@@ -117,8 +181,9 @@ def grow(cls: type[nn.Module], tensors: dict[str, Tensor]) -> nn.Module:
     return root
 
 
-@pytest.mark.parametrize("averaged", [False, True])
-def test_a_whole_network_is_imported_without_its_classes(foreign, tensors, tmp_path, monkeypatch, averaged):
+@pytest.mark.parametrize(("averaged", "old_format"), [(False, False), (True, False), (True, True)])
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code:UserWarning")  # torch's, when it saves such a class
+def test_a_whole_network_is_imported_without_its_classes(foreign, tensors, tmp_path, monkeypatch, averaged, old_format):
     net = grow(foreign, tensors)
     other = grow(foreign, {key: torch.zeros_like(tensor) for key, tensor in tensors.items()})
     content = {
@@ -129,7 +194,7 @@ def test_a_whole_network_is_imported_without_its_classes(foreign, tensors, tmp_p
         "optimizer": None,
         "path": Path("runs/train"),
     }
-    file = save(content, tmp_path / "best.pt")
+    file = save(content, tmp_path / "best.pt", _use_new_zipfile_serialization=not old_format)
     monkeypatch.delitem(sys.modules, "models.yolo")
     monkeypatch.delitem(sys.modules, "models")
     found = read_original(file)
@@ -151,8 +216,12 @@ def test_a_network_whose_modules_hold_each_other_is_refused(foreign, tmp_path):
 
 
 def test_a_web_page_is_recognised(tmp_path):
-    (tmp_path / "a.pth").write_text("\n <!DOCTYPE html><html>Google Drive - Quota exceeded</html>")
-    with pytest.raises(WeightsError, match=r"a\.pth is a web page, not a checkpoint: .*quota"):
+    for start in ("\n <!DOCTYPE html><html>Quota exceeded</html>", "\ufeff<!-- a --><HTML>", "<title>Sign in</title>"):
+        (tmp_path / "a.pth").write_text(start, encoding="utf-8")
+        with pytest.raises(WeightsError, match=r"a\.pth is a web page \(a quota .*\), not a checkpoint"):
+            import_weights(NAME, tmp_path / "a.pth", tmp_path)
+    (tmp_path / "a.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(WeightsError, match="is a git-lfs pointer"):
         import_weights(NAME, tmp_path / "a.pth", tmp_path)
 
 
@@ -250,6 +319,27 @@ def test_a_file_got_by_hand_stands_for_the_pinned_one(private, tmp_path):
     assert fetch(entry, tmp_path) == file
     assert remove(entry, tmp_path) == file
     assert not file.exists()
+
+
+def test_removing_one_file_of_a_repository_leaves_the_others(private, tmp_path, monkeypatch):
+    with hub_double() as server, server.replace(monkeypatch):
+        entries = []
+        for name, content in {"a": b"a" * 99, "b": b"b" * 99, "c": b"b" * 99}.items():
+            server.files[f"org/repo/{name}.safetensors"] = content
+            sha = hashlib.sha256(content).hexdigest()
+            entries.append(private(source=f"hf://org/repo@{COMMIT}:{name}.safetensors", sha256=sha))
+        first, second, third = (fetch(entry, tmp_path) for entry in entries)
+        for entry, path, others in ((entries[0], first, (second, third)), (entries[1], second, (third,))):
+            blob = path.resolve()
+            assert remove(entry, tmp_path) == path
+            assert not path.exists()
+            assert all(other.is_file() for other in others)
+            assert blob.exists() == any(other.resolve() == blob for other in others)
+
+
+def test_weights_of_the_package_are_not_imported_over(tensors, tmp_path):
+    with pytest.raises(WeightsError, match="come with the package"):
+        import_weights("cifar_resnet20.cifar100", save(tensors, tmp_path / "a.pth"), tmp_path)
 
 
 # Downloads
@@ -356,7 +446,7 @@ def test_a_link_is_imported_over_http(tensors, tmp_path, monkeypatch):
         file = import_weights(NAME, link, tmp_path)
         assert origin_of(file)["origin"] == link
         server.files["org/repo/a.pth"] = b"<!DOCTYPE html><html>Sign in</html>"
-        with pytest.raises(WeightsError, match="answered with a web page instead of a file"):
+        with pytest.raises(WeightsError, match="answered with a web page"):
             import_weights(NAME, link, tmp_path)
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
 

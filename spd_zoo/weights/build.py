@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
+from spd_zoo.weights.checkpoint import read_original
 from spd_zoo.weights.download import sha256_of
-from spd_zoo.weights.fetch import fetch
+from spd_zoo.weights.fetch import fetch, is_right
 from spd_zoo.weights.fit import FilterFn, StateDict, cfg_of, checked_tensors, facts, misfit, own_networks, which_fits
 from spd_zoo.weights.manifest import Entry, WeightsError, entries, entries_for_import, find_entry, set_private
-from spd_zoo.weights.originals import UNTAGGED, find_imported, read_original
+from spd_zoo.weights.originals import UNTAGGED, find_imported, sha256_in_name
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
@@ -126,7 +127,11 @@ def build(
             cache_dir=cache_dir,
             **kwargs,
         )
-    except (FileNotFoundError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except (FileNotFoundError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(
+            error
+        ):  # torch's, for a broken zip file
+            raise
         file = overlay.get("file") or (pretrained_cfg or {}).get("file")
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise WeightsError(
@@ -148,13 +153,11 @@ def create(entry: Entry, file: Path) -> nn.Module:
 def _check_tag(variant: str, tag: str | None, file: Path) -> None:
     """Refuses a file that is given for a tag but is not the one that the manifest pins."""
     entry = find_entry(f"{variant}.{tag}") if tag else None
-    if entry is not None and entry.sha256 is not None and file.is_file():
-        actual = sha256_of(file)
-        if actual != entry.sha256:
-            raise WeightsError(
-                f"{file} has sha256 {actual}, the weights of {entry.name} have {entry.sha256}: it is truncated, "
-                f"changed or another file. Get it again, or load it without the tag, as {variant}"
-            )
+    if entry is not None and entry.sha256 is not None and file.is_file() and not is_right(entry, file):
+        raise WeightsError(
+            f"{file} has sha256 {sha256_of(file)}, the weights of {entry.name} have {entry.sha256}: it is truncated, "
+            f"changed or another file. Get it again, or load it without the tag, as {variant}"
+        )
 
 
 def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | None) -> Path | None:
@@ -167,9 +170,9 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
     if known is not None:
         return None
     found = find_imported(f"{variant}.{tag or UNTAGGED}", cache_dir)
-    if found is not None and sha256_of(found[0]) != found[1]:
-        raise WeightsError(f"{found[0]} is damaged, its sha256 is not that of its name; import the weights again")
-    return None if found is None else found[0]
+    if found is not None and sha256_of(found) != sha256_in_name(found):
+        raise WeightsError(f"{found} is damaged, its sha256 is not that of its name; import the weights again")
+    return found
 
 
 def _described(variant: str, tag: str | None, file: Path, filter_fn: FilterFn) -> dict[str, Any]:
@@ -224,7 +227,8 @@ def _checked(filter_fn: FilterFn, features_only: bool) -> FilterFn:
         same_classes = model.num_classes == cfg["num_classes"] and not features_only
         problem = misfit(renamed, model, with_classifier=same_classes)
         if problem:
-            raise WeightsError(f"{name} does not fit {cfg['architecture']}: {problem}; {which_fits(state_dict)}")
+            network = cfg["architecture"]
+            raise WeightsError(f"{name} does not fit {network}: {problem}; {which_fits(state_dict, network)}")
         return renamed
 
     return checked

@@ -4,6 +4,7 @@ What may pass at the next try (a broken connection, an overloaded server) is tri
 """
 
 import hashlib
+import os
 import re
 import sys
 import time
@@ -31,8 +32,8 @@ HUB_SOURCE = re.compile(
     rf"hf://(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}}):(?P<file>{_NAME}(/{_NAME})*)", re.A
 )
 _TRIES = 4
-_PATIENCE = 4.0  # seconds to wait for a server's first answer, once
-_LONGEST_PAUSE = 10.0  # seconds, if the server asks for one
+_PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 4))  # seconds to wait for a server's first answer
+_LONGEST_PAUSE = 30.0  # seconds, if the server asks for one
 
 T = TypeVar("T")
 
@@ -48,6 +49,16 @@ def sha256_of(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def page_or_pointer(start: bytes) -> str | None:
+    """What a file is that begins so, if it is what servers send instead of a file."""
+    text = start.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").lstrip()
+    if text.startswith(b"<"):
+        return "a web page (a quota that is used up, a login, a question)"
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, the address of a file"
+    return None
 
 
 def find_in_hub_cache(source: re.Match[str], cache_dir: str | Path | None) -> Path | None:
@@ -94,16 +105,14 @@ def download(link: str, file: str | None, path: Path) -> None:
     else:
         _patiently(lambda: _download_from_server(link, path))
     with path.open("rb") as part:
-        start = part.read(512).lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head")):
-        raise DownloadError(
-            f"{link} answered with a web page instead of a file: a quota, a login or a confirmation stands before it"
-        )
+        what = page_or_pointer(part.read(512))
+    if what:
+        raise DownloadError(f"{link} answered with {what}, instead of the file")
 
 
 def _download_from_server(link: str, path: Path) -> None:
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds to connect, and between blocks
-    with get_session().stream("GET", link, timeout=timeout, follow_redirects=True) as response, path.open("wb") as part:
+    pauses = (_PATIENCE, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _PATIENCE)  # connect, read, write, free line
+    with get_session().stream("GET", link, timeout=pauses, follow_redirects=True) as response, path.open("wb") as part:
         response.raise_for_status()
         size = int(response.headers.get("Content-Length", 0)) or None
         with tqdm(desc=path.stem, total=size, unit="B", unit_scale=True, leave=False, disable=None) as progress:
@@ -156,6 +165,8 @@ def _pause(error: Exception, attempt: int) -> float | None:
         wished = response.headers.get("Retry-After", "")
         seconds = float(wished) if wished.isdigit() else 0.5 * 2**attempt
         return seconds if seconds <= _LONGEST_PAUSE else None
+    if type(error).__name__ in ("ReadTimeout", "ConnectTimeout"):
+        return 0.0 if attempt == 0 else None  # more tries would take too long
     broken = type(error).__name__ in _BROKEN_CONNECTIONS
     shortened = type(error) is OSError and error.errno is None  # huggingface_hub's error for a wrong length
     return 0.5 * 2**attempt if broken or shortened else None

@@ -4,8 +4,6 @@ import re
 import warnings
 from pathlib import Path
 
-from huggingface_hub import scan_cache_dir
-
 from spd_zoo.weights.download import (
     HUB_SOURCE,
     DownloadError,
@@ -16,7 +14,7 @@ from spd_zoo.weights.download import (
     sha256_of,
 )
 from spd_zoo.weights.manifest import Entry, WeightsError
-from spd_zoo.weights.originals import find_imported, import_original, locked, origin_of, tagged
+from spd_zoo.weights.originals import find_imported, import_original, locked, origin_of, sha256_in_name, tagged
 
 __all__ = ["BUNDLED", "fetch", "find", "import_weights", "is_right", "remove"]
 
@@ -30,8 +28,8 @@ def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
     imported = find_imported(entry.name, cache_dir)
     if bundled:
         return BUNDLED / bundled["file"] if (BUNDLED / bundled["file"]).is_file() else None
-    if imported and (hub is None or imported[1] == entry.sha256):
-        return imported[0]
+    if imported and (hub is None or sha256_in_name(imported) == entry.sha256):
+        return imported
     return find_in_hub_cache(hub, cache_dir) if hub else None
 
 
@@ -39,8 +37,8 @@ def is_right(entry: Entry, path: Path) -> bool | None:
     """Whether a file that `find` or `fetch` gave has the bytes that it must have; None if nobody knows them."""
     if not path.is_file():
         return False
-    imported = re.search(r"\.([0-9a-f]{64})\.safetensors$", path.name)
-    expected = imported[1] if imported else entry.sha256
+    imported = sha256_in_name(path)
+    expected = imported or entry.sha256
     if expected is None:
         return None
     if sha256_of(path) != expected:
@@ -125,17 +123,20 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
 
 
 def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """`import_original` for a file, or for a link, which is downloaded first.
+    """`import_original` for a file, or for a link (https, Google Drive, hf://ORG/REPO@COMMIT:FILE), downloaded first.
 
     Raises:
         WeightsError: If it cannot be had, cannot be read or does not fit; nothing is kept.
     """
-    if not re.match("https?://", str(file)):
+    hub = HUB_SOURCE.fullmatch(str(file))
+    if hub is None and not re.match("https?://", str(file)):
         return import_original(name, Path(file), cache_dir=cache_dir)
     name = tagged(name)
     with locked(name, cache_dir) as folder:
         part = folder / f"{name}.original"
         try:
+            if hub:
+                return import_original(name, download_from_hub(hub, cache_dir), str(file), cache_dir)
             download(str(file), None, part)
             return import_original(name, part, str(file), cache_dir)
         except DownloadError as error:
@@ -187,15 +188,16 @@ def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
     Raises:
         WeightsError: If the file belongs to the package.
     """
-    bundled, hub = _places(entry)
+    bundled, _ = _places(entry)
     if bundled:
         raise WeightsError(f"the weights of {entry.name} are part of the package and stay; uninstall spd-zoo instead")
     path = find(entry, cache_dir)
     if path is None:
         return None
-    imported = find_imported(entry.name, cache_dir)
-    if imported is not None and imported[0] == path:
-        path.unlink()
-    elif hub is not None:
-        scan_cache_dir(cache_dir).delete_revisions(hub["commit"]).execute()
+    blob = path.resolve()  # in the Hugging Face cache, what a link of the snapshot leads to
+    path.unlink()
+    if blob != path.absolute() and blob.is_file():
+        snapshots = blob.parents[1] / "snapshots"
+        if not any(link.resolve() == blob for link in snapshots.rglob("*") if link.is_symlink()):
+            blob.unlink()
     return path

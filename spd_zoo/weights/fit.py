@@ -57,7 +57,7 @@ def checked_tensors(state_dict: Any, name: str) -> StateDict:
     if (
         not isinstance(state_dict, dict)
         or not state_dict
-        or not all(isinstance(tensor, Tensor) for tensor in state_dict.values())
+        or not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state_dict.items())
     ):
         raise WeightsError(f"{name} holds no network weights: neither a dict of tensors, nor one under 'state_dict'")
     return state_dict
@@ -97,12 +97,16 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
     return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
 
 
-def which_fits(state_dict: StateDict) -> str:
-    """A clause for an error: which networks of the zoo a checkpoint with the authors' or our keys does fit."""
+def which_fits(state_dict: StateDict, other_than: str) -> str:
+    """A clause for an error: which other networks of the zoo a checkpoint with the authors' or our keys does fit."""
     numbers = sum(tensor.numel() for tensor in state_dict.values())
-    similar = [name for name in own_networks() if 1 / 3 < numbers / entries_for_import()[name].params < 3]
+    similar = [
+        name
+        for name in own_networks()
+        if name != other_than and 1 / 3 < numbers / entries_for_import()[name].params < 3
+    ]
     fitting = [name for name in similar if _fits(state_dict, name)]  # takes long for all
-    return f"it fits {' and '.join(fitting)}" if fitting else "it fits no network of the zoo"
+    return f"it fits {' and '.join(fitting)}" if fitting else "it fits no other network of the zoo"
 
 
 def own_networks() -> list[str]:

@@ -1,12 +1,16 @@
 """The manifest: one entry per network and checkpoint, from `weights_manifest.json` and from a private one beside it."""
 
 import json
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
+
+import timm
 
 __all__ = [
     "PACKAGE",
@@ -21,7 +25,7 @@ __all__ = [
 ]
 
 PACKAGE = Path(__file__).parent.parent
-_LARGEST = 4 * 2**20  # bytes of a private manifest
+_LARGEST = 2**20  # bytes of a private manifest
 _private: str | Path | None = os.environ.get("SPD_ZOO_MANIFEST") or None
 
 
@@ -159,15 +163,19 @@ def _read_private(path: Path) -> dict[str, Entry]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            refuse(f"has {next(name for name in names if names.count(name) > 1)[:80]!r} twice in one place")
+            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            refuse(f"has {name[:80]!r} twice in one place")
         return fields
 
     try:
+        if not path.is_file():
+            refuse("is no file" if path.exists() else "does not exist")
         size = path.stat().st_size
         if size > _LARGEST:
             refuse(f"has {size} bytes; a manifest has at most {_LARGEST}")
-        groups = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=_no_number)
+        groups = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=_number, parse_float=_number
+        )
     except OSError as error:
         refuse(f"cannot be read ({error.strerror or error})", error)
     except (ValueError, RecursionError) as error:  # of the text's encoding or JSON
@@ -183,13 +191,20 @@ def _read_private(path: Path) -> dict[str, Entry]:
         network = _own().get(entry.network)
         if network is None and entry.group != "timm":
             refuse(f"has {entry.name}, but there is no network {entry.network} in this zoo")
+        if network is None and not timm.is_model(entry.network):
+            refuse(f"has {entry.name}, but timm has no network {entry.network}")
+        if entry.class_names is not None and len(entry.class_names) != entry.num_classes:
+            refuse(f"has {len(entry.class_names)} class names for the {entry.num_classes} classes of {entry.name}")
         if network is not None and network.group != entry.group:
             refuse(f"has {entry.name} in the group {entry.group}; it belongs to {network.group}")
     return found
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> bool:
