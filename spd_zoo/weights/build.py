@@ -43,11 +43,13 @@ _UNREADABLE = (  # what broken files have been seen to raise in torch's and safe
 )
 
 
-def default_cfgs(group: str, first_conv: str | Callable[[str], str], classifier: str) -> dict[str, Any]:
+def default_cfgs(
+    group: str, first_conv: str | Callable[[str], str], classifier: str | tuple[str, ...]
+) -> dict[str, Any]:
     """timm's configurations of all networks and checkpoints in a group of the manifest.
 
     `first_conv` and `classifier` name the network's first convolution, or say it for a network's name, and its last
-    layer.
+    layer, or a detector's, one for each map.
 
     A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known.
     """
@@ -148,8 +150,8 @@ def _facts_about(variant: str, tag: str | None, file: str | Path, filter_fn: Fil
     """
     meta = timm.create_model(f"{variant}.{tag}" if tag else variant, device="meta")
     state_dict = filter_fn(_read(file), meta)
-    classifier, stem = (state_dict.get(f"{_cfg(meta)[key]}.weight") for key in ("classifier", "first_conv"))
-    facts: dict[str, Any] = {"num_classes": 0 if classifier is None else classifier.shape[:1].numel()}
+    classifier, stem = (state_dict.get(f"{name}.weight") for name in (_classifiers(meta)[0], _cfg(meta)["first_conv"]))
+    facts: dict[str, Any] = {"num_classes": _num_classes(classifier, meta)}
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
     if entry is None:
         return facts
@@ -164,6 +166,20 @@ def _facts_about(variant: str, tag: str | None, file: str | Path, filter_fn: Fil
     elif facts["num_classes"] != entry.num_classes:
         facts["label_names"] = None
     return facts
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that depend on the number of classes; empty if there are none."""
+    names = _cfg(model)["classifier"] or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _num_classes(weight: Tensor | None, model: nn.Module) -> int:
+    """How many classes a checkpoint of a network like `model` tells apart, by its first classifier's weight, if any."""
+    of_outputs: Callable[[int], int] | None = getattr(model, "num_classes_of", None)  # detectors' layers say more
+    if of_outputs is None:
+        return 0 if weight is None else weight.shape[:1].numel()
+    return cast("int", model.num_classes) if weight is None else of_outputs(weight.shape[:1].numel())
 
 
 def _fetch_tag(variant: str, tag: str | None, cache_dir: str | Path | None) -> Path:
@@ -239,7 +255,7 @@ def _checked(filter_fn: FilterFn, features_only: bool) -> FilterFn:
 def _misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = False) -> str | None:
     """The first difference between a checkpoint and a network; None if there is none."""
     cfg = _cfg(model)
-    other = () if with_classifier or not cfg["classifier"] else (f"{cfg['classifier']}.",)
+    other = () if with_classifier else tuple(f"{name}." for name in _classifiers(model))
     expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items() if not key.startswith(other)}
     given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
     adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels

@@ -111,10 +111,12 @@ def _from_authors(entry: Entry, link: str, cache_dir: str | Path | None) -> Path
     path = Path(cache_dir or constants.HF_ASSETS_CACHE) / "spd_zoo" / "originals" / f"{entry.name}.pth"
     if path.is_file():
         return path
-    by_hand = f"get it from {link} by hand, check that it is what you expect, and load it with {_by_hand(entry)}"
-    if "/folders/" in link:
+    file = f"{entry.original_file} " if entry.original_file else "it "
+    by_hand = f"get {file}from {link} by hand, check that it is what you expect, and load it with {_by_hand(entry)}"
+    if "/folders/" in link or "://drive.google.com/" not in link:
+        place = "in a folder" if "/folders/" in link else "on a page"
         raise WeightsError(
-            f"the weights of {entry.name} are in a folder of the authors', not verified. What to do: {by_hand}"
+            f"the weights of {entry.name} are {place} of the authors', not verified. What to do: {by_hand}"
         )
     if constants.HF_HUB_OFFLINE:
         raise WeightsError(
