@@ -105,7 +105,7 @@ def yolov8_predictions(raw: Sequence[Tensor], strides: Sequence[int], bins: int)
     """
     flat = torch.cat([level.float().flatten(2) for level in raw], 2).mT
     sides, logits = flat[..., : 4 * bins], flat[..., 4 * bins :]
-    corners = [cell_corners(*level.shape[2:], device=level.device) for level in raw]
+    corners = [cell_corners(level.shape[2], level.shape[3], level.device) for level in raw]
     per_cell = [torch.full_like(cells[:, :1], stride) for cells, stride in zip(corners, strides, strict=True)]
     return sides, logits, torch.cat(corners) + 0.5, torch.cat(per_cell)
 

@@ -659,25 +659,33 @@ def test_a_saved_detector_is_loaded_again(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [None, 7])
-@pytest.mark.parametrize("name", ["yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1"])
-def test_checkpoints_that_do_not_fit_are_refused(name: str, num_classes: int | None, save: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "other"), [("yolov5n_spd", "yolov5s_spd"), ("yolov8n_spd", "yolov8n"), ("ssd_mobilenetv1", "ssd_vgg16")]
+)
+def test_checkpoints_that_do_not_fit_are_refused(
+    name: str, other: str, num_classes: int | None, save: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys.modules["spd_zoo.weights.build"], "_own_networks", lambda: [name, other]
+    )  # looking at all takes long
     kwargs = {} if num_classes is None else {"num_classes": num_classes}
     tensors = originals(next(case for case in CASES if case["model"] == name))
-    first, *_, middle = [key for key in tensors if key.endswith("running_var")][:20]
-    missing = {key: tensor for key, tensor in tensors.items() if key != middle}
+    first, *_, last = [key for key in tensors if key.endswith("running_var")][:20]
+    missing = {key: tensor for key, tensor in tensors.items() if key != last}
     with pytest.raises(spd_zoo.WeightsError, match=rf"does not fit {name}: 1 of \d+ tensors are missing"):
         load(name, save(missing), **kwargs)
     with pytest.raises(spd_zoo.WeightsError, match=rf"does not fit {name}: .* has shape \[3\]"):
         load(name, save(tensors | {first: torch.zeros(3)}), **kwargs)
     with pytest.raises(spd_zoo.WeightsError, match=rf"does not fit {name}: 1 tensors have no place"):
         load(name, save(tensors | {"model.99.weight": torch.zeros(3)}), **kwargs)
-    twin = {"yolov5n_spd": "yolov5s_spd", "yolov8n_spd": "yolov8n", "ssd_mobilenetv1": "ssd_vgg16"}[name]
-    fitting = f"{name}( and {name}_s1l0 and {name}_s1l0_dualpath)?$" if "vgg" in twin else f"{name}$"
-    with pytest.raises(spd_zoo.WeightsError, match=rf"does not fit {twin}: .*; it fits {fitting}"):
-        load(twin, save(tensors), **kwargs)
+    with pytest.raises(spd_zoo.WeightsError, match=rf"does not fit {other}: .*; it fits {name}$"):
+        load(other, save(tensors), **kwargs)
 
 
-def test_a_hidden_class_layer_that_is_missing_is_refused_even_with_other_classes(save: Any) -> None:
+def test_a_hidden_class_layer_that_is_missing_is_refused_even_with_other_classes(
+    save: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["spd_zoo.weights.build"], "_own_networks", lambda: [])  # looking at all takes long
     tensors = random_network("yolov8n_spd").state_dict()
     del tensors["head.cv3.1.1.conv.weight"]
     with pytest.raises(spd_zoo.WeightsError, match=r"1 of \d+ tensors are missing, the first is head\.cv3\.1\.1"):
@@ -716,15 +724,12 @@ def test_fresh_yolos_expect_few_objects() -> None:
 # Graphs
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_compiles_as_one_graph(name: str) -> None:
+@pytest.mark.parametrize("name", [*SMALLEST, "ssd_mobilenetv1_s1l0_dualpath"])
+def test_compiles_as_one_graph_with_its_decoding(name: str) -> None:
     torch.compiler.reset()
     net = random_network(name, num_classes=5)
     x = noise(2, 3, *SIZE)
     with torch.inference_mode():
-        compiled = torch.compile(net, fullgraph=True, backend="eager")(x)
-        for actual, expected in zip(compiled, net(x), strict=True):
-            assert_close(actual, expected)
         decoded = torch.compile(lambda x: net.decode(net(x), SIZE), fullgraph=True, backend="eager")(x)
         assert_close(decoded, net.decode(net(x), SIZE))
 

@@ -12,7 +12,7 @@ from spd_zoo.layers import ImageSizeError, is_exporting
 from spd_zoo.losses import Target
 from spd_zoo.models._backbone import Backbone
 
-__all__ = ["Detector", "YoloDetector", "check_num_classes"]
+__all__ = ["Detector", "YoloDetector", "YoloHead", "check_num_classes"]
 
 
 def check_num_classes(num_classes: int) -> int:
@@ -90,6 +90,18 @@ class Detector(Backbone, ABC):
         """
 
 
+class YoloHead(nn.Module, ABC):
+    """What makes a raw map out of each of three maps."""
+
+    @abstractmethod
+    def classifiers(self) -> nn.ModuleList:
+        """The last layers whose outputs are scores of classes, one for each map."""
+
+    @abstractmethod
+    def reset_classes(self, num_classes: int, **dd: Any) -> None:
+        """New, untrained layers for so many classes, with `device` and `dtype`."""
+
+
 class YoloDetector(Detector):
     """A detector of three levels, strides 8, 16 and 32: a stem, four stages, a neck over the last three, a head.
 
@@ -110,7 +122,7 @@ class YoloDetector(Detector):
         stem: nn.Sequential,
         stages: nn.Sequential,
         neck: nn.Module,
-        head: nn.Module,
+        head: YoloHead,
         chs: Sequence[int],
         num_classes: int,
         in_chans: int,

@@ -167,17 +167,17 @@ class SSD(Detector):
         super().__init__(stem, nn.Sequential(*stages), feature_info, num_classes, in_chans)
         self.backbone, self.dual = backbone, dual
         self.steps, self.sizes, self.boxes = steps, sizes, boxes
-        chs = HEAD_CHS[backbone]
-        self.norm = L2Norm(chs[0], dd)
+        head_chs = HEAD_CHS[backbone]
+        self.norm = L2Norm(head_chs[0], dd)
         self.extras = nn.ModuleList(
-            make_extra(c, out, kind, dd) for c, out, kind in zip(chs[1:5], chs[2:], extras, strict=True)
+            make_extra(c, out, kind, dd) for c, out, kind in zip(head_chs[1:5], head_chs[2:], extras, strict=True)
         )
-        self.loc = nn.ModuleList(nn.Conv2d(c, 4 * b, 3, padding=1, **dd) for c, b in zip(chs, boxes, strict=True))
+        self.loc = nn.ModuleList(nn.Conv2d(c, 4 * b, 3, padding=1, **dd) for c, b in zip(head_chs, boxes, strict=True))
         self.conf = self._new_classifier(num_classes, dd)
 
     def _new_classifier(self, num_classes: int, dd: dict[str, Any]) -> nn.ModuleList:
-        heads = zip(self.loc, self.boxes, strict=True)
-        return nn.ModuleList(nn.Conv2d(c.in_channels, b * (1 + num_classes), 3, padding=1, **dd) for c, b in heads)
+        heads = zip(HEAD_CHS[self.backbone], self.boxes, strict=True)
+        return nn.ModuleList(nn.Conv2d(c, b * (1 + num_classes), 3, padding=1, **dd) for c, b in heads)
 
     def get_classifier(self) -> nn.ModuleList:
         """The convolutions that give class logits, one for each map."""
@@ -336,7 +336,7 @@ def size_behind(layers: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSD) -> dict[str, Tensor]:
     """The authors' keys as ours; keys that are ours already stay."""
     stem = [f"stem.{j}" for j in range(len(model.stem))] if model.backbone == "vgg16" else ["stem"]
-    places = [*stem, *(f"stages.{i}.{j}" for i, stage in enumerate(model.stages) for j in range(len(stage)))]
+    places = [*stem, *(f"stages.{i}.{j}" for i, stage in enumerate(model.stages) for j, _ in stage.named_children())]
     base = {f"base.{i}": place for i, place in enumerate(places)}
     return weights.rename(
         state_dict,

@@ -19,7 +19,7 @@ from spd_zoo import weights
 from spd_zoo.boxes import anchor_boxes, cell_corners
 from spd_zoo.layers import SPPF, SpaceToDepth, YoloBottleneck, adapt_phases, yolo_conv
 from spd_zoo.losses import Target, yolov5_loss
-from spd_zoo.models._detector import YoloDetector, check_num_classes
+from spd_zoo.models._detector import YoloDetector, YoloHead, check_num_classes
 from spd_zoo.models._registry import register_model
 
 __all__ = ["YOLOv5SPD"]  # register_model adds the entry points
@@ -85,7 +85,7 @@ class Neck(nn.Module):
         return [out3, out4, out5]
 
 
-class Head(nn.Module):
+class Head(YoloHead):
     """A 1x1 convolution for each map; its outputs are box, objectness and classes, three times.
 
     Args:
@@ -103,7 +103,7 @@ class Head(nn.Module):
         ]
         self.anchors: Tensor  # width and height in cells, (levels, 3, 2)
         self.register_buffer("anchors", torch.tensor(cells, **dd))
-        self.m = nn.ModuleList()
+        self.m: Any = nn.ModuleList()  # Any because a ModuleList does not say of what
         self.reset_classes(num_classes, **dd)
 
     def classifiers(self) -> nn.ModuleList:
@@ -118,6 +118,7 @@ class Head(nn.Module):
                 bias = conv.bias.view(3, -1)
                 bias[:, 4] += math.log(8 / (640 / stride) ** 2)
                 bias[:, 5:] += math.log(0.6 / (num_classes - 0.99))
+        self.train(self.training)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """(N, chs, H, W) of each level -> (N, 3, H, W, 5 + classes)."""
@@ -134,6 +135,8 @@ class YOLOv5SPD(YoloDetector):
         in_chans: Image channels.
     """
 
+    head: Head
+
     def __init__(
         self,
         chs: tuple[int, int, int, int, int],
@@ -149,9 +152,9 @@ class YOLOv5SPD(YoloDetector):
         stem = nn.Sequential(SpaceToDepth("rows_first"), yolo_conv(4 * in_chans, chs[0], 3, **dd))
         stages = nn.Sequential()
         for in_chs, out_chs, depth in zip(chs, chs[1:], (few, more, many, few), strict=False):
-            down = downsample(in_chs, out_chs, **dd)
-            stages.append(nn.Sequential(*down, C3(4 * out_chs, out_chs, depth, add=True, **dd)))
-        stages[-1].append(SPPF(chs[4], **dd))
+            down, mix = downsample(in_chs, out_chs, **dd), C3(4 * out_chs, out_chs, depth, add=True, **dd)
+            stages.append(stage := nn.Sequential(*down, mix))
+        stage.append(SPPF(chs[4], **dd))
         neck = Neck(chs[2:], few, **dd)
         head = Head(chs[2:], self.strides, num_classes, **dd)
         super().__init__(stem, stages, neck, head, chs, num_classes, in_chans)

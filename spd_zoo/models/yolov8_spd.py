@@ -18,7 +18,7 @@ from spd_zoo import weights
 from spd_zoo.boxes import expected_distances, yolov8_predictions
 from spd_zoo.layers import SPPF, YoloBottleneck, space_to_depth, yolo_conv
 from spd_zoo.losses import Target, yolov8_loss
-from spd_zoo.models._detector import YoloDetector, check_num_classes
+from spd_zoo.models._detector import YoloDetector, YoloHead, check_num_classes
 from spd_zoo.models._registry import register_model
 
 __all__ = ["YOLOv8"]  # register_model adds the entry points
@@ -34,7 +34,7 @@ class SPDConv(ConvNormAct):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, ceil(H / 2), ceil(W / 2))."""
-        return super().forward(space_to_depth(x, "rows_first"))
+        return self.bn(self.conv(space_to_depth(x, "rows_first")))
 
 
 def downsample(in_chs: int, out_chs: int, spd: bool, **dd: Any) -> ConvNormAct:
@@ -90,7 +90,7 @@ class Neck(nn.Module):
         return [out3, out4, out5]
 
 
-class Head(nn.Module):
+class Head(YoloHead):
     """For each map a branch for the four sides of boxes and one for classes, with the authors' names.
 
     Args:
@@ -103,14 +103,14 @@ class Head(nn.Module):
         super().__init__()
         self.chs, self.strides = chs, strides
         width = max(16, chs[0] // 4, 4 * BINS)
-        self.cv2 = nn.ModuleList(self.branch(c, width, 4 * BINS, dd) for c in chs)  # sides
-        self.cv3 = nn.ModuleList()  # classes
+        self.cv2: Any = nn.ModuleList(self.branch(c, width, 4 * BINS, dd) for c in chs)  # sides
+        self.cv3: Any = nn.ModuleList()  # classes; Any because a ModuleList does not say of what
         self.dfl = nn.Conv2d(BINS, 1, 1, bias=False, **dd).requires_grad_(False)  # the distance of each bin, fixed
         self.reset_classes(num_classes, **dd)
         with torch.no_grad():
             self.dfl.weight.copy_(torch.arange(BINS).view(1, BINS, 1, 1))
-            for branch in self.cv2:
-                nn.init.ones_(branch[-1].bias)
+            for i in range(len(chs)):
+                nn.init.ones_(self.cv2.get_parameter(f"{i}.2.bias"))
 
     @staticmethod
     def branch(in_chs: int, width: int, outputs: int, dd: dict[str, Any]) -> nn.Sequential:
@@ -153,6 +153,8 @@ class YOLOv8(YoloDetector):
         in_chans: Image channels.
     """
 
+    head: Head
+
     def __init__(
         self,
         chs: tuple[int, int, int, int, int],
@@ -169,10 +171,9 @@ class YOLOv8(YoloDetector):
         stem = nn.Sequential(yolo_conv(in_chans, chs[0], 3, 2, **dd))
         stages = nn.Sequential()
         for in_chs, out_chs, depth in zip(chs, chs[1:], (few, many, many, few), strict=False):
-            stages.append(
-                nn.Sequential(downsample(in_chs, out_chs, spd, **dd), C2f(out_chs, out_chs, depth, True, **dd))
-            )
-        stages[-1].append(SPPF(chs[4], **dd))
+            down, mix = downsample(in_chs, out_chs, spd, **dd), C2f(out_chs, out_chs, depth, add=True, **dd)
+            stages.append(stage := nn.Sequential(down, mix))
+        stage.append(SPPF(chs[4], **dd))
         neck = Neck(chs[2:], few, spd, **dd)
         head = Head(chs[2:], self.strides, num_classes, **dd)
         super().__init__(stem, stages, neck, head, chs, num_classes, in_chans)
