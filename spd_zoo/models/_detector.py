@@ -15,22 +15,17 @@ from spd_zoo.models._backbone import Backbone
 __all__ = ["Detector", "YoloDetector", "YoloHead", "check_num_classes"]
 
 
-def check_num_classes(num_classes: int) -> int:
-    """`num_classes`, if a detector can have so many.
-
-    Raises:
-        ValueError: If there is not at least one class.
-    """
+def check_num_classes(num_classes: int) -> None:
+    """Raises ValueError if a detector cannot have so many classes."""
     if num_classes < 1:
         raise ValueError(f"a detector has at least one class of objects, got num_classes={num_classes}")
-    return num_classes
 
 
 class Detector(Backbone, ABC):
     """stem -> stages -> maps for the head -> raw predictions, with timm's contract as far as a detector can keep it.
 
-    `Raw` below is what `forward` gives: a list of maps, or for SSD a pair of tensors. `image_size` is the height and
-    width of the images that the raw predictions belong to; what one detector ignores another needs, so give it always.
+    Raw predictions are a list of maps, or for SSD a pair of tensors. `image_size` is the height and width of the images
+    that they belong to: SSD needs it, YOLO takes it from the maps, so code for any detector gives it.
     """
 
     @torch.jit.ignore
@@ -99,7 +94,7 @@ class YoloHead(nn.Module, ABC):
 
     @abstractmethod
     def reset_classes(self, num_classes: int, **dd: Any) -> None:
-        """New, untrained layers for so many classes, with `device` and `dtype`."""
+        """New, untrained layers for so many classes, with `device` and `dtype`; raises ValueError without any class."""
 
 
 class YoloDetector(Detector):
@@ -132,7 +127,7 @@ class YoloDetector(Detector):
             {"num_chs": c, "reduction": 2 ** (i + 1), "module": module}
             for i, (c, module) in enumerate(zip(chs, modules, strict=True))
         ]
-        super().__init__(stem, stages, feature_info, check_num_classes(num_classes), in_chans)
+        super().__init__(stem, stages, feature_info, num_classes, in_chans)
         self.neck = neck
         self.head = head
 
@@ -163,5 +158,5 @@ class YoloDetector(Detector):
         Raises:
             ValueError: If there is not at least one class.
         """
-        self.head.reset_classes(check_num_classes(num_classes), **get_device_dtype(self.head))
+        self.head.reset_classes(num_classes, **get_device_dtype(self.head))
         self.num_classes = num_classes

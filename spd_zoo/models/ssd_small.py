@@ -155,7 +155,6 @@ class SSD(Detector):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_num_classes(num_classes)
         make_layers, make_extra = {"vgg16": (vgg16, vgg16_extra), "mobilenetv1": (mobilenetv1, mobilenetv1_extra)}[
             backbone
         ]
@@ -176,6 +175,7 @@ class SSD(Detector):
         self.conf = self._new_classifier(num_classes, dd)
 
     def _new_classifier(self, num_classes: int, dd: dict[str, Any]) -> nn.ModuleList:
+        check_num_classes(num_classes)
         heads = zip(HEAD_CHS[self.backbone], self.boxes, strict=True)
         return nn.ModuleList(nn.Conv2d(c, b * (1 + num_classes), 3, padding=1, **dd) for c, b in heads)
 
@@ -189,7 +189,7 @@ class SSD(Detector):
         Raises:
             ValueError: If there is not at least one class.
         """
-        self.conf = self._new_classifier(check_num_classes(num_classes), get_device_dtype(self)).train(self.training)
+        self.conf = self._new_classifier(num_classes, get_device_dtype(self)).train(self.training)
         self.num_classes = num_classes
 
     def num_classes_of(self, outputs: int) -> int:

@@ -111,7 +111,8 @@ class Head(YoloHead):
         return self.m
 
     def reset_classes(self, num_classes: int, **dd: Any) -> None:
-        """New convolutions."""
+        """New convolutions; raises ValueError without any class."""
+        check_num_classes(num_classes)
         self.m = nn.ModuleList(nn.Conv2d(c, 3 * (5 + num_classes), 1, **dd) for c in self.chs)
         with torch.no_grad():
             for conv, stride in zip(self.m, self.strides, strict=True):
@@ -147,7 +148,6 @@ class YOLOv5SPD(YoloDetector):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_num_classes(num_classes)
         few, more, many = repeats
         stem = nn.Sequential(SpaceToDepth("rows_first"), yolo_conv(4 * in_chans, chs[0], 3, **dd))
         stages = nn.Sequential()

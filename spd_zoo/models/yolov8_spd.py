@@ -127,7 +127,12 @@ class Head(YoloHead):
         return nn.ModuleList(branch[-1] for branch in self.cv3)
 
     def reset_classes(self, num_classes: int, **dd: Any) -> None:
-        """New last convolutions of the class branches, or new branches if their width is another."""
+        """New last convolutions of the class branches, or new branches if their width is another.
+
+        Raises:
+            ValueError: If there is not at least one class.
+        """
+        check_num_classes(num_classes)
         width = self.class_width(num_classes)
         if not len(self.cv3) or self.cv3[0][-1].in_channels != width:
             self.cv3 = nn.ModuleList(self.branch(c, width, num_classes, dd) for c in self.chs)
@@ -166,7 +171,6 @@ class YOLOv8(YoloDetector):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_num_classes(num_classes)
         few, many = repeats
         stem = nn.Sequential(yolo_conv(in_chans, chs[0], 3, 2, **dd))
         stages = nn.Sequential()
