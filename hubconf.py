@@ -4,6 +4,6 @@ from timm import is_model as _is_model
 
 from spd_zoo import models as _models
 
-dependencies = ["torch", "timm", "huggingface_hub", "safetensors"]
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
 
 globals().update({name: value for name, value in vars(_models).items() if _is_model(name)})

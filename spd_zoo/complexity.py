@@ -7,7 +7,7 @@ count, so a printed figure compares with nothing but the same rule; `COUNTERS` h
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,8 @@ def _storage(tensor: Tensor) -> int:
 def trace(net: nn.Module, input_size: tuple[int, int, int]) -> list[Operation]:
     """The operators that `net` runs in evaluation for one image of `input_size` (C, H, W), in their order.
 
+    A detector's decoding of what it predicts is among them.
+
     Only `net` on the "meta" device is counted exactly: on a CPU, pyramids are computed packed, with more operations.
 
     Raises:
@@ -102,7 +104,9 @@ def trace(net: nn.Module, input_size: tuple[int, int, int]) -> list[Operation]:
         raise ValueError('counting needs a network on the "meta" device: timm.create_model(name, device="meta")')
     was_training = net.training
     with _Recorder(net.parameters()) as recorder, torch.no_grad():
-        net.eval()(torch.empty(1, *input_size, device="meta"))
+        result = net.eval()(torch.empty(1, *input_size, device="meta"))
+        if hasattr(net, "decode"):
+            cast("Any", net).decode(result, input_size[1:])
     net.train(was_training)
     return recorder.operations
 
@@ -220,6 +224,27 @@ def thop_2020(operations: Sequence[Operation], pools: str = "none") -> int:
     return _total(operations, costs) + biases + sum(operations[i].inputs + operations[i].outputs for i in modules)
 
 
+def thop_yolo(operations: Sequence[Operation]) -> int:
+    """What YOLOv5 v6.0 and ultralytics 8.1.0 print: twice thop's convolutions and 4 for each element of a BatchNorm."""
+    return 2 * (macs(operations) + _total(operations, {"batch_norm": lambda op: 4 * op.outputs}))
+
+
+def ssd(operations: Sequence[Operation]) -> int:
+    """The profiler of small_object_detection, for its SSD networks.
+
+    Convolutions with their bias, 2 for each element into a BatchNorm, 1 into a max-pool, a ReLU6 and a ReLU of the
+    backbone. It does not see functions, which the ReLUs behind the L2 normalisation are there.
+    """
+    costs: dict[str, Callable[[Operation], int]] = {
+        "conv": lambda op: op.macs + op.biased,
+        "batch_norm": lambda op: 2 * op.inputs,
+        **dict.fromkeys(("max_pool", "hardtanh_"), lambda op: op.inputs),
+    }
+    normalised = [operation.kind for operation in operations].index("linalg_vector_norm")
+    relus = [operation.inputs for operation in operations[:normalised] if operation.kind == "relu"]
+    return _total(operations, costs) + sum(relus)
+
+
 COUNTERS: dict[str, Callable[[Sequence[Operation]], int]] = {
     "macs": macs,
     "fvcore": fvcore,
@@ -228,4 +253,6 @@ COUNTERS: dict[str, Callable[[Sequence[Operation]], int]] = {
     "thop_2020": thop_2020,
     "thop_2020_head": partial(thop_2020, pools="head"),
     "thop_2020_pools": partial(thop_2020, pools="all"),
+    "thop_yolo": thop_yolo,
+    "ssd": ssd,
 }

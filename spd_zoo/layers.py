@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, to_2tuple
-from timm.models import register_notrace_module
+from timm.models import adapt_input_conv, register_notrace_module
 from timm.models.efficientformer_v2 import Attention2dDownsample, Downsample
 from torch import Tensor, nn
 
 __all__ = [
+    "SPPF",
     "AttentionDownsample",
     "BSConvS2d",
     "BSConvU2d",
@@ -24,12 +25,16 @@ __all__ = [
     "PyConv2d",
     "SPDConv2d",
     "SpaceToDepth",
+    "YoloBottleneck",
+    "adapt_phases",
     "conv_norm_act",
+    "is_exporting",
     "orthonormality",
     "phase_weight",
     "resample_to_fit",
     "space_to_depth",
     "spd_weight",
+    "yolo_conv",
 ]
 
 
@@ -72,12 +77,12 @@ class SpaceToDepth(nn.Module):
 def _pad_to_even(x: Tensor) -> Tensor:
     """`x` with a row or column of zeros at the bottom or right where its height or width is odd."""
     height, width = x.shape[-2], x.shape[-1]
-    if _is_exporting() or height % 2 or width % 2:
+    if is_exporting() or height % 2 or width % 2:
         return F.pad(x, [0, width % 2, 0, height % 2])
     return x
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
     """Whether `torch.export` reads the code: then no branch may depend on the image size, which may be dynamic."""
     exporting = False
     if not torch.jit.is_scripting():
@@ -102,6 +107,20 @@ def spd_weight(weight: Tensor, padding: int) -> Tensor:
     kernel = weight.shape[-1]
     before, after = padding % 2, (kernel - padding) % 2
     return F.pixel_unshuffle(F.pad(weight, [before, after, before, after]), 2)
+
+
+def adapt_phases(weight: Tensor, in_chans: int) -> Tensor:
+    """The kernel of a convolution behind a `space_to_depth` of the image ("rows_first"), for other image channels.
+
+    As timm adapts kernels, but phase by phase. A kernel that does not read four phases stays, and fails its check.
+
+    Args:
+        weight: The old kernel, (out_chs, 4 * image channels, k, k).
+        in_chans: The new image channels.
+    """
+    if weight.ndim != 4 or weight.shape[1] % 4 or weight.shape[1] == 4 * in_chans:
+        return weight
+    return torch.cat([adapt_input_conv(in_chans, phase, weight.shape[1] // 4) for phase in weight.chunk(4, 1)], 1)
 
 
 def phase_weight(weight: Tensor, stride: int) -> Tensor:
@@ -169,7 +188,7 @@ class SPDConv2d(nn.Conv2d):
         before, after = self.pad_before, self.pad_after
         bottom, right = after + x.shape[-2] % 2, after + x.shape[-1] % 2
         weight = F.pixel_shuffle(self.weight, 2)
-        if _is_exporting() or not (before == bottom and before == right):
+        if is_exporting() or not (before == bottom and before == right):
             return F.conv2d(F.pad(x, [before, right, before, bottom]), weight, self.bias, 2, groups=self.groups)
         return F.conv2d(x, weight, self.bias, 2, before, groups=self.groups)
 
@@ -261,7 +280,7 @@ class PyConv2d(nn.ModuleDict):
                 outputs.append(level(x))
         else:
             for level in self.values():
-                narrow = x.device.type == "cpu" and is_narrow(level) and not _is_exporting()
+                narrow = x.device.type == "cpu" and is_narrow(level) and not is_exporting()
                 outputs.append(four_at_a_time(level, x) if narrow else level(x))
         return torch.cat(outputs, 1)
 
@@ -326,6 +345,64 @@ def conv_norm_act(
     )
 
 
+def yolo_conv(
+    in_chs: int,
+    out_chs: int,
+    kernel_size: int = 1,
+    stride: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ConvNormAct:
+    """The convolution of YOLOv5 and YOLOv8: BatchNorm (eps 1e-3, momentum 0.03) and SiLU behind it."""
+    norm = {"eps": 1e-3, "momentum": 0.03}
+    return conv_norm_act(in_chs, out_chs, kernel_size, stride, 1, nn.SiLU, norm, device, dtype)
+
+
+class YoloBottleneck(nn.Module):
+    """Two convolutions, the second 3x3, and with `add` their input on top: a block inside YOLOv5's C3 and YOLOv8's C2f.
+
+    Args:
+        chs: Channels.
+        kernel_size: Of the first convolution.
+        add: Whether there is a shortcut.
+    """
+
+    def __init__(
+        self,
+        chs: int,
+        kernel_size: int,
+        add: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.cv1 = yolo_conv(chs, chs, kernel_size, device=device, dtype=dtype)
+        self.cv2 = yolo_conv(chs, chs, 3, device=device, dtype=dtype)
+        self.add = add
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, chs, H, W) -> the same shape."""
+        y = self.cv2(self.cv1(x))
+        return x + y if self.add else y
+
+
+class SPPF(nn.Module):
+    """Spatial pyramid pooling as YOLOv5 and YOLOv8 have it: a map beside its maxima over 5, 9 and 13 pixels."""
+
+    def __init__(self, chs: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.cv1 = yolo_conv(chs, chs // 2, device=device, dtype=dtype)
+        self.cv2 = yolo_conv(2 * chs, chs, device=device, dtype=dtype)
+        self.pool = nn.MaxPool2d(5, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, chs, H, W) -> the same shape."""
+        maps = [self.cv1(x)]
+        for _ in range(3):
+            maps.append(self.pool(maps[-1]))
+        return self.cv2(torch.cat(maps, 1))
+
+
 @register_notrace_module
 class PaddingFreeDownsample(nn.Module):
     """A convolution of stride 2 with less padding than usual, plus a max-pool of the convolution's input.
@@ -376,7 +453,7 @@ class PaddingFreeDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, floor((H - 3) / 2) + 1, floor((W - 3) / 2) + 1); H and W at least 3."""
-        if not _is_exporting() and min(x.shape[-2], x.shape[-1]) < 3:
+        if not is_exporting() and min(x.shape[-2], x.shape[-1]) < 3:
             raise ImageSizeError(
                 f"padding-free downsampling needs maps of at least 3x3 pixels, got {x.shape[-2]}x{x.shape[-1]}: "
                 "give larger images"

@@ -1,8 +1,9 @@
 """Recorded cases: what the authors' networks compute and cost, and the weights and inputs they were recorded with.
 
-`golden/<family>.json` holds one case a line: `entries` (every tensor of the authors' state dict), `input`, and digests
-of what came out: `outputs`, `features` of the stages, `stress` (the input scaled) and `batch_difference_float64`
-(y[0] - y[1] in float64, which notices what plain logits hide).
+`golden/<family>.json` holds one case a line: `entries` (every tensor of the authors' state dict), `kept` (those with
+values of their own), `input`, and digests of what came out: `outputs`, `features` of the stages, `stress` (the input
+scaled) and `batch_difference_float64` (y[0] - y[1] in float64, which notices what plain logits hide). Detectors have
+`box_outputs` and `level_outputs` (parts of the outputs), and on made-up predictions `loss` and `postprocess`.
 """
 
 import json
@@ -17,10 +18,15 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def cases(family: str) -> list[dict[str, Any]]:
-    """The cases of `golden/<family>.json`, each with its own `entries`."""
+    """The cases of `golden/<family>.json`, each with its own `entries` and `kept`."""
     found = json.loads((FOLDER / f"{family}.json").read_text())
     by_id = {case["id"]: case for case in found}
-    return [{**case, "entries": by_id[case.get("same_entries_as", case["id"])]["entries"]} for case in found]
+    shared = {"entries": "same_entries_as", "kept": "same_kept_as"}
+    for case in found:
+        for field, other in shared.items():
+            if other in case:
+                case[field] = by_id[case[other]][field]
+    return found
 
 
 def fill_tensor(key: str, shape: Sequence[int]) -> np.ndarray:

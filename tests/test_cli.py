@@ -41,7 +41,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made_up_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = Entry("pyconvresnet50", "pyconvresnet", 1000, (3, 224, 224), (7, 7), params=24_847_720, macs=3_820_441_600)
+    base = Entry("pyconvresnet50", "pyconvresnet", 1000, (3, 224, 224), params=24_847_720, macs=3_820_441_600)
     metrics = tuple(
         {"dataset": "Photos", "metric": metric, "value": value, "input_size": size, "measured_by": "us"}
         for metric, value, size in (("top5", 99.0, 224), ("top1", 80.0, 320), ("top1", 78.125, 224))

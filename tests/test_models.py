@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from networks import assert_close, load, noise, originals, random_network
 from timm.layers import DropPath
 from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
@@ -23,10 +23,10 @@ import timm_contract
 
 import spd_zoo
 from spd_zoo.layers import ImageSizeError, PhaseMix, PositionAwareCircularConv2d, SpaceToDepth, SPDConv2d
-from spd_zoo.models._classifier import HiddenLayerHead
+from spd_zoo.models._classifier import Classifier, HiddenLayerHead
 from spd_zoo.models.pyconvresnet import Bottleneck, PyConvResNet
 
-NETWORKS = timm_contract.classification_networks()
+NETWORKS = timm_contract.own_networks(Classifier)
 ARCHITECTURES = timm_contract.one_per_architecture(NETWORKS)
 CASES = [case for family in ("pyconv", "spd_resnet", "pfd_bsconv", "pfd_mobile") for case in golden.cases(family)]
 PYCONV = ["pyconvresnet18", "pyconvresnet50", "pyconvhgresnet50", "pyconvresnet50_spd"]
@@ -48,12 +48,6 @@ def twins() -> list[Any]:
     return sorted(params, key=lambda param: str(param.id))
 
 
-def originals(case: dict[str, Any]) -> dict[str, Tensor]:
-    """The case's tensors under the authors' names."""
-    arrays = golden.fill_state_dict(case["entries"], case.get("kept"))
-    return {key: torch.from_numpy(array) for key, array in arrays.items()}
-
-
 def case_of(name: str) -> dict[str, Any]:
     """The case of a network, or of its strided twin, with the smallest input."""
     own = [case for case in CASES if case["model"] == name.removesuffix("_spd") or case["model"] == name]
@@ -72,54 +66,6 @@ def images(name: str, count: int, height: int, width: int) -> Tensor:
     if name.endswith("_pfd") and not name.startswith("cifar_"):
         return noise(count, 3, 2 * height, 2 * width)
     return noise(count, 3, height, width)
-
-
-def load(name: str, file: Path, **kwargs: Any) -> Any:
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs).eval()
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Any:
-    """Writes a network's own tensors, or given ones, to a file that lives as long as the test."""
-    written = []
-
-    def save(content: Any, suffix: str = ".pth") -> Path:
-        file = tmp_path / f"{len(written)}{suffix}"
-        written.append(file)
-        if isinstance(content, nn.Module):
-            content = content.state_dict()
-        if suffix == ".safetensors":
-            save_file(content, file)
-        else:
-            torch.save(content, file)
-        return file
-
-    yield save
-    for file in written:
-        file.unlink()
-
-
-def random_network(name: str, **kwargs: Any) -> Any:
-    """A network in which no two channels and no two phases play the same part."""
-    torch.manual_seed(0)
-    net = timm.create_model(name, **kwargs)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-        elif isinstance(module, PhaseMix):
-            nn.init.uniform_(module.weight)
-    return net.eval()
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
-    """Equal up to `rtol` of the largest value."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 # What the authors' networks compute

@@ -242,6 +242,12 @@ def test_a_saved_folder_with_another_networks_name_is_refused(saved: str, tmp_pa
         next(predict(f"local-dir:{tmp_path}", [tmp_path]))
 
 
+def test_a_detector_is_refused(tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("yolov8n_spd", num_classes=3), str(tmp_path), safe_serialization=True)
+    with pytest.raises(ModelError, match="is a detector; give a classification network"):
+        next(predict(str(tmp_path), [write_image(tmp_path / "a.png")], device="cpu"))
+
+
 def test_an_impossible_device_is_refused(saved: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot use device 'nonsense'"):
         next(predict(saved, [tmp_path], device="nonsense"))

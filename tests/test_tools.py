@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import benchmark
 import timm_contract
 
-EVERY = timm_contract.classification_networks()
+from spd_zoo.models._classifier import Classifier
+
+EVERY = timm_contract.own_networks(Classifier)
 NETWORKS = benchmark.with_a_plain_way(timm_contract.one_per_architecture(EVERY))
 
 
@@ -27,7 +29,7 @@ def test_one_per_architecture_has_every_layer_and_no_depth_twice() -> None:
 
 
 def test_networks_without_layers_of_ours_to_write_otherwise_have_no_plain_way() -> None:
-    names = ["cifar_ghostnet_pfd", "pyconvresnet18", "resnet18_spd", "cifar_resnet20"]
+    names = ["cifar_ghostnet_pfd", "pyconvresnet18", "resnet18_spd", "cifar_resnet20", "yolov5n_spd"]
     assert benchmark.with_a_plain_way(names) == ["pyconvresnet18", "resnet18_spd"]
 
 
@@ -89,6 +91,12 @@ def test_memory_of_a_step_counts_its_weights_and_maps(capsys: pytest.CaptureFixt
     weights = 4 * sum(p.numel() for p in timm.create_model("pyconvresnet18", device="meta").parameters()) / 2**20
     assert weights < row["MiB"] < 2000
     assert weights < row["MiB plain"] < 2000
+
+
+def test_a_detector_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--network", "yolov8n_spd"])
+    assert "yolov8n_spd is a detector" in capsys.readouterr().err
 
 
 def test_a_form_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,12 @@ def test_options_without_meaning_are_refused_and_leave_no_folder(folders, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_detector_is_refused_and_leaves_no_folder(folders, tmp_path):
+    with pytest.raises(ValueError, match="yolov8n_spd is a detector; give a classification network"):
+        finetune(config(folders, tmp_path / "run", model="yolov8n_spd"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_validation_split_is_said(folders, tmp_path):
     (folders / "val").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="no val split; add one or hold images out with --val-size"):

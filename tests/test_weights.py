@@ -24,6 +24,7 @@ from timm.models import load_checkpoint, save_for_hf
 
 import spd_zoo
 from spd_zoo import WeightsError
+from spd_zoo.models._detector import Detector
 from spd_zoo.weights import entries, fetch, sha256_of
 from spd_zoo.weights.fetch import BUNDLED
 from spd_zoo.weights.manifest import Entry, manifest_path
@@ -94,11 +95,24 @@ def test_an_entry_describes_the_network_that_is_built(entry):
         for field in ("num_classes", "input_size", "pool_size", "mean", "std", "crop_pct", "interpolation"):
             assert cfg[field] == getattr(entry, field)
     assert cfg["architecture"] == entry.network
-    assert net.num_classes == entry.num_classes == net.get_submodule(cfg["classifier"]).out_features
+    assert net.num_classes == entry.num_classes
     first_conv = net.get_submodule(cfg["first_conv"])
     assert first_conv is next(module for module in net.modules() if isinstance(module, torch.nn.Conv2d))
-    last_map = net.forward_features(torch.empty(1, *entry.input_size, device="meta"))
-    assert last_map.shape[-2:] == entry.pool_size
+    maps = net.forward_features(torch.empty(1, *entry.input_size, device="meta"))
+    if isinstance(net, Detector):
+        classifiers = [net.get_submodule(name) for name in cfg["classifier"]]
+        assert classifiers == list(net.get_classifier())
+        assert net.num_classes_of(classifiers[0].out_channels) == entry.num_classes
+        assert len(maps) == len(classifiers)
+        assert entry.pool_size is None
+    else:
+        assert net.get_submodule(cfg["classifier"]).out_features == entry.num_classes
+        assert maps.shape[-2:] == entry.pool_size
+
+
+@pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
+def test_a_file_is_named_exactly_where_the_link_is_a_folder(entry):
+    assert bool(entry.original_file) == ("/folders/" in str(entry.original_link))
 
 
 @pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
@@ -148,7 +162,7 @@ def hub(monkeypatch):
 
 
 def an_entry(content=b"the weights", **fields):
-    entry = Entry("network.tag", "group", 10, (3, 32, 32), (1, 1), params=1, macs=1)
+    entry = Entry("network.tag", "group", 10, (3, 32, 32), params=1, macs=1)
     return replace(entry, **{"source": PINNED, "sha256": hashlib.sha256(content).hexdigest()} | fields)
 
 

@@ -36,6 +36,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d
+from spd_zoo.models._classifier import Classifier
+from spd_zoo.models._detector import Detector
 
 QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # patterns of forms
 
@@ -115,10 +117,13 @@ def plain_twin(net: nn.Module) -> nn.Module:
 
 
 def with_a_plain_way(names: Iterable[str]) -> list[str]:
-    """Those of the networks that hold a layer which the plain way writes otherwise."""
+    """Those of the networks that are classifiers and hold a layer which the plain way writes otherwise."""
     ours = (SpaceToDepth, SPDConv2d, PhaseMix, PyConv2d)
+    nets = {name: timm.create_model(name, device="meta") for name in names}
     return [
-        name for name in names if any(isinstance(m, ours) for m in timm.create_model(name, device="meta").modules())
+        name
+        for name, net in nets.items()
+        if isinstance(net, Classifier) and any(isinstance(module, ours) for module in net.modules())
     ]
 
 
@@ -282,6 +287,8 @@ def main(argv: list[str]) -> int:
     forms = [form for form in FORMS if any(fnmatch.fnmatch(str(form), pattern) for pattern in args.forms)]
     if not forms:
         parser.error(f"no form matches {args.forms}; there are: {', '.join(map(str, FORMS))}")
+    if args.network != "all" and isinstance(timm.create_model(args.network, device="meta"), Detector):
+        parser.error(f"{args.network} is a detector; this compares classification networks")
     torch.set_num_threads(args.threads)
     own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
     note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"

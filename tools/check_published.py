@@ -34,7 +34,7 @@ COLUMNS = {  # of published.csv, and what may stand there
     "input": r"(3(x[1-9]\d*){2})?",
     "classes": r"\d*",
     **dict.fromkeys(("dataset", "table", "row"), r".*"),
-    **dict.fromkeys(("params", "flops"), r"(\d+(\.\d+)?[MG])?"),
+    **dict.fromkeys(("params", "flops"), r"(\d+|\d+(\.\d+)?[MG])?"),
     "accuracy": r"(.*\d.*)?",
     "latency": r".*",
     "counter": "|".join(["", *complexity.COUNTERS]),
@@ -97,7 +97,9 @@ def measure(network: str, input: str, classes: int) -> tuple[dict[str, str], lis
 
 
 def as_printed(count: str, printed: str) -> str:
-    """`count` in the unit and with the digits of a printed figure."""
+    """`count` in the unit, if any, and with the digits of a printed figure."""
+    if printed.isdigit():
+        return count
     unit = {"M": 10**6, "G": 10**9}[printed[-1]]
     return f"{(Decimal(count) / unit).quantize(Decimal(printed[:-1]), ROUND_HALF_UP)}{printed[-1]}"
 

@@ -41,18 +41,24 @@ def checkpoints() -> str:
         if entry.tag:
             figures = ", ".join(_figure(metric) for metric in entry.metrics)
             rows.append([f"`{entry.name}`", str(entry.dataset), figures, _place(entry), str(entry.license)])
-    return table(["weights", "trained on", "top-1", "file", "licence"], rows)
+    return table(["weights", "trained on", "accuracy", "file", "licence"], rows)
 
 
 def _figure(metric: dict[str, Any]) -> str:
     who = "measured here" if metric["measured_by"] == "us" else "the authors' figure"
-    return f"{metric['value']:.2f} % on {metric['dataset']} at {metric['input_size']} px ({who})"
+    kind, value = metric["metric"], f"{metric['value']:.2f} %"
+    if kind.startswith("ap"):
+        value = f"{kind.replace('ap', 'AP').replace('_', ' ')} {metric['value']:.1f} %"
+    elif kind != "top1":
+        value = f"{kind} {value}"
+    return f"{value} on {metric['dataset']} at {metric['input_size']} px ({who})"
 
 
 def _place(entry: Entry) -> str:
     if entry.verified:
         return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
-    return f"[authors' link]({entry.original_link}), not verified"
+    file = f"`{entry.original_file}` behind the " if entry.original_file else ""
+    return f"{file}[authors' link]({entry.original_link}), not verified"
 
 
 def speed() -> str:

@@ -15,11 +15,13 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+from torch import nn
 
 import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo.models._classifier import Classifier
@@ -57,10 +59,11 @@ NOT_APPLICABLE = {
 }
 
 
-def classification_networks() -> list[str]:
-    """Our classification networks by name, each architecture's from shallow to deep."""
+@cache
+def own_networks(kind: type[nn.Module]) -> list[str]:
+    """Our networks of a kind, `Classifier` or `Detector`, by name, each architecture's from shallow to deep."""
     own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
-    return [name for name in own if isinstance(timm.create_model(name, device="meta"), Classifier)]
+    return [name for name in own if isinstance(timm.create_model(name, device="meta"), kind)]
 
 
 def one_per_architecture(names: Sequence[str]) -> list[str]:
@@ -178,7 +181,7 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:
         print(f"nothing was tested: {error}", file=sys.stderr)
         return 2
-    names = classification_networks()
+    names = own_networks(Classifier)
     plugin = OnlyOurs(names if args.all else one_per_architecture(names))
     plugin.patch()
     own = ["-c", str(tests.parent.parent / "pyproject.toml"), "-p", "no:cacheprovider", "--disable-warnings", "-q"]

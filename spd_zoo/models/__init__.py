@@ -8,3 +8,6 @@ from spd_zoo.models.pfd_parc_mobilenetv2 import *
 from spd_zoo.models.pfd_shufflenetv2 import *
 from spd_zoo.models.pyconvresnet import *
 from spd_zoo.models.resnet_spd import *
+from spd_zoo.models.ssd_small import *
+from spd_zoo.models.yolov5_spd import *
+from spd_zoo.models.yolov8_spd import *

@@ -11,6 +11,8 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from spd_zoo.models._backbone import Backbone
+
 __all__ = ["Classifier", "HiddenLayerHead", "last_of_each_reduction"]
 
 
@@ -102,7 +104,7 @@ class HiddenLayerHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-class Classifier(nn.Module):
+class Classifier(Backbone):
     """stem -> stages -> head, with timm's contract for classification networks and feature backbones.
 
     Args:
@@ -117,8 +119,6 @@ class Classifier(nn.Module):
         head: What reads the last map, if it is not timm's `ClassifierHead`.
     """
 
-    pretrained_cfg: dict[str, Any]  # set by timm
-
     def __init__(
         self,
         stem: nn.Sequential,
@@ -132,19 +132,7 @@ class Classifier(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.grad_checkpointing = False
-        self.feature_info = feature_info
-        # of each map, how many stages lie in front of it
-        self.map_depths = [
-            int(info["module"].removeprefix("stages.")) + 1 if info["module"].startswith("stages.") else 0
-            for info in feature_info
-        ]
-        self.stem = stem
-        self.stages = stages
-        self.num_features: int = feature_info[-1]["num_chs"]
+        super().__init__(stem, stages, feature_info, num_classes, in_chans)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.head = head or ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
@@ -153,11 +141,6 @@ class Classifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups from input to output, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory in training: the inner maps of every stage are computed again for the gradient."""
-        self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -218,41 +201,6 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps that `feature_info` describes, as timm's networks give them.
-
-        Args:
-            x: Images, (N, in_chans, H, W).
-            indices: Which maps: the last n if an int, all if None.
-            norm: Has no effect; there is no final norm.
-            stop_early: Leave out the stages behind the last map asked for.
-            output_fmt: Only "NCHW".
-            intermediates_only: Return the list alone, without the last map.
-
-        Raises:
-            ValueError: If `output_fmt` is not "NCHW".
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is NCHW, got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        depths = [self.map_depths[i] for i in take]
-        x = self.stem(x)
-        maps = [x] if 0 in depths else []
-        stages = self.stages[: self.map_depths[last]] if stop_early else self.stages
-        for i, stage in enumerate(stages):
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
-            if i + 1 in depths:
-                maps.append(x)
-        return maps if intermediates_only else (x, maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import SpaceToDepth
+from spd_zoo.layers import SpaceToDepth, adapt_phases
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._registry import register_model
 
@@ -128,10 +127,8 @@ _RENAMES = (  # the authors' keys -> ours
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dict[str, Tensor]:
     """The authors' keys as ours; keys that are ours already stay. Image channels are adapted phase by phase."""
     state_dict = weights.rename(state_dict, _RENAMES)
-    stem = state_dict.get("stem.1.weight")
-    if stem is not None and stem.ndim == 4 and stem.shape[1] != 4 * model.in_chans and stem.shape[1] % 4 == 0:
-        phases = [adapt_input_conv(model.in_chans, phase, stem.shape[1] // 4) for phase in stem.chunk(4, 1)]
-        state_dict["stem.1.weight"] = torch.cat(phases, 1)
+    if "stem.1.weight" in state_dict:
+        state_dict["stem.1.weight"] = adapt_phases(state_dict["stem.1.weight"], model.in_chans)
     return state_dict
 
 

@@ -19,6 +19,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spd_zoo.models._detector import Detector
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.training.data import DataError, loader, open_data, train_val_split
 from spd_zoo.weights import WeightsError
@@ -118,6 +119,8 @@ def finetune(config: FinetuneConfig) -> float:
         if isinstance(error, WeightsError):
             raise
         raise ValueError(f"cannot use device {config.device!r}: {error}") from error
+    if isinstance(net, Detector):
+        raise ValueError(f"{config.model} is a detector; give a classification network")
     _claim(config)
     input_config = resolve_data_config(model=net)
     normalize = {"mean": input_config["mean"], "std": input_config["std"]}

@@ -24,11 +24,13 @@ __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def default_cfgs(group: str, first_conv: str | Callable[[str], str], classifier: str) -> dict[str, Any]:
+def default_cfgs(
+    group: str, first_conv: str | Callable[[str], str], classifier: str | tuple[str, ...]
+) -> dict[str, Any]:
     """timm's configurations of all networks and checkpoints in a group of the manifest.
 
     `first_conv` and `classifier` name the network's first convolution, or say it for a network's name, and its last
-    layer.
+    layer, or a detector's, one for each map.
 
     A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known.
     """

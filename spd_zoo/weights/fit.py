@@ -71,17 +71,31 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
         meta: The network, with `in_chans` image channels.
         in_chans: Image channels of `meta`.
     """
-    classifier, stem = (state_dict.get(f"{cfg_of(meta)[key]}.weight") for key in ("classifier", "first_conv"))
+    classifier, stem = (state_dict.get(f"{name}.weight") for name in (classifiers(meta)[0], cfg_of(meta)["first_conv"]))
     own = meta.get_submodule(cfg_of(meta)["first_conv"]).weight
     if isinstance(own, Tensor) and stem is not None and stem.ndim == 4:
         in_chans = stem.shape[1] * in_chans // own.shape[1]
-    return {"num_classes": 0 if classifier is None else classifier.shape[:1].numel(), "in_chans": in_chans}
+    return {"num_classes": _num_classes(classifier, meta), "in_chans": in_chans}
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that depend on the number of classes; empty if there are none."""
+    names = cfg_of(model)["classifier"] or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _num_classes(weight: Tensor | None, model: nn.Module) -> int:
+    """How many classes a checkpoint of a network like `model` tells apart, by its first classifier's weight, if any."""
+    of_outputs: Callable[[int], int] | None = getattr(model, "num_classes_of", None)  # detectors' layers say more
+    if of_outputs is None:
+        return 0 if weight is None else weight.shape[:1].numel()
+    return cast("int", model.num_classes) if weight is None else of_outputs(weight.shape[:1].numel())
 
 
 def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = False) -> str | None:
     """The first difference between a checkpoint and a network; None if there is none."""
     cfg, own = cfg_of(model), model.state_dict()
-    other = () if with_classifier or not cfg["classifier"] else (f"{cfg['classifier']}.",)
+    other = () if with_classifier else tuple(f"{name}." for name in classifiers(model))
     expected = {key: list(tensor.shape) for key, tensor in own.items() if not key.startswith(other)}
     given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
     adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels

@@ -41,9 +41,9 @@ class Entry:
     group: str  # the model file it belongs to; "timm" for a network of timm's own
     num_classes: int
     input_size: tuple[int, int, int]
-    pool_size: tuple[int, int]
     params: int  # of the network with num_classes outputs
     macs: int  # convolutions and linear layers, one image of input_size
+    pool_size: tuple[int, int] | None = None  # of the last map at input_size; detectors pool none
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875

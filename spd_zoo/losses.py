@@ -1,0 +1,326 @@
+"""Losses of detectors: raw predictions and targets in, one scalar per term out, gains included.
+
+Every loss is what the authors' training minimises, as the sum of its terms.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_convert, box_iou
+
+from spd_zoo.boxes import anchor_boxes, complete_iou, expected_distances, ssd_encode, yolov8_predictions
+
+__all__ = ["Target", "check_targets", "ssd_loss", "yolov5_loss", "yolov5_matches", "yolov8_loss", "yolov8_matches"]
+
+
+class Target(TypedDict):
+    """The objects of an image: `boxes` (M, 4), x1 y1 x2 y2 in input pixels, and `labels` (M,) from 0."""
+
+    boxes: Tensor
+    labels: Tensor
+
+
+def check_targets(
+    targets: Sequence[Target], batch: int, num_classes: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """The boxes (M, 4), float32, and labels (M,) of each image, on `device`.
+
+    Raises:
+        ValueError: If there are not as many targets as images, or a target has other shapes, labels that there are not,
+            or a box that is not finite or has no width or height.
+    """
+    if len(targets) != batch:
+        raise ValueError(f"there are {batch} images and {len(targets)} targets: give one for each image")
+    checked = []
+    for i, target in enumerate(targets):
+        if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys():
+            raise ValueError(f"target {i} must be a dict with boxes (M, 4) and labels (M,), got {_described(target)}")
+        boxes, labels = torch.as_tensor(target["boxes"]), torch.as_tensor(target["labels"])
+        if boxes.numel() == labels.numel() == 0:
+            boxes, labels = boxes.reshape(0, 4), labels.reshape(0).long()
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"target {i} must have boxes (M, 4) and whole labels (M,), got {list(boxes.shape)} and "
+                f"{labels.dtype} {list(labels.shape)}"
+            )
+        checked.append((boxes.to(device, torch.float32), labels.to(device, torch.long)))
+    every_box, every_label = (torch.cat(parts) for parts in zip(*checked, strict=True))
+    if len(every_box):  # one look at the values for the whole batch: on a GPU each look waits for it
+        usable = every_box.isfinite().all(1) & (every_box[:, 2:] > every_box[:, :2]).all(1)
+        known = (every_label >= 0) & (every_label < num_classes)
+        if not bool((usable & known).all()):
+            at = int((~(usable & known)).nonzero()[0])
+            if not known[at]:
+                raise ValueError(f"labels must be 0..{num_classes - 1}, got {int(every_label[at])}")
+            raise ValueError(
+                f"boxes must be finite, x1 y1 x2 y2 with x2 > x1 and y2 > y1, got {every_box[at].tolist()}: "
+                "leave out boxes without width or height"
+            )
+    return checked
+
+
+def _described(target: object) -> str:
+    return f"one with {', '.join(map(str, target)) or 'nothing'}" if isinstance(target, dict) else repr(type(target))
+
+
+def _last_writer(cells: Tensor, count: int) -> Tensor:
+    """For each of `count` cells the last position in `cells` (K,) that names it, -1 for none."""
+    writers = torch.full((count,), -1, device=cells.device)
+    return writers.scatter_reduce(0, cells, torch.arange(len(cells), device=cells.device), "amax")
+
+
+# YOLOv5
+
+
+def yolov5_matches(
+    height: int, width: int, anchors: Tensor, boxes: Tensor, images: Tensor, threshold: float = 4.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Which cells and anchors of one level predict which objects.
+
+    An object belongs to every anchor whose sides differ from its own by less than `threshold` times, in the cell of its
+    centre and in the nearest cells along x and along y.
+
+    Args:
+        height: Cells of the map.
+        width: Cells of the map.
+        anchors: Width and height in cells, (3, 2).
+        boxes: Centre and size in cells, (T, 4).
+        images: The image of each object, (T,).
+        threshold: Largest ratio of sides.
+
+    Returns:
+        Image, anchor, row, column and object of each match, all (K,), in the order slot (the own cell, left, above,
+        right, below), anchor, object; an object may occur often or never, and so may a cell.
+    """
+    ratio = boxes[None, :, 2:] / anchors[:, None]  # (3, T, 2)
+    fits = torch.maximum(ratio, 1 / ratio).amax(-1) < threshold
+    centre = boxes[:, :2]
+    from_far_side = torch.tensor([width, height], device=boxes.device) - centre
+    near = (centre.frac() < 0.5) & (centre > 1)
+    far = (from_far_side.frac() < 0.5) & (from_far_side > 1)
+    slots = torch.stack([torch.ones_like(near[:, 0]), near[:, 0], near[:, 1], far[:, 0], far[:, 1]])  # (5, T)
+    slot, anchor, found = (slots[:, None] & fits).nonzero().unbind(1)
+    steps = torch.tensor([[0, 0], [-1, 0], [0, -1], [1, 0], [0, 1]], device=boxes.device)
+    column, row = (centre[found].floor().long() + steps[slot]).unbind(1)
+    return images[found], anchor, row.clamp(0, height - 1), column.clamp(0, width - 1), found
+
+
+def yolov5_loss(
+    raw: Sequence[Tensor],
+    targets: Sequence[Target],
+    anchors: Tensor,
+    strides: Sequence[int],
+    image_size: tuple[int, int] | None = None,
+) -> dict[str, Tensor]:
+    """`box`, `objectness` and `class` of YOLOv5 v6.0, as SPD-Conv (arXiv 2208.03641) trains with it.
+
+    Args:
+        raw: A map (N, 3, H, W, 5 + classes) for each level, from fine to coarse.
+        targets: The objects of each image.
+        anchors: Width and height in cells, (levels, 3, 2).
+        strides: Pixels per cell of each level.
+        image_size: Height and width of the images, whose longer side weighs objectness; that of the maps unless given.
+
+    Raises:
+        ValueError: If the targets are not what they must be.
+    """
+    batch, num_classes = raw[0].shape[0], raw[0].shape[-1] - 5
+    objects = check_targets(targets, batch, num_classes, raw[0].device)
+    boxes = box_convert(torch.cat([boxes for boxes, _ in objects]), "xyxy", "cxcywh")
+    labels = torch.cat([labels for _, labels in objects])
+    counts = torch.tensor([len(boxes) for boxes, _ in objects], device=boxes.device)
+    images = torch.arange(batch, device=boxes.device).repeat_interleave(counts)
+
+    box, objectness, classes = (torch.zeros((), device=boxes.device) for _ in range(3))
+    for level, stride, level_anchors, weight in zip(raw, strides, anchors.float(), (4.0, 1.0, 0.4), strict=True):
+        level = level.float()
+        _, _, height, width, _ = level.shape
+        image, anchor, row, column, found = yolov5_matches(height, width, level_anchors, boxes / stride, images)
+        overlap = torch.zeros(level.shape[:4], device=level.device)
+        predictions = level[image, anchor, row, column]
+        if len(found):
+            corner = torch.stack([column, row], 1)
+            wanted = torch.cat([boxes[found, :2] / stride - corner, boxes[found, 2:] / stride], 1)
+            predicted = anchor_boxes(predictions[:, :4], level_anchors[anchor])
+            iou = complete_iou(box_convert(predicted, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
+            box = box + (1 - iou).mean()
+            if num_classes > 1:
+                one_hot = F.one_hot(labels[found], num_classes).to(predictions)
+                classes = classes + F.binary_cross_entropy_with_logits(predictions[:, 5:], one_hot)
+            # of several matches in a cell the last one stands
+            cells = ((image * level.shape[1] + anchor) * height + row) * width + column
+            last = _last_writer(cells, overlap.numel())
+            overlap = torch.where(last < 0, 0.0, iou.detach().clamp(min=0)[last]).view_as(overlap)
+        objectness = objectness + weight * F.binary_cross_entropy_with_logits(level[..., 4], overlap)
+
+    longer = max(image_size or (raw[0].shape[2] * strides[0], raw[0].shape[3] * strides[0]))
+    scale = batch * 3 / len(raw)
+    return {
+        "box": 0.05 * scale * box,
+        "objectness": (longer / 640) ** 2 * scale * objectness,
+        "class": 0.5 * num_classes / 80 * scale * classes,
+    }
+
+
+# YOLOv8
+
+
+def yolov8_matches(
+    boxes: Tensor, labels: Tensor, centres: Tensor, predicted: Tensor, logits: Tensor, candidates: int = 10
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which anchors of one image predict which objects, and how well: task-aligned assignment.
+
+    Feng et al., TOOD, https://arxiv.org/abs/2108.07755, section 3.2, with the exponents 0.5 and 6.
+
+    Args:
+        boxes: The objects in pixels, (M, 4).
+        labels: Their classes, (M,).
+        centres: Centre of every anchor in pixels, (A, 2).
+        predicted: Box that every anchor predicts, in pixels, (A, 4).
+        logits: Class logits of every anchor, (A, classes).
+        candidates: How many anchors an object may have.
+
+    Returns:
+        Anchor, object and score, 0..1, of each match, all (K,), by ascending anchor; an anchor has at most one object.
+    """
+    shape = (len(boxes), len(centres))
+    to_sides = torch.cat([centres - boxes[:, None, :2], boxes[:, None, 2:] - centres], -1)
+    inside = to_sides.amin(-1) > 1e-9  # (M, A)
+    found, anchor = inside.nonzero().unbind(1)
+    overlap, metric = torch.zeros(shape, device=boxes.device), torch.zeros(shape, device=boxes.device)
+    overlap[found, anchor] = complete_iou(boxes[found], predicted[anchor]).clamp(min=0)
+    metric[found, anchor] = logits[anchor, labels[found]].sigmoid().sqrt() * overlap[found, anchor] ** 6
+    best = metric.topk(min(candidates, len(centres)), dim=1)
+    chosen = torch.zeros_like(inside).scatter_(1, best.indices, best.values > 0)
+    # an anchor that several objects want goes to the one that it overlaps most, of all objects of the image
+    contested = chosen.sum(0) > 1
+    winner = torch.where(contested, overlap.argmax(0), chosen.byte().argmax(0))
+    anchor = chosen.any(0).nonzero().squeeze(1)
+    found = winner[anchor]
+    metric, overlap = metric[found, anchor], overlap[found, anchor]
+    largest = torch.zeros(2, len(boxes), device=boxes.device)
+    largest = largest.scatter_reduce(1, found.expand(2, -1), torch.stack([metric, overlap]), "amax")[:, found]
+    return anchor, found, metric * largest[1] / (largest[0] + 1e-9)
+
+
+def yolov8_loss(
+    raw: Sequence[Tensor], targets: Sequence[Target], strides: Sequence[int], bins: Tensor
+) -> dict[str, Tensor]:
+    """`box`, `class` and `dfl` of YOLOv8 (ultralytics 8.1.0).
+
+    Args:
+        raw: A map (N, 4 * bins + classes, H, W) for each level, from fine to coarse.
+        targets: The objects of each image.
+        strides: Pixels per cell of each level.
+        bins: The distance in cells that each bin of a side stands for: 0, 1, 2, ...
+
+    Raises:
+        ValueError: If the targets are not what they must be.
+    """
+    batch, last_bin = raw[0].shape[0], bins.numel() - 1
+    sides, logits, centres, stride = yolov8_predictions(raw, strides, bins.numel())
+    objects = check_targets(targets, batch, logits.shape[2], logits.device)
+    distances = expected_distances(sides, bins)
+    predicted = torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], -1)  # in cells
+
+    wanted_scores = torch.zeros_like(logits)
+    images, anchors, wanted, weights = [], [], [], []
+    with torch.no_grad():
+        for i, (boxes, labels) in enumerate(objects):
+            if len(boxes):
+                anchor, found, score = yolov8_matches(boxes, labels, centres * stride, predicted[i] * stride, logits[i])
+                wanted_scores[i, anchor, labels[found]] = score
+                images.append(torch.full_like(anchor, i))
+                anchors.append(anchor)
+                wanted.append(boxes[found] / stride[anchor])
+                weights.append(score)
+    total = wanted_scores.sum().clamp(min=1)
+    classes = F.binary_cross_entropy_with_logits(logits, wanted_scores, reduction="sum") / total
+    if not images:
+        nothing = sides[:0].sum()  # 0, but with a gradient
+        return {"box": nothing, "class": 0.5 * batch * classes, "dfl": nothing}
+
+    image, anchor, box, weight = (torch.cat(parts) for parts in (images, anchors, wanted, weights))
+    iou = complete_iou(predicted[image, anchor], box)
+    distance = torch.cat([centres[anchor] - box[:, :2], box[:, 2:] - centres[anchor]], 1).clamp(0, last_bin - 0.01)
+    lower = distance.floor()
+    side_logits = sides[image, anchor].unflatten(1, (4, -1)).flatten(0, 1)  # (K * 4, bins)
+    below, above = (
+        F.cross_entropy(side_logits, bin.long().flatten(), reduction="none").view_as(distance)
+        for bin in (lower, lower + 1)
+    )
+    dfl = ((lower + 1 - distance) * below + (distance - lower) * above).mean(1)
+    return {
+        "box": 7.5 * batch * (weight * (1 - iou)).sum() / total,
+        "class": 0.5 * batch * classes,
+        "dfl": 1.5 * batch * (weight * dfl).sum() / total,
+    }
+
+
+# SSD
+
+
+def ssd_matches(boxes: Tensor, labels: Tensor, priors: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Which object of one image each prior predicts: Liu et al., https://arxiv.org/abs/1512.02325, section 2.2.
+
+    Args:
+        boxes: The objects in fractions of the image, (M, 4).
+        labels: Their classes from 0, (M,).
+        priors: Centre and size in fractions, (P, 4).
+        threshold: Smallest IoU; the best prior of an object is its own whatever its IoU, and the last object's that
+            wants it.
+
+    Returns:
+        The class of each prior, 0 for background, else 1 + label, and its object, both (P,).
+    """
+    iou = box_iou(boxes, box_convert(priors, "cxcywh", "xyxy"))  # (M, P)
+    largest, found = iou.max(0)
+    wanted_by = _last_writer(iou.argmax(1), len(priors))
+    found = torch.where(wanted_by >= 0, wanted_by, found)
+    return torch.where((largest >= threshold) | (wanted_by >= 0), labels[found] + 1, 0), found
+
+
+def ssd_loss(
+    loc: Tensor,
+    logits: Tensor,
+    targets: Sequence[Target],
+    priors: Tensor,
+    image_size: tuple[int, int],
+    negatives: int = 3,
+) -> dict[str, Tensor]:
+    """`location` and `class` of SSD (Liu et al., https://arxiv.org/abs/1512.02325, section 2.2).
+
+    Without any positive in the batch both are 0, where the authors' code gives NaN and leaves the gradients zero.
+
+    Args:
+        loc: Raw boxes, (N, P, 4).
+        logits: Class logits, the background's first, (N, P, 1 + classes).
+        targets: The objects of each image.
+        priors: Centre and size in fractions, (P, 4).
+        image_size: Height and width of the images.
+        negatives: How many negatives are looked at for each positive, the hardest of each image.
+
+    Raises:
+        ValueError: If the targets are not what they must be.
+    """
+    loc, logits = loc.float(), logits.float()
+    batch, count, outputs = logits.shape
+    objects = check_targets(targets, batch, outputs - 1, loc.device)
+    scale = torch.tensor([image_size[1], image_size[0]] * 2, device=loc.device)
+    classes, codes = torch.zeros(batch, count, dtype=torch.long, device=loc.device), torch.zeros_like(loc)
+    for i, (boxes, labels) in enumerate(objects):
+        if len(boxes):
+            classes[i], found = ssd_matches(boxes / scale, labels, priors)
+            codes[i] = ssd_encode((boxes / scale)[found], priors)
+    positive = classes > 0
+    location = F.smooth_l1_loss(loc[positive], codes[positive], reduction="sum")
+
+    hardness = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none").view(batch, count)
+    order = hardness.detach().masked_fill(positive, -torch.inf).argsort(1, descending=True)
+    rank = order.argsort(1)
+    used = positive | (rank < negatives * positive.sum(1, keepdim=True))
+    divisor = positive.sum().clamp(min=1)
+    return {"location": location / divisor, "class": hardness[used].sum() / divisor}

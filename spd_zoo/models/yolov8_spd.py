@@ -1,0 +1,314 @@
+"""YOLOv8 with space-to-depth instead of strides, and the strided YOLOv8 that it is compared with.
+
+Idea: No More Strided Convolutions or Pooling, https://arxiv.org/abs/2208.03641, here put into YOLOv8 (Jocher et al.,
+2023, no paper): six of its seven strided 3x3 convolutions become space-to-depth and a 1x1 convolution; the first stays.
+Written from a specification in words and from recorded outputs; nothing is taken from ultralytics' code (AGPL-3.0).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ConvNormAct
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from spd_zoo import weights
+from spd_zoo.boxes import expected_distances, yolov8_predictions
+from spd_zoo.layers import SPPF, YoloBottleneck, space_to_depth, yolo_conv
+from spd_zoo.losses import Target, yolov8_loss
+from spd_zoo.models._detector import YoloDetector, YoloHead, check_num_classes
+from spd_zoo.models._registry import register_model
+
+__all__ = ["YOLOv8"]  # register_model adds the entry points
+
+BINS = 16  # of each side's distribution
+
+
+class SPDConv(ConvNormAct):
+    """Space-to-depth, then a 1x1 convolution, BatchNorm and SiLU; takes the place of a strided `yolo_conv`."""
+
+    def __init__(self, in_chs: int, out_chs: int, **dd: Any) -> None:
+        super().__init__(4 * in_chs, out_chs, 1, act_layer=nn.SiLU, norm_kwargs={"eps": 1e-3, "momentum": 0.03}, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, ceil(H / 2), ceil(W / 2))."""
+        return self.bn(self.conv(space_to_depth(x, "rows_first")))
+
+
+def downsample(in_chs: int, out_chs: int, spd: bool, **dd: Any) -> ConvNormAct:
+    """What halves a map: space-to-depth and a 1x1 convolution, or a strided 3x3 one."""
+    return SPDConv(in_chs, out_chs, **dd) if spd else yolo_conv(in_chs, out_chs, 3, 2, **dd)
+
+
+class C2f(nn.Module):
+    """A convolution whose output is cut in two, bottlenecks one after the other, and a convolution over all of them.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        depth: Bottlenecks.
+        add: Whether they have shortcuts.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, depth: int, add: bool, **dd: Any) -> None:
+        super().__init__()
+        chs = out_chs // 2
+        self.cv1 = yolo_conv(in_chs, 2 * chs, **dd)
+        self.cv2 = yolo_conv((2 + depth) * chs, out_chs, **dd)
+        self.m = nn.ModuleList(YoloBottleneck(chs, 3, add, **dd) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chs, H, W) -> (N, out_chs, H, W)."""
+        parts = list(self.cv1(x).chunk(2, 1))
+        for block in self.m:
+            parts.append(block(parts[-1]))
+        return self.cv2(torch.cat(parts, 1))
+
+
+class Neck(nn.Module):
+    """From the coarsest map up to the finest and down again, each step joined with the map of the same size."""
+
+    def __init__(self, chs: Sequence[int], depth: int, spd: bool, **dd: Any) -> None:
+        super().__init__()
+        c3, c4, c5 = chs
+        self.up = nn.Upsample(scale_factor=2.0)
+        self.mix4 = C2f(c5 + c4, c4, depth, add=False, **dd)
+        self.out3 = C2f(c4 + c3, c3, depth, add=False, **dd)
+        self.down3 = downsample(c3, c3, spd, **dd)
+        self.out4 = C2f(c3 + c4, c4, depth, add=False, **dd)
+        self.down4 = downsample(c4, c4, spd, **dd)
+        self.out5 = C2f(c4 + c5, c5, depth, add=False, **dd)
+
+    def forward(self, p3: Tensor, p4: Tensor, p5: Tensor) -> list[Tensor]:
+        """Maps of strides 8, 16 and 32 -> maps of the same shapes."""
+        mix4 = self.mix4(torch.cat([self.up(p5), p4], 1))
+        out3 = self.out3(torch.cat([self.up(mix4), p3], 1))
+        out4 = self.out4(torch.cat([self.down3(out3), mix4], 1))
+        out5 = self.out5(torch.cat([self.down4(out4), p5], 1))
+        return [out3, out4, out5]
+
+
+class Head(YoloHead):
+    """For each map a branch for the four sides of boxes and one for classes, with the authors' names.
+
+    Args:
+        chs: Channels of the maps.
+        strides: Pixels per cell of the maps.
+        num_classes: Classes of objects.
+    """
+
+    def __init__(self, chs: Sequence[int], strides: Sequence[int], num_classes: int, **dd: Any) -> None:
+        super().__init__()
+        self.chs, self.strides = chs, strides
+        width = max(16, chs[0] // 4, 4 * BINS)
+        self.cv2: Any = nn.ModuleList(self.branch(c, width, 4 * BINS, dd) for c in chs)  # sides
+        self.cv3: Any = nn.ModuleList()  # classes; Any because a ModuleList does not say of what
+        self.dfl = nn.Conv2d(BINS, 1, 1, bias=False, **dd).requires_grad_(False)  # the distance of each bin, fixed
+        self.reset_classes(num_classes, **dd)
+        with torch.no_grad():
+            self.dfl.weight.copy_(torch.arange(BINS).view(1, BINS, 1, 1))
+            for i in range(len(chs)):
+                nn.init.ones_(self.cv2.get_parameter(f"{i}.2.bias"))
+
+    @staticmethod
+    def branch(in_chs: int, width: int, outputs: int, dd: dict[str, Any]) -> nn.Sequential:
+        """Two 3x3 convolutions and a 1x1 one with bias."""
+        convs = (yolo_conv(in_chs, width, 3, **dd), yolo_conv(width, width, 3, **dd))
+        return nn.Sequential(*convs, nn.Conv2d(width, outputs, 1, **dd))
+
+    def class_width(self, num_classes: int) -> int:
+        """Channels inside the branches for so many classes."""
+        return max(self.chs[0], min(num_classes, 100))
+
+    def classifiers(self) -> nn.ModuleList:
+        """The last convolution of every class branch."""
+        return nn.ModuleList(branch[-1] for branch in self.cv3)
+
+    def reset_classes(self, num_classes: int, **dd: Any) -> None:
+        """New last convolutions of the class branches, or new branches if their width is another.
+
+        Raises:
+            ValueError: If there is not at least one class.
+        """
+        check_num_classes(num_classes)
+        width = self.class_width(num_classes)
+        if not len(self.cv3) or self.cv3[0][-1].in_channels != width:
+            self.cv3 = nn.ModuleList(self.branch(c, width, num_classes, dd) for c in self.chs)
+        for branch, stride in zip(self.cv3, self.strides, strict=True):
+            branch[-1] = nn.Conv2d(width, num_classes, 1, **dd)
+            nn.init.constant_(branch[-1].bias, math.log(5 / num_classes / (640 / stride) ** 2))
+        self.train(self.training)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """(N, chs, H, W) of each level -> (N, 4 * BINS + classes, H, W)."""
+        branches = zip(self.cv2, self.cv3, maps, strict=True)
+        return [torch.cat([sides(x), classes(x)], 1) for sides, classes, x in branches]
+
+
+class YOLOv8(YoloDetector):
+    """YOLOv8: raw maps (N, 64 + classes, H / s, W / s) for s = 8, 16, 32; 16 bins for each side, then class logits.
+
+    Args:
+        chs: Channels of the stem and of the stages.
+        repeats: Bottlenecks in the C2f of the first and last stage and of the neck, and of the stages between.
+        spd: Space-to-depth instead of all strides but the first.
+        num_classes: Classes of objects.
+        in_chans: Image channels.
+    """
+
+    head: Head
+
+    def __init__(
+        self,
+        chs: tuple[int, int, int, int, int],
+        repeats: tuple[int, int],
+        spd: bool,
+        num_classes: int = 80,
+        in_chans: int = 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        few, many = repeats
+        stem = nn.Sequential(yolo_conv(in_chans, chs[0], 3, 2, **dd))
+        stages = nn.Sequential()
+        for in_chs, out_chs, depth in zip(chs, chs[1:], (few, many, many, few), strict=False):
+            down, mix = downsample(in_chs, out_chs, spd, **dd), C2f(out_chs, out_chs, depth, add=True, **dd)
+            stages.append(stage := nn.Sequential(down, mix))
+        stage.append(SPPF(chs[4], **dd))
+        neck = Neck(chs[2:], few, spd, **dd)
+        head = Head(chs[2:], self.strides, num_classes, **dd)
+        super().__init__(stem, stages, neck, head, chs, num_classes, in_chans)
+
+    def num_classes_of(self, outputs: int) -> int:
+        """How many classes of objects a network of this kind has whose first classifier has so many outputs."""
+        return outputs
+
+    def decode(self, raw: list[Tensor], image_size: tuple[int, int] | None = None) -> Tensor:
+        """Raw maps -> (N, boxes, 4 + classes): centre and size in input pixels, class probabilities.
+
+        Boxes run over level, row and column.
+        """
+        sides, logits, centres, stride = yolov8_predictions(raw, self.strides, BINS)
+        distances = expected_distances(sides, self.head.dfl.weight)
+        corners = torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], -1)
+        return torch.cat([box_convert(corners, "xyxy", "cxcywh") * stride, logits.sigmoid()], -1)
+
+    def loss(
+        self, raw: list[Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """`box`, `class` and `dfl`, gains included; see `Detector.loss` for the arguments."""
+        return yolov8_loss(raw, targets, self.strides, self.head.dfl.weight)
+
+
+_LAYERS = {  # the authors' number of a layer with tensors -> our module
+    0: "stem.0",
+    1: "stages.0.0",
+    2: "stages.0.1",
+    3: "stages.1.0",
+    4: "stages.1.1",
+    5: "stages.2.0",
+    6: "stages.2.1",
+    7: "stages.3.0",
+    8: "stages.3.1",
+    9: "stages.3.2",
+    12: "neck.mix4",
+    15: "neck.out3",
+    16: "neck.down3",
+    18: "neck.out4",
+    19: "neck.down4",
+    21: "neck.out5",
+    22: "head",
+}
+_RENAMES = (
+    (r"^model\.(\d+)\.", lambda match: f"{_LAYERS.get(int(match[1]), match[0])}."),
+    (r"^head\.dfl\.conv\.", "head.dfl."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv8) -> dict[str, Tensor]:
+    """The authors' keys as ours; keys that are ours already stay.
+
+    The width of the class branches depends on the number of classes. Where that differs, the network's own, untrained
+    branches take the place of the checkpoint's.
+    """
+    state_dict = weights.rename(state_dict, _RENAMES)
+    last = state_dict.get("head.cv3.0.2.weight")
+    if last is not None and last.ndim == 4 and last.shape[0] != model.num_classes:
+        width, own_width = last.shape[1], model.head.class_width(model.num_classes)
+        if width == model.head.class_width(last.shape[0]) != own_width:
+            own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("head.cv3.")}
+            state_dict |= {key: own[key] for key in own.keys() & state_dict.keys() if key.split(".")[3] != "2"}
+    return state_dict
+
+
+default_cfgs = weights.default_cfgs(
+    "yolov8_spd", first_conv="stem.0.conv", classifier=("head.cv3.0.2", "head.cv3.1.2", "head.cv3.2.2")
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> YOLOv8:
+    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
+    return weights.build(YOLOv8, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def yolov8n_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, nano, with space-to-depth."""
+    return _create("yolov8n_spd", pretrained, chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=True, **kwargs)
+
+
+@register_model
+def yolov8s_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, small, with space-to-depth."""
+    return _create("yolov8s_spd", pretrained, chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=True, **kwargs)
+
+
+@register_model
+def yolov8m_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, medium, with space-to-depth."""
+    return _create("yolov8m_spd", pretrained, chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=True, **kwargs)
+
+
+@register_model
+def yolov8l_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, large, with space-to-depth."""
+    return _create("yolov8l_spd", pretrained, chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=True, **kwargs)
+
+
+@register_model
+def yolov8x_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, extra large, with space-to-depth."""
+    return _create("yolov8x_spd", pretrained, chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=True, **kwargs)
+
+
+@register_model
+def yolov8n(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, nano, strided."""
+    return _create("yolov8n", pretrained, chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=False, **kwargs)
+
+
+@register_model
+def yolov8s(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, small, strided."""
+    return _create("yolov8s", pretrained, chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=False, **kwargs)
+
+
+@register_model
+def yolov8m(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, medium, strided."""
+    return _create("yolov8m", pretrained, chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=False, **kwargs)
+
+
+@register_model
+def yolov8l(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, large, strided."""
+    return _create("yolov8l", pretrained, chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=False, **kwargs)
+
+
+@register_model
+def yolov8x(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
+    """YOLOv8, extra large, strided."""
+    return _create("yolov8x", pretrained, chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=False, **kwargs)

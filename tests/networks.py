@@ -1,0 +1,46 @@
+"""What tests of networks share: recorded weights, networks made of them or at random, and noise to feed them."""
+
+from pathlib import Path
+from typing import Any
+
+import golden
+import timm
+import torch
+from torch import Tensor, nn
+
+from spd_zoo.layers import PhaseMix
+
+
+def originals(case: dict[str, Any]) -> dict[str, Tensor]:
+    """The case's tensors under the authors' names."""
+    arrays = golden.fill_state_dict(case["entries"], case.get("kept"))
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def load(name: str, file: Path, **kwargs: Any) -> Any:
+    """The network with the weights of a file, as timm loads them."""
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs).eval()
+
+
+def random_network(name: str, **kwargs: Any) -> Any:
+    """A network in which no two channels and no two phases play the same part."""
+    torch.manual_seed(0)
+    net = timm.create_model(name, **kwargs)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+        elif isinstance(module, PhaseMix):
+            nn.init.uniform_(module.weight)
+    return net.eval()
+
+
+def noise(*shape: int) -> Tensor:
+    """The same normal numbers for the same shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
+    """Equal up to `rtol` of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())
