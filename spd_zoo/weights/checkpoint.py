@@ -29,7 +29,7 @@ __all__ = ["read_original"]
 
 _KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # the first one counts
 _LARGEST_INDEX = 8 * 2**20  # bytes of the pickle in a checkpoint: names and shapes, no numbers
-_MOST_OPERATIONS = 1_000_000  # of a pickle; a network of 500 modules needs 50,000
+_MOST_OPERATIONS = 300_000  # of a pickle; a network of 500 modules needs 50,000
 _MOST_PARTS, _LONGEST_NAME = 100_000, 1_000  # modules and tensors of a network; characters in the name of one
 _UNREADABLE = (  # what broken files have been seen to raise in torch's and safetensors' readers
     *(RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError, RecursionError),
