@@ -376,7 +376,7 @@ def test_weights_that_may_not_be_passed_on_are_refused_before_anything_is_asked(
 
 @pytest.mark.parametrize("license", publish.FREE)
 def test_weights_that_anybody_may_pass_on_are_not_refused(license: str) -> None:
-    entry = Entry(NAME, GROUP, 1, (3, 1, 1), (1, 1), params=1, macs=1)
+    entry = Entry(NAME, GROUP, 1, (3, 1, 1), params=1, macs=1)
     publish.check_license(dataclasses.replace(entry, license=license.upper()))
 
 

@@ -13,8 +13,29 @@ from spd_zoo.weights.manifest import Entry
 
 __all__ = ["model_card"]
 
-_METRICS = {"top1": ("accuracy", "top-1"), "top5": ("top_5_accuracy", "top-5")}  # the manifest's -> the Hub's, ours
+_METRICS = {  # the manifest's -> the Hub's, ours
+    "top1": ("accuracy", "top-1"),
+    "top5": ("top_5_accuracy", "top-5"),
+    "ap": ("mAP", "AP"),
+    "ap50": ("AP50", "AP50"),
+    "ap_small": ("AP_small", "AP of small objects"),
+    "ap_medium": ("AP_medium", "AP of medium objects"),
+    "ap_large": ("AP_large", "AP of large objects"),
+}
 _WHO = {"us": "measured by the authors of spd_zoo", "authors": "reported by the authors, not checked here"}
+
+
+_TRANSFORMERS = """With the timm wrapper of transformers:
+
+```python
+import spd_zoo
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("{repo}")
+net = AutoModelForImageClassification.from_pretrained("{repo}").eval()
+```
+
+"""
 
 
 def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> str:
@@ -30,13 +51,21 @@ def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str)
     data = ModelCardData(
         license=entry.license,
         library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "transformers", "spd_zoo"],
+        pipeline_tag=_task(entry),
+        tags=[_task(entry), "timm", *(() if _detects(entry) else ("transformers",)), "spd_zoo"],
         datasets=[_slug(entry.dataset)] if entry.dataset else None,
         model_name=entry.name,
         eval_results=[_result(entry, metric) for metric in entry.metrics],
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(entry, net, repo, sha256, notes)}"))
+
+
+def _detects(entry: Entry) -> bool:
+    return any(metric["metric"].startswith("ap") for metric in entry.metrics)
+
+
+def _task(entry: Entry) -> str:
+    return "object-detection" if _detects(entry) else "image-classification"
 
 
 def _slug(name: str | None) -> str:
@@ -46,7 +75,7 @@ def _slug(name: str | None) -> str:
 def _result(entry: Entry, metric: dict[str, Any]) -> EvalResult:
     kind, words = _METRICS[metric["metric"]]
     return EvalResult(
-        task_type="image-classification",
+        task_type=_task(entry),
         dataset_type=_slug(entry.dataset),
         dataset_name=metric["dataset"],
         dataset_split=metric["dataset"].removeprefix(entry.dataset or "").strip() or None,
@@ -79,11 +108,14 @@ def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> s
         f"- It takes images of {pixels} alone, unless it is created for other ones."
         if entry.fixed_input_size
         else f"- Its images are resized to {pixels}; the figures hold for the sizes in the table above.",
-        f"- It answers with one of its {entry.num_classes} classes also where an image shows none of them.",
+        f"- It knows {entry.num_classes} classes of objects, and takes other things for them at times."
+        if _detects(entry)
+        else f"- It answers with one of its {entry.num_classes} classes also where an image shows none of them.",
         "- Beyond that table nothing was measured: no other data, no damaged images, no bias.",
     ]
     if notes:
         limits.append(f"- {notes}")
+    wrapper = "" if _detects(entry) else _TRANSFORMERS.format(repo=repo)
     theirs = f", the licence of {entry.origin_url}: its copyright notice holds" if entry.origin_url else ""
     return f"""
 # {entry.name}
@@ -114,17 +146,7 @@ weights = dict(pretrained=True, pretrained_cfg="{entry.tag}")
 net = torch.hub.load("path/to/spd_zoo", "{entry.network}", source="local", **weights).eval()
 ```
 
-With the timm wrapper of transformers:
-
-```python
-import spd_zoo
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-processor = AutoImageProcessor.from_pretrained("{repo}")
-net = AutoModelForImageClassification.from_pretrained("{repo}").eval()
-```
-
-## Accuracy
+{wrapper}## Accuracy
 
 | dataset | metric | per cent | pixels | who says so |
 | --- | --- | --- | --- | --- |

@@ -21,6 +21,7 @@ from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 from timm.models._hub import save_config_for_hf
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from spd_zoo.weights.build import create
 from spd_zoo.weights.card import model_card
@@ -271,8 +272,8 @@ def _network(entry: Entry, file: Path) -> nn.Module:
     if has != entered:
         raise WeightsError(f"{file} has classes and image {has}, but {entry.name} is entered with {entered}")
     with torch.inference_mode():
-        logits = net(torch.rand(1, *entry.input_size, generator=torch.Generator().manual_seed(0)))
-    if not logits.isfinite().all():
+        outputs = net(torch.rand(1, *entry.input_size, generator=torch.Generator().manual_seed(0)))
+    if not all(output.isfinite().all() for output in tree_leaves(outputs)):
         raise WeightsError(f"{entry.network} computes numbers that are not finite with {file}")
     return net
 
