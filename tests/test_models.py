@@ -185,7 +185,7 @@ def test_the_error_for_another_networks_checkpoint_names_the_one_it_fits(num_cla
 
 
 def test_a_checkpoint_of_no_network_is_said_to_fit_none(save: Any) -> None:
-    with pytest.raises(spd_zoo.WeightsError, match="it fits no network of the zoo"):
+    with pytest.raises(spd_zoo.WeightsError, match="it fits no other network of the zoo"):
         load("resnet18_spd", save({"features.0.weight": torch.zeros(8, 3, 3, 3)}))
 
 

@@ -161,8 +161,8 @@ def test_what_is_published_loads_by_hf_hub_and_by_its_tag(hub: HubDouble, checko
     assert main(COMMAND) == 0
     hub.requests.clear()
     del hub.files["authors/original/weights.safetensors"]
-    (tmp_path / "spd_zoo").symlink_to(PACKAGE)  # with the manifest beside it: a checkout
-    environment = hub.environment | {"PYTHONPATH": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+    added = {"PYTHONPATH": str(PACKAGE.parent), "HF_HOME": str(tmp_path / "hf"), "SPD_ZOO_MANIFEST": str(checkout.path)}
+    environment = hub.environment | added
     environment.pop("HF_HUB_CACHE", None)
     command = [sys.executable, "-c", LOAD, NAME, f"hf-hub:{REPO}"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
