@@ -503,7 +503,8 @@ def test_a_model_card_names_the_papers_and_what_the_network_is(group: str) -> No
     entry, net = made(group)
     text = card_of(entry, net).text
     citation = text[text.index("## Citation") :]
-    assert "arxiv.org/abs/" in citation and "Original code: https://github.com/" in citation
+    assert re.search(r"(arxiv\.org/abs/|BMVC 2019)", citation)
+    assert "Original code: https://github.com/" in citation or "Written from a specification" in citation
     assert "@software{spd_zoo" in citation
     assert " ".join((sys.modules[type(net).__module__].__doc__ or "").split("\n\n")[0].split()) in " ".join(
         text.split()
@@ -622,6 +623,8 @@ def test_a_release_lists_every_checkpoint_and_fails_while_one_is_left(
         name for name, entry in entries().items() if entry.verified
     }
     assert set(outcomes.values()) == {"pinned", "refused", "left"}
-    assert total.endswith(f"1 refused, {list(outcomes.values()).count('left')} left")
+    refused = {name for name, entry in entries().items() if entry.tag and entry.license not in publish.FREE}
+    assert {name for name, outcome in outcomes.items() if outcome == "refused"} == refused
+    assert total.endswith(f"{len(refused)} refused, {list(outcomes.values()).count('left')} left")
     assert release_weights.main(["--org", "org", NAME]) == 0
     assert hub.requests == []
