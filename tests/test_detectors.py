@@ -665,9 +665,7 @@ def test_a_saved_detector_is_loaded_again(name: str, tmp_path: Path) -> None:
 def test_checkpoints_that_do_not_fit_are_refused(
     name: str, other: str, num_classes: int | None, save: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sys.modules["spd_zoo.weights.build"], "_own_networks", lambda: [name, other]
-    )  # looking at all takes long
+    monkeypatch.setattr("spd_zoo.weights.fit.own_networks", lambda: [name, other])  # looking at all takes long
     kwargs = {} if num_classes is None else {"num_classes": num_classes}
     tensors = originals(next(case for case in CASES if case["model"] == name))
     first, *_, last = [key for key in tensors if key.endswith("running_var")][:20]
