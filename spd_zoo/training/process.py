@@ -1,0 +1,71 @@
+"""The processes that train together, started by torchrun or accelerate; or one alone."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+from tqdm import tqdm
+
+__all__ = ["Process", "join"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process: its device and its number `rank` among `world`."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints `text`, once for all processes."""
+        if self.first:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def together(self, value: Any) -> list[Any]:
+        """What each process gives for `value`, by rank."""
+        values: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process gives for `value`."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def largest(self, *numbers: float) -> list[float]:
+        """Of each number the largest that any process gives."""
+        if self.world == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+
+def join(device: str | None) -> Process:
+    """Joins the processes that torchrun has started, if it has; `device` is a GPU if there is one, unless given.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        if dist.is_available() and dist.is_initialized():
+            return Process(torch.device(name), dist.get_rank(), dist.get_world_size())
+        place = init_distributed_device_so(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {name!r}: {str(error).strip().partition(chr(10))[0]}") from error
+    return Process(torch.device(place["device"]), place["global_rank"], place["world_size"])
