@@ -281,13 +281,7 @@ def _finetune(options: argparse.Namespace) -> int:
     with _explained():
         made = config.make_config(given, options.config)
         timm_name(made.model)
-        result = training.finetune(made)
-    if result is not None:
-        figures = result.metrics
-        print(
-            f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, mean F1 {figures['macro_f1']:.3f} on "
-            f"{figures['images']} validation images; see {result.folder / 'report.html'}"
-        )
+        training.finetune(made)
     return 0
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.training import classification, evaluate, report
 from spd_zoo.training import finetune as training
-from spd_zoo.training.config import FinetuneConfig, load_config, make_config
+from spd_zoo.training.config import FinetuneConfig, load_config, make_config, to_yaml
 from spd_zoo.training.data import DataError
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 
@@ -141,41 +142,98 @@ def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
     assert not same_run(tmp_path / "one", tmp_path / "other")
 
 
-def command(data: Path, out: Path, *more: str) -> list[str]:
-    options = ["--epochs", "3", "--batch-size", "8", "--image-size", "16", "--lr", "1e-3", "--save-minutes", "0"]
-    start = [sys.executable, "-m", "spd_zoo", "finetune", "cifar_resnet20", "--data", str(data), "--out", str(out)]
-    return [*start, *options, *more]
+FORKS = multiprocessing.get_context("forkserver")  # a process that has the imports behind it, and forks
+FORKS.set_forkserver_preload(["spd_zoo.training.finetune", "torch._dynamo"])
+
+
+def _train(config: FinetuneConfig, killed_at: str = "", after: int = 0) -> None:
+    """Trains in a process group of its own; kills it when the file `killed_at` is about to appear, `after` others."""
+    os.setsid()
+    sys.stdout = sys.stderr = (config.out.parent / "printed.txt").open("w")
+    replace, seen = Path.replace, []
+
+    def replace_or_die(self: Path, target: Path) -> Path:
+        seen.append(Path(target).name)
+        if seen.count(killed_at) > after:
+            os.killpg(0, signal.SIGKILL)
+        return replace(self, target)
+
+    Path.replace = replace_or_die  # type: ignore[method-assign]
+    try:
+        finetune(config)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+
+
+def start(*arguments: Any) -> Any:
+    process = FORKS.Process(target=_train, args=arguments)
+    process.start()
+    return process
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(folders: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(folders, whole), check=True, capture_output=True, timeout=300)
-    for moment in ("data.json", "last.pt.tmp", "metrics.csv", "last.pt.tmp", "network.tmp"):
-        process = subprocess.Popen(command(folders, killed), stdout=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and not (killed / moment).exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command(folders, killed), check=True, capture_output=True, timeout=300)
-    assert same_run(whole, killed)
-    assert not [file.name for file in killed.iterdir() if file.suffix == ".tmp"]
+    options = {"epochs": 3, "save_minutes": 0.0, "workers": 1}
+    run(folders, tmp_path / "whole", **options)
+    killed = config(folders, tmp_path / "killed", **options)
+    moments = [("data.json", 0), ("run.yaml", 0), ("last.pt", 1), ("metrics.csv", 0), ("last.pt", 4)]
+    for name, after in [*moments, ("model.safetensors", 0), ("report.html", 0)]:
+        process = start(killed, name, after)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, f"it was not stopped at {name}"
+    run(folders, killed.out, **options)
+    assert same_run(tmp_path / "whole", killed.out)
+    assert not [file.name for file in killed.out.iterdir() if file.suffix == ".tmp"]
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_saves_and_ends_quietly(folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "scheduler"])
+def test_a_signal_to_the_whole_group_saves_and_ends(folders: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(folders, out, "--epochs", "500"), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while process.poll() is None and not (out / "metrics.csv").exists():
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process of the group gets it
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGINT
-    assert "stopped" in errors and "the same command goes on" in errors and "Traceback" not in errors
-    assert torch.load(out / "last.pt", weights_only=True)["history"]
+    options = {"epochs": 500, "workers": 2}
+    for _ in range(3):
+        process = start(config(folders, out, **options))
+        epochs = lines_of(out / "metrics.csv")
+        deadline = time.monotonic() + 120
+        while process.is_alive() and lines_of(out / "metrics.csv") == epochs and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, number)  # as a terminal or a job scheduler does: all processes get it
+        process.join(60)
+        assert process.exitcode == 128 + number, (tmp_path / "printed.txt").read_text()
+    assert "Traceback" not in (tmp_path / "printed.txt").read_text()
+    state = torch.load(out / "last.pt", weights_only=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:  # the same steps, all in one go
+        stop_in(monkeypatch, len(state["history"]) - (not state["step"]), state["step"] - 1 if state["step"] else 2)
+        with pytest.raises(Stopped):
+            run(folders, tmp_path / "whole", **options)
+    whole = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert all(torch.equal(value, state["net"][key]) for key, value in whole["net"].items())
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(file.read_text())))
+
+
+def lines_of(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folders: Path, tmp_path: Path) -> None:
+    (folders / "val" / "red" / "1.png").unlink()  # five images: they cannot be shared evenly
+    shared = {"epochs": 3, "head_epochs": 1, "opt": "momentum", "lr": 0.05, "workers": 1}
+    one, two = config(folders, tmp_path / "one", **shared, accumulate=2), config(folders, tmp_path / "two", **shared)
+    (tmp_path / "two.yaml").write_text(to_yaml(two))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, "-m", "spd_zoo", "finetune", "--config", tmp_path / "two.yaml"], check=True, timeout=300)
+    finetune(one)
+    alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
+    for epoch, (a, b) in enumerate(zip(alone, together, strict=True)):
+        # BatchNorm sees the same images in a part as in a process; what it remembers for evaluation, two parts teach it
+        # twice a step, and two processes once. While the classifier learns alone, it does not change.
+        columns = ["train_loss", "lr"] + ([] if epoch else ["val_loss", "val_top1"])
+        assert [float(b[name]) for name in columns] == pytest.approx([float(a[name]) for name in columns], rel=1e-4)
+    assert sum(int(row["images"]) for row in rows_of(two.out / "per_class.csv")) == 5
 
 
 def test_a_second_signal_is_not_held_back(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,7 +505,7 @@ def test_mean_and_std_may_be_given(folders: Path, tmp_path: Path) -> None:
 
 
 def lr_of(run: Path) -> list[float]:
-    return [float(row["lr"]) for row in csv.DictReader(io.StringIO((run / "metrics.csv").read_text()))]
+    return [float(row["lr"]) for row in rows_of(run / "metrics.csv")]
 
 
 def test_a_multistep_schedule_divides_the_learning_rate_at_its_epochs(folders: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def finish(
 ) -> dict[str, float]:
     """Evaluates the network that training has left, and writes it and its report; returns its figures."""
     batches = val_batches(data, image_size, config, given, process)
-    said = predictions(net, batches, data.class_names, given, world=process.world)
+    said = predictions(net, batches, data.class_names, given, process)
     if process.first:
         cfg = {
             **net.pretrained_cfg,

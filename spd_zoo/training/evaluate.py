@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.task import ClassificationEvaluator
@@ -30,6 +29,7 @@ from spd_zoo.training.data import (
     read,
     with_classes,
 )
+from spd_zoo.training.process import Process
 
 __all__ = ["Input", "Predictions", "evaluate", "predictions", "score"]
 
@@ -156,18 +156,16 @@ class Predictions:
 
 
 def predictions(
-    net: nn.Module, batches: Batches, names: list[str], given: Input, flip: bool = False, world: int = 1
+    net: nn.Module, batches: Batches, names: list[str], given: Input, process: Process, flip: bool = False
 ) -> Predictions:
-    """What the network says about all images, in their order, on every one of `world` processes."""
-    every: list[Any] = [[(logits.cpu(), labels.cpu()) for logits, labels in _outputs(net, batches, given, flip)]]
-    if world > 1:
-        every = every * world
-        torch.distributed.all_gather_object(every, every[0])
+    """What the network says about all images, in their order; every process gets what all of them have found."""
+    mine = [(logits.cpu(), labels.cpu()) for logits, labels in _outputs(net, batches, given, flip)]
+    every = process.together(mine)
     logits = torch.cat([logits for part in every for logits, _ in part])
     labels = torch.cat([labels for part in every for _, labels in part])
-    count = len(labels)
-    dealt = torch.tensor([i for rank in range(world) for i in range(rank, count, world)])  # as `eval_loader` deals
-    order = dealt.argsort()
+    ranks = range(process.world)
+    dealt = [i for rank in ranks for i in range(rank, len(labels), process.world)]  # as `eval_loader` deals them
+    order = torch.tensor(dealt).argsort()
     return Predictions(logits[order], labels[order], names)
 
 
@@ -227,7 +225,7 @@ def evaluate(
             net.set_input_size(size)
         transform = eval_transform(size, config["crop_pct"], config["interpolation"], config["crop_mode"])
         batches = eval_loader(images, transform, batch_size, workers, given.mode)
-        said = predictions(net, batches, images.class_names, given, flip)
+        said = predictions(net, batches, images.class_names, given, Process(place), flip)
         top1, top5 = round(said.top(1), 4), round(said.top(5), 4)
         row = {
             "model": model,

@@ -40,7 +40,6 @@ from spd_zoo.weights import WeightsError
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune"]
 
-PAUSE = 20  # steps after which several processes agree on saving
 LR_FROM_SCRATCH, LR_PRETRAINED = 6e-3, 2e-3  # of lamb, at 128 images a step; by the square root of the batch size
 
 
@@ -195,8 +194,13 @@ def finetune(config: FinetuneConfig) -> Result | None:
             reading = _reading(batches, epoch, done, steps)
             for step in range(done, steps.per_epoch):
                 shares = _next(reading, steps.parts, signals)
-                if shares is None:
+                late = time.monotonic() - saved > 60 * config.save_minutes
+                asked, overdue = process.largest(signals.number, late)
+                if shares is None or asked:
                     break
+                if overdue:
+                    save()
+                    saved = time.monotonic()
                 scheduler.step_update(epoch * steps.per_epoch + step)
                 for part, (pixels, targets) in enumerate(shares):
                     seed_everything(config.seed, epoch, step, process.rank + process.world * part)
@@ -214,14 +218,6 @@ def finetune(config: FinetuneConfig) -> Result | None:
                 task.update_ema(epoch * steps.per_epoch + step + 1)
                 done = step + 1
                 bar.update(steps.size(step))
-                if process.world == 1 or done % PAUSE == 0:
-                    late = time.monotonic() - saved > 60 * config.save_minutes
-                    asked, overdue = process.largest(signals.number, late)
-                    if asked:
-                        break
-                    if overdue:
-                        save()
-                        saved = time.monotonic()
             train_seconds = time.monotonic() - started
             asked = process.largest(signals.number)[0]
             if asked:
@@ -231,7 +227,13 @@ def finetune(config: FinetuneConfig) -> Result | None:
             if process.world > 1:  # where BatchNorm is not synchronised, that of the first process counts
                 distribute_bn(net, process.world)
                 distribute_bn(trained, process.world)
-            metrics = kind.score(trained, val_batches, given, process.world > 1)
+            try:
+                metrics = kind.score(trained, val_batches, given, process.world > 1)
+            except RuntimeError as error:
+                if not signals.number or process.world > 1:
+                    raise
+                save()  # the processes that read the images were stopped together with this one
+                raise Stopped(signals.number, f"stopped behind the last step of epoch {epoch + 1}") from error
             row = {
                 "epoch": epoch + 1,
                 "image_size": size,
@@ -268,6 +270,10 @@ def finetune(config: FinetuneConfig) -> Result | None:
         trained.load_state_dict(best["net"])
     size = best["image_size"] if best else history[-1]["image_size"]
     figures = kind.finish(folder, trained, history, size, val, config, given, process)
+    process.say(
+        f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, mean F1 {figures['macro_f1']:.3f} on "
+        f"{figures['images']} validation images; see {config.out / 'report.html'}"
+    )
     return Result(config.out, history, figures)
 
 
@@ -484,13 +490,17 @@ class _Signals(AbstractContextManager["_Signals"]):
 
     def __enter__(self) -> "_Signals":
         here = threading.current_thread() is threading.main_thread()  # where alone Python lets one ask for signals
-        numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
-        self.usual = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in numbers}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) if here else ()
+        self.usual: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+        for number in numbers[:2]:
+            signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.number = number
         self.__exit__()
+        self.number = number
+        # reading processes that got the signal, too, die now; torch would raise an error of that within a step
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def __exit__(self, *_: object) -> None:
         for number, action in self.usual.items():

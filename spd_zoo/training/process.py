@@ -1,7 +1,9 @@
 """The processes that train together, started by torchrun or accelerate; or one alone."""
 
+import atexit
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,11 +16,15 @@ __all__ = ["Process", "join"]
 
 @dataclass(frozen=True)
 class Process:
-    """This process: its device and its number `rank` among `world`."""
+    """This process: its device and its number `rank` among `world`.
+
+    What the methods pass on goes from CPU to CPU, so that no GPU waits for it; tensors of the network do not.
+    """
 
     device: torch.device
     rank: int = 0
     world: int = 1
+    group: Any = None  # torch's group of all processes
 
     @property
     def first(self) -> bool:
@@ -35,22 +41,22 @@ class Process:
         """What each process gives for `value`, by rank."""
         values: list[Any] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_first(self, value: Any) -> Any:
         """What the first process gives for `value`."""
         values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(values)
+            dist.broadcast_object_list(values, group=self.group)
         return values[0]
 
     def largest(self, *numbers: float) -> list[float]:
         """Of each number the largest that any process gives."""
         if self.world == 1:
             return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
 
@@ -63,9 +69,11 @@ def join(device: str | None) -> Process:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
-        if dist.is_available() and dist.is_initialized():
-            return Process(torch.device(name), dist.get_rank(), dist.get_world_size())
         place = init_distributed_device_so(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot use device {name!r}: {str(error).strip().partition(chr(10))[0]}") from error
-    return Process(torch.device(place["device"]), place["global_rank"], place["world_size"])
+    group = None
+    if place["distributed"]:
+        atexit.register(dist.destroy_process_group)
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # one may read images while others wait
+    return Process(torch.device(place["device"]), place["global_rank"], place["world_size"], group)
