@@ -104,6 +104,12 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--image-column", default="", help="as for finetune")
     command.add_argument("--label-column", default="", help="as for finetune")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add("export", _export, "write a network into one file for other programs")
+    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
+    command.add_argument("--to", choices=("onnx", "pt2"), required=True, help="ONNX, or torch.export's format")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the file (default: in the run, or here)")
+    command.add_argument("--image-size", type=_positive, metavar="N", help="pixels (default: the network's)")
     return parser
 
 
@@ -301,6 +307,12 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"{row['img_size']} px: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, mean F1 "
             f"{row['macro_f1']:.3f}, ECE {row['ece']:.3f}, {row['images']} images"
         )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    with _explained():
+        print(_training("export").export(options.model, options.to, options.out, options.image_size))
     return 0
 
 

@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from pictures import make_folders
+
+from spd_zoo.training.config import FinetuneConfig, to_yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import benchmark
+import benchmark_finetune
+import bundle_weights
 import timm_contract
 
 EVERY = timm_contract.classification_networks()
@@ -95,3 +100,27 @@ def test_a_form_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         benchmark.main(["--forms", "inference-fp64-*"])
     assert "inference-fp32-contiguous-eager" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_timed_against_timms_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_folders(tmp_path / "data", train=8, val=2)
+    tiny = ["--model", "cifar_resnet20", "--image-size", "16", "--batch-size", "8", "--workers", "0", "--rounds", "1"]
+    command = ["--data", str(data), *tiny, "--epochs", "2", "--threads", "1", "--json"]
+    assert benchmark_finetune.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    for name in ("ours", "timm"):
+        assert result[name]["epochs_per_hour"] > 0 and 100 < result[name]["MiB"] < 4000
+    speed = result["ours"]["epochs_per_hour"] / result["timm"]["epochs_per_hour"]
+    assert result["epochs_per_hour, ours / timm"] == pytest.approx(speed, abs=0.01)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["run.yaml", "run.json"])
+def test_the_options_of_new_and_old_runs_are_read(tmp_path: Path, old: bool) -> None:
+    stored = {"model": "resnet18_spd", "data": "d", "out": "o", "lr": 0.006, "auto_augment": None, "val_size": 2500}
+    if old:
+        (tmp_path / "run.json").write_text(json.dumps(stored))
+    else:
+        (tmp_path / "run.yaml").write_text(to_yaml(FinetuneConfig(**stored)))
+    found = bundle_weights.recipe_of(tmp_path)
+    assert {key: str(found[key]) for key in stored} == {key: str(value) for key, value in stored.items()}

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.training import classification, evaluate, report
 from spd_zoo.training import finetune as training
-from spd_zoo.training.config import FinetuneConfig, load_config, make_config, to_yaml
+from spd_zoo.training.config import RECIPES, FinetuneConfig, load_config, make_config, to_yaml
 from spd_zoo.training.data import DataError
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 
@@ -600,6 +600,25 @@ def test_a_yaml_file_without_meaning_is_refused(tmp_path: Path, text: str, messa
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         make_config({"model": "resnet18_spd", "data": "d", "out": "o"}, tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_have_options_that_there_are_and_say_what_is_unknown(recipe: Path) -> None:
+    given: dict[str, Any] = {"model": "cifar_resnet20", "data": "d", "out": "o"}
+    unknown = [name for name, value in load_config(recipe.stem).items() if value == "unknown"]
+    if unknown:
+        with pytest.raises(ValueError, match=f"give .*{unknown[-1].replace('_', '-')}"):
+            make_config(given, recipe.stem)
+    made = make_config(given | dict.fromkeys(unknown, 0), recipe.stem)
+    assert made.pretrained is False and made.lr is not None and made.warmup_epochs is not None
+    assert unknown == (["weight_decay", "warmup_epochs", "cutmix", "mix_prob"] if "augment" in recipe.stem else [])
+
+
+def test_spds_recipe_begins_at_zero_and_falls_where_the_authors_count_from_one(folders: Path, tmp_path: Path) -> None:
+    values = load_config("tiny_imagenet_spd") | {"model": "cifar_resnet20", "image_size": "16", "batch_size": 12}
+    values |= {"data": str(folders), "out": tmp_path / "run", "epochs": 4, "decay_epochs": "2,3", "workers": 0}
+    finetune(make_config(values))
+    assert lr_of(tmp_path / "run") == pytest.approx([0.01793 / 2, 0.01793, 0.2 * 0.01793, 0.04 * 0.01793])  # of 2 steps
 
 
 def test_what_must_be_given_is_said() -> None:

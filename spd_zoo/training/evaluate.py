@@ -213,8 +213,9 @@ def evaluate(
     found = next((part for name in splits if (part := open_data(data, name, image_column, label_column))), None)
     if found is None:
         raise DataError(f"{data} has no split {' or '.join(splits)}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    net: Any = load(model, str(place))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net: Any = load(model, name)
+    place = torch.device(name)
     cfg = net.pretrained_cfg
     images = with_classes_of(found, class_names(cfg))
     config = resolve_data_config(pretrained_cfg=cfg)

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +109,9 @@ def _plain(names: Sequence[str]) -> list[str]:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters that matplotlib's font does not have
+        figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 
