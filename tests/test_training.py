@@ -440,6 +440,32 @@ def test_the_memory_of_a_step_is_about_what_is_measured() -> None:
     assert 0.8 < kept / (4 * maps) < 2
 
 
+def test_a_stream_that_was_stopped_goes_on_to_the_same_bits(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="streams need the extra `train`")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    (tmp_path / "stream").mkdir()
+    for split in ("train", "val"):
+        found = classification.open_data(str(folders), split)
+        assert found is not None
+        names = datasets.ClassLabel(names=found.class_names)
+        features = datasets.Features({"image": datasets.Image(), "label": names})
+        columns = {"image": [found.image(i) for i in range(len(found))], "label": found.labels}
+        datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "stream" / f"{split}.parquet")
+    options = {"stream": True, "stream_length": 24, "workers": 1, "auto_augment": "rand-m6-n2"}
+    run(tmp_path / "stream", tmp_path / "whole", **options)
+    stop_in(monkeypatch, 1, 1)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stream", tmp_path / "stopped", **options)
+    with pytest.raises(ValueError, match="holds a run with workers=1, not 0"):
+        run(tmp_path / "stream", tmp_path / "stopped", **options | {"workers": 0})
+    result = run(tmp_path / "stream", tmp_path / "stopped", **options)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert result.metrics["images"] == 6
+
+
 def test_class_weights_count_the_same_in_every_batch(folders: Path) -> None:
     data = classification.open_data(str(folders), "train")
     assert data is not None
@@ -534,7 +560,7 @@ def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> 
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive"),
-        ({"lr": None, "opt": "adamw"}, "default learning rate is for lamb; give lr with opt adamw"),
+        ({"lr": None, "opt": "sgd"}, "default learning rates are for lamb and adamw; give lr with opt sgd"),
         ({"crop_scale": 0.0}, "crop_scale must be above 0"),
         ({"val_size": -1}, "val_size must not be negative"),
         ({"val_split": 0.1, "val_size": 5}, "give one of them"),
@@ -660,7 +686,8 @@ def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folde
         chosen = training._chosen(asked, 480, training.Process(torch.device("cpu")))
         assert chosen.pretrained is expected
         assert chosen.head_epochs == int(expected)
-        assert chosen.lr == pytest.approx((2e-3 if expected else 6e-3) / 4)
+        assert chosen.opt == ("adamw" if expected else "lamb")
+        assert chosen.lr == pytest.approx(training.LR[chosen.opt] / 4)
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(12, 8), (480, 16), (2_000, 64), (47_500, 128)])

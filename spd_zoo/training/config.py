@@ -67,9 +67,9 @@ class FinetuneConfig:
     image_size: str = _option("64", "pixels; 32,48@11 means 32, and 48 from epoch 11 (counted from 0) on")
     patience: int = _option(0, "stop after so many epochs without a better val top-1, and keep the best (0: never)")
     # optimiser
-    opt: str = _option("lamb", "timm's name of the optimiser")
+    opt: str | None = _option(None, "timm's name of the optimiser (default: lamb from scratch, adamw if pretrained)")
     momentum: float = _option(0.9, "momentum, for optimisers that have one")
-    lr: float | None = _option(None, "largest learning rate (default: for lamb alone, by start and batch size)")
+    lr: float | None = _option(None, "largest learning rate (default: for lamb and adamw alone, by the batch size)")
     layer_decay: float = _option(1.0, "factor on the learning rate from each layer to the one in front of it")
     weight_decay: float = _option(0.02, "weight decay; none on biases and normalisation layers")
     decay_all: bool = _option(False, "weight decay on biases and normalisation layers too")
@@ -137,8 +137,8 @@ class FinetuneConfig:
                 raise ValueError(f"{item.name} must not be negative, got {value}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
-        if self.lr is None and self.opt != "lamb":
-            raise ValueError(f"the default learning rate is for lamb; give lr with opt {self.opt}")
+        if self.lr is None and self.opt not in (None, "lamb", "adamw"):
+            raise ValueError(f"the default learning rates are for lamb and adamw; give lr with opt {self.opt}")
         if not 0 < self.crop_scale <= 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("crop_scale must be above 0 and at most 1, label_smoothing from 0 to below 1")
         for name in ("layer_decay", "crop_pct", "decay_rate"):
@@ -165,9 +165,8 @@ class FinetuneConfig:
         parse_numbers(self.mean), parse_numbers(self.std)
         if (self.mixup or self.cutmix) and not self.drop_last:
             raise ValueError("Mixup and CutMix pair the images of a full step; they need drop_last")
-        if (self.mixup or self.cutmix) and (self.batch_size or 0) % (2 * (self.accumulate or 1)):
-            parts = f" in {self.accumulate} parts" if self.accumulate else ""
-            raise ValueError(f"Mixup and CutMix need an even batch_size, got {self.batch_size}{parts}")
+        if (self.mixup or self.cutmix) and (self.batch_size or 0) % 2:
+            raise ValueError(f"Mixup and CutMix need an even batch_size, got {self.batch_size}")
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
@@ -292,7 +291,7 @@ def merged(stored: dict[str, Any], given: FinetuneConfig) -> FinetuneConfig:
     values = {}
     for item in dataclasses.fields(FinetuneConfig):
         old, new = stored.get(item.name, item.default), getattr(given, item.name)
-        if item.metadata.get("free"):
+        if item.metadata.get("free") and not (item.name == "workers" and stored.get("stream")):  # they share a stream
             values[item.name] = new
         elif new is None or new == old:
             values[item.name] = old

@@ -304,12 +304,12 @@ def open_stream(
     Args:
         data: Where the data set is.
         split: Which part of it.
-        length: How many images it has, where the data set does not say.
+        length: How many images it has, where the data set does not say; needed to train on it alone.
         image_column: The column with the images; the only one of images if not given.
         label_column: The column with the classes; the only one of classes, `label` or `cls` if not given.
 
     Raises:
-        DataError: If there is no such data set, or it does not say its classes or its length.
+        DataError: If there is no such data set, or it does not say its classes, or how many images to train on.
     """
     import datasets
 
@@ -329,7 +329,7 @@ def open_stream(
     length = length or (info.num_examples if info is not None else 0) or 0
     if not class_names:
         raise DataError(f"{name} does not name the classes of column {label_column!r}; read it without --stream")
-    if not length:
+    if not length and split == "train":  # an epoch must know its steps; evaluation reads to the end
         raise DataError(f"{name} does not say how many images its split {known} has; give --stream-length")
     return StreamedImages(name, known, class_names, length, image_column, label_column)
 
@@ -508,7 +508,7 @@ class _Stream(IterableDataset[tuple[Tensor, int]]):
             split=data.split,
             is_training=training,
             batch_size=batch_size,
-            num_samples=data.length,
+            num_samples=data.length or 1,
             seed=seed,
             input_img_mode="",
             input_key=data.image_column,

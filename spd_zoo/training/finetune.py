@@ -40,7 +40,7 @@ from spd_zoo.weights import WeightsError
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune"]
 
-LR_FROM_SCRATCH, LR_PRETRAINED = 6e-3, 2e-3  # of lamb, at 128 images a step; by the square root of the batch size
+LR = {"lamb": 6e-3, "adamw": 2e-3}  # at 128 images a step; it goes by the square root of the batch size
 
 
 class Stopped(KeyboardInterrupt):
@@ -89,7 +89,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
 
     # data
     train, val, about = kind.open_splits(config, process, began.about_data if began is not None else None)
-    for line in in_words(about):
+    for line in in_words(about) if "train" in about else ["the images are not checked"]:
         process.say(line)
     if config.dry_run:
         return None
@@ -101,7 +101,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     net = _create(config, len(train.class_names), sizes, process)
     given = _input(net, config, process.device)
     config = replace(config, accumulate=_parts(net, sizes, config, given, process))
-    assert config.batch_size and config.accumulate  # nothing is open any more
+    assert config.batch_size and config.accumulate and config.opt  # nothing is open any more
     assert config.warmup_epochs is not None and config.warmup_lr is not None and config.head_epochs is not None
     frozen = _named(net, config.freeze)
     if config.head_epochs and any(_inside(part, frozen) for part in _classifier(net)):
@@ -284,18 +284,23 @@ def _chosen(config: FinetuneConfig, images: int, process: Process) -> FinetuneCo
         known = get_pretrained_cfg(config.model)
         pretrained = known is not None and bool(known.has_weights)
     batch_size = config.batch_size
+    shares = process.world * (config.accumulate or 1)
+    if images < 2 * shares:
+        raise DataError(f"{images} training images are too few for steps in {shares} parts: each needs two")
     if batch_size is None:  # a power of two that gives an epoch 20 steps, so that small data sets take enough of them
         batch_size = max(8, min(128, 2 ** int(math.log2(max(1, images / 20)))))
-        batch_size += -batch_size % (2 * process.world)
-    if images < 2 * process.world * (config.accumulate or 1):
-        raise DataError(f"{images} training images are too few for {process.world} processes: each needs two in a step")
-    lr = config.lr
-    if lr is None:
-        lr = (LR_PRETRAINED if pretrained else LR_FROM_SCRATCH) * math.sqrt(batch_size / 128)
+        batch_size += -batch_size % (2 * shares)
+    if config.mixup or config.cutmix:
+        batch_size = min(batch_size, images - images % (2 * shares))
+        if batch_size % (2 * shares):
+            raise ValueError(f"Mixup and CutMix need an even batch_size in each of {shares} parts, got {batch_size}")
+    opt = config.opt or ("adamw" if pretrained else "lamb")
+    lr = config.lr or LR[opt] * math.sqrt(batch_size / 128)
     return replace(
         config,
         pretrained=pretrained,
         batch_size=batch_size,
+        opt=opt,
         lr=lr,
         warmup_epochs=min(2, config.epochs // 4) if config.warmup_epochs is None else config.warmup_epochs,
         warmup_lr=lr / 100 if config.warmup_lr is None else config.warmup_lr,
@@ -358,8 +363,8 @@ def _parts(net: nn.Module, sizes: list[tuple[int, int]], config: FinetuneConfig,
         return config.accumulate or 1
     fixed = 4 * sum(parameter.nbytes for parameter in net.parameters())  # gradients, optimiser, moving average
     share = math.ceil((config.batch_size or 1) / process.world)
-    parts = 1
-    while fixed + per_image * share / parts > 0.8 * free and share / (2 * parts) >= 2:
+    parts, unit = 1, 2 if config.mixup or config.cutmix else 1  # Mixup needs pairs
+    while fixed + per_image * share / parts > 0.8 * free and share % (2 * parts * unit) == 0 and share >= 4 * parts:
         parts *= 2
     parts = int(process.largest(parts)[0])
     if parts > 1:
