@@ -286,8 +286,7 @@ def _finetune(options: argparse.Namespace) -> int:
     given = {key: value for key, value in vars(options).items() if key not in ("run", "config")}
     with _explained():
         made = config.make_config(given, options.config)
-        timm_name(made.model)
-        training.finetune(made)
+        training.finetune(dataclasses.replace(made, model=timm_name(made.model)))
     return 0
 
 

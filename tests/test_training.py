@@ -491,6 +491,13 @@ def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None
     assert not torch.equal(kept["head.fc.weight"], plain["head.fc.weight"])
 
 
+def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "first", epochs=1)
+    run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", epochs=1, lr=1e-12, weight_decay=0.0)
+    first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    assert all(torch.allclose(first[key], second[key]) for key in first if "running" not in key and "num" not in key)
+
+
 def test_layers_in_front_learn_slower(folders: Path, tmp_path: Path) -> None:
     start, slow = weights_of_untrained(), {"opt": "momentum", "momentum": 0.0, "weight_decay": 0.0, "epochs": 1}
     run(folders, tmp_path / "even", **slow, lr=1e-4)
@@ -591,7 +598,7 @@ def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, 
         ({"model_args": "depth=3"}, "cifar_resnet20 does not take these model_args"),
         ({"model_args": "in_chans=4"}, "takes 4 channels; images have 1 or 3"),
         ({"device": "abacus"}, "cannot use device 'abacus'"),
-        ({"freeze": "head.fc", "head_epochs": 1}, "the classifier cannot learn alone, it is frozen"),
+        ({"freeze": "head.fc", "head_epochs": 1}, "the classifier cannot learn alone, it is frozen or unknown"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

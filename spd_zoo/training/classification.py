@@ -35,7 +35,17 @@ from spd_zoo.training.evaluate import Input, predictions, score
 from spd_zoo.training.process import Process
 from spd_zoo.training.run import RunFolder
 
-__all__ = ["Images", "Task", "finish", "open_splits", "preparation", "score", "train_batches", "val_batches"]
+__all__ = [
+    "Images",
+    "Task",
+    "finish",
+    "in_words",
+    "open_splits",
+    "preparation",
+    "score",
+    "train_batches",
+    "val_batches",
+]
 
 Images = LabelledImages | StreamedImages
 BEST = "val_top1"  # what early stopping watches
@@ -176,6 +186,11 @@ def val_batches(data: Images, image_size: int, config: FinetuneConfig, given: In
     return eval_loader(data, transform, size, config.workers, given.mode, process.rank, process.world)
 
 
+def in_words(row: dict[str, Any]) -> str:
+    """How good an epoch was."""
+    return f"val top-1 {row['val_top1']:.2f} %"
+
+
 def finish(
     folder: RunFolder,
     net: Any,
@@ -202,4 +217,9 @@ def finish(
         }
         folder.write_network(net, cfg, parse_model_args(config.model_args))
         report.write(folder, config, history, said, data)
-    return said.summary() | {"image_size": image_size}
+    figures = said.summary()
+    process.say(
+        f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, mean F1 {figures['macro_f1']:.3f} on "
+        f"{figures['images']} validation images; see {folder.path / 'report.html'}"
+    )
+    return figures | {"image_size": image_size}

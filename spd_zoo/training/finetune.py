@@ -104,8 +104,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
     assert config.batch_size and config.accumulate and config.opt  # nothing is open any more
     assert config.warmup_epochs is not None and config.warmup_lr is not None and config.head_epochs is not None
     frozen = _named(net, config.freeze)
-    if config.head_epochs and any(_inside(part, frozen) for part in _classifier(net)):
-        raise ValueError("the classifier cannot learn alone, it is frozen; give --head-epochs 0 or freeze less")
+    if config.head_epochs and (not _classifier(net) or any(_inside(part, frozen) for part in _classifier(net))):
+        raise ValueError("the classifier cannot learn alone, it is frozen or unknown; give --head-epochs 0")
     for name, parameter in net.named_parameters():
         parameter.requires_grad = not _inside(name, frozen)
     task: Any = kind.Task(net, config, train, process.device)
@@ -156,7 +156,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
         if config.ema:
             trained.load_state_dict(state["ema"])
         history, best, done = state["history"], state["best"], state["step"]
-        loss_sum += state["losses"][process.rank]
+        loss_sum += sum(state["losses"][process.rank :: process.world])  # another number of processes may go on
 
     def save() -> None:
         losses = _finite(process.together(loss_sum.item()))
@@ -253,8 +253,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
             speed = (steps.per_epoch - first) * steps.batch_size / train_seconds
             minutes = (config.epochs - epoch - 1) * (saved - started) / 60
             line = (
-                f"epoch {epoch + 1}/{config.epochs} at {size} px: train loss {row['train_loss']:.3f}, val top-1 "
-                f"{row['val_top1']:.2f} %, {speed:.0f} images/s, {minutes:.0f} min left"
+                f"epoch {epoch + 1}/{config.epochs} at {size} px: train loss {row['train_loss']:.3f}, "
+                f"{kind.in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
             )
             process.say(line)
             if process.first:
@@ -270,10 +270,6 @@ def finetune(config: FinetuneConfig) -> Result | None:
         trained.load_state_dict(best["net"])
     size = best["image_size"] if best else history[-1]["image_size"]
     figures = kind.finish(folder, trained, history, size, val, config, given, process)
-    process.say(
-        f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, mean F1 {figures['macro_f1']:.3f} on "
-        f"{figures['images']} validation images; see {config.out / 'report.html'}"
-    )
     return Result(config.out, history, figures)
 
 
@@ -282,7 +278,7 @@ def _chosen(config: FinetuneConfig, images: int, process: Process) -> FinetuneCo
     pretrained = config.pretrained
     if pretrained is None:
         known = get_pretrained_cfg(config.model)
-        pretrained = known is not None and bool(known.has_weights)
+        pretrained = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
     batch_size = config.batch_size
     shares = process.world * (config.accumulate or 1)
     if images < 2 * shares:
@@ -416,7 +412,7 @@ def _named(net: nn.Module, text: str) -> list[str]:
 def _classifier(net: Any) -> list[str]:
     """The names of the network's last layers."""
     names = net.pretrained_cfg["classifier"]
-    return [names] if isinstance(names, str) else list(names)
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def _inside(name: str, parts: Sequence[str]) -> bool:
