@@ -149,6 +149,7 @@ FORKS.set_forkserver_preload(["spd_zoo.training.finetune", "torch._dynamo"])
 def _train(config: FinetuneConfig, killed_at: str = "", after: int = 0) -> None:
     """Trains in a process group of its own; kills it when the file `killed_at` is about to appear, `after` others."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for the processes that read images, as elsewhere
     sys.stdout = sys.stderr = (config.out.parent / "printed.txt").open("w")
     replace, seen = Path.replace, []
 

@@ -175,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ratios = [a[key] / b[key] for a, b in zip(found["ours"], found["timm"], strict=True)]
         result[f"{key}, ours / timm"] = round(statistics.median(ratios), 3)
     if options.json:
-        print(json.dumps(result | {"torch": torch.__version__, "timm": timm.__version__, "threads": options.threads}))
+        versions = {"torch": torch.__version__, "timm": timm.__version__}
+        print(json.dumps(result | {"versions": versions, "threads": options.threads}))
     else:
         print("\n".join(f"{name}: {value}" for name, value in result.items()))
     return 0

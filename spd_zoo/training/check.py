@@ -73,7 +73,7 @@ def check(parts: dict[str, LabelledImages], workers: int, process: Process) -> d
         same: dict[str, list[int]] = defaultdict(list)
         for fact in good:
             same[fact.digest].append(fact.index)
-            owners[fact.digest][part].append(data.name(fact.index))
+            owners[fact.digest][part].append(f"{part} {data.name(fact.index)}")
         groups = [group for group in same.values() if len(group) > 1]
         about[part] = {
             "images": len(good),
@@ -124,6 +124,8 @@ def _part_in_words(part: str, about: dict[str, Any]) -> Iterator[str]:
     ordered = sorted(counts.items(), key=lambda item: item[1])
     if len(ordered) <= 12:
         yield f"  {', '.join(f'{name} {count}' for name, count in counts.items())}"
+    elif ordered[0][1] == ordered[-1][1]:
+        yield f"  {ordered[0][1]} of each class"
     else:
         few, many = ordered[:NAMED], ordered[-1]
         yield f"  fewest: {', '.join(f'{name} {count}' for name, count in few)}; most: {many[0]} {many[1]}"

@@ -70,7 +70,10 @@ class FinetuneConfig:
     opt: str | None = _option(None, "timm's name of the optimiser (default: lamb from scratch, adamw if pretrained)")
     momentum: float = _option(0.9, "momentum, for optimisers that have one")
     lr: float | None = _option(None, "largest learning rate (default: for lamb and adamw alone, by the batch size)")
-    layer_decay: float = _option(1.0, "factor on the learning rate from each layer to the one in front of it")
+    layer_decay: float | None = _option(
+        None,
+        "factor on the learning rate from each layer to the one in front of it (default: 0.8 if pretrained, else 1)",
+    )
     weight_decay: float = _option(0.02, "weight decay; none on biases and normalisation layers")
     decay_all: bool = _option(False, "weight decay on biases and normalisation layers too")
     clip_grad: float = _option(0.0, "largest norm of the gradient (0: any)")
@@ -142,7 +145,7 @@ class FinetuneConfig:
         if not 0 < self.crop_scale <= 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("crop_scale must be above 0 and at most 1, label_smoothing from 0 to below 1")
         for name in ("layer_decay", "crop_pct", "decay_rate"):
-            if not 0 < getattr(self, name) <= 1:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
         for name in ("ema", "val_split"):
             if not 0 <= (getattr(self, name) or 0) < 1:

@@ -298,6 +298,7 @@ def _chosen(config: FinetuneConfig, images: int, process: Process) -> FinetuneCo
         batch_size=batch_size,
         opt=opt,
         lr=lr,
+        layer_decay=(0.8 if pretrained else 1.0) if config.layer_decay is None else config.layer_decay,
         warmup_epochs=min(2, config.epochs // 4) if config.warmup_epochs is None else config.warmup_epochs,
         warmup_lr=lr / 100 if config.warmup_lr is None else config.warmup_lr,
         head_epochs=int(pretrained) if config.head_epochs is None else config.head_epochs,
