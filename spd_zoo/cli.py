@@ -7,10 +7,12 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ class CommandError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command of `spd-zoo`; returns its exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Runs one command of `spd-zoo`; returns its exit status: 0, 1 after an error, 128 + N after the signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
@@ -57,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stopped:
+        if str(stopped):  # training that was asked to stop has saved its state
+            _complain(f"{stopped}; it is saved, and the same command goes on from there")
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     except (CommandError, ModelError, WeightsError, OSError) as error:
         _complain(str(error))
         return 1
@@ -119,7 +123,29 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
 
     command = add("finetune", _finetune, "train a network on your images")
     if finetune_options:
-        _add_fields(command, _training().FinetuneConfig)
+        command.add_argument("--config", metavar="FILE", help="YAML file with options, or the name of a recipe")
+        _add_fields(command, _training("finetune").FinetuneConfig)
+
+    command = add("evaluate", _evaluate, "measure a network on labelled images")
+    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
+    command.add_argument("--data", required=True, help="as for finetune")
+    command.add_argument("--split", default="", help="part of the data (default: test, else val)")
+    command.add_argument("--image-size", type=_positive, nargs="+", default=(), metavar="N", help="pixels")
+    command.add_argument("--flip", action="store_true", help="average over every image and its mirror image")
+    command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
+    command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at once (default: 64)")
+    command.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)")
+    command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    command.add_argument("--bf16", action="store_true", help="compute in bfloat16 where autocast allows it")
+    command.add_argument("--image-column", default="", help="as for finetune")
+    command.add_argument("--label-column", default="", help="as for finetune")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add("export", _export, "write a network into one file for other programs")
+    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
+    command.add_argument("--to", choices=("onnx", "pt2"), required=True, help="ONNX, or torch.export's format")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the file (default: in the run, or here)")
+    command.add_argument("--image-size", type=_positive, metavar="N", help="pixels (default: the network's)")
     return parser
 
 
@@ -421,28 +447,64 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    training = _training()
-    given = {key: value for key, value in vars(options).items() if key != "run"}
-    timm_name(given["model"])
-    try:
-        training.finetune(training.FinetuneConfig(**given))
-    except ValueError as error:  # a DataError, or an option without meaning
-        raise CommandError(str(error)) from error
-    except ModuleNotFoundError as error:
-        raise _lacks(error) from error
+    training, config = _training("finetune"), _training("config")
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "config")}
+    with _explained():
+        made = config.make_config(given, options.config)
+        training.finetune(dataclasses.replace(made, model=timm_name(made.model)))
     return 0
 
 
-def _training() -> types.ModuleType:
+def _evaluate(options: argparse.Namespace) -> int:
+    module = _training("evaluate")
+    given = {key: value for key, value in vars(options).items() if key not in ("run", "out", "json", "image_size")}
+    with _explained():
+        evaluations = module.evaluate(image_sizes=options.image_size, **given)
+        if options.out:
+            module.save(evaluations, options.out)
+    rows = [evaluation.row | evaluation.predictions.summary() for evaluation in evaluations]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        print(
+            f"{row['img_size']} px: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, mean F1 "
+            f"{row['macro_f1']:.3f}, ECE {row['ece']:.3f}, {row['images']} images"
+        )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    with _explained():
+        print(_training("export").export(options.model, options.to, options.out, options.image_size))
+    return 0
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What stops training code, as one sentence."""
     try:
-        return importlib.import_module("spd_zoo.training.finetune")
+        yield
+    except ValueError as error:  # a DataError, a RunError, or an option without meaning
+        raise CommandError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise _lacks(error) from error
+
+
+def _training(module: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(f"spd_zoo.training.{module}")
     except ModuleNotFoundError as error:
         raise _lacks(error) from error
 
 
 def _lacks(error: ModuleNotFoundError) -> CommandError:
-    extra = "[train]" if error.name == "pyarrow" else ""
-    return CommandError(f"training needs the package {error.name}: pip install 'spd-zoo{extra}'")
+    extras = {"datasets": "[train]", "onnx": "[export]", "onnxscript": "[export]", "onnxruntime": "[export]"}
+    package = (error.name or "").partition(".")[0]
+    own = "spd-zoo" + extras.get(package, "")
+    return CommandError(
+        f"this needs the package {error.name}: pip install '{own if package != 'tensorboard' else package}'"
+    )
 
 
 def _add_fields(command: argparse.ArgumentParser, config: type) -> None:
@@ -452,16 +514,10 @@ def _add_fields(command: argparse.ArgumentParser, config: type) -> None:
         kind = hints[field.name]
         if typing.get_origin(kind) in (types.UnionType, typing.Union):
             kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
-        if field.name == "model":
-            command.add_argument(field.name, metavar="MODEL", help=field.metadata["help"])
-            continue
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         default = "" if field.default in (dataclasses.MISSING, None, "") else f" (default: {field.default})"
+        text = (field.metadata.get("help", "") + default).replace("%", "%%")
+        if field.name == "model":
+            command.add_argument(field.name, metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=text)
+            continue
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        command.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            default=argparse.SUPPRESS,
-            required=required,
-            help=(field.metadata.get("help", "") + default).replace("%", "%%"),
-            **how,
-        )
+        command.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)

@@ -5,12 +5,13 @@ import os
 import struct
 import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["SUFFIXES", "find_images", "read_image"]
+__all__ = ["SUFFIXES", "find_images", "read_image", "upright"]
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _READING_ERRORS = (  # what PIL's decoders raise for broken files
@@ -38,26 +39,36 @@ def _is_visible_image(file: Path, folder: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 
 
-def read_image(path: Path, mode: str = "RGB") -> Image.Image:
-    """An image file upright and in `mode`, 8 bits per channel; 16-bit grey is scaled to 8.
+def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
+    """An image file, or its bytes, upright and in `mode`, 8 bits per channel; 16-bit grey is scaled to 8.
 
     Raises:
-        ValueError: If `path` is no image that can be read.
+        ValueError: If `file` is no image that can be read.
     """
-    if not os.path.exists(path):
-        raise ValueError("there is no such file, nor does a file match it as a pattern")
-    if os.path.isdir(path):
-        raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")
+    if not isinstance(file, BytesIO):
+        if not os.path.exists(file):
+            raise ValueError("there is no such file, nor does a file match it as a pattern")
+        if os.path.isdir(file):
+            raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of what it copes with: large images, odd EXIF, palettes
-            with Image.open(path) as image:
-                return _in_8_bits(ImageOps.exif_transpose(image)).convert(mode)
+            with Image.open(file) as image:
+                return upright(image, mode)
     except UnidentifiedImageError as error:
         raise ValueError("this is no image in a format that Pillow knows") from error
     except _READING_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"cannot read this image: {reason}") from error
+
+
+def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """An opened image turned as its EXIF says and in `mode`, 8 bits per channel; 16-bit grey is scaled to 8.
+
+    Raises:
+        ValueError: If its pixels have 32 bits.
+    """
+    return _in_8_bits(ImageOps.exif_transpose(image)).convert(mode)
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

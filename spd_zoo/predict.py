@@ -17,7 +17,7 @@ from spd_zoo.images import read_image
 from spd_zoo.models._detector import Detector
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 
-__all__ = ["Answer", "Guess", "ModelError", "class_names", "predict", "timm_name"]
+__all__ = ["Answer", "Guess", "ModelError", "class_names", "load", "predict", "timm_name"]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
@@ -101,7 +101,7 @@ def predict(
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
-    net = _load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    net = load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cfg = _cfg(net)
     names = class_names(cfg)
     config = resolve_data_config(pretrained_cfg=cfg)
@@ -123,8 +123,13 @@ def predict(
             yield Answer(path, tops.get(i, ()), errors.get(i))
 
 
-def _load(model: str, device: str) -> nn.Module:
-    """A pretrained classifier, ready to compute."""
+def load(model: str, device: str) -> nn.Module:
+    """A pretrained classifier on a torch device, channels last, ready to compute.
+
+    Raises:
+        ModelError: If there is no such network, or it cannot be used.
+        WeightsError: If its weights cannot be had or must not be used.
+    """
     name = timm_name(model)
     entry = entries().get(name)
     try:

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import NoReturn
 
@@ -325,7 +326,7 @@ def test_counts_must_be_positive(option: str, value: str, capsys: Capture) -> No
 
 @pytest.fixture
 def configs(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
-    given: list[FinetuneConfig] = []
+    given: list[FinetuneConfig] = []  # its append returns None, as a dry run does
     monkeypatch.setattr("spd_zoo.training.finetune.finetune", given.append)
     return given
 
@@ -338,31 +339,46 @@ def test_finetune_leaves_what_is_not_given_to_the_configuration(configs: list[Fi
     assert configs == [FinetuneConfig(model="resnet18_spd", data=Path("photos"), out=Path("run"))]
 
 
-def test_finetune_has_an_option_for_every_field(configs: list[FinetuneConfig]) -> None:
-    arguments, expected = [], {}
-    for field in dataclasses.fields(FinetuneConfig):
-        option = f"--{field.name.replace('_', '-')}"
-        if field.default is dataclasses.MISSING:
-            continue
-        if isinstance(field.default, bool):
-            arguments.append(option.replace("--", "--no-") if field.default else option)
-            expected[field.name] = not field.default
-        elif isinstance(field.default, int | float):
-            expected[field.name] = 8 if isinstance(field.default, int) else 0.25
-            arguments += [option, str(expected[field.name])]
-        else:
-            texts = {
-                "sched": "multistep",
-                "decay_epochs": "1,2",
-                "image_size": "32,48@1",
-                "model_args": "drop_rate=0.5",
-            }
-            text = texts.get(field.name, "x")
-            expected[field.name] = Path(text) if isinstance(field.default, Path) else text
-            arguments += [option, text]
-    assert main(["finetune", *REQUIRED, *arguments]) == 0
-    (config,) = configs
-    assert {name: getattr(config, name) for name in expected} == expected
+TEXTS = {
+    "sched": "multistep",
+    "decay_epochs": "1,2",
+    "image_size": "32,48@1",
+    "model_args": "drop_rate=0.5",
+    "mean": "0.5,0.5,0.5",
+    "std": "0.1",
+    "interpolation": "bicubic",
+    "resume": "never",
+}
+OPTIONAL = [field for field in dataclasses.fields(FinetuneConfig) if field.default is not dataclasses.MISSING]
+
+
+@pytest.mark.parametrize("field", OPTIONAL, ids=lambda field: field.name)
+def test_finetune_has_an_option_for_every_field(
+    field: "dataclasses.Field[object]", configs: list[FinetuneConfig]
+) -> None:
+    option = f"--{field.name.replace('_', '-')}"
+    kind = str(typing.get_type_hints(FinetuneConfig)[field.name]).removeprefix("<class '").partition("'")[0]
+    kind = kind.partition(" | ")[0]
+    value: object = {"bool": not field.default, "int": 8, "float": 0.25}.get(kind, TEXTS.get(field.name, "x"))
+    if isinstance(value, bool):
+        arguments = [option if value else option.replace("--", "--no-")]
+    else:
+        arguments = [option, str(value)]
+    both = {"sched": ["--decay-epochs", "1,2"], "decay_epochs": ["--sched", "multistep"], "opt": ["--lr", "1"]}
+    assert main(["finetune", *REQUIRED, *arguments, *both.get(field.name, [])]) == 0
+    assert getattr(configs[0], field.name) == value
+
+
+def test_finetune_takes_what_is_not_given_from_a_yaml_file(configs: list[FinetuneConfig], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: resnet18_spd\nepochs: 7\nlr: 0.5\n")
+    arguments = ["finetune", "--config", str(tmp_path / "mine.yaml"), "--data", "photos", "--out", "run", "--lr", "0.1"]
+    assert main(arguments) == 0
+    assert (configs[0].model, configs[0].epochs, configs[0].lr) == ("resnet18_spd", 7, 0.1)
+
+
+def test_finetune_says_what_must_be_given(capsys: Capture) -> None:
+    assert main(["finetune", "--data", "photos"]) == 1
+    assert capsys.readouterr().err == "spd-zoo: error: give MODEL and --out\n"
 
 
 def test_finetune_explains_its_options(capsys: Capture) -> None:
@@ -379,8 +395,8 @@ def test_finetune_explains_its_options(capsys: Capture) -> None:
         (DataError("photos is empty"), "photos is empty"),
         (ValueError("lr must be positive"), "lr must be positive"),
         (
-            ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow"),
-            "training needs the package pyarrow: pip install 'spd-zoo[train]'",
+            ModuleNotFoundError("No module named 'datasets'", name="datasets"),
+            "this needs the package datasets: pip install 'spd-zoo[train]'",
         ),
     ],
     ids=["data", "option", "package"],
@@ -402,7 +418,7 @@ def test_training_code_that_lacks_a_package_is_one_clear_sentence(
     monkeypatch.delitem(sys.modules, "spd_zoo.training.finetune")
     monkeypatch.setitem(sys.modules, "timm.optim", None)
     assert main(["finetune", *REQUIRED]) == 1
-    assert capsys.readouterr().err == ("spd-zoo: error: training needs the package timm.optim: pip install 'spd-zoo'\n")
+    assert capsys.readouterr().err == ("spd-zoo: error: this needs the package timm.optim: pip install 'spd-zoo'\n")
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

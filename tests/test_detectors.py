@@ -683,7 +683,7 @@ def test_checkpoints_that_do_not_fit_are_refused(
 def test_a_hidden_class_layer_that_is_missing_is_refused_even_with_other_classes(
     save: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["spd_zoo.weights.fit"], "_own_networks", lambda: [])  # looking at all takes long
+    monkeypatch.setattr(sys.modules["spd_zoo.weights.fit"], "own_networks", lambda: [])  # looking at all takes long
     tensors = random_network("yolov8n_spd").state_dict()
     del tensors["head.cv3.1.1.conv.weight"]
     with pytest.raises(spd_zoo.WeightsError, match=r"1 of \d+ tensors are missing, the first is head\.cv3\.1\.1"):

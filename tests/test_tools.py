@@ -7,10 +7,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from pictures import COLOURS, make_folders
+from PIL import Image
+from timm.models import save_for_hf
+
+from spd_zoo.images import read_image
+from spd_zoo.training.config import FinetuneConfig, to_yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import benchmark
+import benchmark_finetune
+import bundle_weights
+import compare_starts
 import timm_contract
 
 from spd_zoo.models._classifier import Classifier
@@ -103,3 +112,63 @@ def test_a_form_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         benchmark.main(["--forms", "inference-fp64-*"])
     assert "inference-fp32-contiguous-eager" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_timed_against_timms_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_folders(tmp_path / "data", train=8, val=2)
+    tiny = ["--model", "cifar_resnet20", "--image-size", "16", "--batch-size", "8", "--workers", "0", "--rounds", "1"]
+    command = ["--data", str(data), *tiny, "--epochs", "2", "--threads", "1", "--json"]
+    assert benchmark_finetune.main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    for name in ("ours", "timm"):
+        assert result[name]["epochs_per_hour"] > 0 and 100 < result[name]["MiB"] < 4000
+    speed = result["ours"]["epochs_per_hour"] / result["timm"]["epochs_per_hour"]
+    assert result["epochs_per_hour, ours / timm"] == pytest.approx(speed, abs=0.01)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["run.yaml", "run.json"])
+def test_the_options_of_new_and_old_runs_are_read(tmp_path: Path, old: bool) -> None:
+    stored = {"model": "resnet18_spd", "data": "d", "out": "o", "lr": 0.006, "auto_augment": None, "val_size": 2500}
+    if old:
+        (tmp_path / "run.json").write_text(json.dumps(stored))
+    else:
+        (tmp_path / "run.yaml").write_text(to_yaml(FinetuneConfig(**stored)))
+    found = bundle_weights.recipe_of(tmp_path)
+    assert {key: str(found[key]) for key in stored} == {key: str(value) for key, value in stored.items()}
+
+
+def test_every_box_becomes_an_image_of_its_class(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "images" / "a.png")
+    boxes = [{"id": i, "image_id": 7, "category_id": 1, "bbox": [i, 0, 4, 5]} for i in range(3)]
+    found = {"categories": [{"id": 1, "name": "cell"}], "images": [{"id": 7, "file_name": "a.png"}]}
+    for split in ("train", "val", "test"):
+        (tmp_path / f"instances_{split}.json").write_text(json.dumps(found | {"annotations": boxes}))
+    compare_starts.crop_boxes(tmp_path, tmp_path / "out", largest_class=2)
+    images = sorted((tmp_path / "out").rglob("*.png"))
+    assert [image.parent.relative_to(tmp_path / "out").as_posix() for image in images] == [
+        *["test/cell"] * 2, *["train/cell"] * 2, *["val/cell"] * 2
+    ]  # fmt: skip
+    assert {read_image(image).size for image in images} == {(4, 5)}
+
+
+def test_starts_are_compared_on_the_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+
+    def train(config: FinetuneConfig) -> None:
+        configs.append(config)
+        torch.manual_seed(0)
+        save_for_hf(timm.create_model("cifar_resnet20", num_classes=3), str(config.out), {"label_names": list(COLOURS)})
+        (config.out / "log.txt").write_text("2026-01-01T00:00:00.000+00:00 a\n2026-01-01T00:02:00.000+00:00 b\n")
+
+    monkeypatch.setattr(compare_starts, "finetune", train)
+    data = make_folders(tmp_path / "data", train=1, val=1, test=2)
+    command = ["--data", str(data), "--out", str(tmp_path), "--seeds", "2", "--workers", "0", "--epochs", "4"]
+    assert compare_starts.main([*command, "--json"]) == 0
+    assert [(config.model, config.pretrained, config.seed) for config in configs] == [
+        (model, pretrained, seed)
+        for model, pretrained in (("pyconvresnet50_spd", True), ("pyconvresnet50_spd", False), ("resnet50", False))
+        for seed in (0, 1)
+    ]
+    assert {(config.epochs, config.image_size) for config in configs} == {(4, "48")}

@@ -1,109 +1,565 @@
-"""Training: data sets as users have them, runs that go on where they stopped, results that timm loads."""
+"""Training: what options do, runs that go on to the same bits wherever they stopped, results that timm loads."""
 
 import csv
 import io
 import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from PIL import Image
+from pictures import make_folders
 from safetensors.torch import load_file
 
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
+from spd_zoo.training import classification, evaluate, report
 from spd_zoo.training import finetune as training
-from spd_zoo.training.data import DataError, open_data, train_val_split
-from spd_zoo.training.finetune import FinetuneConfig, finetune
+from spd_zoo.training.config import RECIPES, FinetuneConfig, load_config, make_config, to_yaml
+from spd_zoo.training.data import DataError
+from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 
-COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
 
-
-def picture(colour: tuple[int, int, int], seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randint(-20, 20, (16, 16, 3), generator=generator)
-    pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.numpy())
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take longer than these runs; test_report looks at them."""
+    monkeypatch.setattr(report, "_plots", lambda *_: {})
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    root = tmp_path / "data"
-    for split, count in (("train", 8), ("val", 2)):
-        for name, colour in COLOURS.items():
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                picture(colour, i).save(root / split / name / f"{i}.png")
-    return root
+    return make_folders(tmp_path / "data", train=8, val=2)
 
 
-def config(data: Path, out: Path, **changes: object) -> FinetuneConfig:
+def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
     options = {"epochs": 2, "batch_size": 8, "image_size": "16", "warmup_epochs": 0, "lr": 1e-3, "workers": 0}
-    return FinetuneConfig(**{"model": "resnet18_spd", "data": data, "out": out} | options | changes)
+    options |= {"bf16": False, "device": "cpu"}
+    return FinetuneConfig(**{"model": "cifar_resnet20", "data": str(data), "out": out} | options | changes)
 
 
-def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders, tmp_path):
-    accuracy = finetune(config(folders, tmp_path / "run", epochs=6, batch_size=4, image_size="16,32@2"))
-    assert accuracy > 60  # three colours; chance is 33
-    net = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+def run(data: Path, out: Path, **changes: Any) -> Result:
+    result = finetune(config(data, out, **changes))
+    assert result is not None
+    return result
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """Whether two runs have the same network, to the bit, and the same figures."""
+    networks = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    tables = [(folder / "metrics.csv").read_text() for folder in (one, other)]
+    equal = [torch.equal(networks[0][key], networks[1][key]) for key in networks[0]]
+    return all(equal) and tables[0] == tables[1] and networks[0].keys() == networks[1].keys()
+
+
+def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders: Path, tmp_path: Path) -> None:
+    result = run(folders, tmp_path / "run", epochs=8, batch_size=4, lr=2e-3, image_size="16,32@2")
+    assert result.metrics["top1"] > 60  # three colours; chance is 33
+    net: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     assert net.pretrained_cfg["label_names"] == ["blue", "green", "red"]
     assert tuple(net.pretrained_cfg["input_size"]) == (3, 32, 32)
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert all(torch.equal(value, state["net"][key]) for key, value in net.state_dict().items())
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 7
+    assert state["class_names"] == ["blue", "green", "red"]
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 9
+    assert result.history[-1]["val_top1"] == result.metrics["top1"]
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(folders, tmp_path, monkeypatch):
-    finetune(config(folders, tmp_path / "whole"))
-    evaluated = 0
-
-    def stop_in_the_second_epoch(*arguments: object) -> float:
-        nonlocal evaluated
-        evaluated += 1
-        if evaluated == 2:
-            raise KeyboardInterrupt
-        return top1(*arguments)
-
-    top1 = training.top1
-    monkeypatch.setattr(training, "top1", stop_in_the_second_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config(folders, tmp_path / "stopped"))
-    finetune(config(folders, tmp_path / "stopped"))
-    whole, stopped = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "stopped"))
-    assert all(torch.equal(whole[key], stopped[key]) for key in whole)
+def test_a_run_says_how_it_was_made(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=1, batch_size=None, lr=None, warmup_epochs=None)
+    stored = make_config({}, tmp_path / "run" / "run.yaml")
+    assert (stored.batch_size, stored.pretrained, stored.head_epochs, stored.accumulate) == (8, False, 0, 1)
+    assert stored.lr == pytest.approx(6e-3 / 4) and stored.warmup_lr == pytest.approx(6e-5 / 4)
+    (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert start["versions"]["torch"] == torch.__version__ and start["command"] == sys.argv
+    about = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert about["train"]["classes"] == {"blue": 8, "green": 8, "red": 8}
+    assert "epoch 1/1 at 16 px: train loss" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_folder_with_another_run_is_left_alone(folders, tmp_path):
-    finetune(config(folders, tmp_path / "run", epochs=1))
+EVERYTHING = {  # all that has a state or draws at random
+    "ema": 0.9,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "erase": 0.5,
+    "auto_augment": "rand-m6-n2-mstd0.5",
+    "model_args": "drop_rate=0.3",
+    "image_size": "16,32@1",
+    "layer_decay": 0.8,
+    "clip_grad": 1.0,
+    "head_epochs": 1,
+    "patience": 3,
+    "accumulate": 2,
+    "epochs": 3,
+}
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int) -> None:
+    """Sends this process SIGTERM in a step of the next run, as a job scheduler would."""
+    seed = training.seed_everything
+
+    def seed_and_stop(*key: int) -> None:
+        seed(*key)
+        if key[1:3] == (epoch, step):
+            monkeypatch.setattr(training, "seed_everything", seed)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training, "seed_everything", seed_and_stop)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    run(folders, tmp_path / "whole", **EVERYTHING, workers=workers)
+    for epoch, step in ((0, 1), (1, 2), (2, 0)):  # within an epoch, and at its end
+        stop_in(monkeypatch, epoch, step)
+        with pytest.raises(Stopped, match=f"stopped in epoch {epoch + 1} behind step {step + 1} of 3") as stopped:
+            run(folders, tmp_path / "stopped", **EVERYTHING, workers=workers)
+        assert stopped.value.number == signal.SIGTERM
+        torch.manual_seed(epoch)  # a new process begins with generators in another state
+    run(folders, tmp_path / "stopped", **EVERYTHING, workers=2 - workers)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert len(json.loads((tmp_path / "stopped" / "environment.json").read_text())) == 4
+
+
+def test_saving_within_an_epoch_changes_nothing(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "seldom")
+    run(folders, tmp_path / "often", save_minutes=0)
+    assert same_run(tmp_path / "seldom", tmp_path / "often")
+
+
+def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "one", epochs=1)
+    run(folders, tmp_path / "other", epochs=1, seed=1)
+    assert not same_run(tmp_path / "one", tmp_path / "other")
+
+
+FORKS = multiprocessing.get_context("forkserver")  # a process that has the imports behind it, and forks
+FORKS.set_forkserver_preload(["spd_zoo.training.finetune", "torch._dynamo"])
+
+
+def _train(config: FinetuneConfig, killed_at: str = "", after: int = 0) -> None:
+    """Trains in a process group of its own; kills it when the file `killed_at` is about to appear, `after` others."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for the processes that read images, as elsewhere
+    sys.stdout = sys.stderr = (config.out.parent / "printed.txt").open("w")
+    replace, seen = Path.replace, []
+
+    def replace_or_die(self: Path, target: Path) -> Path:
+        seen.append(Path(target).name)
+        if seen.count(killed_at) > after:
+            os.killpg(0, signal.SIGKILL)
+        return replace(self, target)
+
+    Path.replace = replace_or_die  # type: ignore[method-assign]
+    try:
+        finetune(config)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+
+
+def start(*arguments: Any) -> Any:
+    process = FORKS.Process(target=_train, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(folders: Path, tmp_path: Path) -> None:
+    options = {"epochs": 3, "save_minutes": 0.0, "workers": 1}
+    run(folders, tmp_path / "whole", **options)
+    killed = config(folders, tmp_path / "killed", **options)
+    moments = [("data.json", 0), ("run.yaml", 0), ("last.pt", 1), ("metrics.csv", 0), ("last.pt", 4)]
+    for name, after in [*moments, ("model.safetensors", 0), ("report.html", 0)]:
+        process = start(killed, name, after)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, f"it was not stopped at {name}"
+    run(folders, killed.out, **options)
+    assert same_run(tmp_path / "whole", killed.out)
+    assert not [file.name for file in killed.out.iterdir() if file.suffix == ".tmp"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "scheduler"])
+def test_a_signal_to_the_whole_group_saves_and_ends(folders: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    options = {"epochs": 500, "workers": 2}
+    for _ in range(3):
+        process = start(config(folders, out, **options))
+        epochs = lines_of(out / "metrics.csv")
+        deadline = time.monotonic() + 120
+        while process.is_alive() and lines_of(out / "metrics.csv") == epochs and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, number)  # as a terminal or a job scheduler does: all processes get it
+        process.join(60)
+        assert process.exitcode == 128 + number, (tmp_path / "printed.txt").read_text()
+    assert "Traceback" not in (tmp_path / "printed.txt").read_text()
+    state = torch.load(out / "last.pt", weights_only=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:  # the same steps, all in one go
+        stop_in(monkeypatch, len(state["history"]) - (not state["step"]), state["step"] - 1 if state["step"] else 2)
+        with pytest.raises(Stopped):
+            run(folders, tmp_path / "whole", **options)
+    whole = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
+    assert all(torch.equal(value, state["net"][key]) for key, value in whole["net"].items())
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(file.read_text())))
+
+
+def lines_of(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folders: Path, tmp_path: Path) -> None:
+    (folders / "val" / "red" / "1.png").unlink()  # five images: they cannot be shared evenly
+    shared = {"epochs": 3, "head_epochs": 1, "opt": "momentum", "lr": 0.05, "workers": 1}
+    one, two = config(folders, tmp_path / "one", **shared, accumulate=2), config(folders, tmp_path / "two", **shared)
+    (tmp_path / "two.yaml").write_text(to_yaml(two))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, "-m", "spd_zoo", "finetune", "--config", tmp_path / "two.yaml"], check=True, timeout=300)
+    finetune(one)
+    alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
+    for epoch, (a, b) in enumerate(zip(alone, together, strict=True)):
+        # BatchNorm sees the same images in a part as in a process; what it remembers for evaluation, two parts teach it
+        # twice a step, and two processes once. While the classifier learns alone, it does not change.
+        columns = ["train_loss", "lr"] + ([] if epoch else ["val_loss", "val_top1"])
+        assert [float(b[name]) for name in columns] == pytest.approx([float(a[name]) for name in columns], rel=1e-4)
+    assert sum(int(row["images"]) for row in rows_of(two.out / "per_class.csv")) == 5
+
+
+def test_a_second_signal_is_not_held_back(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = torch.optim.Optimizer.zero_grad
+
+    def impatient(*arguments: Any, **more: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        step(*arguments, **more)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", impatient)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(folders, tmp_path / "run")
+    assert not isinstance(stopped.value, Stopped)
+
+
+def test_training_works_outside_the_main_thread(folders: Path, tmp_path: Path) -> None:
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(run(folders, tmp_path / "run", epochs=1)))
+    thread.start()
+    thread.join()
+    assert results
+
+
+def test_a_full_disk_is_said_and_leaves_the_checkpoint(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(folders, out, epochs=1)
+    (out / "run.yaml").write_text((out / "run.yaml").read_text().replace("epochs: 1\n", "epochs: 2\n", 1))
+    before = (out / "last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*last\.pt: File too large; the last checkpoint is intact"):
+            run(folders, out, epochs=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+    run(folders, out, epochs=2)
+
+
+def test_data_that_vanishes_is_said_and_leaves_the_checkpoint(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = evaluate.score
+
+    def then_unmount(*arguments: Any) -> dict[str, float]:
+        figures = score(*arguments)
+        folders.rename(tmp_path / "elsewhere")
+        return figures
+
+    monkeypatch.setattr(classification, "score", then_unmount)
+    with pytest.raises(DataError, match=r"png: there is no such file.*; was the data set changed") as error:
+        run(folders, tmp_path / "run", workers=1)
+    assert "Traceback" not in str(error.value)
+    assert len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["history"]) == 1
+    (tmp_path / "elsewhere").rename(folders)
+    monkeypatch.undo()
+    run(folders, tmp_path / "run", workers=1)
+    run(folders, tmp_path / "whole")
+    assert same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_does_not_go_on_with_other_data(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=1)
+    (folders / "train" / "red" / "7.png").unlink()
+    with pytest.raises(DataError, match="is not what it was when the run"):
+        run(folders, tmp_path / "run", epochs=1)
+
+
+def test_a_folder_with_another_run_is_left_alone(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=1)
     before = (tmp_path / "run" / "last.pt").read_bytes()
     with pytest.raises(ValueError, match=r"holds a run with lr=0\.001, not 0\.5"):
-        finetune(config(folders, tmp_path / "run", epochs=1, lr=0.5))
+        run(folders, tmp_path / "run", epochs=1, lr=0.5)
+    with pytest.raises(ValueError, match="holds a run; give another folder with --out, or --resume auto"):
+        run(folders, tmp_path / "run", epochs=1, resume="never")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
-def test_a_folder_with_other_files_is_left_alone(folders, tmp_path):
+def test_a_folder_with_other_files_is_left_alone(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        finetune(config(folders, tmp_path))
+        run(folders, tmp_path)
 
 
-def test_mixup_and_arguments_of_the_network_are_used(folders, tmp_path):
+def test_a_loss_that_is_no_number_ends_the_run(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the loss is not finite any more; begin another run with a smaller --lr"):
+        run(folders, tmp_path / "run", opt="momentum", lr=1e30)
+
+
+def test_a_dry_run_writes_nothing(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folders / "train" / "red" / "torn.png").write_text("no image")
+    assert finetune(config(folders, tmp_path / "run", dry_run=True)) is None
+    assert not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    assert "train: 24 images of 3 classes" in printed and "torn.png (this is no image" in printed
+
+
+def test_unreadable_images_are_left_out(folders: Path, tmp_path: Path) -> None:
+    for name in ("train/red/torn.png", "val/blue/torn.png"):
+        (folders / name).write_text("no image")
+    assert run(folders, tmp_path / "run", epochs=1).metrics["images"] == 6
+    with pytest.raises(DataError, match=r"torn\.png: this is no image in a format that Pillow knows"):
+        run(folders, tmp_path / "other", epochs=1, check=False)
+
+
+def test_a_class_without_a_readable_image_is_an_error(folders: Path, tmp_path: Path) -> None:
+    for file in (folders / "train" / "green").iterdir():
+        file.write_text("no image")
+    with pytest.raises(DataError, match="class 'green' has no image to train on"):
+        run(folders, tmp_path / "run")
+
+
+def test_images_are_held_out_where_there_is_no_val_split(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has a split val; leave --val-split and --val-size out"):
+        run(folders, tmp_path / "run", val_split=0.2)
+    (folders / "val").rename(folders / "test")
+    assert run(folders, tmp_path / "default", epochs=1).metrics["images"] == 6
+    assert run(folders, tmp_path / "share", epochs=1, val_split=0.5).metrics["images"] == 12
+    assert run(folders, tmp_path / "count", epochs=1, val_size=3).metrics["images"] == 3
+    assert run(folders, tmp_path / "named", epochs=1, val_name="test").metrics["images"] == 6
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def changed(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor]) -> set[str]:
+    """The parts of the network that learnt or whose statistics moved."""
+    keys = [key for key in start if not key.endswith("num_batches_tracked")]
+    return {".".join(key.split(".")[:2]) for key in keys if not torch.equal(start[key], end[key])}
+
+
+def test_frozen_parts_stay_and_the_head_learns_first(folders: Path, tmp_path: Path) -> None:
+    start = weights_of_untrained()
+    run(folders, tmp_path / "frozen", epochs=1, freeze="stem,stages.0")
+    parts = changed(start, weights_of(tmp_path / "frozen"))
+    assert not {part for part in parts if part.startswith("stem") or part == "stages.0"}
+    assert {"stages.1", "stages.2", "head.fc"} <= parts
+    run(folders, tmp_path / "head", epochs=1, head_epochs=1)
+    assert changed(start, weights_of(tmp_path / "head")) == {"head.fc"}
+    run(folders, tmp_path / "both", epochs=2, head_epochs=1)
+    assert {"stages.0", "head.fc"} <= changed(start, weights_of(tmp_path / "both"))
+    with pytest.raises(ValueError, match="freeze names 'layer1', which the network does not have; its parts are"):
+        run(folders, tmp_path / "wrong", freeze="layer1")
+
+
+def weights_of_untrained() -> dict[str, torch.Tensor]:
+    training.seed_everything(0)
+    return timm.create_model("cifar_resnet20", num_classes=3).state_dict()
+
+
+def test_early_stopping_keeps_the_best_network(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([20.0, 40.0, 30.0, 40.0, 35.0])
+    score = evaluate.score
+    states = []
+
+    def prescribed(net: Any, *arguments: Any) -> dict[str, float]:
+        states.append({key: value.clone() for key, value in net.state_dict().items()})
+        return score(net, *arguments) | {"top1": next(scores)}
+
+    monkeypatch.setattr(classification, "score", prescribed)
+    result = run(folders, tmp_path / "run", epochs=20, patience=3)
+    assert [row["val_top1"] for row in result.history] == [20, 40, 30, 40, 35]
+    kept = weights_of(tmp_path / "run")
+    assert all(torch.equal(kept[key], states[1][key]) for key in kept)
+
+
+def test_parts_of_a_step_are_one_step(folders: Path, tmp_path: Path) -> None:
+    still = {
+        "model": "test_convnext",
+        "pretrained": False,
+        "opt": "sgd",
+        "lr": 0.1,
+        "epochs": 1,
+        "image_size": "32",
+    }  # no BatchNorm
+    losses = {}
+    for parts in (1, 4):
+        losses[parts] = run(folders, tmp_path / str(parts), **still, accumulate=parts, drop_last=False, batch_size=16)
+    one, four = (weights_of(tmp_path / name) for name in ("1", "4"))
+    assert all(torch.allclose(one[key], four[key], atol=1e-6) for key in one)
+    assert losses[1].history[0]["train_loss"] == pytest.approx(losses[4].history[0]["train_loss"], rel=1e-5)
+
+
+def test_a_step_is_computed_in_parts_where_memory_is_short(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "_free_memory", lambda _: 8 * 2.0**20)
+    run(folders, tmp_path / "run", epochs=1, batch_size=16, image_size="32")
+    assert load_config(tmp_path / "run" / "run.yaml")["accumulate"] > 1
+    assert "each step is computed in" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_step_is_about_what_is_measured() -> None:
+    net = timm.create_model("cifar_resnet20")
+    given = evaluate.Input((0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    kept = training._kept_by_an_image(net, 32, given)
+    maps = (
+        3 * 32 * 32 * (1 + 1) + 16 * 32 * 32 * 7 * 2 + 32 * 16 * 16 * 6 * 2 + 64 * 8 * 8 * 6 * 2
+    )  # in and out of convs
+    assert 0.8 < kept / (4 * maps) < 2
+
+
+def test_a_stream_that_was_stopped_goes_on_to_the_same_bits(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="streams need the extra `train`")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    (tmp_path / "stream").mkdir()
+    for split in ("train", "val"):
+        found = classification.open_data(str(folders), split)
+        assert found is not None
+        names = datasets.ClassLabel(names=found.class_names)
+        features = datasets.Features({"image": datasets.Image(), "label": names})
+        columns = {"image": [found.image(i) for i in range(len(found))], "label": found.labels}
+        datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "stream" / f"{split}.parquet")
+    options = {"stream": True, "stream_length": 24, "workers": 1, "auto_augment": "rand-m6-n2"}
+    run(tmp_path / "stream", tmp_path / "whole", **options)
+    stop_in(monkeypatch, 1, 1)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stream", tmp_path / "stopped", **options)
+    with pytest.raises(ValueError, match="holds a run with workers=1, not 0"):
+        run(tmp_path / "stream", tmp_path / "stopped", **options | {"workers": 0})
+    result = run(tmp_path / "stream", tmp_path / "stopped", **options)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert result.metrics["images"] == 6
+
+
+def test_class_weights_count_the_same_in_every_batch(folders: Path) -> None:
+    data = classification.open_data(str(folders), "train")
+    assert data is not None
+    few = data.subset([*range(8), 8, 16])
+    net = timm.create_model("cifar_resnet20", num_classes=3)
+    task = classification.Task(net, config(folders, folders, class_weights="inv_freq"), few, torch.device("cpu"))
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
+    weights = torch.tensor([0.125, 1.0, 1.0]) / 2.125 * 3
+    smooth = torch.nn.functional.one_hot(labels, 3) * 0.9 + 0.1 / 3
+    expected = -(smooth * weights * logits.log_softmax(1)).sum(1).mean()
+    assert task.criterion(logits, labels) == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="class_weights must be 3 numbers"):
+        classification.Task(net, config(folders, folders, class_weights="1,2"), few, torch.device("cpu"))
+
+
+def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "plain", epochs=1)
+    run(folders, tmp_path / "ema", epochs=1, ema=0.5)
+    state = torch.load(tmp_path / "ema" / "last.pt", weights_only=True)
+    kept, plain = weights_of(tmp_path / "ema"), weights_of(tmp_path / "plain")
+    assert all(torch.equal(kept[key], state["ema"][key]) for key in kept)
+    assert all(torch.equal(plain[key], state["net"][key]) for key in plain)
+    assert not torch.equal(kept["head.fc.weight"], plain["head.fc.weight"])
+
+
+def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "first", epochs=1)
+    run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", epochs=1, lr=1e-12, weight_decay=0.0)
+    first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    assert all(torch.allclose(first[key], second[key]) for key in first if "running" not in key and "num" not in key)
+
+
+def test_layers_in_front_learn_slower(folders: Path, tmp_path: Path) -> None:
+    start, slow = weights_of_untrained(), {"opt": "momentum", "momentum": 0.0, "weight_decay": 0.0, "epochs": 1}
+    run(folders, tmp_path / "even", **slow, lr=1e-4)
+    run(folders, tmp_path / "decayed", **slow, lr=1e-4, layer_decay=0.5)
+    even, decayed = weights_of(tmp_path / "even"), weights_of(tmp_path / "decayed")
+    ratios = [
+        ((decayed[key] - start[key]).norm() / (even[key] - start[key]).norm()).item()
+        for key in ("stem.0.weight", "stages.1.0.conv1.conv.weight", "head.fc.weight")
+        if key in start
+    ]
+    assert ratios == sorted(ratios) and ratios[0] < 0.01 and ratios[-1] == pytest.approx(1, rel=0.1)
+
+
+def test_gradients_are_clipped(folders: Path, tmp_path: Path) -> None:
+    start = weights_of_untrained()
+    run(folders, tmp_path / "run", epochs=1, opt="momentum", momentum=0.0, lr=1.0, weight_decay=0.0, clip_grad=1e-4)
+    learnt = [key for key in start if key.endswith(("weight", "bias"))]
+    moved = torch.stack([(weights_of(tmp_path / "run")[key] - start[key]).norm() for key in learnt]).norm()
+    assert 0 < moved <= 3.1e-4  # three steps
+
+
+def test_mixup_and_arguments_of_the_network_are_used(folders: Path, tmp_path: Path) -> None:
     options = {"mixup": 0.2, "cutmix": 1.0, "model": "pyconvresnet50", "model_args": "zero_init_residual=true"}
-    finetune(config(folders, tmp_path / "run", epochs=1, lr=1e-9, **options))
-    weights = load_file(tmp_path / "run" / "model.safetensors")
-    assert weights["stages.0.0.bn3.weight"].abs().max() < 1e-3
+    run(folders, tmp_path / "run", epochs=1, lr=1e-9, **options)
+    assert weights_of(tmp_path / "run")["stages.0.0.bn3.weight"].abs().max() < 1e-3
+
+
+def test_a_network_for_grey_images_is_trained_on_grey_images(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=1, model_args="in_chans=1")
+    net: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert net.in_chans == 1 and len(net.pretrained_cfg["mean"]) == 1
+
+
+def test_mean_and_std_may_be_given(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=1, mean="0.1,0.2,0.3", std="0.4,0.5,0.6", crop_pct=0.875)
+    cfg = json.loads((tmp_path / "run" / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["mean"], cfg["std"], cfg["crop_pct"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.875)
+
+
+def lr_of(run: Path) -> list[float]:
+    return [float(row["lr"]) for row in rows_of(run / "metrics.csv")]
+
+
+def test_a_multistep_schedule_divides_the_learning_rate_at_its_epochs(folders: Path, tmp_path: Path) -> None:
+    steps = {"sched": "multistep", "decay_epochs": "1,3", "opt": "momentum", "lr": 0.1, "decay_all": True}
+    run(folders, tmp_path / "tenth", epochs=4, crop_padding=2, **steps)
+    assert lr_of(tmp_path / "tenth") == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    run(folders, tmp_path / "fifth", epochs=4, decay_rate=0.2, sched_epochs=True, **steps)
+    assert lr_of(tmp_path / "fifth") == pytest.approx([0.1, 0.02, 0.02, 0.004])
+
+
+def test_a_cosine_between_epochs_ends_above_its_floor(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=4, opt="sgd", lr=1.0, min_lr=0.1, sched_epochs=True)
+    expected = [0.1 + 0.9 * (1 + torch.tensor(epoch * torch.pi / 4).cos().item()) / 2 for epoch in range(4)]
+    assert lr_of(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("sizes", ["", "px", "32@1", "32,48", "32,48@5,64@3", "32,48@x"])
-def test_image_sizes_without_meaning_are_refused(folders, tmp_path, sizes):
+def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_size"):
-        finetune(config(folders, tmp_path / "run", image_size=sizes))
-    assert not (tmp_path / "run").exists()
-
-
-def test_arguments_without_meaning_are_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match="model_args 'drop_rate' is not like"):
-        finetune(config(folders, tmp_path / "run", model_args="drop_rate"))
+        config(tmp_path, tmp_path / "run", image_size=sizes)
 
 
 @pytest.mark.parametrize(
@@ -112,121 +568,103 @@ def test_arguments_without_meaning_are_refused(folders, tmp_path):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": None, "opt": "sgd"}, "default learning rates are for lamb and adamw; give lr with opt sgd"),
         ({"crop_scale": 0.0}, "crop_scale must be above 0"),
         ({"val_size": -1}, "val_size must not be negative"),
+        ({"val_split": 0.1, "val_size": 5}, "give one of them"),
         ({"mixup": 0.2, "batch_size": 3}, "even batch_size, got 3"),
-        ({"model_args": "depth=3"}, "resnet18_spd does not take these model_args"),
-        ({"device": "abacus"}, "cannot use device 'abacus'"),
+        ({"mixup": 0.2, "drop_last": False}, "they need drop_last"),
+        ({"sched": "multistep"}, "sched is cosine, or multistep with decay_epochs"),
+        ({"decay_epochs": "1,2"}, "sched is cosine, or multistep with decay_epochs"),
+        ({"sched": "linear"}, "sched is cosine, or multistep with decay_epochs"),
+        ({"sched": "multistep", "decay_epochs": "1,x"}, "rising whole numbers"),
+        ({"sched": "multistep", "decay_epochs": "2,2"}, "rising whole numbers"),
+        ({"crop_padding": -1}, "crop_padding must not be negative"),
+        ({"hflip": 2.0}, "hflip is a probability"),
+        ({"ema": 1.0}, "ema must be from 0 to below 1"),
+        ({"resume": "maybe"}, "resume is auto or never"),
+        ({"model_args": "drop_rate"}, "model_args 'drop_rate' is not like"),
+        ({"mean": "a,b"}, "is not like 0.5,0.5,0.5"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_options_without_meaning_are_refused_and_leave_no_folder(folders, tmp_path, options, message):
+def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        finetune(config(folders, tmp_path / "run", **options))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_detector_is_refused_and_leaves_no_folder(folders, tmp_path):
-    with pytest.raises(ValueError, match="yolov8n_spd is a detector; give a classification network"):
-        finetune(config(folders, tmp_path / "run", model="yolov8n_spd"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_validation_split_is_said(folders, tmp_path):
-    (folders / "val").rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="no val split; add one or hold images out with --val-size"):
-        finetune(config(folders, tmp_path / "run"))
-    assert finetune(config(folders, tmp_path / "run", epochs=1, val_size=6)) >= 0
-
-
-def test_an_empty_class_folder_is_named(folders):
-    for file in (folders / "train" / "green").iterdir():
-        file.unlink()
-    with pytest.raises(DataError, match="green holds no image"):
-        open_data(folders, "train")
-
-
-def test_a_folder_that_is_none_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere is not a folder"):
-        open_data(tmp_path / "nowhere", "train")
-
-
-def test_held_out_images_are_the_same_share_of_every_class_and_the_same_every_time(folders):
-    data = open_data(folders, "train")
-    train, val = train_val_split(data, 6, seed=1)
-    assert [val.labels.count(label) for label in range(3)] == [2, 2, 2]
-    assert len(train.labels) == 18
-    assert train_val_split(data, 6, seed=1)[1].images.indices == val.images.indices
-    assert train_val_split(data, 6, seed=2)[1].images.indices != val.images.indices
-
-
-def test_too_few_images_to_hold_out_are_said(folders):
-    data = open_data(folders, "train")
-    with pytest.raises(DataError, match="'blue' has 8 images, too few"):
-        train_val_split(data, 24, seed=0)
-
-
-def encoded(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
-
-
-def test_parquet_files_in_the_hugging_face_layout_are_read_with_their_class_names(tmp_path):
-    pa = pytest.importorskip("pyarrow", reason="parquet data needs the extra `train`")
-    from pyarrow import parquet
-
-    rows = [{"bytes": encoded(picture(COLOURS["red"], i)), "path": None} for i in range(4)]
-    features = {"info": {"features": {"label": {"names": ["circle", "square"], "_type": "ClassLabel"}}}}
-    table = pa.table({"image": rows, "label": [0, 1, 1, 0]})
-    parquet.write_table(
-        table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "train-00000-of-00001.parquet"
-    )
-    data = open_data(tmp_path, "train")
-    assert (data.labels, data.class_names) == ([0, 1, 1, 0], ["circle", "square"])
-    image, label = data.images[1]
-    assert (image.mode, image.size, label) == ("RGB", (16, 16), 1)
-
-
-def test_a_parquet_file_without_the_columns_is_named(tmp_path):
-    pa = pytest.importorskip("pyarrow", reason="parquet data needs the extra `train`")
-    from pyarrow import parquet
-
-    parquet.write_table(pa.table({"x": [1]}), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match="has no column 'image'"):
-        open_data(tmp_path, "train")
-
-
-def test_a_multistep_schedule_divides_the_learning_rate_by_ten_at_its_epochs(folders, tmp_path):
-    steps = {"sched": "multistep", "decay_epochs": "1,3", "opt": "momentum", "lr": 0.1, "decay_all": True}
-    finetune(config(folders, tmp_path / "run", model="cifar_resnet20", epochs=4, crop_padding=2, **steps))
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-    assert [float(row["lr"]) for row in rows] == pytest.approx([0.1, 0.01, 0.01, 0.001])
-
-
-@pytest.mark.parametrize(
-    "options", [{"sched": "multistep"}, {"decay_epochs": "1,2"}, {"sched": "linear"}, {"crop_padding": -1}]
-)
-def test_schedules_without_meaning_are_refused(options, tmp_path):
-    with pytest.raises(ValueError, match=r"sched is cosine, or multistep with decay_epochs|crop_padding"):
         config(tmp_path, tmp_path / "run", **options)
 
 
-def test_the_crop_of_a_padded_image_moves_it_over_black(folders):
-    images = open_data(folders, "train")
-    assert images is not None
-    batches = training.loader(
-        images, 16, 24, True, 0, crop_padding=4, color_jitter=0.0, hflip=0.0, mean=(0, 0, 0), std=(1, 1, 1)
-    )
-    torch.manual_seed(0)
-    batch, _ = next(iter(batches))
-    black = (batch == 0).all(1)
-    edges = [black[:, 0].all(1), black[:, -1].all(1), black[:, :, 0].all(1), black[:, :, -1].all(1)]
-    assert all(0 < edge.sum() < 24 for edge in edges)
-    assert not black[:, 4:-4, 4:-4].any()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_args": "depth=3"}, "cifar_resnet20 does not take these model_args"),
+        ({"model_args": "in_chans=4"}, "takes 4 channels; images have 1 or 3"),
+        ({"device": "abacus"}, "cannot use device 'abacus'"),
+        ({"freeze": "head.fc", "head_epochs": 1}, "the classifier cannot learn alone, it is frozen or unknown"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_trained_leaves_no_folder(
+    folders: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(folders, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
-def test_training_adds_the_regularization_of_bsconvs_networks(folders, tmp_path, monkeypatch):
+def test_a_yaml_file_holds_options(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 3\nlr: 1e-3\nimage_size: 32\nbf16: true\nauto_augment: null\n")
+    made = make_config({"model": "resnet18_spd", "data": "d", "out": "o", "epochs": 5}, file)
+    assert (made.epochs, made.lr, made.image_size, made.bf16, made.auto_augment) == (5, 1e-3, "32", True, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", r"has an option 'epoch' that there is not; did you mean epochs\?"),
+        ("epochs: many", "epochs is 'many', not of the kind int"),
+        ("epochs: 2.5", r"epochs is 2\.5, not of the kind int"),
+        ("bf16: 1", "bf16 is 1, not of the kind bool"),
+        ("- 1", "must hold lines like"),
+        ("a: [", "is not YAML"),
+        ("momentum: unknown", "the source of .* does not say everything: give --momentum"),
+    ],
+)
+def test_a_yaml_file_without_meaning_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        make_config({"model": "resnet18_spd", "data": "d", "out": "o"}, tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_have_options_that_there_are_and_say_what_is_unknown(recipe: Path) -> None:
+    given: dict[str, Any] = {"model": "cifar_resnet20", "data": "d", "out": "o"}
+    unknown = [name for name, value in load_config(recipe.stem).items() if value == "unknown"]
+    if unknown:
+        with pytest.raises(ValueError, match=f"give .*{unknown[-1].replace('_', '-')}"):
+            make_config(given, recipe.stem)
+    made = make_config(given | dict.fromkeys(unknown, 0), recipe.stem)
+    assert made.pretrained is False and made.lr is not None and made.warmup_epochs is not None
+    assert unknown == (["weight_decay", "warmup_epochs", "cutmix", "mix_prob"] if "augment" in recipe.stem else [])
+
+
+def test_spds_recipe_begins_at_zero_and_falls_where_the_authors_count_from_one(folders: Path, tmp_path: Path) -> None:
+    values = load_config("tiny_imagenet_spd") | {"model": "cifar_resnet20", "image_size": "16", "batch_size": 12}
+    values |= {"data": str(folders), "out": tmp_path / "run", "epochs": 4, "decay_epochs": "2,3", "workers": 0}
+    finetune(make_config(values))
+    assert lr_of(tmp_path / "run") == pytest.approx([0.01793 / 2, 0.01793, 0.2 * 0.01793, 0.04 * 0.01793])  # of 2 steps
+
+
+def test_what_must_be_given_is_said() -> None:
+    with pytest.raises(ValueError, match="give MODEL and --out"):
+        make_config({"data": "d"})
+    with pytest.raises(ValueError, match="there is no file mine, nor a recipe of that name; recipes: "):
+        make_config({}, "mine")
+
+
+def test_training_adds_the_regularization_of_bsconvs_networks(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses = []
 
     def regularization_loss(net: BSConvMobileNetV3) -> torch.Tensor:
@@ -234,23 +672,33 @@ def test_training_adds_the_regularization_of_bsconvs_networks(folders, tmp_path,
         return next(net.parameters()).sum()
 
     monkeypatch.setattr(BSConvMobileNetV3, "regularization_loss", regularization_loss)
-    finetune(config(folders, tmp_path / "run", model="cifar_mobilenetv3_large_w1_bsconvs", epochs=1, image_size="32"))
+    run(folders, tmp_path / "run", model="cifar_mobilenetv3_large_w1_bsconvs", epochs=1, image_size="32")
     assert losses == 3 * [0.1]
 
 
-def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders, tmp_path):
+def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: Path, tmp_path: Path) -> None:
     options = {"model": "cifar_parc_mobilenetv2_pfd", "epochs": 1}
-    finetune(config(folders, tmp_path / "run", image_size="48", **options))
-    net = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    run(folders, tmp_path / "run", image_size="48", **options)
+    net: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert net.stages[-2][0](torch.zeros(1, 160, 5, 5)).shape[-2:] == (5, 5)
     assert tuple(net.pretrained_cfg["input_size"]) == (3, 48, 48)
     for other in ({"image_size": "32,48@1"}, {"image_size": "48", "model_args": "img_size=32"}):
         with pytest.raises(ValueError, match="takes images of one size: give one --image-size"):
-            finetune(config(folders, tmp_path / "other", **options, **other))
+            run(folders, tmp_path / "other", **options, **other)
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("epochs", ["1,x", "3,1", "2,2"])
-def test_decay_epochs_that_do_not_rise_are_refused_before_anything_is_written(epochs, tmp_path):
-    with pytest.raises(ValueError, match="rising whole numbers"):
-        config(tmp_path, tmp_path / "run", sched="multistep", decay_epochs=epochs)
+def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
+    for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False), ("cifar_resnet20", False)):
+        asked = config(folders, folders, model=name, lr=None)
+        chosen = training._chosen(asked, 480, training.Process(torch.device("cpu")))
+        assert chosen.pretrained is expected
+        assert chosen.head_epochs == int(expected)
+        assert chosen.opt == ("adamw" if expected else "lamb")
+        assert chosen.lr == pytest.approx(training.LR[chosen.opt] / 4)
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(12, 8), (480, 16), (2_000, 64), (47_500, 128)])
+def test_small_data_sets_have_small_steps(folders: Path, images: int, batch_size: int) -> None:
+    asked = config(folders, folders, batch_size=None)
+    assert training._chosen(asked, images, training.Process(torch.device("cpu"))).batch_size == batch_size

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spd_zoo.complexity import count_macs, count_params
-from spd_zoo.training.data import DataError, LabelledImages, loader, open_data, train_val_split
-from spd_zoo.training.finetune import top1
+from spd_zoo.training.classification import open_splits
+from spd_zoo.training.config import FinetuneConfig, load_config
+from spd_zoo.training.data import DataError, LabelledImages, eval_loader, eval_transform, open_data
+from spd_zoo.training.evaluate import Input, score
+from spd_zoo.training.process import Process
 from spd_zoo.weights import sha256_of
 from spd_zoo.weights.fetch import BUNDLED
 from spd_zoo.weights.manifest import manifest_path, write_manifest
@@ -27,9 +31,9 @@ from spd_zoo.weights.manifest import manifest_path, write_manifest
 
 def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: dict[str, Any]) -> float:
     """Top-1 in per cent at `image_size`."""
-    normalize = {"mean": cfg["mean"], "std": cfg["std"]}
-    batches = loader(data, image_size, 250, False, 2, crop_pct=1.0, interpolation=cfg["interpolation"], **normalize)
-    return top1(net, batches, "cpu")
+    given = Input(tuple(cfg["mean"]), tuple(cfg["std"]), torch.device("cpu"))
+    batches = eval_loader(data, eval_transform(image_size, 1.0, cfg["interpolation"]), 250, 2)
+    return score(net, batches, given)["top1"]
 
 
 def save_fp16(run: Path, target: Path) -> None:
@@ -45,6 +49,12 @@ def save_fp16(run: Path, target: Path) -> None:
     temporary.replace(target)
 
 
+def recipe_of(run: Path) -> dict[str, Any]:
+    """The options of a run; older runs have them as JSON."""
+    new, old = run / "run.yaml", run / "run.json"
+    return load_config(new if new.exists() else old)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Bundles one run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -56,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[48, 56, 64])
     options = parser.parse_args(argv)
 
-    recipe = json.loads((options.run / "run.json").read_text(encoding="utf-8"))
+    recipe = recipe_of(options.run)
     cfg = json.loads((options.run / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-    train, test = open_data(Path(recipe["data"]), "train"), open_data(Path(recipe["data"]), "test")
-    if train is None or test is None:
-        raise DataError(f"{recipe['data']} has no train or no test split")
-    _, val = train_val_split(train, recipe["val_size"], recipe["seed"])
+    about = options.run / "data.json"
+    began_with = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
+    config = FinetuneConfig(**recipe | {"check": False})
+    train, val, _ = open_splits(config, Process(torch.device("cpu")), began_with)
+    test = open_data(config.data, "test", config.image_column, config.label_column)
+    if test is None or not isinstance(val, LabelledImages):
+        raise DataError(f"{config.data} has no test split, or was streamed")
 
     file = BUNDLED / f"{options.name}.safetensors"
     save_fp16(options.run, file)
@@ -73,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = accuracy(net, test, size, cfg)
     print(f"held-out top-1 by image size: {on_val}; test top-1 at {size} px: {top:.2f} %")
 
+    free = {"data"} | {field.name for field in fields(FinetuneConfig) if field.metadata.get("free")}
     manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
     group = next(group for group, members in manifest.items() if network in members)
     measured = {"metric": "top1", "measured_by": "us"}
@@ -94,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "license": "apache-2.0",
         "dataset": options.dataset,
         "class_names": train.class_names,
-        "recipe": {key: value for key, value in recipe.items() if key not in ("data", "out", "workers", "device")}
+        "recipe": {key: value for key, value in recipe.items() if key not in free}
         | {"hardware": options.hardware, "torch": torch.__version__},
         "metrics": [
             {"dataset": f"{options.dataset} test", "value": round(top, 2), "input_size": size} | measured,

@@ -1,121 +1,354 @@
-"""Labelled images for training and evaluation, from a folder of class folders or of parquet files."""
+"""Labelled images for training and evaluation: folders, CSV, Hugging Face data sets and WebDataset shards.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Every random choice is drawn from (seed, epoch, image), so an epoch is the same whatever number of processes reads it,
+and wherever a stopped run goes on.
+"""
+
+import csv
+import hashlib
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_dataset, create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from spd_zoo.images import SUFFIXES, read_image
+from spd_zoo.images import SUFFIXES, read_image, upright
 
-__all__ = ["DataError", "LabelledImages", "loader", "open_data", "train_val_split"]
+__all__ = [
+    "Batches",
+    "DataError",
+    "LabelledImages",
+    "Steps",
+    "StreamedImages",
+    "eval_loader",
+    "eval_transform",
+    "leave_ctrl_c_to_parent",
+    "normalize",
+    "open_data",
+    "open_stream",
+    "read",
+    "seed_everything",
+    "train_loader",
+    "train_transform",
+    "train_val_split",
+    "with_classes",
+]
+
+Transform = Callable[[Image.Image], Tensor]
+Batches = DataLoader[Any]  # of (N, C, H, W) uint8 and (N,) int64
+
+_OTHER_NAMES = {"val": ("val", "validation", "valid", "dev")}
+_DATASET_FILES = (
+    "dataset_dict.json",  # written by save_to_disk
+    *(f"{folder}*.{suffix}" for folder in ("", "data/", "train/", "test/") for suffix in ("parquet", "arrow", "tar")),
+)
 
 
 class DataError(ValueError):
     """A data set that cannot be used as it is; the message says what is wrong and what to do."""
 
 
-@dataclass
-class LabelledImages:
-    """A split of a data set: (image, label) pairs and the class names."""
+class _EncodedColumn:
+    """The images of a Hugging Face data set, not decoded."""
 
-    images: Dataset[tuple[Image.Image, int]]
-    labels: list[int]
-    class_names: list[str]
+    def __init__(self, dataset: Any, column: str) -> None:
+        import datasets
 
-    def subset(self, indices: list[int]) -> "LabelledImages":
-        """The images at `indices`."""
-        return LabelledImages(Subset(self.images, indices), [self.labels[i] for i in indices], self.class_names)
-
-
-class _ParquetImages(Dataset[tuple[Image.Image, int]]):
-    """Rows of parquet files in the Hugging Face layout: `image` (struct with `bytes`) and `label`."""
-
-    def __init__(self, files: list[Path]) -> None:
-        from pyarrow import parquet
-
-        table = parquet.read_table(files)
-        missing = {"image", "label"} - set(table.column_names)
-        if missing:
-            raise DataError(f"{files[0]} has no column {sorted(missing)[0]!r}; it needs `image` and `label`")
-        self.encoded = table.column("image").combine_chunks().field("bytes")
-        self.labels: list[int] = table.column("label").to_pylist()
-        self.class_names = _hugging_face_class_names(table.schema.metadata) or [
-            str(i) for i in range(max(self.labels) + 1)
-        ]
+        self.column = column
+        self.dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image = Image.open(BytesIO(self.encoded[index].as_buffer()))
-        return image.convert("RGB"), self.labels[index]
-
-
-def _hugging_face_class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
-    """The class names in the metadata that the `datasets` library writes into parquet files."""
-    import json
-
-    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names: list[str] | None = features.get("label", {}).get("names")
-    return names
+    def __getitem__(self, index: int) -> str | BytesIO:
+        image = self.dataset[index][self.column]
+        return BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
 
 
-def open_data(root: Path, split: str) -> LabelledImages | None:
-    """The `split` of the data set in `root`, or None if there is no such split.
+@dataclass(frozen=True)
+class LabelledImages:
+    """A split of a data set whose images can be read in any order.
 
-    Either `root/<split>/<class name>/*` holds images, or `root/<split>*.parquet` the Hugging Face layout.
+    Attributes:
+        files: Of each image, the path of its file or the file's bytes.
+        labels: Of each image, the number of its class.
+        class_names: What the numbers mean.
+        rows: The images that belong to the split, as places in `files` and `labels`.
+    """
+
+    files: list[str] | _EncodedColumn
+    labels: list[int]
+    class_names: list[str]
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def label(self, index: int) -> int:
+        """The class of the image at `index`."""
+        return self.labels[self.rows[index]]
+
+    def file(self, index: int) -> str | BytesIO:
+        """The path or the bytes of the image at `index`."""
+        return self.files[self.rows[index]]
+
+    def name(self, index: int) -> str:
+        """What the image is called in messages and reports."""
+        row = self.rows[index]
+        return self.files[row] if isinstance(self.files, list) else f"row {row}"
+
+    def image(self, index: int, mode: str = "RGB") -> Image.Image:
+        """The image at `index`, upright and in `mode`.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        try:
+            return read_image(self.file(index), mode)
+        except ValueError as error:
+            raise DataError(f"{self.name(index)}: {error}") from error
+
+    def subset(self, indices: Iterable[int]) -> "LabelledImages":
+        """The images at `indices`."""
+        return replace(self, rows=[self.rows[i] for i in indices])
+
+    def without(self, names: Container[str]) -> "LabelledImages":
+        """The images that have other names."""
+        return self.subset(i for i in range(len(self)) if self.name(i) not in names)
+
+    def counts(self) -> list[int]:
+        """How many images each class has."""
+        found = Counter(self.label(i) for i in range(len(self)))
+        return [found[label] for label in range(len(self.class_names))]
+
+    def fingerprint(self) -> str:
+        """A digest of names, labels and classes, by which a run knows its data again; pixels do not count."""
+        digest = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
+        digest.update(repr([self.label(i) for i in range(len(self))]).encode())
+        if isinstance(self.files, list):
+            names = [os.path.split(self.files[row])[1] for row in self.rows]
+            digest.update(repr(names).encode("utf-8", "backslashreplace"))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """A split of a Hugging Face data set that is read once from front to back in every epoch, without a local copy."""
+
+    data: str
+    split: str
+    class_names: list[str]
+    length: int
+    image_column: str
+    label_column: str
+
+    def __len__(self) -> int:
+        return self.length
+
+    def fingerprint(self) -> str:
+        """By which a run knows its data again."""
+        return f"{self.data} {self.split} {self.length} {len(self.class_names)}"
+
+
+def open_data(data: str | Path, split: str, image_column: str = "", label_column: str = "") -> LabelledImages | None:
+    """The `split` (train, val or test) of a data set, or None if there is no such split.
+
+    A data set is one of
+
+    - a folder with `<split>/<class name>/*`, or with the class folders alone, which then are the split `train`;
+    - a CSV file with the columns path, label and, if it has several splits, split; or a folder with `<split>.csv`;
+    - a folder with parquet, arrow or WebDataset tar files or one that `datasets.save_to_disk` wrote;
+    - `hf://NAME`, a data set of the Hugging Face Hub.
+
+    The last two are read by the library `datasets`, which makes a local copy of what it does not have yet.
+
+    Args:
+        data: Where the data set is.
+        split: Which part of it.
+        image_column: The column with the images, where `datasets` reads them; the only one of images if not given.
+        label_column: The column with the classes; the only one of classes, `label` or `cls` if not given.
 
     Raises:
-        DataError: If `root` is no folder, or has no class folders or an empty one.
+        DataError: If there is no such data set, it has no classes, or a class folder is empty.
     """
+    data = str(data)
+    names = _OTHER_NAMES.get(split, (split,))
+    if data.startswith("hf://"):
+        return _open_hugging_face(data.removeprefix("hf://"), names, image_column, label_column)
+    root = Path(data)
+    if root.is_file() and root.suffix.lower() == ".csv":
+        return _open_csv(root, names)
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give one with train/<class>/ folders or train*.parquet files")
-    files = sorted(root.glob(f"{split}*.parquet"))
-    if files:
-        rows = _ParquetImages(files)
-        return LabelledImages(rows, rows.labels, rows.class_names)
-    folder = root / split
-    if not folder.is_dir():
-        return None
+        raise DataError(
+            f"{root} is not a folder; give one with train/<class>/ folders or train*.parquet files, a CSV file, or "
+            "hf://NAME for a data set of the Hugging Face Hub"
+        )
+    if any((root / f"{name}.csv").is_file() for name in ("train", *names)):
+        files = [root / f"{name}.csv" for name in names if (root / f"{name}.csv").is_file()]
+        return _open_csv(files[0], None) if files else None
+    if any(next(root.glob(pattern), None) for pattern in _DATASET_FILES):
+        return _open_hugging_face(str(root.resolve()), names, image_column, label_column)
+    folders = [root / name for name in names if (root / name).is_dir()]
+    if not folders and split == "train" and not any((root / name).is_dir() for name in ("test", *_OTHER_NAMES["val"])):
+        folders = [root]
+    return _open_folder(folders[0]) if folders else None
+
+
+def _open_folder(folder: Path) -> LabelledImages:
     if not any(entry.is_dir() for entry in folder.iterdir()):
         raise DataError(f"{folder} has no class folders; put the images of each class into {folder}/<class name>/")
-    images = ImageFolder(folder, loader=_read, is_valid_file=_has_image_suffix, allow_empty=True)
-    empty = sorted(set(range(len(images.classes))) - set(images.targets))
+    found = ImageFolder(folder, is_valid_file=_has_image_suffix, allow_empty=True)
+    empty = sorted(set(range(len(found.classes))) - set(found.targets))
     if empty:
-        raise DataError(f"class folder {folder / images.classes[empty[0]]} holds no image; fill it or remove it")
-    return LabelledImages(images, images.targets, images.classes)
-
-
-def _read(path: str) -> Image.Image:
-    return read_image(Path(path))
+        raise DataError(f"class folder {folder / found.classes[empty[0]]} holds no image; fill it or remove it")
+    return LabelledImages([path for path, _ in found.samples], found.targets, found.classes, range(len(found)))
 
 
 def _has_image_suffix(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
-def train_val_split(data: LabelledImages, val_size: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Holds out `val_size` images, the same share of every class, drawn by `seed`.
+def _open_csv(file: Path, names: Sequence[str] | None) -> LabelledImages | None:
+    """The rows of `file`, or those whose column `split` is one of `names`; paths are relative to its folder."""
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        columns = reader.fieldnames or []
+        if not {"path", "label"} <= set(columns):
+            raise DataError(f"{file} needs a first line with the columns path and label, got {', '.join(columns)!r}")
+        rows = list(reader)
+    short = next((i for i, row in enumerate(rows) if not row["path"] or not row["label"]), None)
+    if short is not None:
+        raise DataError(f"{file}: row {short + 1} behind the header lacks a path or a label")
+    class_names = _in_order({row["label"] for row in rows})
+    if names is not None:
+        rows = [row for row in rows if row.get("split", "train") in names]
+    if not rows:
+        return None
+    number = {name: i for i, name in enumerate(class_names)}
+    paths = [str(file.parent / row["path"]) for row in rows]
+    return LabelledImages(paths, [number[row["label"]] for row in rows], class_names, range(len(rows)))
+
+
+def _in_order(names: set[str]) -> list[str]:
+    """Numbers by value, else by alphabet."""
+    return sorted(names, key=(lambda name: int(name)) if all(name.isdecimal() for name in names) else str)
+
+
+def _open_hugging_face(
+    name: str, split_names: Sequence[str], image_column: str, label_column: str
+) -> LabelledImages | None:
+    import datasets
+
+    try:
+        if Path(name, "dataset_dict.json").is_file():
+            splits: Any = datasets.load_from_disk(name)
+        else:
+            splits = datasets.load_dataset(name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
+    dataset = next((splits[split] for split in split_names if split in splits), None)
+    if dataset is None:
+        return None
+    image_column, label_column = _columns(name, dataset.features, image_column, label_column)
+    labels = list(dataset.select_columns([label_column])[:][label_column])
+    if any(label is None or label == -1 for label in labels):
+        raise DataError(f"{name}: rows of the split {dataset.split} have no label")
+    class_names = getattr(dataset.features[label_column], "names", None)
+    if class_names is None and all(isinstance(label, int) and label >= 0 for label in labels):
+        class_names = [str(i) for i in range(max(labels) + 1)]
+    elif class_names is None:
+        class_names = _in_order({str(label) for label in labels})
+        number = {name: i for i, name in enumerate(class_names)}
+        labels = [number[str(label)] for label in labels]
+    return LabelledImages(_EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)))
+
+
+def _columns(name: str, features: Any, image_column: str, label_column: str) -> tuple[str, str]:
+    """The columns with images and classes: those asked for, or those that can be nothing else."""
+    import datasets
+
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    chosen = []
+    for asked, certain, usual, kind in (
+        (image_column, images, ("image",), "image"),
+        (label_column, classes, ("label", "cls"), "label"),
+    ):
+        found = [asked] if asked else certain if len(certain) == 1 else [c for c in usual if c in features]
+        if len(found) != 1 or found[0] not in features:
+            raise DataError(
+                f"{name} has no column {(asked or kind)!r}, but {', '.join(features)}; name one with --{kind}-column"
+            )
+        chosen.append(found[0])
+    return chosen[0], chosen[1]
+
+
+def open_stream(
+    data: str | Path, split: str, length: int = 0, image_column: str = "", label_column: str = ""
+) -> StreamedImages | None:
+    """The `split` of a Hugging Face data set (`hf://NAME`, or a folder) without copying it, or None if it has none.
+
+    Args:
+        data: Where the data set is.
+        split: Which part of it.
+        length: How many images it has, where the data set does not say; needed to train on it alone.
+        image_column: The column with the images; the only one of images if not given.
+        label_column: The column with the classes; the only one of classes, `label` or `cls` if not given.
 
     Raises:
-        DataError: If a class would have no image left on one of the two sides.
+        DataError: If there is no such data set, or it does not say its classes, or how many images to train on.
+    """
+    import datasets
+
+    name = str(data).removeprefix("hf://")
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    try:
+        splits = datasets.load_dataset(name, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
+    known = next((known for known in _OTHER_NAMES.get(split, (split,)) if known in splits), None)
+    if known is None:
+        return None
+    stream: Any = splits[known]
+    image_column, label_column = _columns(name, stream.features or {}, image_column, label_column)
+    class_names = getattr(stream.features[label_column], "names", None)
+    info = (stream.info.splits or {}).get(known)
+    length = length or (info.num_examples if info is not None else 0) or 0
+    if not class_names:
+        raise DataError(f"{name} does not name the classes of column {label_column!r}; read it without --stream")
+    if not length and split == "train":  # an epoch must know its steps; evaluation reads to the end
+        raise DataError(f"{name} does not say how many images its split {known} has; give --stream-length")
+    return StreamedImages(name, known, class_names, length, image_column, label_column)
+
+
+def train_val_split(data: LabelledImages, val_size: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Holds out `val_size` images, the same share of every class but at least one, drawn by `seed`.
+
+    A class of a single image stays in the training images.
+
+    Raises:
+        DataError: If a class would have no image left for training.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor(data.labels)
+    labels = torch.tensor([data.label(i) for i in range(len(data))])
     held_out = []
     for label in range(len(data.class_names)):
         rows = (labels == label).nonzero().flatten()
-        count = round(val_size * len(rows) / len(labels))
-        if not 0 < count < len(rows):
+        count = min(max(1, round(val_size * len(rows) / len(labels))), len(rows) if len(rows) != 1 else 0)
+        if count and count == len(rows):
             raise DataError(
                 f"class {data.class_names[label]!r} has {len(rows)} images, too few to hold out {val_size} of "
                 f"{len(labels)} images; give another validation size or a val/ folder"
@@ -123,52 +356,222 @@ def train_val_split(data: LabelledImages, val_size: int, seed: int) -> tuple[Lab
         held_out.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
     val = torch.cat(held_out).sort().values.tolist()
     chosen = set(val)
-    return data.subset([i for i in range(len(labels)) if i not in chosen]), data.subset(val)
+    return data.subset(i for i in range(len(labels)) if i not in chosen), data.subset(val)
 
 
-class _Transformed(Dataset[tuple[Tensor, Any]]):
-    def __init__(self, images: Dataset[tuple[Image.Image, int]], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.images = images
-        self.transform = transform
+def with_classes(data: LabelledImages, class_names: list[str]) -> LabelledImages:
+    """`data` with the numbers that its classes have in `class_names`.
 
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]  # every data set here has a length
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        image, label = self.images[index]
-        return self.transform(image), label
-
-
-def loader(
-    data: LabelledImages,
-    image_size: int,
-    batch_size: int,
-    training: bool,
-    num_workers: int,
-    crop_padding: int = 0,
-    **transform: Any,
-) -> DataLoader[tuple[Tensor, Any]]:
-    """Batches of (N, 3, image_size, image_size) and (N,): shuffled and augmented for training, else in order.
-
-    `transform` goes to timm's `create_transform`. With `crop_padding`, a crop of the image with so many black pixels on
-    every side takes the place of timm's random resized crop.
+    Raises:
+        DataError: If it has a class that is not among them.
     """
-    make = create_transform(image_size, is_training=training, **transform)
-    if training and crop_padding:
+    if data.class_names == class_names:
+        return data
+    number = {name: i for i, name in enumerate(class_names)}
+    unknown = [name for name in data.class_names if name not in number]
+    if unknown:
+        raise DataError(
+            f"there is a class {unknown[0]!r} that the network does not know; it has {', '.join(class_names[:20])}"
+        )
+    renumbered = [number[name] for name in data.class_names]
+    return replace(data, labels=[renumbered[label] for label in data.labels], class_names=class_names)
+
+
+def train_transform(
+    image_size: int,
+    crop_scale: float = 0.5,
+    crop_padding: int = 0,
+    rotation: float = 0.0,
+    **options: Any,
+) -> Transform:
+    """Augmentation: an image to (C, image_size, image_size) uint8; `options` go to timm's `create_transform`.
+
+    Args:
+        image_size: Pixels.
+        crop_scale: The smallest share of the image's area that timm's random resized crop keeps.
+        crop_padding: If not 0, a random crop of the image with so many black pixels on every side takes its place.
+        rotation: The image is turned by up to so many degrees, its corners filled with black.
+    """
+    make = create_transform(image_size, is_training=True, use_prefetcher=True, scale=(crop_scale, 1.0), **options)
+    if crop_padding:
         resize = v2.Resize((image_size, image_size))
         make.transforms[0] = v2.Compose([resize, v2.RandomCrop(image_size, padding=crop_padding)])
-    return DataLoader(
-        _Transformed(data.images, make),
-        batch_size,
-        shuffle=training,
-        drop_last=training and len(data.labels) > batch_size,
-        num_workers=num_workers,
-        worker_init_fn=_seed_worker,
+    if rotation:
+        make.transforms.insert(-1, v2.RandomRotation([-rotation, rotation]))
+    return make
+
+
+def eval_transform(image_size: int, crop_pct: float, interpolation: str, crop_mode: str | None = None) -> Transform:
+    """timm's transform for evaluation, to (C, image_size, image_size) uint8."""
+    return create_transform(
+        image_size, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation, crop_mode=crop_mode
     )
 
 
-def _seed_worker(_: int) -> None:
-    """Gives Python's and NumPy's generators in a worker the seed that torch derived for it."""
-    from timm.utils import random_seed
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
+    """(N, C, H, W) uint8 -> float on `device`, channels last, as torchvision's ToTensor and Normalize compute it."""
+    shape = (1, -1, 1, 1)
+    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last).div_(255)
+    center, scale = (torch.tensor(values, device=device).view(shape) for values in (mean, std))
+    return images.sub_(center).div_(scale)
 
-    random_seed(torch.initial_seed() % 2**31)
+
+def seed_everything(*key: int) -> None:
+    """Seeds all random generators by the numbers in `key`."""
+    seed = _drawn_from(*key)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+def _drawn_from(*key: int) -> int:
+    """A number of 32 bits that looks random and belongs to `key`."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+
+
+class Steps(Sampler[list[tuple[int, int]]]):
+    """Which images this process reads, batch by batch, as (epoch, index).
+
+    An epoch is a permutation drawn from (seed, epoch), cut into steps of `batch_size` images. A step's images are dealt
+    in turn to `world` processes times `parts` batches. Set `epoch` and `first`, its first step, before each iteration.
+
+    Args:
+        length: Number of images.
+        batch_size: Images per step, all processes together; `length` if that is less.
+        parts: Batches of each process per step.
+        rank: Number of this process.
+        world: Number of processes.
+        drop_last: Whether images that do not fill a step are left out of the epoch.
+        seed: Seed of all permutations.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        parts: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.length, self.batch_size = length, min(batch_size, length)
+        self.parts, self.rank, self.world, self.seed = parts, rank, world, seed
+        self.epoch = self.first = 0
+        rest = length % self.batch_size
+        partial = not drop_last and rest >= 2 * parts * world  # so that BatchNorm has two images everywhere
+        self.per_epoch = length // self.batch_size + partial
+        self.images = length if partial else self.per_epoch * self.batch_size
+
+    def size(self, step: int) -> int:
+        """How many images a step has."""
+        return min(self.batch_size, self.length - step * self.batch_size)
+
+    def __len__(self) -> int:
+        return (self.per_epoch - self.first) * self.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(_drawn_from(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for step in range(self.first, self.per_epoch):
+            images = order[step * self.batch_size :][: self.size(step)]
+            for part in range(self.parts):
+                mine = images[self.rank + self.world * part :: self.world * self.parts]
+                yield [(self.epoch, index) for index in mine]
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Transformed images; where the key is (epoch, index) the transform draws from (seed, epoch, index)."""
+
+    def __init__(self, data: LabelledImages, transform: Transform, mode: str, seed: int = 0) -> None:
+        self.data, self.transform, self.mode, self.seed = data, transform, mode, seed
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        if isinstance(key, tuple):
+            seed_everything(self.seed, *key)
+            key = key[1]
+        return self.transform(self.data.image(key, self.mode)), self.data.label(key)
+
+
+class _Stream(IterableDataset[tuple[Tensor, int]]):
+    """timm's reader for streams, its images transformed as (seed, epoch, process, place in the stream) draw it."""
+
+    def __init__(
+        self, data: StreamedImages, transform: Transform, mode: str, batch_size: int, seed: int, training: bool
+    ) -> None:
+        self.transform, self.mode, self.seed, self.training = transform, mode, seed, training
+        self.epoch = 0
+        self.stream = create_dataset(
+            f"hfids/{data.data}",
+            split=data.split,
+            is_training=training,
+            batch_size=batch_size,
+            num_samples=data.length or 1,
+            seed=seed,
+            input_img_mode="",
+            input_key=data.image_column,
+            target_key=data.label_column,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        reader = self.stream.reader
+        reader.set_epoch(self.epoch)
+        worker = get_worker_info()
+        process = (reader.dist_rank, worker.id if worker is not None else 0)
+        for place, (image, label) in enumerate(reader):
+            if self.training:
+                seed_everything(self.seed, self.epoch, *process, place)
+            yield self.transform(upright(image, self.mode)), label
+
+
+def train_loader(
+    data: LabelledImages | StreamedImages, transform: Transform, steps: Steps, workers: int, mode: str = "RGB"
+) -> Batches:
+    """Batches of (N, C, H, W) uint8 and (N,) int64 in the order of `steps`, read by `workers` processes."""
+    how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent}
+    how["pin_memory"] = torch.cuda.is_available()
+    if isinstance(data, StreamedImages):
+        share = steps.batch_size // (steps.world * steps.parts)
+        stream = _Stream(data, transform, mode, share, steps.seed, training=True)
+        stream.stream.set_loader_cfg(num_workers=workers)
+        return DataLoader(stream, share, drop_last=True, **how)
+    images = _Images(data, transform, mode, steps.seed)
+    return DataLoader(images, batch_sampler=steps, persistent_workers=workers > 0, **how)
+
+
+def eval_loader(
+    data: LabelledImages | StreamedImages,
+    transform: Transform,
+    batch_size: int,
+    workers: int,
+    mode: str = "RGB",
+    rank: int = 0,
+    world: int = 1,
+) -> Batches:
+    """Batches of (N, C, H, W) uint8 and (N,) int64, in order; of several processes each reads its part, none twice."""
+    how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent}
+    if isinstance(data, StreamedImages):
+        stream = _Stream(data, transform, mode, batch_size, 0, training=False)
+        stream.stream.set_loader_cfg(num_workers=workers)
+        return DataLoader(stream, batch_size, **how)
+    return DataLoader(_Images(data, transform, mode), batch_size, sampler=range(rank, len(data), world), **how)
+
+
+def read(batches: Batches) -> Iterator[Any]:
+    """The batches; what a reading process could not read is one clear sentence.
+
+    Raises:
+        DataError: If an image cannot be read.
+    """
+    try:
+        yield from batches
+    except DataError as error:
+        sentence = str(error).strip().rpartition("DataError: ")[2]  # behind the traceback of the other process
+        raise DataError(f"{sentence}; was the data set changed while it was in use?") from error
+
+
+def leave_ctrl_c_to_parent(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the one that trains ends the others when it is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

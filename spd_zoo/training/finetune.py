@@ -1,302 +1,509 @@
-"""Training a classifier: data, network, optimiser, epochs, result; one function that reads from top to bottom."""
+"""Training a network: data, network, optimiser, epochs, result; one function that reads from top to bottom."""
 
-import csv
-import json
+import copy
+import importlib
+import itertools
+import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup, resolve_data_config
-from timm.models import get_pretrained_cfg, save_for_hf
+from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import random_seed
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from spd_zoo.models._detector import Detector
-from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
-from spd_zoo.training.data import DataError, loader, open_data, train_val_split
+from spd_zoo.training import classification as kind  # other tasks are modules with the same functions
+from spd_zoo.training.check import in_words
+from spd_zoo.training.config import FinetuneConfig, merged, parse_epochs, parse_model_args, parse_numbers, parse_sizes
+from spd_zoo.training.data import Batches, DataError, Steps, read, seed_everything
+from spd_zoo.training.evaluate import Input
+from spd_zoo.training.process import Process, join
+from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.weights import WeightsError
 
-__all__ = ["FinetuneConfig", "finetune", "top1"]
+__all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune"]
+
+LR = {"lamb": 6e-3, "adamw": 2e-3}  # at 128 images a step; it goes by the square root of the batch size
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop by the signal `number`, and has saved its state."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """What to train, on what, and how; each field is an option of `spd-zoo finetune`."""
+class Result:
+    """What a run has come to: its folder, a dict per epoch, and the figures of the network that it left."""
 
-    model: str = field(metadata={"help": "network, with or without a tag"})
-    data: Path = field(metadata={"help": "folder with train/<class>/ or train*.parquet, and val likewise"})
-    out: Path = field(metadata={"help": "folder of the run; a run in it goes on where it stopped"})
-    pretrained: bool = _option(False, "start from the network's pretrained weights")
-    model_args: str = _option("", "arguments of the network, for example zero_init_residual=true,drop_path_rate=0.1")
-    epochs: int = _option(20, "passes over the training images")
-    batch_size: int = _option(128, "images per step")
-    image_size: str = _option("64", "pixels; 32,48@11 means 32, and 48 from epoch 11 (counted from 0) on")
-    val_size: int = _option(0, "training images to hold out where the data has no val split")
-    opt: str = _option("lamb", "timm's name of the optimiser")
-    lr: float = _option(6e-3, "largest learning rate")
-    weight_decay: float = _option(0.02, "weight decay; none on biases and normalisation layers")
-    decay_all: bool = _option(False, "weight decay on biases and normalisation layers too")
-    sched: str = _option("cosine", "how the learning rate falls: cosine, or multistep: to a tenth at --decay-epochs")
-    decay_epochs: str = _option("", "epochs for multistep, counted from 0, for example 100,150,180")
-    warmup_epochs: int = _option(2, "epochs over which the learning rate rises")
-    label_smoothing: float = _option(0.1, "share of the target spread over all classes")
-    crop_scale: float = _option(0.5, "smallest share of an image's area that a random crop keeps")
-    crop_padding: int = _option(0, "instead of that, a random crop of the image with so many black pixels around it")
-    auto_augment: str | None = _option(None, "timm's policy string, for example rand-m6-n2-mstd0.5")
-    mixup: float = _option(0.0, "Mixup alpha")
-    cutmix: float = _option(0.0, "CutMix alpha")
-    bf16: bool = _option(False, "compute in bfloat16 where autocast allows it")
-    seed: int = _option(0, "seed of initial weights, order, augmentation and held-out images")
-    workers: int = _option(2, "processes that read and augment images")
-    device: str = _option("cpu", "torch device")
-
-    def __post_init__(self) -> None:
-        """Refuses numbers without meaning."""
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("val_size", "warmup_epochs", "workers", "mixup", "cutmix", "weight_decay", "crop_padding"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not 0 < self.crop_scale <= 1 or not 0 <= self.label_smoothing < 1:
-            raise ValueError("crop_scale must be above 0 and at most 1, label_smoothing from 0 to below 1")
-        if self.sched not in ("cosine", "multistep") or (self.sched == "multistep") != bool(self.decay_epochs):
-            raise ValueError(
-                "sched is cosine, or multistep with decay_epochs, "
-                f"got {self.sched!r} with decay_epochs {self.decay_epochs!r}"
-            )
-        _parse_sizes(self.image_size), _parse_epochs(self.decay_epochs), _parse_model_args(self.model_args)
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f"Mixup and CutMix need an even batch_size, got {self.batch_size}")
+    folder: Path
+    history: list[dict[str, Any]]
+    metrics: dict[str, float]
 
 
-def finetune(config: FinetuneConfig) -> float:
-    """Trains `config.model` and returns the validation top-1 in per cent.
+def finetune(config: FinetuneConfig) -> Result | None:
+    """Trains `config.model` on `config.data`; returns None if it is a dry run.
 
-    `config.out` then holds `model.safetensors` and `config.json`, which `timm.create_model("local-dir:OUT")` loads,
-    `metrics.csv`, `run.json` (this configuration) and `last.pt`. A run that was stopped goes on behind its last
-    finished epoch when it is called again with the same configuration.
+    `config.out` then holds
+
+    - `model.safetensors` and `config.json`, which `timm.create_model("local-dir:OUT")` loads,
+    - `report.html`, `metrics.csv`, `per_class.csv`, `confusion.csv` and `figures/`,
+    - `run.yaml` (the configuration), `environment.json`, `data.json` (what the check of the data found), `log.txt`,
+    - `last.pt`, from which a run that was stopped goes on, to the same bits, when it is called again with the same
+      configuration. Every random choice is drawn from (seed, epoch, step), so no generator's state belongs to it.
+
+    Under torchrun the processes share every step's images.
 
     Raises:
         DataError: If the data set cannot be used.
+        RunError: If the run cannot go on: the loss is not finite, or the disk is full.
+        Stopped: After SIGINT or SIGTERM, when the step in hand is done and saved.
         ValueError: If an option has no meaning, or `config.out` holds a run of another configuration.
     """
-    sizes = _parse_sizes(config.image_size)
-    train = open_data(config.data, "train")
-    if train is None:
-        raise DataError(f"{config.data} has neither train/<class>/ folders nor train*.parquet files")
-    val = open_data(config.data, "val")
-    if val is None:
-        if not config.val_size:
-            raise DataError(f"{config.data} has no val split; add one or hold images out with --val-size")
-        train, val = train_val_split(train, config.val_size, config.seed)
-    random_seed(config.seed)
-    network_args = _parse_model_args(config.model_args) | {"num_classes": len(train.class_names)}
-    network = get_pretrained_cfg(config.model.partition(".")[0])
-    fixed_size = network is not None and network.fixed_input_size
-    if fixed_size and (len(sizes) > 1 or network_args.setdefault("img_size", sizes[0][0]) != sizes[0][0]):
+    if config.tensorboard:
+        importlib.import_module("torch.utils.tensorboard")  # an error now, not behind the first epoch
+    process = join(config.device)
+    folder = RunFolder(config.out)
+    began = process.from_first(folder.beginning(config) if process.first else None)
+    if began is not None:
+        config = merged(began.config, config)
+
+    # data
+    train, val, about = kind.open_splits(config, process, began.about_data if began is not None else None)
+    for line in in_words(about) if "train" in about else ["the images are not checked"]:
+        process.say(line)
+    if config.dry_run:
+        return None
+
+    # network
+    sizes = parse_sizes(config.image_size)
+    config = _chosen(config, len(train), process)
+    seed_everything(config.seed)
+    net = _create(config, len(train.class_names), sizes, process)
+    given = _input(net, config, process.device)
+    config = replace(config, accumulate=_parts(net, sizes, config, given, process))
+    assert config.batch_size and config.accumulate and config.opt  # nothing is open any more
+    assert config.warmup_epochs is not None and config.warmup_lr is not None and config.head_epochs is not None
+    frozen = _named(net, config.freeze)
+    if config.head_epochs and (not _classifier(net) or any(_inside(part, frozen) for part in _classifier(net))):
+        raise ValueError("the classifier cannot learn alone, it is frozen or unknown; give --head-epochs 0")
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad = not _inside(name, frozen)
+    task: Any = kind.Task(net, config, train, process.device)
+    if config.ema:
+        task.setup_ema(config.ema, use_warmup=True)
+    trained: Any = task.trainable_module_ema.module if config.ema else net  # what is evaluated and kept
+    prepare = kind.preparation(config, given, len(train.class_names))
+
+    # optimiser and learning rate
+    optimizer = create_optimizer_v2(
+        net,
+        config.opt,
+        config.lr,
+        config.weight_decay,
+        momentum=config.momentum,
+        filter_bias_and_bn=not config.decay_all,
+        layer_decay=None if config.layer_decay == 1 else config.layer_decay,
+    )
+    steps = Steps(
+        len(train), config.batch_size, config.accumulate, process.rank, process.world, config.drop_last, config.seed
+    )
+    updates = 1 if config.sched_epochs else steps.per_epoch
+    # timm looks one step ahead: half a step behind the beginning of an epoch, its first step has the new rate
+    milestones: Any = [epoch + 0.5 / updates for epoch in parse_epochs(config.decay_epochs)]
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        config.sched,
+        num_epochs=config.epochs,
+        decay_milestones=milestones,
+        decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        step_on_epochs=config.sched_epochs,
+        updates_per_epoch=updates,
+    )
+
+    # state: where a stopped run goes on
+    if process.first:
+        folder.begin(config, about)
+    history: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}  # the network of the best epoch, for early stopping
+    done, loss_sum = 0, torch.zeros((), device=process.device)  # of the epoch in hand: its steps and their losses
+    state = process.from_first(folder.load() if process.first else None)
+    if state is not None:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        if config.ema:
+            trained.load_state_dict(state["ema"])
+        history, best, done = state["history"], state["best"], state["step"]
+        loss_sum += sum(state["losses"][process.rank :: process.world])  # another number of processes may go on
+
+    def save() -> None:
+        losses = _finite(process.together(loss_sum.item()))
+        if process.first:
+            now = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "best": best}
+            now |= {"ema": trained.state_dict() if config.ema else None, "step": done, "losses": losses}
+            folder.save(now | {"class_names": train.class_names})
+
+    # epochs
+    learning: Sequence[str] | None = None
+    size = 0
+    saved = time.monotonic()
+    with _Signals() as signals, _progress(config, steps, len(history), done, process) as bar:
+        for epoch in range(len(history), config.epochs):
+            if _stagnates(history, config.patience):
+                break
+            started, first = time.monotonic(), done
+            if size != _size_in(epoch, sizes):
+                size = _size_in(epoch, sizes)
+                batches = kind.train_batches(train, size, steps, config, given)
+                val_batches = kind.val_batches(val, size, config, given, process)
+            bar.set_description(f"epoch {epoch + 1}/{config.epochs} at {size} px")
+
+            # first the classifier learns alone, then all that is not frozen
+            now_learning = _classifier(net) if epoch < config.head_epochs else [""]
+            if now_learning != learning:
+                learning = now_learning
+                _let_learn(task, net, learning, frozen, config, process)
+            net.train()
+            for name, module in net.named_modules():
+                if name and (_inside(name, frozen) or not (_inside(name, learning) or _around(name, learning))):
+                    module.eval()
+
+            scheduler.step(epoch)
+            reading = _reading(batches, epoch, done, steps)
+            for step in range(done, steps.per_epoch):
+                shares = _next(reading, steps.parts, signals)
+                late = time.monotonic() - saved > 60 * config.save_minutes
+                asked, overdue = process.largest(signals.number, late)
+                if shares is None or asked:
+                    break
+                if overdue:
+                    save()
+                    saved = time.monotonic()
+                scheduler.step_update(epoch * steps.per_epoch + step)
+                for part, (pixels, targets) in enumerate(shares):
+                    seed_everything(config.seed, epoch, step, process.rank + process.world * part)
+                    images, targets = prepare(pixels, targets)
+                    share = len(images) / steps.size(step)
+                    with task.no_sync() if part + 1 < len(shares) else nullcontext():
+                        with given.autocast():
+                            loss = task(images, targets)["loss"]
+                        (loss * (share * process.world)).backward()  # torch takes the mean over processes
+                    loss_sum += loss.detach() * share
+                if config.clip_grad:
+                    dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+                task.update_ema(epoch * steps.per_epoch + step + 1)
+                done = step + 1
+                bar.update(steps.size(step))
+            train_seconds = time.monotonic() - started
+            asked = process.largest(signals.number)[0]
+            if asked:
+                save()
+                raise Stopped(int(asked), f"stopped in epoch {epoch + 1} behind step {done} of {steps.per_epoch}")
+
+            if process.world > 1:  # where BatchNorm is not synchronised, that of the first process counts
+                distribute_bn(net, process.world)
+                distribute_bn(trained, process.world)
+            try:
+                metrics = kind.score(trained, val_batches, given, process.world > 1)
+            except RuntimeError as error:
+                if not signals.number or process.world > 1:
+                    raise
+                save()  # the processes that read the images were stopped together with this one
+                raise Stopped(signals.number, f"stopped behind the last step of epoch {epoch + 1}") from error
+            row = {
+                "epoch": epoch + 1,
+                "image_size": size,
+                "lr": max(group["lr"] for group in optimizer.param_groups),
+                "train_loss": sum(_finite(process.together(loss_sum.item()))) / steps.per_epoch,
+                **{f"val_{name}": value for name, value in metrics.items()},
+            }
+            if config.patience and row[kind.BEST] > max((old[kind.BEST] for old in history), default=-math.inf):
+                best = {"net": copy.deepcopy(trained.state_dict()), "image_size": size}
+            history.append(row)
+            done = 0
+            loss_sum.zero_()
+            if process.first:
+                folder.write_history(history)
+            save()
+            saved = time.monotonic()
+            speed = (steps.per_epoch - first) * steps.batch_size / train_seconds
+            minutes = (config.epochs - epoch - 1) * (saved - started) / 60
+            line = (
+                f"epoch {epoch + 1}/{config.epochs} at {size} px: train loss {row['train_loss']:.3f}, "
+                f"{kind.in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
+            )
+            process.say(line)
+            if process.first:
+                folder.log(line)
+                if config.tensorboard:
+                    folder.to_tensorboard(row)
+            asked = process.largest(signals.number)[0]
+            if asked:
+                raise Stopped(int(asked), f"stopped behind epoch {epoch + 1}")
+
+    # result
+    if best:
+        trained.load_state_dict(best["net"])
+    size = best["image_size"] if best else history[-1]["image_size"]
+    figures = kind.finish(folder, trained, history, size, val, config, given, process)
+    return Result(config.out, history, figures)
+
+
+def _chosen(config: FinetuneConfig, images: int, process: Process) -> FinetuneConfig:
+    """The configuration with a value for what is left to the run, but for `accumulate`."""
+    pretrained = config.pretrained
+    if pretrained is None:
+        known = get_pretrained_cfg(config.model)
+        pretrained = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
+    batch_size = config.batch_size
+    shares = process.world * (config.accumulate or 1)
+    if images < 2 * shares:
+        raise DataError(f"{images} training images are too few for steps in {shares} parts: each needs two")
+    if batch_size is None:  # a power of two that gives an epoch 20 steps, so that small data sets take enough of them
+        batch_size = max(8, min(128, 2 ** int(math.log2(max(1, images / 20)))))
+        batch_size += -batch_size % (2 * shares)
+    if config.mixup or config.cutmix:
+        batch_size = min(batch_size, images - images % (2 * shares))
+        if batch_size % (2 * shares):
+            raise ValueError(f"Mixup and CutMix need an even batch_size in each of {shares} parts, got {batch_size}")
+    opt = config.opt or ("adamw" if pretrained else "lamb")
+    lr = config.lr or LR[opt] * math.sqrt(batch_size / 128)
+    return replace(
+        config,
+        pretrained=pretrained,
+        batch_size=batch_size,
+        opt=opt,
+        lr=lr,
+        layer_decay=(0.8 if pretrained else 1.0) if config.layer_decay is None else config.layer_decay,
+        warmup_epochs=min(2, config.epochs // 4) if config.warmup_epochs is None else config.warmup_epochs,
+        warmup_lr=lr / 100 if config.warmup_lr is None else config.warmup_lr,
+        head_epochs=int(pretrained) if config.head_epochs is None else config.head_epochs,
+        bf16=_made_for_bf16(process.device) if config.bf16 is None else config.bf16,
+    )
+
+
+def _made_for_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 rather than imitating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _create(config: FinetuneConfig, classes: int, sizes: list[tuple[int, int]], process: Process) -> Any:
+    """The network, on its device."""
+    arguments = parse_model_args(config.model_args) | {"num_classes": classes}
+    known = get_pretrained_cfg(config.model.partition(".")[0])
+    fixed_size = known is not None and known.fixed_input_size
+    if fixed_size and (len(sizes) > 1 or arguments.setdefault("img_size", sizes[0][0]) != sizes[0][0]):
         raise ValueError(f"{config.model} takes images of one size: give one --image-size, and no other img_size")
     try:
-        net = timm.create_model(config.model, pretrained=config.pretrained, **network_args)
-        net = net.to(config.device).to(memory_format=torch.channels_last)
+        net = timm.create_model(config.model, pretrained=bool(config.pretrained), **arguments)
     except TypeError as error:
         raise ValueError(f"{config.model} does not take these model_args: {error}") from error
     except (RuntimeError, AssertionError) as error:
         if isinstance(error, WeightsError):
             raise
-        raise ValueError(f"cannot use device {config.device!r}: {error}") from error
-    if isinstance(net, Detector):
-        raise ValueError(f"{config.model} is a detector; give a classification network")
-    _claim(config)
-    input_config = resolve_data_config(model=net)
-    normalize = {"mean": input_config["mean"], "std": input_config["std"]}
-    optimizer = create_optimizer_v2(
-        net, config.opt, config.lr, config.weight_decay, filter_bias_and_bn=not config.decay_all
-    )
-    steps_per_epoch = max(1, len(train.labels) // config.batch_size)
-    # timm looks one step ahead: half a step behind the beginning of an epoch, its first step has the new rate
-    milestones: Any = [epoch + 0.5 / steps_per_epoch for epoch in _parse_epochs(config.decay_epochs)]
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.lr / 100,
-        decay_milestones=milestones,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    mixup = None
-    if config.mixup or config.cutmix:
-        mixup = Mixup(
-            config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(train.class_names)
+        raise ValueError(f"cannot make {config.model}: {error}") from error
+    net = net.to(process.device).to(memory_format=torch.channels_last)
+    if process.world > 1 and process.device.type == "cuda":
+        net = convert_sync_batchnorm(net)
+    return net
+
+
+def _input(net: Any, config: FinetuneConfig, device: torch.device) -> Input:
+    """What images the network takes."""
+    if net.in_chans not in (1, 3):
+        raise ValueError(f"{config.model} takes {net.in_chans} channels; images have 1 or 3")
+    cfg = resolve_data_config(model=net)
+    colours = []
+    for name in ("mean", "std"):
+        values = parse_numbers(getattr(config, name)) or tuple(cfg[name])
+        colours.append(values if len(values) == net.in_chans else (sum(values) / len(values),) * net.in_chans)
+    return Input(colours[0], colours[1], device, bool(config.bf16))
+
+
+def _parts(net: nn.Module, sizes: list[tuple[int, int]], config: FinetuneConfig, given: Input, process: Process) -> int:
+    """In how many parts a step is computed: as asked for, or so that its images fit into the memory that is free."""
+    largest = max(size for size, _ in sizes)
+    try:
+        per_image = 1.5 * _kept_by_an_image(net, largest, given)  # the backward pass needs some, too
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{config.model} cannot compute images of {largest} pixels: {reason}") from error
+    free = _free_memory(process.device)
+    if config.accumulate is not None or free is None:
+        return config.accumulate or 1
+    fixed = 4 * sum(parameter.nbytes for parameter in net.parameters())  # gradients, optimiser, moving average
+    share = math.ceil((config.batch_size or 1) / process.world)
+    parts, unit = 1, 2 if config.mixup or config.cutmix else 1  # Mixup needs pairs
+    while fixed + per_image * share / parts > 0.8 * free and share % (2 * parts * unit) == 0 and share >= 4 * parts:
+        parts *= 2
+    parts = int(process.largest(parts)[0])
+    if parts > 1:
+        process.say(
+            f"each step is computed in {parts} parts: {share} images need {per_image * share / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free"
         )
-
-    state_file = config.out / "last.pt"
-    history: list[dict[str, Any]] = []
-    if state_file.exists():
-        state = torch.load(state_file, map_location=config.device, weights_only=True)
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
-
-    for epoch in range(len(history), config.epochs):
-        started = time.monotonic()
-        random_seed(config.seed, epoch + 1)  # so that an epoch is the same after a stop
-        size = next(pixels for pixels, first in reversed(sizes) if epoch >= first)
-        batches = loader(
-            train,
-            size,
-            config.batch_size,
-            True,
-            config.workers,
-            crop_padding=config.crop_padding,
-            scale=(config.crop_scale, 1.0),
-            color_jitter=0.0,
-            auto_augment=config.auto_augment,
-            interpolation="random",
-            **normalize,
-        )
-        loss_sum = torch.zeros((), device=config.device)
-        net.train()
-        progress = tqdm(batches, f"epoch {epoch + 1}/{config.epochs} at {size} px", mininterval=5.0, leave=False)
-        for step, (images, labels) in enumerate(progress):
-            images, labels = images.to(config.device, memory_format=torch.channels_last), labels.to(config.device)
-            if mixup is not None:
-                images, labels = mixup(images, labels)
-            scheduler.step_update(epoch * steps_per_epoch + step)
-            with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.bf16):
-                logits = net(images)
-            loss = _loss(logits.float(), labels, config.label_smoothing)
-            if isinstance(net, BSConvMobileNetV3) and net.regularization:
-                loss = loss + net.regularization_loss()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.detach()
-            if step % 20 == 19:
-                progress.set_postfix(loss=f"{loss_sum.item() / (step + 1):.3f}")
-
-        val_batches = loader(val, size, 250, False, config.workers, crop_pct=1.0, interpolation="bilinear", **normalize)
-        accuracy = top1(net, val_batches, config.device, config.bf16)
-        row = {
-            "epoch": epoch + 1,
-            "image_size": size,
-            "lr": optimizer.param_groups[0]["lr"],
-            "train_loss": loss_sum.item() / len(batches),
-            "val_top1": accuracy,
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        history.append(row)
-        _write_metrics(config.out / "metrics.csv", history)
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-        torch.save(state, state_file.with_suffix(".tmp"))
-        state_file.with_suffix(".tmp").replace(state_file)
-        print(f"epoch {epoch + 1}: train loss {row['train_loss']:.3f}, val top-1 {accuracy:.2f} %", flush=True)
-
-    net = net.to(memory_format=torch.contiguous_format)  # what safetensors stores
-    cfg: Any = net.pretrained_cfg
-    source = {
-        "input_size": (net.in_chans, sizes[-1][0], sizes[-1][0]),
-        "num_classes": len(train.class_names),
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "label_names": train.class_names,
-    }
-    save_for_hf(net, str(config.out), {"pretrained_cfg": cfg | source}, safe_serialization=True)
-    return float(history[-1]["val_top1"])
+    return parts
 
 
-def _claim(config: FinetuneConfig) -> None:
-    """Makes the run's folder, or checks that the run in it is this one."""
-    wanted = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    file = config.out / "run.json"
-    if file.exists():
-        given = json.loads(file.read_text(encoding="utf-8"))
-        other = [key for key in wanted if wanted[key] != given.get(key) and key not in ("out", "workers", "device")]
-        if other:
-            raise ValueError(
-                f"{config.out} holds a run with {other[0]}={given.get(other[0])}, not {wanted[other[0]]}; "
-                "give another folder with --out"
-            )
-        return
-    if config.out.exists() and any(config.out.iterdir()):
-        raise ValueError(f"{config.out} is not empty and holds no run; give a new folder with --out")
-    config.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+def _kept_by_an_image(net: nn.Module, image_size: int, given: Input) -> float:
+    """Bytes that the forward pass over one image leaves for the backward pass, the weights not counted."""
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    trial = copy.deepcopy(net).train()
+    images = torch.zeros(2, len(given.mean), image_size, image_size, device=given.device)
+    with saved_tensors_hooks(note, lambda tensor: tensor), given.autocast():
+        trial(images.to(memory_format=torch.channels_last))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trial.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for where, tensor in kept.items() if where not in weights) / 2
 
 
-def _parse_sizes(text: str) -> list[tuple[int, int]]:
-    """ "32,48@11" -> [(32, 0), (48, 11)]: pixels and the first epoch with that size."""
-    sizes = []
-    for part in text.split(","):
-        pixels, _, first = part.partition("@")
-        if not pixels.strip().isdigit() or not (first or "0").isdigit():
-            raise ValueError(f"image_size {text!r} is not like 64 or 32,48@11")
-        sizes.append((int(pixels), int(first or 0)))
-    epochs = [first for _, first in sizes]
-    if epochs[0] != 0 or epochs != sorted(set(epochs)):
-        raise ValueError(f"image_size {text!r} must begin with a size for epoch 0, then sizes with rising epochs")
-    return sizes
+def _free_memory(device: torch.device) -> float | None:
+    """Bytes that this process may take on the device; None where that cannot be known."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
+    return 1024 * float(lines["MemAvailable"].split()[0]) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _parse_epochs(text: str) -> list[int]:
-    """ "100,150,180" -> [100, 150, 180]."""
-    epochs = text.split(",") if text else []
-    numbers = [int(epoch) for epoch in epochs if epoch.strip().isdigit()]
-    if len(numbers) < len(epochs) or numbers != sorted(set(numbers)):
-        raise ValueError(f"decay_epochs {text!r} is not like 100,150,180: rising whole numbers")
-    return numbers
+def _named(net: nn.Module, text: str) -> list[str]:
+    """The parts of the network that `freeze` names."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    names = [name for name, _ in net.named_modules()]
+    for part in parts:
+        if part not in names:
+            children = ", ".join(name for name, _ in net.named_children())
+            raise ValueError(f"freeze names {part!r}, which the network does not have; its parts are {children}")
+    return parts
 
 
-def _parse_model_args(text: str) -> dict[str, Any]:
-    """ "zero_init_residual=true,drop_path_rate=0.1" -> {"zero_init_residual": True, "drop_path_rate": 0.1}."""
-    arguments = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
-        try:
-            arguments[name.strip()] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"model_args {part!r} is not like zero_init_residual=true or drop_rate=0.1") from error
-    return arguments
+def _classifier(net: Any) -> list[str]:
+    """The names of the network's last layers."""
+    names = net.pretrained_cfg["classifier"]
+    return [names] if isinstance(names, str) else list(names or ())
 
 
-def _loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with class indices, or with class probabilities (which Mixup has smoothed already)."""
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing if labels.ndim == 1 else 0.0)
+def _inside(name: str, parts: Sequence[str]) -> bool:
+    """Whether a parameter or module belongs to one of the parts; the part "" is everything."""
+    return any(not part or name == part or name.startswith(f"{part}.") for part in parts)
 
 
-@torch.inference_mode()
-def top1(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: str, bf16: bool = False) -> float:
-    """Share of images whose class has the largest logit, in per cent."""
-    net.eval()
-    right = total = 0
-    for images, labels in batches:
-        images = images.to(device, memory_format=torch.channels_last)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            logits = net(images)
-        right += int((logits.argmax(1).cpu() == labels).sum())
-        total += len(labels)
-    return 100 * right / total
+def _around(name: str, parts: Sequence[str]) -> bool:
+    """Whether one of the parts lies in the module `name`."""
+    return any(part.startswith(f"{name}.") for part in parts)
 
 
-def _write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, history[0].keys())
-        writer.writeheader()
-        writer.writerows(history)
-    path.with_suffix(".tmp").replace(path)
+def _let_learn(
+    task: TrainingTask, net: nn.Module, learning: list[str], frozen: list[str], config: FinetuneConfig, process: Process
+) -> None:
+    """Lets the parts `learning` but for `frozen` learn, and wraps the network anew, as torch's wrappers need it."""
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad = _inside(name, learning) and not _inside(name, frozen)
+    task.trainable_module = net
+    if config.compile:
+        task.compile()
+    if process.world > 1:
+        task.prepare_distributed(device_ids=[process.device] if process.device.type == "cuda" else None)
+
+
+def _size_in(epoch: int, sizes: list[tuple[int, int]]) -> int:
+    return next(pixels for pixels, first in reversed(sizes) if epoch >= first)
+
+
+def _stagnates(history: list[dict[str, Any]], patience: int) -> bool:
+    """Whether the last `patience` epochs brought nothing better."""
+    scores = [row[kind.BEST] for row in history]
+    return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+
+
+def _finite(losses: list[float]) -> list[float]:
+    """`losses`, if they are numbers to go on with."""
+    if not all(map(math.isfinite, losses)):
+        raise RunError("the loss is not finite any more; begin another run with a smaller --lr")
+    return losses
+
+
+def _reading(batches: Batches, epoch: int, done: int, steps: Steps) -> Iterator[Any]:
+    """The batches of an epoch from step `done` on."""
+    steps.epoch, steps.first = epoch, done
+    if not isinstance(batches.dataset, IterableDataset):
+        return read(batches)
+    batches.dataset.epoch = epoch  # type: ignore[attr-defined]
+    return itertools.islice(read(batches), done * steps.parts, None)
+
+
+def _next(reading: Iterator[Any], parts: int, signals: "_Signals") -> list[Any] | None:
+    """The batches of a step; None if the processes that read them were asked to stop together with this one."""
+    try:
+        return [next(reading) for _ in range(parts)]
+    except RuntimeError:
+        if signals.number:
+            return None
+        raise
+
+
+def _progress(config: FinetuneConfig, steps: Steps, epochs: int, done: int, process: Process) -> "tqdm[Any]":
+    """One line on a terminal: epoch, images per second, time left."""
+    return tqdm(
+        total=config.epochs * steps.images,
+        initial=epochs * steps.images + done * steps.batch_size,
+        unit=" images",
+        disable=None if process.first else True,
+    )
+
+
+class _Signals(AbstractContextManager["_Signals"]):
+    """Notes SIGINT and SIGTERM in `number` instead of dying of them; a second one acts as usual."""
+
+    number = 0
+
+    def __enter__(self) -> "_Signals":
+        here = threading.current_thread() is threading.main_thread()  # where alone Python lets one ask for signals
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) if here else ()
+        self.usual: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+        for number in numbers[:2]:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.__exit__()
+        self.number = number
+        # reading processes that got the signal, too, die now; torch would raise an error of that within a step
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def __exit__(self, *_: object) -> None:
+        for number, action in self.usual.items():
+            signal.signal(number, action)

@@ -1,0 +1,151 @@
+"""What a data set is like, before anything is trained on it: every image is read once."""
+
+import hashlib
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from spd_zoo.training.data import DataError, LabelledImages, leave_ctrl_c_to_parent
+from spd_zoo.training.process import Process
+
+__all__ = ["check", "in_words"]
+
+NAMED = 5  # things of a kind that are printed; data.json has all
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """What one image is like; `error` says why it cannot be read."""
+
+    index: int
+    error: str = ""
+    size: tuple[int, int] = (0, 0)
+    digest: str = ""
+    kinds: tuple[str, ...] = ()
+
+
+class _Facts(Dataset[_Fact]):
+    def __init__(self, data: LabelledImages) -> None:
+        self.data = data
+
+    def __getitem__(self, index: int) -> _Fact:
+        try:
+            pixels = self.data.image(index)
+        except DataError as error:
+            return _Fact(index, str(error).removeprefix(f"{self.data.name(index)}: "))
+        with Image.open(self.data.file(index)) as file:
+            kinds = {
+                "grey": file.mode in ("1", "L", "LA") or file.mode.startswith("I"),
+                "16-bit": file.mode.startswith("I"),
+                "CMYK": file.mode == "CMYK",
+                "palette": file.mode == "P",
+                "transparent": file.mode in ("LA", "RGBA", "PA"),
+                "rotated by EXIF": file.getexif().get(0x0112, 1) not in (0, 1),
+            }
+        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
+        return _Fact(index, "", pixels.size, f"{digest} {pixels.size}", tuple(kind for kind in kinds if kinds[kind]))
+
+
+def check(parts: dict[str, LabelledImages], workers: int, process: Process) -> dict[str, Any]:
+    """What the parts of a data set (train, val) are like, in numbers and lists that JSON can hold.
+
+    Every image is read, and compared with every other by its pixels. With several processes each reads its share.
+
+    Raises:
+        DataError: If a part has no image that can be read.
+    """
+    about: dict[str, Any] = {}
+    owners: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # digest -> part -> names
+    for part, data in parts.items():
+        facts = _read_all(data, workers, process, part)
+        good = [fact for fact in facts if not fact.error]
+        if not good:
+            why = f"; {data.name(facts[0].index)}: {facts[0].error}" if facts else ""
+            raise DataError(f"no image of the split {part} can be read{why}")
+        widths, heights = zip(*(fact.size for fact in good), strict=True)
+        counts = Counter(data.label(fact.index) for fact in good)
+        same: dict[str, list[int]] = defaultdict(list)
+        for fact in good:
+            same[fact.digest].append(fact.index)
+            owners[fact.digest][part].append(f"{part} {data.name(fact.index)}")
+        groups = [group for group in same.values() if len(group) > 1]
+        about[part] = {
+            "images": len(good),
+            "classes": {name: counts[label] for label, name in enumerate(data.class_names)},
+            "width": {"min": min(widths), "median": statistics.median(widths), "max": max(widths)},
+            "height": {"min": min(heights), "median": statistics.median(heights), "max": max(heights)},
+            "kinds": dict(Counter(kind for fact in good for kind in fact.kinds)),
+            "unreadable": {data.name(fact.index): fact.error for fact in facts if fact.error},
+            "duplicates": [[data.name(i) for i in group] for group in groups],
+            "duplicates of another class": [
+                [data.name(i) for i in group] for group in groups if len({data.label(i) for i in group}) > 1
+            ],
+        }
+    about["in several splits"] = [
+        [name for names in found.values() for name in names] for found in owners.values() if len(found) > 1
+    ]
+    return about
+
+
+def _read_all(data: LabelledImages, workers: int, process: Process, part: str) -> list[_Fact]:
+    mine = range(process.rank, len(data), process.world)
+    how: dict[str, Any] = {"num_workers": workers, "collate_fn": list, "worker_init_fn": leave_ctrl_c_to_parent}
+    facts: list[_Fact] = []
+    with tqdm(total=len(mine), desc=f"checking {part}", leave=False, disable=None if process.first else True) as bar:
+        for batch in DataLoader(_Facts(data), 32, sampler=mine, **how):
+            facts += batch
+            bar.update(len(batch))
+    return sorted((fact for part in process.together(facts) for fact in part), key=lambda fact: fact.index)
+
+
+def in_words(about: dict[str, Any]) -> Iterator[str]:
+    """The lines to print about a check's result."""
+    for part in ("train", "val"):
+        if part in about:
+            yield from _part_in_words(part, about[part])
+    shared = about.get("in several splits", [])
+    if shared:
+        yield f"  {len(shared)} images are in both splits: {_some([' = '.join(names) for names in shared])}"
+
+
+def _part_in_words(part: str, about: dict[str, Any]) -> Iterator[str]:
+    counts, width, height = about["classes"], about["width"], about["height"]
+    sizes = f"{width['min']}x{height['min']} to {width['max']}x{height['max']} pixels"
+    yield (
+        f"{part}: {about['images']} images of {len(counts)} classes, {sizes}, median {width['median']:g}x"
+        f"{height['median']:g}"
+    )
+    ordered = sorted(counts.items(), key=lambda item: item[1])
+    if len(ordered) <= 12:
+        yield f"  {', '.join(f'{name} {count}' for name, count in counts.items())}"
+    elif ordered[0][1] == ordered[-1][1]:
+        yield f"  {ordered[0][1]} of each class"
+    else:
+        few, many = ordered[:NAMED], ordered[-1]
+        yield f"  fewest: {', '.join(f'{name} {count}' for name, count in few)}; most: {many[0]} {many[1]}"
+    missing = [name for name, count in counts.items() if not count]
+    if missing:
+        yield f"  {len(missing)} classes have no image here: {_some(missing)}"
+    if about["kinds"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in about["kinds"].items())
+        yield f"  {kinds}: all are read upright, with 8 bits, in the network's colours and without transparency"
+    if about["unreadable"]:
+        named = [f"{name} ({error})" for name, error in about["unreadable"].items()]
+        yield f"  {len(named)} images cannot be read and are left out: {_some(named)}"
+    if about["duplicates"]:
+        named = [" = ".join(names) for names in about["duplicates"]]
+        yield f"  {len(named)} images occur more than once: {_some(named)}"
+    if about["duplicates of another class"]:
+        named = [" = ".join(names) for names in about["duplicates of another class"]]
+        yield f"  {len(named)} of them in several classes: {_some(named)}"
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest

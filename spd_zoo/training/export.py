@@ -1,0 +1,139 @@
+"""A network as one file for other programs: ONNX, or torch.export's pt2; checked against the network itself."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+import spd_zoo
+from spd_zoo.predict import class_names, load
+
+__all__ = ["FORMATS", "ExportError", "export"]
+
+Computation = Callable[[Tensor], Tensor]
+
+TOLERANCE = 1e-3  # largest difference of a logit, as a share of the logits' standard deviation
+
+
+class ExportError(ValueError):
+    """A network that cannot be exported; the message says why."""
+
+
+def export(model: str, to: str, out: str | Path | None = None, image_size: int | None = None) -> Path:
+    """Writes a network into one file that takes any number of images, after a check of what the file computes.
+
+    Input `images`, float32 (N, C, image_size, image_size); output `logits`, float32 (N, classes). What must be done to
+    an image first, and what the outputs mean, is in the file's metadata: the ONNX model's `metadata_props`, or the
+    extra file `metadata.json` of a pt2 file.
+
+    Args:
+        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
+        to: "onnx" or "pt2".
+        out: The file; `model.onnx` or `model.pt2` in the run's folder, or one named after the network, if not given.
+        image_size: Pixels; the network's own input size if not given.
+
+    Raises:
+        ExportError: If the network cannot be exported, or its file computes something else.
+        ModelError: If there is no such network, or it cannot be used.
+    """
+    if to not in FORMATS:
+        raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
+    net: Any = load(model, "cpu").to(memory_format=torch.contiguous_format)
+    size = image_size or resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][-1]
+    if image_size and hasattr(net, "set_input_size"):
+        net.set_input_size(image_size)
+    folder = Path(model)
+    name = f"model.{to}" if folder.is_dir() else f"{model.replace('/', '_').replace(':', '_')}.{to}"
+    path = Path(out) if out is not None else (folder if folder.is_dir() else Path()) / name
+    temporary = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        compute = FORMATS[to](net, size, _metadata(net, size), temporary)
+        _check(net, size, compute)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _metadata(net: Any, size: int) -> dict[str, str]:
+    """How to use the file, in words and numbers."""
+    config = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
+    names = class_names(net.pretrained_cfg)
+    resized = math.floor(size / config["crop_pct"])
+    colours = "RGB" if len(config["mean"]) == 3 else "grey"
+    return {
+        "architecture": str(net.pretrained_cfg["architecture"]),
+        "preprocessing": (
+            f"Turn the image upright, make it {colours} with 8 bits; resize it ({config['interpolation']}) so that its "
+            f"shorter side has {resized} pixels; cut out the {size}x{size} pixels in the middle; divide by 255, "
+            "subtract mean, divide by std, channel by channel; order (image, channel, row, column), float32."
+        ),
+        "image_size": str(size),
+        "resize_shorter_side": str(resized),
+        "interpolation": str(config["interpolation"]),
+        "mean": json.dumps(list(config["mean"])),
+        "std": json.dumps(list(config["std"])),
+        "output": "logits, one per class; softmax makes them probabilities",
+        "class_names": json.dumps(names, ensure_ascii=False),
+        "made_by": f"spd-zoo {spd_zoo.__version__}, torch {torch.__version__}",
+    }
+
+
+def _to_onnx(net: nn.Module, size: int, metadata: dict[str, str], file: Path) -> Computation:
+    """Writes an ONNX file; returns what ONNX Runtime computes with it."""
+    import onnxruntime
+    import onnxscript  # noqa: F401  (torch's exporter needs it)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about its own exporter
+        program = torch.onnx.export(
+            net,
+            (_images(net, 2, size),),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["logits"],
+        )
+    assert program is not None
+    model = program.model_proto
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    file.write_bytes(model.SerializeToString())
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _to_pt2(net: nn.Module, size: int, metadata: dict[str, str], file: Path) -> Computation:
+    """Writes a file of torch.export; returns what torch computes with it."""
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(net, (_images(net, 2, size),), dynamic_shapes=shapes)
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata, ensure_ascii=False)})
+    return torch.export.load(file).module()
+
+
+FORMATS: dict[str, Callable[[nn.Module, int, dict[str, str], Path], Computation]] = {"onnx": _to_onnx, "pt2": _to_pt2}
+
+
+def _images(net: Any, count: int, size: int) -> Tensor:
+    return torch.randn(count, net.in_chans, size, size, generator=torch.Generator().manual_seed(count))
+
+
+def _check(net: nn.Module, size: int, compute: Computation) -> None:
+    """Raises ExportError unless `compute` gives the network's logits for one image and for several."""
+    for count in (1, 3):
+        images = _images(net, count, size)
+        with torch.inference_mode():
+            expected, found = net(images), compute(images)
+        worst = ((found - expected).abs().max() / expected.std()).item() if found.shape == expected.shape else math.inf
+        if not worst <= TOLERANCE:
+            raise ExportError(
+                f"the exported network computes something else: logits differ by {worst:.2g} of their std"
+            )

@@ -1,0 +1,208 @@
+"""The folder of a run: what is in it, and how it is written so that nothing is lost."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+from torch import nn
+
+from spd_zoo.training.config import FinetuneConfig, to_yaml
+from spd_zoo.training.evaluate import write_csv
+
+__all__ = ["Beginning", "RunError", "RunFolder"]
+
+_FIRST_FILES = {
+    "data.json",
+    "environment.json",
+    *(f"{name}.tmp" for name in ("data.json", "environment.json", "run.yaml")),
+}
+
+
+class RunError(ValueError):
+    """A run that cannot go on; its last checkpoint is as it was."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """With which configuration a run began, and what was known about its data."""
+
+    config: dict[str, Any]
+    about_data: dict[str, Any]
+
+
+class RunFolder:
+    """The folder `path`; every file appears in it whole, or stays as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def beginning(self, config: FinetuneConfig) -> "Beginning | None":
+        """How the run in the folder began, which now goes on; None if there is none, or for a dry run.
+
+        Raises:
+            ValueError: If the folder holds something else, or a run that is not to go on.
+        """
+        if config.dry_run:
+            return None
+        file = self.path / "run.yaml"
+        if file.is_file():
+            if config.resume == "never":
+                raise ValueError(f"{self.path} holds a run; give another folder with --out, or --resume auto")
+            about_data = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
+            return Beginning(yaml.safe_load(file.read_text(encoding="utf-8")), about_data)
+        if self.path.exists() and (
+            not self.path.is_dir() or {file.name for file in self.path.iterdir()} - _FIRST_FILES
+        ):
+            raise ValueError(f"{self.path} is not empty and holds no run; give a new folder with --out")
+        return None
+
+    def begin(self, config: FinetuneConfig, about_data: dict[str, Any]) -> None:
+        """Claims the folder for a run, or notes another start of the run in it."""
+        with self.writing("run.yaml"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "run.yaml").exists():
+            self.write("data.json", json.dumps(about_data, indent=2))
+        file = self.path / "environment.json"
+        starts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        self.write("environment.json", json.dumps([*starts, environment()], indent=2))
+        if not (self.path / "run.yaml").exists():  # last: from now on the folder holds a run
+            self.write("run.yaml", to_yaml(config))
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file of text."""
+        temporary = self.path / f"{name}.tmp"
+        with self.writing(name):
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path / name)
+
+    def log(self, line: str) -> None:
+        """Adds a line to `log.txt`, with the time."""
+        with self.writing("log.txt"), (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{_now()} {line}\n")
+
+    def to_tensorboard(self, row: dict[str, Any]) -> None:
+        """Writes the figures of an epoch where TensorBoard looks for them."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        with self.writing("tensorboard"), SummaryWriter(self.path / "tensorboard") as writer:
+            for name in row.keys() - {"epoch"}:
+                writer.add_scalar(name, row[name], row["epoch"])
+
+    def write_history(self, history: Sequence[dict[str, Any]]) -> None:
+        """Writes `metrics.csv`, a line per epoch."""
+        with self.writing("metrics.csv"):
+            write_csv(self.path / "metrics.csv", history[0], [row.values() for row in history])
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Writes `last.pt`, from which the run goes on."""
+        temporary = self.path / "last.pt.tmp"
+        with self.writing("last.pt"):
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / "last.pt")
+
+    def load(self) -> dict[str, Any] | None:
+        """The state of the run, on the CPU; None if nothing was saved yet."""
+        file = self.path / "last.pt"
+        return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+
+    def write_network(self, net: nn.Module, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
+        """Writes what timm loads as `local-dir:`: `model.safetensors` and `config.json`."""
+        folder = self.path / "network.tmp"
+        with self.writing("model.safetensors"):
+            net = net.to(memory_format=torch.contiguous_format)  # what safetensors stores
+            save_for_hf(net, str(folder), {"pretrained_cfg": cfg}, model_args=model_args, safe_serialization=True)
+            for file in folder.iterdir():
+                file.chmod(0o644)  # which safetensors does not do
+                file.replace(self.path / file.name)
+            folder.rmdir()
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Takes half-written files away if `name` cannot be written, and says why.
+
+        Raises:
+            RunError: If the disk is full, or refuses to be written.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = _reason(error)
+            if reason is None:
+                raise
+            for leftover in self.path.glob("*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            kept = "the last checkpoint is intact, and the same command goes on from there"
+            advice = kept if (self.path / "last.pt").exists() else "there is no checkpoint yet"
+            raise RunError(f"cannot write {self.path / name}: {reason}; {advice}") from error
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """What the operating system said; torch raises a RuntimeError while it handles that."""
+    while error is not None and not isinstance(error, OSError | SafetensorError):
+        error = error.__context__
+    return getattr(error, "strerror", None) or (str(error) if error is not None else None)
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions and hardware of this start."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("spd-zoo", "torchvision", "timm", "numpy", "pillow", "datasets", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "time": _now(),
+        "command": sys.argv,
+        "folder": str(Path.cwd()),
+        "git": _commit(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, with a + if it was changed; None elsewhere."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty=+", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"

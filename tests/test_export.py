@@ -1,0 +1,82 @@
+"""Exported networks: other programs compute the same with them, for any number of images, and know how to use them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from spd_zoo.cli import main
+from spd_zoo.training import export as exporting
+from spd_zoo.training.export import ExportError, export
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    cfg = {"input_size": (3, 32, 32), "crop_pct": 0.8, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.25)}
+    net = timm.create_model("cifar_resnet20_pfd", num_classes=3)
+    save_for_hf(net, str(folder), {"pretrained_cfg": cfg, "label_names": ["a", "b", "ü"]}, safe_serialization=True)
+    return folder
+
+
+def expected(run: Path, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = timm.create_model(f"local-dir:{run}", pretrained=True).eval()(images)
+    return logits
+
+
+def assert_described(metadata: dict[str, str]) -> None:
+    assert json.loads(metadata["class_names"]) == ["a", "b", "ü"]
+    assert (metadata["image_size"], metadata["resize_shorter_side"]) == ("32", "40")
+    assert json.loads(metadata["mean"]) == [0.5, 0.4, 0.3]
+    assert "shorter side has 40 pixels; cut out the 32x32 pixels in the middle" in metadata["preprocessing"]
+
+
+def test_an_onnx_file_computes_the_same_for_any_number_of_images(run: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
+    assert main(["export", str(run), "--to", "onnx"]) == 0
+    session = onnxruntime.InferenceSession(str(run / "model.onnx"), providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32)
+        (logits,) = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected(run, images), rtol=1e-4, atol=1e-4)
+    assert_described(session.get_modelmeta().custom_metadata_map)
+    assert not list(run.glob("*.tmp"))
+
+
+def test_a_pt2_file_computes_the_same_for_any_number_of_images(run: Path, tmp_path: Path) -> None:
+    file = export(str(run), "pt2", tmp_path / "new" / "net.pt2")
+    extra = {"metadata.json": ""}
+    program = torch.export.load(file, extra_files=extra)
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32)
+        torch.testing.assert_close(program.module()(images), expected(run, images), rtol=1e-4, atol=1e-4)
+    assert_described(json.loads(extra["metadata.json"]))
+
+
+def test_the_image_size_may_be_another(run: Path, tmp_path: Path) -> None:
+    program = torch.export.load(export(str(run), "pt2", tmp_path / "net.pt2", image_size=48))
+    assert program.module()(torch.randn(2, 3, 48, 48)).shape == (2, 3)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(net: Any, *arguments: Any) -> Any:
+        arguments[-1].write_text("a file")
+        return lambda images: 1.01 * net(images)
+
+    monkeypatch.setitem(exporting.FORMATS, "onnx", wrong)
+    with pytest.raises(ExportError, match="computes something else: logits differ by"):
+        export(str(run), "onnx", tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_format_is_refused(run: Path) -> None:
+    with pytest.raises(ExportError, match="the formats are onnx and pt2, got 'tflite'"):
+        export(str(run), "tflite")

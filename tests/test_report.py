@@ -1,0 +1,194 @@
+"""Evaluation and the report: figures checked by hand, tables in timm's form, a page that stands alone."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from pictures import make_folders
+from PIL import Image
+from timm.models import save_for_hf
+
+from spd_zoo.cli import main
+from spd_zoo.training import report
+from spd_zoo.training.config import FinetuneConfig
+from spd_zoo.training.data import DataError, open_data
+from spd_zoo.training.evaluate import Predictions, evaluate, save, with_classes_of
+from spd_zoo.training.run import RunFolder
+
+Capture = pytest.CaptureFixture[str]
+
+
+def said(*probabilities: tuple[float, ...], labels: list[int]) -> Predictions:
+    return Predictions(torch.tensor(probabilities).log(), torch.tensor(labels), ["a", "b", "c"])
+
+
+FOUR = said((0.7, 0.2, 0.1), (0.1, 0.6, 0.3), (0.05, 0.9, 0.05), (0.2, 0.45, 0.35), labels=[0, 0, 1, 2])
+
+
+def test_top_1_and_top_2_count_the_largest_logits() -> None:
+    assert FOUR.top(1) == 50
+    assert FOUR.top(2) == 75
+    assert FOUR.top(5) == 100
+
+
+def test_the_confusion_matrix_has_true_classes_down_and_guesses_across() -> None:
+    assert FOUR.confusion().tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_precision_recall_and_f1_are_those_of_each_class() -> None:
+    a, b, c = FOUR.per_class()
+    assert (a["images"], a["precision"], a["recall"]) == (2, 1.0, 0.5) and a["f1"] == pytest.approx(2 / 3)
+    assert (b["images"], b["precision"], b["recall"]) == (1, pytest.approx(1 / 3), 1.0) and b["f1"] == pytest.approx(
+        0.5
+    )
+    assert (c["images"], c["precision"], c["recall"], c["f1"]) == (1, None, 0.0, 0.0)
+    assert said((0.9, 0.05, 0.05), labels=[0]).per_class()[1] == {
+        "class": "b", "images": 0, "precision": None, "recall": None, "f1": None
+    }  # fmt: skip
+
+
+def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy() -> None:
+    # in tenths: 0.45 (wrong), 0.6 (wrong), 0.7 (right), 0.9 (right)
+    assert FOUR.ece(bins=10) == pytest.approx((0.45 + 0.6 + 0.3 + 0.1) / 4)
+    assert FOUR.ece(bins=1) == pytest.approx(abs((0.45 + 0.6 + 0.7 + 0.9) / 4 - 0.5))
+    assert [step["images"] for step in FOUR.calibration(bins=2)] == [1, 3]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folders(tmp_path_factory.mktemp("data"), train=1, val=4, test=3)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("net")
+    torch.manual_seed(0)
+    config = {"pretrained_cfg": {"input_size": (3, 32, 32), "crop_pct": 1.0}, "label_names": ["red", "green", "blue"]}
+    net = timm.create_model("cifar_resnet20", num_classes=3)
+    save_for_hf(net, str(folder), config, safe_serialization=True)
+    return folder
+
+
+def test_evaluation_gives_a_row_of_timms_table_per_image_size(saved: Path, folders: Path, tmp_path: Path) -> None:
+    small, large = evaluate(str(saved), folders, image_sizes=[16, 32], workers=0)
+    save([small, large], tmp_path)
+    (row, other) = csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text()))
+    assert list(row) == [
+        *("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
+    ]
+    assert (row["img_size"], other["img_size"], row["crop_pct"], row["param_count"]) == ("16", "32", "1.0", "0.27")
+    assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
+    assert (tmp_path / "confusion_16.csv").read_text().startswith("class,red,green,blue")
+    images = [int(line["images"]) for line in csv.DictReader(io.StringIO((tmp_path / "per_class_32.csv").read_text()))]
+    assert images == [3, 3, 3]  # the split test, if there is one
+
+
+def test_evaluation_sees_what_the_network_computes(saved: Path, folders: Path) -> None:
+    (found,) = evaluate(str(saved), folders, split="val", workers=0, batch_size=5)
+    net = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
+    data = open_data(folders, "val")
+    assert data is not None
+    transform: Any = timm.data.create_transform(**timm.data.resolve_data_config(model=net))
+    with torch.inference_mode():
+        logits = net(torch.stack([transform(data.image(i)) for i in range(12)]))
+        mirrored = net(torch.stack([transform(data.image(i)).flip(-1) for i in range(12)]))
+    assert torch.allclose(found.predictions.logits, logits, atol=1e-4)
+    assert found.predictions.labels.tolist() == [2] * 4 + [1] * 4 + [0] * 4  # the network's numbers
+    (both,) = evaluate(str(saved), folders, split="val", workers=0, flip=True)
+    assert torch.allclose(both.predictions.logits, (logits + mirrored) / 2, atol=1e-4)
+
+
+def test_classes_are_matched_by_name_or_else_by_number(folders: Path) -> None:
+    data = open_data(folders, "val")
+    assert data is not None
+    assert with_classes_of(data, ["pink", "red", "green", "blue"]).labels[0] == 3
+    assert with_classes_of(data, ["n01", "n02", "n03"]).labels == data.labels
+    with pytest.raises(DataError, match=r"the data has 3 classes .* the network 2 .* no name in common"):
+        with_classes_of(data, ["n01", "n02"])
+    with pytest.raises(DataError, match="class 'blue' that the network does not know"):
+        with_classes_of(data, ["red", "green"])
+
+
+def test_the_command_prints_a_line_per_image_size(saved: Path, folders: Path, capsys: Capture, tmp_path: Path) -> None:
+    command = ["evaluate", str(saved), "--data", str(folders), "--image-size", "16", "32", "--workers", "0"]
+    assert main([*command, "--out", str(tmp_path / "new")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["16 px", "32 px"] and "9 images" in lines[0]
+    assert (tmp_path / "new" / "results.csv").exists()
+    assert main([*command, "--json"]) == 0
+    assert [row["img_size"] for row in json.loads(capsys.readouterr().out)] == [16, 32]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "extra"], "has no split extra"),
+        (["--device", "abacus"], "cannot use device 'abacus'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_clear_sentence(
+    saved: Path, folders: Path, capsys: Capture, options: list[str], message: str
+) -> None:
+    assert main(["evaluate", str(saved), "--data", str(folders), *options]) == 1
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
+
+
+def test_the_report_is_one_page_that_stands_alone(folders: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need the extra `train`")
+    data = open_data(folders, "val")
+    assert data is not None
+    logits = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    names = ["<b>lue", "gr$een", "röd 猫"]
+    answers = Predictions(logits, torch.tensor(data.labels), names)
+    history = [
+        {
+            "epoch": i,
+            "image_size": 16,
+            "lr": 0.1,
+            "train_loss": 1 / i,
+            "val_loss": 1.0,
+            "val_top1": 50.0,
+            "val_top5": 99.0,
+        }
+        for i in (1, 2)
+    ]
+    config = FinetuneConfig("cifar_resnet20", str(folders), tmp_path)
+    report.write(RunFolder(tmp_path), config, history, answers, data)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 5
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert "&lt;b&gt;lue" in page and "<b>lue" not in page and "röd 猫" in page
+    assert "model: cifar_resnet20" in page
+    for name in ("curves", "confusion", "calibration", "worst", "best"):
+        with Image.open(tmp_path / "figures" / f"{name}.png") as figure:
+            figure.load()
+    assert len(list(csv.reader(io.StringIO((tmp_path / "confusion.csv").read_text(encoding="utf-8"))))) == 4
+
+
+def test_the_contact_sheet_shows_the_images_asked_for(folders: Path) -> None:
+    data = open_data(folders, "val")
+    assert data is not None
+    answers = Predictions(torch.eye(3).repeat_interleave(4, 0), torch.tensor(data.labels), ["blue", "green", "red"])
+    sheet = Image.open(io.BytesIO(report.contact_sheet(answers, data, [8, 0])))
+    red, blue = (torch.tensor(sheet.getpixel((x, 48))) for x in (48, 48 + report.TILE + 8))
+    assert red.argmax() == 0 and blue.argmax() == 2
+
+
+def test_a_report_without_matplotlib_has_the_tables(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    data = open_data(folders, "val")
+    assert data is not None
+    answers = Predictions(torch.eye(3).repeat_interleave(4, 0), torch.tensor(data.labels), data.class_names)
+    history = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0, "val_top1": 50.0, "val_top5": 99.0}]
+    report.write(RunFolder(tmp_path), FinetuneConfig("a", "b", tmp_path), history, answers, data)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 2 and "Classes, the worst first" in page

@@ -1,0 +1,62 @@
+"""The tutorial's commands, in its order, on a small real data set."""
+
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from spd_zoo.cli import main
+
+DOCS = Path(__file__).parent.parent / "docs"
+CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
+
+
+@pytest.mark.slow
+def test_the_tutorial_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the images are in parquet files, which need pyarrow")
+    pytest.importorskip("onnxruntime", reason="the tutorial exports ONNX, which needs the extra `export`")
+    if not CIFAR100.is_dir():
+        pytest.skip(f"CIFAR-100 is not in {CIFAR100}")
+    from PIL import Image
+
+    rows = parquet.read_table(next(CIFAR100.glob("test*.parquet"))).slice(0, 4000).to_pylist()
+    for label, name in ((0, "apple"), (8, "bicycle"), (69, "rocket")):
+        images = [row["image"]["bytes"] for row in rows if row["label"] == label][:20]
+        for i, image in enumerate(images):
+            file = tmp_path / "photos" / ("train" if i < 14 else "val") / name / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(io.BytesIO(image)).save(file)
+    monkeypatch.chdir(tmp_path)
+
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", (DOCS / "finetuning.md").read_text(), re.DOTALL | re.MULTILINE)
+    commands = [line for kind, block in blocks if kind == "sh" for line in block.splitlines() if "pip" not in line]
+    assert [shlex.split(command)[1] for command in commands] == [
+        *("finetune", "finetune", "finetune", "predict", "evaluate", "export")
+    ]
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+        assert (tmp_path / "run").exists() != ("--dry-run" in command)
+    printed = capsys.readouterr().out
+    assert "train: 42 images of 3 classes, 32x32 to 32x32 pixels" in printed and "48 px: top-1" in printed
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, "finetuning.md", "exec"), {})
+    assert "['apple', 'bicycle', 'rocket'] (3, 32, 32)" in capsys.readouterr().out
+    for file in ("report.html", "metrics.csv", "model.onnx", "evaluation/results.csv", "figures/curves.png", "last.pt"):
+        assert (tmp_path / "run" / file).is_file()
+
+
+def test_the_tutorial_names_options_and_recipes_that_there_are() -> None:
+    from spd_zoo.training.config import RECIPES, FinetuneConfig
+
+    text = (DOCS / "finetuning.md").read_text()
+    own = {f"--{name.replace('_', '-')}" for name in FinetuneConfig.__dataclass_fields__}
+    elsewhere = {"--help", "--config", "--to", "--flip", "--no-pretrained", "--dry-run"}
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)):
+        assert option in own | elsewhere or option.startswith(("--nproc", "--nnodes", "--rdzv")), option
+    for recipe in RECIPES.glob("*.yaml"):
+        assert f"`{recipe.stem}`" in text
