@@ -14,7 +14,7 @@ from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo, create_trans
 from torch import Tensor, nn
 
 from spd_zoo.images import read_image
-from spd_zoo.models._detector import Detector
+from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 
 __all__ = ["Answer", "Guess", "ModelError", "class_names", "load", "predict", "timm_name"]
@@ -141,7 +141,7 @@ def load(model: str, device: str) -> nn.Module:
         raise
     except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
-    if isinstance(net, Detector):
+    if isinstance(net, DetectionNet):
         raise ModelError(f"{model} is a detector; give a classification network")
     if not _cfg(net)["num_classes"]:
         raise ModelError(f"{model} has no classifier, so it cannot name what it sees")

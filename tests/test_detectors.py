@@ -24,11 +24,11 @@ from spd_zoo import complexity
 from spd_zoo.boxes import class_nms, complete_iou, ssd_decode, ssd_encode
 from spd_zoo.layers import ImageSizeError
 from spd_zoo.losses import ssd_matches, yolov5_matches, yolov8_matches
-from spd_zoo.models._detector import Detector
+from spd_zoo.models._detector import DetectionNet
 
 CASES = [case for family in ("yolov5_spd", "yolov8_spd", "ssd_small") for case in golden.cases(family)]
 SSD_CASES = [case for case in CASES if case["model"].startswith("ssd_")]
-NETWORKS = timm_contract.own_networks(Detector)
+NETWORKS = timm_contract.own_networks(DetectionNet)
 SMALLEST = ["yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1"]
 WAYS = [*SMALLEST, "yolov8n", "ssd_mobilenetv1_s1l0_dualpath"]  # one of every way to compute
 OBJECTS = [[10.0, 20.0, 60.0, 50.0], [5.0, 5.0, 14.0, 12.0], [30.0, 8.0, 62.0, 63.0]]

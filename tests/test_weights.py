@@ -24,7 +24,7 @@ from timm.models import load_checkpoint, save_for_hf
 
 import spd_zoo
 from spd_zoo import WeightsError
-from spd_zoo.models._detector import Detector
+from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, sha256_of
 from spd_zoo.weights.fetch import BUNDLED
 from spd_zoo.weights.manifest import Entry, manifest_path
@@ -99,7 +99,7 @@ def test_an_entry_describes_the_network_that_is_built(entry):
     first_conv = net.get_submodule(cfg["first_conv"])
     assert first_conv is next(module for module in net.modules() if isinstance(module, torch.nn.Conv2d))
     maps = net.forward_features(torch.empty(1, *entry.input_size, device="meta"))
-    if isinstance(net, Detector):
+    if isinstance(net, DetectionNet):
         classifiers = [net.get_submodule(name) for name in cfg["classifier"]]
         assert classifiers == list(net.get_classifier())
         assert net.num_classes_of(classifiers[0].out_channels) == entry.num_classes

@@ -37,7 +37,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d
 from spd_zoo.models._classifier import Classifier
-from spd_zoo.models._detector import Detector
+from spd_zoo.models._detector import DetectionNet
 
 QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # patterns of forms
 
@@ -287,7 +287,7 @@ def main(argv: list[str]) -> int:
     forms = [form for form in FORMS if any(fnmatch.fnmatch(str(form), pattern) for pattern in args.forms)]
     if not forms:
         parser.error(f"no form matches {args.forms}; there are: {', '.join(map(str, FORMS))}")
-    if args.network != "all" and isinstance(timm.create_model(args.network, device="meta"), Detector):
+    if args.network != "all" and isinstance(timm.create_model(args.network, device="meta"), DetectionNet):
         parser.error(f"{args.network} is a detector; this compares classification networks")
     torch.set_num_threads(args.threads)
     own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]

@@ -61,7 +61,7 @@ NOT_APPLICABLE = {
 
 @cache
 def own_networks(kind: type[nn.Module]) -> list[str]:
-    """Our networks of a kind, `Classifier` or `Detector`, by name, each architecture's from shallow to deep."""
+    """Our networks of a kind, `Classifier` or `DetectionNet`, by name, each architecture's from shallow to deep."""
     own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
     return [name for name in own if isinstance(timm.create_model(name, device="meta"), kind)]
 

@@ -12,7 +12,7 @@ from spd_zoo.layers import ImageSizeError, is_exporting
 from spd_zoo.losses import Target
 from spd_zoo.models._backbone import Backbone
 
-__all__ = ["Detector", "YoloDetector", "YoloHead", "check_num_classes"]
+__all__ = ["DetectionNet", "YoloNet", "YoloHead", "check_num_classes"]
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -21,7 +21,7 @@ def check_num_classes(num_classes: int) -> None:
         raise ValueError(f"a detector has at least one class of objects, got num_classes={num_classes}")
 
 
-class Detector(Backbone, ABC):
+class DetectionNet(Backbone, ABC):
     """stem -> stages -> maps for the head -> raw predictions, with timm's contract as far as a detector can keep it.
 
     Raw predictions are a list of maps, or for SSD a pair of tensors. `image_size` is the height and width of the images
@@ -97,7 +97,7 @@ class YoloHead(nn.Module, ABC):
         """New, untrained layers for so many classes, with `device` and `dtype`; raises ValueError without any class."""
 
 
-class YoloDetector(Detector):
+class YoloNet(DetectionNet):
     """A detector of three levels, strides 8, 16 and 32: a stem, four stages, a neck over the last three, a head.
 
     Args:

@@ -22,7 +22,7 @@ from spd_zoo import weights
 from spd_zoo.boxes import class_nms, prior_boxes, ssd_decode
 from spd_zoo.layers import ImageSizeError, is_exporting
 from spd_zoo.losses import Target, ssd_loss
-from spd_zoo.models._detector import Detector, check_num_classes
+from spd_zoo.models._detector import DetectionNet, check_num_classes
 from spd_zoo.models._registry import register_model
 
 __all__ = ["SSD"]  # register_model adds the entry points
@@ -125,7 +125,7 @@ class L2Norm(nn.Module):
         return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) * self.weight[:, None, None]
 
 
-class SSD(Detector):
+class SSD(DetectionNet):
     """SSD with six heads: raw predictions are (boxes (N, P, 4), logits (N, P, 1 + classes)), the background's first.
 
     Args:
@@ -315,7 +315,7 @@ class SSD(Detector):
     def loss(
         self, raw: tuple[Tensor, Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """`location` and `class`; see `Detector.loss` for the arguments, of which SSD needs `image_size`."""
+        """`location` and `class`; see `DetectionNet.loss` for the arguments, of which SSD needs `image_size`."""
         priors, image_size = self._priors_of(raw[0], image_size)
         return ssd_loss(*raw, targets, priors, image_size)
 

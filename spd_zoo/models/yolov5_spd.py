@@ -19,7 +19,7 @@ from spd_zoo import weights
 from spd_zoo.boxes import anchor_boxes, cell_corners
 from spd_zoo.layers import SPPF, SpaceToDepth, YoloBottleneck, adapt_phases, yolo_conv
 from spd_zoo.losses import Target, yolov5_loss
-from spd_zoo.models._detector import YoloDetector, YoloHead, check_num_classes
+from spd_zoo.models._detector import YoloNet, YoloHead, check_num_classes
 from spd_zoo.models._registry import register_model
 
 __all__ = ["YOLOv5SPD"]  # register_model adds the entry points
@@ -126,7 +126,7 @@ class Head(YoloHead):
         return [conv(x).unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2) for conv, x in zip(self.m, maps, strict=True)]
 
 
-class YOLOv5SPD(YoloDetector):
+class YOLOv5SPD(YoloNet):
     """YOLOv5-SPD: raw maps (N, 3, H / s, W / s, 5 + classes) for s = 8, 16, 32; x, y, w, h, objectness, classes.
 
     Args:
@@ -182,7 +182,7 @@ class YOLOv5SPD(YoloDetector):
     def loss(
         self, raw: list[Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, gains included; see `Detector.loss` for the arguments.
+        """`box`, `objectness` and `class`, gains included; see `DetectionNet.loss` for the arguments.
 
         The longer side of `image_size`, of the maps unless given, weighs objectness; the authors' is that of training.
         """

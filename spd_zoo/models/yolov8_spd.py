@@ -18,7 +18,7 @@ from spd_zoo import weights
 from spd_zoo.boxes import expected_distances, yolov8_predictions
 from spd_zoo.layers import SPPF, YoloBottleneck, space_to_depth, yolo_conv
 from spd_zoo.losses import Target, yolov8_loss
-from spd_zoo.models._detector import YoloDetector, YoloHead, check_num_classes
+from spd_zoo.models._detector import YoloNet, YoloHead, check_num_classes
 from spd_zoo.models._registry import register_model
 
 __all__ = ["YOLOv8"]  # register_model adds the entry points
@@ -147,7 +147,7 @@ class Head(YoloHead):
         return [torch.cat([sides(x), classes(x)], 1) for sides, classes, x in branches]
 
 
-class YOLOv8(YoloDetector):
+class YOLOv8(YoloNet):
     """YOLOv8: raw maps (N, 64 + classes, H / s, W / s) for s = 8, 16, 32; 16 bins for each side, then class logits.
 
     Args:
@@ -199,7 +199,7 @@ class YOLOv8(YoloDetector):
     def loss(
         self, raw: list[Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """`box`, `class` and `dfl`, gains included; see `Detector.loss` for the arguments."""
+        """`box`, `class` and `dfl`, gains included; see `DetectionNet.loss` for the arguments."""
         return yolov8_loss(raw, targets, self.strides, self.head.dfl.weight)
 
 
