@@ -259,7 +259,7 @@ def test_the_check_reads_every_kind_of_image_and_leaves_out_what_cannot_be_read(
         "2 images cannot be read and are left out:",
         "text.png (this is no image in a format that Pillow knows)",
         "2 images occur more than once",
-        "1 of them in several classes",
+        "1 of them labelled differently",
         "1 classes have no image here: green",
         "1 images are in both splits",
     ):

@@ -3,7 +3,7 @@
 import hashlib
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from spd_zoo.training.box_data import BoxImages
 from spd_zoo.training.data import DataError, LabelledImages, leave_ctrl_c_to_parent
 from spd_zoo.training.process import Process
 
@@ -31,7 +32,7 @@ class _Fact:
 
 
 class _Facts(Dataset[_Fact]):
-    def __init__(self, data: LabelledImages) -> None:
+    def __init__(self, data: LabelledImages | BoxImages) -> None:
         self.data = data
 
     def __getitem__(self, index: int) -> _Fact:
@@ -52,7 +53,7 @@ class _Facts(Dataset[_Fact]):
         return _Fact(index, "", pixels.size, f"{digest} {pixels.size}", tuple(kind for kind in kinds if kinds[kind]))
 
 
-def check(parts: dict[str, LabelledImages], workers: int, process: Process) -> dict[str, Any]:
+def check(parts: Mapping[str, LabelledImages | BoxImages], workers: int, process: Process) -> dict[str, Any]:
     """What the parts of a data set (train, val) are like, in numbers and lists that JSON can hold.
 
     Every image is read, and compared with every other by its pixels. With several processes each reads its share.
@@ -69,7 +70,7 @@ def check(parts: dict[str, LabelledImages], workers: int, process: Process) -> d
             why = f"; {data.name(facts[0].index)}: {facts[0].error}" if facts else ""
             raise DataError(f"no image of the split {part} can be read{why}")
         widths, heights = zip(*(fact.size for fact in good), strict=True)
-        counts = Counter(data.label(fact.index) for fact in good)
+        counts = data.subset(fact.index for fact in good).counts()
         same: dict[str, list[int]] = defaultdict(list)
         for fact in good:
             same[fact.digest].append(fact.index)
@@ -77,7 +78,7 @@ def check(parts: dict[str, LabelledImages], workers: int, process: Process) -> d
         groups = [group for group in same.values() if len(group) > 1]
         about[part] = {
             "images": len(good),
-            "classes": {name: counts[label] for label, name in enumerate(data.class_names)},
+            "classes": dict(zip(data.class_names, counts, strict=True)),
             "width": {"min": min(widths), "median": statistics.median(widths), "max": max(widths)},
             "height": {"min": min(heights), "median": statistics.median(heights), "max": max(heights)},
             "kinds": dict(Counter(kind for fact in good for kind in fact.kinds)),
@@ -93,7 +94,7 @@ def check(parts: dict[str, LabelledImages], workers: int, process: Process) -> d
     return about
 
 
-def _read_all(data: LabelledImages, workers: int, process: Process, part: str) -> list[_Fact]:
+def _read_all(data: LabelledImages | BoxImages, workers: int, process: Process, part: str) -> list[_Fact]:
     mine = range(process.rank, len(data), process.world)
     how: dict[str, Any] = {"num_workers": workers, "collate_fn": list, "worker_init_fn": leave_ctrl_c_to_parent}
     facts: list[_Fact] = []
@@ -138,12 +139,14 @@ def _part_in_words(part: str, about: dict[str, Any]) -> Iterator[str]:
     if about["unreadable"]:
         named = [f"{name} ({error})" for name, error in about["unreadable"].items()]
         yield f"  {len(named)} images cannot be read and are left out: {_some(named)}"
+    for defect, names in about.get("boxes", {}).items():
+        yield f"  {len(names)} {defect}: {_some(sorted(set(names)))}"
     if about["duplicates"]:
         named = [" = ".join(names) for names in about["duplicates"]]
         yield f"  {len(named)} images occur more than once: {_some(named)}"
     if about["duplicates of another class"]:
         named = [" = ".join(names) for names in about["duplicates of another class"]]
-        yield f"  {len(named)} of them in several classes: {_some(named)}"
+        yield f"  {len(named)} of them labelled differently: {_some(named)}"
 
 
 def _some(names: list[str]) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "parse_model_args",
     "parse_numbers",
     "parse_sizes",
+    "refuse_others",
     "to_yaml",
 ]
 
@@ -28,9 +29,9 @@ RECIPES = Path(__file__).parent / "recipes"
 UNKNOWN = "unknown"  # in a recipe: its source does not say
 
 
-def _option(default: Any, text: str, free: bool = False) -> Any:
-    """A field; one that is `free` may differ when a stopped run goes on."""
-    return field(default=default, metadata={"help": text, "free": free})
+def _option(default: Any, text: str, free: bool = False, only: str = "") -> Any:
+    """A field; one that is `free` may differ when a stopped run goes on, one for `only` some networks says so."""
+    return field(default=default, metadata={"help": f"{only}: {text}" if only else text, "free": free, "only": only})
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ class FinetuneConfig:
     """
 
     model: str = field(metadata={"help": "network, with or without a tag"})
-    data: str = field(metadata={"help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME"})
+    data: str = field(
+        metadata={
+            "help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME; for detectors a folder "
+            "in the form of COCO, YOLO or Pascal VOC"
+        }
+    )
     out: Path = field(metadata={"help": "folder of the run; a run in it goes on where it stopped", "free": True})
     # data
     val_name: str = _option("val", "the split that is evaluated after every epoch")
@@ -50,10 +56,12 @@ class FinetuneConfig:
     )
     val_size: int = _option(0, "instead of a share, how many images to hold out")
     check: bool = _option(True, "read all images before the training and leave out what cannot be read")
-    image_column: str = _option("", "column with the images, where the data set has several")
-    label_column: str = _option("", "column with the classes, where the data set has several")
-    stream: bool = _option(False, "read a Hugging Face data set from front to back in every epoch, without a copy")
-    stream_length: int = _option(0, "its training images, where it does not say")
+    image_column: str = _option("", "column with the images, where the data set has several", only="classifiers")
+    label_column: str = _option("", "column with the classes, where the data set has several", only="classifiers")
+    stream: bool = _option(
+        False, "read a Hugging Face data set from front to back in every epoch, without a copy", only="classifiers"
+    )
+    stream_length: int = _option(0, "its training images, where it does not say", only="classifiers")
     # network
     pretrained: bool | None = _option(None, "start from pretrained weights (default: where there are verified ones)")
     model_args: str = _option("", "arguments of the network, for example zero_init_residual=true,drop_path_rate=0.1")
@@ -64,17 +72,24 @@ class FinetuneConfig:
     batch_size: int | None = _option(None, "images per step, all processes together (default: 8 to 128, by the data)")
     accumulate: int | None = _option(None, "parts that a step is computed in (default: as few as the memory allows)")
     drop_last: bool = _option(True, "leave images that do not fill a step out of the epoch")
-    image_size: str = _option("64", "pixels; 32,48@11 means 32, and 48 from epoch 11 (counted from 0) on")
-    patience: int = _option(0, "stop after so many epochs without a better val top-1, and keep the best (0: never)")
+    image_size: str | None = _option(
+        None,
+        "pixels; 32,48@11 means 32, and 48 from epoch 11 (counted from 0) on (default: 64; detectors: the network's)",
+    )
+    patience: int = _option(
+        0, "stop after so many epochs without a better val top-1 or AP, and keep the best (0: never)"
+    )
     # optimiser
-    opt: str | None = _option(None, "timm's name of the optimiser (default: lamb from scratch, adamw if pretrained)")
+    opt: str | None = _option(None, "timm's name of the optimiser (default: adamw; lamb for classifiers from scratch)")
     momentum: float = _option(0.9, "momentum, for optimisers that have one")
     lr: float | None = _option(None, "largest learning rate (default: for lamb and adamw alone, by the batch size)")
     layer_decay: float | None = _option(
         None,
-        "factor on the learning rate from each layer to the one in front of it (default: 0.8 if pretrained, else 1)",
+        "factor on the rate from each layer to the one in front of it (default: 0.8 for pretrained classifiers, else 1)",
     )
-    weight_decay: float = _option(0.02, "weight decay; none on biases and normalisation layers")
+    weight_decay: float | None = _option(
+        None, "weight decay; none on biases and normalisation layers (default: 0.02, for detectors 0.0005)"
+    )
     decay_all: bool = _option(False, "weight decay on biases and normalisation layers too")
     clip_grad: float = _option(0.0, "largest norm of the gradient (0: any)")
     sched: str = _option(
@@ -88,29 +103,52 @@ class FinetuneConfig:
         None, "epochs over which the learning rate rises (default: 2, less in short runs)"
     )
     warmup_lr: float | None = _option(None, "where it begins (default: a hundredth of --lr)")
-    ema: float = _option(0.0, "decay of the moving average of the weights, which then is the result (0: none)")
+    ema: float | None = _option(
+        None,
+        "decay of the moving average of the weights, which then is the result (0: none; default: 0; detectors: 0.999)",
+    )
     # loss
-    label_smoothing: float = _option(0.1, "share of the target spread over all classes")
+    label_smoothing: float = _option(0.1, "share of the target spread over all classes", only="classifiers")
     class_weights: str = _option(
-        "", "inv_freq or effective_num: timm's weights by frequency; or numbers, one per class"
+        "", "inv_freq or effective_num: timm's weights by frequency; or numbers, one per class", only="classifiers"
     )
     # augmentation
-    crop_scale: float = _option(0.5, "smallest share of an image's area that a random crop keeps")
-    crop_padding: int = _option(0, "instead of that, a random crop of the image with so many black pixels around it")
-    interpolation: str = _option("random", "of the random crop: random, bilinear or bicubic")
+    crop_scale: float = _option(0.5, "smallest share of an image's area that a random crop keeps", only="classifiers")
+    crop_padding: int = _option(
+        0, "instead of that, a random crop of the image with so many black pixels around it", only="classifiers"
+    )
+    interpolation: str = _option("random", "of the random crop: random, bilinear or bicubic", only="classifiers")
     hflip: float = _option(0.5, "how often an image is mirrored")
     vflip: float = _option(0.0, "how often an image is turned upside down")
-    rotation: float = _option(0.0, "largest turn in degrees; the corners become black")
-    color_jitter: float = _option(0.0, "largest change of brightness, contrast and saturation")
-    auto_augment: str | None = _option(None, "timm's policy string, for example rand-m6-n2-mstd0.5")
-    erase: float = _option(0.0, "how often a rectangle is erased")
-    mixup: float = _option(0.0, "Mixup alpha")
-    cutmix: float = _option(0.0, "CutMix alpha")
-    mix_prob: float = _option(1.0, "how often Mixup or CutMix is done")
+    rotation: float = _option(0.0, "largest turn in degrees; the corners become black", only="classifiers")
+    color_jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", only="classifiers")
+    auto_augment: str | None = _option(None, "timm's policy string, for example rand-m6-n2-mstd0.5", only="classifiers")
+    erase: float = _option(0.0, "how often a rectangle is erased", only="classifiers")
+    mixup: float = _option(0.0, "Mixup alpha", only="classifiers")
+    cutmix: float = _option(0.0, "CutMix alpha", only="classifiers")
+    mix_prob: float = _option(1.0, "how often Mixup or CutMix is done", only="classifiers")
+    mosaic: float | None = _option(
+        None, "how often four images make one (default: 1 for YOLO, never for SSD)", only="detectors"
+    )
+    mosaic_off: int | None = _option(
+        None, "so many epochs at the end do without (default: 10, in short runs a fifth)", only="detectors"
+    )
+    zoom: float | None = _option(
+        None, "largest change of size: 0.5 means half to one and a half times (default: 0.5 for YOLO)", only="detectors"
+    )
+    shift: float | None = _option(
+        None, "largest shift, as a share of the image (default: 0.1 for YOLO)", only="detectors"
+    )
+    hsv: str | None = _option(
+        None, "largest change of hue, saturation and brightness (default: 0.015,0.7,0.4 for YOLO)", only="detectors"
+    )
     # input of the network
-    mean: str = _option("", "of the colours from 0 to 1, for example 0.5,0.5,0.5 (default: the network's)")
-    std: str = _option("", "of the colours (default: the network's)")
-    crop_pct: float = _option(1.0, "share of an image's shorter side that evaluation sees")
+    mean: str = _option(
+        "", "of the colours from 0 to 1, for example 0.5,0.5,0.5 (default: the network's)", only="classifiers"
+    )
+    std: str = _option("", "of the colours (default: the network's)", only="classifiers")
+    crop_pct: float = _option(1.0, "share of an image's shorter side that evaluation sees", only="classifiers")
+    auto_anchors: bool = _option(True, "YOLOv5: fit the anchors to the boxes where they fit badly", only="detectors")
     # computing
     bf16: bool | None = _option(
         None, "compute in bfloat16 where autocast allows it (default: where the device is made for it)"
@@ -150,9 +188,9 @@ class FinetuneConfig:
         for name in ("ema", "val_split"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
-        for name in ("hflip", "vflip", "erase", "mix_prob"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
+        for name in ("hflip", "vflip", "erase", "mix_prob", "mosaic", "zoom", "shift"):
+            if (getattr(self, name) or 0) > 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.val_split and self.val_size:
             raise ValueError("val_split and val_size both say how much to hold out; give one of them")
         if self.sched not in ("cosine", "multistep") or (self.sched == "multistep") != bool(self.decay_epochs):
@@ -164,12 +202,26 @@ class FinetuneConfig:
             raise ValueError(f"resume is auto or never, got {self.resume!r}")
         if self.interpolation not in ("random", "bilinear", "bicubic"):
             raise ValueError(f"interpolation is random, bilinear or bicubic, got {self.interpolation!r}")
-        parse_sizes(self.image_size), parse_epochs(self.decay_epochs), parse_model_args(self.model_args)
+        parse_sizes(self.image_size or "64"), parse_epochs(self.decay_epochs), parse_model_args(self.model_args)
         parse_numbers(self.mean), parse_numbers(self.std)
+        if self.hsv is not None and len(parse_numbers(self.hsv)) != 3:
+            raise ValueError(f"hsv must be three numbers like 0.015,0.7,0.4, got {self.hsv!r}")
         if (self.mixup or self.cutmix) and not self.drop_last:
             raise ValueError("Mixup and CutMix pair the images of a full step; they need drop_last")
         if (self.mixup or self.cutmix) and (self.batch_size or 0) % 2:
             raise ValueError(f"Mixup and CutMix need an even batch_size, got {self.batch_size}")
+
+
+def refuse_others(config: FinetuneConfig, networks: str) -> None:
+    """Refuses options that only other networks have; `networks` is "classifiers" or "detectors".
+
+    Raises:
+        ValueError: If such an option was given.
+    """
+    for item in fields(config):
+        only = item.metadata.get("only")
+        if only and only != networks and getattr(config, item.name) != item.default:
+            raise ValueError(f"{item.name} is an option for {only}, and {config.model} is another kind; leave it out")
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:

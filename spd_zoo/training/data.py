@@ -50,7 +50,7 @@ __all__ = [
 Transform = Callable[[Image.Image], Tensor]
 Batches = DataLoader[Any]  # of (N, C, H, W) uint8 and (N,) int64
 
-_OTHER_NAMES = {"val": ("val", "validation", "valid", "dev")}
+OTHER_NAMES = {"val": ("val", "validation", "valid", "dev")}
 _DATASET_FILES = (
     "dataset_dict.json",  # written by save_to_disk
     *(f"{folder}*.{suffix}" for folder in ("", "data/", "train/", "test/") for suffix in ("parquet", "arrow", "tar")),
@@ -185,7 +185,7 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
         DataError: If there is no such data set, it has no classes, or a class folder is empty.
     """
     data = str(data)
-    names = _OTHER_NAMES.get(split, (split,))
+    names = OTHER_NAMES.get(split, (split,))
     if data.startswith("hf://"):
         return _open_hugging_face(data.removeprefix("hf://"), names, image_column, label_column)
     root = Path(data)
@@ -202,7 +202,7 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
     if any(next(root.glob(pattern), None) for pattern in _DATASET_FILES):
         return _open_hugging_face(str(root.resolve()), names, image_column, label_column)
     folders = [root / name for name in names if (root / name).is_dir()]
-    if not folders and split == "train" and not any((root / name).is_dir() for name in ("test", *_OTHER_NAMES["val"])):
+    if not folders and split == "train" and not any((root / name).is_dir() for name in ("test", *OTHER_NAMES["val"])):
         folders = [root]
     return _open_folder(folders[0]) if folders else None
 
@@ -319,7 +319,7 @@ def open_stream(
         splits = datasets.load_dataset(name, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
-    known = next((known for known in _OTHER_NAMES.get(split, (split,)) if known in splits), None)
+    known = next((known for known in OTHER_NAMES.get(split, (split,)) if known in splits), None)
     if known is None:
         return None
     stream: Any = splits[known]

@@ -1,0 +1,200 @@
+"""Augmentation of images with boxes, as the authors of YOLO and SSD do it, by torchvision's transforms.
+
+Every random choice is drawn from (seed, epoch, image), so an epoch is the same whatever number of processes reads it,
+and wherever a stopped run goes on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from spd_zoo.detect import GREY, Placement, prepare
+from spd_zoo.losses import Target
+from spd_zoo.models._detector import DetectionNet
+from spd_zoo.training.box_data import BoxImages
+from spd_zoo.training.config import FinetuneConfig, parse_numbers
+from spd_zoo.training.data import Batches, Steps, leave_ctrl_c_to_parent, seed_everything
+
+__all__ = ["box_eval_loader", "box_train_loader", "mosaic", "scaled_to", "ssd_augment", "window", "yolo_augment"]
+
+Sample = dict[str, Any]  # image: tv_tensors.Image; boxes: tv_tensors.BoundingBoxes, x1 y1 x2 y2; labels: (M,)
+
+
+def read_sample(data: BoxImages, index: int, mode: str) -> Sample:
+    """The image at `index`, 8 bits, with its boxes but for crowds."""
+    image = tv_tensors.Image(data.image(index, mode))
+    shown = data.shown(index)
+    return _sample(image, shown.boxes[~shown.crowd], shown.labels[~shown.crowd])
+
+
+def _sample(image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
+    size = (image.shape[-2], image.shape[-1])
+    pixels = tv_tensors.Image(image)
+    return {
+        "image": pixels,
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+        "labels": labels,
+    }
+
+
+def scaled_to(sample: Sample, size: int) -> Sample:
+    """`sample` scaled so that its longer side has `size` pixels."""
+    height, width = sample["image"].shape[-2:]
+    scale = size / max(height, width)
+    sides = [max(1, round(height * scale)), max(1, round(width * scale))]
+    return sample if sides == [height, width] else v2.Resize(sides)(sample)
+
+
+def mosaic(samples: Sequence[Sample], size: int) -> Sample:
+    """Four images around a random point of a grey canvas of 2 `size` pixels, each touching it with a corner.
+
+    Bochkovskiy et al., YOLOv4, https://arxiv.org/abs/2004.10934, section 3.3. What reaches out of the canvas is cut.
+    """
+    samples = [samples[i] for i in torch.randperm(4).tolist()]
+    x, y = torch.randint(size // 2, size + size // 2 + 1, (2,)).tolist()
+    canvas = torch.full((samples[0]["image"].shape[0], 2 * size, 2 * size), GREY, dtype=torch.uint8)
+    boxes = []
+    for i, sample in enumerate(samples):
+        height, width = sample["image"].shape[-2:]
+        left, top = x - width * (i % 2 == 0), y - height * (i < 2)
+        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, 2 * size), min(top + height, 2 * size)
+        canvas[:, y1:y2, x1:x2] = sample["image"][:, y1 - top : y2 - top, x1 - left : x2 - left]
+        boxes.append(sample["boxes"].as_subclass(Tensor) + torch.tensor([left, top, left, top]))
+    made = _sample(canvas, torch.cat(boxes), torch.cat([sample["labels"] for sample in samples]))
+    return _kept(F.clamp_bounding_boxes(made["boxes"]), made, torch.ones(len(made["labels"]), dtype=torch.bool))
+
+
+def _kept(boxes: Tensor, sample: Sample, keep: Tensor) -> Sample:
+    """`sample` with those of its new `boxes` that are to be kept and have an area."""
+    flat = boxes.as_subclass(Tensor)
+    keep = keep & (flat[:, 2:] > flat[:, :2]).all(1)
+    return _sample(sample["image"], flat[keep], sample["labels"][keep])
+
+
+def window(sample: Sample, size: int, zoom: float, shift: float) -> Sample:
+    """`sample` scaled about its middle by 1 +- `zoom`, moved by up to `shift` of `size`, and cut to `size` pixels a side.
+
+    A box stays if both its sides have more than 2 pixels, one not more than a hundred times the other, and more than a
+    tenth of it is left.
+    """
+    scale = 1 + zoom * (2 * torch.rand(()).item() - 1)
+    across, down = (size * shift * (2 * torch.rand(2) - 1)).tolist()
+    height, width = sample["image"].shape[-2:]
+    side = max(1, round(size / scale))
+    left, top = round((width - size / scale) / 2 - across / scale), round((height - size / scale) / 2 - down / scale)
+    margins = [max(0, -left), max(0, -top), max(0, left + side - width), max(0, top + side - height)]
+    whole = sample["boxes"].as_subclass(Tensor)
+    image = F.pad(sample["image"], margins, fill=[GREY])
+    image = F.resized_crop(image, top + margins[1], left + margins[0], side, side, [size, size])
+    moved = (whole - torch.tensor([left, top, left, top])) * (size / side)
+    cut = moved.clamp(0, size)
+    sides = cut[:, 2:] - cut[:, :2]
+    area = (moved[:, 2:] - moved[:, :2]).prod(1)
+    keep = (sides > 2).all(1) & (sides.amax(1) < 100 * sides.amin(1)) & (sides.prod(1) > 0.1 * area)
+    return _kept(cut, _sample(image, whole, sample["labels"]), keep)
+
+
+def yolo_augment(data: BoxImages, index: int, epoch: int, size: int, mode: str, config: FinetuneConfig) -> Sample:
+    """The image at `index` as YOLO's authors augment it: mosaic or grey sides, zoom and shift, colours, mirror.
+
+    The colours are changed by torchvision's jitter, whose brightness and saturation are not quite HSV's.
+    """
+    assert config.mosaic is not None and config.mosaic_off is not None and config.hsv is not None
+    assert config.zoom is not None and config.shift is not None
+    if epoch < config.epochs - config.mosaic_off and torch.rand(()) < config.mosaic:
+        others = torch.randint(len(data), (3,)).tolist()
+        sample = mosaic([scaled_to(read_sample(data, i, mode), size) for i in (index, *others)], size)
+    else:
+        sample = scaled_to(read_sample(data, index, mode), size)
+    sample = window(sample, size, config.zoom, config.shift)
+    hue, saturation, brightness = parse_numbers(config.hsv)
+    jitter = v2.ColorJitter(brightness, saturation=saturation, hue=hue)
+    mirror = v2.Compose([v2.RandomHorizontalFlip(config.hflip), v2.RandomVerticalFlip(config.vflip)])
+    return mirror(sample | {"image": jitter(sample["image"])})
+
+
+def ssd_augment(data: BoxImages, index: int, size: int, mode: str, fill: list[float], config: FinetuneConfig) -> Sample:
+    """The image at `index` as SSD's authors augment it: crop, colours, expansion, mirror; then stretched to a square.
+
+    Liu et al., https://arxiv.org/abs/1512.02325, section 2.2, with the numbers of the small-object SSD. Boxes whose
+    smaller side is at most a hundredth of the image go; if none is left, the image stays as it was.
+    """
+    original = read_sample(data, index, mode)
+    stretch = v2.Resize([size, size])
+    if not len(original["labels"]):
+        return stretch(original)
+    jitters = (v2.ColorJitter(0.125), v2.ColorJitter(contrast=0.5), v2.ColorJitter(hue=0.1), v2.ColorJitter(saturation=0.5))
+    colours = v2.Compose([v2.RandomApply([jitter], 0.5) for jitter in jitters])
+    sample = v2.RandomIoUCrop()(original)
+    sample = colours(sample["image"]), sample["boxes"], sample["labels"]
+    expand = v2.RandomZoomOut(fill, (1.0, 4.0), p=0.6)
+    flips = [v2.RandomHorizontalFlip(config.hflip), v2.RandomVerticalFlip(config.vflip)]
+    image, boxes, labels = v2.Compose([expand, *flips])(*sample)
+    height, width = image.shape[-2:]
+    flat = boxes.as_subclass(Tensor)
+    fractions = (flat[:, 2:] - flat[:, :2]) / torch.tensor([width, height])
+    sample = _kept(boxes, _sample(image, flat, labels), (fractions > 0.01).all(1))
+    return stretch(sample if len(sample["labels"]) else original)
+
+
+class _TrainImages(Dataset[tuple[Tensor, Target]]):
+    """Augmented images (C, size, size) uint8 in the network's channel order, and their objects in input pixels."""
+
+    def __init__(self, data: BoxImages, net: DetectionNet, size: int, mode: str, seed: int, config: FinetuneConfig) -> None:
+        self.data, self.size, self.mode, self.seed, self.config = data, size, mode, seed, config
+        self.keeps_aspect, self.flipped = net.keeps_aspect, net.channel_order == "BGR" and mode == "RGB"
+        mean = [float(int(255 * value)) for value in net.pretrained_cfg["mean"]]
+        self.fill = (mean[::-1] if self.flipped else mean) if mode == "RGB" else [float(int(sum(mean) / len(mean)))]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
+        epoch, index = key
+        seed_everything(self.seed, epoch, index)
+        if self.keeps_aspect:
+            sample = yolo_augment(self.data, index, epoch, self.size, self.mode, self.config)
+        else:
+            sample = ssd_augment(self.data, index, self.size, self.mode, self.fill, self.config)
+        image = sample["image"].as_subclass(Tensor)
+        target: Target = {"boxes": sample["boxes"].as_subclass(Tensor), "labels": sample["labels"]}
+        return image.flip(0) if self.flipped else image, target
+
+
+class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int]]):
+    """Images as the network is fed in evaluation, where they lie in its input, and their objects in input pixels."""
+
+    def __init__(self, data: BoxImages, net: DetectionNet, size: int) -> None:
+        self.data, self.net, self.size = data, net, size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Placement, Target, int]:
+        inputs, placement = prepare(self.data.image(index), self.net, (self.size, self.size))
+        shown = self.data.shown(index)
+        boxes = placement.to_input(shown.boxes[~shown.crowd])
+        return inputs, placement, {"boxes": boxes, "labels": shown.labels[~shown.crowd]}, index
+
+
+def _together(samples: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Images as one tensor, all else as lists."""
+    images, *rest = zip(*samples, strict=True)
+    return torch.stack(images), *map(list, rest)
+
+
+def box_train_loader(
+    data: BoxImages, net: DetectionNet, size: int, steps: Steps, mode: str, config: FinetuneConfig
+) -> Batches:
+    """Batches of (N, C, size, size) uint8 and a list of N targets, in the order of `steps`."""
+    how: dict[str, Any] = {"num_workers": config.workers, "worker_init_fn": leave_ctrl_c_to_parent}
+    how |= {"pin_memory": torch.cuda.is_available(), "persistent_workers": config.workers > 0, "collate_fn": _together}
+    return DataLoader(_TrainImages(data, net, size, mode, steps.seed, config), batch_sampler=steps, **how)
+
+
+def box_eval_loader(
+    data: BoxImages, net: DetectionNet, size: int, batch_size: int, workers: int, rank: int = 0, world: int = 1
+) -> Batches:
+    """Batches of (N, C, size, size) float, placements, targets and indices; of several processes each reads its part."""
+    how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent, "collate_fn": _together}
+    return DataLoader(_EvalImages(data, net, size), batch_size, sampler=range(rank, len(data), world), **how)

@@ -1,0 +1,371 @@
+"""Images with boxes for detectors: folders in the form of COCO, YOLO or Pascal VOC.
+
+Boxes are x1 y1 x2 y2 in pixels of the upright image, from 0 at its left and upper edge. What is wrong with them is
+counted, never silent: a box that reaches out of its image is clipped; one outside it, without area, or of an unknown
+class is left out.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from spd_zoo.images import SUFFIXES, read_image
+from spd_zoo.training.data import OTHER_NAMES, DataError
+
+__all__ = ["BoxImages", "Objects", "hold_out", "open_boxes", "with_names"]
+
+CLIPPED = "boxes reach out of their image by more than half a pixel and are clipped"
+
+
+class Objects(NamedTuple):
+    """What an image shows: `boxes` (M, 4), `labels` (M,), `areas` (M,) in square pixels, and `crowd` (M,).
+
+    A crowd is a box around many objects; it is not trained on, and COCO's rules tell how it is evaluated.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    areas: Tensor
+    crowd: Tensor
+
+
+@dataclass(frozen=True)
+class BoxImages:
+    """A split of a data set with boxes.
+
+    Attributes:
+        files: Of each image, its path.
+        sizes: Of each image, width and height as its annotation or its header says.
+        objects: Of each image, what it shows.
+        class_names: What the labels mean.
+        rows: The images that belong to the split, as places in `files`, `sizes` and `objects`.
+        defects: Of each kind of defect, the images that have it, as often as they have it.
+    """
+
+    files: list[str]
+    sizes: list[tuple[int, int]]
+    objects: list[Objects]
+    class_names: list[str]
+    rows: Sequence[int]
+    defects: dict[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def file(self, index: int) -> str:
+        """The path of the image at `index`."""
+        return self.files[self.rows[index]]
+
+    name = file  # what the image is called in messages and reports
+
+    def label(self, index: int) -> Any:
+        """What the image at `index` shows, as something that can be compared."""
+        boxes, labels, _, _ = self.shown(index)
+        return tuple(map(tuple, boxes.tolist())), tuple(labels.tolist())
+
+    def shown(self, index: int) -> Objects:
+        """What the image at `index` shows."""
+        return self.objects[self.rows[index]]
+
+    def image(self, index: int, mode: str = "RGB") -> Image.Image:
+        """The image at `index`, upright and in `mode`.
+
+        Raises:
+            DataError: If it cannot be read, or has another size than its annotation says.
+        """
+        try:
+            image = read_image(self.file(index), mode)
+        except ValueError as error:
+            raise DataError(f"{self.name(index)}: {error}") from error
+        size = self.sizes[self.rows[index]]
+        if image.size != size:
+            found, said = (f"{width}x{height}" for width, height in (image.size, size))
+            raise DataError(f"{self.name(index)}: it has {found} pixels upright, but its annotation says {said}")
+        return image
+
+    def subset(self, indices: Iterable[int]) -> "BoxImages":
+        """The images at `indices`."""
+        return replace(self, rows=[self.rows[i] for i in indices])
+
+    def without(self, names: Container[str]) -> "BoxImages":
+        """The images that have other names."""
+        return self.subset(i for i in range(len(self)) if self.name(i) not in names)
+
+    def counts(self) -> list[int]:
+        """How many objects each class has, crowds not counted."""
+        found = Counter(label for i in range(len(self)) for label in self.shown(i).labels[~self.shown(i).crowd].tolist())
+        return [found[label] for label in range(len(self.class_names))]
+
+    def fingerprint(self) -> str:
+        """A digest of names, boxes and classes, by which a run knows its data again; pixels do not count."""
+        digest = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
+        for i in range(len(self)):
+            digest.update(Path(self.file(i)).name.encode("utf-8", "backslashreplace"))
+            for tensor in self.shown(i):
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def open_boxes(data: str | Path, split: str) -> BoxImages | None:
+    """The `split` of a data set with boxes, or None if it has none of that name.
+
+    Args:
+        data: A folder in one of three forms. COCO: `instances_SPLIT*.json` in it or in `annotations`, the images in
+            `images`, in `images/SPLIT*` or in `SPLIT*`. YOLO: `images/SPLIT` and `labels/SPLIT` with a text file for
+            each image, names of classes in `data.yaml` or `classes.txt`. Pascal VOC: `ImageSets/Main/SPLIT.txt`,
+            `JPEGImages` and `Annotations`.
+        split: Which part of it; val has other usual names, too.
+
+    Raises:
+        DataError: If the folder is no such data set, or something in it cannot be read.
+    """
+    root = Path(data)
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}; give one in the form of COCO, YOLO or Pascal VOC")
+    forms = {
+        "COCO": [*root.glob("instances_*.json"), *root.glob("annotations/instances_*.json")],
+        "YOLO": [folder for folder in (root / "images", root / "labels") if (root / "labels").is_dir()],
+        "VOC": [folder for folder in (root / "Annotations",) if folder.is_dir()],
+    }
+    form = next((form for form, found in forms.items() if found), None)
+    if form is None:
+        raise DataError(
+            f"{root} is no data set with boxes: it has neither instances_train.json (COCO) nor labels/train (YOLO) "
+            "nor Annotations (Pascal VOC)"
+        )
+    for name in OTHER_NAMES.get(split, (split,)):
+        if form == "COCO":
+            found = next((file for file in sorted(forms[form]) if _is_split(file.stem, f"instances_{name}")), None)
+            if found is not None:
+                return _coco(root, found)
+        elif form == "YOLO" and (root / "images" / name).is_dir():
+            return _yolo(root, name)
+        elif form == "VOC" and (root / "ImageSets" / "Main" / f"{name}.txt").is_file():
+            return _voc(root, name)
+    return None
+
+
+def _is_split(stem: str, name: str) -> bool:
+    """Whether a file or folder called `stem` is that of a split: train, train2017, but not train_extra."""
+    return stem == name or (stem.startswith(name) and stem[len(name) :].isdigit())
+
+
+class _Collected:
+    """Images and their boxes, while they are read; checks each box."""
+
+    def __init__(self, class_names: Sequence[str], where: Path) -> None:
+        self.class_names = list(class_names)
+        self.files: list[str] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.objects: list[Objects] = []
+        self.defects: dict[str, list[str]] = defaultdict(list)
+        if not class_names:
+            raise DataError(f"{where} names no classes")
+        twice = [name for name, count in Counter(class_names).items() if count > 1]
+        if twice:
+            raise DataError(f"{where} has two classes called {twice[0]!r}; give each a name of its own")
+
+    def add(self, file: Path, size: tuple[int, int], rows: Iterable[tuple[Any, ...]]) -> None:
+        """An image of a width and height with rows of label (None if unknown), x1, y1, x2, y2, area or None, crowd."""
+        kept = []
+        width, height = size
+        for label, x1, y1, x2, y2, area, crowd in rows if width else ():
+            clipped = [min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)]
+            outside = max(-x1, -y1, x2 - width, y2 - height)
+            problem = ""
+            if label is None:
+                problem = "boxes are of an unknown class and are left out"
+            elif not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
+                problem = "boxes have no area and are left out"
+            elif clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+                problem = "boxes lie outside their image and are left out"
+            elif outside > 0.5:
+                self.defects[CLIPPED].append(str(file))
+            if problem:
+                self.defects[problem].append(str(file))
+                continue
+            own = (clipped[2] - clipped[0]) * (clipped[3] - clipped[1])
+            kept.append((*clipped, label, own if area is None or area <= 0 else area, crowd))
+        table = np.array(kept, dtype=np.float64).reshape(-1, 7)
+        self.files.append(str(file))
+        self.sizes.append(size)
+        self.objects.append(
+            Objects(
+                torch.from_numpy(table[:, :4].astype(np.float32)),
+                torch.from_numpy(table[:, 4].astype(np.int64)),
+                torch.from_numpy(table[:, 5].astype(np.float32)),
+                torch.from_numpy(table[:, 6].astype(bool)),
+            )
+        )
+
+    def images(self, where: Path) -> BoxImages:
+        if not self.files:
+            raise DataError(f"{where} lists no image")
+        counts = dict(self.defects)
+        return BoxImages(self.files, self.sizes, self.objects, self.class_names, range(len(self.files)), counts)
+
+
+def _coco(root: Path, file: Path) -> BoxImages:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        images, annotations = content["images"], content["annotations"]
+        categories = [(category["id"], str(category["name"])) for category in content["categories"]]
+        boxes: dict[Any, list[tuple[Any, ...]]] = defaultdict(list)
+        number = {key: i for i, (key, _) in enumerate(categories)}
+        for annotation in annotations:
+            x, y, width, height = map(float, annotation["bbox"])
+            label = number.get(annotation["category_id"])
+            area, crowd = annotation.get("area"), bool(annotation.get("iscrowd", 0))
+            boxes[annotation["image_id"]].append((label, x, y, x + width, y + height, area, crowd))
+        collected = _Collected([name for _, name in categories], file)
+        split = file.stem.removeprefix("instances_")
+        folders = [root / "images" / split, root / split, root / "images", root]
+        folder = next((folder for folder in folders if (folder / images[0]["file_name"]).is_file()), None)
+        if folder is None:
+            places = ", ".join(map(str, folders))
+            raise DataError(f"{file} lists {images[0]['file_name']}, which is in none of the folders {places}")
+        for image in images:
+            size = int(image["width"]), int(image["height"])
+            collected.add(folder / image["file_name"], size, boxes.pop(image["id"], ()))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"cannot read {file} as JSON: {error}") from error
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{file} is not in COCO's form for objects ({reason}); it needs images, annotations and categories")
+    for key, lost in boxes.items():
+        collected.defects["boxes belong to no image of the list and are left out"] += [f"image {key}"] * len(lost)
+    return collected.images(file)
+
+
+def _yolo(root: Path, split: str) -> BoxImages:
+    collected = _Collected(_yolo_names(root), root)
+    folder = root / "images" / split
+    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES):
+        size = _header_size(file)
+        text = (root / "labels" / split / file.relative_to(folder)).with_suffix(".txt")
+        collected.add(file, size, _yolo_rows(text, size, len(collected.class_names)))
+    images = {Path(file).relative_to(folder).with_suffix("") for file in collected.files}
+    for text in sorted((root / "labels" / split).rglob("*.txt")):
+        if text.name != "classes.txt" and text.relative_to(root / "labels" / split).with_suffix("") not in images:
+            collected.defects["label files belong to no image"].append(str(text))
+    return collected.images(folder)
+
+
+def _yolo_names(root: Path) -> list[str]:
+    for file in (root / "data.yaml", root / "data.yml", *sorted(root.glob("*.yaml"))):
+        if file.is_file():
+            try:
+                names = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("names")
+            except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+                raise DataError(f"{file} is not YAML with names of classes: {' '.join(str(error).split())}") from error
+            if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+                names = [names[i] for i in range(len(names))]
+            if not isinstance(names, list):
+                raise DataError(f"{file} needs names: a list of classes, or a mapping from 0, 1, ... to them")
+            return [str(name) for name in names]
+    for file in (root / "classes.txt", root / "labels" / "classes.txt"):
+        if file.is_file():
+            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    raise DataError(f"{root} does not name its classes; add data.yaml with names, or classes.txt with one name per line")
+
+
+def _yolo_rows(text: Path, size: tuple[int, int], classes: int) -> list[tuple[Any, ...]]:
+    """Lines of class, centre and size in fractions of the image; no file means no object."""
+    rows: list[tuple[Any, ...]] = []
+    if not text.is_file():
+        return rows
+    width, height = size
+    for number, line in enumerate(text.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            label, *values = line.split()
+            x, y, w, h = map(float, values)
+            known = int(label) if 0 <= int(label) < classes else None
+        except ValueError as error:
+            raise DataError(f"{text}, line {number}: {line!r} is not class, x, y, width and height") from error
+        left, top = (x - w / 2) * width, (y - h / 2) * height
+        rows.append((known, left, top, left + w * width, top + h * height, None, False))
+    return rows
+
+
+def _voc(root: Path, split: str) -> BoxImages:
+    file = root / "ImageSets" / "Main" / f"{split}.txt"
+    lines = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = [(name, _voc_annotation(root / "Annotations" / f"{name}.xml")) for name in lines]
+    collected = _Collected(sorted({row[0] for _, (_, _, rows) in found for row in rows}), file)
+    number = {name: i for i, name in enumerate(collected.class_names)}
+    for name, (image_name, size, rows) in found:
+        image = root / "JPEGImages" / (image_name or f"{name}.jpg")
+        if not image.is_file():  # the name in the XML is often that of another machine
+            image = next(iter(sorted((root / "JPEGImages").glob(f"{name}.*"))), image)
+        collected.add(image, size or _header_size(image), [(number[row[0]], *row[1:]) for row in rows])
+    return collected.images(file)
+
+
+def _voc_annotation(file: Path) -> tuple[str, tuple[int, int] | None, list[tuple[Any, ...]]]:
+    """The image's file name, its size if given, and its objects; their pixels are counted from 1, the last included."""
+    try:
+        tree = ElementTree.parse(file).getroot()
+        sides = [int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
+        rows: list[tuple[Any, ...]] = []
+        for item in tree.iter("object"):
+            x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax"))
+            rows.append(((item.findtext("name") or "").strip(), x1 - 1, y1 - 1, x2, y2, None, False))
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}; every image of the split needs its XML file") from error
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{file} is not in Pascal VOC's form: {error}") from error
+    return (tree.findtext("filename") or "").strip(), (sides[0], sides[1]) if all(sides) else None, rows
+
+
+def _header_size(file: Path) -> tuple[int, int]:
+    """Width and height of the upright image as its header says; (0, 0) if there is none: it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except (OSError, SyntaxError, ValueError):
+        return 0, 0
+
+
+def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
+    """`data` with the numbers that its classes have in `class_names`; objects of other classes are left out, counted."""
+    if data.class_names == class_names:
+        return data
+    number = {name: i for i, name in enumerate(class_names)}
+    new = torch.tensor([number.get(name, -1) for name in data.class_names])
+    objects, lost = [], []
+    for file, shown in zip(data.files, data.objects, strict=True):
+        labels = new[shown.labels]
+        known = labels >= 0
+        lost += [file] * int((~known).sum())
+        objects.append(Objects(shown.boxes[known], labels[known], shown.areas[known], shown.crowd[known]))
+    defects = data.defects | ({"boxes are of a class that is not trained and are left out": lost} if lost else {})
+    return replace(data, objects=objects, class_names=class_names, defects=defects)
+
+
+def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxImages]:
+    """Holds out `val_size` images, drawn by `seed`.
+
+    Raises:
+        DataError: If no image would be left for one of the two.
+    """
+    if not 0 < val_size < len(data):
+        raise DataError(f"cannot hold out {val_size} of {len(data)} images; give another validation size or a val split")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    return data.subset(sorted(order[val_size:])), data.subset(sorted(order[:val_size]))
