@@ -161,29 +161,27 @@ def ssd_decode(codes: Tensor, priors: Tensor, variances: Sequence[float] = (0.1,
 
 
 def class_nms(
-    boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, per_class: int | None = None
+    boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_candidates: int | None = 30000
 ) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression of each class by itself, over every box whose score of the class is large enough.
+    """Non-maximum suppression of each class by itself; a box may stand for several classes.
 
     Args:
         boxes: (P, 4).
         scores: (P, classes).
         score_threshold: Scores above it are looked at.
         iou_threshold: Boxes that overlap a better one of their class by more are dropped.
-        per_class: How many detections of each class to keep at most, the best ones.
+        max_candidates: At most so many of the best scores, over all classes together, are looked at; None: all.
 
     Returns:
         The row in `boxes` and the class of each detection, both (D,), the best score first.
     """
-    rows, labels = (scores > score_threshold).nonzero().unbind(1)
-    candidates = boxes[rows]
+    flat = scores.flatten()
+    candidates = (flat > score_threshold).nonzero().squeeze(1)
+    if max_candidates is not None and len(candidates) > max_candidates:
+        candidates = candidates[flat[candidates].topk(max_candidates).indices]
+    rows, labels = candidates // scores.shape[1], candidates % scores.shape[1]
+    found = boxes[rows]
     if len(rows):  # batched_nms tells classes apart by moving boxes, which must not be negative for that
-        candidates = candidates - candidates.min()
-    keep = batched_nms(candidates, scores[rows, labels], labels, iou_threshold)
-    if per_class is not None:
-        order = labels[keep].argsort(stable=True)  # by class, in a class still the best first
-        counts = labels[keep].bincount(minlength=scores.shape[1])
-        first = (counts.cumsum(0) - counts)[labels[keep][order]]
-        chosen = order[torch.arange(len(order), device=order.device) - first < per_class]
-        keep = keep[chosen.sort().values]
+        found = found - found.min()
+    keep = batched_nms(found, flat[candidates], labels, iou_threshold)
     return rows[keep], labels[keep]

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from timm.layers import get_device_dtype
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
+from spd_zoo.boxes import class_nms
 from spd_zoo.layers import ImageSizeError, is_exporting
 from spd_zoo.losses import Target
 from spd_zoo.models._backbone import Backbone
 
-__all__ = ["DetectionNet", "YoloNet", "YoloHead", "check_num_classes"]
+__all__ = ["DetectionNet", "YoloHead", "YoloNet", "check_num_classes"]
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -26,7 +28,16 @@ class DetectionNet(Backbone, ABC):
 
     Raw predictions are a list of maps, or for SSD a pair of tensors. `image_size` is the height and width of the images
     that they belong to: SSD needs it, YOLO takes it from the maps, so code for any detector gives it.
+
+    Attributes:
+        channel_order: In what order the network takes the colours of an image.
+        keeps_aspect: Whether images are scaled alike in both directions and padded with grey, or stretched.
+        iou_threshold: By how much boxes of a class may overlap; the authors' value in evaluation.
     """
+
+    channel_order = "RGB"
+    keeps_aspect = True
+    iou_threshold: float
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -69,6 +80,46 @@ class DetectionNet(Backbone, ABC):
     @abstractmethod
     def decode(self, raw: Any, image_size: tuple[int, int] | None = None) -> Tensor:
         """Raw predictions -> boxes as centre and size in input pixels, and probabilities, (N, boxes, 4 + ...)."""
+
+    def class_scores(self, decoded: Tensor) -> Tensor:
+        """What `decode` gives -> the score of every class for every box, (N, boxes, classes)."""
+        return decoded[..., 4:]
+
+    def overlap_boxes(self, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Boxes (P, 4), x1 y1 x2 y2 in input pixels -> those whose overlap decides which ones are dropped."""
+        return boxes
+
+    def detections(
+        self,
+        raw: Any,
+        image_size: tuple[int, int],
+        score_threshold: float,
+        iou_threshold: float | None = None,
+        max_detections: int | None = 300,
+        max_candidates: int | None = 30000,
+    ) -> list[dict[str, Tensor]]:
+        """What is found in each image: `boxes` (D, 4), x1 y1 x2 y2 in input pixels, `scores` and `labels` (D,).
+
+        The best score comes first. A box may stand for several classes; boxes are not clipped to the image.
+
+        Args:
+            raw: What `forward` gives.
+            image_size: Height and width of the images.
+            score_threshold: Scores above it are looked at.
+            iou_threshold: Boxes that overlap a better one of their class by more are dropped; None: the authors' value.
+            max_detections: At most so many per image; None: all.
+            max_candidates: At most so many of an image's best scores are looked at; None: all.
+        """
+        iou_threshold = self.iou_threshold if iou_threshold is None else iou_threshold
+        found = []
+        decoded = self.decode(raw, image_size)
+        for centred, scores in zip(decoded[..., :4], self.class_scores(decoded), strict=True):
+            boxes = box_convert(centred, "cxcywh", "xyxy")
+            overlap = self.overlap_boxes(boxes, image_size)
+            rows, labels = class_nms(overlap, scores, score_threshold, iou_threshold, max_candidates)
+            rows, labels = rows[:max_detections], labels[:max_detections]
+            found.append({"boxes": boxes[rows], "scores": scores[rows, labels], "labels": labels})
+        return found
 
     @abstractmethod
     def loss(self, raw: Any, targets: list[Target], image_size: tuple[int, int] | None = None) -> dict[str, Tensor]:

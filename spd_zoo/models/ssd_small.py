@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from timm.layers import get_device_dtype, to_2tuple
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from spd_zoo import weights
-from spd_zoo.boxes import class_nms, prior_boxes, ssd_decode
+from spd_zoo.boxes import prior_boxes, ssd_decode
 from spd_zoo.layers import ImageSizeError, is_exporting
 from spd_zoo.losses import Target, ssd_loss
 from spd_zoo.models._detector import DetectionNet, check_num_classes
@@ -139,6 +138,10 @@ class SSD(DetectionNet):
         num_classes: Classes of objects.
         in_chans: Image channels.
     """
+
+    channel_order = "BGR"
+    keeps_aspect = False
+    iou_threshold = 0.6
 
     def __init__(
         self,
@@ -282,35 +285,10 @@ class SSD(DetectionNet):
         boxes = ssd_decode(loc.float(), priors) * torch.tensor([width, height] * 2, device=loc.device)
         return torch.cat([boxes, logits.float().softmax(-1)[..., 1:]], -1)
 
-    def detections(
-        self,
-        raw: tuple[Tensor, Tensor],
-        image_size: tuple[int, int],
-        score_threshold: float = 0.01,
-        iou_threshold: float = 0.6,
-        per_class: int = 100,
-    ) -> list[dict[str, Tensor]]:
-        """What is found in each image, by the authors' rules: `boxes` in input pixels, `scores` and `labels`.
-
-        Args:
-            raw: What `forward` gives.
-            image_size: Height and width of the images.
-            score_threshold: Probabilities above it are looked at.
-            iou_threshold: Boxes that overlap a better one of their class by more are dropped. Overlap is measured in
-                an image of 300x300 pixels, whatever `image_size` is, with boxes a pixel larger.
-            per_class: How many boxes of each class to keep at most.
-
-        Raises:
-            ValueError: If `image_size` is not that of the images.
-        """
-        found = []
-        pixels = torch.tensor([image_size[1], image_size[0]] * 2, device=raw[0].device)
-        pixel = torch.tensor([0, 0, 1, 1], device=raw[0].device)
-        for decoded in self.decode(raw, image_size):
-            boxes, scores = box_convert(decoded[:, :4], "cxcywh", "xyxy"), decoded[:, 4:]
-            rows, labels = class_nms(300 * boxes / pixels + pixel, scores, score_threshold, iou_threshold, per_class)
-            found.append({"boxes": boxes[rows], "scores": scores[rows, labels], "labels": labels})
-        return found
+    def overlap_boxes(self, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Boxes (P, 4) in input pixels -> in an image of 300x300, whatever `image_size` is, and a pixel larger."""
+        sides = torch.tensor([image_size[1], image_size[0]] * 2, device=boxes.device)
+        return 300 * boxes / sides + torch.tensor([0, 0, 1, 1], device=boxes.device)
 
     def loss(
         self, raw: tuple[Tensor, Tensor], targets: list[Target], image_size: tuple[int, int] | None = None

@@ -19,7 +19,7 @@ from spd_zoo import weights
 from spd_zoo.boxes import anchor_boxes, cell_corners
 from spd_zoo.layers import SPPF, SpaceToDepth, YoloBottleneck, adapt_phases, yolo_conv
 from spd_zoo.losses import Target, yolov5_loss
-from spd_zoo.models._detector import YoloNet, YoloHead, check_num_classes
+from spd_zoo.models._detector import YoloHead, YoloNet, check_num_classes
 from spd_zoo.models._registry import register_model
 
 __all__ = ["YOLOv5SPD"]  # register_model adds the entry points
@@ -136,6 +136,7 @@ class YOLOv5SPD(YoloNet):
         in_chans: Image channels.
     """
 
+    iou_threshold = 0.65
     head: Head
 
     def __init__(
@@ -178,6 +179,10 @@ class YOLOv5SPD(YoloNet):
             box = torch.cat([box[..., :2] + corner, box[..., 2:]], -1) * stride
             levels.append(torch.cat([box, level[..., 4:].sigmoid()], -1).flatten(1, 3))
         return torch.cat(levels, 1)
+
+    def class_scores(self, decoded: Tensor) -> Tensor:
+        """What `decode` gives -> objectness times class probability, (N, boxes, classes)."""
+        return decoded[..., 4:5] * decoded[..., 5:]
 
     def loss(
         self, raw: list[Tensor], targets: list[Target], image_size: tuple[int, int] | None = None

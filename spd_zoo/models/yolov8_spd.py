@@ -18,7 +18,7 @@ from spd_zoo import weights
 from spd_zoo.boxes import expected_distances, yolov8_predictions
 from spd_zoo.layers import SPPF, YoloBottleneck, space_to_depth, yolo_conv
 from spd_zoo.losses import Target, yolov8_loss
-from spd_zoo.models._detector import YoloNet, YoloHead, check_num_classes
+from spd_zoo.models._detector import YoloHead, YoloNet, check_num_classes
 from spd_zoo.models._registry import register_model
 
 __all__ = ["YOLOv8"]  # register_model adds the entry points
@@ -158,6 +158,7 @@ class YOLOv8(YoloNet):
         in_chans: Image channels.
     """
 
+    iou_threshold = 0.7
     head: Head
 
     def __init__(
