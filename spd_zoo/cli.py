@@ -462,15 +462,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         evaluations = module.evaluate(image_sizes=options.image_size, **given)
         if options.out:
             module.save(evaluations, options.out)
-    rows = [evaluation.row | evaluation.predictions.summary() for evaluation in evaluations]
     if options.json:
+        rows = [evaluation.row | evaluation.predictions.summary() for evaluation in evaluations]
         print(json.dumps(rows, indent=2))
         return 0
-    for row in rows:
-        print(
-            f"{row['img_size']} px: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, mean F1 "
-            f"{row['macro_f1']:.3f}, ECE {row['ece']:.3f}, {row['images']} images"
-        )
+    for evaluation in evaluations:
+        print(evaluation.in_words())
     return 0
 
 
@@ -499,7 +496,13 @@ def _training(module: str) -> types.ModuleType:
 
 
 def _lacks(error: ModuleNotFoundError) -> CommandError:
-    extras = {"datasets": "[train]", "onnx": "[export]", "onnxscript": "[export]", "onnxruntime": "[export]"}
+    extras = {
+        "datasets": "[train]",
+        "faster_coco_eval": "[train]",
+        "onnx": "[export]",
+        "onnxscript": "[export]",
+        "onnxruntime": "[export]",
+    }
     package = (error.name or "").partition(".")[0]
     own = "spd-zoo" + extras.get(package, "")
     return CommandError(

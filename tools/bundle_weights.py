@@ -33,7 +33,7 @@ def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: d
     """Top-1 in per cent at `image_size`."""
     given = Input(tuple(cfg["mean"]), tuple(cfg["std"]), torch.device("cpu"))
     batches = eval_loader(data, eval_transform(image_size, 1.0, cfg["interpolation"]), 250, 2)
-    return score(net, batches, given)["top1"]
+    return score(net, batches, given, Process(given.device))["top1"]
 
 
 def save_fp16(run: Path, target: Path) -> None:

@@ -4,7 +4,8 @@ Every random choice is drawn from (seed, epoch, image), so an epoch is the same 
 and wherever a stopped run goes on.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from spd_zoo.training.data import Batches, Steps, leave_ctrl_c_to_parent, seed_e
 
 __all__ = ["box_eval_loader", "box_train_loader", "mosaic", "scaled_to", "ssd_augment", "window", "yolo_augment"]
 
+KEPT = 2**28  # bytes of scaled images that each reading process keeps
 Sample = dict[str, Any]  # image: tv_tensors.Image; boxes: tv_tensors.BoundingBoxes, x1 y1 x2 y2; labels: (M,)
 
 
@@ -38,7 +40,7 @@ def _sample(image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
     pixels = tv_tensors.Image(image)
     return {
         "image": pixels,
-        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
         "labels": labels,
     }
 
@@ -78,7 +80,7 @@ def _kept(boxes: Tensor, sample: Sample, keep: Tensor) -> Sample:
 
 
 def window(sample: Sample, size: int, zoom: float, shift: float) -> Sample:
-    """`sample` scaled about its middle by 1 +- `zoom`, moved by up to `shift` of `size`, and cut to `size` pixels a side.
+    """`sample` scaled about its middle by 1 +- `zoom`, moved by up to `shift` of `size`, cut to `size` pixels a side.
 
     A box stays if both its sides have more than 2 pixels, one not more than a hundred times the other, and more than a
     tenth of it is left.
@@ -100,18 +102,22 @@ def window(sample: Sample, size: int, zoom: float, shift: float) -> Sample:
     return _kept(cut, _sample(image, whole, sample["labels"]), keep)
 
 
-def yolo_augment(data: BoxImages, index: int, epoch: int, size: int, mode: str, config: FinetuneConfig) -> Sample:
-    """The image at `index` as YOLO's authors augment it: mosaic or grey sides, zoom and shift, colours, mirror.
+def yolo_augment(
+    scaled: Callable[[int], Sample], index: int, others: Sequence[int], size: int, config: FinetuneConfig
+) -> Sample:
+    """An image as YOLO's authors augment it: mosaic or grey sides, zoom and shift, colours, mirror.
 
     The colours are changed by torchvision's jitter, whose brightness and saturation are not quite HSV's.
+
+    Args:
+        scaled: Gives the image of an index, its longer side of `size` pixels.
+        index: The image.
+        others: Three more for a mosaic, or none.
+        size: Pixels.
+        config: How much is changed.
     """
-    assert config.mosaic is not None and config.mosaic_off is not None and config.hsv is not None
-    assert config.zoom is not None and config.shift is not None
-    if epoch < config.epochs - config.mosaic_off and torch.rand(()) < config.mosaic:
-        others = torch.randint(len(data), (3,)).tolist()
-        sample = mosaic([scaled_to(read_sample(data, i, mode), size) for i in (index, *others)], size)
-    else:
-        sample = scaled_to(read_sample(data, index, mode), size)
+    assert config.hsv is not None and config.zoom is not None and config.shift is not None
+    sample = mosaic([scaled(i) for i in (index, *others)], size) if others else scaled(index)
     sample = window(sample, size, config.zoom, config.shift)
     hue, saturation, brightness = parse_numbers(config.hsv)
     jitter = v2.ColorJitter(brightness, saturation=saturation, hue=hue)
@@ -119,17 +125,21 @@ def yolo_augment(data: BoxImages, index: int, epoch: int, size: int, mode: str, 
     return mirror(sample | {"image": jitter(sample["image"])})
 
 
-def ssd_augment(data: BoxImages, index: int, size: int, mode: str, fill: list[float], config: FinetuneConfig) -> Sample:
-    """The image at `index` as SSD's authors augment it: crop, colours, expansion, mirror; then stretched to a square.
+def ssd_augment(original: Sample, size: int, fill: list[float], config: FinetuneConfig) -> Sample:
+    """An image as SSD's authors augment it: crop, colours, expansion, mirror; then stretched to a square.
 
     Liu et al., https://arxiv.org/abs/1512.02325, section 2.2, with the numbers of the small-object SSD. Boxes whose
     smaller side is at most a hundredth of the image go; if none is left, the image stays as it was.
     """
-    original = read_sample(data, index, mode)
     stretch = v2.Resize([size, size])
     if not len(original["labels"]):
         return stretch(original)
-    jitters = (v2.ColorJitter(0.125), v2.ColorJitter(contrast=0.5), v2.ColorJitter(hue=0.1), v2.ColorJitter(saturation=0.5))
+    jitters = (
+        v2.ColorJitter(0.125),
+        v2.ColorJitter(contrast=0.5),
+        v2.ColorJitter(hue=0.1),
+        v2.ColorJitter(saturation=0.5),
+    )
     colours = v2.Compose([v2.RandomApply([jitter], 0.5) for jitter in jitters])
     sample = v2.RandomIoUCrop()(original)
     sample = colours(sample["image"]), sample["boxes"], sample["labels"]
@@ -146,35 +156,58 @@ def ssd_augment(data: BoxImages, index: int, size: int, mode: str, fill: list[fl
 class _TrainImages(Dataset[tuple[Tensor, Target]]):
     """Augmented images (C, size, size) uint8 in the network's channel order, and their objects in input pixels."""
 
-    def __init__(self, data: BoxImages, net: DetectionNet, size: int, mode: str, seed: int, config: FinetuneConfig) -> None:
+    def __init__(
+        self, data: BoxImages, net: DetectionNet, size: int, mode: str, seed: int, config: FinetuneConfig
+    ) -> None:
         self.data, self.size, self.mode, self.seed, self.config = data, size, mode, seed, config
         self.keeps_aspect, self.flipped = net.keeps_aspect, net.channel_order == "BGR" and mode == "RGB"
         mean = [float(int(255 * value)) for value in net.pretrained_cfg["mean"]]
+        self.kept: dict[int, Sample] = {}  # scaled images
         self.fill = (mean[::-1] if self.flipped else mean) if mode == "RGB" else [float(int(sum(mean) / len(mean)))]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
         epoch, index = key
         seed_everything(self.seed, epoch, index)
         if self.keeps_aspect:
-            sample = yolo_augment(self.data, index, epoch, self.size, self.mode, self.config)
+            sample = yolo_augment(self.scaled, index, self.others(epoch), self.size, self.config)
         else:
-            sample = ssd_augment(self.data, index, self.size, self.mode, self.fill, self.config)
+            sample = ssd_augment(read_sample(self.data, index, self.mode), self.size, self.fill, self.config)
         image = sample["image"].as_subclass(Tensor)
         target: Target = {"boxes": sample["boxes"].as_subclass(Tensor), "labels": sample["labels"]}
         return image.flip(0) if self.flipped else image, target
 
+    def scaled(self, index: int) -> Sample:
+        """An image with `size` pixels on its longer side; a mosaic reads four, so what fits into memory is kept."""
+        sample = self.kept.get(index)
+        if sample is None:
+            sample = scaled_to(read_sample(self.data, index, self.mode), self.size)
+            if len(self.kept) * sample["image"].nbytes < KEPT:
+                self.kept[index] = sample
+        return sample
 
-class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int]]):
-    """Images as the network is fed in evaluation, where they lie in its input, and their objects in input pixels."""
+    def others(self, epoch: int) -> list[int]:
+        """The other images of a mosaic, drawn at random; none where there is to be no mosaic."""
+        assert self.config.mosaic is not None and self.config.mosaic_off is not None
+        wanted = epoch < self.config.epochs - self.config.mosaic_off and torch.rand(()) < self.config.mosaic
+        return torch.randint(len(self.data), (3,)).tolist() if wanted else []
+
+
+class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int, float]]):
+    """Images as the network is fed in evaluation, where they lie in its input, and their objects in input pixels.
+
+    Then the place of the image in the data, and the seconds that reading and preparing it took.
+    """
 
     def __init__(self, data: BoxImages, net: DetectionNet, size: int) -> None:
         self.data, self.net, self.size = data, net, size
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Placement, Target, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Placement, Target, int, float]:
+        began = time.perf_counter()
         inputs, placement = prepare(self.data.image(index), self.net, (self.size, self.size))
+        seconds = time.perf_counter() - began
         shown = self.data.shown(index)
         boxes = placement.to_input(shown.boxes[~shown.crowd])
-        return inputs, placement, {"boxes": boxes, "labels": shown.labels[~shown.crowd]}, index
+        return inputs, placement, {"boxes": boxes, "labels": shown.labels[~shown.crowd]}, index, seconds
 
 
 def _together(samples: list[tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -195,6 +228,6 @@ def box_train_loader(
 def box_eval_loader(
     data: BoxImages, net: DetectionNet, size: int, batch_size: int, workers: int, rank: int = 0, world: int = 1
 ) -> Batches:
-    """Batches of (N, C, size, size) float, placements, targets and indices; of several processes each reads its part."""
+    """Batches of (N, C, size, size) float, placements, targets, indices and seconds; each process reads its part."""
     how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent, "collate_fn": _together}
     return DataLoader(_EvalImages(data, net, size), batch_size, sampler=range(rank, len(data), world), **how)

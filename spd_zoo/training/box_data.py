@@ -105,7 +105,9 @@ class BoxImages:
 
     def counts(self) -> list[int]:
         """How many objects each class has, crowds not counted."""
-        found = Counter(label for i in range(len(self)) for label in self.shown(i).labels[~self.shown(i).crowd].tolist())
+        found = Counter(
+            label for i in range(len(self)) for label in self.shown(i).labels[~self.shown(i).crowd].tolist()
+        )
         return [found[label] for label in range(len(self.class_names))]
 
     def fingerprint(self) -> str:
@@ -245,7 +247,9 @@ def _coco(root: Path, file: Path) -> BoxImages:
         if isinstance(error, DataError):
             raise
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{file} is not in COCO's form for objects ({reason}); it needs images, annotations and categories")
+        raise DataError(
+            f"{file} is not in COCO's form for objects ({reason}); it needs images, annotations and categories"
+        ) from error
     for key, lost in boxes.items():
         collected.defects["boxes belong to no image of the list and are left out"] += [f"image {key}"] * len(lost)
     return collected.images(file)
@@ -280,7 +284,9 @@ def _yolo_names(root: Path) -> list[str]:
     for file in (root / "classes.txt", root / "labels" / "classes.txt"):
         if file.is_file():
             return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    raise DataError(f"{root} does not name its classes; add data.yaml with names, or classes.txt with one name per line")
+    raise DataError(
+        f"{root} does not name its classes; add data.yaml with names, or classes.txt with one name per line"
+    )
 
 
 def _yolo_rows(text: Path, size: tuple[int, int], classes: int) -> list[tuple[Any, ...]]:
@@ -344,7 +350,7 @@ def _header_size(file: Path) -> tuple[int, int]:
 
 
 def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
-    """`data` with the numbers that its classes have in `class_names`; objects of other classes are left out, counted."""
+    """`data` with the numbers that its classes have in `class_names`; those of others are counted and left out."""
     if data.class_names == class_names:
         return data
     number = {name: i for i, name in enumerate(class_names)}
@@ -366,6 +372,8 @@ def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxI
         DataError: If no image would be left for one of the two.
     """
     if not 0 < val_size < len(data):
-        raise DataError(f"cannot hold out {val_size} of {len(data)} images; give another validation size or a val split")
+        raise DataError(
+            f"cannot hold out {val_size} of {len(data)} images; give another validation size or a val split"
+        )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     return data.subset(sorted(order[val_size:])), data.subset(sorted(order[:val_size]))

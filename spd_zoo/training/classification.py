@@ -1,5 +1,6 @@
 """What is special about classification: its data, loss, score and result. `finetune` knows nothing of it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ from spd_zoo.training.run import RunFolder
 __all__ = [
     "Images",
     "Task",
+    "defaults",
     "finish",
     "in_words",
     "open_splits",
@@ -48,7 +50,28 @@ __all__ = [
 ]
 
 Images = LabelledImages | StreamedImages
+NETWORKS = "classifiers"
 BEST = "val_top1"  # what early stopping watches
+LR = {"lamb": 6e-3, "adamw": 2e-3}  # at 128 images a step; it goes by the square root of the batch size
+
+
+def defaults(config: FinetuneConfig, net: nn.Module) -> dict[str, Any]:
+    """What options of the optimiser are where they are not given.
+
+    Raises:
+        ValueError: If there is no default learning rate for the optimiser.
+    """
+    opt = config.opt or ("adamw" if config.pretrained else "lamb")
+    if config.lr is None and opt not in LR:
+        raise ValueError(f"the default learning rates are for lamb and adamw; give lr with opt {config.opt}")
+    return {
+        "image_size": "64",
+        "opt": opt,
+        "lr": config.lr or LR[opt] * math.sqrt((config.batch_size or 1) / 128),
+        "layer_decay": 0.8 if config.pretrained else 1.0,
+        "weight_decay": 0.02,
+        "ema": 0.0,
+    }
 
 
 def open_splits(
@@ -109,7 +132,7 @@ class Task(ClassificationTask):
     A weight counts the same in every batch: the loss is the mean over images of weight times cross-entropy.
     """
 
-    def __init__(self, net: nn.Module, config: FinetuneConfig, data: Images, device: torch.device) -> None:
+    def __init__(self, net: nn.Module, config: FinetuneConfig, data: Images, process: Process) -> None:
         classes = len(data.class_names)
         weights: Tensor | None = None
         if config.class_weights:
@@ -119,7 +142,7 @@ class Task(ClassificationTask):
             weights = torch.as_tensor(resolve_class_weights(config.class_weights, class_stats=stats))
             if weights.shape != (classes,):
                 raise ValueError(f"class_weights must be {classes} numbers, inv_freq or effective_num")
-            weights = weights.to(device)
+            weights = weights.to(process.device)
 
         def loss(logits: Tensor, targets: Tensor) -> Tensor:
             smoothing = config.label_smoothing if targets.ndim == 1 else 0.0  # Mixup has smoothed its own
@@ -127,12 +150,12 @@ class Task(ClassificationTask):
                 targets = F.one_hot(targets, classes).float()
             return F.cross_entropy(logits.float(), targets, weights, label_smoothing=smoothing)
 
-        super().__init__(net, loss, device=device, verbose=False)
+        super().__init__(net, loss, device=process.device, verbose=False)
         self.regularized = net if isinstance(net, BSConvMobileNetV3) and net.regularization else None
 
-    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: Tensor) -> dict[str, Any]:
         """(N, C, H, W) and (N,) classes or (N, classes) probabilities -> `loss`, a scalar, and `output`."""
-        result: dict[str, Tensor] = super().forward(images, targets)
+        result: dict[str, Any] = super().forward(images, targets)
         if self.regularized is not None:
             with torch.autocast(images.device.type, enabled=False):
                 result["loss"] = result["loss"] + self.regularized.regularization_loss()
@@ -162,7 +185,9 @@ def preparation(
     return prepare
 
 
-def train_batches(data: Images, image_size: int, steps: Steps, config: FinetuneConfig, given: Input) -> Batches:
+def train_batches(
+    net: nn.Module, data: Images, image_size: int, steps: Steps, config: FinetuneConfig, given: Input
+) -> Batches:
     """The training images, augmented, in the order of `steps`."""
     transform = train_transform(
         image_size,
@@ -179,7 +204,9 @@ def train_batches(data: Images, image_size: int, steps: Steps, config: FinetuneC
     return train_loader(data, transform, steps, config.workers, given.mode)
 
 
-def val_batches(data: Images, image_size: int, config: FinetuneConfig, given: Input, process: Process) -> Batches:
+def val_batches(
+    net: nn.Module, data: Images, image_size: int, config: FinetuneConfig, given: Input, process: Process
+) -> Batches:
     """This process's part of the validation images, in order."""
     transform = eval_transform(image_size, config.crop_pct, "bilinear")
     size = max(1, (config.batch_size or 1) // (config.accumulate or 1))
@@ -202,7 +229,7 @@ def finish(
     process: Process,
 ) -> dict[str, float]:
     """Evaluates the network that training has left, and writes it and its report; returns its figures."""
-    batches = val_batches(data, image_size, config, given, process)
+    batches = val_batches(net, data, image_size, config, given, process)
     said = predictions(net, batches, data.class_names, given, process)
     if process.first:
         cfg = {

@@ -44,8 +44,8 @@ class FinetuneConfig:
     model: str = field(metadata={"help": "network, with or without a tag"})
     data: str = field(
         metadata={
-            "help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME; for detectors a folder "
-            "in the form of COCO, YOLO or Pascal VOC"
+            "help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME; for detectors a "
+            "folder in the form of COCO, YOLO or Pascal VOC"
         }
     )
     out: Path = field(metadata={"help": "folder of the run; a run in it goes on where it stopped", "free": True})
@@ -85,7 +85,7 @@ class FinetuneConfig:
     lr: float | None = _option(None, "largest learning rate (default: for lamb and adamw alone, by the batch size)")
     layer_decay: float | None = _option(
         None,
-        "factor on the rate from each layer to the one in front of it (default: 0.8 for pretrained classifiers, else 1)",
+        "factor on the rate from each layer to the one in front of it (default: 1; pretrained classifiers: 0.8)",
     )
     weight_decay: float | None = _option(
         None, "weight decay; none on biases and normalisation layers (default: 0.02, for detectors 0.0005)"
@@ -178,8 +178,6 @@ class FinetuneConfig:
                 raise ValueError(f"{item.name} must not be negative, got {value}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
-        if self.lr is None and self.opt not in (None, "lamb", "adamw"):
-            raise ValueError(f"the default learning rates are for lamb and adamw; give lr with opt {self.opt}")
         if not 0 < self.crop_scale <= 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("crop_scale must be above 0 and at most 1, label_smoothing from 0 to below 1")
         for name in ("layer_decay", "crop_pct", "decay_rate"):

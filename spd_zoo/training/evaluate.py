@@ -1,11 +1,12 @@
 """How good a classifier is on labelled images: top-1 and top-5, each class, confusion, calibration."""
 
 import csv
+import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from spd_zoo.complexity import count_params
+from spd_zoo.models._detector import DetectionNet
 from spd_zoo.predict import class_names, load
 from spd_zoo.training.data import (
     Batches,
@@ -30,6 +32,9 @@ from spd_zoo.training.data import (
     with_classes,
 )
 from spd_zoo.training.process import Process
+
+if TYPE_CHECKING:
+    from spd_zoo.training.box_evaluate import BoxEvaluation
 
 __all__ = ["Input", "Predictions", "evaluate", "predictions", "score"]
 
@@ -73,12 +78,12 @@ def _outputs(net: nn.Module, batches: Batches, given: Input, flip: bool = False)
         yield logits, labels.to(given.device)
 
 
-def score(net: nn.Module, batches: Batches, given: Input, distributed: bool = False) -> dict[str, float]:
+def score(net: nn.Module, batches: Batches, given: Input, process: Process) -> dict[str, float]:
     """`loss`, `top1` and `top5` (per cent) over all images; with several processes over those of all, each once."""
     evaluator = ClassificationEvaluator(given.device)
     for logits, labels in _outputs(net, batches, given):
         evaluator.update(logits, labels)
-    return dict(evaluator.compute(distributed=distributed))
+    return dict(evaluator.compute(distributed=process.world > 1))
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,18 @@ class Evaluation:
     row: dict[str, Any]
     predictions: Predictions
 
+    def in_words(self) -> str:
+        """The line to print."""
+        figures = self.predictions.summary()
+        return (
+            f"{self.row['img_size']} px: top-1 {self.row['top1']:.2f} %, top-5 {self.row['top5']:.2f} %, mean F1 "
+            f"{figures['macro_f1']:.3f}, ECE {figures['ece']:.3f}, {figures['images']} images"
+        )
+
+    def write_tables(self, folder: Path) -> None:
+        """Writes `per_class_N.csv` and `confusion_N.csv`."""
+        write_tables(self.predictions, folder, f"_{self.row['img_size']}")
+
 
 def evaluate(
     model: str,
@@ -189,15 +206,15 @@ def evaluate(
     bf16: bool = False,
     image_column: str = "",
     label_column: str = "",
-) -> list[Evaluation]:
-    """Evaluates a network on a data set, at one image size after the other.
+) -> "Sequence[Evaluation | BoxEvaluation]":
+    """Evaluates a classifier or a detector on a data set, at one image size after the other.
 
     Args:
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
-        data: As `open_data` takes it.
+        data: As `open_data` takes it, or for a detector `open_boxes`.
         split: Part of the data set; test, val or a lone split if not given.
         image_sizes: Pixels; the network's own input size if empty.
-        flip: Whether to average the logits of every image and its mirror image.
+        flip: Whether to average the logits of every image and its mirror image; not for detectors.
         batch_size: Images in memory at once.
         workers: Processes that read images.
         device: torch device; a GPU if there is one, unless given.
@@ -208,16 +225,25 @@ def evaluate(
     Raises:
         DataError: If the data set cannot be used, or its classes are not the network's.
         ModelError: If there is no such network, or it cannot be used.
+        ValueError: If an option has no meaning for a detector.
     """
-    splits = (split,) if split else ("test", "val", "train")
-    found = next((part for name in splits if (part := open_data(data, name, image_column, label_column))), None)
-    if found is None:
-        raise DataError(f"{data} has no split {' or '.join(splits)}")
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net: Any = load(model, name)
     place = torch.device(name)
+    if isinstance(net, DetectionNet):
+        if flip or image_column or label_column:
+            raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
+        boxes = importlib.import_module("spd_zoo.training.box_evaluate")  # which needs packages that others do not
+        found: list[BoxEvaluation] = boxes.evaluate_boxes(
+            net, model, data, split, image_sizes, batch_size, workers, place, bf16
+        )
+        return found
+    splits = (split,) if split else ("test", "val", "train")
+    labelled = next((part for name in splits if (part := open_data(data, name, image_column, label_column))), None)
+    if labelled is None:
+        raise DataError(f"{data} has no split {' or '.join(splits)}")
     cfg = net.pretrained_cfg
-    images = with_classes_of(found, class_names(cfg))
+    images = with_classes_of(labelled, class_names(cfg))
     config = resolve_data_config(pretrained_cfg=cfg)
     given = Input(config["mean"], config["std"], place, bf16)
     evaluations = []
@@ -259,13 +285,13 @@ def with_classes_of(data: LabelledImages, names: list[str]) -> LabelledImages:
     return data
 
 
-def save(evaluations: Sequence[Evaluation], folder: Path) -> None:
-    """Writes `results.csv` (timm's columns), and of each image size `per_class_N.csv` and `confusion_N.csv`."""
+def save(evaluations: "Sequence[Evaluation | BoxEvaluation]", folder: Path) -> None:
+    """Writes `results.csv` (for classifiers with timm's columns), and tables of each image size."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [evaluation.row for evaluation in evaluations]
     write_csv(folder / "results.csv", rows[0], [row.values() for row in rows])
     for evaluation in evaluations:
-        write_tables(evaluation.predictions, folder, f"_{evaluation.row['img_size']}")
+        evaluation.write_tables(folder)
 
 
 def write_tables(said: Predictions, folder: Path, suffix: str = "") -> None:

@@ -29,9 +29,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from spd_zoo.training import classification as kind  # other tasks are modules with the same functions
+from spd_zoo.models._detector import DetectionNet
+from spd_zoo.training import classification
 from spd_zoo.training.check import in_words
-from spd_zoo.training.config import FinetuneConfig, merged, parse_epochs, parse_model_args, parse_numbers, parse_sizes
+from spd_zoo.training.config import (
+    FinetuneConfig,
+    merged,
+    parse_epochs,
+    parse_model_args,
+    parse_numbers,
+    parse_sizes,
+    refuse_others,
+)
 from spd_zoo.training.data import Batches, DataError, Steps, read, seed_everything
 from spd_zoo.training.evaluate import Input
 from spd_zoo.training.process import Process, join
@@ -39,8 +48,6 @@ from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.weights import WeightsError
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune"]
-
-LR = {"lamb": 6e-3, "adamw": 2e-3}  # at 128 images a step; it goes by the square root of the batch size
 
 
 class Stopped(KeyboardInterrupt):
@@ -86,6 +93,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
     began = process.from_first(folder.beginning(config) if process.first else None)
     if began is not None:
         config = merged(began.config, config)
+    kind = _kind(config.model)
+    refuse_others(config, kind.NETWORKS)
 
     # data
     train, val, about = kind.open_splits(config, process, began.about_data if began is not None else None)
@@ -95,20 +104,21 @@ def finetune(config: FinetuneConfig) -> Result | None:
         return None
 
     # network
-    sizes = parse_sizes(config.image_size)
-    config = _chosen(config, len(train), process)
+    config = _chosen(config, len(train), kind, process)
+    sizes = parse_sizes(config.image_size or "")
     seed_everything(config.seed)
     net = _create(config, len(train.class_names), sizes, process)
     given = _input(net, config, process.device)
     config = replace(config, accumulate=_parts(net, sizes, config, given, process))
     assert config.batch_size and config.accumulate and config.opt  # nothing is open any more
     assert config.warmup_epochs is not None and config.warmup_lr is not None and config.head_epochs is not None
+    assert config.weight_decay is not None
     frozen = _named(net, config.freeze)
     if config.head_epochs and (not _classifier(net) or any(_inside(part, frozen) for part in _classifier(net))):
         raise ValueError("the classifier cannot learn alone, it is frozen or unknown; give --head-epochs 0")
     for name, parameter in net.named_parameters():
         parameter.requires_grad = not _inside(name, frozen)
-    task: Any = kind.Task(net, config, train, process.device)
+    task: Any = kind.Task(net, config, train, process)
     if config.ema:
         task.setup_ema(config.ema, use_warmup=True)
     trained: Any = task.trainable_module_ema.module if config.ema else net  # what is evaluated and kept
@@ -148,7 +158,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
         folder.begin(config, about)
     history: list[dict[str, Any]] = []
     best: dict[str, Any] = {}  # the network of the best epoch, for early stopping
-    done, loss_sum = 0, torch.zeros((), device=process.device)  # of the epoch in hand: its steps and their losses
+    done, sums = 0, _Sums()  # of the epoch in hand: its steps, and their loss with its terms
     state = process.from_first(folder.load() if process.first else None)
     if state is not None:
         net.load_state_dict(state["net"])
@@ -156,10 +166,11 @@ def finetune(config: FinetuneConfig) -> Result | None:
         if config.ema:
             trained.load_state_dict(state["ema"])
         history, best, done = state["history"], state["best"], state["step"]
-        loss_sum += sum(state["losses"][process.rank :: process.world])  # another number of processes may go on
+        for losses in state["losses"][process.rank :: process.world]:  # another number of processes may go on
+            sums.add({name: torch.tensor(value, device=process.device) for name, value in losses.items()}, 1.0)
 
     def save() -> None:
-        losses = _finite(process.together(loss_sum.item()))
+        losses = _finite(process.together(sums.numbers()))
         if process.first:
             now = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "best": best}
             now |= {"ema": trained.state_dict() if config.ema else None, "step": done, "losses": losses}
@@ -171,13 +182,13 @@ def finetune(config: FinetuneConfig) -> Result | None:
     saved = time.monotonic()
     with _Signals() as signals, _progress(config, steps, len(history), done, process) as bar:
         for epoch in range(len(history), config.epochs):
-            if _stagnates(history, config.patience):
+            if _stagnates([row[kind.BEST] for row in history], config.patience):
                 break
             started, first = time.monotonic(), done
             if size != _size_in(epoch, sizes):
                 size = _size_in(epoch, sizes)
-                batches = kind.train_batches(train, size, steps, config, given)
-                val_batches = kind.val_batches(val, size, config, given, process)
+                batches = kind.train_batches(net, train, size, steps, config, given)
+                val_batches = kind.val_batches(net, val, size, config, given, process)
             bar.set_description(f"epoch {epoch + 1}/{config.epochs} at {size} px")
 
             # first the classifier learns alone, then all that is not frozen
@@ -208,9 +219,10 @@ def finetune(config: FinetuneConfig) -> Result | None:
                     share = len(images) / steps.size(step)
                     with task.no_sync() if part + 1 < len(shares) else nullcontext():
                         with given.autocast():
-                            loss = task(images, targets)["loss"]
+                            result = task(images, targets)
+                        loss = result["loss"]
                         (loss * (share * process.world)).backward()  # torch takes the mean over processes
-                    loss_sum += loss.detach() * share
+                    sums.add({"loss": loss, **result.get("terms", {})}, share)
                 if config.clip_grad:
                     dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
                 optimizer.step()
@@ -228,7 +240,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
                 distribute_bn(net, process.world)
                 distribute_bn(trained, process.world)
             try:
-                metrics = kind.score(trained, val_batches, given, process.world > 1)
+                metrics = kind.score(trained, val_batches, given, process)
             except RuntimeError as error:
                 if not signals.number or process.world > 1:
                     raise
@@ -238,14 +250,14 @@ def finetune(config: FinetuneConfig) -> Result | None:
                 "epoch": epoch + 1,
                 "image_size": size,
                 "lr": max(group["lr"] for group in optimizer.param_groups),
-                "train_loss": sum(_finite(process.together(loss_sum.item()))) / steps.per_epoch,
+                **_means(_finite(process.together(sums.numbers())), steps.per_epoch),
                 **{f"val_{name}": value for name, value in metrics.items()},
             }
             if config.patience and row[kind.BEST] > max((old[kind.BEST] for old in history), default=-math.inf):
                 best = {"net": copy.deepcopy(trained.state_dict()), "image_size": size}
             history.append(row)
             done = 0
-            loss_sum.zero_()
+            sums.clear()
             if process.first:
                 folder.write_history(history)
             save()
@@ -273,7 +285,14 @@ def finetune(config: FinetuneConfig) -> Result | None:
     return Result(config.out, history, figures)
 
 
-def _chosen(config: FinetuneConfig, images: int, process: Process) -> FinetuneConfig:
+def _kind(model: str) -> Any:
+    """The module with what is special about the network: `classification` or `detection`, with the same functions."""
+    if isinstance(_made(model, pretrained=False), DetectionNet):
+        return importlib.import_module("spd_zoo.training.detection")  # which needs packages that others do not
+    return classification
+
+
+def _chosen(config: FinetuneConfig, images: int, kind: Any, process: Process) -> FinetuneConfig:
     """The configuration with a value for what is left to the run, but for `accumulate`."""
     pretrained = config.pretrained
     if pretrained is None:
@@ -290,17 +309,14 @@ def _chosen(config: FinetuneConfig, images: int, process: Process) -> FinetuneCo
         batch_size = min(batch_size, images - images % (2 * shares))
         if batch_size % (2 * shares):
             raise ValueError(f"Mixup and CutMix need an even batch_size in each of {shares} parts, got {batch_size}")
-    opt = config.opt or ("adamw" if pretrained else "lamb")
-    lr = config.lr or LR[opt] * math.sqrt(batch_size / 128)
+    config = replace(config, pretrained=pretrained, batch_size=batch_size)
+    values = kind.defaults(config, _made(config.model, pretrained=False))
+    config = replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
+    assert config.lr is not None
     return replace(
         config,
-        pretrained=pretrained,
-        batch_size=batch_size,
-        opt=opt,
-        lr=lr,
-        layer_decay=(0.8 if pretrained else 1.0) if config.layer_decay is None else config.layer_decay,
         warmup_epochs=min(2, config.epochs // 4) if config.warmup_epochs is None else config.warmup_epochs,
-        warmup_lr=lr / 100 if config.warmup_lr is None else config.warmup_lr,
+        warmup_lr=config.lr / 100 if config.warmup_lr is None else config.warmup_lr,
         head_epochs=int(pretrained) if config.head_epochs is None else config.head_epochs,
         bf16=_made_for_bf16(process.device) if config.bf16 is None else config.bf16,
     )
@@ -321,18 +337,22 @@ def _create(config: FinetuneConfig, classes: int, sizes: list[tuple[int, int]], 
     fixed_size = known is not None and known.fixed_input_size
     if fixed_size and (len(sizes) > 1 or arguments.setdefault("img_size", sizes[0][0]) != sizes[0][0]):
         raise ValueError(f"{config.model} takes images of one size: give one --image-size, and no other img_size")
-    try:
-        net = timm.create_model(config.model, pretrained=bool(config.pretrained), **arguments)
-    except TypeError as error:
-        raise ValueError(f"{config.model} does not take these model_args: {error}") from error
-    except (RuntimeError, AssertionError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise ValueError(f"cannot make {config.model}: {error}") from error
+    net = _made(config.model, pretrained=bool(config.pretrained), **arguments)
     net = net.to(process.device).to(memory_format=torch.channels_last)
     if process.world > 1 and process.device.type == "cuda":
         net = convert_sync_batchnorm(net)
     return net
+
+
+def _made(model: str, **arguments: Any) -> Any:
+    try:
+        return timm.create_model(model, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{model} does not take these model_args: {error}") from error
+    except (RuntimeError, AssertionError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise ValueError(f"cannot make {model}: {error}") from error
 
 
 def _input(net: Any, config: FinetuneConfig, device: torch.device) -> Input:
@@ -443,17 +463,32 @@ def _size_in(epoch: int, sizes: list[tuple[int, int]]) -> int:
     return next(pixels for pixels, first in reversed(sizes) if epoch >= first)
 
 
-def _stagnates(history: list[dict[str, Any]], patience: int) -> bool:
+def _stagnates(scores: list[float], patience: int) -> bool:
     """Whether the last `patience` epochs brought nothing better."""
-    scores = [row[kind.BEST] for row in history]
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
-def _finite(losses: list[float]) -> list[float]:
-    """`losses`, if they are numbers to go on with."""
-    if not all(map(math.isfinite, losses)):
+class _Sums(dict[str, Tensor]):
+    """The loss of some steps and its terms, summed up where they were computed."""
+
+    def add(self, losses: dict[str, Tensor], weight: float) -> None:
+        for name, value in losses.items():
+            self[name] = self.get(name, 0) + value.detach() * weight
+
+    def numbers(self) -> dict[str, float]:
+        return {name: value.item() for name, value in self.items()}
+
+
+def _finite(losses: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The losses of each process, if they are numbers to go on with."""
+    if not all(math.isfinite(value) for part in losses for value in part.values()):
         raise RunError("the loss is not finite any more; begin another run with a smaller --lr")
     return losses
+
+
+def _means(losses: list[dict[str, float]], steps: int) -> dict[str, float]:
+    """The mean of each term over an epoch's steps, of all processes together."""
+    return {f"train_{name}": sum(part[name] for part in losses) / steps for name in losses[0]}
 
 
 def _reading(batches: Batches, epoch: int, done: int, steps: Steps) -> Iterator[Any]:

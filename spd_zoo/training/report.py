@@ -15,7 +15,7 @@ from spd_zoo.training.data import LabelledImages, StreamedImages
 from spd_zoo.training.evaluate import Predictions, write_tables
 from spd_zoo.training.run import RunFolder
 
-__all__ = ["contact_sheet", "write"]
+__all__ = ["contact_sheet", "fitting", "page", "png", "short", "table", "write"]
 
 TILE, ACROSS, SHOWN = 96, 8, 24  # pixels of an image on a contact sheet, images in a row, images on it
 
@@ -50,7 +50,31 @@ def write(
             figures["best"] = contact_sheet(said, data, order[:SHOWN])
         for name, png in figures.items():
             (pictures / f"{name}.png").write_bytes(png)
-    folder.write("report.html", _page(config, history, said, figures))
+    summary = said.summary()
+    top = {
+        "images": f"{summary['images']}",
+        "top-1": f"{summary['top1']:.2f} %",
+        "top-5": f"{summary['top5']:.2f} %",
+        "loss": f"{summary['loss']:.4f}",
+        "mean F1 of the classes": f"{summary['macro_f1']:.4f}",
+        "expected calibration error": f"{summary['ece']:.4f}",
+    }
+    titles = {
+        "curves": "Training",
+        "confusion": "Confusion: each row is a class, its colours what the images of the class were taken for",
+        "calibration": "Calibration: how often the network is right when it is so sure",
+        "worst": "Largest loss: class, then guess",
+        "best": "Smallest loss",
+    }
+    classes = sorted(said.per_class(), key=lambda row: row["f1"] if row["f1"] is not None else 2)
+    rows = [
+        [row["class"], row["images"], *(_percent(row[key]) for key in ("precision", "recall", "f1"))] for row in classes
+    ]
+    by_class = table(["class", "images", "precision", "recall", "F1"], rows)
+    folder.write(
+        "report.html",
+        page(config, history, top, {titles[name]: figures[name] for name in titles if name in figures}, by_class),
+    )
 
 
 def _plots(history: Sequence[dict[str, Any]], said: Predictions) -> dict[str, bytes]:
@@ -73,7 +97,7 @@ def _plots(history: Sequence[dict[str, Any]], said: Predictions) -> dict[str, by
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
-    figures["curves"] = _png(figure)
+    figures["curves"] = png(figure)
 
     confusion = said.confusion()
     classes = len(said.class_names)
@@ -89,7 +113,7 @@ def _plots(history: Sequence[dict[str, Any]], said: Predictions) -> dict[str, by
         for i, j in zip(*confusion.nonzero(), strict=True):
             dark = confusion[i, j] > 0.5 * confusion[i].sum()
             axes.text(j, i, str(confusion[i, j]), ha="center", va="center", color="white" if dark else "black")
-    figures["confusion"] = _png(figure)
+    figures["confusion"] = png(figure)
 
     figure = Figure((4.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -98,7 +122,7 @@ def _plots(history: Sequence[dict[str, Any]], said: Predictions) -> dict[str, by
     axes.plot([s["confidence"] for s in steps], [s["accuracy"] for s in steps], "o-")
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"ECE {said.ece():.3f}")
     axes.grid(alpha=0.3)
-    figures["calibration"] = _png(figure)
+    figures["calibration"] = png(figure)
     return figures
 
 
@@ -107,7 +131,8 @@ def _plain(names: Sequence[str]) -> list[str]:
     return [name.replace("$", r"\$") for name in names]
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure of matplotlib's as PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of letters that matplotlib's font does not have
@@ -130,16 +155,16 @@ def contact_sheet(said: Predictions, data: LabelledImages, indices: Sequence[int
         sheet.paste(image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC), (x, y))
         true, guess = int(said.labels[index]), int(probabilities[index].argmax())
         sure = f"{100 * probabilities[index, guess]:.0f}%"
-        draw.text((x, y + TILE + 2), _fitting(draw, said.class_names[true], TILE), fill="black")
+        draw.text((x, y + TILE + 2), fitting(draw, said.class_names[true], TILE), fill="black")
         colour = "darkgreen" if true == guess else "darkred"
-        text = _fitting(draw, said.class_names[guess], TILE - draw.textlength(f" {sure}"))
+        text = fitting(draw, said.class_names[guess], TILE - draw.textlength(f" {sure}"))
         draw.text((x, y + TILE + 2 + line), f"{text} {sure}", fill=colour)
     buffer = io.BytesIO()
     sheet.save(buffer, "png")
     return buffer.getvalue()
 
 
-def _fitting(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
+def fitting(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
     """`text` cut to `width` pixels, with what the built-in font does not have as question marks."""
     text = text.encode("latin-1", "replace").decode("latin-1")
     while text and draw.textlength(text) > width:
@@ -147,47 +172,32 @@ def _fitting(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
     return text
 
 
-def _page(
-    config: FinetuneConfig, history: Sequence[dict[str, Any]], said: Predictions, figures: dict[str, bytes]
+def page(
+    config: FinetuneConfig,
+    history: Sequence[dict[str, Any]],
+    top: dict[str, str],
+    figures: dict[str, bytes],
+    classes: str,
 ) -> str:
-    summary = said.summary()
-    top = {
-        "images": f"{summary['images']}",
-        "top-1": f"{summary['top1']:.2f} %",
-        "top-5": f"{summary['top5']:.2f} %",
-        "loss": f"{summary['loss']:.4f}",
-        "mean F1 of the classes": f"{summary['macro_f1']:.4f}",
-        "expected calibration error": f"{summary['ece']:.4f}",
-    }
-    titles = {
-        "curves": "Training",
-        "confusion": "Confusion: each row is a class, its colours what the images of the class were taken for",
-        "calibration": "Calibration: how often the network is right when it is so sure",
-        "worst": "Largest loss: class, then guess",
-        "best": "Smallest loss",
-    }
+    """An HTML page: figures at its `top`, PNGs by their titles, a table of classes, epochs, configuration."""
     name = html.escape(config.model)
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>",
         f"<h1>{name}</h1><p>{len(history)} epochs on {html.escape(config.data)}; figures of the validation images.</p>",
-        _table(["", ""], list(top.items())),
+        table(["", ""], list(top.items())),
     ]
-    for figure, title in titles.items():
-        if figure in figures:
-            source = base64.b64encode(figures[figure]).decode()
-            parts.append(f"<h2>{title}</h2><img alt='{figure}' src='data:image/png;base64,{source}'>")
-    classes = sorted(said.per_class(), key=lambda row: row["f1"] if row["f1"] is not None else 2)
-    rows = [
-        [row["class"], row["images"], *(_percent(row[key]) for key in ("precision", "recall", "f1"))] for row in classes
-    ]
-    parts += ["<h2>Classes, the worst first</h2>", _table(["class", "images", "precision", "recall", "F1"], rows)]
-    epochs = [[_short(value) for value in row.values()] for row in history]
-    parts += ["<h2>Epochs</h2>", _table(list(history[0]), epochs)]
+    for title, figure in figures.items():
+        source = base64.b64encode(figure).decode()
+        parts.append(f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,{source}'>")
+    parts += ["<h2>Classes, the worst first</h2>", classes]
+    epochs = [[short(value) for value in row.values()] for row in history]
+    parts += ["<h2>Epochs</h2>", table(list(history[0]), epochs)]
     parts += [f"<h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre></html>"]
     return "\n".join(parts)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An HTML table."""
     lines = ["".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)]
     lines += ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
     return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
@@ -197,5 +207,6 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A number with the digits that matter; anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
