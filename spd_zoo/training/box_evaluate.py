@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,19 @@ class BoxPredictions:
     losses: dict[str, float]
     milliseconds: dict[str, float]
 
+    @cached_property
+    def precision(self) -> np.ndarray:
+        """As `coco_precision` gives it, areas in the images' pixels."""
+        return coco_precision(self.data, self.found)
+
+    @cached_property
+    def input_precision(self) -> np.ndarray:
+        """As `coco_precision` gives it, areas in the pixels that the network sees."""
+        return coco_precision(self.data, self.found, self.scales)
+
     def summary(self) -> dict[str, Any]:
         """`ap`, `ap50`, `ap75` in per cent, also by area in the image and (`input_`) in what the network sees."""
-        own, seen = coco_precision(self.data, self.found), coco_precision(self.data, self.found, self.scales)
+        own, seen = self.precision, self.input_precision
         figures: dict[str, Any] = {"images": len(self.data), "objects": sum(self.data.counts())}
         figures |= {"loss": sum(self.losses.values())}
         figures |= {"ap": _mean(own[..., 0]), "ap50": _mean(own[0, ..., 0]), "ap75": _mean(own[5, ..., 0])}
@@ -113,7 +124,7 @@ class BoxPredictions:
 
     def per_class(self) -> list[dict[str, Any]]:
         """Objects, `ap`, `ap50`, `ap75` and, by area in what the network sees, `input_ap_small` ... of each class."""
-        own, seen = coco_precision(self.data, self.found), coco_precision(self.data, self.found, self.scales)
+        own, seen = self.precision, self.input_precision
         return [
             {
                 "class": name,
@@ -275,8 +286,7 @@ def score(net: DetectionNet, batches: Batches, given: Input, process: Process) -
     """`loss`, `ap` and `ap50` (per cent) over the images of `batches` of all processes."""
     images = batches.dataset
     said = box_predictions(net, batches, images.data, images.size, given, process)  # type: ignore[attr-defined]
-    precision = coco_precision(said.data, said.found)
-    ap, ap50 = _mean(precision[..., 0]), _mean(precision[0, ..., 0])
+    ap, ap50 = _mean(said.precision[..., 0]), _mean(said.precision[0, ..., 0])
     nothing = math.nan  # there is no object
     return {
         "loss": sum(said.losses.values()),
