@@ -26,6 +26,7 @@ from spd_zoo.training import finetune as training
 from spd_zoo.training.config import RECIPES, FinetuneConfig, load_config, make_config, to_yaml
 from spd_zoo.training.data import DataError
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
+from spd_zoo.training.process import Process
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def folders(tmp_path: Path) -> Path:
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
     options = {"epochs": 2, "batch_size": 8, "image_size": "16", "warmup_epochs": 0, "lr": 1e-3, "workers": 0}
-    options |= {"bf16": False, "device": "cpu"}
+    options |= {"bf16": False, "device": "cpu", "pretrained": False}
     return FinetuneConfig(**{"model": "cifar_resnet20", "data": str(data), "out": out} | options | changes)
 
 
@@ -472,14 +473,16 @@ def test_class_weights_count_the_same_in_every_batch(folders: Path) -> None:
     assert data is not None
     few = data.subset([*range(8), 8, 16])
     net = timm.create_model("cifar_resnet20", num_classes=3)
-    task = classification.Task(net, config(folders, folders, class_weights="inv_freq"), few, torch.device("cpu"))
+    task = classification.Task(
+        net, config(folders, folders, class_weights="inv_freq"), few, Process(torch.device("cpu"))
+    )
     logits, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
     weights = torch.tensor([0.125, 1.0, 1.0]) / 2.125 * 3
     smooth = torch.nn.functional.one_hot(labels, 3) * 0.9 + 0.1 / 3
     expected = -(smooth * weights * logits.log_softmax(1)).sum(1).mean()
     assert task.criterion(logits, labels) == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="class_weights must be 3 numbers"):
-        classification.Task(net, config(folders, folders, class_weights="1,2"), few, torch.device("cpu"))
+        classification.Task(net, config(folders, folders, class_weights="1,2"), few, cpu)
 
 
 def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None:
