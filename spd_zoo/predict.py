@@ -18,7 +18,17 @@ from spd_zoo.images import read_image
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 
-__all__ = ["Answer", "Guess", "ModelError", "class_names", "load", "load_network", "predict", "timm_name"]
+__all__ = [
+    "Answer",
+    "Guess",
+    "ModelError",
+    "check_classifier",
+    "class_names",
+    "load",
+    "load_network",
+    "predict",
+    "timm_name",
+]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
@@ -146,11 +156,16 @@ def load(model: str, device: str) -> nn.Module:
         WeightsError: If its weights cannot be had or must not be used.
     """
     net = load_network(model, device)
+    check_classifier(net, model)
+    return net
+
+
+def check_classifier(net: nn.Module, model: str) -> None:
+    """Raises ModelError if a network, called `model`, cannot name what an image shows."""
     if isinstance(net, DetectionNet):
         raise ModelError(f"{model} is a detector; `spd-zoo detect` finds objects with it")
     if not _cfg(net)["num_classes"]:
         raise ModelError(f"{model} has no classifier, so it cannot name what it sees")
-    return net
 
 
 def load_network(model: str, device: str) -> nn.Module:

@@ -473,9 +473,8 @@ def test_class_weights_count_the_same_in_every_batch(folders: Path) -> None:
     assert data is not None
     few = data.subset([*range(8), 8, 16])
     net = timm.create_model("cifar_resnet20", num_classes=3)
-    task = classification.Task(
-        net, config(folders, folders, class_weights="inv_freq"), few, Process(torch.device("cpu"))
-    )
+    cpu = Process(torch.device("cpu"))
+    task = classification.Task(net, config(folders, folders, class_weights="inv_freq"), few, cpu)
     logits, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
     weights = torch.tensor([0.125, 1.0, 1.0]) / 2.125 * 3
     smooth = torch.nn.functional.one_hot(labels, 3) * 0.9 + 0.1 / 3
