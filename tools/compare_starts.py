@@ -82,7 +82,9 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             finetune(config)
             (on_test,) = evaluate(str(run), options.data, workers=options.workers)
             found.append(on_test.predictions.summary() | {"minutes": minutes_of(run)})
-        row: dict[str, Any] = {"start": name, "images": found[0]["images"]}
+        about = json.loads((run / "data.json").read_text(encoding="utf-8"))
+        row: dict[str, Any] = {"start": name, "train_images": about["train"]["images"], "test_images": found[0]["images"]}
+        row |= {"epochs": options.epochs, "image_size": options.image_size, "seeds": options.seeds}
         for key in ("top1", "macro_f1", "minutes"):
             row[key] = round(statistics.mean(figures[key] for figures in found), 4)
         row["top1_std"] = round(statistics.pstdev(figures["top1"] for figures in found), 4)
