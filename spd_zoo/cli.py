@@ -462,14 +462,18 @@ def _evaluate(options: argparse.Namespace) -> int:
         evaluations = module.evaluate(image_sizes=options.image_size, **given)
         if options.out:
             module.save(evaluations, options.out)
-    rows = [evaluation.row | evaluation.predictions.summary() for evaluation in evaluations]
+    for name, error in evaluations[0].unreadable.items():
+        _complain(f"left out {name}: {error}")
+    rows = [
+        evaluation.row | evaluation.predictions.summary() | {"split": evaluation.split} for evaluation in evaluations
+    ]
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
     for row in rows:
         print(
             f"{row['img_size']} px: top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, mean F1 "
-            f"{row['macro_f1']:.3f}, ECE {row['ece']:.3f}, {row['images']} images"
+            f"{row['macro_f1']:.3f}, ECE {row['ece']:.3f}, {row['images']} images of {row['split']}"
         )
     return 0
 

@@ -129,6 +129,18 @@ def test_the_command_prints_a_line_per_image_size(saved: Path, folders: Path, ca
     assert [row["img_size"] for row in json.loads(capsys.readouterr().out)] == [16, 32]
 
 
+def test_evaluation_leaves_out_and_names_what_cannot_be_read(saved: Path, folders: Path, capsys: Capture) -> None:
+    torn = folders / "test" / "red" / "torn.png"
+    torn.write_text("no image")
+    try:
+        assert main(["evaluate", str(saved), "--data", str(folders), "--workers", "0"]) == 0
+    finally:
+        torn.unlink()
+    printed = capsys.readouterr()
+    assert "9 images of test" in printed.out
+    assert f"left out {torn}: this is no image in a format that Pillow knows" in printed.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

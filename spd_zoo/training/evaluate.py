@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from spd_zoo.complexity import count_params
 from spd_zoo.predict import class_names, load
+from spd_zoo.training.check import check
 from spd_zoo.training.data import (
     Batches,
     DataError,
@@ -171,10 +172,19 @@ def predictions(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One network at one image size: a row as timm's results tables have it, and what it said."""
+    """One network at one image size.
+
+    Attributes:
+        row: As timm's results tables have it.
+        predictions: What the network said.
+        split: The part of the data set.
+        unreadable: Images that were left out, and why.
+    """
 
     row: dict[str, Any]
     predictions: Predictions
+    split: str
+    unreadable: dict[str, str]
 
 
 def evaluate(
@@ -190,7 +200,7 @@ def evaluate(
     image_column: str = "",
     label_column: str = "",
 ) -> list[Evaluation]:
-    """Evaluates a network on a data set, at one image size after the other.
+    """Evaluates a network on a data set, at one image size after the other; what cannot be read is left out.
 
     Args:
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
@@ -210,7 +220,8 @@ def evaluate(
         ModelError: If there is no such network, or it cannot be used.
     """
     splits = (split,) if split else ("test", "val", "train")
-    found = next((part for name in splits if (part := open_data(data, name, image_column, label_column))), None)
+    parts = ((name, open_data(data, name, image_column, label_column)) for name in splits)
+    split, found = next(((name, part) for name, part in parts if part), ("", None))
     if found is None:
         raise DataError(f"{data} has no split {' or '.join(splits)}")
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -218,6 +229,8 @@ def evaluate(
     place = torch.device(name)
     cfg = net.pretrained_cfg
     images = with_classes_of(found, class_names(cfg))
+    unreadable = check({split: images}, workers, Process(place))[split]["unreadable"]
+    images = images.without(unreadable)
     config = resolve_data_config(pretrained_cfg=cfg)
     given = Input(config["mean"], config["std"], place, bf16)
     evaluations = []
@@ -239,7 +252,7 @@ def evaluate(
             "crop_pct": config["crop_pct"],
             "interpolation": config["interpolation"],
         }
-        evaluations.append(Evaluation(row, said))
+        evaluations.append(Evaluation(row, said, split, unreadable))
     return evaluations
 
 
