@@ -306,6 +306,12 @@ def test_a_run_does_not_go_on_with_other_data(folders: Path, tmp_path: Path) -> 
         run(folders, tmp_path / "run", epochs=1)
 
 
+def test_a_run_goes_on_where_its_data_has_moved_to(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=1)
+    run(folders.rename(tmp_path / "elsewhere"), tmp_path / "run", epochs=1)
+    assert len(json.loads((tmp_path / "run" / "environment.json").read_text())) == 2
+
+
 def test_a_folder_with_another_run_is_left_alone(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
     before = (tmp_path / "run" / "last.pt").read_bytes()

@@ -28,7 +28,7 @@ from spd_zoo.training.finetune import FinetuneConfig, finetune
 
 
 def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
-    """Makes class folders of the boxes in COCO files: in train and val at most `largest_class` of a class, in test all."""
+    """Makes class folders of the boxes in COCO files; in train and val at most `largest_class` of a class, if not 0."""
     for split in ("train", "val", "test"):
         found = json.loads((coco / f"instances_{split}.json").read_text(encoding="utf-8"))
         names = {category["id"]: category["name"] for category in found["categories"]}
@@ -83,7 +83,11 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             (on_test,) = evaluate(str(run), options.data, workers=options.workers)
             found.append(on_test.predictions.summary() | {"minutes": minutes_of(run)})
         about = json.loads((run / "data.json").read_text(encoding="utf-8"))
-        row: dict[str, Any] = {"start": name, "train_images": about["train"]["images"], "test_images": found[0]["images"]}
+        row: dict[str, Any] = {
+            "start": name,
+            "train_images": about["train"]["images"],
+            "test_images": found[0]["images"],
+        }
         row |= {"epochs": options.epochs, "image_size": options.image_size, "seeds": options.seeds}
         for key in ("top1", "macro_f1", "minutes"):
             row[key] = round(statistics.mean(figures[key] for figures in found), 4)
@@ -99,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source.add_argument("--data", type=Path)
     source.add_argument("--coco", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs, and for the images of --coco")
-    parser.add_argument("--largest-class", type=int, default=0, help="images of a class in train and in val of --coco (0: all)")
+    parser.add_argument(
+        "--largest-class", type=int, default=0, help="images of a class in train and in val of --coco (0: all)"
+    )
     parser.add_argument("--model", default="pyconvresnet50_spd")
     parser.add_argument("--timm-pretrained", action="store_true")
     parser.add_argument("--epochs", type=int, default=20)

@@ -42,7 +42,12 @@ class FinetuneConfig:
     """
 
     model: str = field(metadata={"help": "network, with or without a tag"})
-    data: str = field(metadata={"help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME"})
+    data: str = field(
+        metadata={
+            "help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME",
+            "free": True,  # it may move; a run knows its images again
+        }
+    )
     out: Path = field(metadata={"help": "folder of the run; a run in it goes on where it stopped", "free": True})
     # data
     val_name: str = _option("val", "the split that is evaluated after every epoch")
