@@ -505,8 +505,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         evaluations = module.evaluate(image_sizes=options.image_size, **given)
         if options.out:
             module.save(evaluations, options.out)
+    for name, error in evaluations[0].unreadable.items():
+        _complain(f"left out {name}: {error}")
     if options.json:
-        rows = [evaluation.row | evaluation.predictions.summary() for evaluation in evaluations]
+        rows = [
+            evaluation.row | evaluation.predictions.summary() | {"split": evaluation.split}
+            for evaluation in evaluations
+        ]
         print(json.dumps(rows, indent=2))
         return 0
     for evaluation in evaluations:

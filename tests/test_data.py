@@ -86,6 +86,11 @@ def test_an_empty_class_folder_is_named(folders: Path) -> None:
         open_data(folders, "train")
 
 
+def test_a_hidden_folder_is_no_class(folders: Path) -> None:
+    shutil.copytree(folders / "train" / "red", folders / "train" / ".ipynb_checkpoints")
+    assert opened(folders).class_names == ["blue", "green", "red"]
+
+
 def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder; give one with"):
         open_data(tmp_path / "nowhere", "train")
@@ -121,10 +126,16 @@ def test_a_folder_may_have_a_csv_file_per_split(folders: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("file,class\na,b\n", "columns path and label, got 'file, class'"), ("path,label\na.png,\n", "row 1 behind the")],
+    [
+        ("file,class\na,b\n", "columns path and label, got 'file, class'"),
+        ("path,label\na.png,\n", "row 1 behind the"),
+        ("path,label\na.png,rëd\n", "list.csv is no CSV file in UTF-8: 'utf-8' codec can't decode"),
+        (f"path,label\na.png,{'d' * 2**17}x\n", "list.csv is no CSV file in UTF-8: field larger than field limit"),
+    ],
+    ids=["columns", "short row", "latin-1", "long field"],
 )
 def test_a_csv_file_that_lacks_something_is_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "list.csv").write_text(text)
+    (tmp_path / "list.csv").write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=message):
         open_data(tmp_path / "list.csv", "train")
 
@@ -221,7 +232,14 @@ def test_a_class_of_one_image_stays_in_training_and_small_ones_hold_one_out(fold
     assert val.counts() == [0, 1, 1] and train.counts() == [1, 1, 7]
 
 
+def test_blanks_behind_a_comma_are_no_part_of_a_label(folders: Path) -> None:
+    (folders / "list.csv").write_text("path, label\ntrain/red/0.png, cat\ntrain/red/1.png,cat\n")
+    assert opened(folders / "list.csv").class_names == ["cat"]
+
+
 def test_too_few_images_to_hold_out_are_said(folders: Path) -> None:
+    with pytest.raises(DataError, match="no class has an image to hold out, for each has only one"):
+        train_val_split(opened(folders).subset([0, 8, 16]), 1, seed=0)
     with pytest.raises(DataError, match="'blue' has 8 images, too few"):
         train_val_split(opened(folders), 24, seed=0)
 

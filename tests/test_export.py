@@ -49,8 +49,11 @@ def test_an_onnx_file_computes_the_same_for_any_number_of_images(run: Path) -> N
     assert not list(run.glob("*.tmp"))
 
 
-def test_a_pt2_file_computes_the_same_for_any_number_of_images(run: Path, tmp_path: Path) -> None:
+def test_a_pt2_file_computes_the_same_for_any_number_of_images(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = export(str(run), "pt2", tmp_path / "new" / "net.pt2")
+    assert not [message for message in caplog.messages if ".pt2" in message]  # torch complains of another suffix
     extra = {"metadata.json": ""}
     program = torch.export.load(file, extra_files=extra)
     for count in (1, 5):

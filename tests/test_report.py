@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from spd_zoo.training import report
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.data import DataError, open_data
 from spd_zoo.training.evaluate import Predictions, evaluate, save, with_classes_of
+from spd_zoo.training.finetune import finetune
 from spd_zoo.training.run import RunFolder
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -125,6 +129,18 @@ def test_the_command_prints_a_line_per_image_size(saved: Path, folders: Path, ca
     assert [row["img_size"] for row in json.loads(capsys.readouterr().out)] == [16, 32]
 
 
+def test_evaluation_leaves_out_and_names_what_cannot_be_read(saved: Path, folders: Path, capsys: Capture) -> None:
+    torn = folders / "test" / "red" / "torn.png"
+    torn.write_text("no image")
+    try:
+        assert main(["evaluate", str(saved), "--data", str(folders), "--workers", "0"]) == 0
+    finally:
+        torn.unlink()
+    printed = capsys.readouterr()
+    assert "9 images of test" in printed.out
+    assert f"left out {torn}: this is no image in a format that Pillow knows" in printed.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -147,18 +163,8 @@ def test_the_report_is_one_page_that_stands_alone(folders: Path, tmp_path: Path)
     logits = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
     names = ["<b>lue", "gr$een", "röd 猫"]
     answers = Predictions(logits, torch.tensor(data.labels), names)
-    history = [
-        {
-            "epoch": i,
-            "image_size": 16,
-            "lr": 0.1,
-            "train_loss": 1 / i,
-            "val_loss": 1.0,
-            "val_top1": 50.0,
-            "val_top5": 99.0,
-        }
-        for i in (1, 2)
-    ]
+    same = {"image_size": 16, "lr": 0.1, "val_loss": 1.0, "val_top1": 50.0, "val_top5": 99.0}
+    history = [{"epoch": i, "train_loss": 1 / i} | same for i in (1, 2)]
     config = FinetuneConfig("cifar_resnet20", str(folders), tmp_path)
     report.write(RunFolder(tmp_path), config, history, answers, data)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -170,6 +176,22 @@ def test_the_report_is_one_page_that_stands_alone(folders: Path, tmp_path: Path)
         with Image.open(tmp_path / "figures" / f"{name}.png") as figure:
             figure.load()
     assert len(list(csv.reader(io.StringIO((tmp_path / "confusion.csv").read_text(encoding="utf-8"))))) == 4
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_without_network_shows_all_of_the_report(folders: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finetune(FinetuneConfig("cifar_resnet20", str(folders), run, epochs=1, image_size="16", workers=0, device="cpu"))
+    page = (run / "report.html").read_text(encoding="utf-8")
+    count = "[...document.images].filter(image => image.complete && image.naturalWidth > 90).length"
+    looked_at = tmp_path / "looked_at.html"
+    title = f"document.title = 'shown ' + {count} + ' of ' + document.images.length"
+    looked_at.write_text(f"{page}<script>onload = () => {{ {title} }}</script>", encoding="utf-8")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", looked_at.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>shown 5 of 5</title>" in done.stdout
+    assert "cifar_resnet20" in done.stdout and "calibration" in done.stdout.lower()
 
 
 def test_the_contact_sheet_shows_the_images_asked_for(folders: Path) -> None:

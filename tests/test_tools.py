@@ -148,7 +148,7 @@ def test_every_box_becomes_an_image_of_its_class(tmp_path: Path) -> None:
     compare_starts.crop_boxes(tmp_path, tmp_path / "out", largest_class=2)
     images = sorted((tmp_path / "out").rglob("*.png"))
     assert [image.parent.relative_to(tmp_path / "out").as_posix() for image in images] == [
-        *["test/cell"] * 2, *["train/cell"] * 2, *["val/cell"] * 2
+        *["test/cell"] * 3, *["train/cell"] * 2, *["val/cell"] * 2
     ]  # fmt: skip
     assert {read_image(image).size for image in images} == {(4, 5)}
 
@@ -160,6 +160,7 @@ def test_starts_are_compared_on_the_test_images(tmp_path: Path, monkeypatch: pyt
         configs.append(config)
         torch.manual_seed(0)
         save_for_hf(timm.create_model("cifar_resnet20", num_classes=3), str(config.out), {"label_names": list(COLOURS)})
+        (config.out / "data.json").write_text('{"train": {"images": 3}}')
         (config.out / "log.txt").write_text("2026-01-01T00:00:00.000+00:00 a\n2026-01-01T00:02:00.000+00:00 b\n")
 
     monkeypatch.setattr(compare_starts, "finetune", train)

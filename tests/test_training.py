@@ -242,8 +242,8 @@ def test_a_second_signal_is_not_held_back(folders: Path, tmp_path: Path, monkeyp
     step = torch.optim.Optimizer.zero_grad
 
     def impatient(*arguments: Any, **more: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         step(*arguments, **more)
 
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", impatient)
@@ -307,6 +307,12 @@ def test_a_run_does_not_go_on_with_other_data(folders: Path, tmp_path: Path) -> 
         run(folders, tmp_path / "run", epochs=1)
 
 
+def test_a_run_goes_on_where_its_data_has_moved_to(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=1)
+    run(folders.rename(tmp_path / "elsewhere"), tmp_path / "run", epochs=1)
+    assert len(json.loads((tmp_path / "run" / "environment.json").read_text())) == 2
+
+
 def test_a_folder_with_another_run_is_left_alone(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
     before = (tmp_path / "run" / "last.pt").read_bytes()
@@ -315,6 +321,35 @@ def test_a_folder_with_another_run_is_left_alone(folders: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="holds a run; give another folder with --out, or --resume auto"):
         run(folders, tmp_path / "run", epochs=1, resume="never")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_a_run_among_the_class_folders_is_refused(folders: Path) -> None:
+    for data in (folders, folders / "train"):
+        with pytest.raises(ValueError, match=r"run lies among the class folders of .*train; give another folder"):
+            run(data, folders / "train" / "run")
+    run(folders, folders / "run", epochs=1)
+    run(folders, folders / "run", epochs=1)
+
+
+def test_a_damaged_run_is_named(folders: Path, tmp_path: Path) -> None:
+    run(folders, tmp_path / "run", epochs=1)
+    for content in (b"junk", b"", (tmp_path / "run" / "last.pt").read_bytes()[:5000]):
+        (tmp_path / "run" / "last.pt").write_bytes(content)
+        with pytest.raises(
+            RunError, match=r"(?s)cannot read .*last\.pt: .*; where it is damaged, begin a run in another"
+        ):
+            run(folders, tmp_path / "run", epochs=1)
+    (tmp_path / "run" / "run.yaml").write_text("junk: [")
+    with pytest.raises(RunError, match=r"holds a run with a damaged run\.yaml or data\.json"):
+        run(folders, tmp_path / "run", epochs=1)
+
+
+def test_one_class_is_nothing_to_learn(folders: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("blue", "green"):
+            (folders / split / name).rename(tmp_path / f"{split}_{name}")
+    with pytest.raises(DataError, match="has one class only, 'red'"):
+        run(folders, tmp_path / "run")
 
 
 def test_a_folder_with_other_files_is_left_alone(folders: Path, tmp_path: Path) -> None:
@@ -407,14 +442,7 @@ def test_early_stopping_keeps_the_best_network(folders: Path, tmp_path: Path, mo
 
 
 def test_parts_of_a_step_are_one_step(folders: Path, tmp_path: Path) -> None:
-    still = {
-        "model": "test_convnext",
-        "pretrained": False,
-        "opt": "sgd",
-        "lr": 0.1,
-        "epochs": 1,
-        "image_size": "32",
-    }  # no BatchNorm
+    still = {"model": "test_convnext", "opt": "sgd", "lr": 0.1, "epochs": 1, "image_size": "32"}  # no BatchNorm
     losses = {}
     for parts in (1, 4):
         losses[parts] = run(folders, tmp_path / str(parts), **still, accumulate=parts, drop_last=False, batch_size=16)
@@ -496,7 +524,8 @@ def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None
 
 def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "first", epochs=1)
-    run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", epochs=1, lr=1e-12, weight_decay=0.0)
+    still = {"pretrained": None, "epochs": 1, "lr": 1e-12, "weight_decay": 0.0}
+    run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", **still)
     first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
     assert all(torch.allclose(first[key], second[key]) for key in first if "running" not in key and "num" not in key)
 
@@ -558,7 +587,7 @@ def test_a_cosine_between_epochs_ends_above_its_floor(folders: Path, tmp_path: P
     assert lr_of(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("sizes", ["", "px", "32@1", "32,48", "32,48@5,64@3", "32,48@x"])
+@pytest.mark.parametrize("sizes", ["", "0", "px", "32@1", "32,48", "32,48@5,64@3", "32,48@x"])
 def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_size"):
         config(tmp_path, tmp_path / "run", image_size=sizes)
@@ -587,6 +616,9 @@ def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> 
         ({"resume": "maybe"}, "resume is auto or never"),
         ({"model_args": "drop_rate"}, "model_args 'drop_rate' is not like"),
         ({"mean": "a,b"}, "is not like 0.5,0.5,0.5"),
+        ({"std": "0,1,1"}, "std must be positive"),
+        ({"auto_augment": "nonsense"}, "auto_augment 'nonsense' is no policy of timm's"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1, got 1.0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -601,6 +633,9 @@ def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, 
         ({"model_args": "depth=3"}, "cifar_resnet20 does not take these model_args"),
         ({"model_args": "in_chans=4"}, "takes 4 channels; images have 1 or 3"),
         ({"device": "abacus"}, "cannot use device 'abacus'"),
+        ({"mean": "0.5,0.5"}, "mean has 2 numbers, but cifar_resnet20 takes 3 channels"),
+        ({"accumulate": 5}, "batch_size 8 is too small for steps in 5 parts: each needs two images"),
+        ({"class_weights": "many"}, "class_weights must be 3 numbers from 0 up, inv_freq or effective_num, got 'many'"),
         ({"freeze": "head.fc", "head_epochs": 1}, "the classifier cannot learn alone, it is frozen or unknown"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -691,8 +726,8 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
 
 
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
-    for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False), ("cifar_resnet20", False)):
-        asked = config(folders, folders, model=name, lr=None)
+    for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False)):
+        asked = config(folders, folders, model=name, lr=None, pretrained=None)
         chosen = training._chosen(asked, 480, training.Process(torch.device("cpu")))
         assert chosen.pretrained is expected
         assert chosen.head_epochs == int(expected)

@@ -55,7 +55,7 @@ def test_the_tutorial_names_options_and_recipes_that_there_are() -> None:
 
     text = (DOCS / "finetuning.md").read_text()
     own = {f"--{name.replace('_', '-')}" for name in FinetuneConfig.__dataclass_fields__}
-    elsewhere = {"--help", "--config", "--to", "--flip", "--no-pretrained", "--dry-run"}
+    elsewhere = {"--help", "--config", "--to", "--flip", "--no-pretrained", "--dry-run", "--coco", "--largest-class"}
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)):
         assert option in own | elsewhere or option.startswith(("--nproc", "--nnodes", "--rdzv")), option
     for recipe in RECIPES.glob("*.yaml"):

@@ -176,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result[f"{key}, ours / timm"] = round(statistics.median(ratios), 3)
     if options.json:
         versions = {"torch": torch.__version__, "timm": timm.__version__}
-        print(json.dumps(result | {"versions": versions, "threads": options.threads}))
+        about = {key: getattr(options, key) for key in ("model", "image_size", "batch_size", "threads", "bf16")}
+        print(json.dumps(about | result | {"versions": versions}))
     else:
         print("\n".join(f"{name}: {value}" for name, value in result.items()))
     return 0

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = accuracy(net, test, size, cfg)
     print(f"held-out top-1 by image size: {on_val}; test top-1 at {size} px: {top:.2f} %")
 
-    free = {"data"} | {field.name for field in fields(FinetuneConfig) if field.metadata.get("free")}
+    free = {field.name for field in fields(FinetuneConfig) if field.metadata.get("free")}
     manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
     group = next(group for group, members in manifest.items() if network in members)
     measured = {"metric": "top1", "measured_by": "us"}

@@ -28,7 +28,7 @@ from spd_zoo.training.finetune import FinetuneConfig, finetune
 
 
 def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
-    """Makes class folders of the boxes in COCO files, in each split at most `largest_class` of a class."""
+    """Makes class folders of the boxes in COCO files; in train and val at most `largest_class` of a class, if not 0."""
     for split in ("train", "val", "test"):
         found = json.loads((coco / f"instances_{split}.json").read_text(encoding="utf-8"))
         names = {category["id"]: category["name"] for category in found["categories"]}
@@ -37,7 +37,7 @@ def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
         for box in random.Random(0).sample(found["annotations"], len(found["annotations"])):
             name = names[box["category_id"]]
             counts[name] += 1
-            if largest_class and counts[name] > largest_class:
+            if largest_class and counts[name] > largest_class and split != "test":
                 continue
             left, top, width, height = box["bbox"]
             folder = target / split / name
@@ -82,7 +82,13 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             finetune(config)
             (on_test,) = evaluate(str(run), options.data, workers=options.workers)
             found.append(on_test.predictions.summary() | {"minutes": minutes_of(run)})
-        row: dict[str, Any] = {"start": name, "images": found[0]["images"]}
+        about = json.loads((run / "data.json").read_text(encoding="utf-8"))
+        row: dict[str, Any] = {
+            "start": name,
+            "train_images": about["train"]["images"],
+            "test_images": found[0]["images"],
+        }
+        row |= {"epochs": options.epochs, "image_size": options.image_size, "seeds": options.seeds}
         for key in ("top1", "macro_f1", "minutes"):
             row[key] = round(statistics.mean(figures[key] for figures in found), 4)
         row["top1_std"] = round(statistics.pstdev(figures["top1"] for figures in found), 4)
@@ -97,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source.add_argument("--data", type=Path)
     source.add_argument("--coco", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs, and for the images of --coco")
-    parser.add_argument("--largest-class", type=int, default=0, help="images of a class in a split of --coco (0: all)")
+    parser.add_argument(
+        "--largest-class", type=int, default=0, help="images of a class in train and in val of --coco (0: all)"
+    )
     parser.add_argument("--model", default="pyconvresnet50_spd")
     parser.add_argument("--timm-pretrained", action="store_true")
     parser.add_argument("--epochs", type=int, default=20)

@@ -113,6 +113,37 @@ def faults() -> str:
     return table(("", "entry point", *heads), [*rows, ["sum", "", *sums]])
 
 
+def starts() -> str:
+    """What `tools/compare_starts.py --json` printed into `tools/starts.jsonl`."""
+    lines = (ROOT / "tools" / "starts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [
+        [
+            str(row["train_images"]),
+            row["start"],
+            f"{row['top1']:.2f} % ± {row['top1_std']:.2f}",
+            f"{row['macro_f1']:.3f}",
+        ]
+        for row in map(json.loads, lines)
+    ]
+    return table(("training images", "network and start", "top-1 on the test boxes", "mean F1"), rows)
+
+
+def training_speed() -> str:
+    """What `tools/benchmark_finetune.py --json` printed into `tools/training_speed.jsonl`."""
+    lines = (ROOT / "tools" / "training_speed.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [
+        [
+            f"`{row['model']}`, {row['image_size']} px, batch {row['batch_size']}, {row['threads']} threads",
+            *(f"{row[who][key]:.4g}" for key in ("epochs_per_hour", "MiB") for who in ("ours", "timm")),
+            f"{row['epochs_per_hour, ours / timm']:.2f}",
+            f"{row['MiB, ours / timm']:.2f}",
+        ]
+        for row in map(json.loads, lines)
+    ]
+    heads = ("epochs/hour, ours", "timm's parts", "MiB, ours", "timm's parts", "ratio of speeds", "ratio of memory")
+    return table(("", *heads), rows)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "networks": networks,
@@ -122,6 +153,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "latency": latency,
         "speed": speed,
     },
+    "docs/finetuning.md": {"starts": starts, "training_speed": training_speed},
     "docs/reliability.md": {"faults": faults},
 }
 

@@ -22,6 +22,7 @@ from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.predict import class_names
 from spd_zoo.training.box_augment import box_eval_loader
 from spd_zoo.training.box_data import BoxImages, open_boxes, with_names
+from spd_zoo.training.check import check
 from spd_zoo.training.data import Batches, DataError, read
 from spd_zoo.training.evaluate import Input, write_csv
 from spd_zoo.training.process import Process
@@ -213,11 +214,14 @@ def evaluate_boxes(
         DataError: If the data set cannot be used, or its classes are not the network's.
     """
     splits = (split,) if split else ("test", "val", "train")
-    images = next((part for name in splits if (part := open_boxes(data, name))), None)
+    parts = ((name, open_boxes(data, name)) for name in splits)
+    split, images = next(((name, part) for name, part in parts if part), ("", None))
     if images is None:
         raise DataError(f"{data} has no split {' or '.join(splits)}")
     cfg = net.pretrained_cfg
     images = boxes_of(images, class_names(cfg))
+    unreadable = check({split: images}, workers, Process(device))[split]["unreadable"]
+    images = images.without(unreadable)
     config = resolve_data_config(pretrained_cfg=cfg)
     given = Input(config["mean"], config["std"], device, bf16)
     evaluations = []
@@ -226,7 +230,7 @@ def evaluate_boxes(
         said = box_predictions(net, batches, images, size, given, Process(device))
         figures = {name: value for name, value in said.summary().items() if name not in ("images", "objects")}
         row = {"model": model, **figures, "param_count": round(count_params(net) / 1e6, 2), "img_size": size}
-        evaluations.append(BoxEvaluation(row, said))
+        evaluations.append(BoxEvaluation(row, said, split, unreadable))
     return evaluations
 
 
@@ -253,6 +257,8 @@ class BoxEvaluation:
 
     row: dict[str, Any]
     predictions: BoxPredictions
+    split: str
+    unreadable: dict[str, str]
 
     def in_words(self) -> str:
         """The line to print."""
@@ -262,8 +268,8 @@ class BoxEvaluation:
         classes = ", ".join(f"{one['class']} {_words(one['ap'])}" for one in self.predictions.per_class())
         return (
             f"{row['img_size']} px: AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; "
-            f"{by_area} (as the network sees them: {seen}); {classes}; {len(self.predictions.data)} images, "
-            f"{row['ms_prepare']:.1f} ms to read and prepare one, {row['ms_network']:.1f} ms in the network, "
+            f"{by_area} (as the network sees them: {seen}); {classes}; {len(self.predictions.data)} images of "
+            f"{self.split}, {row['ms_prepare']:.1f} ms to read and prepare one, {row['ms_network']:.1f} ms in the network, "
             f"{row['ms_boxes']:.1f} ms to decode and suppress boxes"
         )
 

@@ -1,7 +1,9 @@
 """What is special about classification: its data, loss, score and result. `finetune` knows nothing of it."""
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +82,7 @@ def open_splits(
 
     Raises:
         DataError: If the data cannot be used, or is not what the run began with.
+        ValueError: If the run's folder would be taken for a class.
     """
     columns: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
     train: Images | None
@@ -90,7 +93,16 @@ def open_splits(
     else:
         train, val = open_data(config.data, "train", **columns), open_data(config.data, config.val_name, **columns)
     if train is None:
-        raise DataError(f"{config.data} has no split train; give train/<class>/ folders or train*.parquet files")
+        raise DataError(
+            f"{config.data} has no split train; give train/<class>/ folders, rows in a CSV file or parquet files"
+        )
+    if len(train.class_names) < 2:
+        raise DataError(f"{config.data} has one class only, {train.class_names[0]!r}; a network tells several apart")
+    around = config.out.resolve().parents
+    if isinstance(train, LabelledImages) and isinstance(train.files, list) and Path(config.data).resolve() in around:
+        classes = Path(os.path.commonpath([Path(file).resolve() for file in train.files]))
+        if classes in around:
+            raise ValueError(f"{config.out} lies among the class folders of {classes}; give another folder with --out")
     about: dict[str, Any] = {"fingerprint": train.fingerprint() + (val.fingerprint() if val is not None else "")}
     if began_with is not None and began_with["fingerprint"] != about["fingerprint"]:
         raise DataError(f"{config.data} is not what it was when the run in {config.out} began; begin another one")
@@ -133,10 +145,15 @@ class Task(ClassificationTask):
             if isinstance(data, StreamedImages):
                 raise ValueError("class_weights need the counts of all classes, which a stream does not have")
             stats = torch.tensor(data.counts(), dtype=torch.float32), len(data)
-            weights = torch.as_tensor(resolve_class_weights(config.class_weights, class_stats=stats))
-            if weights.shape != (classes,):
-                raise ValueError(f"class_weights must be {classes} numbers, inv_freq or effective_num")
-            weights = weights.to(process.device)
+            try:
+                weights = torch.as_tensor(
+                    resolve_class_weights(config.class_weights, class_stats=stats), device=process.device
+                )
+            except ValueError:
+                weights = None
+            if weights is None or weights.shape != (classes,):
+                wanted = f"{classes} numbers from 0 up, inv_freq or effective_num"
+                raise ValueError(f"class_weights must be {wanted}, got {config.class_weights!r}")
 
         def loss(logits: Tensor, targets: Tensor) -> Tensor:
             smoothing = config.label_smoothing if targets.ndim == 1 else 0.0  # Mixup has smoothed its own

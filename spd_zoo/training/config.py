@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.data import create_transform
 
 __all__ = [
     "FinetuneConfig",
@@ -45,7 +46,8 @@ class FinetuneConfig:
     data: str = field(
         metadata={
             "help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME; for detectors a "
-            "folder in the form of COCO, YOLO or Pascal VOC"
+            "folder in the form of COCO, YOLO or Pascal VOC",
+            "free": True,  # it may move; a run knows its images again
         }
     )
     out: Path = field(metadata={"help": "folder of the run; a run in it goes on where it stopped", "free": True})
@@ -180,12 +182,10 @@ class FinetuneConfig:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.lr is None and self.opt not in (None, "lamb", "adamw"):
             raise ValueError(f"the default learning rates are for lamb and adamw; give lr with opt {self.opt}")
-        if not 0 < self.crop_scale <= 1 or not 0 <= self.label_smoothing < 1:
-            raise ValueError("crop_scale must be above 0 and at most 1, label_smoothing from 0 to below 1")
-        for name in ("layer_decay", "crop_pct", "decay_rate"):
+        for name in ("crop_scale", "layer_decay", "crop_pct", "decay_rate"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        for name in ("ema", "val_split"):
+        for name in ("ema", "val_split", "label_smoothing"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
         for name in ("hflip", "vflip", "erase", "mix_prob", "mosaic", "zoom", "shift"):
@@ -202,12 +202,17 @@ class FinetuneConfig:
             raise ValueError(f"resume is auto or never, got {self.resume!r}")
         if self.interpolation not in ("random", "bilinear", "bicubic"):
             raise ValueError(f"interpolation is random, bilinear or bicubic, got {self.interpolation!r}")
-        (
-            parse_sizes("64" if self.image_size is None else self.image_size),
-            parse_epochs(self.decay_epochs),
-            parse_model_args(self.model_args),
-        )
-        parse_numbers(self.mean), parse_numbers(self.std)
+        try:
+            create_transform(32, is_training=True, auto_augment=self.auto_augment, use_prefetcher=True)
+        except AssertionError as error:
+            raise ValueError(
+                f"auto_augment {self.auto_augment!r} is no policy of timm's; give one like rand-m6-n2-mstd0.5"
+            ) from error
+        parse_sizes("64" if self.image_size is None else self.image_size)
+        parse_epochs(self.decay_epochs), parse_model_args(self.model_args)
+        parse_numbers(self.mean)
+        if not all(value > 0 for value in parse_numbers(self.std)):
+            raise ValueError(f"std must be positive, got {self.std}")
         if self.hsv is not None and len(parse_numbers(self.hsv)) != 3:
             raise ValueError(f"hsv must be three numbers like 0.015,0.7,0.4, got {self.hsv!r}")
         if (self.mixup or self.cutmix) and not self.drop_last:
@@ -233,7 +238,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     sizes = []
     for part in text.split(","):
         pixels, _, first = part.partition("@")
-        if not pixels.strip().isdigit() or not (first or "0").isdigit():
+        if not pixels.strip().isdigit() or not int(pixels) or not (first or "0").isdigit():
             raise ValueError(f"image_size {text!r} is not like 64 or 32,48@11")
         sizes.append((int(pixels), int(first or 0)))
     epochs = [first for _, first in sizes]

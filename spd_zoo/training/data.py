@@ -207,10 +207,18 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
     return _open_folder(folders[0]) if folders else None
 
 
+class _VisibleFolders(ImageFolder):
+    """torchvision's data set without hidden folders, which tools leave behind."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        return names, {name: i for i, name in enumerate(names)}
+
+
 def _open_folder(folder: Path) -> LabelledImages:
-    if not any(entry.is_dir() for entry in folder.iterdir()):
+    if not any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
         raise DataError(f"{folder} has no class folders; put the images of each class into {folder}/<class name>/")
-    found = ImageFolder(folder, is_valid_file=_has_image_suffix, allow_empty=True)
+    found = _VisibleFolders(folder, is_valid_file=_has_image_suffix, allow_empty=True)
     empty = sorted(set(range(len(found.classes))) - set(found.targets))
     if empty:
         raise DataError(f"class folder {folder / found.classes[empty[0]]} holds no image; fill it or remove it")
@@ -223,12 +231,14 @@ def _has_image_suffix(path: str) -> bool:
 
 def _open_csv(file: Path, names: Sequence[str] | None) -> LabelledImages | None:
     """The rows of `file`, or those whose column `split` is one of `names`; paths are relative to its folder."""
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        columns = reader.fieldnames or []
-        if not {"path", "label"} <= set(columns):
-            raise DataError(f"{file} needs a first line with the columns path and label, got {', '.join(columns)!r}")
-        rows = list(reader)
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines, skipinitialspace=True)
+            columns, rows = reader.fieldnames or [], list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} is no CSV file in UTF-8: {error}") from error
+    if not {"path", "label"} <= set(columns):
+        raise DataError(f"{file} needs a first line with the columns path and label, got {', '.join(columns)!r}")
     short = next((i for i, row in enumerate(rows) if not row["path"] or not row["label"]), None)
     if short is not None:
         raise DataError(f"{file}: row {short + 1} behind the header lacks a path or a label")
@@ -354,6 +364,8 @@ def train_val_split(data: LabelledImages, val_size: int, seed: int) -> tuple[Lab
                 f"{len(labels)} images; give another validation size or a val/ folder"
             )
         held_out.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    if not any(len(rows) for rows in held_out):
+        raise DataError("no class has an image to hold out, for each has only one; add images or give a val/ folder")
     val = torch.cat(held_out).sort().values.tolist()
     chosen = set(val)
     return data.subset(i for i in range(len(labels)) if i not in chosen), data.subset(val)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from spd_zoo.complexity import count_params
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.predict import check_classifier, class_names, load_network
+from spd_zoo.training.check import check
 from spd_zoo.training.data import (
     Batches,
     DataError,
@@ -176,17 +177,26 @@ def predictions(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One network at one image size: a row as timm's results tables have it, and what it said."""
+    """One network at one image size.
+
+    Attributes:
+        row: As timm's results tables have it.
+        predictions: What the network said.
+        split: The part of the data set.
+        unreadable: Images that were left out, and why.
+    """
 
     row: dict[str, Any]
     predictions: Predictions
+    split: str
+    unreadable: dict[str, str]
 
     def in_words(self) -> str:
         """The line to print."""
         figures = self.predictions.summary()
         return (
             f"{self.row['img_size']} px: top-1 {self.row['top1']:.2f} %, top-5 {self.row['top5']:.2f} %, mean F1 "
-            f"{figures['macro_f1']:.3f}, ECE {figures['ece']:.3f}, {figures['images']} images"
+            f"{figures['macro_f1']:.3f}, ECE {figures['ece']:.3f}, {figures['images']} images of {self.split}"
         )
 
     def write_tables(self, folder: Path) -> None:
@@ -207,7 +217,7 @@ def evaluate(
     image_column: str = "",
     label_column: str = "",
 ) -> "Sequence[Evaluation | BoxEvaluation]":
-    """Evaluates a classifier or a detector on a data set, at one image size after the other.
+    """Evaluates a classifier or a detector on the images of a data set that can be read, one size after the other.
 
     Args:
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
@@ -240,11 +250,14 @@ def evaluate(
         return found
     check_classifier(net, model)
     splits = (split,) if split else ("test", "val", "train")
-    labelled = next((part for name in splits if (part := open_data(data, name, image_column, label_column))), None)
+    parts = ((name, open_data(data, name, image_column, label_column)) for name in splits)
+    split, labelled = next(((name, part) for name, part in parts if part), ("", None))
     if labelled is None:
         raise DataError(f"{data} has no split {' or '.join(splits)}")
     cfg = net.pretrained_cfg
     images = with_classes_of(labelled, class_names(cfg))
+    unreadable = check({split: images}, workers, Process(place))[split]["unreadable"]
+    images = images.without(unreadable)
     config = resolve_data_config(pretrained_cfg=cfg)
     given = Input(config["mean"], config["std"], place, bf16)
     evaluations = []
@@ -266,7 +279,7 @@ def evaluate(
             "crop_pct": config["crop_pct"],
             "interpolation": config["interpolation"],
         }
-        evaluations.append(Evaluation(row, said))
+        evaluations.append(Evaluation(row, said, split, unreadable))
     return evaluations
 
 

@@ -51,7 +51,7 @@ def export(model: str, to: str, out: str | Path | None = None, image_size: int |
     folder = Path(model)
     name = f"model.{to}" if folder.is_dir() else f"{model.replace('/', '_').replace(':', '_')}.{to}"
     path = Path(out) if out is not None else (folder if folder.is_dir() else Path()) / name
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp.{to}")  # torch wants its own suffix
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         compute = FORMATS[to](net, size, _metadata(net, size), temporary)

@@ -307,6 +307,8 @@ def _chosen(config: FinetuneConfig, images: int, kind: Any, net: nn.Module, proc
     if batch_size is None:  # a power of two that gives an epoch 20 steps, so that small data sets take enough of them
         batch_size = max(8, min(128, 2 ** int(math.log2(max(1, images / 20)))))
         batch_size += -batch_size % (2 * shares)
+    if batch_size < 2 * shares:
+        raise ValueError(f"batch_size {batch_size} is too small for steps in {shares} parts: each needs two images")
     if config.mixup or config.cutmix:
         batch_size = min(batch_size, images - images % (2 * shares))
         if batch_size % (2 * shares):
@@ -364,7 +366,10 @@ def _input(net: Any, config: FinetuneConfig, device: torch.device) -> Input:
     cfg = resolve_data_config(model=net)
     colours = []
     for name in ("mean", "std"):
-        values = parse_numbers(getattr(config, name)) or tuple(cfg[name])
+        asked = parse_numbers(getattr(config, name))
+        if asked and len(asked) != net.in_chans:
+            raise ValueError(f"{name} has {len(asked)} numbers, but {config.model} takes {net.in_chans} channels")
+        values = asked or tuple(cfg[name])
         colours.append(values if len(values) == net.in_chans else (sum(values) / len(values),) * net.in_chans)
     return Input(colours[0], colours[1], device, bool(config.bf16))
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -62,8 +64,11 @@ class RunFolder:
         if file.is_file():
             if config.resume == "never":
                 raise ValueError(f"{self.path} holds a run; give another folder with --out, or --resume auto")
-            about_data = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
-            return Beginning(yaml.safe_load(file.read_text(encoding="utf-8")), about_data)
+            try:
+                about_data = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
+                return Beginning(yaml.safe_load(file.read_text(encoding="utf-8")), about_data)
+            except (ValueError, OSError, yaml.YAMLError) as error:
+                raise RunError(f"{self.path} holds a run with a damaged run.yaml or data.json: {error}") from error
         if self.path.exists() and (
             not self.path.is_dir() or {file.name for file in self.path.iterdir()} - _FIRST_FILES
         ):
@@ -118,9 +123,19 @@ class RunFolder:
             temporary.replace(self.path / "last.pt")
 
     def load(self) -> dict[str, Any] | None:
-        """The state of the run, on the CPU; None if nothing was saved yet."""
+        """The state of the run, on the CPU; None if nothing was saved yet.
+
+        Raises:
+            RunError: If the file is damaged.
+        """
         file = self.path / "last.pt"
-        return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, UnpicklingError, struct.error) as error:
+            raise RunError(f"cannot read {file}: {error}; where it is damaged, begin a run in another --out") from error
+        return state
 
     def write_network(self, net: nn.Module, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
         """Writes what timm loads as `local-dir:`: `model.safetensors` and `config.json`."""
