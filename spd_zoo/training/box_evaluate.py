@@ -269,8 +269,8 @@ class BoxEvaluation:
         return (
             f"{row['img_size']} px: AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; "
             f"{by_area} (as the network sees them: {seen}); {classes}; {len(self.predictions.data)} images of "
-            f"{self.split}, {row['ms_prepare']:.1f} ms to read and prepare one, {row['ms_network']:.1f} ms in the network, "
-            f"{row['ms_boxes']:.1f} ms to decode and suppress boxes"
+            f"{self.split}, {row['ms_prepare']:.1f} ms to read and prepare one, {row['ms_network']:.1f} ms in the "
+            f"network, {row['ms_boxes']:.1f} ms to decode and suppress boxes"
         )
 
     def write_tables(self, folder: Path) -> None:
