@@ -1,7 +1,5 @@
 """Training: what options do, runs that go on to the same bits wherever they stopped, results that timm loads."""
 
-import csv
-import io
 import json
 import multiprocessing
 import os
@@ -18,6 +16,7 @@ import pytest
 import timm
 import torch
 from pictures import make_folders
+from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
 
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
@@ -50,14 +49,6 @@ def run(data: Path, out: Path, **changes: Any) -> Result:
     result = finetune(config(data, out, **changes))
     assert result is not None
     return result
-
-
-def same_run(one: Path, other: Path) -> bool:
-    """Whether two runs have the same network, to the bit, and the same figures."""
-    networks = [load_file(folder / "model.safetensors") for folder in (one, other)]
-    tables = [(folder / "metrics.csv").read_text() for folder in (one, other)]
-    equal = [torch.equal(networks[0][key], networks[1][key]) for key in networks[0]]
-    return all(equal) and tables[0] == tables[1] and networks[0].keys() == networks[1].keys()
 
 
 def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders: Path, tmp_path: Path) -> None:
@@ -100,19 +91,6 @@ EVERYTHING = {  # all that has a state or draws at random
     "accumulate": 2,
     "epochs": 3,
 }
-
-
-def stop_in(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int) -> None:
-    """Sends this process SIGTERM in a step of the next run, as a job scheduler would."""
-    seed = training.seed_everything
-
-    def seed_and_stop(*key: int) -> None:
-        seed(*key)
-        if key[1:3] == (epoch, step):
-            monkeypatch.setattr(training, "seed_everything", seed)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(training, "seed_everything", seed_and_stop)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -210,10 +188,6 @@ def test_a_signal_to_the_whole_group_saves_and_ends(folders: Path, tmp_path: Pat
             run(folders, tmp_path / "whole", **options)
     whole = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
     assert all(torch.equal(value, state["net"][key]) for key, value in whole["net"].items())
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(file.read_text())))
 
 
 def lines_of(file: Path) -> int:
