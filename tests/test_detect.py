@@ -415,6 +415,18 @@ def test_the_command_marks_images_and_writes_coco(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["marked", "photos"]
 
 
+def test_no_copy_leaves_the_folder(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        picture((60, 40)).save(tmp_path / folder / "a.jpg")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["detect", run, "a.jpg", "../there/a.jpg", "a.jpg", "--out", "marked", "--score", "0.9"]) == 0
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    copies = {"here/marked/here/a.jpg", "here/marked/there/a.jpg", "here/marked/detections.json"}
+    assert written == {"here/a.jpg", "there/a.jpg"} | copies
+    assert len(json.loads(Path("marked/detections.json").read_text())["images"]) == 2
+
+
 @pytest.mark.parametrize("package", ["pycocotools", "faster_coco_eval"])
 def test_the_written_file_is_a_coco_data_set(run: str, package: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package) is None:
