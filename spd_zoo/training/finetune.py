@@ -209,12 +209,13 @@ def finetune(config: FinetuneConfig) -> Result | None:
                     with task.no_sync() if part + 1 < len(shares) else nullcontext():
                         with given.autocast():
                             loss = task(images, targets)["loss"]
+                        if not part:
+                            optimizer.zero_grad()  # not before: the backward pass writes where the old gradients lay
                         (loss * (share * process.world)).backward()  # torch takes the mean over processes
                     loss_sum += loss.detach() * share
                 if config.clip_grad:
                     dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
                 optimizer.step()
-                optimizer.zero_grad()
                 task.update_ema(epoch * steps.per_epoch + step + 1)
                 done = step + 1
                 bar.update(steps.size(step))
