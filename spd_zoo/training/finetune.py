@@ -223,12 +223,13 @@ def finetune(config: FinetuneConfig) -> Result | None:
                         with given.autocast():
                             result = task(images, targets)
                         loss = result["loss"]
+                        if not part:
+                            optimizer.zero_grad()  # not before: the backward pass writes where the old gradients lay
                         (loss * (share * process.world)).backward()  # torch takes the mean over processes
                     sums.add({"loss": loss, **result.get("terms", {})}, share)
                 if config.clip_grad:
                     dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
                 optimizer.step()
-                optimizer.zero_grad()
                 task.update_ema(epoch * steps.per_epoch + step + 1)
                 done = step + 1
                 bar.update(steps.size(step))
