@@ -430,6 +430,7 @@ def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -
     paths = list(dict.fromkeys(paths))
     with _new_folder(out) if out is not None else nullcontext() as folder:
         seen = []
+        places = _places(paths)
         at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
         for start in range(0, len(paths), at_once):
             images: dict[Path, Image.Image] = {}
@@ -446,7 +447,7 @@ def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -
                 else:
                     one = Found(path, (images[path].height, images[path].width), found[path])
                     if folder is not None:
-                        _save_drawn(found[path].draw(images[path]), folder / _place(path, paths))
+                        _save(found[path].draw(images[path]), folder / places[path])
                 seen.append(one)
                 yield one
         if folder is not None:
@@ -498,13 +499,17 @@ def _new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _place(path: Path, paths: Sequence[Path]) -> Path:
-    """Where the copy of an image goes: below the folder that all share; PNG unless it was JPEG."""
-    shared = os.path.commonpath([file.absolute().parent for file in paths])
-    place = path.absolute().relative_to(shared)
-    return place if place.suffix.lower() in (".jpg", ".jpeg", ".png") else place.with_name(f"{place.name}.png")
+def _places(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Where the copy of each image goes: below the folder that all share; as PNG unless it was JPEG."""
+    full = [Path(os.path.normpath(path.absolute())) for path in paths]  # ".." would lead out of the folder
+    shared = os.path.commonpath([path.parent for path in full]) if full else ""
+    places = {}
+    for path, place in zip(paths, full, strict=True):
+        name = place.name if place.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{place.name}.png"
+        places[path] = place.relative_to(shared).with_name(name)
+    return places
 
 
-def _save_drawn(image: Image.Image, file: Path) -> None:
+def _save(image: Image.Image, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file, quality=95)

@@ -257,7 +257,7 @@ def test_an_image_that_fits_into_a_tile_gives_what_it_gives_without_tiles(size: 
 
 def test_tiles_cover_an_image_with_no_less_overlap_than_asked_for() -> None:
     net, image = Finder(), picture((1000, 150))
-    for tile, overlap in ((100, 0.0), (128, 0.2), (333, 0.5), (999, 0.9), (60, 0.95)):
+    for tile, overlap in ((100, 0.0), (128, 0.2), (333, 0.5), (999, 0.9)):
         detector = Detector(net, tile=tile, overlap=overlap, whole_image=False)
         places = [place for _, place in detector._views(image)]
         covered = np.zeros((150, 1000), bool)
@@ -415,6 +415,18 @@ def test_the_command_marks_images_and_writes_coco(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["marked", "photos"]
 
 
+def test_no_copy_leaves_the_folder(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        picture((60, 40)).save(tmp_path / folder / "a.jpg")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["detect", run, "a.jpg", "../there/a.jpg", "a.jpg", "--out", "marked", "--score", "0.9"]) == 0
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    copies = {"here/marked/here/a.jpg", "here/marked/there/a.jpg", "here/marked/detections.json"}
+    assert written == {"here/a.jpg", "there/a.jpg"} | copies
+    assert len(json.loads(Path("marked/detections.json").read_text())["images"]) == 2
+
+
 @pytest.mark.parametrize("package", ["pycocotools", "faster_coco_eval"])
 def test_the_written_file_is_a_coco_data_set(run: str, package: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package) is None:
@@ -459,8 +471,3 @@ def test_nothing_stays_of_a_command_that_fails(run: str, tmp_path: Path, capsys:
 def test_what_cannot_detect_is_one_clear_sentence(model: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run_command(capsys, model, str(EXAMPLES / "coffee.png"))
     assert status == 1 and out == "" and err.count("\n") == 1 and words in err
-
-
-def test_predict_refuses_a_detector_with_the_command_for_it(run: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["predict", run, str(EXAMPLES / "coffee.png")]) == 1
-    assert "`spd-zoo detect` finds objects with it" in capsys.readouterr().err

@@ -1,16 +1,23 @@
 """The tutorial's commands, in its order, on a small real data set."""
 
+import importlib.util
 import io
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from box_pictures import make_coco
+from timm.models import save_for_hf
 
 from spd_zoo.cli import main
 
 DOCS = Path(__file__).parent.parent / "docs"
+EXAMPLES = DOCS.parent / "examples"
 CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
 
 
@@ -21,6 +28,7 @@ def sections() -> dict[str, str]:
 
 
 def blocks_of(section: str) -> list[tuple[str, str]]:
+    """The kind, `sh` or `python`, and the text of every block."""
     return re.findall(r"^```(sh|python)\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
 
 
@@ -96,3 +104,32 @@ def test_the_tutorial_names_options_and_recipes_that_there_are() -> None:
         assert option in own | elsewhere or option.startswith(("--nproc", "--nnodes", "--rdzv")), option
     for recipe in RECIPES.glob("*.yaml"):
         assert f"`{recipe.stem}`" in text
+
+
+@pytest.mark.filterwarnings("ignore:OpenCV")  # supervision's, which does without
+def test_the_page_on_detectors_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = {"pretrained_cfg": {"input_size": (3, 64, 64)}, "label_names": ["cell"]}
+    net = timm.create_model("yolov8n_spd", num_classes=1)
+    for conv in net.get_classifier():
+        torch.nn.init.constant_(conv.bias, 1.0)  # it finds cells everywhere
+    save_for_hf(net, str(tmp_path / "run"), config, safe_serialization=True)
+    shutil.copytree(EXAMPLES, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for kind, block in blocks_of((DOCS / "detectors.md").read_text()):
+        if kind == "python" and ("to_supervision" not in block or importlib.util.find_spec("supervision")):
+            exec(compile(block, "detectors.md", "exec"), names)
+            assert "print" not in block or capsys.readouterr().out.startswith("cell 0.")
+        for command in block.splitlines() if kind == "sh" else ():
+            assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+            out = capsys.readouterr().out
+            assert "cell" in out and ("--json" not in command or json.loads(out)["annotations"])
+    for folder in ("found", "tiles"):
+        assert {file.name for file in (tmp_path / folder).iterdir()} == {
+            "detections.json",
+            *(file.name for file in EXAMPLES.iterdir()),
+        }
+    assert (tmp_path / "coffee_marked.png").is_file()
