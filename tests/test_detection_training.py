@@ -15,6 +15,7 @@ import timm
 import torch
 from box_pictures import NAMES, make_coco, make_yolo
 from runs import rows_of, same_run, stop_in
+from safetensors.torch import load_file
 
 from spd_zoo.cli import main
 from spd_zoo.detect import Detections
@@ -113,6 +114,24 @@ def test_other_detectors_train_and_resume_too(
     assert {"train_box", "train_objectness"} <= row.keys() or {"train_location", "train_class"} <= row.keys()
 
 
+def test_a_run_may_start_from_another_one_with_other_classes(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(box_report, "write", lambda *_: None)
+    first, _ = finished
+    other = make_yolo(tmp_path / "other", train=4, val=2)
+    for text in (other / "labels").rglob("*.txt"):
+        text.write_text("\n".join("0" + line[1:] for line in text.read_text().splitlines()))
+    (other / "data.yaml").write_text("names: [square]")
+    options = {"epochs": 1, "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0, "batch_size": 2}
+    run(other, tmp_path / "second", model=f"local-dir:{first}", **options)
+    assert make_config({}, tmp_path / "second" / "run.yaml").pretrained
+    old, new = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "second"))
+    kept = [key for key in old if "cv3" not in key and key.endswith("weight")]
+    assert all(torch.allclose(old[key], new[key]) for key in kept) and len(kept) > 50
+    assert len(new["head.cv3.0.2.bias"]) == 1
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     shared = {"epochs": 2, "opt": "momentum", "lr": 0.01, "workers": 1}
@@ -200,7 +219,7 @@ def test_average_precision_is_what_one_computes_by_hand() -> None:
     # recall up to 0.5 (51 of 101 points) at precision 1, the rest at 2/3, for every overlap
     expected = 100 * (51 + 50 * 2 / 3) / 101
     figures = said(data, boxes).summary()
-    assert figures["ap"] == figures["ap50"] == figures["ap75"] == pytest.approx(expected, abs=1e-9)
+    assert [figures[name] for name in ("ap", "ap50", "ap75")] == pytest.approx([expected] * 3, abs=1e-9)
     assert figures["ap_medium"] == pytest.approx(expected) and figures["ap_small"] is figures["ap_large"] is None
     a, b = said(data, boxes).per_class()
     assert a["ap"] == pytest.approx(expected) and a["objects"] == 2 and b["ap"] is None and b["objects"] == 0
@@ -229,7 +248,9 @@ def test_a_crowd_is_no_object_and_boxes_in_it_are_no_mistakes() -> None:
 
 
 def test_average_precision_agrees_with_cocos_own_code() -> None:
-    coco, cocoeval = (pytest.importorskip(f"pycocotools.{name}") for name in ("coco", "cocoeval"))
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     generator = np.random.default_rng(0)
     images, detections = [], []
     for _ in range(20):
@@ -258,10 +279,10 @@ def test_average_precision_agrees_with_cocos_own_code() -> None:
         ):
             sides = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             results.append({"image_id": i, "category_id": label, "bbox": sides, "score": score})
-    truth_of_coco = coco.COCO()
+    truth_of_coco = COCO()
     truth_of_coco.dataset = content
     truth_of_coco.createIndex()
-    evaluation = cocoeval.COCOeval(truth_of_coco, truth_of_coco.loadRes(results), "bbox")
+    evaluation = COCOeval(truth_of_coco, truth_of_coco.loadRes(results), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     np.testing.assert_allclose(ours, evaluation.eval["precision"][..., -1], atol=1e-6)
