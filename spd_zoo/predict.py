@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spd_zoo.images import read_image
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 
-__all__ = ["Answer", "Guess", "ModelError", "class_names", "predict", "timm_name"]
+__all__ = ["Answer", "Guess", "ModelError", "class_names", "load", "predict", "timm_name"]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
@@ -100,7 +100,7 @@ def predict(
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
-    net = _load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    net = _to_device(load(model), device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cfg = _cfg(net)
     names = class_names(cfg)
     config = resolve_data_config(pretrained_cfg=cfg)
@@ -122,8 +122,16 @@ def predict(
             yield Answer(path, tops.get(i, ()), errors.get(i))
 
 
-def _load(model: str, device: str) -> nn.Module:
-    """A pretrained classifier, ready to compute."""
+def load(model: str) -> nn.Module:
+    """A pretrained classifier, ready to compute.
+
+    Args:
+        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
+
+    Raises:
+        ModelError: If there is no such network, or it cannot be loaded.
+        WeightsError: If its weights cannot be had or must not be used.
+    """
     name = timm_name(model)
     entry = entries().get(name)
     try:
@@ -137,6 +145,10 @@ def _load(model: str, device: str) -> nn.Module:
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
     if not _cfg(net)["num_classes"]:
         raise ModelError(f"{model} has no classifier, so it cannot name what it sees")
+    return net
+
+
+def _to_device(net: nn.Module, device: str) -> nn.Module:
     try:
         return net.to(device).to(memory_format=torch.channels_last)
     except (RuntimeError, AssertionError) as error:

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import timm
 
-import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo.models._classifier import Classifier
+from spd_zoo.weights.fit import own_networks
 
 # Tests that timm runs on a few networks of its own, given by name, but that hold for any: here they run on ours.
 # The values go to the arguments besides the network's name. test_feature_getter_stage_ends_torchscript is not among
@@ -59,8 +59,7 @@ NOT_APPLICABLE = {
 
 def classification_networks() -> list[str]:
     """Our classification networks by name, each architecture's from shallow to deep."""
-    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
-    return [name for name in own if isinstance(timm.create_model(name, device="meta"), Classifier)]
+    return [name for name in own_networks() if isinstance(timm.create_model(name, device="meta"), Classifier)]
 
 
 def one_per_architecture(names: Sequence[str]) -> list[str]:

@@ -34,7 +34,7 @@ def _option(default: Any, text: str) -> Any:
 class FinetuneConfig:
     """What to train, on what, and how; each field is an option of `spd-zoo finetune`."""
 
-    model: str = field(metadata={"help": "network, with or without a tag"})
+    model: str = field(metadata={"help": "network, with or without a tag, or the folder of a run"})
     data: Path = field(metadata={"help": "folder with train/<class>/ or train*.parquet, and val likewise"})
     out: Path = field(metadata={"help": "folder of the run; a run in it goes on where it stopped"})
     pretrained: bool = _option(False, "start from the network's pretrained weights")
