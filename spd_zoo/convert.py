@@ -171,6 +171,8 @@ def convert_to_spd(
     net = model if inplace else copy.deepcopy(model)
     expected = None if example_input is None else _outputs(net, example_input)
     before = _look(net, size)
+    numbers = (tensor for tensor in (*net.parameters(), *net.buffers()) if tensor.is_floating_point())
+    like = next(numbers, torch.empty(0) if example_input is None else example_input)
     reasons: dict[str, str] = {}
     new: dict[str, nn.Module] = {}
     candidates = {name: module for name, module in net.named_modules() if _downsamples(module)}
@@ -189,7 +191,7 @@ def convert_to_spd(
             reasons[name] = "called with maps of different numbers of channels"
         else:
             (chs,) = before.channels[name]
-            made = _successor(module, chs, next(net.parameters(), torch.empty(0)))
+            made = _successor(module, chs, like)
             if isinstance(made, str):
                 reasons[name] = made
             else:

@@ -77,7 +77,8 @@ def _conv(conv: SPDConv2d) -> nn.Module:
     weight = F.pixel_shuffle(conv.spd_kernel(), conv.cell)
     if conv.same:
         rows, columns = conv.reach
-        if weight[..., rows:, :].any() or weight[..., columns:].any():
+        taps = _taps(weight)
+        if taps[rows:].any() or taps[:, columns:].any():
             return conv
         same = Conv2dSame(conv.in_channels, conv.out_channels, conv.reach, conv.cell, groups=conv.groups)
         return _with_weights(same, weight[..., :rows, :columns], conv.bias)
@@ -116,11 +117,12 @@ def _strided(weight: Tensor, conv: nn.Conv2d, stride: int, before: Pads, after: 
         after: Zeros at the bottom and at the right, enough for the last window at every image size.
     """
     pads = [[before[0], after[0]], [before[1], after[1]]]
+    taps = _taps(weight)
     for axis, pad in zip((2, 3), pads, strict=True):
-        while pad[0] > 0 and weight.shape[axis] > 1 and not weight.select(axis, 0).any():
-            weight, pad[0] = weight.narrow(axis, 1, weight.shape[axis] - 1), pad[0] - 1
-        while pad[1] > 0 and weight.shape[axis] > 1 and not weight.select(axis, -1).any():
-            weight, pad[1] = weight.narrow(axis, 0, weight.shape[axis] - 1), pad[1] - 1
+        used = taps.any(3 - axis).nonzero().flatten().tolist() or [0]
+        first, last = min(used[0], pad[0]), max(used[-1], weight.shape[axis] - 1 - pad[1])
+        pad[0], pad[1] = pad[0] - first, pad[1] - (weight.shape[axis] - 1 - last)
+        weight = weight.narrow(axis, first, last - first + 1)
     (top, bottom), (left, right) = pads
     even = top == bottom and left == right
     out_chs, in_chs, *kernel = weight.shape
@@ -130,6 +132,12 @@ def _strided(weight: Tensor, conv: nn.Conv2d, stride: int, before: Pads, after: 
     )
     strided = _with_weights(strided, weight, conv.bias)
     return strided if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), strided)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """Which taps of a kernel are not zero up to rounding, (kh, kw)."""
+    largest = weight.abs().amax((0, 1))
+    return largest > torch.finfo(weight.dtype).eps * largest.max()
 
 
 def _with_weights(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
@@ -149,10 +157,12 @@ class _Tracer(fx.Tracer):
 def fold_batchnorm(net: nn.Module) -> nn.Module:
     """A copy for inference, in which every BatchNorm right behind a convolution or pyramid is part of it.
 
-    `torch.fx` must be able to read the network; it can read timm's and ours.
+    Where there is any, `torch.fx` must be able to read the network; it can read timm's and ours.
     """
     net = copy.deepcopy(net).eval()
     modules = dict(net.named_modules())
+    if not any(isinstance(module, nn.BatchNorm2d) for module in modules.values()):
+        return net
     tracer = _Tracer(autowrap_functions=tuple(get_notrace_functions()))
     nodes = [node for node in tracer.trace(net).nodes if node.op == "call_module"]
     calls = Counter(id(modules[str(node.target)]) for node in nodes)

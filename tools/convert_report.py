@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from spd_zoo import convert_to_spd, fold_spd
 from spd_zoo.convert import TOLERANCE, SPDReport
 
+RECORD = Path(__file__).parent / "conversions.jsonl"  # what --json printed
 SIZES = {"even": (64, 64), "not square": (64, 96), "odd": (65, 63)}  # of images
 
 
@@ -45,6 +47,12 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
             elif tensor.ndim < 2 and tensor.is_floating_point():
                 tensor.normal_(0, 0.1, generator=generator)
     return net.eval()
+
+
+def timms_modules() -> list[str]:
+    """The files in timm/models that hold networks."""
+    entrypoints = {module: timm.model_entrypoint(timm.list_models(module=module)[0]) for module in timm.list_modules()}
+    return [module for module, entrypoint in entrypoints.items() if entrypoint.__module__.startswith("timm.")]
 
 
 def smallest_of_each_family(module: str) -> list[str]:
@@ -83,11 +91,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def images_for(net: nn.Module) -> dict[str, Tensor]:
-    """Two images of each of the sizes, times 1, 2 or 4: as large as the network needs, without sizes that it refuses.
-
-    Raises:
-        ValueError: If it takes none.
-    """
+    """Two images of each size, times 1, 2 or 4, as the network needs; without sizes that it refuses."""
     for factor in (1, 2, 4):
         images = {}
         for kind, (height, width) in SIZES.items():
@@ -100,7 +104,7 @@ def images_for(net: nn.Module) -> dict[str, Tensor]:
             images[kind] = x
         if images:
             return images
-    raise ValueError(f"{type(net).__name__} takes no images of {list(SIZES.values())}, nor four times as large ones")
+    return {}
 
 
 @torch.no_grad()
@@ -109,6 +113,8 @@ def compare(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     net = randomise(timm.create_model(name))
     images = images_for(net)
+    if not images:
+        return {"network": name, "left_out": "it takes none of the sizes"}
     expected = {kind: net(x) for kind, x in images.items()}
     converted = convert_to_spd(net, inplace=True)
     report = report_of(converted)
@@ -124,12 +130,10 @@ def compare(name: str) -> dict[str, Any]:
     for replaced in report.replaced:
         for parameter in converted.get_submodule(replaced.module).parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1 * parameter.square().mean().sqrt())
+    folded = fold_spd(converted)
     for kind, x in images.items():
         trained = converted(x)
-        row[kind] |= {
-            "moved": difference(trained, expected[kind]),
-            "folded": difference(fold_spd(converted)(x), trained),
-        }
+        row[kind] |= {"moved": difference(trained, expected[kind]), "folded": difference(folded(x), trained)}
     return row
 
 
@@ -141,29 +145,26 @@ def rows(modules: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield {"module": module, "left_out": "its networks take images of one size"}
         for name in tqdm(names, module, leave=False, disable=None):
             count = downsampling_layers(name)
-            why = f"layers of {name} that downsample: {count}"
-            yield {"module": module} | (compare(name) if count > 1 else {"left_out": why})
+            why = {"network": name, "left_out": f"layers that downsample: {count}"}
+            yield {"module": module} | (compare(name) if count > 1 else why)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line per model file; returns the exit status."""
-    own = [
-        m for m in timm.list_modules() if timm.model_entrypoint(timm.list_models(module=m)[0]).__module__[:5] == "timm."
-    ]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", metavar="MODULE", nargs="*", help="model files (default: all of timm's)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     options = parser.parse_args(argv)
-    if unknown := set(options.modules) - set(own):
+    if unknown := set(options.modules) - set(timms_modules()):
         parser.error(f"timm has no model file called {', '.join(sorted(unknown))}")
     worst = 0.0
-    for row in rows(options.modules or own):
+    for row in rows(options.modules or timms_modules()):
         measured = [row[kind] for kind in SIZES if kind in row]
         worst = max([worst, *(size[what] for size in measured for what in ("difference", "folded"))])
         if options.json:
             tqdm.write(json.dumps(row))
         elif "left_out" in row:
-            tqdm.write(f"{row['module']:24} left out: {row['left_out']}")
+            tqdm.write(f"{row['module']:20} {row.get('network', ''):26} left out: {row['left_out']}")
         else:
             found = ", ".join(
                 f"{height}x{width} {values['difference']:.0e} moved {values['moved']:.0e} folded {values['folded']:.0e}"
