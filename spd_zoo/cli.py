@@ -20,6 +20,7 @@ import timm
 from tqdm import tqdm
 
 from spd_zoo import __version__
+from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.images import find_images
 from spd_zoo.predict import Answer, ModelError, predict, timm_name
 from spd_zoo.weights import (
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if str(stopped):  # training that was asked to stop has saved its state
             _complain(f"{stopped}; it is saved, and the same command goes on from there")
         return 128 + getattr(stopped, "number", signal.SIGINT)
-    except (CommandError, ModelError, WeightsError, OSError) as error:
+    except (CommandError, ConversionError, ModelError, WeightsError, OSError) as error:
         _complain(str(error))
         return 1
 
@@ -99,6 +100,14 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")
     command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add("convert", _convert, "make a network without strides and poolings that predicts exactly the same")
+    command.add_argument(
+        "model", metavar="MODEL", help="network of this zoo or of timm, with or without a tag; a folder"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, for predict and finetune")
+    command.add_argument("--include", nargs="+", metavar="PATTERN", help="only these modules, for example 'layer4.*'")
+    command.add_argument("--exclude", nargs="+", metavar="PATTERN", default=[], help="not these modules")
 
     weights = add("weights", None, "see, get, import, check, delete and publish weights").add_subparsers(
         required=True, metavar="COMMAND"
@@ -425,6 +434,15 @@ def _as_json(answer: Answer) -> dict[str, Any]:
     if answer.error is not None:
         return {"path": path, "error": answer.error}
     return {"path": path, "top": [dataclasses.asdict(guess) for guess in answer.top]}
+
+
+def _convert(options: argparse.Namespace) -> int:
+    try:
+        print(convert_checkpoint(options.model, options.out, options.include, options.exclude))
+    except ValueError as error:  # of the folder or the patterns
+        raise CommandError(str(error)) from error
+    print(f'saved: timm.create_model("local-dir:{options.out}", pretrained=True)')
+    return 0
 
 
 def _publish(options: argparse.Namespace) -> int:

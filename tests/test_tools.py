@@ -22,6 +22,7 @@ import bundle_weights
 import compare_starts
 import timm_contract
 
+from spd_zoo.fold import fold_batchnorm
 from spd_zoo.models._classifier import Classifier
 
 EVERY = timm_contract.own_networks(Classifier)
@@ -45,7 +46,7 @@ def test_networks_without_layers_of_ours_to_write_otherwise_have_no_plain_way() 
 @pytest.mark.parametrize("network", ["cifar_resnet20_pfd", "cifar_mobilenetv3_large", "cifar_shufflenetv2_pfd"])
 def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks(network: str) -> None:
     net = benchmark.build(network, "ours")
-    folded = benchmark.fold_batchnorm(net)
+    folded = fold_batchnorm(net)
     benchmark.check_agreement({"ours": net, "folded": folded}, image_size=49)
     norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in other.modules()) for other in (net, folded)]
     assert norms[1] < norms[0] // 2
@@ -54,7 +55,7 @@ def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_plain_twin_and_the_folded_networks_compute_the_same(network: str) -> None:
     nets = {"ours": benchmark.build(network, "ours"), "plain": benchmark.build(network, "plain")}
-    folded = {f"{way}, folded": benchmark.fold_batchnorm(net) for way, net in nets.items()}
+    folded = {f"{way}, folded": fold_batchnorm(net) for way, net in nets.items()}
     benchmark.check_agreement({**nets, **folded}, image_size=49)
     norms = [
         [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)] for net in (nets["ours"], *folded.values())

@@ -30,14 +30,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
-from timm.models import get_notrace_modules
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from timm.models import register_notrace_module
+from torch import Tensor, nn
 
+from spd_zoo.fold import fold_batchnorm
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.weights.fit import own_networks
 
 QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # patterns of forms
 
@@ -66,6 +66,7 @@ FORMS = [
 ]
 
 
+@register_notrace_module
 class PlainSpaceToDepth(nn.Module):
     """`SpaceToDepth` by slices and concatenation."""
 
@@ -82,8 +83,11 @@ class PlainSpaceToDepth(nn.Module):
         return torch.stack(phases, 2).flatten(1, 2)  # stack is a concatenation that keeps a group's channels together
 
 
-class PlainPyConv(nn.ModuleDict):
+class PlainPyConv(PyConv2d):
     """`PyConv2d` with one convolution per level."""
+
+    def __init__(self, levels: dict[str, nn.Module]) -> None:
+        nn.ModuleDict.__init__(self, levels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the concatenated outputs of the levels."""
@@ -95,14 +99,13 @@ def plain(module: nn.Module) -> nn.Module:
     if isinstance(module, SpaceToDepth):
         return PlainSpaceToDepth(module.order)
     if isinstance(module, SPDConv2d | PhaseMix):
-        conv = nn.Conv2d(
-            module.in_channels, module.out_channels, module.kernel_size[0], groups=module.groups, bias=False
-        )
+        out_chs, in_chs, kernel, _ = module.weight.shape
+        conv = nn.Conv2d(in_chs * module.groups, out_chs, kernel, groups=module.groups, bias=False)
         conv.weight = module.weight
         down = PlainSpaceToDepth("channels_first")
-        if isinstance(module, PhaseMix) or module.kernel_size[0] == 1:
+        if isinstance(module, PhaseMix) or kernel == 1:
             return nn.Sequential(down, conv)
-        before, after = module.pad_before // 2, module.pad_after // 2
+        before, after = module.pad_before[0] // 2, module.pad_after[0] // 2
         return nn.Sequential(down, nn.ZeroPad2d((before, after, before, after)), conv)
     if isinstance(module, PyConv2d):
         return PlainPyConv({name: plain(level) for name, level in module.items()})
@@ -125,37 +128,6 @@ def with_a_plain_way(names: Iterable[str]) -> list[str]:
         for name, net in nets.items()
         if isinstance(net, Classifier) and any(isinstance(module, ours) for module in net.modules())
     ]
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (*get_notrace_modules(), PlainSpaceToDepth, PlainPyConv, BatchNormAct2d)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
-
-
-def fold_batchnorm(net: nn.Module) -> nn.Module:
-    """A copy for inference, in which every BatchNorm right behind a convolution or pyramid is part of it."""
-    net = copy.deepcopy(net).eval()
-    modules = dict(net.named_modules())
-    for node in _Tracer().trace(net).nodes:
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.BatchNorm2d):
-            continue
-        source = node.all_input_nodes[0]
-        conv = modules.get(str(source.target)) if source.op == "call_module" else None
-        if len(source.users) == 1 and isinstance(conv, nn.Conv2d | PyConv2d | PlainPyConv):
-            _fold(conv, norm)
-            net.set_submodule(str(node.target), norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
-    return net
-
-
-def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
-    convs = [module for module in conv.modules() if isinstance(module, nn.Conv2d)]
-    assert norm.running_mean is not None and norm.running_var is not None
-    values = [norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach()]
-    splits = [value.split([level.out_channels for level in convs]) for value in values]
-    for level, mean, var, scale, shift in zip(convs, *splits, strict=True):
-        level.weight, level.bias = fuse_conv_bn_weights(level.weight, level.bias, mean, var, norm.eps, scale, shift)
 
 
 def check_agreement(nets: dict[str, nn.Module], image_size: int) -> None:
@@ -290,10 +262,9 @@ def main(argv: list[str]) -> int:
     if args.network != "all" and isinstance(timm.create_model(args.network, device="meta"), DetectionNet):
         parser.error(f"{args.network} is a detector; this compares classification networks")
     torch.set_num_threads(args.threads)
-    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
     note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
     print(f"# {note}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; images/s", file=sys.stderr)
-    for name in with_a_plain_way(own) if args.network == "all" else [args.network]:
+    for name in with_a_plain_way(own_networks()) if args.network == "all" else [args.network]:
         for row in benchmark(name, forms, args):
             if args.json:
                 print(json.dumps(row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}))
