@@ -33,6 +33,7 @@ from spd_zoo.weights import (
     imported_names,
     is_right,
     origin_of,
+    original_of,
     remove,
 )
 from spd_zoo.weights.publish import checkout_manifest, describe, prepare, publish
@@ -343,7 +344,7 @@ def _weights_row(entry: Entry) -> dict[str, Any]:
         here, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
     elif str(entry.source).startswith("bundled:"):
         here, origin = "bundled", "spd-zoo"
-    elif entry.name in imported_names():
+    elif original_of(entry).name in imported_names():
         here, origin = "imported", origin_of(file).get("origin", "")
     else:
         here, origin = "cached", str(entry.source)
@@ -354,7 +355,7 @@ def _weights_row(entry: Entry) -> dict[str, Any]:
         "verified": None if file is None else is_right(entry, file),
         "size": entry.size if file is None else file.stat().st_size,
         "licence": entry.license,
-        "from": origin,
+        "from": entry.derived_from or origin,
         "file": None if file is None else str(file),
     }
 

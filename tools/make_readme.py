@@ -55,6 +55,8 @@ def _figure(metric: dict[str, Any]) -> str:
 
 
 def _place(entry: Entry) -> str:
+    if entry.derived_from:
+        return f"`{entry.derived_from}`, converted"
     if entry.verified:
         return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
     file = f"`{entry.original_file}` behind the " if entry.original_file else ""
