@@ -156,6 +156,7 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--to", choices=("onnx", "pt2"), required=True, help="ONNX, or torch.export's format")
     command.add_argument("--out", type=Path, metavar="FILE", help="the file (default: in the run, or here)")
     command.add_argument("--image-size", type=_positive, metavar="N", help="pixels (default: the network's)")
+    command.add_argument("--no-fold", action="store_true", help="keep space-to-depth and BatchNorm as layers")
     return parser
 
 
@@ -495,7 +496,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     with _explained():
-        print(_training("export").export(options.model, options.to, options.out, options.image_size))
+        export = _training("export").export
+        print(export(options.model, options.to, options.out, options.image_size, not options.no_fold))
     return 0
 
 

@@ -30,7 +30,6 @@ __all__ = [
     "SpaceToDepth",
     "YoloBottleneck",
     "adapt_image_channels",
-    "adapt_phases",
     "conv_norm_act",
     "is_exporting",
     "orthonormality",
@@ -118,32 +117,24 @@ def spd_weight(weight: Tensor, padding: int | tuple[int, int], stride: int = 2) 
     return F.pixel_unshuffle(F.pad(weight, pads), stride)
 
 
-def adapt_image_channels(weight: Tensor, in_chans: int, stride: int = 2) -> Tensor:
-    """An SPD kernel that reads images for another number of image channels, each phase as timm does it.
+def adapt_image_channels(weight: Tensor, in_chans: int, stride: int = 2, order: str = "channels_first") -> Tensor:
+    """The kernel of a convolution behind space-to-depth of the image, for other image channels.
+
+    As timm adapts kernels, but phase by phase. A kernel that does not read `stride**2` phases stays, and fails its
+    check.
 
     Args:
-        weight: The kernel, (out_chs, stride**2 * other image channels, KH, KW); anything else stays as it is.
-        in_chans: Image channels from now on.
-        stride: The side of a cell.
-    """
-    if weight.shape[1] == stride**2 * in_chans or weight.shape[1] % stride**2:
-        return weight
-    strided = F.pixel_shuffle(weight.float(), stride)
-    return F.pixel_unshuffle(adapt_input_conv(in_chans, strided, strided.shape[1]), stride).to(weight.dtype)
-
-
-def adapt_phases(weight: Tensor, in_chans: int) -> Tensor:
-    """The kernel of a convolution behind a `space_to_depth` of the image ("rows_first"), for other image channels.
-
-    As timm adapts kernels, but phase by phase. A kernel that does not read four phases stays, and fails its check.
-
-    Args:
-        weight: The old kernel, (out_chs, 4 * image channels, k, k).
+        weight: The old kernel, (out_chs, stride**2 * image channels, KH, KW).
         in_chans: The new image channels.
+        stride: The side of a cell.
+        order: As in `space_to_depth`.
     """
-    if weight.ndim != 4 or weight.shape[1] % 4 or weight.shape[1] == 4 * in_chans:
+    phases = stride**2
+    if weight.ndim != 4 or weight.shape[1] % phases or weight.shape[1] == phases * in_chans:
         return weight
-    return torch.cat([adapt_input_conv(in_chans, phase, weight.shape[1] // 4) for phase in weight.chunk(4, 1)], 1)
+    sizes, axis = ((-1, phases), 2) if order == "channels_first" else ((phases, -1), 1)
+    old = weight.unflatten(1, sizes).unbind(axis)
+    return torch.stack([adapt_input_conv(in_chans, phase, phase.shape[1]) for phase in old], axis).flatten(1, 2)
 
 
 def phase_weight(weight: Tensor, stride: int) -> Tensor:

@@ -93,6 +93,16 @@ def test_every_eager_form_prints_its_ratios(capsys: pytest.CaptureFixture[str]) 
         assert row["ours"] > 0 and row["/ plain, same form"] > 0
 
 
+def test_converting_and_folding_are_timed_against_the_network_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--image-size", "64", "--batch", "2", "--rounds", "1", "--threads", str(torch.get_num_threads()), "--json"]
+    forms = ["inference-fp32-contiguous-eager*", "train-fp32-contiguous-eager"]
+    assert benchmark.main(["--network", "test_resnet", "--convert", *tiny, "--forms", *forms]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["form"].rpartition("-")[2] for row in rows] == ["eager", "folded", "eager"]
+    for row in rows:
+        assert row["/ as it was"] == pytest.approx(row["ours"] / row["as it was"])
+
+
 @pytest.mark.slow
 def test_memory_of_a_step_counts_its_weights_and_maps(capsys: pytest.CaptureFixture[str]) -> None:
     if not Path("/proc/self/status").exists():

@@ -1,12 +1,16 @@
 """How fast our networks are: against the same networks written the plain way, and against timm's resnet50.
 
     python tools/benchmark.py --network pyconvresnet50 [--threads 2] [--batch 16] [--forms 'inference-fp32-*'] [--quick]
+    python tools/benchmark.py --network resnet50 --convert [...]
 
 The plain way is that of the papers' code: space-to-depth by slices and concatenation, every level of a pyramid its own
 convolution. "/ plain" compares with it as the papers run it (contiguous, eager, BatchNorm as it is, same precision),
 "/ plain, same form" and "/ resnet50" with the same form. All contenders alternate in one process; images/s are medians
 over the rounds, ratios are medians of the ratios of each round. Before anything is timed, all must agree in their
 results. Peak memory is that of one step in a process of its own, beyond what the process needs before (Linux).
+
+With --convert the network may be any: "ours" is what `convert_to_spd` makes of it, with new weights that have learnt
+something; folded, it is what `fold_spd` makes of that. "/ as it was" compares with the network itself in the same form.
 
 A trap: with one thread and a batch below 16, torch computes fp32 1x1 and 3x3 convolutions by a slow built-in kernel.
 """
@@ -30,9 +34,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from convert_report import train_a_little
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from spd_zoo import convert_to_spd, fold_spd
 from spd_zoo.fold import fold_batchnorm
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d
 from spd_zoo.models._classifier import Classifier
@@ -221,24 +227,45 @@ def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> 
     check_agreement({**nets, **{f"{way}, folded": fold_batchnorm(net) for way, net in nets.items()}}, args.image_size)
     rival = build("resnet50", "ours")
     for form in forms:
-        torch._dynamo.reset()
         contenders = {
             "ours": (nets["ours"], form),
             "plain": (nets["plain"], Form(form.step, form.precision)),
             "plain, same form": (nets["plain"], form),
             "resnet50": (rival, form),
         }
-        steps = {name: make_step(net, its, args.batch, args.image_size) for name, (net, its) in contenders.items()}
-        seconds = time_steps(steps, args.rounds)
-        row: dict[str, Any] = {"network": network, "form": str(form)}
-        for name, times in seconds.items():
-            row[name] = args.batch / statistics.median(times)
-        for name in list(seconds)[1:]:
-            row[f"/ {name}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[name], strict=True))
+        row = _compare(network, form, contenders, args)
         if args.memory and form.mode == "eager":
             row["MiB"] = measure_memory(network, "ours", form, args)
             row["MiB plain"] = measure_memory(network, "plain", Form(form.step, form.precision), args)
         yield row
+
+
+def benchmark_converted(network: str, forms: Iterable[Form], args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """One row per form: what converting costs."""
+    original = build(network, "ours")
+    converted = convert_to_spd(original)
+    check_agreement({"as it was": original, "converted": converted}, args.image_size)
+    train_a_little(converted)
+    folded = fold_spd(converted)
+    check_agreement({"converted": converted, "folded": folded}, args.image_size)
+    for form in forms:
+        contenders = {"ours": (folded if form.folded else converted, form), "as it was": (original, form)}
+        yield _compare(network, form, contenders, args)
+
+
+def _compare(
+    network: str, form: Form, contenders: dict[str, tuple[nn.Module, Form]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Images/s of all contenders, and how much faster the first is than each of the others."""
+    torch._dynamo.reset()
+    steps = {name: make_step(net, its, args.batch, args.image_size) for name, (net, its) in contenders.items()}
+    seconds = time_steps(steps, args.rounds)
+    row: dict[str, Any] = {"network": network, "form": str(form)}
+    for name, times in seconds.items():
+        row[name] = args.batch / statistics.median(times)
+    for name in list(seconds)[1:]:
+        row[f"/ {name}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[name], strict=True))
+    return row
 
 
 def main(argv: list[str]) -> int:
@@ -250,6 +277,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forms", nargs="+", default=["*"], help="patterns, as train-fp32-channels_last-*")
+    parser.add_argument("--convert", action="store_true", help="compare with what convert_to_spd makes; no memory")
     parser.add_argument("--quick", action="store_true", help=f"the forms {', '.join(QUICK)}; no memory")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -265,7 +293,7 @@ def main(argv: list[str]) -> int:
     note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
     print(f"# {note}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; images/s", file=sys.stderr)
     for name in with_a_plain_way(own_networks()) if args.network == "all" else [args.network]:
-        for row in benchmark(name, forms, args):
+        for row in (benchmark_converted if args.convert else benchmark)(name, forms, args):
             if args.json:
                 print(json.dumps(row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}))
             else:
