@@ -481,7 +481,7 @@ def test_a_derived_checkpoint_says_of_its_weights_what_the_original_says(entry: 
     assert entry.network == f"{original.network}_spd"
     cfg = timm.get_pretrained_cfg(entry.name)
     assert cfg is not None
-    assert (cfg.license, cfg.num_classes, cfg.has_weights) == ("mit", 1000, False)
+    assert (cfg.license, cfg.num_classes) == ("mit", 1000) and not cfg.has_weights  # not verified
 
 
 def test_a_derived_checkpoint_is_the_original_converted(tmp_path) -> None:
