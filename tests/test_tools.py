@@ -20,6 +20,7 @@ import benchmark
 import benchmark_finetune
 import bundle_weights
 import compare_starts
+import convert_experiment
 import timm_contract
 
 from spd_zoo.fold import fold_batchnorm
@@ -183,3 +184,50 @@ def test_starts_are_compared_on_the_test_images(tmp_path: Path, monkeypatch: pyt
         for seed in (0, 1)
     ]
     assert {(config.epochs, config.image_size) for config in configs} == {(4, "48")}
+
+
+def test_the_experiment_compares_runs_of_equal_seeds() -> None:
+    rows = [
+        {
+            "image_size": 32,
+            "start": start,
+            "lr": lr,
+            "epochs": epochs,
+            "train_images": 9,
+            "seed": seed,
+            "test_top1": top1,
+        }
+        for start, lr, epochs, seed, top1 in (
+            *(("as it was", "", 0, "", 20.0), ("converted", "", 0, "", 20.0)),
+            *(("as it was", 0.1, 2, 0, 50.0), ("converted", 0.1, 2, 0, 51.0)),
+            *(("as it was", 0.1, 2, 1, 54.0), ("converted", 0.1, 2, 1, 57.0)),
+            ("as it was", 0.1, 2, 2, 90.0),  # whose other half is not there yet
+        )
+    ]
+    for row in rows:
+        row["train_images"] = 9 if row["epochs"] else 0
+    (line,) = convert_experiment.summary(rows)
+    assert (line["seeds"], line["as it was, before"], line["as it was"], line["converted"]) == (2, 20, 52, 54)
+    assert line["as it was, std"] == pytest.approx(8**0.5)
+    assert (line["gain"], line["gain, standard error"]) == (2, pytest.approx(1))
+
+
+@pytest.mark.slow
+def test_the_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    names = timm.create_model("cifar_resnet20.cifar100").pretrained_cfg["label_names"]
+    for i, name in enumerate(names):
+        for split, count in (("train", 4), ("test", 1)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for j in range(count):
+                Image.new("RGB", (32, 32), (i, 60 * j, 99)).save(tmp_path / "data" / split / name / f"{j}.png")
+    command = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--train-images", "200"]
+    command += ["--held-out", "100", "--image-sizes", "16", "--epochs", "1"]
+    results = tmp_path / "out" / "results.csv"
+    assert convert_experiment.main([*command, "--seeds", "2"]) == 0
+    first = results.read_text()
+    assert len(first.splitlines()) == 1 + 2 + 2 * 2
+    assert convert_experiment.main([*command, "--seeds", "3"]) == 0
+    assert results.read_text().startswith(first) and len(results.read_text().splitlines()) == 1 + 2 + 3 * 2
+    assert (tmp_path / "out" / "results.svg").stat().st_size > 1000
+    before = [line.split(",")[-2:] for line in first.splitlines()[1:3]]
+    assert before[0] == before[1]  # converting alone changes nothing

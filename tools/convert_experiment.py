@@ -25,29 +25,29 @@ from spd_zoo.training.data import DataError, LabelledImages, open_data, train_va
 from spd_zoo.training.evaluate import evaluate, write_csv
 from spd_zoo.training.finetune import FinetuneConfig, finetune
 
-HELD_OUT = 2500  # of the training images, drawn by seed 0: what the bundled network was not trained on
 COLUMNS = ("image_size", "start", "lr", "epochs", "train_images", "seed", "val_top1", "test_top1")
 
 
-def make_images(source: str, label_column: str, target: Path, pixels: int, train_images: int) -> None:
-    """Writes the data set with images of `pixels`, and of the training images as many, evenly over the classes."""
+def make_images(options: argparse.Namespace, target: Path) -> None:
+    """Writes the data set with images of `--pixels`, and some of the training images, evenly over the classes."""
     import datasets
 
-    whole, test = (open_data(source, split, label_column=label_column) for split in ("train", "test"))
+    whole, test = (open_data(options.data, split, label_column=options.label_column) for split in ("train", "test"))
     if whole is None or test is None:
-        raise DataError(f"{source} lacks a split train or test")
-    train, val = train_val_split(whole, HELD_OUT, seed=0)
-    _, train = train_val_split(train, train_images, seed=0)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=whole.class_names)})
+        raise DataError(f"{options.data} lacks a split train or test")
+    train, val = train_val_split(whole, options.held_out, seed=0)
+    _, train = train_val_split(train, options.train_images, seed=0)
+    kinds: dict[str, Any] = {"image": datasets.Image(), "label": datasets.ClassLabel(names=whole.class_names)}
+    size = (options.pixels, options.pixels)
 
     def rows(data: LabelledImages) -> dict[str, list[Any]]:
-        small = [data.image(i).resize((pixels, pixels), Image.Resampling.BOX) for i in range(len(data))]
+        small = [data.image(i).resize(size, Image.Resampling.BOX) for i in range(len(data))]
         return {"image": small, "label": [data.label(i) for i in range(len(data))]}
 
     temporary = target.with_name(f"{target.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     for name, data in (("train", train), ("val", val), ("test", test)):
-        datasets.Dataset.from_dict(rows(data), features).to_parquet(temporary / f"{name}-00000.parquet")
+        datasets.Dataset.from_dict(rows(data), datasets.Features(kinds)).to_parquet(temporary / f"{name}-00000.parquet")
     temporary.rename(target)
 
 
@@ -61,7 +61,7 @@ def experiment(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each run, and for each network before it is fine-tuned (without a seed); written after each."""
     images = options.out / f"images_{options.pixels}_{options.train_images}"
     if not images.is_dir():
-        make_images(options.data, options.label_column, images, options.pixels, options.train_images)
+        make_images(options, images)
     converted = options.out / "converted"
     if not converted.is_dir():
         print(convert_checkpoint(options.model, converted))
@@ -197,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train-images", type=int, default=10000)
+    parser.add_argument("--held-out", type=int, default=2500, help="training images that pretraining held out (seed 0)")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0)
