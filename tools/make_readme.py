@@ -1,7 +1,7 @@
 """Writes the tables of the README and of docs/: `python tools/make_readme.py [--check]`.
 
-They come from the manifest, from records (speeds, latencies, faults, conversions, an experiment), and from counting what
-papers print.
+They come from the manifest, from records of speeds, latencies, faults, conversions and an experiment, and from counting
+what papers print.
 """
 
 import argparse
