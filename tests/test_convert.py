@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import convert_report
 
 from spd_zoo import WeightsError, convert_to_spd, fold_spd
+from spd_zoo.cli import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.layers import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
 from spd_zoo.predict import ModelError
 
+ROOT = Path(__file__).parent.parent
 RECORDED = [json.loads(line) for line in convert_report.RECORD.read_text().splitlines()]
 COMPARED = [row for row in RECORDED if "left_out" not in row]
 # together every kind of layer: plain, grouped, strided by 4, TensorFlow's padding, weight standardised; every pooling
@@ -607,6 +609,26 @@ def test_a_checkpoint_is_converted_into_a_folder(tmp_path: Path) -> None:
         assert difference(converted(x), original(x)) < 1e-4
     assert converted.pretrained_cfg["label_names"] == list(original.pretrained_cfg["label_names"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+def test_the_command_converts_and_predicts_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "cifar_resnet20", "--out", str(tmp_path / "spd"), "--exclude", "stages.2.*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["stages.1.0.conv1.conv", "stages.1.0.projection.conv"]
+    assert lines[-1] == f'saved: timm.create_model("local-dir:{tmp_path / "spd"}", pretrained=True)'
+    said = []
+    for model in ("cifar_resnet20", str(tmp_path / "spd")):
+        assert main(["predict", model, str(ROOT / "examples"), "--json"]) == 0
+        said.append([[top["name"] for top in row["top"]] for row in json.loads(capsys.readouterr().out)])
+    assert said[0] == said[1]
+    assert main(["convert", "cifar_resnet20", "--out", str(tmp_path / "spd")]) == 1
+    assert f"error: {tmp_path / 'spd'} exists already; give a new folder" in capsys.readouterr().err
+
+
+def test_the_guide_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL | re.MULTILINE)
+    exec(compile(blocks[0], "convert.md", "exec"), {})
+    assert capsys.readouterr().out == blocks[1]
 
 
 def test_nothing_is_written_where_nothing_can_be_converted(tmp_path: Path) -> None:

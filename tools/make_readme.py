@@ -9,6 +9,7 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ def conversions() -> str:
         found = [row[kind] for kind in convert_report.SIZES if kind in row]
         worst = [f"{max(size[what] for size in found):.0e}" for what in ("difference", "folded")]
         sizes = ", ".join("x".join(map(str, size["size"])) for size in found)
-        left = "; ".join(row["left"]) or "nothing"
+        reasons = Counter(what.partition(", ")[2] for what in row["left"])
+        left = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
         more = [f"{100 * (after / before - 1):.0f} %" for before, after in (row["params"], row["macs"])]
         rows.append(
             [row["module"], f"`{row['network']}`", str(sum(row["replaced"].values())), left, sizes, *worst, *more]
