@@ -1,7 +1,9 @@
 """A model zoo for low-resolution images and small objects; importing it registers every network with timm."""
 
 from spd_zoo import models
+from spd_zoo.convert import convert_to_spd
 from spd_zoo.detect import Detections, Detector
+from spd_zoo.fold import fold_spd
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d, space_to_depth
 from spd_zoo.weights import WeightsError, use_manifest
 
@@ -14,6 +16,8 @@ __all__ = [
     "SPDConv2d",
     "SpaceToDepth",
     "WeightsError",
+    "convert_to_spd",
+    "fold_spd",
     "models",
     "space_to_depth",
     "use_manifest",

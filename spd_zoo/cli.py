@@ -20,6 +20,7 @@ import timm
 from tqdm import tqdm
 
 from spd_zoo import __version__
+from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.detect import Detector, as_coco, detect
 from spd_zoo.images import find_images
 from spd_zoo.predict import Answer, ModelError, predict, timm_name
@@ -33,6 +34,7 @@ from spd_zoo.weights import (
     imported_names,
     is_right,
     origin_of,
+    original_of,
     remove,
 )
 from spd_zoo.weights.publish import checkout_manifest, describe, prepare, publish
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if str(stopped):  # training that was asked to stop has saved its state
             _complain(f"{stopped}; it is saved, and the same command goes on from there")
         return 128 + getattr(stopped, "number", signal.SIGINT)
-    except (CommandError, ModelError, WeightsError, OSError) as error:
+    except (CommandError, ConversionError, ModelError, WeightsError, OSError) as error:
         _complain(str(error))
         return 1
 
@@ -114,6 +116,14 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     command.add_argument("--json", action="store_true", help="print JSON, as in detections.json")
 
+    command = add("convert", _convert, "make a network without strides and poolings that predicts exactly the same")
+    command.add_argument(
+        "model", metavar="MODEL", help="network of this zoo or of timm, with or without a tag; a folder"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, for predict and finetune")
+    command.add_argument("--include", nargs="+", metavar="PATTERN", help="only these modules, for example 'layer4.*'")
+    command.add_argument("--exclude", nargs="+", metavar="PATTERN", default=[], help="not these modules")
+
     weights = add("weights", None, "see, get, import, check, delete and publish weights").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -160,6 +170,7 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--to", choices=("onnx", "pt2"), required=True, help="ONNX, or torch.export's format")
     command.add_argument("--out", type=Path, metavar="FILE", help="the file (default: in the run, or here)")
     command.add_argument("--image-size", type=_positive, metavar="N", help="pixels (default: the network's)")
+    command.add_argument("--no-fold", action="store_true", help="keep space-to-depth and BatchNorm as layers")
     return parser
 
 
@@ -348,7 +359,7 @@ def _weights_row(entry: Entry) -> dict[str, Any]:
         here, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
     elif str(entry.source).startswith("bundled:"):
         here, origin = "bundled", "spd-zoo"
-    elif entry.name in imported_names():
+    elif original_of(entry).name in imported_names():
         here, origin = "imported", origin_of(file).get("origin", "")
     else:
         here, origin = "cached", str(entry.source)
@@ -359,7 +370,7 @@ def _weights_row(entry: Entry) -> dict[str, Any]:
         "verified": None if file is None else is_right(entry, file),
         "size": entry.size if file is None else file.stat().st_size,
         "licence": entry.license,
-        "from": origin,
+        "from": entry.derived_from or origin,
         "file": None if file is None else str(file),
     }
 
@@ -439,6 +450,15 @@ def _as_json(answer: Answer) -> dict[str, Any]:
     if answer.error is not None:
         return {"path": path, "error": answer.error}
     return {"path": path, "top": [dataclasses.asdict(guess) for guess in answer.top]}
+
+
+def _convert(options: argparse.Namespace) -> int:
+    try:
+        print(convert_checkpoint(options.model, options.out, options.include, options.exclude))
+    except ValueError as error:  # of the folder or the patterns
+        raise CommandError(str(error)) from error
+    print(f'saved: timm.create_model("local-dir:{options.out}", pretrained=True)')
+    return 0
 
 
 def _publish(options: argparse.Namespace) -> int:
@@ -521,7 +541,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     with _explained():
-        print(_training("export").export(options.model, options.to, options.out, options.image_size))
+        export = _training("export").export
+        print(export(options.model, options.to, options.out, options.image_size, not options.no_fold))
     return 0
 
 

@@ -18,9 +18,10 @@ from spd_zoo.cli import main
 from spd_zoo.training.data import DataError
 from spd_zoo.training.finetune import FinetuneConfig
 from spd_zoo.weights import Entry, entries
+from spd_zoo.weights.fit import own_networks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NETWORKS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+NETWORKS = own_networks()
 Capture = pytest.CaptureFixture[str]
 
 

@@ -10,6 +10,7 @@ import torch
 from timm.models import save_for_hf
 
 from spd_zoo.cli import main
+from spd_zoo.convert import convert_checkpoint
 from spd_zoo.training import export as exporting
 from spd_zoo.training.export import ExportError, export
 
@@ -65,6 +66,19 @@ def test_a_pt2_file_computes_the_same_for_any_number_of_images(
 def test_the_image_size_may_be_another(run: Path, tmp_path: Path) -> None:
     program = torch.export.load(export(str(run), "pt2", tmp_path / "net.pt2", image_size=48))
     assert program.module()(torch.randn(2, 3, 48, 48)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_file_has_strided_convolutions_unless_asked_otherwise(fold: bool, tmp_path: Path) -> None:
+    convert_checkpoint("cifar_resnet20", tmp_path / "spd")
+    file = tmp_path / "net.pt2"
+    assert main(["export", str(tmp_path / "spd"), "--to", "pt2", "--out", str(file), *[["--no-fold"], []][fold]]) == 0
+    program: Any = torch.export.load(file)
+    operators = " ".join(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    assert operators.count("batch_norm") == (1 if fold else 22)  # one stands behind an addition
+    assert operators.count("pixel_shuffle") == (0 if fold else 4)  # which lays out a space-to-depth kernel
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(program.module()(images), expected(tmp_path / "spd", images), rtol=1e-4, atol=1e-4)
 
 
 def test_a_file_that_computes_something_else_is_not_kept(

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import timm
 
-import spd_zoo  # noqa: F401 (registers the networks)
+from spd_zoo.weights.fit import own_networks
 
 ROOT = Path(__file__).parent.parent
-NETWORKS = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")}
+NETWORKS = set(own_networks())
 
 # Runs without `site`, so that no editable installation is found; an ordinary one is hidden by the finder.
 WITHOUT_INSTALLATION = """

@@ -673,8 +673,8 @@ def test_scripts(name: str) -> None:
 
 def old_taps(conv: SPDConv2d) -> Tensor:
     """Which taps of an SPD kernel the strided kernel has, (4, K, K): phase d of cell m reads offset 2m + d."""
-    half = conv.strided_kernel_size // 2
-    cells = torch.arange(conv.kernel_size[0]) - (half + 1) // 2
+    half = conv.kernel_size[0] // 2
+    cells = torch.arange(conv.weight.shape[-1]) - (half + 1) // 2
     inside = [(2 * cells + d).abs() <= half for d in (0, 1)]
     return torch.stack([inside[dy][:, None] & inside[dx][None, :] for dy in (0, 1) for dx in (0, 1)])
 
@@ -690,10 +690,10 @@ def test_a_fresh_space_to_depth_network_starts_as_a_strided_one(name: str) -> No
     for conv in convs:
         mask = old_taps(conv)
         weight = conv.weight.detach().unflatten(1, (-1, 4))
-        assert mask.sum() == conv.strided_kernel_size**2
+        assert mask.sum() == conv.kernel_size[0] ** 2
         assert not weight[:, :, ~mask].any()
         taps = weight[:, :, mask]
-        std = (2 / (conv.out_channels * conv.strided_kernel_size**2)) ** 0.5
+        std = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5
         assert taps.std().item() == pytest.approx(std, rel=5 / (2 * taps.numel()) ** 0.5)
     for mix in mixes:
         assert torch.equal(mix.weight.flatten(1), torch.tensor([1.0, 0, 0, 0]).expand(len(mix.weight), 4))

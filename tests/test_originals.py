@@ -30,11 +30,13 @@ from spd_zoo.weights import (
     import_weights,
     imported_names,
     origin_of,
+    original_of,
     read_original,
     remove,
     sha256_of,
 )
-from spd_zoo.weights.manifest import Entry, manifest_path
+from spd_zoo.weights.manifest import Entry, entries, manifest_path
+from spd_zoo.weights.publish import prepare
 
 CASE = next(case for case in golden.cases("pfd_bsconv") if case["model"] == "cifar_resnet20")
 NAME = "cifar_resnet20.theirs"
@@ -457,3 +459,71 @@ def test_timms_own_network_loads_what_is_pulled_for_it(tmp_path, monkeypatch):
     file = import_weights("resnet50.pyconv_in1k", content, tmp_path)
     net = timm.create_model("resnet50", pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     assert torch.equal(net.fc.weight, theirs.fc.weight)
+
+
+# Weights that a network converts
+
+
+DERIVED = {name: entry for name, entry in entries().items() if entry.derived_from}
+
+
+def test_every_checkpoint_of_the_authors_pyramids_has_a_derived_one_and_no_other_has() -> None:
+    pyramids = {name for name in entries() if name.startswith("pyconv") and name.endswith("in1k")}
+    assert pyramids == set(DERIVED) | {entry.derived_from for entry in DERIVED.values()}
+    assert {entry.derived_from for entry in DERIVED.values()} == {name.replace("_spd.", ".") for name in DERIVED}
+
+
+@pytest.mark.parametrize("entry", DERIVED.values(), ids=lambda entry: entry.name)
+def test_a_derived_checkpoint_says_of_its_weights_what_the_original_says(entry: Entry) -> None:
+    original = original_of(entry)
+    for field in ("source", "sha256", "license", "original_link", "dataset", "metrics", "input_size", "mean", "recipe"):
+        assert getattr(entry, field) == getattr(original, field)
+    assert entry.network == f"{original.network}_spd"
+    cfg = timm.get_pretrained_cfg(entry.name)
+    assert cfg is not None
+    assert (cfg.license, cfg.num_classes) == ("mit", 1000) and not cfg.has_weights  # not verified
+
+
+def test_a_derived_checkpoint_is_the_original_converted(tmp_path) -> None:
+    case = next(case for case in golden.cases("pyconv") if case["model"] == "pyconvresnet50" and not case["model_args"])
+    theirs = {key: torch.from_numpy(value) for key, value in golden.fill_state_dict(case["entries"]).items()}
+    name = "pyconvresnet50_spd.in1k"
+    with pytest.raises(WeightsError, match=r"weights of pyconvresnet50\.in1k.*by hand"):
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+    file = import_weights(name, save(theirs, tmp_path / "a.pth"), tmp_path)
+    assert imported_names(tmp_path) == ["pyconvresnet50.in1k"]
+    assert fetch(entries()[name], tmp_path) == file
+    x = torch.from_numpy(golden.make_input(**case["input"]))
+    for tag in (name, "pyconvresnet50.in1k"):
+        with torch.inference_mode():
+            net = timm.create_model(tag, pretrained=True, cache_dir=tmp_path).eval()
+            golden.assert_matches(net(x).numpy(), case["outputs"][0])
+    with pytest.raises(WeightsError, match=r"are those of pyconvresnet50\.in1k; delete these instead"):
+        remove(entries()[name], tmp_path)
+    with pytest.raises(WeightsError, match=r"has no file of its own: .* pyconvresnet50\.in1k; publish that"):
+        prepare(entries()[name], "org", file)
+
+
+def test_a_private_original_is_that_of_the_derived_checkpoint(tmp_path) -> None:
+    own = json.loads(manifest_path().read_text(encoding="utf-8"))["pyconvresnet"]["pyconvresnet50.in1k"]
+    pinned = own | {"source": f"hf://org/repo@{COMMIT}:a.safetensors", "sha256": "0" * 64}
+    (tmp_path / "private.json").write_text(json.dumps({"pyconvresnet": {"pyconvresnet50.in1k": pinned}}))
+    try:
+        spd_zoo.use_manifest(tmp_path / "private.json")
+        assert entries()["pyconvresnet50_spd.in1k"].sha256 == "0" * 64
+        default = timm.get_pretrained_cfg("pyconvresnet50_spd")
+        assert default is not None and default.tag == "cifar100"
+        mine = {"derived_from": "pyconvresnet50.in1k", "params": 1, "macs": 1}
+        (tmp_path / "b.json").write_text(json.dumps({"pyconvresnet": {"pyconvhgresnet50_spd.mine": mine}}))
+        spd_zoo.use_manifest(tmp_path / "b.json")
+        assert entries()["pyconvhgresnet50_spd.mine"].original_link == own["original_link"]
+        for wrong in ("pyconvresnet50.in2k", "pyconvresnet50_spd.in1k"):
+            (tmp_path / "c.json").write_text(json.dumps({"pyconvresnet": {"a.b": mine | {"derived_from": wrong}}}))
+            with pytest.raises(WeightsError, match="there is no network a"):
+                spd_zoo.use_manifest(tmp_path / "c.json")
+            named = {"pyconvresnet50_spd.b": mine | {"derived_from": wrong}}
+            (tmp_path / "c.json").write_text(json.dumps({"pyconvresnet": named}))
+            with pytest.raises(WeightsError, match=f"derives pyconvresnet50_spd.b from {wrong}, which are no weights"):
+                spd_zoo.use_manifest(tmp_path / "c.json")
+    finally:
+        spd_zoo.use_manifest(None)

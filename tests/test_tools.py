@@ -20,8 +20,10 @@ import benchmark
 import benchmark_finetune
 import bundle_weights
 import compare_starts
+import convert_experiment
 import timm_contract
 
+from spd_zoo.fold import fold_batchnorm
 from spd_zoo.models._classifier import Classifier
 
 EVERY = timm_contract.own_networks(Classifier)
@@ -46,7 +48,7 @@ def test_networks_without_layers_of_ours_to_write_otherwise_have_no_plain_way() 
 @pytest.mark.parametrize("network", ["cifar_resnet20_pfd", "cifar_mobilenetv3_large", "cifar_shufflenetv2_pfd"])
 def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks(network: str) -> None:
     net = benchmark.build(network, "ours")
-    folded = benchmark.fold_batchnorm(net)
+    folded = fold_batchnorm(net)
     benchmark.check_agreement({"ours": net, "folded": folded}, image_size=49)
     norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in other.modules()) for other in (net, folded)]
     assert norms[1] < norms[0] // 2
@@ -55,7 +57,7 @@ def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_plain_twin_and_the_folded_networks_compute_the_same(network: str) -> None:
     nets = {"ours": benchmark.build(network, "ours"), "plain": benchmark.build(network, "plain")}
-    folded = {f"{way}, folded": benchmark.fold_batchnorm(net) for way, net in nets.items()}
+    folded = {f"{way}, folded": fold_batchnorm(net) for way, net in nets.items()}
     benchmark.check_agreement({**nets, **folded}, image_size=49)
     norms = [
         [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)] for net in (nets["ours"], *folded.values())
@@ -91,6 +93,16 @@ def test_every_eager_form_prints_its_ratios(capsys: pytest.CaptureFixture[str]) 
         assert row["/ plain"] == pytest.approx(row["ours"] / row["plain"])
         assert row["/ resnet50"] == pytest.approx(row["ours"] / row["resnet50"])
         assert row["ours"] > 0 and row["/ plain, same form"] > 0
+
+
+def test_converting_and_folding_are_timed_against_the_network_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--image-size", "64", "--batch", "2", "--rounds", "1", "--threads", str(torch.get_num_threads()), "--json"]
+    forms = ["inference-fp32-contiguous-eager*", "train-fp32-contiguous-eager"]
+    assert benchmark.main(["--network", "test_resnet", "--convert", *tiny, "--forms", *forms]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["form"].rpartition("-")[2] for row in rows] == ["eager", "folded", "eager"]
+    for row in rows:
+        assert row["/ as it was"] == pytest.approx(row["ours"] / row["as it was"])
 
 
 @pytest.mark.slow
@@ -180,3 +192,50 @@ def test_starts_are_compared_on_the_test_images(tmp_path: Path, monkeypatch: pyt
         for seed in (0, 1)
     ]
     assert {(config.epochs, config.image_size) for config in configs} == {(4, "48")}
+
+
+def test_the_experiment_compares_runs_of_equal_seeds() -> None:
+    rows = [
+        {
+            "image_size": 32,
+            "start": start,
+            "lr": lr,
+            "epochs": epochs,
+            "train_images": 9,
+            "seed": seed,
+            "test_top1": top1,
+        }
+        for start, lr, epochs, seed, top1 in (
+            *(("as it was", "", 0, "", 20.0), ("converted", "", 0, "", 20.0)),
+            *(("as it was", 0.1, 2, 0, 50.0), ("converted", 0.1, 2, 0, 51.0)),
+            *(("as it was", 0.1, 2, 1, 54.0), ("converted", 0.1, 2, 1, 57.0)),
+            ("as it was", 0.1, 2, 2, 90.0),  # whose other half is not there yet
+        )
+    ]
+    for row in rows:
+        row["train_images"] = 9 if row["epochs"] else 0
+    (line,) = convert_experiment.summary(rows)
+    assert (line["seeds"], line["as it was, before"], line["as it was"], line["converted"]) == (2, 20, 52, 54)
+    assert line["as it was, std"] == pytest.approx(8**0.5)
+    assert (line["gain"], line["gain, standard error"]) == (2, pytest.approx(1))
+
+
+@pytest.mark.slow
+def test_the_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    names = timm.create_model("cifar_resnet20.cifar100").pretrained_cfg["label_names"]
+    for i, name in enumerate(names):
+        for split, count in (("train", 4), ("test", 1)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for j in range(count):
+                Image.new("RGB", (32, 32), (i, 60 * j, 99)).save(tmp_path / "data" / split / name / f"{j}.png")
+    command = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--train-images", "200"]
+    command += ["--held-out", "100", "--image-sizes", "16", "--epochs", "1"]
+    results = tmp_path / "out" / "results.csv"
+    assert convert_experiment.main([*command, "--seeds", "2"]) == 0
+    first = results.read_text()
+    assert len(first.splitlines()) == 1 + 2 + 2 * 2
+    assert convert_experiment.main([*command, "--seeds", "3"]) == 0
+    assert results.read_text().startswith(first) and len(results.read_text().splitlines()) == 1 + 2 + 3 * 2
+    assert (tmp_path / "out" / "results.svg").stat().st_size > 1000
+    before = [line.split(",")[-2:] for line in first.splitlines()[1:3]]
+    assert before[0] == before[1]  # converting alone changes nothing

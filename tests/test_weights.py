@@ -27,11 +27,12 @@ from spd_zoo import WeightsError
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, sha256_of
 from spd_zoo.weights.fetch import BUNDLED
+from spd_zoo.weights.fit import own_networks
 from spd_zoo.weights.manifest import Entry, manifest_path
 
 MANIFEST = json.loads(manifest_path().read_text(encoding="utf-8"))
 SCHEMA = json.loads((Path(spd_zoo.__file__).parent / "weights/manifest.schema.json").read_text(encoding="utf-8"))
-NETWORKS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+NETWORKS = own_networks()
 ENTRIES = list(entries().values())
 CHECKPOINTS = [entry for entry in ENTRIES if entry.tag]
 UNVERIFIED = [entry for entry in CHECKPOINTS if not entry.verified]

@@ -1,6 +1,7 @@
 """How fast our networks are: against the same networks written the plain way, and against timm's resnet50.
 
     python tools/benchmark.py --network pyconvresnet50 [--threads 2] [--batch 16] [--forms 'inference-fp32-*'] [--quick]
+    python tools/benchmark.py --network resnet50 --convert [...]
 
 The plain way is that of the papers' code: space-to-depth by slices and concatenation, every level of a pyramid its own
 convolution. "/ plain" compares with it as the papers run it (contiguous, eager, BatchNorm as it is, same precision),
@@ -12,6 +13,9 @@ A detector is compared with itself the plain way alone, at the size of its input
 space-to-depth is the plain one, so only the layout can make a difference. A last row has the milliseconds for an image
 that decoding and suppression take where 300, 3000 and 30000 scores are above the threshold: a random network's scores,
 whose boxes overlap more than a trained one's.
+
+With --convert the network may be any: "ours" is what `convert_to_spd` makes of it, with new weights that have learnt
+something; folded, it is what `fold_spd` makes of that. "/ as it was" compares with the network itself in the same form.
 
 A trap: with one thread and a batch below 16, torch computes fp32 1x1 and 3x3 convolutions by a slow built-in kernel.
 """
@@ -36,15 +40,17 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
-from timm.models import get_notrace_modules
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from convert_report import train_a_little
+from timm.models import register_notrace_module
+from torch import Tensor, nn
 
+from spd_zoo import convert_to_spd, fold_spd
+from spd_zoo.fold import fold_batchnorm
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d
 from spd_zoo.losses import Target
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.weights.fit import own_networks
 
 QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # patterns of forms
 
@@ -73,6 +79,7 @@ FORMS = [
 ]
 
 
+@register_notrace_module
 class PlainSpaceToDepth(nn.Module):
     """`SpaceToDepth` by slices and concatenation."""
 
@@ -89,8 +96,11 @@ class PlainSpaceToDepth(nn.Module):
         return torch.stack(phases, 2).flatten(1, 2)  # stack is a concatenation that keeps a group's channels together
 
 
-class PlainPyConv(nn.ModuleDict):
+class PlainPyConv(PyConv2d):
     """`PyConv2d` with one convolution per level."""
+
+    def __init__(self, levels: dict[str, nn.Module]) -> None:
+        nn.ModuleDict.__init__(self, levels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the concatenated outputs of the levels."""
@@ -102,14 +112,13 @@ def plain(module: nn.Module) -> nn.Module:
     if isinstance(module, SpaceToDepth):
         return PlainSpaceToDepth(module.order)
     if isinstance(module, SPDConv2d | PhaseMix):
-        conv = nn.Conv2d(
-            module.in_channels, module.out_channels, module.kernel_size[0], groups=module.groups, bias=False
-        )
+        out_chs, in_chs, kernel, _ = module.weight.shape
+        conv = nn.Conv2d(in_chs * module.groups, out_chs, kernel, groups=module.groups, bias=False)
         conv.weight = module.weight
         down = PlainSpaceToDepth("channels_first")
-        if isinstance(module, PhaseMix) or module.kernel_size[0] == 1:
+        if isinstance(module, PhaseMix) or kernel == 1:
             return nn.Sequential(down, conv)
-        before, after = module.pad_before // 2, module.pad_after // 2
+        before, after = module.pad_before[0] // 2, module.pad_after[0] // 2
         return nn.Sequential(down, nn.ZeroPad2d((before, after, before, after)), conv)
     if isinstance(module, PyConv2d):
         return PlainPyConv({name: plain(level) for name, level in module.items()})
@@ -132,37 +141,6 @@ def with_a_plain_way(names: Iterable[str]) -> list[str]:
         for name, net in nets.items()
         if isinstance(net, Classifier) and any(isinstance(module, ours) for module in net.modules())
     ]
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (*get_notrace_modules(), PlainSpaceToDepth, PlainPyConv, BatchNormAct2d)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
-
-
-def fold_batchnorm(net: nn.Module) -> nn.Module:
-    """A copy for inference, in which every BatchNorm right behind a convolution or pyramid is part of it."""
-    net = copy.deepcopy(net).eval()
-    modules = dict(net.named_modules())
-    for node in _Tracer().trace(net).nodes:
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.BatchNorm2d):
-            continue
-        source = node.all_input_nodes[0]
-        conv = modules.get(str(source.target)) if source.op == "call_module" else None
-        if len(source.users) == 1 and isinstance(conv, nn.Conv2d | PyConv2d | PlainPyConv):
-            _fold(conv, norm)
-            net.set_submodule(str(node.target), norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
-    return net
-
-
-def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
-    convs = [module for module in conv.modules() if isinstance(module, nn.Conv2d)]
-    assert norm.running_mean is not None and norm.running_var is not None
-    values = [norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach()]
-    splits = [value.split([level.out_channels for level in convs]) for value in values]
-    for level, mean, var, scale, shift in zip(convs, *splits, strict=True):
-        level.weight, level.bias = fuse_conv_bn_weights(level.weight, level.bias, mean, var, norm.eps, scale, shift)
 
 
 def check_agreement(nets: dict[str, nn.Module], image_size: int) -> None:
@@ -271,20 +249,13 @@ def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> 
     for form in forms:
         if detector and form.folded:
             continue
-        torch._dynamo.reset()
         contenders = {
             "ours": (nets["ours"], form),
             "plain": (nets["plain"], Form(form.step, form.precision)),
             "plain, same form": (nets["plain"], form),
             **{name: (net, form) for name, net in rival.items()},
         }
-        steps = {name: make_step(net, its, args.batch, args.image_size) for name, (net, its) in contenders.items()}
-        seconds = time_steps(steps, args.rounds)
-        row: dict[str, Any] = {"network": network, "form": str(form)}
-        for name, times in seconds.items():
-            row[name] = args.batch / statistics.median(times)
-        for name in list(seconds)[1:]:
-            row[f"/ {name}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[name], strict=True))
+        row = _compare(network, form, contenders, args)
         if args.memory and form.mode == "eager":
             row["MiB"] = measure_memory(network, "ours", form, args)
             row["MiB plain"] = measure_memory(network, "plain", Form(form.step, form.precision), args)
@@ -307,6 +278,34 @@ def time_suppression(net: DetectionNet, args: argparse.Namespace) -> dict[str, f
     return {name: 1000 * statistics.median(times[1:]) for name, times in seconds.items()}
 
 
+def benchmark_converted(network: str, forms: Iterable[Form], args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """One row per form: what converting costs."""
+    original = build(network, "ours")
+    converted = convert_to_spd(original)
+    check_agreement({"as it was": original, "converted": converted}, args.image_size)
+    train_a_little(converted)
+    folded = fold_spd(converted)
+    check_agreement({"converted": converted, "folded": folded}, args.image_size)
+    for form in forms:
+        contenders = {"ours": (folded if form.folded else converted, form), "as it was": (original, form)}
+        yield _compare(network, form, contenders, args)
+
+
+def _compare(
+    network: str, form: Form, contenders: dict[str, tuple[nn.Module, Form]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Images/s of all contenders, and how much faster the first is than each of the others."""
+    torch._dynamo.reset()
+    steps = {name: make_step(net, its, args.batch, args.image_size) for name, (net, its) in contenders.items()}
+    seconds = time_steps(steps, args.rounds)
+    row: dict[str, Any] = {"network": network, "form": str(form)}
+    for name, times in seconds.items():
+        row[name] = args.batch / statistics.median(times)
+    for name in list(seconds)[1:]:
+        row[f"/ {name}"] = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[name], strict=True))
+    return row
+
+
 def main(argv: list[str]) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -316,6 +315,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forms", nargs="+", default=["*"], help="patterns, as train-fp32-channels_last-*")
+    parser.add_argument("--convert", action="store_true", help="compare with what convert_to_spd makes; no memory")
     parser.add_argument("--quick", action="store_true", help=f"the forms {', '.join(QUICK)}; no memory")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -329,11 +329,10 @@ def main(argv: list[str]) -> int:
         net = None if args.network == "all" else timm.create_model(args.network, device="meta")
         args.image_size = net.pretrained_cfg["input_size"][-1] if isinstance(net, DetectionNet) else 224
     torch.set_num_threads(args.threads)
-    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
     note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
     print(f"# {note}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; images/s", file=sys.stderr)
-    for name in with_a_plain_way(own) if args.network == "all" else [args.network]:
-        for row in benchmark(name, forms, args):
+    for name in with_a_plain_way(own_networks()) if args.network == "all" else [args.network]:
+        for row in (benchmark_converted if args.convert else benchmark)(name, forms, args):
             if args.json:
                 print(json.dumps(row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}))
             else:

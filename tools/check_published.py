@@ -27,6 +27,7 @@ import timm
 import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo import complexity
 from spd_zoo.weights import entries
+from spd_zoo.weights.fit import own_networks
 
 PUBLISHED, RECORD = (Path(__file__).parent / name for name in ("published.csv", "complexity.csv"))
 COLUMNS = {  # of published.csv, and what may stand there
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", action="store_true", help="print every row as CSV")
     parser.add_argument("--record", action="store_true", help="write complexity.csv anew, for all networks")
     options = parser.parse_args(argv)
-    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+    own = own_networks()
     if unknown := [name for name in options.networks if not timm.is_model(name)]:
         parser.error(f"there is no network {' and no '.join(unknown)}")
     if options.record:

@@ -1,17 +1,22 @@
 """Writes the tables of the README and of docs/: `python tools/make_readme.py [--check]`.
 
-They come from the manifest, from recorded speeds, latencies and faults, and from counting what papers print.
+They come from the manifest, from records of speeds, latencies, faults, conversions and an experiment, and from counting
+what papers print.
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import check_published
+import convert_experiment
+import convert_report
 
 from spd_zoo.weights import Entry, entries
 
@@ -55,6 +60,8 @@ def _figure(metric: dict[str, Any]) -> str:
 
 
 def _place(entry: Entry) -> str:
+    if entry.derived_from:
+        return f"`{entry.derived_from}`, converted"
     if entry.verified:
         return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
     file = f"`{entry.original_file}` behind the " if entry.original_file else ""
@@ -144,6 +151,54 @@ def training_speed() -> str:
     return table(("", *heads), rows)
 
 
+def converted_speed() -> str:
+    """What `tools/benchmark.py --convert --json` printed into `tools/convert_speed.jsonl`."""
+    lines = (ROOT / "tools" / "convert_speed.jsonl").read_text(encoding="utf-8").splitlines()
+    record = [json.loads(line) for line in lines]
+    columns = ("ours", "as it was", "/ as it was")
+    rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
+    settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
+    head = ("network", "form", "converted and trained, images/s", "as it was, images/s", "ratio")
+    return f"{'; '.join(sorted(settings))}\n\n{table(head, rows)}"
+
+
+def conversions() -> str:
+    """What `tools/convert_report.py --json` printed into `tools/conversions.jsonl`."""
+    record = [json.loads(line) for line in convert_report.RECORD.read_text(encoding="utf-8").splitlines()]
+    compared = [row for row in record if "left_out" not in row]
+    rows = []
+    for row in compared:
+        found = [row[kind] for kind in convert_report.SIZES if kind in row]
+        worst = [f"{max(size[what] for size in found):.0e}" for what in ("difference", "folded")]
+        sizes = ", ".join("x".join(map(str, size["size"])) for size in found)
+        reasons = Counter(what.partition(", ")[2] for what in row["left"])
+        left = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
+        more = [f"{100 * (after / before - 1):.0f} %" for before, after in (row["params"], row["macs"])]
+        rows.append(
+            [row["module"], f"`{row['network']}`", str(sum(row["replaced"].values())), left, sizes, *worst, *more]
+        )
+    head = ("file", "network", "replaced", "left", "sizes", "difference", "folded", "more parameters", "more MACs")
+    count = f"{len(compared)} networks of {len({row['module'] for row in compared})} files"
+    return f"{count}:\n\n{table(head, rows)}"
+
+
+def conversion_experiment() -> str:
+    """What `tools/convert_experiment.py` found, recorded in `tools/convert_experiment.csv`."""
+    with (ROOT / "tools" / "convert_experiment.csv").open(newline="", encoding="utf-8") as lines:
+        found = convert_experiment.summary(list(csv.DictReader(lines)))
+    rows = [
+        [
+            *(str(line[name]) for name in ("image_size", "train_images", "epochs", "lr", "seeds")),
+            f"{line['as it was, before']:.2f} %",
+            *(f"{line[start]:.2f} ± {line[f'{start}, std']:.2f} %" for start in ("as it was", "converted")),
+            f"{line['gain']:+.2f} ± {line['gain, standard error']:.2f}",
+        ]
+        for line in found
+    ]
+    head = ("seen at, px", "training images", "epochs", "learning rate", "seeds", "before, both")
+    return table((*head, "strided, fine-tuned", "converted, fine-tuned", "difference"), rows)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "networks": networks,
@@ -155,6 +210,11 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/finetuning.md": {"starts": starts, "training_speed": training_speed},
     "docs/reliability.md": {"faults": faults},
+    "docs/convert.md": {
+        "converted_speed": converted_speed,
+        "conversions": conversions,
+        "conversion_experiment": conversion_experiment,
+    },
 }
 
 

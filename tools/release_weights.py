@@ -3,7 +3,8 @@
     python tools/release_weights.py --org ORG [--manifest FILE] [network.tag ...]
 
 Each is fetched, checked with its network, published and pinned, as by `spd-zoo weights publish`. After a failure run
-it again: what is pinned stays as it is. Exit status 1 if any is left; those whose licence forbids it are only listed.
+it again: what is pinned stays as it is. Exit status 1 if any is left; those whose licence forbids it are only listed,
+and those that are derived from others are left out: they have no file of their own.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in options.names if name not in checkpoints]:
         parser.error(f"there are no weights called {', '.join(unknown)}")
     manifest = options.manifest or checkout_manifest()
-    names = options.names or list(checkpoints)
+    names = options.names or [name for name, entry in checkpoints.items() if entry.derived_from is None]
     width = max(map(len, names))
     outcomes = []
     for name in names:

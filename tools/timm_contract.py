@@ -23,8 +23,8 @@ import pytest
 import timm
 from torch import nn
 
-import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo.models._classifier import Classifier
+from spd_zoo.weights import fit
 
 # Tests that timm runs on a few networks of its own, given by name, but that hold for any: here they run on ours.
 # The values go to the arguments besides the network's name. test_feature_getter_stage_ends_torchscript is not among
@@ -62,8 +62,7 @@ NOT_APPLICABLE = {
 @cache
 def own_networks(kind: type[nn.Module]) -> list[str]:
     """Our networks of a kind, `Classifier` or `DetectionNet`, by name, each architecture's from shallow to deep."""
-    own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
-    return [name for name in own if isinstance(timm.create_model(name, device="meta"), kind)]
+    return [name for name in fit.own_networks() if isinstance(timm.create_model(name, device="meta"), kind)]
 
 
 def one_per_architecture(names: Sequence[str]) -> list[str]:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import PhaseMix, PyConv2d, SPDConv2d
+from spd_zoo.layers import PhaseMix, PyConv2d, SPDConv2d, adapt_image_channels
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._registry import register_model
 
@@ -217,14 +216,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyConvResNet) -> 
     if isinstance(model.stem[0], SPDConv2d) and stem is not None and stem.ndim == 4:
         state_dict["stem.0.weight"] = adapt_image_channels(stem, model.in_chans)
     return state_dict
-
-
-def adapt_image_channels(weight: Tensor, in_chans: int) -> Tensor:
-    """The SPD stem's kernel for another number of image channels, phase by phase as timm does it for a plain stem."""
-    if weight.shape[1] == 4 * in_chans or weight.shape[1] % 4:
-        return weight
-    strided = F.pixel_shuffle(weight.float(), 2)
-    return F.pixel_unshuffle(adapt_input_conv(in_chans, strided, strided.shape[1]), 2).to(weight.dtype)
 
 
 default_cfgs = weights.default_cfgs("pyconvresnet", first_conv="stem.0", classifier="head.fc")

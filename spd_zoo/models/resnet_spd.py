@@ -18,7 +18,7 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import SpaceToDepth, adapt_phases
+from spd_zoo.layers import SpaceToDepth, adapt_image_channels
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._registry import register_model
 
@@ -128,7 +128,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dic
     """The authors' keys as ours; keys that are ours already stay. Image channels are adapted phase by phase."""
     state_dict = weights.rename(state_dict, _RENAMES)
     if "stem.1.weight" in state_dict:
-        state_dict["stem.1.weight"] = adapt_phases(state_dict["stem.1.weight"], model.in_chans)
+        stem = state_dict["stem.1.weight"]
+        state_dict["stem.1.weight"] = adapt_image_channels(stem, model.in_chans, order="rows_first")
     return state_dict
 
 

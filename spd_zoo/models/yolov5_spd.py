@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spd_zoo import weights
 from spd_zoo.boxes import anchor_boxes, cell_corners
-from spd_zoo.layers import SPPF, SpaceToDepth, YoloBottleneck, adapt_phases, yolo_conv
+from spd_zoo.layers import SPPF, SpaceToDepth, YoloBottleneck, adapt_image_channels, yolo_conv
 from spd_zoo.losses import Target, yolov5_loss
 from spd_zoo.models._detector import YoloHead, YoloNet, check_num_classes
 from spd_zoo.models._registry import register_model
@@ -224,7 +224,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv5SPD) -> dic
     """The authors' keys as ours; keys that are ours already stay. Image channels are adapted phase by phase."""
     state_dict = weights.rename(state_dict, _RENAMES)
     if "stem.1.conv.weight" in state_dict:
-        state_dict["stem.1.conv.weight"] = adapt_phases(state_dict["stem.1.conv.weight"], model.in_chans)
+        stem = state_dict["stem.1.conv.weight"]
+        state_dict["stem.1.conv.weight"] = adapt_image_channels(stem, model.in_chans, order="rows_first")
     return state_dict
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 
 import spd_zoo
+from spd_zoo.fold import fold_spd
 from spd_zoo.predict import class_names, load
 
 __all__ = ["FORMATS", "ExportError", "export"]
@@ -25,7 +27,9 @@ class ExportError(ValueError):
     """A network that cannot be exported; the message says why."""
 
 
-def export(model: str, to: str, out: str | Path | None = None, image_size: int | None = None) -> Path:
+def export(
+    model: str, to: str, out: str | Path | None = None, image_size: int | None = None, fold: bool = True
+) -> Path:
     """Writes a network into one file that takes any number of images, after a check of what the file computes.
 
     Input `images`, float32 (N, C, image_size, image_size); output `logits`, float32 (N, classes). What must be done to
@@ -37,6 +41,7 @@ def export(model: str, to: str, out: str | Path | None = None, image_size: int |
         to: "onnx" or "pt2".
         out: The file; `model.onnx` or `model.pt2` in the run's folder, or one named after the network, if not given.
         image_size: Pixels; the network's own input size if not given.
+        fold: Write what `fold_spd` makes of the network, which computes the same with fewer and plainer operators.
 
     Raises:
         ExportError: If the network cannot be exported, or its file computes something else.
@@ -54,12 +59,19 @@ def export(model: str, to: str, out: str | Path | None = None, image_size: int |
     temporary = path.with_name(f"{path.name}.tmp.{to}")  # torch wants its own suffix
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        compute = FORMATS[to](net, size, _metadata(net, size), temporary)
+        compute = FORMATS[to](_folded(net, model) if fold else net, size, _metadata(net, size), temporary)
         _check(net, size, compute)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _folded(net: nn.Module, model: str) -> nn.Module:
+    try:
+        return fold_spd(net)
+    except TraceError as error:
+        raise ExportError(f"{model} cannot be folded ({str(error).partition(chr(10))[0]}); give --no-fold") from error
 
 
 def _metadata(net: Any, size: int) -> dict[str, str]:

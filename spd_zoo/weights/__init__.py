@@ -8,7 +8,7 @@ variant and timm, `publish` and `card` put weights on the Hub.
 from spd_zoo.weights.build import build, create, default_cfgs, use_manifest
 from spd_zoo.weights.checkpoint import read_original
 from spd_zoo.weights.download import sha256_of
-from spd_zoo.weights.fetch import fetch, find, import_weights, is_right, remove
+from spd_zoo.weights.fetch import fetch, find, import_weights, is_right, original_of, remove
 from spd_zoo.weights.fit import rename
 from spd_zoo.weights.manifest import Entry, WeightsError, entries, find_entry
 from spd_zoo.weights.originals import imported_names, origin_of
@@ -27,6 +27,7 @@ __all__ = [
     "imported_names",
     "is_right",
     "origin_of",
+    "original_of",
     "read_original",
     "remove",
     "rename",

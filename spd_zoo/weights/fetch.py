@@ -13,17 +13,23 @@ from spd_zoo.weights.download import (
     hub_url,
     sha256_of,
 )
-from spd_zoo.weights.manifest import Entry, WeightsError
+from spd_zoo.weights.manifest import Entry, WeightsError, entries, find_entry
 from spd_zoo.weights.originals import find_imported, import_original, locked, origin_of, sha256_in_name, tagged
 
-__all__ = ["BUNDLED", "fetch", "find", "import_weights", "is_right", "remove"]
+__all__ = ["BUNDLED", "fetch", "find", "import_weights", "is_right", "original_of", "remove"]
 
 BUNDLED = Path(__file__).parent / "bundled"
 _BUNDLED_SOURCE = re.compile(r"bundled:(?P<file>\w[\w.-]*)", re.ASCII)
 
 
+def original_of(entry: Entry) -> Entry:
+    """The entry whose file is loaded: `entry`, or that which it is derived from."""
+    return entry if entry.derived_from is None else entries()[entry.derived_from]
+
+
 def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
     """The file of `entry` on this machine, unchecked: in the package, imported, or in the Hugging Face cache."""
+    entry = original_of(entry)
     bundled, hub = _places(entry)
     imported = find_imported(entry.name, cache_dir)
     if bundled:
@@ -35,6 +41,7 @@ def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
 
 def is_right(entry: Entry, path: Path) -> bool | None:
     """Whether a file that `find` or `fetch` gave has the bytes that it must have; None if nobody knows them."""
+    entry = original_of(entry)
     if not path.is_file():
         return False
     imported = sha256_in_name(path)
@@ -52,7 +59,7 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
     """The file of `entry`, its SHA-256 checked; what is not on this machine is downloaded once.
 
     What is damaged on this machine is downloaded once more. The authors' file is converted to our keys. Warns if the
-    file is not verified, because no SHA-256 is known for it.
+    file is not verified, because no SHA-256 is known for it. The file of a derived entry is that of the original.
 
     Args:
         entry: Which weights.
@@ -61,6 +68,7 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
     Raises:
         WeightsError: If the file cannot be had, or is not the one that the manifest pins.
     """
+    entry = original_of(entry)
     bundled, hub = _places(entry)
     path = find(entry, cache_dir)
     right = None if path is None else is_right(entry, path)
@@ -125,13 +133,17 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
 def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = None) -> Path:
     """`import_original` for a file, or for a link (https, Google Drive, hf://ORG/REPO@COMMIT:FILE), downloaded first.
 
+    What is imported for a derived entry is the original.
+
     Raises:
         WeightsError: If it cannot be had, cannot be read or does not fit; nothing is kept.
     """
+    name = tagged(name)
+    entry = find_entry(name)
+    name = name if entry is None else original_of(entry).name
     hub = HUB_SOURCE.fullmatch(str(file))
     if hub is None and not re.match("https?://", str(file)):
         return import_original(name, Path(file), cache_dir=cache_dir)
-    name = tagged(name)
     with locked(name, cache_dir) as folder:
         part = folder / f"{name}.original"
         try:
@@ -186,8 +198,10 @@ def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
     """Deletes the file of `entry` from the user's cache; returns its path, None if there was none.
 
     Raises:
-        WeightsError: If the file belongs to the package.
+        WeightsError: If the file belongs to the package, or to the entry that this one is derived from.
     """
+    if entry.derived_from is not None:
+        raise WeightsError(f"the weights of {entry.name} are those of {entry.derived_from}; delete these instead")
     bundled, _ = _places(entry)
     if bundled:
         raise WeightsError(f"the weights of {entry.name} are part of the package and stay; uninstall spd-zoo instead")

@@ -125,7 +125,7 @@ def which_fits(state_dict: StateDict, other_than: str) -> str:
 
 def own_networks() -> list[str]:
     """The names of this zoo's networks in timm's registry."""
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.models.")]
 
 
 def _fits(state_dict: StateDict, name: str) -> bool:

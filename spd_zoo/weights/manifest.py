@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -57,6 +57,7 @@ class Entry:
     origin_url: str | None = None
     original_link: str | None = None
     original_file: str | None = None  # the file in it, where original_link is a folder
+    derived_from: str | None = None  # the entry whose file it is: the network converts those weights when it loads them
     dataset: str | None = None
     class_names: tuple[str, ...] | None = None
     recipe: dict[str, Any] | None = None
@@ -105,7 +106,7 @@ def entries() -> dict[str, Entry]:
     Raises:
         WeightsError: If a manifest is invalid.
     """
-    return _own() if _private is None else {**_own(), **_read_private(Path(_private))}
+    return _derived(_own() if _private is None else {**_own(), **_read_private(Path(_private))})
 
 
 def entries_for_import() -> dict[str, Entry]:
@@ -116,7 +117,7 @@ def entries_for_import() -> dict[str, Entry]:
     try:
         return entries()
     except WeightsError:
-        return _own()
+        return _derived(_own())
 
 
 def find_entry(name: str) -> Entry | None:
@@ -133,12 +134,27 @@ def _own() -> dict[str, Entry]:
     return _entries_of(json.loads(manifest_path().read_text(encoding="utf-8")), manifest_path())
 
 
+def _derived(found: dict[str, Entry]) -> dict[str, Entry]:
+    """The entries, those that are derived from others with all that these say of the weights."""
+    return {
+        name: entry
+        if entry.derived_from is None
+        else replace(
+            found[entry.derived_from],
+            **{field: getattr(entry, field) for field in ("name", "group", "params", "macs", "derived_from")},
+        )
+        for name, entry in found.items()
+    }
+
+
 def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for group, members in groups.items():
         for name, fields in members.items():
             if name in found:
                 raise WeightsError(f"{path} has {name} twice, in {found[name].group} and in {group}; remove one")
+            if "derived_from" in fields:  # the rest is the other entry's
+                fields = {"num_classes": 1, "input_size": (1, 1, 1), "pool_size": (1, 1)} | fields
             try:
                 found[name] = Entry(name=name, group=group, **{key: _tuple(value) for key, value in fields.items()})
             except TypeError as error:
@@ -197,6 +213,9 @@ def _read_private(path: Path) -> dict[str, Entry]:
             refuse(f"has {len(entry.class_names)} class names for the {entry.num_classes} classes of {entry.name}")
         if network is not None and network.group != entry.group:
             refuse(f"has {entry.name} in the group {entry.group}; it belongs to {network.group}")
+        original = {**_own(), **found}.get(entry.derived_from or entry.name)
+        if original is None or (entry.derived_from and (original.derived_from or not original.tag)):
+            refuse(f"derives {entry.name} from {entry.derived_from}, which are no weights, or derived ones themselves")
     return found
 
 

@@ -110,8 +110,13 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
 
     Raises:
         LicenseError: If they may not be passed on.
-        WeightsError: If they cannot be had, do not fit the network, or it computes no finite numbers with them.
+        WeightsError: If they are derived from others, cannot be had, do not fit the network, or it computes no finite
+            numbers with them.
     """
+    if entry.derived_from is not None:
+        raise WeightsError(
+            f"{entry.name} has no file of its own: loading it converts {entry.derived_from}; publish that"
+        )
     check_license(entry)
     if file is None:
         file = _fetch_offline(entry) if offline else fetch(entry)

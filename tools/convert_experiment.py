@@ -1,0 +1,217 @@
+"""Does converting a pretrained network help when it is fine-tuned on images with less detail? CIFAR-100 at 16x16.
+
+    python tools/convert_experiment.py --data CIFAR100 --out DIR [--image-sizes 32 16] [--lrs 1e-3] [--seeds 3]
+
+The images are averaged down to half their size. `--model`, as it was trained on whole images, and the same network
+after `convert_to_spd` are evaluated on them, then fine-tuned by `spd-zoo finetune`: on the same `--train-images`, in
+the same order and with the same augmentation, number of epochs and learning rate, at each of `--image-sizes`.
+Validation images are those that the network was not pretrained on either; nothing is chosen by the test images.
+
+DIR then holds `results.csv`, a line per run, and `results.svg`. A run that is stopped goes on.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from spd_zoo.convert import convert_checkpoint
+from spd_zoo.training.data import DataError, LabelledImages, open_data, train_val_split
+from spd_zoo.training.evaluate import evaluate, write_csv
+from spd_zoo.training.finetune import FinetuneConfig, finetune
+
+COLUMNS = ("image_size", "start", "lr", "epochs", "train_images", "seed", "val_top1", "test_top1")
+
+
+def make_images(options: argparse.Namespace, target: Path) -> None:
+    """Writes the data set with images of `--pixels`, and some of the training images, evenly over the classes."""
+    import datasets
+
+    whole, test = (open_data(options.data, split, label_column=options.label_column) for split in ("train", "test"))
+    if whole is None or test is None:
+        raise DataError(f"{options.data} lacks a split train or test")
+    train, val = train_val_split(whole, options.held_out, seed=0)
+    _, train = train_val_split(train, options.train_images, seed=0)
+    kinds: dict[str, Any] = {"image": datasets.Image(), "label": datasets.ClassLabel(names=whole.class_names)}
+    size = (options.pixels, options.pixels)
+
+    def rows(data: LabelledImages) -> dict[str, list[Any]]:
+        small = [data.image(i).resize(size, Image.Resampling.BOX) for i in range(len(data))]
+        return {"image": small, "label": [data.label(i) for i in range(len(data))]}
+
+    temporary = target.with_name(f"{target.name}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    for name, data in (("train", train), ("val", val), ("test", test)):
+        datasets.Dataset.from_dict(rows(data), datasets.Features(kinds)).to_parquet(temporary / f"{name}-00000.parquet")
+    temporary.rename(target)
+
+
+def top1(model: str, data: Path, split: str, image_size: int) -> float:
+    """Top-1 in per cent."""
+    (found,) = evaluate(model, data, split, (image_size,), workers=0)
+    return float(found.row["top1"])
+
+
+def experiment(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each run, and for each network before it is fine-tuned (without a seed); written after each."""
+    images = options.out / f"images_{options.pixels}_{options.train_images}"
+    if not images.is_dir():
+        make_images(options, images)
+    converted = options.out / "converted"
+    if not converted.is_dir():
+        print(convert_checkpoint(options.model, converted))
+    starts = {"as it was": options.model, "converted": f"local-dir:{converted}"}
+    file = options.out / "results.csv"
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    if file.exists():
+        with file.open(newline="", encoding="utf-8") as lines:
+            found = {_key(row): row for row in csv.DictReader(lines)}
+
+    def record(row: dict[str, Any], model: str) -> None:
+        for split in ("val", "test"):
+            row[f"{split}_top1"] = top1(model, images, split, row["image_size"])
+        found[_key(row)] = row
+        write_csv(file, COLUMNS, [[row[name] for name in COLUMNS] for row in found.values()])
+
+    for size in options.image_sizes:
+        for start, model in starts.items():
+            row = {"image_size": size, "start": start, "lr": "", "epochs": 0, "train_images": 0, "seed": ""}
+            if _key(row) not in found:
+                record(row, model)
+        for lr in options.lrs:
+            for seed in range(options.seeds):
+                for start, model in starts.items():
+                    row = {"image_size": size, "start": start, "lr": lr, "epochs": options.epochs}
+                    row |= {"train_images": options.train_images, "seed": seed}
+                    if _key(row) in found:
+                        continue
+                    run = (
+                        options.out / f"{images.name}_{size}px_{options.epochs}x{lr:g}_{start.replace(' ', '_')}_{seed}"
+                    )
+                    finetune(
+                        FinetuneConfig(
+                            model,
+                            str(images),
+                            run,
+                            pretrained=True,
+                            epochs=options.epochs,
+                            head_epochs=0,  # the classifier is there already
+                            layer_decay=1.0,  # the new weights lie in the middle of the network
+                            lr=lr,
+                            batch_size=options.batch_size,
+                            image_size=str(size),
+                            seed=seed,
+                            workers=options.workers,
+                        )
+                    )
+                    record(row, str(run))
+    return list(found.values())
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in COLUMNS[:-2])
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each image size and learning rate: both starts before and after, and the mean difference of equal seeds.
+
+    Figures are top-1 on the test images; spreads are standard deviations over the seeds, and of the difference its
+    standard error.
+    """
+    by_key = {_key(row): float(row["test_top1"]) for row in rows}
+    runs = [row for row in rows if str(row["seed"]) != "" and row["start"] == "as it was"]
+    lines = []
+    for size, lr, epochs, images in dict.fromkeys(
+        (row["image_size"], row["lr"], row["epochs"], row["train_images"]) for row in runs
+    ):
+        of_runs = [
+            [by_key.get(_key(row | {"start": start})) for start in ("as it was", "converted")]
+            for row in runs
+            if (row["image_size"], row["lr"], row["epochs"], row["train_images"]) == (size, lr, epochs, images)
+        ]
+        pairs = [(was, now) for was, now in of_runs if was is not None and now is not None]
+        if len(pairs) < 2:
+            continue
+        line: dict[str, Any] = {"image_size": size, "lr": lr, "epochs": epochs, "train_images": images}
+        for i, start in enumerate(("as it was", "converted")):
+            before = {"image_size": size, "start": start, "lr": "", "epochs": 0, "train_images": 0, "seed": ""}
+            values = [pair[i] for pair in pairs]
+            line[f"{start}, before"] = by_key[_key(before)]
+            line[start], line[f"{start}, std"] = statistics.mean(values), statistics.stdev(values)
+        gains = [now - was for was, now in pairs]
+        line["gain"] = statistics.mean(gains)
+        line["gain, standard error"] = statistics.stdev(gains) / len(gains) ** 0.5
+        line["seeds"] = len(pairs)
+        lines.append(line)
+    return lines
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draws every run as a dot, means with standard deviations, and the accuracy before fine-tuning."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = summary(rows)
+    figure, axes = pyplot.subplots(1, len(lines), figsize=(4.2 * len(lines), 4), squeeze=False)
+    for axis, line in zip(axes[0], lines, strict=True):
+        for i, start in enumerate(("as it was", "converted")):
+            alike = {name: str(line[name]) for name in ("image_size", "lr", "epochs", "train_images")} | {
+                "start": start
+            }
+            dots = [float(r["test_top1"]) for r in rows if all(str(r[name]) == alike[name] for name in alike)]
+            axis.plot([i] * len(dots), dots, "o", color=f"C{i}", alpha=0.5)
+            axis.errorbar(i + 0.15, line[start], line[f"{start}, std"], fmt="s", color=f"C{i}", capsize=4)
+        axis.axhline(line["as it was, before"], color="grey", linestyle="--", label="both, before fine-tuning")
+        axis.set_xticks([0, 1], ["as it was", "converted"])
+        axis.set_xlim(-0.5, 1.6)
+        axis.set_ylabel("top-1 on CIFAR-100 test, %")
+        axis.set_title(
+            f"16x16 seen at {line['image_size']} px\n{line['epochs']} epochs, {line['train_images']} images, "
+            f"lr {float(line['lr']):g}",
+            fontsize=10,
+        )
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    temporary = file.with_name(f"tmp-{file.name}")
+    figure.savefig(temporary)
+    pyplot.close(figure)
+    temporary.replace(file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is missing, then prints a line per image size and learning rate; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-100, as `spd-zoo finetune` takes it")
+    parser.add_argument("--label-column", default="", help="where it has several, as on the Hub: fine_label")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="cifar_resnet20.cifar100")
+    parser.add_argument("--pixels", type=int, default=16)
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[32, 16])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train-images", type=int, default=10000)
+    parser.add_argument("--held-out", type=int, default=2500, help="training images that pretraining held out (seed 0)")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=0)
+    options = parser.parse_args(argv)
+    rows = experiment(options)
+    plot(rows, options.out / "results.svg")
+    for line in summary(rows):
+        print(
+            ", ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items()
+            )
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
