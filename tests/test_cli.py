@@ -342,6 +342,7 @@ def test_finetune_leaves_what_is_not_given_to_the_configuration(configs: list[Fi
 
 TEXTS = {
     "auto_augment": "rand-m6-n2-mstd0.5",
+    "hsv": "0.1,0.2,0.3",
     "sched": "multistep",
     "decay_epochs": "1,2",
     "image_size": "32,48@1",

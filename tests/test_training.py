@@ -699,17 +699,22 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
     assert not (tmp_path / "other").exists()
 
 
+def chosen_for(asked: FinetuneConfig, images: int) -> FinetuneConfig:
+    net = timm.create_model(asked.model, device="meta")
+    return training._chosen(asked, images, classification, net, training.Process(torch.device("cpu")))
+
+
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
     for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False)):
         asked = config(folders, folders, model=name, lr=None, pretrained=None)
-        chosen = training._chosen(asked, 480, training.Process(torch.device("cpu")))
+        chosen = chosen_for(asked, 480)
         assert chosen.pretrained is expected
         assert chosen.head_epochs == int(expected)
         assert chosen.opt == ("adamw" if expected else "lamb")
-        assert chosen.lr == pytest.approx(training.LR[chosen.opt] / 4)
+        assert chosen.lr == pytest.approx(classification.LR[chosen.opt] / 4)
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(12, 8), (480, 16), (2_000, 64), (47_500, 128)])
 def test_small_data_sets_have_small_steps(folders: Path, images: int, batch_size: int) -> None:
     asked = config(folders, folders, batch_size=None)
-    assert training._chosen(asked, images, training.Process(torch.device("cpu"))).batch_size == batch_size
+    assert chosen_for(asked, images).batch_size == batch_size

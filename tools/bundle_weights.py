@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spd_zoo.complexity import count_macs, count_params
+from spd_zoo.models._detector import DetectionNet
+from spd_zoo.training.box_evaluate import evaluate_boxes
 from spd_zoo.training.classification import open_splits
 from spd_zoo.training.config import FinetuneConfig, load_config
 from spd_zoo.training.data import DataError, LabelledImages, eval_loader, eval_transform, open_data
@@ -55,6 +57,35 @@ def recipe_of(run: Path) -> dict[str, Any]:
     return load_config(new if new.exists() else old)
 
 
+def classification(
+    net: torch.nn.Module, config: FinetuneConfig, options: argparse.Namespace, cfg: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """Figures on the held-out images at the best of `options.image_sizes`, those on the test images, and that size."""
+    about = options.run / "data.json"
+    began_with = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
+    _, val, _ = open_splits(config, Process(torch.device("cpu")), began_with)
+    test = open_data(config.data, "test", config.image_column, config.label_column)
+    if test is None or not isinstance(val, LabelledImages):
+        raise DataError(f"{config.data} has no test split, or was streamed")
+    on_val = {size: round(accuracy(net, val, size, cfg), 2) for size in options.image_sizes}
+    size = max(on_val, key=lambda pixels: on_val[pixels])
+    return {"top1": on_val[size]}, {"top1": round(accuracy(net, test, size, cfg), 2)}, size
+
+
+def detection(
+    net: DetectionNet, config: FinetuneConfig, options: argparse.Namespace, cfg: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """AP and AP50 on the splits val and test, at the image size of the run."""
+    size = cfg["input_size"][-1]
+    found = []
+    for split in ("val", "test"):
+        given = (net, options.name, config.data, split, (size,), 8, 2, torch.device("cpu"), False)
+        (evaluation,) = evaluate_boxes(*given)
+        print(evaluation.in_words())
+        found.append({metric: round(evaluation.row[metric], 2) for metric in ("ap", "ap50")})
+    return found[0], found[1], size
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Bundles one run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -63,41 +94,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--hardware", required=True)
     parser.add_argument("--notes")
+    parser.add_argument("--held-out", default="held-out train", help="what the validation images are called")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[48, 56, 64])
     options = parser.parse_args(argv)
 
     recipe = recipe_of(options.run)
     cfg = json.loads((options.run / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-    about = options.run / "data.json"
-    began_with = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
     config = FinetuneConfig(**recipe | {"check": False})
-    train, val, _ = open_splits(config, Process(torch.device("cpu")), began_with)
-    test = open_data(config.data, "test", config.image_column, config.label_column)
-    if test is None or not isinstance(val, LabelledImages):
-        raise DataError(f"{config.data} has no test split, or was streamed")
-
     file = BUNDLED / f"{options.name}.safetensors"
     save_fp16(options.run, file)
     network = options.name.partition(".")[0]
-    net = timm.create_model(network, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    overlay = {"file": str(file), "label_names": cfg["label_names"], "input_size": tuple(cfg["input_size"])}
+    net: Any = timm.create_model(network, pretrained=True, pretrained_cfg_overlay=overlay)
     net = net.to(memory_format=torch.channels_last)
-    on_val = {size: round(accuracy(net, val, size, cfg), 2) for size in options.image_sizes}
-    size = max(on_val, key=lambda pixels: on_val[pixels])
-    top = accuracy(net, test, size, cfg)
-    print(f"held-out top-1 by image size: {on_val}; test top-1 at {size} px: {top:.2f} %")
+    score = detection if isinstance(net, DetectionNet) else classification
+    on_val, on_test, size = score(net, config, options, cfg)
+    print(f"at {size} px, held-out: {on_val}; test: {on_test}")
 
     free = {field.name for field in fields(FinetuneConfig) if field.metadata.get("free")}
     manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
     group = next(group for group, members in manifest.items() if network in members)
-    measured = {"metric": "top1", "measured_by": "us"}
     meta: Any = timm.create_model(network, num_classes=net.num_classes, device="meta")
-    last_map = meta.forward_features(torch.empty(1, *cfg["input_size"][:1], size, size, device="meta"))
-    manifest[group][options.name] = {
+    entry: dict[str, Any] = {
         "num_classes": net.num_classes,
         "input_size": [net.in_chans, size, size],
         "params": count_params(net),
         "macs": count_macs(meta, (3, size, size)),
-        "pool_size": list(last_map.shape[-2:]),
+    }
+    if not isinstance(net, DetectionNet):
+        last_map = meta.forward_features(torch.empty(1, *cfg["input_size"][:1], size, size, device="meta"))
+        entry["pool_size"] = list(last_map.shape[-2:])
+    metrics = [
+        {
+            "dataset": f"{options.dataset} {part}",
+            "metric": metric,
+            "value": value,
+            "input_size": size,
+            "measured_by": "us",
+        }
+        for part, found in (("test", on_test), (options.held_out, on_val))
+        for metric, value in found.items()
+    ]
+    manifest[group][options.name] = entry | {
         "mean": cfg["mean"],
         "std": cfg["std"],
         "crop_pct": cfg["crop_pct"],
@@ -107,13 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "size": file.stat().st_size,
         "license": "apache-2.0",
         "dataset": options.dataset,
-        "class_names": train.class_names,
+        "class_names": cfg["label_names"],
         "recipe": {key: value for key, value in recipe.items() if key not in free}
         | {"hardware": options.hardware, "torch": torch.__version__},
-        "metrics": [
-            {"dataset": f"{options.dataset} test", "value": round(top, 2), "input_size": size} | measured,
-            {"dataset": f"{options.dataset} held-out train", "value": on_val[size], "input_size": size} | measured,
-        ],
+        "metrics": metrics,
     }
     if options.notes:
         manifest[group][options.name]["notes"] = options.notes
