@@ -33,7 +33,6 @@ from timm.layers.std_conv import StdConv2dSame
 from timm.models import build_model_with_cfg, get_model_input_config, save_for_hf
 from timm.models._input import update_model_args
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spd_zoo import complexity
@@ -47,6 +46,7 @@ from spd_zoo.layers import (
 )
 from spd_zoo.models._registry import register_model
 from spd_zoo.predict import load
+from spd_zoo.watch import Watch, image_size
 from spd_zoo.weights import WeightsError
 from spd_zoo.weights.fit import misfit
 
@@ -165,7 +165,7 @@ def convert_to_spd(
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation;
             `model` then is as it was.
     """
-    size = _image_size(model, example_input)
+    size = image_size(model, example_input)
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     net = model if inplace else copy.deepcopy(model)
@@ -303,26 +303,9 @@ def _look(net: nn.Module, size: tuple[int, int, int]) -> _Look:
             why = f"there is nothing to put in the place of {type(owner).__name__}"
         look.downsampling.append((module, name.lstrip("_").removesuffix("_with_indices"), why))
 
-    with _Watch(ran):
+    with Watch(ran):
         look.macs = complexity.macs(complexity.trace(meta, size))
     return look
-
-
-class _Watch(TorchDispatchMode):
-    """Calls a function with the name, arguments and output of every operator that runs inside of it."""
-
-    def __init__(self, ran: Callable[[str, tuple[Any, ...], Tensor], None]) -> None:
-        TorchDispatchMode.__init__(self)  # untyped: as super().__init__() mypy refuses it
-        self.ran = ran
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        output = result[0] if isinstance(result, (tuple, list)) else result
-        if isinstance(output, Tensor):
-            self.ran(func.overloadpacket.__name__, args, output)
-        return result
 
 
 def _shrinks(name: str, args: tuple[Any, ...], output: Tensor) -> bool:
@@ -348,21 +331,6 @@ def _downsamples(module: nn.Module) -> bool:
         return False
     kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
     return isinstance(module, kinds) and max(to_2tuple(module.stride)) > 1
-
-
-def _image_size(model: nn.Module, example_input: Tensor | None) -> tuple[int, int, int]:
-    """Channels, height and width of the images."""
-    if example_input is not None:
-        if example_input.ndim != 4:
-            raise ValueError(f"example_input is a batch of images (N, C, H, W), got shape {list(example_input.shape)}")
-        channels, height, width = example_input.shape[1:]
-        return channels, height, width
-    if not getattr(model, "pretrained_cfg", None):
-        raise ValueError(
-            "the size of the images is unknown, because the network has no pretrained_cfg as timm's have; "
-            "give example_input=, for example torch.randn(2, 3, 224, 224)"
-        )
-    return cast("tuple[int, int, int]", tuple(get_model_input_config(model)["input_size"]))
 
 
 @torch.no_grad()

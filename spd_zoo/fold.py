@@ -7,19 +7,21 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AvgPool2dSame, BatchNormAct2d, Conv2dSame, get_notrace_functions, get_notrace_modules
+from timm.layers import AvgPool2dSame, BatchNormAct2d, Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._pytree import tree_leaves
 
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
+from spd_zoo.watch import Watch, image_size
 
 __all__ = ["fold_batchnorm", "fold_spd"]
 
 Pads = tuple[int, int]
 
 
-def fold_spd(model: nn.Module) -> nn.Module:
+def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
     """A copy for inference: plain strided layers in place of space-to-depth ones, BatchNorm folded in.
 
     A space-to-depth with its convolution becomes one convolution of a larger kernel with a stride, without outer rows
@@ -27,13 +29,18 @@ def fold_spd(model: nn.Module) -> nn.Module:
     function stays the same at every image size. What no plain layer computes stays as it is: layers that have learnt
     something where TensorFlow's padding, `ceil_mode` or a divisor that varies at the border depends on the image size.
 
-    BatchNorm is folded as by `fold_batchnorm`.
+    Args:
+        model: The network.
+        example_input: Images as it takes them, (N, C, H, W); needed for those with BatchNorm that are not timm's.
+
+    Raises:
+        ValueError: If the size of the images is unknown.
     """
     net = copy.deepcopy(model).eval()
     for module in list(net.modules()):
         if isinstance(module, nn.Sequential):
             _join(module)
-    return fold_batchnorm(_with_plain_layers(net))
+    return fold_batchnorm(_with_plain_layers(net), example_input)
 
 
 def _with_plain_layers(module: nn.Module) -> nn.Module:
@@ -146,37 +153,56 @@ def _with_weights(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Co
     return conv.eval()
 
 
-class _Tracer(fx.Tracer):
-    """Reads a network down to timm's layers and ours, which it takes as they are."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (*get_notrace_modules(), BatchNormAct2d)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
-
-
-def fold_batchnorm(net: nn.Module) -> nn.Module:
+def fold_batchnorm(net: nn.Module, example_input: Tensor | None = None) -> nn.Module:
     """A copy for inference, in which every BatchNorm right behind a convolution or pyramid is part of it.
 
-    Where there is any, `torch.fx` must be able to read the network; it can read timm's and ours.
+    Args:
+        net: The network.
+        example_input: Images as it takes them, (N, C, H, W); needed for those with BatchNorm that are not timm's.
+
+    Raises:
+        ValueError: If the size of the images is unknown.
     """
     net = copy.deepcopy(net).eval()
-    modules = dict(net.named_modules())
-    if not any(isinstance(module, nn.BatchNorm2d) for module in modules.values()):
-        return net
-    tracer = _Tracer(autowrap_functions=tuple(get_notrace_functions()))
-    nodes = [node for node in tracer.trace(net).nodes if node.op == "call_module"]
-    calls = Counter(id(modules[str(node.target)]) for node in nodes)
-    for node in nodes:
-        norm, source = modules[str(node.target)], node.all_input_nodes[0]
-        if not isinstance(norm, nn.BatchNorm2d) or source.op != "call_module":
-            continue
-        conv = modules[str(source.target)]
-        plain = type(conv) in (nn.Conv2d, Conv2dSame, SPDConv2d) or isinstance(conv, PyConv2d)
-        once = len(source.users) == 1 and calls[id(conv)] == calls[id(norm)] == 1
-        if plain and once and norm.affine and norm.running_mean is not None:
-            _fold(conv, norm)
-            net.set_submodule(str(node.target), norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
+    if any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
+        for source, target in _convs_with_norm(net, image_size(net, example_input)):
+            norm: Any = net.get_submodule(target)
+            _fold(net.get_submodule(source), norm)
+            net.set_submodule(target, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
     return net
+
+
+@torch.no_grad()
+def _convs_with_norm(net: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, str]]:
+    """The names of convolutions whose map goes to one BatchNorm and nowhere else, and of these.
+
+    A copy of the network runs without numbers ("meta"); neither may be called twice.
+    """
+    meta = copy.deepcopy(net).to("meta").float().eval()
+    given: dict[str, list[Tensor]] = {}  # to each norm
+    made: dict[str, list[Tensor]] = {}  # by each convolution
+    readers: Counter[int] = Counter()  # of each tensor: operators that read it
+
+    def watch(name: str, module: nn.Module) -> None:
+        if isinstance(module, nn.BatchNorm2d) and module.affine and module.running_mean is not None:
+            module.register_forward_pre_hook(lambda _, args: given.setdefault(name, []).append(args[0]))
+        if type(module) in (nn.Conv2d, Conv2dSame, SPDConv2d) or isinstance(module, PyConv2d):
+            module.register_forward_hook(lambda _, args, output: made.setdefault(name, []).append(output))
+
+    for name, module in meta.named_modules():
+        watch(name, module)
+    read: dict[int, Tensor] = {}  # all that is read, kept so that no two tensors have the same id
+
+    def ran(name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        here = {id(leaf): leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        readers.update(here.keys())
+        read.update(here)
+
+    with Watch(ran):
+        meta(torch.empty(1, *size, device="meta"))
+    makers = {id(maps[0]): name for name, maps in made.items() if len(maps) == 1}
+    once = {name: maps[0] for name, maps in given.items() if len(maps) == 1}
+    return [(makers[id(x)], name) for name, x in once.items() if id(x) in makers and readers[id(x)] == 1]
 
 
 def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:

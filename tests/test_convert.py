@@ -559,6 +559,21 @@ def test_arguments_of_the_original_are_saved_too(tmp_path: Path) -> None:
         assert difference(again(x), net(x)) < 1e-4
 
 
+def test_a_detector_is_converted_saved_and_folded(tmp_path: Path) -> None:
+    net = small_network("yolov8n", num_classes=3)
+    x = images(1, 3, 64, 96)
+    converted: Any = convert_to_spd(net, example_input=x)
+    assert len(converted.spd_report.replaced) == 7 and converted.spd_report.left == ()
+    again: Any = timm.create_model(saved(converted, tmp_path), pretrained=True).eval()
+    folded: Any = fold_spd(converted)
+    assert type(again) is type(folded) is type(net)
+    assert not any(isinstance(module, nn.BatchNorm2d | SPDConv2d) for module in folded.modules())
+    with torch.no_grad():
+        expected = net.decode(net(x), image_size=(64, 96))
+        for other in (converted, again, folded):
+            assert difference(other.decode(other(x), image_size=(64, 96)), expected) < 1e-4
+
+
 @pytest.mark.parametrize("chans", [1, 4])
 def test_a_saved_network_is_adapted_to_other_image_channels_as_the_original_is(chans: int, tmp_path: Path) -> None:
     net = small_network(num_classes=5)
@@ -682,7 +697,25 @@ def test_a_convolution_that_runs_twice_keeps_its_batchnorms_apart() -> None:
     net = convert_report.randomise(Shared())
     x = images(2, 3, 8, 8)
     with torch.no_grad():
-        assert difference(fold_spd(net)(x), net(x)) < 1e-4
+        assert difference(fold_spd(net, x)(x), net(x)) < 1e-4
+    with pytest.raises(ValueError, match="the size of the images is unknown"):
+        fold_spd(net)
+
+
+def test_a_map_that_something_else_reads_too_keeps_its_batchnorm() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y + self.norm(y)
+
+    net = convert_report.randomise(Both())
+    x = images(2, 3, 8, 8)
+    with torch.no_grad():
+        assert difference(fold_spd(net, x)(x), net(x)) < 1e-4
 
 
 def test_folding_leaves_the_network_alone() -> None:

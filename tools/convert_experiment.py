@@ -37,7 +37,7 @@ def make_images(options: argparse.Namespace, target: Path) -> None:
         raise DataError(f"{options.data} lacks a split train or test")
     train, val = train_val_split(whole, options.held_out, seed=0)
     _, train = train_val_split(train, options.train_images, seed=0)
-    kinds: dict[str, Any] = {"image": datasets.Image(), "label": datasets.ClassLabel(names=whole.class_names)}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=whole.class_names))
     size = (options.pixels, options.pixels)
 
     def rows(data: LabelledImages) -> dict[str, list[Any]]:
@@ -47,7 +47,7 @@ def make_images(options: argparse.Namespace, target: Path) -> None:
     temporary = target.with_name(f"{target.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     for name, data in (("train", train), ("val", val), ("test", test)):
-        datasets.Dataset.from_dict(rows(data), datasets.Features(kinds)).to_parquet(temporary / f"{name}-00000.parquet")
+        datasets.Dataset.from_dict(rows(data), features).to_parquet(temporary / f"{name}-00000.parquet")
     temporary.rename(target)
 
 

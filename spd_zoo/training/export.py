@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from torch.fx.proxy import TraceError
 
 import spd_zoo
 from spd_zoo.fold import fold_spd
@@ -59,19 +58,13 @@ def export(
     temporary = path.with_name(f"{path.name}.tmp.{to}")  # torch wants its own suffix
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        compute = FORMATS[to](_folded(net, model) if fold else net, size, _metadata(net, size), temporary)
+        form = fold_spd(net, _images(net, 1, size)) if fold else net
+        compute = FORMATS[to](form, size, _metadata(net, size), temporary)
         _check(net, size, compute)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def _folded(net: nn.Module, model: str) -> nn.Module:
-    try:
-        return fold_spd(net)
-    except TraceError as error:
-        raise ExportError(f"{model} cannot be folded ({str(error).partition(chr(10))[0]}); give --no-fold") from error
 
 
 def _metadata(net: Any, size: int) -> dict[str, str]:
