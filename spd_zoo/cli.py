@@ -525,8 +525,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         evaluations = module.evaluate(image_sizes=options.image_size, **given)
         if options.out:
             module.save(evaluations, options.out)
-    for name, error in evaluations[0].unreadable.items():
-        _complain(f"left out {name}: {error}")
+    for line in evaluations[0].complaints():
+        _complain(line)
     if options.json:
         rows = [
             evaluation.row | evaluation.predictions.summary() | {"split": evaluation.split}

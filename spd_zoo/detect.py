@@ -270,7 +270,9 @@ class Detector:
         net.eval()
         self.net = net
         self.class_names = _names(net)
-        height, width = to_2tuple(image_size or tuple(net.pretrained_cfg["input_size"][1:]))
+        height, width = to_2tuple(tuple(net.pretrained_cfg["input_size"][1:]) if image_size is None else image_size)
+        if min(height, width) < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.image_size: tuple[int, int] = (height, width)
         self.score_threshold = score_threshold
         self.iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold

@@ -51,7 +51,7 @@ def test_cocos_own_layout_is_read(tmp_path: Path) -> None:
     (tmp_path / "instances_val.json").rename(tmp_path / "annotations" / "instances_val2017.json")
     (tmp_path / "images").rename(tmp_path / "train2017")
     assert len(opened(tmp_path)) == 8
-    with pytest.raises(DataError, match=r"lists val_0\.png, which is in none of the folders"):
+    with pytest.raises(DataError, match=r"such as val_0\.png, is in the folders"):
         open_boxes(tmp_path, "val")
 
 
@@ -146,6 +146,28 @@ def test_boxes_are_in_the_pixels_of_the_upright_image(tmp_path: Path) -> None:
     assert data.shown(0).boxes.tolist() == [list(box[1:]) for box in scenes(1)[0][1]]
 
 
+def test_the_first_image_may_be_lost_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_coco(tmp_path / "data")
+    (root / "images" / "train_0.png").unlink()
+    finetune(config(root, tmp_path / "run", dry_run=True))
+    printed = capsys.readouterr().out
+    assert "train: 7 images" in printed and "1 images cannot be read and are left out" in printed
+
+
+@pytest.mark.parametrize("file", ["data.yaml", "labels/train/train_0.txt"])
+def test_a_byte_order_mark_is_no_part_of_a_text(file: str, tmp_path: Path) -> None:
+    before = opened(make_yolo(tmp_path)).counts()
+    (tmp_path / file).write_bytes(b"\xef\xbb\xbf" + (tmp_path / file).read_bytes())
+    assert opened(tmp_path).counts() == before
+
+
+def test_images_without_objects_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_yolo(tmp_path / "data")
+    (root / "labels" / "train" / "train_0.txt").unlink()
+    finetune(config(root, tmp_path / "run", dry_run=True))
+    assert capsys.readouterr().out.count("1 images show no object") == 1
+
+
 def damaged_json(root: Path) -> None:
     (make_coco(root) / "instances_train.json").write_text('{"images": [')
 
@@ -164,6 +186,48 @@ def wrong_line(root: Path) -> None:
 
 def twice_a_name(root: Path) -> None:
     (make_yolo(root) / "data.yaml").write_text("names: [a, a, b]")
+
+
+def change_coco(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    file = make_coco(root) / "instances_train.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def twice_an_image(root: Path) -> None:
+    change_coco(root, lambda content: content["images"][1].update(id=content["images"][0]["id"]))
+
+
+def twice_a_category(root: Path) -> None:
+    change_coco(root, lambda content: content["categories"][1].update(id=content["categories"][0]["id"]))
+
+
+def no_image(root: Path) -> None:
+    change_coco(root, lambda content: content.update(images=[], annotations=[]))
+
+
+def all_images_lost(root: Path) -> None:
+    for file in (make_coco(root) / "images").glob("train_*"):
+        file.unlink()
+
+
+def label_in_latin1(root: Path) -> None:
+    (make_yolo(root) / "labels" / "train" / "train_0.txt").write_bytes(b"0 .5 .5 .1 .1 \xe9")
+
+
+def mixed_keys(root: Path) -> None:
+    (make_yolo(root) / "data.yaml").write_text("names: {0: a, b: b}")
+
+
+def nameless(root: Path) -> None:
+    file = make_voc(root) / "Annotations" / "train_3.xml"
+    file.write_text(file.read_text().replace("name>", "title>"))
+
+
+def endless(root: Path) -> None:
+    file = make_voc(root) / "Annotations" / "train_3.xml"
+    file.write_text(file.read_text().replace("<width>96", "<width>inf"))
 
 
 def lost_xml(root: Path) -> None:
@@ -199,6 +263,14 @@ def empty_val(root: Path) -> None:
         (no_names, r"does not name its classes; add data\.yaml with names, or classes\.txt"),
         (wrong_line, r"train_0\.txt, line 1: '0 0\.5 0\.5 0\.1' is not class, x, y, width and height"),
         (twice_a_name, "has two classes called 'a'"),
+        (twice_an_image, r"instances_train\.json has two images with the id \d+; give each an id of its own"),
+        (twice_a_category, r"instances_train\.json has two categories with the id \d+; give each"),
+        (no_image, r"instances_train\.json lists no image"),
+        (all_images_lost, r"none of the images that .*instances_train\.json lists, such as train_0\.png"),
+        (label_in_latin1, r"train_0\.txt is not in UTF-8 .*; save it in UTF-8"),
+        (mixed_keys, r"data\.yaml needs names: a list of classes, or a mapping"),
+        (nameless, r"train_3\.xml is not in Pascal VOC's form: an object has no name"),
+        (endless, r"train_3\.xml is not in Pascal VOC's form"),
         (lost_xml, r"cannot read .*train_3\.xml: No such file"),
         (damaged_xml, r"train_3\.xml is not in Pascal VOC's form"),
         (nothing, "is no data set with boxes: it has neither"),
@@ -221,6 +293,19 @@ def test_held_out_images_are_the_same_every_time(tmp_path: Path) -> None:
     assert val.rows == again[1].rows != hold_out(data, 3, 1)[1].rows
     with pytest.raises(DataError, match="cannot hold out 8 of 8 images"):
         hold_out(data, 8, 0)
+
+
+def test_what_is_wrong_with_an_image_is_counted_in_its_own_part(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    text = root / "labels" / "train" / "train_0.txt"
+    text.write_text(text.read_text() + "\n7 .5 .5 .1 .1")
+    (root / "labels" / "train" / "lost.txt").write_text("")
+    for seed in range(4):  # the image is held out by one of them, and not by another
+        train, val = hold_out(opened(root), 4, seed)
+        held = str(root / "images" / "train" / "train_0.png") in {val.file(i) for i in range(4)}
+        kind = "boxes are of an unknown class and are left out"
+        assert [kind in part.defects for part in (train, val)] == [not held, held]
+        assert "label files belong to no image" in train.defects and len(val.defects) == held
 
 
 def test_classes_are_matched_by_name_and_unknown_ones_counted(tmp_path: Path) -> None:

@@ -345,6 +345,8 @@ def test_what_is_no_image_is_one_clear_sentence(image: Any, words: str) -> None:
         {"max_detections": 0},
         {"batch_size": 0},
         {"tile": 0},
+        {"image_size": 0},
+        {"image_size": (64, -32)},
         {"overlap": 1.0},
         {"overlap": -0.1},
     ],

@@ -327,6 +327,16 @@ def test_evaluate_prints_and_writes_the_figures_of_the_run(
         assert [row["class"] for row in csv.DictReader(file)] == NAMES
 
 
+def test_evaluate_tells_what_is_wrong_with_boxes(finished: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+    folder, _ = finished
+    data = make_yolo(tmp_path / "data", 1, 2)
+    text = data / "labels" / "val" / "val_0.txt"
+    text.write_text(text.read_text() + "\n0 1.5 .5 .1 .1")
+    options = ["--split", "val", "--device", "cpu", "--workers", "0"]
+    assert main(["evaluate", str(folder), "--data", str(data), *options]) == 0
+    assert "1 boxes lie outside their image and are left out: " in capsys.readouterr().err
+
+
 def test_evaluate_prints_json(finished: tuple[Path, Path], capsys: Capture) -> None:
     folder, data = finished
     options = ["--split", "train", "--device", "cpu", "--workers", "0", "--json"]

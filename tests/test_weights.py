@@ -143,12 +143,13 @@ def test_the_bundled_files_are_those_of_the_manifest_and_small():
 @pytest.mark.parametrize("network", NETWORKS)
 def test_only_verified_weights_are_a_default(network):
     tag = timm.get_pretrained_cfg(network).tag
-    verified = [entry.name for entry in CHECKPOINTS if entry.network == network and entry.verified]
+    verified = {entry.name: entry.default for entry in CHECKPOINTS if entry.network == network and entry.verified}
     assert timm.list_pretrained(f"{network}.*") == sorted(verified)
-    if verified:
-        assert f"{network}.{tag}" in verified
+    if any(verified.values()):
+        assert verified[f"{network}.{tag}"]
     else:
-        with pytest.raises(WeightsError, match=r"no verified weights|there are no weights"):
+        assert tag is None
+        with pytest.raises(WeightsError, match=r"no default weights|there are no weights"):
             timm.create_model(network, pretrained=True)
 
 

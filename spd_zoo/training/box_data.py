@@ -219,9 +219,17 @@ class _Collected:
         return BoxImages(self.files, self.sizes, self.objects, self.class_names, range(len(self.files)), counts)
 
 
+def _text(file: Path) -> str:
+    """What is in a text file, with or without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not in UTF-8 ({error.reason} at byte {error.start}); save it in UTF-8") from error
+
+
 def _coco(root: Path, file: Path) -> BoxImages:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(_text(file))
         images, annotations = content["images"], content["annotations"]
         categories = [(category["id"], str(category["name"])) for category in content["categories"]]
         boxes: dict[Any, list[tuple[Any, ...]]] = defaultdict(list)
@@ -232,16 +240,23 @@ def _coco(root: Path, file: Path) -> BoxImages:
             area, crowd = annotation.get("area"), bool(annotation.get("iscrowd", 0))
             boxes[annotation["image_id"]].append((label, x, y, x + width, y + height, area, crowd))
         collected = _Collected([name for _, name in categories], file)
+        for kind, keys in (("categories", [key for key, _ in categories]), ("images", [one["id"] for one in images])):
+            twice = next((key for key, count in Counter(keys).items() if count > 1), None)
+            if twice is not None:
+                raise DataError(f"{file} has two {kind} with the id {twice!r}; give each an id of its own")
         split = file.stem.removeprefix("instances_")
         folders = [root / "images" / split, root / split, root / "images", root]
-        folder = next((folder for folder in folders if (folder / images[0]["file_name"]).is_file()), None)
+        names = [image["file_name"] for image in images]
+        if not names:
+            raise DataError(f"{file} lists no image")
+        folder = next((one for one in folders if any((one / name).is_file() for name in names)), None)
         if folder is None:
             places = ", ".join(map(str, folders))
-            raise DataError(f"{file} lists {images[0]['file_name']}, which is in none of the folders {places}")
+            raise DataError(f"none of the images that {file} lists, such as {names[0]}, is in the folders {places}")
         for image in images:
             size = int(image["width"]), int(image["height"])
             collected.add(folder / image["file_name"], size, boxes.pop(image["id"], ()))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"cannot read {file} as JSON: {error}") from error
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
@@ -273,17 +288,17 @@ def _yolo_names(root: Path) -> list[str]:
     for file in (root / "data.yaml", root / "data.yml", *sorted(root.glob("*.yaml"))):
         if file.is_file():
             try:
-                names = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("names")
-            except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+                names = (yaml.safe_load(_text(file)) or {}).get("names")
+            except (yaml.YAMLError, AttributeError) as error:
                 raise DataError(f"{file} is not YAML with names of classes: {' '.join(str(error).split())}") from error
-            if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+            if isinstance(names, dict) and names.keys() == set(range(len(names))):
                 names = [names[i] for i in range(len(names))]
             if not isinstance(names, list):
                 raise DataError(f"{file} needs names: a list of classes, or a mapping from 0, 1, ... to them")
             return [str(name) for name in names]
     for file in (root / "classes.txt", root / "labels" / "classes.txt"):
         if file.is_file():
-            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [line.strip() for line in _text(file).splitlines() if line.strip()]
     raise DataError(
         f"{root} does not name its classes; add data.yaml with names, or classes.txt with one name per line"
     )
@@ -295,7 +310,7 @@ def _yolo_rows(text: Path, size: tuple[int, int], classes: int) -> list[tuple[An
     if not text.is_file():
         return rows
     width, height = size
-    for number, line in enumerate(text.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(text).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -311,7 +326,7 @@ def _yolo_rows(text: Path, size: tuple[int, int], classes: int) -> list[tuple[An
 
 def _voc(root: Path, split: str) -> BoxImages:
     file = root / "ImageSets" / "Main" / f"{split}.txt"
-    lines = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.split()[0] for line in _text(file).splitlines() if line.strip()]
     found = [(name, _voc_annotation(root / "Annotations" / f"{name}.xml")) for name in lines]
     collected = _Collected(sorted({row[0] for _, (_, _, rows) in found for row in rows}), file)
     number = {name: i for i, name in enumerate(collected.class_names)}
@@ -331,10 +346,13 @@ def _voc_annotation(file: Path) -> tuple[str, tuple[int, int] | None, list[tuple
         rows: list[tuple[Any, ...]] = []
         for item in tree.iter("object"):
             x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax"))
-            rows.append(((item.findtext("name") or "").strip(), x1 - 1, y1 - 1, x2, y2, None, False))
+            name = (item.findtext("name") or "").strip()
+            if not name:
+                raise ValueError("an object has no name")
+            rows.append((name, x1 - 1, y1 - 1, x2, y2, None, False))
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; every image of the split needs its XML file") from error
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, OverflowError) as error:
         raise DataError(f"{file} is not in Pascal VOC's form: {error}") from error
     return (tree.findtext("filename") or "").strip(), (sides[0], sides[1]) if all(sides) else None, rows
 
@@ -366,7 +384,7 @@ def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
 
 
 def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxImages]:
-    """Holds out `val_size` images, drawn by `seed`.
+    """Holds out `val_size` images, drawn by `seed`; a defect that belongs to no image stays with the others.
 
     Raises:
         DataError: If no image would be left for one of the two.
@@ -376,4 +394,12 @@ def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxI
             f"cannot hold out {val_size} of {len(data)} images; give another validation size or a val split"
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
-    return data.subset(sorted(order[val_size:])), data.subset(sorted(order[:val_size]))
+    train, val = data.subset(sorted(order[val_size:])), data.subset(sorted(order[:val_size]))
+    held = {val.file(i) for i in range(len(val))}
+    kinds = data.defects.items()
+    train_defects = {kind: [name for name in names if name not in held] for kind, names in kinds}
+    val_defects = {kind: [name for name in names if name in held] for kind, names in kinds}
+    return (
+        replace(train, defects={kind: names for kind, names in train_defects.items() if names}),
+        replace(val, defects={kind: names for kind, names in val_defects.items() if names}),
+    )

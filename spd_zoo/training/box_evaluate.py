@@ -22,7 +22,7 @@ from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.predict import class_names
 from spd_zoo.training.box_augment import box_eval_loader
 from spd_zoo.training.box_data import BoxImages, open_boxes, with_names
-from spd_zoo.training.check import check
+from spd_zoo.training.check import check, defects_in_words
 from spd_zoo.training.data import Batches, DataError, read
 from spd_zoo.training.evaluate import Input, write_csv
 from spd_zoo.training.process import Process
@@ -272,6 +272,11 @@ class BoxEvaluation:
             f"{self.split}, {row['ms_prepare']:.1f} ms to read and prepare one, {row['ms_network']:.1f} ms in the "
             f"network, {row['ms_boxes']:.1f} ms to decode and suppress boxes"
         )
+
+    def complaints(self) -> Iterator[str]:
+        """What was left out of the images, and what is wrong with their boxes."""
+        yield from (f"left out {name}: {error}" for name, error in self.unreadable.items())
+        yield from (line.strip() for line in defects_in_words(self.predictions.data.defects))
 
     def write_tables(self, folder: Path) -> None:
         """Writes `per_class_N.csv`."""

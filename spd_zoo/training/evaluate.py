@@ -199,6 +199,10 @@ class Evaluation:
             f"{figures['macro_f1']:.3f}, ECE {figures['ece']:.3f}, {figures['images']} images of {self.split}"
         )
 
+    def complaints(self) -> Iterator[str]:
+        """What was left out of the images."""
+        yield from (f"left out {name}: {error}" for name, error in self.unreadable.items())
+
     def write_tables(self, folder: Path) -> None:
         """Writes `per_class_N.csv` and `confusion_N.csv`."""
         write_tables(self.predictions, folder, f"_{self.row['img_size']}")

@@ -32,7 +32,8 @@ def default_cfgs(
     `first_conv` and `classifier` name the network's first convolution, or say it for a network's name, and its last
     layer, or a detector's, one for each map.
 
-    A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known.
+    A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known. One that
+    says `"default": false` is never meant by the network's name alone.
     """
     cfgs: dict[str, Any] = {}
     for entry in entries_for_import().values():
@@ -47,6 +48,11 @@ def default_cfgs(
             "first_conv": first_conv if isinstance(first_conv, str) else first_conv(entry.network),
             "classifier": classifier,
         }
+    verified = [entry for entry in entries_for_import().values() if entry.name in cfgs and entry.verified]
+    with_default = {entry.network for entry in verified if entry.default}
+    for entry in verified:
+        if entry.network not in with_default and entry.network in cfgs:  # timm's default is the network without weights
+            cfgs[f"{entry.network}.*"] = cfgs.pop(entry.network)
     return generate_default_cfgs(cfgs)
 
 
@@ -210,9 +216,7 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     if entry is None:
         raise WeightsError(f"there are no weights called {variant}.{tag}; there are: {', '.join(tags) or 'none'}")
     if not tag and not entry.verified and (tags or entry.source):
-        raise WeightsError(
-            f"{variant} has no verified weights; unverified ones, to be asked for by name: {', '.join(tags) or 'none'}"
-        )
+        raise WeightsError(f"{variant} has no default weights; to be asked for by name: {', '.join(tags) or 'none'}")
     return entry
 
 

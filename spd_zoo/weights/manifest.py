@@ -50,6 +50,7 @@ class Entry:
     interpolation: str = "bilinear"
     fixed_input_size: bool = False  # whether the network takes images of the size alone that it was created for
     source: str | None = None
+    default: bool = True  # whether the network's name alone may mean these weights
     mirror: str | None = None
     sha256: str | None = None
     size: int | None = None
