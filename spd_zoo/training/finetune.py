@@ -544,8 +544,9 @@ class _Signals(AbstractContextManager["_Signals"]):
     def _note(self, number: int, _: FrameType | None) -> None:
         self.__exit__()
         self.number = number
-        # reading processes that got the signal, too, die now; torch would raise an error of that within a step
+        # reading processes that got the signal, too, die now or later; torch would raise an error of that, wherever it is
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        del self.usual[signal.SIGCHLD]
 
     def __exit__(self, *_: object) -> None:
         for number, action in self.usual.items():
