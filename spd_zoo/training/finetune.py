@@ -544,7 +544,7 @@ class _Signals(AbstractContextManager["_Signals"]):
     def _note(self, number: int, _: FrameType | None) -> None:
         self.__exit__()
         self.number = number
-        # reading processes that got the signal, too, die now or later; torch would raise an error of that, wherever it is
+        # reading processes that got the signal, too, die now or later; torch would raise an error of that anywhere
         signal.signal(signal.SIGCHLD, lambda *_: None)
         del self.usual[signal.SIGCHLD]
 
