@@ -45,7 +45,7 @@ from spd_zoo.layers import (
     adapt_image_channels,
 )
 from spd_zoo.models._registry import register_model
-from spd_zoo.predict import load
+from spd_zoo.predict import load_network
 from spd_zoo.watch import Watch, image_size
 from spd_zoo.weights import WeightsError
 from spd_zoo.weights.fit import misfit
@@ -570,7 +570,7 @@ def convert_checkpoint(
     """
     if out.exists():
         raise ValueError(f"{out} exists already; give a new folder")
-    net = load(name, "cpu").to(memory_format=torch.contiguous_format)  # as safetensors wants it
+    net = load_network(name, "cpu").to(memory_format=torch.contiguous_format)  # as safetensors wants it
     size = get_model_input_config(net)["input_size"]
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     converted = convert_to_spd(net, include=include, exclude=exclude, inplace=True, example_input=images)

@@ -640,6 +640,17 @@ def test_the_command_converts_and_predicts_the_same(tmp_path: Path, capsys: pyte
     assert f"error: {tmp_path / 'spd'} exists already; give a new folder" in capsys.readouterr().err
 
 
+def test_the_command_converts_detectors_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = {"input_size": (3, 64, 64)}
+    name = saved(small_network("yolov8n", num_classes=3, pretrained_cfg_overlay=cfg), tmp_path / "run")
+    assert main(["convert", name, "--out", str(tmp_path / "spd")]) == 0
+    answers = []
+    for model in (name, str(tmp_path / "spd")):
+        assert main(["detect", model, str(ROOT / "examples" / "coffee.png"), "--score", "0.01", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""])))
+    assert answers[0] == answers[1] and answers[0]["annotations"]
+
+
 def test_the_guide_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL | re.MULTILINE)
     exec(compile(blocks[0], "convert.md", "exec"), {})
