@@ -100,7 +100,7 @@ def test_the_tutorial_names_options_and_recipes_that_there_are() -> None:
     text = (DOCS / "finetuning.md").read_text()
     own = {f"--{name.replace('_', '-')}" for name in FinetuneConfig.__dataclass_fields__}
     elsewhere = {"--help", "--config", "--to", "--flip", "--no-pretrained", "--dry-run", "--coco", "--largest-class"}
-    elsewhere |= {"--no-auto-anchors", "--split"}
+    elsewhere |= {"--no-auto-anchors", "--split", "--no-fold"}
     launchers = ("--nproc", "--nnodes", "--rdzv", "--multi_gpu", "--num_processes")
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text)):
         assert option in own | elsewhere or option.startswith(launchers), option
