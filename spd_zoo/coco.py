@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from spd_zoo.detect import Detections
 from spd_zoo.images import read_image
@@ -27,7 +28,8 @@ def write_coco(
     Raises:
         ValueError: If an image cannot be read, or a label has no name.
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, (name, objects) in enumerate(found.items(), 1):
         try:
             width, height = read_image(Path(folder, name)).size
