@@ -122,7 +122,7 @@ class RunFolder:
         return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
 
     def write_network(self, net: nn.Module, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
-        """Writes `model.safetensors` and `config.json`, which timm loads as `local-dir:` and transformers as a folder."""
+        """Writes `model.safetensors` and `config.json`: a folder that timm (`local-dir:`) and transformers load."""
         with self.writing("model.safetensors"):
             save_network(net, self.path, cfg, model_args)
 
