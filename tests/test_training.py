@@ -470,7 +470,8 @@ def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None
 
 def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "first", epochs=1)
-    run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", epochs=1, lr=1e-12, weight_decay=0.0)
+    options = {"model": f"local-dir:{tmp_path / 'first'}", "pretrained": None, "lr": 1e-12, "weight_decay": 0.0}
+    run(folders, tmp_path / "second", epochs=1, **options)
     first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
     assert all(torch.allclose(first[key], second[key]) for key in first if "running" not in key and "num" not in key)
 
@@ -664,17 +665,22 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
     assert not (tmp_path / "other").exists()
 
 
+def chosen_for(asked: FinetuneConfig, images: int) -> FinetuneConfig:
+    """The configuration of a classifier's run on so many images."""
+    net = timm.create_model(asked.model)
+    return training._chosen(asked, images, classification, net, Process(torch.device("cpu")))
+
+
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
-    for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False), ("cifar_resnet20", False)):
-        asked = config(folders, folders, model=name, lr=None)
-        chosen = training._chosen(asked, 480, training.Process(torch.device("cpu")))
+    for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False), ("cifar_wrn40_3", False)):
+        chosen = chosen_for(config(folders, folders, model=name, lr=None, pretrained=None), 480)
         assert chosen.pretrained is expected
         assert chosen.head_epochs == int(expected)
         assert chosen.opt == ("adamw" if expected else "lamb")
-        assert chosen.lr == pytest.approx(training.LR[chosen.opt] / 4)
+        assert chosen.lr == pytest.approx(classification.LR[chosen.opt] / 4)
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(12, 8), (480, 16), (2_000, 64), (47_500, 128)])
 def test_small_data_sets_have_small_steps(folders: Path, images: int, batch_size: int) -> None:
     asked = config(folders, folders, batch_size=None)
-    assert training._chosen(asked, images, training.Process(torch.device("cpu"))).batch_size == batch_size
+    assert chosen_for(asked, images).batch_size == batch_size

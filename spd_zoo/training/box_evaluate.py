@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.predict import class_names
 from spd_zoo.training.box_augment import box_eval_loader
 from spd_zoo.training.box_data import BoxImages, open_boxes, with_names
+from spd_zoo.training.check import defects_in_words
 from spd_zoo.training.data import Batches, DataError, read
 from spd_zoo.training.evaluate import Input, write_csv
 from spd_zoo.training.process import Process
@@ -216,6 +218,8 @@ def evaluate_boxes(
     images = next((part for name in splits if (part := open_boxes(data, name))), None)
     if images is None:
         raise DataError(f"{data} has no split {' or '.join(splits)}")
+    for line in defects_in_words(images.defects):
+        tqdm.write(line, file=sys.stderr)
     cfg = net.pretrained_cfg
     images = boxes_of(images, class_names(cfg))
     config = resolve_data_config(pretrained_cfg=cfg)
