@@ -102,7 +102,8 @@ def open_splits(
         about |= check(parts, config.workers, process)
         for name, part in parts.items():
             about[name]["boxes"] = part.defects
-            about[name]["without boxes"] = sum(not len(part.shown(i).labels) for i in range(len(part)))
+            read = part.without(about[name]["unreadable"])
+            about[name]["without boxes"] = sum(not len(read.shown(i).labels) for i in range(len(read)))
     else:
         for line in (line for part in parts.values() for line in defects_in_words(part.defects)):
             process.say(line)
