@@ -18,6 +18,7 @@ __all__ = [
     "class_nms",
     "complete_iou",
     "expected_distances",
+    "labelled_nms",
     "prior_boxes",
     "ssd_decode",
     "ssd_encode",
@@ -160,6 +161,23 @@ def ssd_decode(codes: Tensor, priors: Tensor, variances: Sequence[float] = (0.1,
     return torch.cat([centre, priors[..., 2:] * (variances[1] * codes[..., 2:]).exp()], -1)
 
 
+def labelled_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression of each class by itself.
+
+    Args:
+        boxes: (D, 4), anywhere: negative corners are fine.
+        scores: (D,).
+        labels: (D,).
+        iou_threshold: Boxes that overlap a better one of their class by more are dropped.
+
+    Returns:
+        The places of those that are kept, the best score first.
+    """
+    if not len(boxes):
+        return labels
+    return batched_nms(boxes - boxes.min(), scores, labels, iou_threshold)  # it moves boxes, and needs them positive
+
+
 def class_nms(
     boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_candidates: int | None = 30000
 ) -> tuple[Tensor, Tensor]:
@@ -180,8 +198,5 @@ def class_nms(
     if max_candidates is not None and len(candidates) > max_candidates:
         candidates = candidates[flat[candidates].topk(max_candidates).indices]
     rows, labels = candidates // scores.shape[1], candidates % scores.shape[1]
-    found = boxes[rows]
-    if len(rows):  # batched_nms tells classes apart by moving boxes, which must not be negative for that
-        found = found - found.min()
-    keep = batched_nms(found, flat[candidates], labels, iou_threshold)
+    keep = labelled_nms(boxes[rows], flat[candidates], labels, iou_threshold)
     return rows[keep], labels[keep]

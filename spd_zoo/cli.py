@@ -20,6 +20,7 @@ import timm
 from tqdm import tqdm
 
 from spd_zoo import __version__
+from spd_zoo.detect import Detector, as_coco, detect
 from spd_zoo.images import find_images
 from spd_zoo.predict import Answer, ModelError, predict, timm_name
 from spd_zoo.weights import (
@@ -99,6 +100,19 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")
     command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add("detect", _detect, "find objects in images")
+    command.add_argument("model", metavar="MODEL", help="detector, with or without a tag, or the folder of a run")
+    command.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders or globs")
+    command.add_argument("--out", type=Path, metavar="DIR", help="new folder for marked images and detections.json")
+    command.add_argument("--score", type=float, default=0.25, metavar="X", help="least score (default: 0.25)")
+    command.add_argument("--iou", type=float, metavar="X", help="overlap of boxes of a class (default: the authors')")
+    command.add_argument("--image-size", type=_positive, metavar="N", help="pixels (default: the network's)")
+    command.add_argument("--tile", type=_positive, metavar="N", help="look at large images in squares of N pixels, too")
+    command.add_argument("--overlap", type=float, default=0.2, metavar="X", help="share of a tile (default: 0.2)")
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once (default: 8)")
+    command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    command.add_argument("--json", action="store_true", help="print JSON, as in detections.json")
 
     weights = add("weights", None, "see, get, import, check, delete and publish weights").add_subparsers(
         required=True, metavar="COMMAND"
@@ -444,6 +458,35 @@ def _publish(options: argparse.Namespace) -> int:
             failed = True
             _complain(str(error))
     return int(failed)
+
+
+def _detect(options: argparse.Namespace) -> int:
+    paths = find_images(options.images)
+    seen = []
+    with _explained():
+        detector = Detector(
+            options.model,
+            device=options.device,
+            image_size=options.image_size,
+            score_threshold=options.score,
+            iou_threshold=options.iou,
+            batch_size=options.batch_size,
+            tile=options.tile,
+            overlap=options.overlap,
+        )
+        few = len(paths) <= options.batch_size
+        found = detect(detector, paths, options.out)
+        for one in tqdm(found, total=len(paths), unit="image", leave=False, disable=True if few else None):
+            seen.append(one)
+            if one.error is not None:
+                _complain(f"{one.path}: {one.error}")
+            elif one.detections is not None and not options.json:
+                objects = zip(one.detections.names, one.detections.scores, one.detections.boxes.tolist(), strict=True)
+                lines = (f"  {score:.2f}  {name}  {' '.join(f'{x:.0f}' for x in box)}" for name, score, box in objects)
+                tqdm.write("\n".join((str(one.path), *lines)))
+    if options.json:
+        print(json.dumps(as_coco(seen, detector.class_names), indent=2))
+    return int(any(one.error is not None for one in seen))
 
 
 def _finetune(options: argparse.Namespace) -> int:

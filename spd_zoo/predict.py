@@ -12,12 +12,23 @@ import torch
 from safetensors import SafetensorError
 from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from spd_zoo.images import read_image
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 
-__all__ = ["Answer", "Guess", "ModelError", "class_names", "load", "predict", "timm_name"]
+__all__ = [
+    "Answer",
+    "Guess",
+    "ModelError",
+    "check_classifier",
+    "class_names",
+    "load",
+    "load_network",
+    "predict",
+    "timm_name",
+]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
@@ -72,6 +83,8 @@ def class_names(cfg: dict[str, Any]) -> list[str]:
         info = CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
     elif _is_imagenet(cfg):
         info = ImageNetInfo()
+    elif _is_coco(cfg):
+        info = CustomDatasetInfo(_coco_names())
     else:
         return names
     return [info.index_to_description(i) if info.has_label(i) else number for i, number in enumerate(names)]
@@ -83,6 +96,18 @@ def _is_imagenet(cfg: dict[str, Any]) -> bool:
     entry = entries().get(f"{cfg['architecture']}.{tag}")
     dataset = tag if entry is None else entry.dataset or ""
     return cfg["num_classes"] == 1000 and ("in1k" in dataset or dataset.startswith("ImageNet-1k"))
+
+
+def _is_coco(cfg: dict[str, Any]) -> bool:
+    """Whether the outputs are COCO's 80 classes, as the manifest says."""
+    entry = entries().get(f"{cfg['architecture']}.{cfg.get('tag') or ''}")
+    return cfg["num_classes"] == 80 and entry is not None and (entry.dataset or "").startswith("COCO")
+
+
+def _coco_names() -> list[str]:
+    """COCO's classes in the order of its annotations; torchvision leaves a place for those that COCO never used."""
+    names = SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"]
+    return [name for name in names if name not in ("__background__", "N/A")]
 
 
 def predict(
@@ -130,6 +155,26 @@ def load(model: str, device: str) -> nn.Module:
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
+    net = load_network(model, device)
+    check_classifier(net, model)
+    return net
+
+
+def check_classifier(net: nn.Module, model: str) -> None:
+    """Raises ModelError if a network, called `model`, cannot name what an image shows."""
+    if isinstance(net, DetectionNet):
+        raise ModelError(f"{model} is a detector; `spd-zoo detect` finds objects with it")
+    if not _cfg(net)["num_classes"]:
+        raise ModelError(f"{model} has no classifier, so it cannot name what it sees")
+
+
+def load_network(model: str, device: str) -> nn.Module:
+    """A pretrained network of any kind on a torch device, channels last, ready to compute.
+
+    Raises:
+        ModelError: If there is no such network, or it cannot be loaded.
+        WeightsError: If its weights cannot be had or must not be used.
+    """
     name = timm_name(model)
     entry = entries().get(name)
     try:
@@ -141,10 +186,6 @@ def load(model: str, device: str) -> nn.Module:
         raise
     except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
-    if isinstance(net, DetectionNet):
-        raise ModelError(f"{model} is a detector; give a classification network")
-    if not _cfg(net)["num_classes"]:
-        raise ModelError(f"{model} has no classifier, so it cannot name what it sees")
     try:
         return net.to(device).to(memory_format=torch.channels_last)
     except (RuntimeError, AssertionError) as error:

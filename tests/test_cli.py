@@ -346,6 +346,7 @@ TEXTS = {
     "model_args": "drop_rate=0.5",
     "mean": "0.5,0.5,0.5",
     "std": "0.1",
+    "hsv": "0.1,0.2,0.3",
     "interpolation": "bicubic",
     "resume": "never",
 }

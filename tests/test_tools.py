@@ -25,6 +25,7 @@ import timm_contract
 from spd_zoo.models._classifier import Classifier
 
 EVERY = timm_contract.own_networks(Classifier)
+STEPS = ("inference", "train")
 NETWORKS = benchmark.with_a_plain_way(timm_contract.one_per_architecture(EVERY))
 
 
@@ -102,10 +103,16 @@ def test_memory_of_a_step_counts_its_weights_and_maps(capsys: pytest.CaptureFixt
     assert weights < row["MiB plain"] < 2000
 
 
-def test_a_detector_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        benchmark.main(["--network", "yolov8n_spd"])
-    assert "yolov8n_spd is a detector" in capsys.readouterr().err
+@pytest.mark.parametrize("network", ["yolov5n_spd", "yolov8n_spd"])
+def test_a_detector_is_timed_with_its_suppression(network: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--image-size", "64", "--batch", "2", "--rounds", "1", "--threads", str(torch.get_num_threads())]
+    forms = ["--forms", "*-fp32-channels_last-eager", "*-fp32-channels_last-eager-folded"]
+    assert benchmark.main(["--network", network, *tiny, "--json", "--no-memory", *forms]) == 0
+    inference, train, suppression = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [row["form"] for row in (inference, train)] == [f"{step}-fp32-channels_last-eager" for step in STEPS]
+    for row in (inference, train):
+        assert row["/ plain"] == pytest.approx(row["ours"] / row["plain"]) and "resnet50" not in row
+    assert suppression["form"] == "suppression" and suppression["ms, 300 scores"] > 0
 
 
 def test_a_form_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,5 @@
 """Training: what options do, runs that go on to the same bits wherever they stopped, results that timm loads."""
 
-import csv
-import io
 import json
 import multiprocessing
 import os
@@ -18,6 +16,7 @@ import pytest
 import timm
 import torch
 from pictures import make_folders
+from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
 
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
@@ -26,6 +25,7 @@ from spd_zoo.training import finetune as training
 from spd_zoo.training.config import RECIPES, FinetuneConfig, load_config, make_config, to_yaml
 from spd_zoo.training.data import DataError
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
+from spd_zoo.training.process import Process
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def folders(tmp_path: Path) -> Path:
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
     options = {"epochs": 2, "batch_size": 8, "image_size": "16", "warmup_epochs": 0, "lr": 1e-3, "workers": 0}
-    options |= {"bf16": False, "device": "cpu"}
+    options |= {"bf16": False, "device": "cpu", "pretrained": False}
     return FinetuneConfig(**{"model": "cifar_resnet20", "data": str(data), "out": out} | options | changes)
 
 
@@ -49,14 +49,6 @@ def run(data: Path, out: Path, **changes: Any) -> Result:
     result = finetune(config(data, out, **changes))
     assert result is not None
     return result
-
-
-def same_run(one: Path, other: Path) -> bool:
-    """Whether two runs have the same network, to the bit, and the same figures."""
-    networks = [load_file(folder / "model.safetensors") for folder in (one, other)]
-    tables = [(folder / "metrics.csv").read_text() for folder in (one, other)]
-    equal = [torch.equal(networks[0][key], networks[1][key]) for key in networks[0]]
-    return all(equal) and tables[0] == tables[1] and networks[0].keys() == networks[1].keys()
 
 
 def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders: Path, tmp_path: Path) -> None:
@@ -99,19 +91,6 @@ EVERYTHING = {  # all that has a state or draws at random
     "accumulate": 2,
     "epochs": 3,
 }
-
-
-def stop_in(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int) -> None:
-    """Sends this process SIGTERM in a step of the next run, as a job scheduler would."""
-    seed = training.seed_everything
-
-    def seed_and_stop(*key: int) -> None:
-        seed(*key)
-        if key[1:3] == (epoch, step):
-            monkeypatch.setattr(training, "seed_everything", seed)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(training, "seed_everything", seed_and_stop)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -209,10 +188,6 @@ def test_a_signal_to_the_whole_group_saves_and_ends(folders: Path, tmp_path: Pat
             run(folders, tmp_path / "whole", **options)
     whole = torch.load(tmp_path / "whole" / "last.pt", weights_only=True)
     assert all(torch.equal(value, state["net"][key]) for key, value in whole["net"].items())
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(file.read_text())))
 
 
 def lines_of(file: Path) -> int:
@@ -472,14 +447,15 @@ def test_class_weights_count_the_same_in_every_batch(folders: Path) -> None:
     assert data is not None
     few = data.subset([*range(8), 8, 16])
     net = timm.create_model("cifar_resnet20", num_classes=3)
-    task = classification.Task(net, config(folders, folders, class_weights="inv_freq"), few, torch.device("cpu"))
+    cpu = Process(torch.device("cpu"))
+    task = classification.Task(net, config(folders, folders, class_weights="inv_freq"), few, cpu)
     logits, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
     weights = torch.tensor([0.125, 1.0, 1.0]) / 2.125 * 3
     smooth = torch.nn.functional.one_hot(labels, 3) * 0.9 + 0.1 / 3
     expected = -(smooth * weights * logits.log_softmax(1)).sum(1).mean()
     assert task.criterion(logits, labels) == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="class_weights must be 3 numbers"):
-        classification.Task(net, config(folders, folders, class_weights="1,2"), few, torch.device("cpu"))
+        classification.Task(net, config(folders, folders, class_weights="1,2"), few, cpu)
 
 
 def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None:
@@ -494,7 +470,8 @@ def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None
 
 def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "first", epochs=1)
-    run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", epochs=1, lr=1e-12, weight_decay=0.0)
+    options = {"model": f"local-dir:{tmp_path / 'first'}", "pretrained": None, "lr": 1e-12, "weight_decay": 0.0}
+    run(folders, tmp_path / "second", epochs=1, **options)
     first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
     assert all(torch.allclose(first[key], second[key]) for key in first if "running" not in key and "num" not in key)
 
@@ -688,17 +665,22 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
     assert not (tmp_path / "other").exists()
 
 
+def chosen_for(asked: FinetuneConfig, images: int) -> FinetuneConfig:
+    """The configuration of a classifier's run on so many images."""
+    net = timm.create_model(asked.model)
+    return training._chosen(asked, images, classification, net, Process(torch.device("cpu")))
+
+
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
-    for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False), ("cifar_resnet20", False)):
-        asked = config(folders, folders, model=name, lr=None)
-        chosen = training._chosen(asked, 480, training.Process(torch.device("cpu")))
+    for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False), ("cifar_wrn40_3", False)):
+        chosen = chosen_for(config(folders, folders, model=name, lr=None, pretrained=None), 480)
         assert chosen.pretrained is expected
         assert chosen.head_epochs == int(expected)
         assert chosen.opt == ("adamw" if expected else "lamb")
-        assert chosen.lr == pytest.approx(training.LR[chosen.opt] / 4)
+        assert chosen.lr == pytest.approx(classification.LR[chosen.opt] / 4)
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(12, 8), (480, 16), (2_000, 64), (47_500, 128)])
 def test_small_data_sets_have_small_steps(folders: Path, images: int, batch_size: int) -> None:
     asked = config(folders, folders, batch_size=None)
-    assert training._chosen(asked, images, training.Process(torch.device("cpu"))).batch_size == batch_size
+    assert chosen_for(asked, images).batch_size == batch_size

@@ -8,6 +8,11 @@ convolution. "/ plain" compares with it as the papers run it (contiguous, eager,
 over the rounds, ratios are medians of the ratios of each round. Before anything is timed, all must agree in their
 results. Peak memory is that of one step in a process of its own, beyond what the process needs before (Linux).
 
+A detector is compared with itself the plain way alone, at the size of its input, not folded; its own form of
+space-to-depth is the plain one, so only the layout can make a difference. A last row has the milliseconds for an image
+that decoding and suppression take where 300, 3000 and 30000 scores are above the threshold: a random network's scores,
+whose boxes overlap more than a trained one's.
+
 A trap: with one thread and a batch below 16, torch computes fp32 1x1 and 3x3 convolutions by a slow built-in kernel.
 """
 
@@ -24,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +42,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d
+from spd_zoo.losses import Target
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._detector import DetectionNet
 
@@ -162,7 +169,7 @@ def check_agreement(nets: dict[str, nn.Module], image_size: int) -> None:
     """Raises if networks that must give the same result do not."""
     x = torch.randn(2, 3, image_size, image_size)
     with torch.inference_mode():
-        results = {name: net.eval()(x) for name, net in nets.items()}
+        results = {name: _joined(net.eval()(x)) for name, net in nets.items()}
     first, *others = results
     for name in others:
         error = (results[name] - results[first]).abs().max() / results[first].std()
@@ -170,16 +177,22 @@ def check_agreement(nets: dict[str, nn.Module], image_size: int) -> None:
             raise AssertionError(f"{name} differs from {first} by {error:.2g} of the results' standard deviation")
 
 
+def _joined(result: Any) -> Tensor:
+    """What a network gives as one tensor; a detector gives several."""
+    return result if isinstance(result, Tensor) else torch.cat([part.flatten(1) for part in result], 1)
+
+
 def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callable[[], None]:
     """A function that runs one batch through a copy of `net` in the given form; warmed up."""
     layout = torch.channels_last if form.layout == "channels_last" else torch.contiguous_format
     net = fold_batchnorm(net) if form.folded else copy.deepcopy(net)
     net = net.train(form.step == "train").to(memory_format=layout)
-    x = torch.randn(batch, 3, image_size, image_size).to(memory_format=layout)
+    size = (image_size, image_size)
+    x = torch.randn(batch, 3, *size).to(memory_format=layout)
     bf16 = form.precision == "bf16"
     if bf16 and form.step == "inference":
         net, x = net.bfloat16(), x.bfloat16()
-    run: Callable[[Tensor], Tensor] = torch.compile(net) if form.mode == "compile" else net
+    run: Callable[[Tensor], Any] = torch.compile(net) if form.mode == "compile" else net
     if form.step == "inference":
 
         def step() -> None:
@@ -188,10 +201,15 @@ def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callab
     else:
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
         labels = torch.zeros(batch, dtype=torch.long)
+        box: Target = {"boxes": torch.tensor([[0.25, 0.25, 0.5, 0.5]]) * image_size, "labels": labels[:1]}
 
         def step() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(run(x), labels)
+                result = run(x)
+                if isinstance(net, DetectionNet):
+                    loss = torch.stack(list(net.loss(result, [box] * batch, size).values())).sum()
+                else:
+                    loss = F.cross_entropy(result, labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -200,7 +218,7 @@ def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callab
     return step
 
 
-def time_steps(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def time_steps(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step in each round; every second round goes backwards."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds):
@@ -244,17 +262,21 @@ def measure_memory(network: str, way: str, form: Form, args: argparse.Namespace)
 
 
 def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """One row per form: images/s, ratios (above 1: ours is faster) and memory."""
+    """One row per form: images/s, ratios (above 1: ours is faster) and memory; and a detector's suppression."""
     nets = {"ours": build(network, "ours"), "plain": build(network, "plain")}
-    check_agreement({**nets, **{f"{way}, folded": fold_batchnorm(net) for way, net in nets.items()}}, args.image_size)
-    rival = build("resnet50", "ours")
+    detector = nets["ours"] if isinstance(nets["ours"], DetectionNet) else None
+    folded = {} if detector else {f"{way}, folded": fold_batchnorm(net) for way, net in nets.items()}
+    check_agreement({**nets, **folded}, args.image_size)
+    rival = {} if detector else {"resnet50": build("resnet50", "ours")}
     for form in forms:
+        if detector and form.folded:
+            continue
         torch._dynamo.reset()
         contenders = {
             "ours": (nets["ours"], form),
             "plain": (nets["plain"], Form(form.step, form.precision)),
             "plain, same form": (nets["plain"], form),
-            "resnet50": (rival, form),
+            **{name: (net, form) for name, net in rival.items()},
         }
         steps = {name: make_step(net, its, args.batch, args.image_size) for name, (net, its) in contenders.items()}
         seconds = time_steps(steps, args.rounds)
@@ -267,6 +289,22 @@ def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> 
             row["MiB"] = measure_memory(network, "ours", form, args)
             row["MiB plain"] = measure_memory(network, "plain", Form(form.step, form.precision), args)
         yield row
+    if detector:
+        yield {"network": network, "form": "suppression", **time_suppression(detector.eval(), args)}
+
+
+def time_suppression(net: DetectionNet, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds for an image from raw predictions to boxes, by how many scores are above the threshold."""
+    size = (args.image_size, args.image_size)
+    with torch.inference_mode():
+        raw = net(torch.randn(1, 3, *size))
+        scores = net.class_scores(net.decode(raw, size)).flatten().sort(descending=True).values
+        counts = [count for count in (300, 3000, 30000) if count < len(scores)]
+        steps: dict[str, Callable[[], Any]] = {
+            f"ms, {count} scores": partial(net.detections, raw, size, scores[count].item()) for count in counts
+        }
+        seconds = time_steps(steps, args.rounds + 1)  # the first round warms up
+    return {name: 1000 * statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def main(argv: list[str]) -> int:
@@ -274,7 +312,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="pyconvresnet50", help='a name, or "all" that have a plain way')
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", type=int, help="default: 224, or the input of a detector")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forms", nargs="+", default=["*"], help="patterns, as train-fp32-channels_last-*")
@@ -287,8 +325,9 @@ def main(argv: list[str]) -> int:
     forms = [form for form in FORMS if any(fnmatch.fnmatch(str(form), pattern) for pattern in args.forms)]
     if not forms:
         parser.error(f"no form matches {args.forms}; there are: {', '.join(map(str, FORMS))}")
-    if args.network != "all" and isinstance(timm.create_model(args.network, device="meta"), DetectionNet):
-        parser.error(f"{args.network} is a detector; this compares classification networks")
+    if args.image_size is None:
+        net = None if args.network == "all" else timm.create_model(args.network, device="meta")
+        args.image_size = net.pretrained_cfg["input_size"][-1] if isinstance(net, DetectionNet) else 224
     torch.set_num_threads(args.threads)
     own = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo.")]
     note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"

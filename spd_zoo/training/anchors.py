@@ -47,7 +47,7 @@ def kmeans(points: np.ndarray, count: int, generator: np.random.Generator, runs:
 def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int, seed: int) -> str:
     """Gives `net` anchors that fit the boxes of `data` at `image_size`, if its own fit too few; says what was done.
 
-    By the rules of YOLOv5 v6.0: k-means, then a random search that raises the mean fit. Everything is drawn from `seed`.
+    By the rules of YOLOv5 v6.0: k-means, then a random search that raises the mean fit. Drawn from `seed`.
     """
     generator = np.random.default_rng(seed)
     sizes, jittered = [], []

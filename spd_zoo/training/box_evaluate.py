@@ -3,9 +3,11 @@
 import contextlib
 import io
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.predict import class_names
 from spd_zoo.training.box_augment import box_eval_loader
 from spd_zoo.training.box_data import BoxImages, open_boxes, with_names
+from spd_zoo.training.check import defects_in_words
 from spd_zoo.training.data import Batches, DataError, read
 from spd_zoo.training.evaluate import Input, write_csv
 from spd_zoo.training.process import Process
@@ -101,9 +104,19 @@ class BoxPredictions:
     losses: dict[str, float]
     milliseconds: dict[str, float]
 
+    @cached_property
+    def precision(self) -> np.ndarray:
+        """As `coco_precision` gives it, areas in the images' pixels."""
+        return coco_precision(self.data, self.found)
+
+    @cached_property
+    def input_precision(self) -> np.ndarray:
+        """As `coco_precision` gives it, areas in the pixels that the network sees."""
+        return coco_precision(self.data, self.found, self.scales)
+
     def summary(self) -> dict[str, Any]:
         """`ap`, `ap50`, `ap75` in per cent, also by area in the image and (`input_`) in what the network sees."""
-        own, seen = coco_precision(self.data, self.found), coco_precision(self.data, self.found, self.scales)
+        own, seen = self.precision, self.input_precision
         figures: dict[str, Any] = {"images": len(self.data), "objects": sum(self.data.counts())}
         figures |= {"loss": sum(self.losses.values())}
         figures |= {"ap": _mean(own[..., 0]), "ap50": _mean(own[0, ..., 0]), "ap75": _mean(own[5, ..., 0])}
@@ -113,7 +126,7 @@ class BoxPredictions:
 
     def per_class(self) -> list[dict[str, Any]]:
         """Objects, `ap`, `ap50`, `ap75` and, by area in what the network sees, `input_ap_small` ... of each class."""
-        own, seen = coco_precision(self.data, self.found), coco_precision(self.data, self.found, self.scales)
+        own, seen = self.precision, self.input_precision
         return [
             {
                 "class": name,
@@ -205,6 +218,8 @@ def evaluate_boxes(
     images = next((part for name in splits if (part := open_boxes(data, name))), None)
     if images is None:
         raise DataError(f"{data} has no split {' or '.join(splits)}")
+    for line in defects_in_words(images.defects):
+        tqdm.write(line, file=sys.stderr)
     cfg = net.pretrained_cfg
     images = boxes_of(images, class_names(cfg))
     config = resolve_data_config(pretrained_cfg=cfg)
@@ -275,8 +290,7 @@ def score(net: DetectionNet, batches: Batches, given: Input, process: Process) -
     """`loss`, `ap` and `ap50` (per cent) over the images of `batches` of all processes."""
     images = batches.dataset
     said = box_predictions(net, batches, images.data, images.size, given, process)  # type: ignore[attr-defined]
-    precision = coco_precision(said.data, said.found)
-    ap, ap50 = _mean(precision[..., 0]), _mean(precision[0, ..., 0])
+    ap, ap50 = _mean(said.precision[..., 0]), _mean(said.precision[0, ..., 0])
     nothing = math.nan  # there is no object
     return {
         "loss": sum(said.losses.values()),

@@ -29,34 +29,31 @@ def write(folder: RunFolder, config: FinetuneConfig, history: Sequence[dict[str,
         pictures = folder.path / "figures"
         pictures.mkdir(exist_ok=True)
         order = sorted(range(len(said.data)), key=lambda i: image_f1(said.found[i], said.data.shown(i)))
-        drawn = {
-            "curves": ("Training", _curves(history)),
-            "worst": ("Worst images", box_sheet(said, order[:SHOWN])),
-            "best": ("Best images", box_sheet(said, order[::-1][:SHOWN])),
-        }
-        legend = "green: right, red: wrong, yellow: missed"
+        worst, best = box_sheet(said, order[:SHOWN]), box_sheet(said, order[::-1][:SHOWN])
         figures = {
-            f"{title} ({legend})" if name != "curves" else title: data for name, (title, data) in drawn.items() if data
+            name: data for name, data in (("curves", _curves(history)), ("worst", worst), ("best", best)) if data
         }
-        for name, (_, data) in drawn.items():
-            if data:
-                (pictures / f"{name}.png").write_bytes(data)
+        for name, data in figures.items():
+            (pictures / f"{name}.png").write_bytes(data)
     summary = said.summary()
     top = {"images": str(summary["images"]), "objects": str(summary["objects"])}
     top |= {f"AP{name[2:]}": _percent(summary[name]) for name in ("ap", "ap50", "ap75")}
     for prefix, where in (("", "in the image's pixels"), ("input_", "in what the network sees")):
         for area in ("small", "medium", "large"):
             top[f"AP of {area} objects, {where}"] = _percent(summary[f"{prefix}ap_{area}"])
-    stages = {"prepare": "read and prepare an image", "network": "the network", "boxes": "decode and suppress"}
-    top |= {
-        f"to {words}" if name == "prepare" else words: f"{said.milliseconds[name]:.1f} ms"
-        for name, words in stages.items()
+    stages = {
+        "prepare": "reading and preparing an image",
+        "network": "the network",
+        "boxes": "decoding and suppression",
     }
+    top |= {f"time of {words}": f"{said.milliseconds[name]:.1f} ms" for name, words in stages.items()}
     rows = sorted(said.per_class(), key=lambda row: row["ap"] if row["ap"] is not None else 101)
     header = ["class", "objects", *(name.upper() for name in ("ap", "ap50", "ap75")), "small", "medium", "large"]
     names = ("ap", "ap50", "ap75", "input_ap_small", "input_ap_medium", "input_ap_large")
     cells = [[row["class"], row["objects"], *(_percent(row[name]) for name in names)] for row in rows]
-    folder.write("report.html", page(config, history, top, figures, table(header, cells)))
+    colours = "boxes that are right are green, wrong ones red, missed objects yellow"
+    titles = {"curves": "Training", "worst": f"Worst images: {colours}", "best": f"Best images: {colours}"}
+    folder.write("report.html", page(config, history, top, titles, figures, table(header, cells)))
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> bytes:

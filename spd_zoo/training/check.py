@@ -15,7 +15,7 @@ from spd_zoo.training.box_data import BoxImages
 from spd_zoo.training.data import DataError, LabelledImages, leave_ctrl_c_to_parent
 from spd_zoo.training.process import Process
 
-__all__ = ["check", "in_words"]
+__all__ = ["check", "defects_in_words", "in_words"]
 
 NAMED = 5  # things of a kind that are printed; data.json has all
 
@@ -139,14 +139,21 @@ def _part_in_words(part: str, about: dict[str, Any]) -> Iterator[str]:
     if about["unreadable"]:
         named = [f"{name} ({error})" for name, error in about["unreadable"].items()]
         yield f"  {len(named)} images cannot be read and are left out: {_some(named)}"
-    for defect, names in about.get("boxes", {}).items():
-        yield f"  {len(names)} {defect}: {_some(sorted(set(names)))}"
+    if about.get("without boxes"):
+        yield f"  {about['without boxes']} images show no object: they are taken as background"
+    yield from defects_in_words(about.get("boxes", {}))
     if about["duplicates"]:
         named = [" = ".join(names) for names in about["duplicates"]]
         yield f"  {len(named)} images occur more than once: {_some(named)}"
     if about["duplicates of another class"]:
         named = [" = ".join(names) for names in about["duplicates of another class"]]
         yield f"  {len(named)} of them labelled differently: {_some(named)}"
+
+
+def defects_in_words(defects: dict[str, list[str]]) -> Iterator[str]:
+    """The lines to print about what is wrong with boxes."""
+    for defect, names in defects.items():
+        yield f"  {len(names)} {defect}: {_some(sorted(set(names)))}"
 
 
 def _some(names: list[str]) -> str:

@@ -56,18 +56,12 @@ LR = {"lamb": 6e-3, "adamw": 2e-3}  # at 128 images a step; it goes by the squar
 
 
 def defaults(config: FinetuneConfig, net: nn.Module) -> dict[str, Any]:
-    """What options of the optimiser are where they are not given.
-
-    Raises:
-        ValueError: If there is no default learning rate for the optimiser.
-    """
+    """What options of the optimiser are where they are not given."""
     opt = config.opt or ("adamw" if config.pretrained else "lamb")
-    if config.lr is None and opt not in LR:
-        raise ValueError(f"the default learning rates are for lamb and adamw; give lr with opt {config.opt}")
     return {
         "image_size": "64",
         "opt": opt,
-        "lr": config.lr or LR[opt] * math.sqrt((config.batch_size or 1) / 128),
+        "lr": LR.get(opt, 0.0) * math.sqrt((config.batch_size or 1) / 128),
         "layer_decay": 0.8 if config.pretrained else 1.0,
         "weight_decay": 0.02,
         "ema": 0.0,

@@ -178,6 +178,8 @@ class FinetuneConfig:
                 raise ValueError(f"{item.name} must not be negative, got {value}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.lr is None and self.opt not in (None, "lamb", "adamw"):
+            raise ValueError(f"the default learning rates are for lamb and adamw; give lr with opt {self.opt}")
         if not 0 < self.crop_scale <= 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("crop_scale must be above 0 and at most 1, label_smoothing from 0 to below 1")
         for name in ("layer_decay", "crop_pct", "decay_rate"):
@@ -200,7 +202,11 @@ class FinetuneConfig:
             raise ValueError(f"resume is auto or never, got {self.resume!r}")
         if self.interpolation not in ("random", "bilinear", "bicubic"):
             raise ValueError(f"interpolation is random, bilinear or bicubic, got {self.interpolation!r}")
-        parse_sizes(self.image_size or "64"), parse_epochs(self.decay_epochs), parse_model_args(self.model_args)
+        (
+            parse_sizes("64" if self.image_size is None else self.image_size),
+            parse_epochs(self.decay_epochs),
+            parse_model_args(self.model_args),
+        )
         parse_numbers(self.mean), parse_numbers(self.std)
         if self.hsv is not None and len(parse_numbers(self.hsv)) != 3:
             raise ValueError(f"hsv must be three numbers like 0.015,0.7,0.4, got {self.hsv!r}")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from spd_zoo.complexity import count_params
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.predict import class_names, load
+from spd_zoo.predict import check_classifier, class_names, load_network
 from spd_zoo.training.data import (
     Batches,
     DataError,
@@ -228,7 +228,7 @@ def evaluate(
         ValueError: If an option has no meaning for a detector.
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net: Any = load(model, name)
+    net: Any = load_network(model, name)
     place = torch.device(name)
     if isinstance(net, DetectionNet):
         if flip or image_column or label_column:
@@ -238,6 +238,7 @@ def evaluate(
             net, model, data, split, image_sizes, batch_size, workers, place, bf16
         )
         return found
+    check_classifier(net, model)
     splits = (split,) if split else ("test", "val", "train")
     labelled = next((part for name in splits if (part := open_data(data, name, image_column, label_column))), None)
     if labelled is None:

@@ -93,7 +93,9 @@ def finetune(config: FinetuneConfig) -> Result | None:
     began = process.from_first(folder.beginning(config) if process.first else None)
     if began is not None:
         config = merged(began.config, config)
-    kind = _kind(config.model)
+    with torch.device("meta"):  # a network without numbers, to see what it is
+        blank = _made(config.model, pretrained=False)
+    kind = _kind(blank)
     refuse_others(config, kind.NETWORKS)
 
     # data
@@ -104,7 +106,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
         return None
 
     # network
-    config = _chosen(config, len(train), kind, process)
+    config = _chosen(config, len(train), kind, blank, process)
     sizes = parse_sizes(config.image_size or "")
     seed_everything(config.seed)
     net = _create(config, len(train.class_names), sizes, process)
@@ -285,14 +287,14 @@ def finetune(config: FinetuneConfig) -> Result | None:
     return Result(config.out, history, figures)
 
 
-def _kind(model: str) -> Any:
+def _kind(net: nn.Module) -> Any:
     """The module with what is special about the network: `classification` or `detection`, with the same functions."""
-    if isinstance(_made(model, pretrained=False), DetectionNet):
+    if isinstance(net, DetectionNet):
         return importlib.import_module("spd_zoo.training.detection")  # which needs packages that others do not
     return classification
 
 
-def _chosen(config: FinetuneConfig, images: int, kind: Any, process: Process) -> FinetuneConfig:
+def _chosen(config: FinetuneConfig, images: int, kind: Any, net: nn.Module, process: Process) -> FinetuneConfig:
     """The configuration with a value for what is left to the run, but for `accumulate`."""
     pretrained = config.pretrained
     if pretrained is None:
@@ -310,7 +312,7 @@ def _chosen(config: FinetuneConfig, images: int, kind: Any, process: Process) ->
         if batch_size % (2 * shares):
             raise ValueError(f"Mixup and CutMix need an even batch_size in each of {shares} parts, got {batch_size}")
     config = replace(config, pretrained=pretrained, batch_size=batch_size)
-    values = kind.defaults(config, _made(config.model, pretrained=False))
+    values = kind.defaults(config, net)
     config = replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
     assert config.lr is not None
     return replace(

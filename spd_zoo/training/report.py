@@ -71,10 +71,7 @@ def write(
         [row["class"], row["images"], *(_percent(row[key]) for key in ("precision", "recall", "f1"))] for row in classes
     ]
     by_class = table(["class", "images", "precision", "recall", "F1"], rows)
-    folder.write(
-        "report.html",
-        page(config, history, top, {titles[name]: figures[name] for name in titles if name in figures}, by_class),
-    )
+    folder.write("report.html", page(config, history, top, titles, figures, by_class))
 
 
 def _plots(history: Sequence[dict[str, Any]], said: Predictions) -> dict[str, bytes]:
@@ -176,19 +173,21 @@ def page(
     config: FinetuneConfig,
     history: Sequence[dict[str, Any]],
     top: dict[str, str],
+    titles: dict[str, str],
     figures: dict[str, bytes],
     classes: str,
 ) -> str:
-    """An HTML page: figures at its `top`, PNGs by their titles, a table of classes, epochs, configuration."""
+    """An HTML page: lines at its `top`, figures as PNG by name with their titles, classes, epochs, configuration."""
     name = html.escape(config.model)
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>",
         f"<h1>{name}</h1><p>{len(history)} epochs on {html.escape(config.data)}; figures of the validation images.</p>",
         table(["", ""], list(top.items())),
     ]
-    for title, figure in figures.items():
-        source = base64.b64encode(figure).decode()
-        parts.append(f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,{source}'>")
+    for figure, title in titles.items():
+        if figure in figures:
+            source = base64.b64encode(figures[figure]).decode()
+            parts.append(f"<h2>{title}</h2><img alt='{figure}' src='data:image/png;base64,{source}'>")
     parts += ["<h2>Classes, the worst first</h2>", classes]
     epochs = [[short(value) for value in row.values()] for row in history]
     parts += ["<h2>Epochs</h2>", table(list(history[0]), epochs)]

@@ -1,0 +1,38 @@
+"""What tests of training share: runs that are stopped, and compared."""
+
+import csv
+import io
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spd_zoo.training import finetune as training
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """Whether two runs have the same network, to the bit, and the same figures."""
+    networks = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    tables = [(folder / "metrics.csv").read_text() for folder in (one, other)]
+    equal = [torch.equal(networks[0][key], networks[1][key]) for key in networks[0]]
+    return all(equal) and tables[0] == tables[1] and networks[0].keys() == networks[1].keys()
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int) -> None:
+    """Sends this process SIGTERM in a step of the next run, as a job scheduler would."""
+    seed = training.seed_everything
+
+    def seed_and_stop(*key: int) -> None:
+        seed(*key)
+        if key[1:3] == (epoch, step):
+            monkeypatch.setattr(training, "seed_everything", seed)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training, "seed_everything", seed_and_stop)
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(file.read_text())))

@@ -1,0 +1,317 @@
+"""Images with boxes: three forms of data sets, what is wrong with them, and augmentation that keeps boxes in place."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from box_pictures import COLOURS, NAMES, SIZE, make_coco, make_voc, make_yolo, scenes
+from PIL import Image
+
+from spd_zoo.detect import prepare
+from spd_zoo.training.box_augment import box_train_loader
+from spd_zoo.training.box_data import BoxImages, hold_out, open_boxes, with_names
+from spd_zoo.training.config import FinetuneConfig
+from spd_zoo.training.data import DataError, Steps
+from spd_zoo.training.finetune import finetune
+
+Make = Callable[[Path], Path]
+
+
+def opened(root: Path, split: str = "train") -> BoxImages:
+    data = open_boxes(root, split)
+    assert data is not None
+    return data
+
+
+def as_lists(data: BoxImages) -> list[tuple[Any, ...]]:
+    order = sorted(range(len(data)), key=data.name)
+    return [tuple(part.double().round(decimals=3).tolist() for part in data.shown(i)[:3]) for i in order]
+
+
+@pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
+def test_the_forms_are_read_alike(make: Make, tmp_path: Path) -> None:
+    data = opened(make(tmp_path / "data"))
+    truth = sorted((f"train_{i}", boxes) for i, (_, boxes) in enumerate(scenes(8)))
+    assert [shown[0] for shown in as_lists(data)] == [[list(box[1:]) for box in boxes] for _, boxes in truth]
+    assert [shown[1] for shown in as_lists(data)] == [[box[0] for box in boxes] for _, boxes in truth]
+    areas = [[float((x2 - x1) * (y2 - y1)) for _, x1, y1, x2, y2 in boxes] for _, boxes in truth]
+    assert [shown[2] for shown in as_lists(data)] == areas
+    assert data.class_names == NAMES and set(data.sizes) == {SIZE} and not data.defects
+    assert len(opened(tmp_path / "data", "val")) == 4 and open_boxes(tmp_path / "data", "test") is None
+
+
+def test_cocos_own_layout_is_read(tmp_path: Path) -> None:
+    make_coco(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "instances_train.json").rename(tmp_path / "annotations" / "instances_train2017.json")
+    (tmp_path / "instances_val.json").rename(tmp_path / "annotations" / "instances_val2017.json")
+    (tmp_path / "images").rename(tmp_path / "train2017")
+    assert len(opened(tmp_path)) == 8
+    with pytest.raises(DataError, match=r"lists val_0\.png, which is in none of the folders"):
+        open_boxes(tmp_path, "val")
+
+
+def test_names_of_classes_may_stand_in_a_text_file_or_a_mapping(tmp_path: Path) -> None:
+    make_yolo(tmp_path)
+    (tmp_path / "data.yaml").write_text("names: {0: blue, 1: green, 2: red}")
+    assert opened(tmp_path).class_names == NAMES
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "classes.txt").write_text("b\ng\nr\n")
+    assert opened(tmp_path).class_names == ["b", "g", "r"]
+
+
+def test_an_image_without_a_label_file_shows_nothing(tmp_path: Path) -> None:
+    make_yolo(tmp_path)
+    (tmp_path / "labels" / "train" / "train_0.txt").unlink()
+    data = opened(tmp_path)
+    assert len(data) == 8 and len(data.shown(0).labels) == 0
+
+
+def test_what_is_wrong_with_boxes_is_counted_and_left_out(tmp_path: Path) -> None:
+    file = make_coco(tmp_path) / "instances_train.json"
+    content = json.loads(file.read_text())
+    wrong = [
+        [-10, 5, 30, 30],
+        [90, 60, 500, 500],
+        [200, 5, 10, 10],
+        [5, 5, 0, 10],
+        [5, 5, -3, 10],
+        [5, float("nan"), 3, 3],
+    ]
+    count = len(content["annotations"])
+    for box in wrong:
+        content["annotations"].append({"id": 1000, "image_id": 7, "category_id": 5, "bbox": box})
+    content["annotations"].append({"id": 1001, "image_id": 7, "category_id": 99, "bbox": [1, 1, 5, 5]})
+    content["annotations"].append({"id": 1002, "image_id": 999, "category_id": 5, "bbox": [1, 1, 5, 5]})
+    file.write_text(json.dumps(content))
+    data = opened(tmp_path)
+    assert {kind: len(names) for kind, names in data.defects.items()} == {
+        "boxes reach out of their image by more than half a pixel and are clipped": 2,
+        "boxes lie outside their image and are left out": 1,
+        "boxes have no area and are left out": 3,
+        "boxes are of an unknown class and are left out": 1,
+        "boxes belong to no image of the list and are left out": 1,
+    }
+    assert sum(data.counts()) == count + 2
+    assert data.shown(0).boxes[-2:].tolist() == [[0, 5, 20, 35], [90, 60, 96, 64]]
+    assert data.shown(0).areas[-2:].tolist() == [20 * 30, 6 * 4]
+
+
+def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
+    options = {"image_size": "64", "workers": 0, "device": "cpu", "bf16": False}
+    return FinetuneConfig(**{"model": "yolov8n_spd", "data": data, "out": out} | options | changes)
+
+
+def test_a_dry_run_tells_what_is_wrong_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_yolo(tmp_path / "data")
+    (root / "images" / "train" / "train_1.png").write_bytes(b"no image")
+    text = root / "labels" / "train" / "train_2.txt"
+    text.write_text(text.read_text() + "\n0 1.5 0.5 0.1 0.1\n7 0.5 0.5 0.1 0.1\n")
+    (root / "labels" / "train" / "nothing.txt").write_text("")
+    (root / "labels" / "train" / "train_5.txt").unlink()
+    assert finetune(config(root, tmp_path / "run", dry_run=True)) is None
+    printed = capsys.readouterr().out
+    for line in (
+        "train: 7 images of 3 classes, 96x64 to 96x64 pixels",
+        "1 images cannot be read and are left out",
+        "1 boxes lie outside their image and are left out",
+        "1 boxes are of an unknown class and are left out",
+        "1 label files belong to no image",
+        "1 images show no object",
+    ):
+        assert line in printed
+    assert not (tmp_path / "run").exists()
+    finetune(config(root, tmp_path / "run", dry_run=True, check=False))
+    assert "1 boxes lie outside their image and are left out" in capsys.readouterr().out
+
+
+def test_an_image_of_another_size_than_its_annotation_says_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_coco(tmp_path / "data")
+    Image.new("RGB", (64, 96)).save(root / "images" / "train_3.png")
+    finetune(config(root, tmp_path / "run", dry_run=True))
+    assert "it has 64x96 pixels upright, but its annotation says 96x64" in capsys.readouterr().out
+
+
+def test_boxes_are_in_the_pixels_of_the_upright_image(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    file = root / "images" / "train" / "train_0.png"
+    with Image.open(file) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6  # to be turned by a quarter
+        image.rotate(90, expand=True).save(file, exif=exif)
+    data = opened(root)
+    assert data.sizes[0] == SIZE == data.image(0).size
+    assert data.shown(0).boxes.tolist() == [list(box[1:]) for box in scenes(1)[0][1]]
+
+
+def damaged_json(root: Path) -> None:
+    (make_coco(root) / "instances_train.json").write_text('{"images": [')
+
+
+def no_boxes_json(root: Path) -> None:
+    (make_coco(root) / "instances_train.json").write_text('{"images": [], "annotations": [{}], "categories": []}')
+
+
+def no_names(root: Path) -> None:
+    (make_yolo(root) / "data.yaml").unlink()
+
+
+def wrong_line(root: Path) -> None:
+    (make_yolo(root) / "labels" / "train" / "train_0.txt").write_text("0 0.5 0.5 0.1")
+
+
+def twice_a_name(root: Path) -> None:
+    (make_yolo(root) / "data.yaml").write_text("names: [a, a, b]")
+
+
+def lost_xml(root: Path) -> None:
+    (make_voc(root) / "Annotations" / "train_3.xml").unlink()
+
+
+def damaged_xml(root: Path) -> None:
+    (make_voc(root) / "Annotations" / "train_3.xml").write_text("<annotation><object>")
+
+
+def nothing(root: Path) -> None:
+    root.mkdir()
+
+
+def no_train(root: Path) -> None:
+    (make_coco(root) / "instances_train.json").unlink()
+
+
+def lost_class(root: Path) -> None:
+    (make_yolo(root) / "data.yaml").write_text(f"names: {[*NAMES, 'violet']}")
+
+
+def empty_val(root: Path) -> None:
+    for file in (make_yolo(root) / "labels" / "val").iterdir():
+        file.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (damaged_json, r"cannot read .*instances_train\.json as JSON"),
+        (no_boxes_json, r"instances_train\.json is not in COCO's form"),
+        (no_names, r"does not name its classes; add data\.yaml with names, or classes\.txt"),
+        (wrong_line, r"train_0\.txt, line 1: '0 0\.5 0\.5 0\.1' is not class, x, y, width and height"),
+        (twice_a_name, "has two classes called 'a'"),
+        (lost_xml, r"cannot read .*train_3\.xml: No such file"),
+        (damaged_xml, r"train_3\.xml is not in Pascal VOC's form"),
+        (nothing, "is no data set with boxes: it has neither"),
+        (lambda root: None, "there is no folder"),
+        (no_train, "has no split train"),
+        (lost_class, "class 'violet' has no box to train on"),
+        (empty_val, "the split val has no box of a class that is trained"),
+    ],
+)
+def test_data_that_cannot_be_used_is_one_sentence(make: Make, message: str, tmp_path: Path) -> None:
+    make(tmp_path / "data")
+    with pytest.raises(DataError, match=message):
+        finetune(config(tmp_path / "data", tmp_path / "run", dry_run=True))
+
+
+def test_held_out_images_are_the_same_every_time(tmp_path: Path) -> None:
+    data = opened(make_coco(tmp_path))
+    (train, val), again = hold_out(data, 3, 0), hold_out(data, 3, 0)
+    assert len(val) == 3 and {train.name(i) for i in range(5)}.isdisjoint({val.name(i) for i in range(3)})
+    assert val.rows == again[1].rows != hold_out(data, 3, 1)[1].rows
+    with pytest.raises(DataError, match="cannot hold out 8 of 8 images"):
+        hold_out(data, 8, 0)
+
+
+def test_classes_are_matched_by_name_and_unknown_ones_counted(tmp_path: Path) -> None:
+    data = opened(make_coco(tmp_path))
+    blue, green, red = data.counts()
+    renamed = with_names(data, ["red", "blue"])
+    assert renamed.counts() == [red, blue] and min(blue, green, red) > 0
+    (lost,) = renamed.defects.values()
+    assert len(lost) == green
+
+
+def test_another_box_is_other_data(tmp_path: Path) -> None:
+    data = opened(make_yolo(tmp_path))
+    text = tmp_path / "labels" / "train" / "train_0.txt"
+    text.write_text(text.read_text().replace("0.", "0.0", 1))
+    assert opened(tmp_path).fingerprint() != data.fingerprint()
+
+
+YOLO = {"mosaic": 1.0, "mosaic_off": 1, "zoom": 0.5, "shift": 0.1, "hsv": "0,0,0", "vflip": 0.5}
+
+
+def augmented(root: Path, model: str, epoch: int, **options: Any) -> list[tuple[torch.Tensor, Any]]:
+    data = opened(root)
+    net = timm.create_model(model, num_classes=3)
+    made = config(root, root / "run", model=model, epochs=3, **options)
+    steps = Steps(len(data), 4)
+    steps.epoch = epoch
+    batches = box_train_loader(data, net, 64, steps, "RGB", made)
+    return [(image, target) for images, targets in batches for image, target in zip(images, targets, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "epoch", "options"), [("yolov8n_spd", 0, YOLO), ("yolov8n_spd", 2, YOLO), ("ssd_mobilenetv1", 0, {})]
+)
+def test_augmentation_moves_boxes_with_their_squares(
+    model: str, epoch: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    seen = 0
+    for image, target in augmented(make_coco(tmp_path, train=16), model, epoch, **options):
+        assert image.shape == (3, 64, 64) and image.dtype == torch.uint8
+        for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+            assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
+            middle = image[:, int((y1 + y2) / 2), int((x1 + x2) / 2)].float()
+            middle = middle.flip(0) if model.startswith("ssd") else middle  # SSD takes blue, green, red
+            brightest = middle.argmax().item()
+            if min(x2 - x1, y2 - y1) >= 4:
+                assert brightest == torch.tensor(COLOURS[NAMES[label]]).argmax()
+                seen += 1
+    assert seen >= 16
+
+
+def test_a_mosaic_shows_more_than_an_image_and_ends_before_the_last_epochs(tmp_path: Path) -> None:
+    root = make_coco(tmp_path, train=16)
+    in_mosaics, alone = (
+        sum(len(target["labels"]) for _, target in augmented(root, "yolov8n_spd", epoch, **YOLO)) for epoch in (1, 2)
+    )
+    assert in_mosaics > 1.2 * alone
+    assert alone <= sum(opened(root).counts())
+
+
+def test_an_epoch_is_the_same_whoever_reads_it(tmp_path: Path) -> None:
+    root = make_coco(tmp_path)
+    here, there = (augmented(root, "yolov8n_spd", 0, **YOLO, workers=workers) for workers in (0, 2))
+    for (image, target), (other, other_target) in zip(here, there, strict=True):
+        assert torch.equal(image, other) and torch.equal(target["boxes"], other_target["boxes"])
+    assert not torch.equal(augmented(root, "yolov8n_spd", 1, **YOLO)[0][0], here[0][0])
+
+
+def test_crowds_are_not_trained_on(tmp_path: Path) -> None:
+    file = make_coco(tmp_path) / "instances_train.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    assert all(not len(target["labels"]) for _, target in augmented(tmp_path, "yolov8n_spd", 0, **YOLO))
+    assert sum(opened(tmp_path).counts()) == 0
+
+
+def test_training_and_evaluation_feed_ssd_the_same_colours(tmp_path: Path) -> None:
+    root = make_coco(tmp_path)
+    for split in ("train", "val"):  # without boxes SSD's augmentation leaves images alone
+        content = json.loads((root / f"instances_{split}.json").read_text())
+        (root / f"instances_{split}.json").write_text(json.dumps(content | {"annotations": []}))
+    net: Any = timm.create_model("ssd_mobilenetv1", num_classes=3)
+    data = opened(root)
+    (images, _), *_ = box_train_loader(data, net, 64, Steps(8, 8), "RGB", config(root, root, model="ssd_mobilenetv1"))
+    prepared = torch.stack([prepare(data.image(i), net, (64, 64))[0] for i in range(8)])
+    mean = 255 * torch.tensor(net.pretrained_cfg["mean"])[:, None, None]
+    differences = [min((image - mean - other).abs().max().item() for other in prepared) for image in images.float()]
+    assert max(differences) < 2.5  # of 255; Pillow and torch round otherwise

@@ -1,0 +1,413 @@
+"""Training and evaluation of detectors: what a run leaves, exact resume, figures checked by hand."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from box_pictures import NAMES, make_coco, make_yolo
+from runs import rows_of, same_run, stop_in
+from safetensors.torch import load_file
+
+from spd_zoo.cli import main
+from spd_zoo.detect import Detections
+from spd_zoo.predict import ModelError
+from spd_zoo.training import box_report
+from spd_zoo.training.anchors import anchor_fit, fit_anchors, kmeans
+from spd_zoo.training.box_data import BoxImages, Objects, open_boxes
+from spd_zoo.training.box_evaluate import AREAS, BoxPredictions, coco_precision
+from spd_zoo.training.box_report import matches
+from spd_zoo.training.config import FinetuneConfig, make_config, to_yaml
+from spd_zoo.training.data import DataError
+from spd_zoo.training.evaluate import evaluate
+from spd_zoo.training.finetune import Result, Stopped, finetune
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_coco(tmp_path / "data", train=12, val=4)
+
+
+def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
+    options = {"epochs": 2, "batch_size": 4, "image_size": "64", "warmup_epochs": 0, "lr": 1e-3, "workers": 0}
+    options |= {"bf16": False, "device": "cpu"}
+    return FinetuneConfig(**{"model": "yolov8n_spd", "data": data, "out": out} | options | changes)
+
+
+def run(data: Path, out: Path, **changes: Any) -> Result:
+    result = finetune(config(data, out, **changes))
+    assert result is not None
+    return result
+
+
+def test_a_run_leaves_a_detector_that_timm_loads_with_the_class_names(folder: Path, tmp_path: Path) -> None:
+    result = run(folder, tmp_path / "run")
+    net: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
+    assert net.pretrained_cfg["label_names"] == NAMES and net.num_classes == 3
+    assert tuple(net.pretrained_cfg["input_size"]) == (3, 64, 64)
+    decoded = net.decode(net(torch.zeros(1, 3, 64, 64)), image_size=(64, 64))
+    assert decoded.shape == (1, 64 + 16 + 4, 4 + 3)
+    rows = rows_of(tmp_path / "run" / "metrics.csv")
+    assert (
+        len(rows) == 2 and {"train_box", "train_class", "train_dfl", "val_loss", "val_ap", "val_ap50"} <= rows[0].keys()
+    )
+    for row in rows:
+        terms = sum(float(row[f"train_{name}"]) for name in ("box", "class", "dfl"))
+        assert float(row["train_loss"]) == pytest.approx(terms, rel=1e-5)
+    assert result.metrics["ap"] == result.history[-1]["val_ap"] and result.metrics["objects"] > 0
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert state["class_names"] == NAMES
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "AP of small objects, in what the network sees" in page and page.count("data:image/png;base64,") == 3
+    assert [row["class"] for row in rows_of(tmp_path / "run" / "per_class.csv")] == NAMES
+
+
+def test_what_is_not_given_is_chosen_for_a_detector(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "run", epochs=1, batch_size=None, lr=None, bf16=None)
+    stored = make_config({}, tmp_path / "run" / "run.yaml")
+    assert (stored.opt, stored.batch_size, stored.ema, stored.weight_decay) == ("adamw", 8, 0.999, 5e-4)
+    assert stored.lr == pytest.approx(2e-3 * 0.5**0.5)
+    assert (stored.mosaic, stored.mosaic_off, stored.zoom, stored.shift) == (1.0, 0, 0.5, 0.1)
+    assert (stored.pretrained, stored.head_epochs, stored.layer_decay) == (False, 0, 1.0)
+
+
+EVERYTHING = {"epochs": 3, "mosaic_off": 1, "accumulate": 2, "clip_grad": 10.0, "patience": 3, "image_size": "64,32@1"}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(box_report, "write", lambda *_: None)
+    run(folder, tmp_path / "whole", **EVERYTHING)
+    for epoch, step in ((0, 1), (2, 0)):
+        stop_in(monkeypatch, epoch, step)
+        with pytest.raises(Stopped, match=f"stopped in epoch {epoch + 1} behind step {step + 1} of 3") as stopped:
+            run(folder, tmp_path / "stopped", **EVERYTHING)
+        assert stopped.value.number == signal.SIGTERM
+        torch.manual_seed(epoch)
+    run(folder, tmp_path / "stopped", **EVERYTHING, workers=2)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("model", ["yolov5n_spd", "ssd_mobilenetv1_s1l0_dualpath"])
+def test_other_detectors_train_and_resume_too(
+    model: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(box_report, "write", lambda *_: None)
+    run(folder, tmp_path / "whole", model=model, epochs=1)
+    stop_in(monkeypatch, 0, 1)
+    with pytest.raises(Stopped):
+        run(folder, tmp_path / "stopped", model=model, epochs=1)
+    run(folder, tmp_path / "stopped", model=model, epochs=1)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    (row,) = rows_of(tmp_path / "whole" / "metrics.csv")
+    assert {"train_box", "train_objectness"} <= row.keys() or {"train_location", "train_class"} <= row.keys()
+
+
+def test_a_run_may_start_from_another_one_with_other_classes(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(box_report, "write", lambda *_: None)
+    first, _ = finished
+    other = make_yolo(tmp_path / "other", train=4, val=2)
+    for text in (other / "labels").rglob("*.txt"):
+        text.write_text("\n".join("0" + line[1:] for line in text.read_text().splitlines()))
+    (other / "data.yaml").write_text("names: [square]")
+    options = {"epochs": 1, "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0, "batch_size": 2}
+    run(other, tmp_path / "second", model=f"local-dir:{first}", **options)
+    assert make_config({}, tmp_path / "second" / "run.yaml").pretrained
+    old, new = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "second"))
+    kept = [key for key in old if "cv3" not in key and key.endswith("weight")]
+    assert all(torch.allclose(old[key], new[key]) for key in kept) and len(kept) > 50
+    assert len(new["head.cv3.0.2.bias"]) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
+    shared = {"epochs": 2, "opt": "momentum", "lr": 0.01, "workers": 1}
+    one, two = config(folder, tmp_path / "one", **shared, accumulate=2), config(folder, tmp_path / "two", **shared)
+    (tmp_path / "two.yaml").write_text(to_yaml(two))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [*launch, "-m", "spd_zoo", "finetune", "--config", str(tmp_path / "two.yaml")]
+    subprocess.run(command, check=True, timeout=300, env=environment)
+    finetune(one)
+    alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
+    for a, b in zip(alone, together, strict=True):
+        for name in ("train_loss", "train_box", "train_class", "train_dfl"):
+            assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-3)
+    assert sum(int(row["objects"]) for row in rows_of(two.out / "per_class.csv")) == sum(
+        int(row["objects"]) for row in rows_of(one.out / "per_class.csv")
+    )
+
+
+@pytest.mark.slow
+def test_a_detector_learns_to_find_squares(tmp_path: Path) -> None:
+    data = make_yolo(tmp_path / "data", train=64, val=16)
+    options = {"epochs": 30, "batch_size": 8, "image_size": "96", "warmup_epochs": None, "lr": None}
+    result = run(data, tmp_path / "run", **options)
+    assert result.metrics["ap50"] > 50
+    (row,) = (evaluation.row for evaluation in evaluate(str(tmp_path / "run"), data, device="cpu", workers=0))
+    assert row["ap50"] == pytest.approx(result.metrics["ap50"], abs=0.5)  # in batches of another size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixup": 0.2}, "mixup is an option for classifiers"),
+        ({"crop_scale": 0.2}, "crop_scale is an option for classifiers"),
+        ({"model": "cifar_resnet20", "mosaic": 1.0}, "mosaic is an option for detectors"),
+        ({"model": "ssd_mobilenetv1", "mosaic": 1.0}, "mosaic is an option for YOLO"),
+        ({"opt": "lamb", "lr": None}, "the default learning rate of detectors is for adamw"),
+        ({"image_size": "60"}, "height and width must be multiples of 32, got 60x60"),
+        ({"val_name": "test"}, "has no split test"),
+        ({"val_size": 2}, "leave --val-split and --val-size out"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_without_meaning_are_refused(
+    options: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("hsv", ["0.1", "a,b,c"])
+def test_colour_changes_are_three_numbers(hsv: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hsv must be three numbers|is not like"):
+        config(tmp_path, tmp_path, hsv=hsv)
+
+
+# average precision
+
+
+def truth(*images: list[tuple[int, float, float, float, float]], crowd: bool = False) -> BoxImages:
+    """Images with objects given as label, x1, y1, x2, y2."""
+    objects = []
+    for boxes in images:
+        table = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 5)
+        areas = (table[:, 3:] - table[:, 1:3]).prod(1)
+        objects.append(Objects(table[:, 1:], table[:, 0].long(), areas, torch.full((len(table),), crowd)))
+    names = [f"{i}.png" for i in range(len(images))]
+    return BoxImages(names, [(640, 480)] * len(images), objects, ["a", "b"], range(len(images)))
+
+
+def found(*boxes: tuple[int, float, float, float, float, float]) -> Detections:
+    """Boxes given as label, score, x1, y1, x2, y2."""
+    table = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 6)
+    return Detections(table[:, 2:], table[:, 1], table[:, 0].long(), ("a", "b"))
+
+
+def said(data: BoxImages, *detections: Detections, scale: float = 1.0) -> BoxPredictions:
+    return BoxPredictions(data, list(detections), [(scale, scale)] * len(data), {}, {})
+
+
+def test_average_precision_is_what_one_computes_by_hand() -> None:
+    data = truth([(0, 0, 0, 40, 40), (0, 100, 0, 140, 40)])
+    boxes = found((0, 0.9, 0, 0, 40, 40), (0, 0.8, 300, 0, 340, 40), (0, 0.7, 100, 0, 140, 40))
+    # recall up to 0.5 (51 of 101 points) at precision 1, the rest at 2/3, for every overlap
+    expected = 100 * (51 + 50 * 2 / 3) / 101
+    figures = said(data, boxes).summary()
+    assert [figures[name] for name in ("ap", "ap50", "ap75")] == pytest.approx([expected] * 3, abs=1e-9)
+    assert figures["ap_medium"] == pytest.approx(expected) and figures["ap_small"] is figures["ap_large"] is None
+    a, b = said(data, boxes).per_class()
+    assert a["ap"] == pytest.approx(expected) and a["objects"] == 2 and b["ap"] is None and b["objects"] == 0
+
+
+def test_a_box_must_overlap_as_much_as_the_threshold_says() -> None:
+    figures = said(truth([(0, 0, 0, 100, 100)]), found((0, 0.9, 0, 0, 100, 72))).summary()
+    assert figures["ap50"] == pytest.approx(100) and figures["ap75"] == 0
+    assert figures["ap"] == pytest.approx(50)  # right at 0.5, 0.55, 0.6, 0.65 and 0.7
+
+
+def test_small_means_small_in_what_the_network_sees_where_that_is_asked() -> None:
+    data = truth([(0, 0, 0, 40, 40), (0, 100, 0, 260, 160)])
+    boxes = found((0, 0.9, 0, 0, 40, 40))
+    figures = said(data, boxes, scale=0.5).summary()
+    assert figures["ap_small"] is None and figures["ap_medium"] == pytest.approx(100) and figures["ap_large"] == 0
+    assert figures["input_ap_small"] == pytest.approx(100) and figures["input_ap_medium"] == 0
+    assert figures["input_ap_large"] is None
+
+
+def test_a_crowd_is_no_object_and_boxes_in_it_are_no_mistakes() -> None:
+    data = truth([(0, 0, 0, 40, 40)], [(0, 0, 0, 400, 400)])
+    data.objects[1].crowd[:] = True
+    figures = said(data, found((0, 0.5, 0, 0, 40, 40)), found((0, 0.9, 50, 50, 90, 90))).summary()
+    assert figures["ap"] == pytest.approx(100) and figures["objects"] == 1
+
+
+def test_average_precision_agrees_with_cocos_own_code() -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    generator = np.random.default_rng(0)
+    images, detections = [], []
+    for _ in range(20):
+        corners = generator.uniform(0, 300, (6, 2))
+        boxes = np.concatenate([corners, corners + generator.uniform(8, 200, (6, 2))], 1)
+        labels = generator.integers(0, 2, 6)
+        images.append([(int(label), *map(float, box)) for label, box in zip(labels, boxes, strict=True)])
+        near = np.concatenate([boxes + generator.normal(0, 6, boxes.shape), boxes[::-1] + 40])
+        scores = generator.uniform(0, 1, 12)
+        rows = zip([*labels, *labels], scores, near, strict=True)
+        detections.append(found(*((int(label), float(score), *map(float, box)) for label, score, box in rows)))
+    data = truth(*images)
+    data.objects[3].crowd[:2] = True
+    ours = coco_precision(data, detections)
+
+    content: dict[str, Any] = {"images": [{"id": i} for i in range(20)], "annotations": []}
+    content |= {"categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}]}
+    results = []
+    for i, detection in enumerate(detections):
+        for box, label, area, crowd in zip(*(part.tolist() for part in data.shown(i)), strict=True):
+            annotation = {"id": len(content["annotations"]) + 1, "image_id": i, "category_id": label, "area": area}
+            sides = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            content["annotations"].append(annotation | {"bbox": sides, "iscrowd": int(crowd)})
+        for box, score, label in zip(
+            detection.boxes.tolist(), detection.scores.tolist(), detection.labels.tolist(), strict=True
+        ):
+            sides = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            results.append({"image_id": i, "category_id": label, "bbox": sides, "score": score})
+    truth_of_coco = COCO()
+    truth_of_coco.dataset = content
+    truth_of_coco.createIndex()
+    evaluation = COCOeval(truth_of_coco, truth_of_coco.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    np.testing.assert_allclose(ours, evaluation.eval["precision"][..., -1], atol=1e-6)
+    assert ours.shape == (10, 101, 2, len(AREAS)) and 0.1 < ours[..., 0].mean() < 0.9
+
+
+def test_boxes_are_right_wrong_or_missed() -> None:
+    shown = truth([(0, 0, 0, 40, 40), (1, 100, 0, 140, 40), (0, 200, 0, 240, 40)]).shown(0)
+    boxes = found((0, 0.9, 0, 0, 40, 38), (0, 0.8, 0, 0, 40, 40), (0, 0.7, 100, 0, 140, 40), (0, 0.1, 200, 0, 240, 40))
+    sure, right, hit = matches(boxes, shown)
+    assert (
+        sure.tolist() == [0, 1, 2] and right.tolist() == [True, False, False] and hit.tolist() == [True, False, False]
+    )
+
+
+# evaluation
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that is done, and its data."""
+    root = tmp_path_factory.mktemp("finished")
+    data = make_coco(root / "data", train=12, val=4)
+    run(data, root / "run", epochs=1)
+    return root / "run", data
+
+
+def test_evaluate_prints_and_writes_the_figures_of_the_run(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    folder, data = finished
+    options = ["--image-size", "64", "32", "--out", str(tmp_path / "out"), "--device", "cpu", "--workers", "0"]
+    assert main(["evaluate", str(folder), "--data", str(data), *options]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and printed[0].startswith("64 px: AP ") and "as the network sees them: small" in printed[0]
+    rows = rows_of(tmp_path / "out" / "results.csv")
+    assert [row["img_size"] for row in rows] == ["64", "32"]
+    history = rows_of(folder / "metrics.csv")
+    assert float(rows[0]["ap"]) == pytest.approx(float(history[-1]["val_ap"]), abs=0.1)  # batches of another size
+    assert all(float(rows[0][f"ms_{stage}"]) > 0 for stage in ("prepare", "network", "boxes"))
+    with (tmp_path / "out" / "per_class_64.csv").open() as file:
+        assert [row["class"] for row in csv.DictReader(file)] == NAMES
+
+
+def test_evaluate_prints_json(finished: tuple[Path, Path], capsys: Capture) -> None:
+    folder, data = finished
+    options = ["--split", "train", "--device", "cpu", "--workers", "0", "--json"]
+    assert main(["evaluate", str(folder), "--data", str(data), *options]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["images"] == 12 and 0 <= row["ap50"] <= 100 and row["img_size"] == 64
+
+
+def test_evaluate_refuses_what_has_no_meaning(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, data = finished
+    with pytest.raises(ValueError, match="flip, image_column and label_column are options for classifiers"):
+        evaluate(str(folder), data, flip=True, device="cpu")
+    with pytest.raises(DataError, match="has no split test"):
+        evaluate(str(folder), data, split="test", device="cpu")
+    other = make_yolo(tmp_path / "other")
+    (other / "data.yaml").write_text("names: [blue, green, red, violet]")
+    with pytest.raises(DataError, match="a class 'violet' that the network does not know; it has blue, green, red"):
+        evaluate(str(folder), other, device="cpu")
+    with pytest.raises(ModelError, match="is a folder without"):
+        evaluate(str(data), data, device="cpu")
+
+
+# anchors
+
+
+def tall(count: int) -> BoxImages:
+    """Images of 640x480 with boxes far taller than YOLOv5's anchors at 64 pixels can predict."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.rand(count, 2, generator=generator) * torch.tensor([4.0, 150.0]) + torch.tensor([20.0, 200.0])
+    return truth(*([(0, 5.0, 5.0, 5 + width, 5 + height)] for width, height in sizes.tolist()))
+
+
+def test_anchors_are_fitted_where_they_fit_badly() -> None:
+    net, again = (timm.create_model("yolov5n_spd", num_classes=2) for _ in range(2))
+    before = net.head.anchors.clone()
+    data = tall(60)
+    assert "9 new ones fit 100.0 % of the boxes" in fit_anchors(net, data, 64, seed=0)
+    assert not torch.equal(net.head.anchors, before)
+    sizes = torch.stack([(data.shown(i).boxes[0, 2:] - data.shown(i).boxes[0, :2]) / 10 for i in range(60)]).numpy()
+    pixels = (net.head.anchors * torch.tensor([8.0, 16.0, 32.0])[:, None, None]).flatten(0, 1)
+    assert anchor_fit(sizes, pixels.numpy()).min() > 0.5
+    assert pixels.prod(1).tolist() == sorted(pixels.prod(1).tolist())
+    fit_anchors(again, data, 64, seed=0)
+    assert torch.equal(again.head.anchors, net.head.anchors)
+
+
+def test_anchors_that_fit_stay() -> None:
+    net = timm.create_model("yolov5n_spd", num_classes=2)
+    before = net.head.anchors.clone()
+    data = truth(*([(0, 0.0, 0.0, float(10 + i), float(12 + i))] for i in range(50)))
+    assert "they fit 100.0 % of the boxes and stay" in fit_anchors(net, data, 640, seed=0)
+    assert torch.equal(net.head.anchors, before)
+
+
+def test_new_anchors_belong_to_the_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(box_report, "write", lambda *_: None)
+    content = json.loads((folder / "instances_train.json").read_text())
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [1, 1, 3, 60]
+    (folder / "instances_train.json").write_text(json.dumps(content))
+    fresh = timm.create_model("yolov5n_spd").head.anchors
+    for auto, name in ((True, "fitted"), (False, "as they were")):
+        run(folder, tmp_path / name, model="yolov5n_spd", epochs=1, auto_anchors=auto)
+        net = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
+        assert torch.equal(net.head.anchors, fresh) != auto
+
+
+def test_k_means_finds_the_centres_of_clusters() -> None:
+    generator = np.random.default_rng(0)
+    centres = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    points = np.concatenate([centre + generator.normal(0, 0.1, (50, 2)) for centre in centres])
+    found = kmeans(points, 3, generator)
+    assert np.abs(found[found.sum(1).argsort()][0]).max() < 0.1
+    assert sorted(found.sum(1).round().tolist()) == [0, 10, 10]
+
+
+def test_a_detector_takes_images_without_any_object(tmp_path: Path) -> None:
+    data = make_yolo(tmp_path / "data", train=8, val=2)
+    for i in range(5):
+        (data / "labels" / "train" / f"train_{i}.txt").unlink()
+    (data / "labels" / "train" / "train_7.txt").write_text("0 .5 .5 .3 .3\n1 .5 .5 .3 .3\n2 .5 .5 .3 .3")
+    assert open_boxes(data, "train") is not None
+    result = run(data, tmp_path / "run", epochs=1, batch_size=2, mosaic=0.0)
+    assert result.history[0]["train_loss"] > 0
