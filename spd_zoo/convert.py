@@ -30,7 +30,7 @@ from timm.layers import (
 )
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.layers.std_conv import StdConv2dSame
-from timm.models import build_model_with_cfg, get_model_input_config, save_for_hf
+from timm.models import build_model_with_cfg, get_model_input_config
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -47,7 +47,7 @@ from spd_zoo.layers import (
 from spd_zoo.models._registry import register_model
 from spd_zoo.predict import load_network
 from spd_zoo.watch import Watch, image_size
-from spd_zoo.weights import WeightsError
+from spd_zoo.weights import WeightsError, save_network
 from spd_zoo.weights.fit import misfit
 
 __all__ = [
@@ -146,7 +146,7 @@ def convert_to_spd(
     and columns. The new layers read every pixel in front of them: `spd_zoo.layers` says how. Downsampling that is no
     module of its own (a function called in some `forward`, a slice with a step) stays, and is in the report.
 
-    A network of timm's remembers in its config what was done: `timm.models.save_for_hf` writes it, and
+    A network of timm's remembers in its config what was done: `spd_zoo.weights.save_network` writes it, and
     `timm.create_model("local-dir:...")` makes the converted network again.
 
     Args:
@@ -570,7 +570,7 @@ def convert_checkpoint(
     """
     if out.exists():
         raise ValueError(f"{out} exists already; give a new folder")
-    net = load_network(name, "cpu").to(memory_format=torch.contiguous_format)  # as safetensors wants it
+    net = load_network(name, "cpu")
     size = get_model_input_config(net)["input_size"]
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     converted = convert_to_spd(net, include=include, exclude=exclude, inplace=True, example_input=images)
@@ -579,6 +579,6 @@ def convert_checkpoint(
         raise ValueError(f"{name} has nothing to convert")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
-        save_for_hf(converted, f"{folder}/{out.name}", safe_serialization=True)
+        save_network(converted, f"{folder}/{out.name}")
         Path(folder, out.name).rename(out)
     return cast("SPDReport", report)

@@ -112,6 +112,7 @@ def test_a_dry_run_tells_what_is_wrong_and_writes_nothing(tmp_path: Path, capsys
     text = root / "labels" / "train" / "train_2.txt"
     text.write_text(text.read_text() + "\n0 1.5 0.5 0.1 0.1\n7 0.5 0.5 0.1 0.1\n")
     (root / "labels" / "train" / "nothing.txt").write_text("")
+    (root / "labels" / "train" / "train_5.txt").unlink()
     assert finetune(config(root, tmp_path / "run", dry_run=True)) is None
     printed = capsys.readouterr().out
     for line in (
@@ -120,9 +121,12 @@ def test_a_dry_run_tells_what_is_wrong_and_writes_nothing(tmp_path: Path, capsys
         "1 boxes lie outside their image and are left out",
         "1 boxes are of an unknown class and are left out",
         "1 label files belong to no image",
+        "1 images show no object",
     ):
         assert line in printed
     assert not (tmp_path / "run").exists()
+    finetune(config(root, tmp_path / "run", dry_run=True, check=False))
+    assert "1 boxes lie outside their image and are left out" in capsys.readouterr().out
 
 
 def test_an_image_of_another_size_than_its_annotation_says_is_left_out(

@@ -342,13 +342,13 @@ def test_finetune_leaves_what_is_not_given_to_the_configuration(configs: list[Fi
 
 TEXTS = {
     "auto_augment": "rand-m6-n2-mstd0.5",
-    "hsv": "0.1,0.2,0.3",
     "sched": "multistep",
     "decay_epochs": "1,2",
     "image_size": "32,48@1",
     "model_args": "drop_rate=0.5",
     "mean": "0.5,0.5,0.5",
     "std": "0.1",
+    "hsv": "0.1,0.2,0.3",
     "interpolation": "bicubic",
     "resume": "never",
 }

@@ -25,7 +25,7 @@ from timm.models import load_checkpoint, save_for_hf
 import spd_zoo
 from spd_zoo import WeightsError
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.weights import entries, fetch, sha256_of
+from spd_zoo.weights import entries, fetch, save_network, sha256_of
 from spd_zoo.weights.fetch import BUNDLED
 from spd_zoo.weights.fit import own_networks
 from spd_zoo.weights.manifest import Entry, manifest_path
@@ -377,6 +377,20 @@ def test_a_saved_network_is_loaded_again(tmp_path, caplog, name, in_chans):
         assert torch.equal(loaded.state_dict()[key], tensor)
         assert torch.equal(again.state_dict()[key], tensor)
     assert warnings_of_loading(caplog) == []
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "yolov8n_spd"])
+def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_path, name):
+    net = timm.create_model(name, num_classes=3)
+    save_network(net, tmp_path / "new", {"input_size": (3, 64, 64), "label_names": ["a", "b", "c"]})
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+    assert (loaded.num_classes, loaded.pretrained_cfg["input_size"]) == (3, (3, 64, 64))
+    assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["num_classes"] == 3 and "num_classes" not in config["model_args"]  # transformers wants it once
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"model.safetensors", "config.json"}
 
 
 @pytest.mark.parametrize("how", ["local-dir", "file"])

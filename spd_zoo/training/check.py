@@ -140,7 +140,7 @@ def _part_in_words(part: str, about: dict[str, Any]) -> Iterator[str]:
         named = [f"{name} ({error})" for name, error in about["unreadable"].items()]
         yield f"  {len(named)} images cannot be read and are left out: {_some(named)}"
     if about.get("without boxes"):
-        yield f"  {about['without boxes']} images show no object"
+        yield f"  {about['without boxes']} images show no object: they are taken as background"
     yield from defects_in_words(about.get("boxes", {}))
     if about["duplicates"]:
         named = [" = ".join(names) for names in about["duplicates"]]

@@ -16,7 +16,7 @@ from spd_zoo.training.anchors import fit_anchors
 from spd_zoo.training.box_augment import box_eval_loader, box_train_loader
 from spd_zoo.training.box_data import BoxImages, hold_out, open_boxes, with_names
 from spd_zoo.training.box_evaluate import box_predictions, mean_terms, score
-from spd_zoo.training.check import check
+from spd_zoo.training.check import check, defects_in_words
 from spd_zoo.training.config import FinetuneConfig, parse_model_args, parse_sizes
 from spd_zoo.training.data import Batches, DataError, Steps, normalize
 from spd_zoo.training.evaluate import Input
@@ -102,7 +102,11 @@ def open_splits(
         about |= check(parts, config.workers, process)
         for name, part in parts.items():
             about[name]["boxes"] = part.defects
-            about[name]["without boxes"] = sum(not len(part.shown(i).labels) for i in range(len(part)))
+            read = part.without(about[name]["unreadable"])
+            about[name]["without boxes"] = sum(not len(read.shown(i).labels) for i in range(len(read)))
+    else:
+        for line in (line for part in parts.values() for line in defects_in_words(part.defects)):
+            process.say(line)
     train, val = (part.without(about.get(name, {}).get("unreadable", {})) for name, part in parts.items())
     empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if not count]
     if empty:

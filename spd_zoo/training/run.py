@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import struct
 import subprocess
 import sys
@@ -19,11 +18,11 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from timm.models import save_for_hf
 from torch import nn
 
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 from spd_zoo.training.evaluate import write_csv
+from spd_zoo.weights import save_network
 
 __all__ = ["Beginning", "RunError", "RunFolder"]
 
@@ -138,15 +137,9 @@ class RunFolder:
         return state
 
     def write_network(self, net: nn.Module, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
-        """Writes what timm loads as `local-dir:`: `model.safetensors` and `config.json`."""
-        folder = self.path / "network.tmp"
+        """Writes `model.safetensors` and `config.json`: a folder that timm (`local-dir:`) and transformers load."""
         with self.writing("model.safetensors"):
-            net = net.to(memory_format=torch.contiguous_format)  # what safetensors stores
-            save_for_hf(net, str(folder), {"pretrained_cfg": cfg}, model_args=model_args, safe_serialization=True)
-            for file in folder.iterdir():
-                file.chmod(0o644)  # which safetensors does not do
-                file.replace(self.path / file.name)
-            folder.rmdir()
+            save_network(net, self.path, cfg, model_args)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
@@ -162,7 +155,7 @@ class RunFolder:
             if reason is None:
                 raise
             for leftover in self.path.glob("*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                leftover.unlink()
             kept = "the last checkpoint is intact, and the same command goes on from there"
             advice = kept if (self.path / "last.pt").exists() else "there is no checkpoint yet"
             raise RunError(f"cannot write {self.path / name}: {reason}; {advice}") from error

@@ -2,7 +2,7 @@
 
 `manifest` says what there is, `download` gets files, `checkpoint` reads those of others, `fit` compares them with a
 network, `originals` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands between a
-variant and timm, `publish` and `card` put weights on the Hub.
+variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
 """
 
 from spd_zoo.weights.build import build, create, default_cfgs, use_manifest
@@ -10,6 +10,7 @@ from spd_zoo.weights.checkpoint import read_original
 from spd_zoo.weights.download import sha256_of
 from spd_zoo.weights.fetch import fetch, find, import_weights, is_right, original_of, remove
 from spd_zoo.weights.fit import rename
+from spd_zoo.weights.folder import save_network
 from spd_zoo.weights.manifest import Entry, WeightsError, entries, find_entry
 from spd_zoo.weights.originals import imported_names, origin_of
 
@@ -31,6 +32,7 @@ __all__ = [
     "read_original",
     "remove",
     "rename",
+    "save_network",
     "sha256_of",
     "use_manifest",
 ]

@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
-from timm.models._hub import save_config_for_hf
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +25,7 @@ from spd_zoo.weights.build import create
 from spd_zoo.weights.card import model_card
 from spd_zoo.weights.download import sha256_of
 from spd_zoo.weights.fetch import fetch
+from spd_zoo.weights.folder import CONFIG, WEIGHTS, config_of
 from spd_zoo.weights.manifest import PACKAGE, Entry, WeightsError, manifest_path, write_manifest
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "publish",
 ]
 
-WEIGHTS = "model.safetensors"  # where timm and transformers look
 UNSEEN = "sha256 is unknown because the bytes were never seen here; nothing about this file is verified."  # a note
 NOTE = "import spd_zoo before this is loaded: it registers the network, which timm does not have"
 FREE = (  # licences (SPDX) under which anybody may pass weights on with their notice
@@ -122,7 +120,7 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
         file = _fetch_offline(entry) if offline else fetch(entry)
     net, repo, sha256 = _network(entry, file), f"{org}/{entry.name}", sha256_of(file)
     card = model_card(entry, net, repo, sha256, _still_true(entry.notes))
-    return Publication(entry, repo, file, sha256, {"README.md": card.encode(), "config.json": _config(entry, net)})
+    return Publication(entry, repo, file, sha256, {"README.md": card.encode(), CONFIG: _config(entry, net)})
 
 
 def publish(publication: Publication, manifest: Path) -> str:
@@ -284,11 +282,5 @@ def _network(entry: Entry, file: Path) -> nn.Module:
 
 
 def _config(entry: Entry, net: nn.Module) -> bytes:
-    """timm's `config.json`, in a form that transformers reads, too."""
-    extra = {"note": NOTE} | ({"label_names": entry.class_names} if entry.class_names else {})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        save_config_for_hf(net, str(path), extra)
-        config = json.loads(path.read_text(encoding="utf-8"))
-    config["model_args"].pop("num_classes")  # also at the top; transformers hands timm both, and fails
-    return json.dumps(config, indent=2).encode()
+    """`config.json`."""
+    return json.dumps(config_of(net, {"label_names": entry.class_names}, note=NOTE), indent=2).encode()

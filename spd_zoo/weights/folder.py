@@ -1,0 +1,59 @@
+"""A network as a folder that other libraries load: `model.safetensors` and timm's `config.json`."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+__all__ = ["CONFIG", "WEIGHTS", "config_of", "save_network"]
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # where timm and transformers look
+
+
+def save_network(
+    net: nn.Module, folder: str | Path, cfg: dict[str, Any] | None = None, model_args: dict[str, Any] | None = None
+) -> None:
+    """Writes a network for timm (`local-dir:FOLDER`) and the timm wrapper of transformers (`FOLDER`).
+
+    Both need `import spd_zoo` first, which registers the network.
+
+    Args:
+        net: A network that timm created.
+        folder: Made if it is not there.
+        cfg: What differs from `net.pretrained_cfg`: input, normalisation, `label_names`, ...
+        model_args: Arguments of `timm.create_model` that the network was made with, where timm does not know them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, config = folder / f"{WEIGHTS}.tmp", folder / f"{CONFIG}.tmp"
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, weights)
+    weights.chmod(0o644)  # which safetensors does not do
+    text = json.dumps(config_of(net, cfg, model_args), indent=2)
+    config.write_text(text, encoding="utf-8")
+    weights.replace(folder / WEIGHTS)
+    config.replace(folder / CONFIG)
+
+
+def config_of(
+    net: nn.Module, cfg: dict[str, Any] | None = None, model_args: dict[str, Any] | None = None, **extra: Any
+) -> dict[str, Any]:
+    """timm's `config.json`, in a form that transformers reads, too; the arguments are those of `save_network`.
+
+    `extra` is what else is to be in it.
+    """
+    cfg = dict(cfg or {})
+    names = cfg.pop("label_names", None)
+    extra = {"pretrained_cfg": cfg} | ({"label_names": names} if names else {}) | extra
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG
+        save_config_for_hf(net, str(path), extra, model_args)
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)  # also at the top; transformers hands timm both, and fails
+    names = config["pretrained_cfg"].pop("label_names", None)  # transformers looks at the top alone
+    if names:
+        config.setdefault("label_names", names)
+    return config
