@@ -25,6 +25,8 @@ from spd_zoo.weights import entries
 
 BSCONV, THOP_2020 = cases("pfd_bsconv"), cases("pfd_mobile")
 RECORDED = cases("pyconv") + cases("spd_resnet") + BSCONV + THOP_2020 + json.loads((FOLDER / "costs.json").read_text())
+FAST = {entry.group: name for name, entry in entries().items()}.values()  # one of each model file
+ENTRIES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in entries()]
 COUNTED = [  # by fvcore 0.1.5 and by thop 0.0.22 on the authors' networks: network, classes, pixels, counts
     ("pyconvresnet18", 1000, 224, 868130304, 876030232),
     ("pyconvresnet34", 1000, 224, 1742296576, 1753332504),
@@ -44,7 +46,7 @@ def run(case: dict[str, Any]) -> list[Operation]:
     return trace(net, tuple(case["macs_input"][1:]))
 
 
-@pytest.mark.parametrize("name", entries())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_the_manifest_states_the_measured_parameters_and_macs(name: str) -> None:
     entry = entries()[name]
     net = timm.create_model(entry.network, num_classes=entry.num_classes, device="meta")

@@ -31,6 +31,7 @@ SSD_CASES = [case for case in CASES if case["model"].startswith("ssd_")]
 NETWORKS = timm_contract.own_networks(DetectionNet)
 SMALLEST = ["yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1"]
 WAYS = [*SMALLEST, "yolov8n", "ssd_mobilenetv1_s1l0_dualpath"]  # one of every way to compute
+ALL = [pytest.param(name, marks=[] if name in WAYS else pytest.mark.slow) for name in NETWORKS]
 OBJECTS = [[10.0, 20.0, 60.0, 50.0], [5.0, 5.0, 14.0, 12.0], [30.0, 8.0, 62.0, 63.0]]
 SIZE = (64, 96)  # of images that every one of WAYS takes
 
@@ -532,7 +533,7 @@ def test_raw_predictions_have_the_promised_shapes_in_training_and_evaluation(nam
         assert decoded[..., 4:].min() >= 0 and decoded[..., 4:].max() <= 1
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> None:
     net = timm.create_model(name, device="meta")
     names = [key for key, _ in net.named_parameters()]
@@ -543,7 +544,7 @@ def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> N
         assert {key.partition(".")[0] for key in groups[-1]} <= {"head", "loc", "conf"}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
     net = timm.create_model(name, features_only=True, device="meta")
     maps = net(torch.empty(1, 3, 320, 640, device="meta"))

@@ -35,7 +35,12 @@ SPD_RESNETS = ["resnet18_spd", "resnet50_spd"]
 FIXED_SIZE = [name for name in NETWORKS if timm.get_pretrained_cfg(name).fixed_input_size]
 PADDING_FREE = ("_pfd", "_down")
 RESIDUAL = [name for name in ARCHITECTURES if "shufflenet" not in name]
-ALL = [pytest.param(name, marks=[] if name in ARCHITECTURES else pytest.mark.slow) for name in NETWORKS]
+FAST = set(
+    {timm.model_entrypoint(name).__module__: name for name in reversed(ARCHITECTURES)}.values()
+)  # one of each file
+SLOW = {name: [] if name in FAST else pytest.mark.slow for name in NETWORKS}
+EACH = [pytest.param(name, marks=SLOW[name]) for name in ARCHITECTURES]
+ALL = [pytest.param(name, marks=SLOW[name]) for name in NETWORKS]
 
 
 def twins() -> list[Any]:
@@ -321,7 +326,7 @@ def test_every_parameter_trains(name: str) -> None:
     assert unchanged == 0 or ("pyconv" not in name and unchanged < 0.1 * len(before))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_pretrained_weights_are_adapted_to_other_image_channels(name: str, save: Any) -> None:
     size = image_size(name, 65, 63)
     coloured = random_network(name, num_classes=5, **size)
@@ -381,7 +386,7 @@ def test_the_shortcut_of_pyconv_spd_pools_before_an_odd_map_gets_zeros() -> None
 # timm's arguments and methods
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_another_number_of_classes_keeps_everything_but_the_classifier(name: str, save: Any) -> None:
     source = random_network(name, num_classes=5)
     file, expected = save(source), source.state_dict()
@@ -399,7 +404,7 @@ def test_another_number_of_classes_keeps_everything_but_the_classifier(name: str
                 assert_close(output, source.forward_head(source.forward_features(x), pre_logits=True))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_global_pool_chooses_what_the_classifier_reads(name: str) -> None:
     x = noise(2, 3, 64, 80)
     net = random_network(name, num_classes=0, global_pool="", **image_size(name, 64, 80))
@@ -433,7 +438,7 @@ def test_a_hidden_layer_is_not_silently_replaced_by_another_pooling() -> None:
         net.reset_classifier(5, "")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_reset_classifier_changes_the_classifier_alone(name: str) -> None:
     net = random_network(name, num_classes=5)
     x = images(name, 2, 32, 32)
@@ -447,7 +452,7 @@ def test_reset_classifier_changes_the_classifier_alone(name: str) -> None:
         assert_close(net(x), pooled)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("rate", ["drop_rate", "drop_path_rate"])
 def test_dropout_and_drop_path_act_in_training_alone(name: str, rate: str) -> None:
     if rate == "drop_path_rate" and name not in RESIDUAL:
@@ -474,7 +479,7 @@ def test_drop_path_grows_to_its_rate(name: str) -> None:
     assert rates[-1] == pytest.approx(0.3, abs=0.03)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     net = random_network(name, num_classes=5, drop_rate=0).train()
     x, target = images(name, 4, 32, 32), torch.arange(4)
@@ -491,7 +496,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> None:
     net = timm.create_model(name, device="meta")
     names = [key for key, _ in net.named_parameters()]
@@ -502,7 +507,7 @@ def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> N
         assert {key.partition(".")[0] for key in groups[-1]} == {"head"}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL)
 def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
     for kwargs in ({}, {"output_stride": 16}, {"output_stride": 8}) if "pyconv" in name else ({},):
         net = timm.create_model(name, features_only=True, device="meta", **kwargs)
@@ -517,7 +522,7 @@ def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
                 assert pixels == side // reduction or (side // reduction - pixels == 1 and name.endswith(PADDING_FREE))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_features_only_gives_the_maps_asked_for(name: str, save: Any) -> None:
     net = random_network(name)
     file = save(net)
@@ -534,7 +539,7 @@ def test_features_only_gives_the_maps_asked_for(name: str, save: Any) -> None:
                 assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_forward_intermediates_gives_the_maps_asked_for(name: str) -> None:
     net = random_network(name)
     x = images(name, 2, 33, 47)
@@ -612,7 +617,7 @@ def test_resnet_spd_refuses_any_output_stride_but_its_own(name: str) -> None:
 # Graphs
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_compiles_as_one_graph(name: str) -> None:
     torch.compiler.reset()
     net = random_network(name, num_classes=5)
@@ -643,7 +648,7 @@ def test_trains_compiled_in_bf16() -> None:
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_exports_for_any_batch_and_image_size_above_32(name: str) -> None:
     net = random_network(name, num_classes=5)
     x = images(name, 2, 65, 79)
@@ -658,7 +663,7 @@ def test_exports_for_any_batch_and_image_size_above_32(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, or in Python 3.14 not supported, says torch
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EACH)
 def test_scripts(name: str) -> None:
     net = random_network(name, num_classes=5)
     scripted = torch.jit.script(net)
