@@ -9,8 +9,8 @@ and the first epoch do not count. Peak memory is the training process's largest 
 
 timm's own train.py is not part of timm's package, nor of its source archive on PyPI. The loop here is made of the same
 parts in the same order: `create_dataset`, `create_loader` (which prefetches and normalises), `ClassificationTask`,
-`create_optimizer_v2`, `create_scheduler_v2`, `ClassificationEvaluator`, `CheckpointSaver`. Ours computes AdamW in torch's
-fused form, which the parts leave to an option; all else is the same.
+`create_optimizer_v2`, `create_scheduler_v2`, `ClassificationEvaluator`, `CheckpointSaver`. Ours computes AdamW in
+torch's fused form, which the parts leave to an option; all else is the same.
 """
 
 import argparse
