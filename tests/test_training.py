@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +443,8 @@ def test_the_memory_of_a_step_is_about_what_is_measured() -> None:
         3 * 32 * 32 * (1 + 1) + 16 * 32 * 32 * 7 * 2 + 32 * 16 * 16 * 6 * 2 + 64 * 8 * 8 * 6 * 2
     )  # in and out of convs
     assert 0.8 < kept / (4 * maps) < 2
+    assert training._kept_by_an_image(net, 32, replace(given, bf16=True)) == pytest.approx(kept / 2, rel=0.01)
+    assert next(net.parameters()).device.type == "cpu"
 
 
 def test_a_stream_that_was_stopped_goes_on_to_the_same_bits(

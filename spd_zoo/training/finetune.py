@@ -49,6 +49,8 @@ from spd_zoo.weights import WeightsError
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune"]
 
+FUSED = ("adam", "adamw", "sgd", "momentum")  # the optimisers that torch computes in one pass over the weights
+
 
 class Stopped(KeyboardInterrupt):
     """A run that was asked to stop by the signal `number`, and has saved its state."""
@@ -127,6 +129,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     prepare = kind.preparation(config, given, len(train.class_names))
 
     # optimiser and learning rate
+    fused = {"fused": True} if config.opt in FUSED else {}
     optimizer = create_optimizer_v2(
         net,
         config.opt,
@@ -135,6 +138,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
         momentum=config.momentum,
         filter_bias_and_bn=not config.decay_all,
         layer_decay=None if config.layer_decay == 1 else config.layer_decay,
+        **fused,
     )
     steps = Steps(
         len(train), config.batch_size, config.accumulate, process.rank, process.world, config.drop_last, config.seed
@@ -402,18 +406,21 @@ def _parts(net: nn.Module, sizes: list[tuple[int, int]], config: FinetuneConfig,
 
 def _kept_by_an_image(net: nn.Module, image_size: int, given: Input) -> float:
     """Bytes that the forward pass over one image leaves for the backward pass, the weights not counted."""
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, int] = {}  # of storages without memory, their bytes
+    dtype = torch.bfloat16 if given.bf16 else torch.float32
+    trial = copy.deepcopy(net).train().to("meta", dtype)
 
     def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    trial = copy.deepcopy(net).train()
-    images = torch.zeros(2, len(given.mean), image_size, image_size, device=given.device)
-    with saved_tensors_hooks(note, lambda tensor: tensor), given.autocast():
-        trial(images.to(memory_format=torch.channels_last))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in trial.parameters()}
-    return sum(tensor.untyped_storage().nbytes() for where, tensor in kept.items() if where not in weights) / 2
+    images = torch.zeros(2, len(given.mean), image_size, image_size, device="meta", dtype=dtype)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        left = trial(images.to(memory_format=torch.channels_last))
+    weights = {parameter.untyped_storage()._cdata for parameter in trial.parameters()}
+    del left  # which kept all storages, and so their addresses, apart
+    return sum(size for where, size in kept.items() if where not in weights) / 2
 
 
 def _free_memory(device: torch.device) -> float | None:
