@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import make_figures
 
+from spd_zoo.weights import entries
+
 SVG = "{http://www.w3.org/2000/svg}"
 FILES = sorted(make_figures.FIGURES.iterdir())
 CHANGES = [  # a figure that a record holds, another, and what it is drawn in
@@ -94,6 +96,6 @@ def test_a_figure_has_a_title_follows_the_colour_scheme_and_refers_to_nothing_ou
 
 def test_the_recorded_detector_is_the_one_whose_weights_are_in_the_package() -> None:
     ours = [row for row in make_figures.detectors()["ours"] if row["network"] == "yolov8n_spd" and row["size"] == "all"]
-    entry = make_figures.entries()["yolov8n_spd.bccd"]
+    entry = entries()["yolov8n_spd.bccd"]
     (ap,) = (m["value"] for m in entry.metrics if (m["dataset"], m["metric"]) == (ours[0]["data"], "ap"))
     assert sum(float(row["ap"]) for row in ours) / len(ours) == pytest.approx(ap, abs=0.02)

@@ -1,9 +1,9 @@
 """Draws the figures of the README and of docs/: `python tools/make_figures.py [--check]`.
 
-They come from the manifest, from what papers print (`published.csv`), from what networks cost (`complexity.csv`), from
-`tools/latency.py --json` (`latency.jsonl`), and from what `spd-zoo evaluate` wrote of two detectors (`detectors.csv`: AP
-in per cent by class and by COCO's sizes, in pixels of the image or of the network's input, and how many boxes that is).
-Only the maps of activations are computed, by two networks whose weights are in the package.
+They come from the manifest, from what papers print (`published.csv`), what networks cost (`complexity.csv`), what
+`tools/latency.py --json` printed (`latency.jsonl`), and what `spd-zoo evaluate` wrote of two detectors
+(`detectors.csv`: AP in per cent by class and by COCO's sizes, in pixels of the image or of the network's input, and
+how many boxes that is). Only the maps of activations are computed, by two networks whose weights are in the package.
 
 A figure's metadata hold the SHA-256 of this script and of the data in it; --check compares that, so that another
 version of matplotlib changes nothing. Text is text, and black or white as the reader's colour scheme asks.
@@ -35,7 +35,7 @@ RECORDS, FIGURES = ROOT / "tools", ROOT / "docs" / "figures"
 INK = "#0b0c0d"  # stands for the colour of text, which the style below sets
 STYLE = "svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }"
 FONTS = "system-ui, Helvetica, Arial, sans-serif"
-SETTINGS = {
+SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "spd_zoo",
     "font.family": "DejaVu Sans",
@@ -82,7 +82,7 @@ NAMED = {  # pairs that have their name beside them, and where: on their left, o
     "pyconvresnet50": "above",
     "pyconvresnet101": "below",
     "pyconvresnet152": "above",
-    "pyconvhgresnet50": "below",
+    "pyconvhgresnet50": "right",
     "pyconvhgresnet101": "above",
     "pyconvhgresnet152": "below",
 }
@@ -168,12 +168,12 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
     }
     heads = (
         f"Padding-free: {_span([-more for more in _more(free, 'macs')], '{:.0f}')} % fewer MACs, top-1 "
-        f"{_span(gains[False], '{:+.2f}')} (authors), {_span(gains[True], '{:+.2f}')} (here, one run each)",
+        f"{_span(gains[False], '{:+.2f}')} points (authors), {_span(gains[True], '{:+.2f}')} (here, one run each)",
         f"SPD: converted weights compute the same, so the authors' top-1 stays, with "
         f"{_span(_more(spd, 'macs'), '{:.0f}')} % more MACs",
     )
     figure = Figure((9, 7.4), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.2, 1))
     kinds = (("CIFAR-100, 32 px", "log", "padded", "padding-free"), ("ImageNet-1k, 224 px", "linear", "strided", "SPD"))
     for part, head, pairs, (data_set, scale, *names) in zip(parts, heads, (free, spd), kinds, strict=True):
         part.suptitle(head, x=0.01, ha="left", weight="bold", fontsize=10)
@@ -302,7 +302,7 @@ def detectors() -> dict[str, Any]:
 def draw_detectors(data: dict[str, Any]) -> Figure:
     """AP by size: a row of panels for those measured here, one for the authors' figures."""
     figure = Figure((9, 6.4), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     (size,) = {row["image_size"] for row in data["ours"]}
     parts[0].suptitle(
         f"Measured here: blood cells (BCCD test) at {size} px, one run each",
@@ -389,7 +389,7 @@ def draw_activations(data: dict[str, Any]) -> Figure:
     figure = Figure((9, 4.9), layout="constrained")
     rows = figure.subplots(len(data["weights"]), 4)
     for axes, name, kind in zip(rows, data["weights"], ("padded", "padding-free"), strict=True):
-        net = timm.create_model(name, pretrained=True).eval()
+        net: Any = timm.create_model(name, pretrained=True).eval()
         x = create_transform(**resolve_data_config({}, model=net))(picture)[None]
         with torch.inference_mode():
             maps = net.forward_intermediates(x, intermediates_only=True)
@@ -459,17 +459,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a figure is not current")
     options = parser.parse_args(argv)
     stale = False
-    FIGURES.mkdir(exist_ok=True)
     for name, drawing in DRAWINGS.items():
         file = FIGURES / f"{name}.svg"
-        if options.check:
-            if not file.exists() or digest(drawing) not in file.read_text(encoding="utf-8"):
+        try:
+            if not options.check:
+                FIGURES.mkdir(exist_ok=True)
+                temporary = file.with_name(f"tmp-{file.name}")
+                temporary.write_text(render(drawing), encoding="utf-8")
+                temporary.replace(file)
+            elif not file.exists() or digest(drawing) not in file.read_text(encoding="utf-8"):
                 stale = True
                 print(f"docs/figures/{file.name} is not current: run python tools/make_figures.py", file=sys.stderr)
-        else:
-            temporary = file.with_name(f"tmp-{file.name}")
-            temporary.write_text(render(drawing), encoding="utf-8")
-            temporary.replace(file)
+        except (OSError, ValueError) as error:
+            print(f"docs/figures/{file.name} cannot be drawn: {error}", file=sys.stderr)
+            return 1
     return int(stale)
 
 
