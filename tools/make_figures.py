@@ -204,7 +204,7 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
         ]
         panels[0].legend(handles=handles, loc="lower right")
     cifar, imagenet = parts
-    cifar.axes[0].set_xticks([3e5, 1e6, 3e6])
+    cifar.axes[0].set(xticks=[3e5, 1e6, 3e6], ylim=(62, 79.8))
     cifar.axes[1].set(xticks=[3e7, 1e8, 3e8, 1e9], xlim=(2.8e7, 1e9))
     imagenet.axes[0].set(xlim=(22e6, 68e6), ylim=(77.5, 81))
     imagenet.axes[1].set(xlim=(3e9, 15.8e9))
