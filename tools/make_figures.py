@@ -1,0 +1,480 @@
+"""Draws the figures of the README and of docs/: `python tools/make_figures.py [--check]`.
+
+They come from the manifest, from what papers print (`published.csv`), what networks cost (`complexity.csv`), what
+`tools/latency.py --json` printed (`latency.jsonl`), and what `spd-zoo evaluate` wrote of two detectors
+(`detectors.csv`: AP in per cent by class and by COCO's sizes, in pixels of the image or of the network's input, and
+how many boxes that is). Only the maps of activations are computed, by two networks whose weights are in the package.
+
+A figure's metadata hold the SHA-256 of this script and of the data in it; --check compares that, so that another
+version of matplotlib changes nothing. Text is text, and black or white as the reader's colour scheme asks.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import check_published
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from spd_zoo.weights import entries
+
+ROOT = Path(__file__).parent.parent
+RECORDS, FIGURES = ROOT / "tools", ROOT / "docs" / "figures"
+
+INK = "#0b0c0d"  # stands for the colour of text, which the style below sets
+STYLE = "svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }"
+FONTS = "system-ui, Helvetica, Arial, sans-serif"
+SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "spd_zoo",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "grid.color": INK,
+}
+BLUE, ORANGE, GREEN, PURPLE, RED, GREY = (
+    "#2f81d6",
+    "#c96a10",
+    "#2b9461",
+    "#a366d1",
+    "#d64f4f",
+    "#7d8590",
+)  # on any ground
+FAMILIES = {  # part of a network's name: the family, and its colour
+    "resnet20": ("ResNet-20", BLUE),
+    "resnet110": ("ResNet-110, BSConv", BLUE),
+    "wrn40_3": ("WideResNet-40-3", ORANGE),
+    "wrn40_8": ("WideResNet-40-8, BSConv", ORANGE),
+    "mobilenetv3_large_w1_bsconvs": ("MobileNetV3, BSConv", GREEN),
+    "mobilenetv3": ("MobileNetV3", GREEN),
+    "parc": ("ParC-MobileNetV2", PURPLE),
+    "ghostnet": ("GhostNet", RED),
+    "shufflenet": ("ShuffleNetV2", GREY),
+    "pyconvhg": ("PyConvHGResNet", ORANGE),
+    "pyconv": ("PyConvResNet", BLUE),
+}
+NAMED = {  # pairs that have their name beside them, and where: on their left, on their right, above or below them
+    "cifar_resnet20": "right",
+    "cifar_resnet110_bsconvu": "right",
+    "cifar_wrn40_3": "left",
+    "cifar_wrn40_8_bsconvu": "left",
+    "cifar_mobilenetv3_large_w1": "right",
+    "cifar_mobilenetv3_large_w1_bsconvs": "above",
+    "cifar_parc_mobilenetv2": "right",
+    "cifar_ghostnet": "right",
+    "cifar_shufflenetv2": "below",
+    "pyconvresnet50": "above",
+    "pyconvresnet101": "below",
+    "pyconvresnet152": "above",
+    "pyconvhgresnet50": "right",
+    "pyconvhgresnet101": "above",
+    "pyconvhgresnet152": "below",
+}
+SIZES = ("small", "medium", "large")
+
+
+class Drawing(NamedTuple):
+    """A figure: its title, the data that it shows, and what draws them."""
+
+    title: str
+    data: Callable[[], Any]
+    draw: Callable[[Any], Figure]
+
+
+def published_pairs(dataset: str) -> list[dict[str, Any]]:
+    """Padded and padding-free networks in tables of one source that print both: parameters, MACs, top-1 in per cent."""
+    rows = check_published.read(RECORDS / "published.csv", list(check_published.COLUMNS))
+    costs = check_published.read(RECORDS / "complexity.csv", check_published.RECORDED)
+    cost = {(row["network"], row["input"], row["classes"]): row for row in costs}
+
+    def point(row: dict[str, str]) -> dict[str, float]:
+        found = cost[row["model"], row["input"], row["classes"]]
+        return {"params": int(found["params"]), "macs": int(found["macs"]), "top1": float(row["accuracy"].rstrip("%"))}
+
+    pairs = []
+    for row in rows:
+        if row["dataset"] == dataset and "Orig——" in row["table"]:
+            twin = (f"{row['model']}_pfd", row["table"].replace("Orig——", "Ours——"), row["source"])
+            (other,) = (r for r in rows if (r["model"], r["table"], r["source"]) == twin)
+            pairs.append({"network": row["model"], "tag": "", "ours": False, "twins": [point(row), point(other)]})
+    return pairs
+
+
+def twins() -> dict[str, list[dict[str, Any]]]:
+    """The pairs of both kinds; of the measured ones the test accuracy, of the authors' that at 224 pixels."""
+    known = entries()
+
+    def pair(one: str, other: str, dataset: str, who: str) -> dict[str, Any]:
+        points = []
+        for entry in (known[one], known[other]):
+            (top1,) = (
+                metric["value"]
+                for metric in entry.metrics
+                if (metric["dataset"], metric["measured_by"]) == (dataset, who)
+                and metric["input_size"] == entry.input_size[1]
+            )
+            points.append({"params": entry.params, "macs": entry.macs, "top1": top1})
+        return {"network": known[one].network, "tag": known[one].tag, "ours": who == "us", "twins": points}
+
+    free = published_pairs("CIFAR-100")
+    for entry in known.values():
+        other = f"{entry.network}_pfd.{entry.tag}"
+        if entry.tag and other in known:
+            free.append(pair(entry.name, other, "CIFAR-100 test", "us"))
+    spd = [
+        pair(entry.derived_from, entry.name, "ImageNet-1k val", "authors")
+        for entry in known.values()
+        if entry.derived_from
+    ]
+    return {"padding-free": free, "spd": spd}
+
+
+def _family(network: str) -> tuple[str, str]:
+    return next(family for part, family in FAMILIES.items() if part in network)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """The least and the greatest of some values, or the only one."""
+    return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
+
+
+def _more(pairs: Sequence[dict[str, Any]], what: str) -> list[float]:
+    """By how many per cent the second twins have more of something."""
+    return [100 * (twins[1][what] / twins[0][what] - 1) for twins in (pair["twins"] for pair in pairs)]
+
+
+def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Accuracy against parameters and MACs, a row of panels for each kind of twins."""
+    free, spd = data["padding-free"], data["spd"]
+    gains = {
+        ours: [pair["twins"][1]["top1"] - pair["twins"][0]["top1"] for pair in free if pair["ours"] == ours]
+        for ours in (True, False)
+    }
+    heads = (
+        f"Padding-free: {_span([-more for more in _more(free, 'macs')], '{:.0f}')} % fewer MACs, top-1 "
+        f"{_span(gains[False], '{:+.2f}')} points (authors), {_span(gains[True], '{:+.2f}')} (here, one run each)",
+        f"SPD: converted weights compute the same, so the authors' top-1 stays, with "
+        f"{_span(_more(spd, 'macs'), '{:.0f}')} % more MACs",
+    )
+    figure = Figure((9, 7.4), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    kinds = (("CIFAR-100, 32 px", "log", "padded", "padding-free"), ("ImageNet-1k, 224 px", "linear", "strided", "SPD"))
+    for part, head, pairs, (data_set, scale, *names) in zip(parts, heads, (free, spd), kinds, strict=True):
+        part.suptitle(head, x=0.01, ha="left", weight="bold", fontsize=10)
+        panels = part.subplots(1, 2, sharey=True)
+        for axes, what, label in zip(panels, ("params", "macs"), ("parameters", "MACs for one image"), strict=True):
+            for pair in pairs:
+                _, colour = _family(pair["network"])
+                x, y = ([point[key] for point in pair["twins"]] for key in (what, "top1"))
+                axes.plot(x, y, color=colour, linewidth=1.2)
+                for i, marker in enumerate("o^"):
+                    face = colour if pair["ours"] else "none"
+                    axes.plot(x[i], y[i], marker, color=colour, markerfacecolor=face, markersize=6)
+                if what == "macs" and pair["network"] in NAMED:
+                    _name(axes, pair)
+            axes.set(xlabel=label, xscale=scale)
+            axes.grid()
+            axes.xaxis.set_major_formatter(FuncFormatter(_count))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        panels[0].set_ylabel(f"top-1 on {data_set}, %")
+        handles = [
+            Line2D([], [], color=INK, marker=marker, linestyle="", markerfacecolor="none", label=name)
+            for marker, name in zip("o^", names, strict=True)
+        ]
+        who = [("none", "hollow: the authors' figures"), (INK, "filled: measured here")]
+        handles += [
+            Line2D([], [], color=INK, marker="s", linestyle="", markerfacecolor=face, label=name)
+            for face, name in who[: len({pair["ours"] for pair in pairs})]
+        ]
+        panels[0].legend(handles=handles, loc="lower right")
+    cifar, imagenet = parts
+    cifar.axes[0].set(xticks=[3e5, 1e6, 3e6], ylim=(62, 79.8))
+    cifar.axes[1].set(xticks=[3e7, 1e8, 3e8, 1e9], xlim=(2.8e7, 1e9))
+    imagenet.axes[0].set(xlim=(22e6, 68e6), ylim=(77.5, 81))
+    imagenet.axes[1].set(xlim=(3e9, 15.8e9))
+    return figure
+
+
+def _name(axes: Any, pair: dict[str, Any]) -> None:
+    """Writes the name of a pair beside its markers."""
+    name, colour = _family(pair["network"])
+    if depth := re.fullmatch(r"pyconv\D*(\d+)", pair["network"]):
+        name = f"{name}-{depth[1]}{' +augment' if pair['tag'].startswith('aug') else ''}"
+    if pair["ours"]:
+        name += ", measured here"
+    side = NAMED[pair["network"]]
+    first, last = sorted(pair["twins"], key=lambda point: point["macs"])
+    top1 = [point["top1"] for point in pair["twins"]]
+    at, shift, align = {
+        "left": ((first["macs"], first["top1"]), (-8, -3), "right"),
+        "right": ((last["macs"], last["top1"]), (8, -3), "left"),
+        "above": ((first["macs"], max(top1)), (-3, 8), "left"),
+        "below": ((first["macs"], min(top1)), (-3, -14), "left"),
+    }[side]
+    text = axes.annotate(name, at, shift, textcoords="offset points", color=colour, ha=align, fontsize=8)
+    text.set_in_layout(False)
+
+
+def _count(value: float, _: object = None) -> str:
+    unit, name = (1e9, " G") if value >= 1e9 else (1e6, " M")
+    return f"{value / unit:g}{name}"
+
+
+def latency() -> dict[str, Any]:
+    """The recorded times of both runtimes, and the accuracies that the authors print for the same networks."""
+    lines = (RECORDS / "latency.jsonl").read_text(encoding="utf-8").splitlines()
+    top1 = {pair["network"]: [twin["top1"] for twin in pair["twins"]] for pair in published_pairs("VegFru-292")}
+    return {"times": [json.loads(line) for line in lines], "top1": top1}
+
+
+def draw_latency(data: dict[str, Any]) -> Figure:
+    """Padded and padding-free networks: milliseconds in eager PyTorch and in ONNX Runtime, and accuracy."""
+    figure = Figure((9, 3.4), layout="constrained")
+    left, middle, right = panels = figure.subplots(1, 3, sharey=True)
+    names = list(dict.fromkeys(row["network"] for row in data["times"]))
+    ratios = {}
+    (size,) = {row["image_size"] for row in data["times"]}
+    for axes, runtime, title in ((left, "eager", "eager PyTorch"), (middle, "onnx", "ONNX Runtime")):
+        rows = {row["network"]: row for row in data["times"] if row["runtime"] == runtime}
+        ratios[runtime] = [row["ratio"] for row in rows.values()]
+        for y, name in enumerate(names):
+            row, (_, colour) = rows[name], _family(name)
+            _twins_in_row(axes, y, (row["padded_ms"], row["padding_free_ms"]), colour, colour)
+            end = max(row["padded_ms"], row["padding_free_ms"])
+            axes.annotate(f"x{row['ratio']:.2f}", (end, y), (8, -3), textcoords="offset points")
+        axes.set(xlabel=f"ms for an image of {size} px, one thread", title=f"{title}, measured here", xlim=(0, 56))
+    for y, name in enumerate(names):
+        _twins_in_row(right, y, data["top1"][name], _family(name)[1], "none")
+    right.set(xlabel="top-1, %", title="VegFru-292 (hollow: the authors' figures)")
+    left.set_yticks(range(len(names)), [_family(name)[0] for name in names])
+    left.set_ylim(len(names) - 0.5, -0.5)
+    for axes in panels:
+        axes.grid(axis="x")
+    handles = [
+        Line2D([], [], color=INK, marker=marker, linestyle="", label=name)
+        for marker, name in (("o", "padded"), ("^", "padding-free"))
+    ]
+    middle.legend(handles=handles, loc="lower right")
+    figure.suptitle(
+        f"Padding-free: {_span(ratios['eager'], '{:.2f}')} times the time in eager PyTorch, "
+        f"{_span(ratios['onnx'], '{:.2f}')} in ONNX Runtime",
+        x=0.01,
+        ha="left",
+        weight="bold",
+        fontsize=10,
+    )
+    return figure
+
+
+def _twins_in_row(axes: Any, y: float, values: Sequence[float], colour: str, face: str) -> None:
+    axes.plot(values, (y, y), color=colour, linewidth=1.2)
+    for value, marker in zip(values, "o^", strict=True):
+        axes.plot(value, y, marker, color=colour, markerfacecolor=face, markersize=6)
+
+
+def detectors() -> dict[str, Any]:
+    """AP in per cent: of our two detectors as recorded, of others as their authors print it."""
+    columns = ("network", "data", "image_size", "pixels", "size", "class", "boxes", "ap")
+    theirs = {
+        entry.network: {metric["metric"]: metric["value"] for metric in entry.metrics}
+        for entry in entries().values()
+        if any((metric["dataset"], metric["measured_by"]) == ("COCO val2017", "authors") for metric in entry.metrics)
+    }
+    return {"ours": check_published.read(RECORDS / "detectors.csv", columns), "theirs": theirs}
+
+
+def draw_detectors(data: dict[str, Any]) -> Figure:
+    """AP by size: a row of panels for those measured here, one for the authors' figures."""
+    figure = Figure((9, 6.4), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    (size,) = {row["image_size"] for row in data["ours"]}
+    parts[0].suptitle(
+        f"Measured here: blood cells (BCCD test) at {size} px, one run each",
+        x=0.01,
+        ha="left",
+        weight="bold",
+        fontsize=10,
+    )
+    panels = parts[0].subplots(1, 3, sharey=True)
+    titles = {"": "of all sizes", "image": "by size in the image", "input": "by size as the network sees it"}
+    for axes, (pixels, title) in zip(panels, titles.items(), strict=True):
+        rows = [row for row in data["ours"] if row["pixels"] == pixels]
+        key = "size" if pixels else "class"
+        bars: dict[str, list[float]] = {}
+        groups: dict[str, str] = {}
+        for network in dict.fromkeys(row["network"] for row in rows):
+            bars[network] = []
+            for group in dict.fromkeys(row[key] for row in rows):
+                alike = [row for row in rows if (row["network"], row[key]) == (network, group)]
+                bars[network].append(statistics.mean(float(row["ap"]) for row in alike))  # of classes, as COCO does
+                counts = [f"{row['class'] if pixels else 'boxes'}: {row['boxes']}" for row in alike]
+                groups[group] = "\n".join([group, *counts])
+        _bars(axes, list(groups.values()), bars, (GREY, BLUE), filled=True)
+        axes.set_title(title)
+    panels[0].set(ylabel="AP, %", ylim=(0, 100))
+    _legend(panels[0])
+
+    parts[1].suptitle("The authors' figures: COCO val2017", x=0.01, ha="left", weight="bold", fontsize=10)
+    panels = parts[1].subplots(1, 3, sharey=True)
+    for axes, title, base, more in (
+        (panels[0], "VGG16", "vgg16", "s1l2"),
+        (panels[1], "MobileNetV1", "mobilenetv1", "s1l0"),
+    ):
+        names = (f"ssd_{base}", f"ssd_{base}_{more}", f"ssd_{base}_{more}_dualpath")
+        values = [[data["theirs"][name][f"ap_{size}"] for size in SIZES] for name in names]
+        kinds = ("as it was", "a stride removed", "and a dual path")
+        _bars(axes, SIZES, dict(zip(kinds, values, strict=True)), (GREY, BLUE, PURPLE), filled=False)
+        axes.set_title(f"SSD-{title}, 300 px")
+    yolo = {name: figures for name, figures in data["theirs"].items() if name.startswith("yolov5")}
+    bars = {"small objects": [figures["ap_small"] for figures in yolo.values()]}
+    bars["all objects"] = [figures["ap"] for figures in yolo.values()]
+    _bars(panels[2], [name.removesuffix("_spd") for name in yolo], bars, (BLUE, GREEN), filled=False)
+    panels[2].set_title("YOLOv5-SPD, 640 px")
+    panels[0].set(ylabel="AP, %", ylim=(0, 60))
+    _legend(panels[0])
+    _legend(panels[2])
+    return figure
+
+
+def _bars(
+    axes: Any, groups: Sequence[str], bars: dict[str, list[float]], colours: Sequence[str], *, filled: bool
+) -> None:
+    """Groups of bars side by side with their values above them."""
+    width = 0.84 / len(bars)
+    for i, (name, values) in enumerate(bars.items()):
+        x = [group + (i - (len(bars) - 1) / 2) * width for group in range(len(groups))]
+        face = colours[i] if filled else "none"
+        axes.bar(x, values, 0.85 * width, facecolor=face, edgecolor=colours[i], linewidth=1.2, label=name)
+        for at, value in zip(x, values, strict=True):
+            axes.annotate(f"{value:.1f}", (at, value), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    axes.set_xticks(range(len(groups)), groups)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(loc="upper left", fontsize=8, handlelength=1).set_in_layout(False)
+
+
+def activations() -> dict[str, Any]:
+    """What the maps are computed from: a picture and two files of weights."""
+    picture = ROOT / "examples" / "rocket.jpg"
+    weights = {name: entries()[name].sha256 for name in ("cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100")}
+    return {"picture": [picture.name, hashlib.sha256(picture.read_bytes()).hexdigest()], "weights": weights}
+
+
+def draw_activations(data: dict[str, Any]) -> Figure:
+    """The mean over the channels of what each stage gives, of each network, for one picture."""
+    import timm
+    import torch
+    from timm.data import create_transform, resolve_data_config
+
+    from spd_zoo.images import read_image
+
+    picture = read_image(ROOT / "examples" / data["picture"][0])
+    figure = Figure((9, 4.9), layout="constrained")
+    rows = figure.subplots(len(data["weights"]), 4)
+    for axes, name, kind in zip(rows, data["weights"], ("padded", "padding-free"), strict=True):
+        net: Any = timm.create_model(name, pretrained=True).eval()
+        x = create_transform(**resolve_data_config({}, model=net))(picture)[None]
+        with torch.inference_mode():
+            maps = net.forward_intermediates(x, intermediates_only=True)
+            probability, label = net(x).softmax(1).max(1)
+        seen = entries()[name].class_names
+        assert seen is not None
+        axes[0].imshow(x[0].permute(1, 2, 0).numpy(), interpolation="none")
+        axes[0].set_title(f"{kind}: {100 * float(probability):.0f} % {seen[int(label)]}")
+        axes[0].set_ylabel(name.partition(".")[0])
+        for stage, (panel, found) in enumerate(zip(axes[1:], maps[-3:], strict=True), 1):
+            panel.imshow(found[0].mean(0).numpy(), interpolation="none", cmap="viridis")
+            panel.set_title(f"stage {stage}: {found.shape[2]} x {found.shape[3]}")
+        for panel in axes:
+            panel.set(xticks=[], yticks=[])
+    figure.suptitle(
+        "What each stage gives, as the mean of its channels: two networks trained alike, one picture",
+        x=0.01,
+        ha="left",
+        weight="bold",
+        fontsize=10,
+    )
+    return figure
+
+
+DRAWINGS = {
+    "twins": Drawing(
+        "Accuracy against parameters and multiply-accumulates of networks and their padding-free or SPD twins",
+        twins,
+        draw_twins,
+    ),
+    "latency": Drawing("Latency and accuracy of padded and padding-free networks", latency, draw_latency),
+    "detectors": Drawing("Average precision of detectors by the size of objects", detectors, draw_detectors),
+    "activations": Drawing(
+        "Mean activations of cifar_resnet20 and cifar_resnet20_pfd behind each stage, for one picture of 32 pixels",
+        activations,
+        draw_activations,
+    ),
+}
+
+
+def digest(drawing: Drawing) -> str:
+    """The SHA-256 of what a figure is made from: its data and this script."""
+    script = Path(__file__).read_text(encoding="utf-8")
+    return hashlib.sha256((json.dumps(drawing.data(), sort_keys=True) + script).encode()).hexdigest()
+
+
+def render(drawing: Drawing) -> str:
+    """The figure as SVG without a background."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(SETTINGS):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        drawing.draw(drawing.data()).savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace("'DejaVu Sans'", FONTS)
+    head = (
+        f"<title>{escape(drawing.title)}</title>\n <metadata>sha256 of data and script: {digest(drawing)}</metadata>\n"
+        f" <style>{STYLE}</style>"
+    )
+    text, count = re.subn(r"<svg\b[^>]*>", lambda tag: f'{tag[0][:-1]} role="img">\n {head}', text, count=1)
+    assert count == 1
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the figures, or with --check says which are not current; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a figure is not current")
+    options = parser.parse_args(argv)
+    stale = False
+    for name, drawing in DRAWINGS.items():
+        file = FIGURES / f"{name}.svg"
+        try:
+            if not options.check:
+                FIGURES.mkdir(exist_ok=True)
+                temporary = file.with_name(f"tmp-{file.name}")
+                temporary.write_text(render(drawing), encoding="utf-8")
+                temporary.replace(file)
+            elif not file.exists() or digest(drawing) not in file.read_text(encoding="utf-8"):
+                stale = True
+                print(f"docs/figures/{file.name} is not current: run python tools/make_figures.py", file=sys.stderr)
+        except (OSError, ValueError) as error:
+            print(f"docs/figures/{file.name} cannot be drawn: {error}", file=sys.stderr)
+            return 1
+    return int(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
