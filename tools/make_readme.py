@@ -29,7 +29,11 @@ FAMILIES = {  # page: title, what is special, groups of the manifest
         "kernels of several sizes side by side, with strides or with space-to-depth",
         ("pyconvresnet", "timm"),
     ),
-    "spd_resnet": ("SPD-ResNet", "space-to-depth in the place of strided 3x3 convolutions and of pooling", ("resnet_spd",)),
+    "spd_resnet": (
+        "SPD-ResNet",
+        "space-to-depth in the place of strided 3x3 convolutions and of pooling",
+        ("resnet_spd",),
+    ),
     "padding_free": (
         "Padding-free downsampling",
         "MobileNetV3, GhostNet, ShuffleNetV2, ParC-MobileNetV2, ResNet and Wide ResNet, with BSConv, padded and not",
