@@ -1,7 +1,7 @@
-"""Writes the tables of the README and of docs/: `python tools/make_readme.py [--check]`.
+"""Writes the generated parts of the README and of docs/: `python tools/make_readme.py [--check]`.
 
-They come from the manifest, from records of speeds, latencies, faults, conversions and an experiment, and from counting
-what papers print.
+They come from the manifest, from records of speeds, latencies, faults, conversions and an experiment, from counting
+what papers print, from the recipes, and from the parser of the command `spd-zoo`.
 """
 
 import argparse
@@ -10,7 +10,8 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,99 @@ import check_published
 import convert_experiment
 import convert_report
 
+from spd_zoo.cli import _parser
 from spd_zoo.weights import Entry, entries
 
 ROOT = Path(__file__).parent.parent
+FAMILIES = {  # page: title, what is special, groups of the manifest
+    "pyconv": (
+        "PyConv",
+        "kernels of several sizes side by side, with strides or with space-to-depth",
+        ("pyconvresnet", "timm"),
+    ),
+    "spd_resnet": (
+        "SPD-ResNet",
+        "space-to-depth in the place of strided 3x3 convolutions and of pooling",
+        ("resnet_spd",),
+    ),
+    "padding_free": (
+        "Padding-free downsampling",
+        "MobileNetV3, GhostNet, ShuffleNetV2, ParC-MobileNetV2, ResNet and Wide ResNet, with BSConv, padded and not",
+        (
+            *("bsconv_resnet", "bsconv_mobilenetv3", "pfd_mobilenetv3", "pfd_ghostnet", "pfd_shufflenetv2"),
+            "pfd_parc_mobilenetv2",
+        ),
+    ),
+    "yolov5": ("YOLOv5-SPD", "detectors without strides, with anchors", ("yolov5_spd",)),
+    "yolov8": ("YOLOv8 and YOLOv8-SPD", "detectors without anchors, with strides and without", ("yolov8_spd",)),
+    "ssd": (
+        "SSD for small objects",
+        "detectors with one stride less, and a second path for large objects",
+        ("ssd_small",),
+    ),
+}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+    """A Markdown table; nothing where there are no rows."""
+    lines = [head, ["---"] * len(head), *rows] if rows else []
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def networks() -> str:
-    """Every network: its size, and the input it was made for."""
+def _members(groups: Sequence[str]) -> list[Entry]:
+    """The entries of some groups of the manifest, group by group."""
+    return [entry for group in groups for entry in entries().values() if entry.group == group]
+
+
+def families(pages: str) -> str:
+    """Every family: what is special about it, what its networks cost, and a link to its page in the folder `pages`."""
     rows = []
-    for entry in entries().values():
+    for page, (title, text, groups) in FAMILIES.items():
+        nets = [entry for entry in _members(groups) if not entry.tag]
+        bundled = [f"`{entry.name}`" for entry in _members(groups) if str(entry.source).startswith("bundled:")]
+        costs = [sorted(costs) for costs in ([n.params / 1e6 for n in nets], [n.macs / 1e9 for n in nets])]
+        spans = [f"{cost[0]:.2g} to {cost[-1]:.3g}" for cost in costs]
+        rows.append([f"[{title}]({pages}/{page}.md)", text, str(len(nets)), *spans, ", ".join(bundled) or "none"])
+    head = ("family", "what", "networks", "parameters (M)", "MACs (G)", "weights in the package")
+    return table(head, rows)
+
+
+def networks(groups: Sequence[str]) -> str:
+    """Every network: its size, what it costs, and the input that this is counted at."""
+    rows = []
+    costs = {row["network"]: row for row in check_published.read(check_published.RECORD, check_published.RECORDED)}
+    for entry in _members(groups):
         if not entry.tag:
+            figures = (entry.params, entry.macs, int(costs[entry.network]["activations"]))
+            counted = [f"{figure / unit:.2f}" for figure, unit in zip(figures, (1e6, 1e9, 1e6), strict=True)]
             size = f"{entry.input_size[1]} px, {entry.num_classes} classes"
-            rows.append([f"`{entry.name}`", f"{entry.params / 1e6:.2f}", f"{entry.macs / 1e9:.2f}", size])
-    return table(["network", "parameters (M)", "MACs (G)", "counted at"], rows)
+            rows.append([f"`{entry.name}`", *counted, size])
+    return table(["network", "parameters (M)", "MACs (G)", "activations (M)", "counted at"], rows)
 
 
-def checkpoints() -> str:
+def checkpoints(groups: Sequence[str]) -> str:
     """Every checkpoint: what it was trained on, how good it is and who says so, and where it is."""
     rows = []
-    for entry in entries().values():
+    for entry in _members(groups):
         if entry.tag:
             figures = ", ".join(_figure(metric) for metric in entry.metrics)
             rows.append([f"`{entry.name}`", str(entry.dataset), figures, _place(entry), str(entry.license)])
     return table(["weights", "trained on", "accuracy", "file", "licence"], rows)
+
+
+def bundled() -> str:
+    """The weights that come with the package."""
+    rows = [
+        [
+            f"`{entry.name}`",
+            str(entry.dataset),
+            ", ".join(map(_figure, entry.metrics)),
+            f"{(entry.size or 0) / 2**20:.1f}",
+        ]
+        for entry in entries().values()
+        if str(entry.source).startswith("bundled:")
+    ]
+    return table(["weights", "trained on", "accuracy", "MiB"], rows)
 
 
 def _figure(metric: dict[str, Any]) -> str:
@@ -78,10 +143,77 @@ def speed() -> str:
     return f"{'; '.join(sorted(settings))}\n\n{table(['network', 'form', 'images/s', *columns[1:]], rows)}"
 
 
-def published() -> str:
-    """What papers print beside what is counted here."""
-    head, *rows = check_published.table(check_published.check_published())
+@cache
+def _published() -> list[dict[str, str]]:
+    return check_published.check_published()
+
+
+def _rows_of(groups: Sequence[str]) -> list[dict[str, str]]:
+    """The checked rows of `published.csv` about networks of some groups, and those of their sources that name none."""
+    names = {entry.network for entry in _members(groups)}
+    sources = {row["source"] for row in _published() if row["model"] in names}
+    return [row for row in _published() if row["model"] in names or (not row["model"] and row["source"] in sources)]
+
+
+def counted(groups: Sequence[str]) -> str:
+    """Parameters and operations that papers print beside what is counted here."""
+    head, *rows = check_published.table(_rows_of(groups))
     return table(head, rows)
+
+
+def printed(groups: Sequence[str]) -> str:
+    """Accuracies and latencies that papers print; nothing of them is measured here."""
+    rows = [
+        [
+            f"`{row['model']}`" if row["model"] else "",
+            row["dataset"],
+            row["row"].replace("|", ","),
+            *figures,
+            row["source"],
+        ]
+        for row in _rows_of(groups)
+        if any(figures := (row["accuracy"], row["latency"]))
+    ]
+    return table(["network", "data set", "their name for it", "accuracy", "latency", "source"], rows)
+
+
+def recipe(name: str) -> str:
+    """A recipe, as `--config` takes it."""
+    file = f"spd_zoo/training/recipes/{name}.yaml"
+    return f'```yaml title="{file}"\n{(ROOT / file).read_text(encoding="utf-8")}```'
+
+
+def command_line() -> str:
+    """Every command of `spd-zoo` with its arguments and options, from its parser."""
+    parts = []
+    for name, parser in _commands(_parser(True)):
+        positional, options = [], []
+        for action in parser._actions:
+            what = (action.help or "").replace("%%", "%").replace("|", "\\|")
+            if action.choices is not None:
+                what += f" ({' or '.join(map(str, action.choices))})"
+            if action.option_strings and action.required:
+                what += " (required)"
+            value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper()).replace("|", "\\|")
+            many = " ..." if action.nargs in ("+", "*") else ""
+            if not action.option_strings:
+                positional.append([f"`{value}`{many}", what])
+            elif "--help" not in action.option_strings:
+                names = ", ".join(f"`{option}`" for option in action.option_strings)
+                options.append([f"{names} {f'`{value}`{many}' if value else ''}".strip(), what])
+        rows = [*positional, *options]
+        parts.append(f"## spd-zoo {name}\n\n{parser.description}\n\n{table(('argument or option', 'what'), rows)}")
+    return "\n\n".join(parts)
+
+
+def _commands(parser: argparse.ArgumentParser, prefix: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The commands that do something, and their parsers; those of `weights` are one level down."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield prefix.strip(), parser
+    for action in below:
+        for name, command in action.choices.items():
+            yield from _commands(command, f"{prefix} {name}")
 
 
 def trained() -> str:
@@ -199,17 +331,29 @@ def conversion_experiment() -> str:
     return table((*head, "strided, fine-tuned", "converted, fine-tuned", "difference"), rows)
 
 
+RECIPES = {  # page: recipes behind its published figures
+    "pyconv": ("imagenet_pyconv", "imagenet_pyconv_augment"),
+    "spd_resnet": ("tiny_imagenet_spd", "cifar10_spd"),
+    "padding_free": ("cifar100_first", "cifar100_second"),
+}
+
+
+def _family(page: str) -> dict[str, Callable[[], str]]:
+    """The generated parts of the page of a family."""
+    groups = FAMILIES[page][2]
+    tables = {make.__name__: partial(make, groups) for make in (networks, checkpoints, counted, printed)}
+    return tables | {name: partial(recipe, name) for name in RECIPES.get(page, ())}
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
-        "networks": networks,
-        "checkpoints": checkpoints,
-        "trained": trained,
-        "published": published,
-        "latency": latency,
-        "speed": speed,
-    },
+    "README.md": {"families": partial(families, "docs/families")},
+    "docs/choosing.md": {"families": partial(families, "families"), "trained": trained},
+    **{f"docs/families/{page}.md": _family(page) for page in FAMILIES},
     "docs/finetuning.md": {"starts": starts, "training_speed": training_speed},
+    "docs/weights.md": {"bundled": bundled},
     "docs/reliability.md": {"faults": faults},
+    "docs/speed.md": {"latency": latency, "speed": speed},
+    "docs/command_line.md": {"command_line": command_line},
     "docs/convert.md": {
         "converted_speed": converted_speed,
         "conversions": conversions,
@@ -219,13 +363,13 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def render(file: str, text: str) -> str:
-    """The text with every generated part made anew."""
+    """The text with every generated part made anew; raises SystemExit unless it has one place for each."""
     for name, make in PARTS[file].items():
         pattern = rf"(<!-- {name}: tools/make_readme.py -->\n).*?(<!-- end -->)"
-        made = make().replace("\\", r"\\")
-        text, count = re.subn(pattern, rf"\g<1>{made}\n\g<2>", text, flags=re.S)
-        if count != 1:
-            raise SystemExit(f"{file} has {count} parts called {name}, expected 1")
+        made = make()
+        text, count = re.subn(pattern, lambda part, made=made: f"{part[1]}{made}\n{part[2]}", text, flags=re.S)
+        if count != bool(made):
+            raise SystemExit(f"{file} has {count} parts called {name}, expected {int(bool(made))}")
     return text
 
 
