@@ -154,7 +154,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def detectors() -> list[dict[str, float]]:
-    """AP, AP50 and AP by size of the detector of `tools/convert_detectors.csv`, as it was and converted, as in `summary`."""
+    """What `tools/convert_detectors.csv` says of each figure, as in `summary`: as it was and converted."""
     with DETECTORS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     lines = []
