@@ -220,6 +220,17 @@ def test_the_experiment_compares_runs_of_equal_seeds() -> None:
     assert (line["gain"], line["gain, standard error"]) == (2, pytest.approx(1))
 
 
+def test_the_experiment_with_detectors_compares_runs_of_equal_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_experiment, "DETECTORS", tmp_path / "detectors.csv")
+    rows = ["as it was,,60", "as it was,1,54", "as it was,0,50", "converted,,60", "converted,0,51", "converted,1,57"]
+    (tmp_path / "detectors.csv").write_text("\n".join(["start,seed,ap", *rows]), encoding="utf-8")
+    (line,) = convert_experiment.detectors()
+    assert (line["seeds"], line["before"], line["as it was"], line["converted"]) == (2, 60, 52, 54)
+    assert (line["gain"], line["gain, standard error"]) == (2, pytest.approx(1))
+
+
 @pytest.mark.slow
 def test_the_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     names = timm.create_model("cifar_resnet20.cifar100").pretrained_cfg["label_names"]

@@ -26,6 +26,8 @@ from spd_zoo.training.evaluate import evaluate, write_csv
 from spd_zoo.training.finetune import FinetuneConfig, finetune
 
 COLUMNS = ("image_size", "start", "lr", "epochs", "train_images", "seed", "val_top1", "test_top1")
+STARTS = ("as it was", "converted")
+DETECTORS = Path(__file__).with_name("convert_detectors.csv")  # what `spd-zoo evaluate` found, run by run
 
 
 def make_images(options: argparse.Namespace, target: Path) -> None:
@@ -130,7 +132,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (row["image_size"], row["lr"], row["epochs"], row["train_images"]) for row in runs
     ):
         of_runs = [
-            [by_key.get(_key(row | {"start": start})) for start in ("as it was", "converted")]
+            [by_key.get(_key(row | {"start": start})) for start in STARTS]
             for row in runs
             if (row["image_size"], row["lr"], row["epochs"], row["train_images"]) == (size, lr, epochs, images)
         ]
@@ -138,7 +140,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(pairs) < 2:
             continue
         line: dict[str, Any] = {"image_size": size, "lr": lr, "epochs": epochs, "train_images": images}
-        for i, start in enumerate(("as it was", "converted")):
+        for i, start in enumerate(STARTS):
             before = {"image_size": size, "start": start, "lr": "", "epochs": 0, "train_images": 0, "seed": ""}
             values = [pair[i] for pair in pairs]
             line[f"{start}, before"] = by_key[_key(before)]
@@ -151,32 +153,60 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def detectors() -> list[dict[str, float]]:
+    """What `tools/convert_detectors.csv` says of each figure, as in `summary`: as it was and converted."""
+    with DETECTORS.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    lines = []
+    for name in [name for name in rows[0] if name not in ("start", "seed")]:
+        line: dict[str, Any] = {"figure": name, "before": float(next(row[name] for row in rows if not row["seed"]))}
+        was, now = (
+            [
+                float(row[name])
+                for row in sorted(rows, key=lambda row: row["seed"])
+                if row["start"] == start and row["seed"]
+            ]
+            for start in STARTS
+        )
+        for start, values in zip(STARTS, (was, now), strict=True):
+            line[start], line[f"{start}, std"] = statistics.mean(values), statistics.stdev(values)
+            line[f"{start}, all"] = values
+        gains = [after - before for before, after in zip(was, now, strict=True)]
+        line |= {"gain": statistics.mean(gains), "gain, standard error": statistics.stdev(gains) / len(gains) ** 0.5}
+        lines.append(line | {"seeds": len(gains)})
+    return lines
+
+
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draws every run as a dot, means with standard deviations, and the accuracy before fine-tuning."""
+    """Draws every run as a dot, means with standard deviations, and the figure before fine-tuning."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = summary(rows)
-    figure, axes = pyplot.subplots(1, len(lines), figsize=(4.2 * len(lines), 4), squeeze=False)
-    for axis, line in zip(axes[0], lines, strict=True):
-        for i, start in enumerate(("as it was", "converted")):
+    panels = []
+    for line in summary(rows):
+        for start in STARTS:
             alike = {name: str(line[name]) for name in ("image_size", "lr", "epochs", "train_images")} | {
                 "start": start
             }
-            dots = [float(r["test_top1"]) for r in rows if all(str(r[name]) == alike[name] for name in alike)]
-            axis.plot([i] * len(dots), dots, "o", color=f"C{i}", alpha=0.5)
+            line[f"{start}, all"] = [
+                float(row["test_top1"]) for row in rows if all(str(row[name]) == alike[name] for name in alike)
+            ]
+        title = f"16x16 seen at {line['image_size']} px\n{line['epochs']} epochs, {line['train_images']} images"
+        panels.append((title, "top-1 on CIFAR-100 test, %", line, line["as it was, before"]))
+    line = detectors()[0]
+    panels.append(("yolov8n on blood cells\n5 epochs, 205 images", "AP on BCCD test, %", line, line["before"]))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 4), squeeze=False)
+    for axis, (title, label, line, before) in zip(axes[0], panels, strict=True):
+        for i, start in enumerate(STARTS):
+            axis.plot([i] * len(line[f"{start}, all"]), line[f"{start}, all"], "o", color=f"C{i}", alpha=0.5)
             axis.errorbar(i + 0.15, line[start], line[f"{start}, std"], fmt="s", color=f"C{i}", capsize=4)
-        axis.axhline(line["as it was, before"], color="grey", linestyle="--", label="both, before fine-tuning")
-        axis.set_xticks([0, 1], ["as it was", "converted"])
+        axis.axhline(before, color="grey", linestyle="--", label="both, before fine-tuning")
+        axis.set_xticks([0, 1], STARTS)
         axis.set_xlim(-0.5, 1.6)
-        axis.set_ylabel("top-1 on CIFAR-100 test, %")
-        axis.set_title(
-            f"16x16 seen at {line['image_size']} px\n{line['epochs']} epochs, {line['train_images']} images, "
-            f"lr {float(line['lr']):g}",
-            fontsize=10,
-        )
+        axis.set_ylabel(label)
+        axis.set_title(title, fontsize=10)
         axis.legend(fontsize=8)
     figure.tight_layout()
     temporary = file.with_name(f"tmp-{file.name}")

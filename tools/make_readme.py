@@ -331,6 +331,21 @@ def conversion_experiment() -> str:
     return table((*head, "strided, fine-tuned", "converted, fine-tuned", "difference"), rows)
 
 
+def conversion_detectors() -> str:
+    """What fine-tuning `yolov8n` and its conversion gave, recorded in `tools/convert_detectors.csv`."""
+    names = {"ap": "AP", "ap50": "AP50", **{f"input_ap_{size}": f"AP {size}" for size in ("small", "medium", "large")}}
+    rows = [
+        [
+            names[line["figure"]],
+            f"{line['before']:.2f} %",
+            *(f"{line[start]:.2f} ± {line[f'{start}, std']:.2f} %" for start in convert_experiment.STARTS),
+            f"{line['gain']:+.2f} ± {line['gain, standard error']:.2f}",
+        ]
+        for line in convert_experiment.detectors()
+    ]
+    return table(("", "before, both", "strided, fine-tuned", "converted, fine-tuned", "difference"), rows)
+
+
 RECIPES = {  # page: recipes behind its published figures
     "pyconv": ("imagenet_pyconv", "imagenet_pyconv_augment"),
     "spd_resnet": ("tiny_imagenet_spd", "cifar10_spd"),
@@ -358,6 +373,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "converted_speed": converted_speed,
         "conversions": conversions,
         "conversion_experiment": conversion_experiment,
+        "conversion_detectors": conversion_detectors,
     },
 }
 
