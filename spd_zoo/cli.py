@@ -175,7 +175,7 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
 
     command = add("demo", _demo, "open a page on this machine that shows what networks see in a picture")
     command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    command.add_argument("--port", type=_positive, default=7860, help="port to listen at (default: 7860)")
+    command.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen at (default: 7860)")
     command.add_argument("--models", nargs="+", default=(), metavar="MODEL", help="networks or runs to offer, too")
     return parser
 

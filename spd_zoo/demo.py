@@ -1,10 +1,11 @@
 """A page in the browser, served from this machine, that shows what networks see in a picture: `spd-zoo demo`.
 
-Beside the answer stand those for smaller inputs, and those of the network's twins: the same weights with strides or with
-space-to-depth, and the other network of a pair that was trained on the same data. The page is made with Gradio, which
-the extra `demo` installs; nothing of it is loaded from elsewhere.
+Beside the answer stand those for smaller inputs, and those of the network's twins: the same weights with strides or
+with space-to-depth, and the other network of a pair. The page is made with Gradio, which the extra `demo` installs;
+nothing of it is loaded from elsewhere.
 """
 
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,6 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision.ops import box_iou
-from torchvision.transforms.functional import to_pil_image
 
 from spd_zoo.convert import SPDReport, convert_to_spd
 from spd_zoo.detect import Detections, Detector
@@ -48,8 +48,11 @@ by the machine that serves this page."""
 _SMALLER = """## The effect of image size
 The same network, given the picture at fewer (or more) pixels. Shown is what it gets, enlarged. No network has been
 trained at every size, so an answer can get worse in both directions from its own."""
-_TWINS = "## Strided against space-to-depth"
-_CSS = ".prose table { width: 100% } .prose td + td { text-align: right }"
+_TWINS = """## Strided against space-to-depth
+The chosen network beside its twins, at its own size: the same weights with the other kind of layers, and the other
+network of a pair."""
+_NO_TWIN = "There is nothing to compare with: the network has no layer that `convert_to_spd` or `fold_spd` exchanges."
+_CSS = ".answer table { width: 100%; margin-left: 0 } .answer td + td { text-align: right }"
 
 
 def local_models() -> list[str]:
@@ -124,7 +127,8 @@ def _classify(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[I
     pixels = create_transform(**config)(picture.convert("L" if channels == 1 else "RGB"))
     probabilities = net(pixels[None].to(next(net.parameters()))).float().softmax(1)[0].cpu()
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
-    seen = to_pil_image((pixels * std + mean).clamp(0, 1))
+    colours = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    seen = Image.fromarray(colours.squeeze(2).numpy())  # squeezed where grey
     times = max(1, SHOWN // max(seen.size))
     return seen.resize((seen.width * times, seen.height * times), Image.Resampling.NEAREST), probabilities
 
@@ -201,15 +205,15 @@ def compare(net: nn.Module, twin: nn.Module, picture: Image.Image) -> tuple[Imag
     if names != class_names(_cfg(twin)):
         raise ModelError("the two networks know different classes, so their answers cannot be compared")
     if isinstance(twin, DetectionNet):
-        ours, theirs = Detector(net)(picture), Detector(twin)(picture)
-        return theirs.draw(picture), _differences(ours, theirs)
+        found = Detector(twin)(picture)
+        return found.draw(picture), _differences(Detector(net)(picture), found)
     (_, ours), (seen, theirs) = _classify(net, picture, None), _classify(twin, picture, None)
     best = dict.fromkeys(i for one in (ours, theirs) for i in one.argsort(descending=True)[:TOP].tolist())
-    rows = [(names[i], _percent(ours[i]), _percent(theirs[i]), f"{100 * (theirs[i] - ours[i]):+.2g} %") for i in best]
-    largest = 100 * (theirs - ours).abs().max()
+    points = 100 * (theirs - ours)
+    rows = [(names[i], _percent(ours[i]), _percent(theirs[i]), f"{points[i]:+.2g}") for i in best]
     return seen, (
-        f"<p>Largest difference over all {len(names)} classes: {largest:.2g} percentage points.</p>"
-        + _table(("class", "network", "twin", "difference"), rows)
+        f"<p>Largest difference over all {len(names)} classes: {points.abs().max():.2g} percentage points.</p>"
+        + _table(("class", "network", "twin", "points"), rows)
     )
 
 
@@ -254,16 +258,17 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
         ModelError: If there is no such network, or none at all.
         ModuleNotFoundError: If Gradio is missing.
     """
-    import gradio as gr
-
     for model in models:
         timm_name(model)
     choices = list(dict.fromkeys([*models, *local_models()]))
     if not choices:
         raise ModelError("no weights are on this machine; `spd-zoo weights pull` gets some")
+    import gradio as gr
 
     def view() -> tuple[gr.Image, gr.HTML]:
-        return gr.Image(show_label=False, interactive=False, height=SHOWN, format="png", buttons=[]), gr.HTML()
+        return gr.Image(show_label=False, interactive=False, height=SHOWN, format="png", buttons=[]), gr.HTML(
+            elem_classes="answer"
+        )
 
     # What Gradio offers beyond that, such as telemetry, a public link and an open API, stays off here and in `serve`.
     with gr.Blocks(analytics_enabled=False, title="spd_zoo", delete_cache=(3600, 3600)) as page:
@@ -278,14 +283,14 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
         with gr.Column(visible=False) as more:
             gr.Markdown(_SMALLER)
             with gr.Row():
-                smaller = []
+                smaller: list[gr.Image | gr.HTML] = []
                 for size in SIZES:
-                    with gr.Column():
+                    with gr.Column(min_width=200):
                         gr.Markdown(f"**{size} x {size} pixels**")
                         smaller += view()
             gr.Markdown(_TWINS)
             with gr.Row():
-                beside = []
+                beside: list[gr.Column | gr.Markdown | gr.Image | gr.HTML] = []
                 for _ in range(TWINS):
                     with gr.Column(visible=False) as column:
                         beside += [column, gr.Markdown(), *view()]
@@ -302,8 +307,8 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
                     shown += [gr.Column(visible=True), twin.what, *_or_why_not(compare, net, twin.net, picture)]
             except (ValueError, WeightsError) as error:
                 return [str(error), gr.Column(visible=False), None, "", *[gr.skip() for _ in outputs[4:]]]
-            for _ in range(TWINS - len(twins(model))):
-                shown += [gr.Column(visible=False), "", None, ""]
+            for i in range(len(twins(model)), TWINS):
+                shown += [gr.Column(visible=i == 0), _NO_TWIN if i == 0 else "", None, ""]
             return [_told(model, net, picture), gr.Column(visible=True), *shown]
 
         changed = [file.upload, file.clear, chosen.change]
@@ -344,27 +349,28 @@ def serve(models: Sequence[str] = (), host: str = "127.0.0.1", port: int = 7860)
         ModuleNotFoundError: If Gradio is missing.
         OSError: If the page cannot be served there.
     """
+    if not 0 < port < 2**16:
+        raise OSError(f"there is no port {port}; choose a --port from 1 to {2**16 - 1}")
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass  # it is free
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot serve at {host}, port {port}: {reason}; choose another --host or --port") from error
     page = build(models)
     import gradio as gr
 
-    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts of the web
-    try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            max_file_size=MAX_FILE,
-            theme=theme,
-            css=_CSS,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            pwa=False,
-            ssr_mode=False,
-        )
-    except (OSError, OverflowError) as error:
-        raise OSError(
-            f"cannot listen at {host}, port {port}: the port is taken, or the address is none of this machine's; "
-            "choose others with --port and --host"
-        ) from error
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        max_file_size=MAX_FILE,
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no fonts of the web
+        css=_CSS,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        ssr_mode=False,
+    )
