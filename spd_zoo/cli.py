@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from spd_zoo import __version__
 from spd_zoo.convert import ConversionError, convert_checkpoint
+from spd_zoo.demo import serve
 from spd_zoo.detect import Detector, as_coco, detect
 from spd_zoo.images import find_images
 from spd_zoo.predict import Answer, ModelError, predict, timm_name
@@ -171,6 +172,11 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, metavar="FILE", help="the file (default: in the run, or here)")
     command.add_argument("--image-size", type=_positive, metavar="N", help="pixels (default: the network's)")
     command.add_argument("--no-fold", action="store_true", help="keep space-to-depth and BatchNorm as layers")
+
+    command = add("demo", _demo, "open a page on this machine that shows what networks see in a picture")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    command.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen at (default: 7860)")
+    command.add_argument("--models", nargs="+", default=(), metavar="MODEL", help="networks or runs to offer, too")
     return parser
 
 
@@ -546,6 +552,12 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _demo(options: argparse.Namespace) -> int:
+    with _explained():
+        serve(options.models, options.host, options.port)
+    return 0
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """What stops training code, as one sentence."""
@@ -568,6 +580,7 @@ def _lacks(error: ModuleNotFoundError) -> CommandError:
     extras = {
         "datasets": "[train]",
         "faster_coco_eval": "[train]",
+        "gradio": "[demo]",
         "onnx": "[export]",
         "onnxscript": "[export]",
         "onnxruntime": "[export]",

@@ -1,0 +1,376 @@
+"""A page in the browser, served from this machine, that shows what networks see in a picture: `spd-zoo demo`.
+
+Beside the answer stand those for smaller inputs, and those of the network's twins: the same weights with strides or
+with space-to-depth, and the other network of a pair. The page is made with Gradio, which the extra `demo` installs;
+nothing of it is loaded from elsewhere.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from spd_zoo.convert import SPDReport, convert_to_spd
+from spd_zoo.detect import Detections, Detector
+from spd_zoo.fold import fold_spd
+from spd_zoo.images import read_image
+from spd_zoo.layers import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
+from spd_zoo.models._detector import DetectionNet
+from spd_zoo.predict import ModelError, check_classifier, class_names, load_network, timm_name
+from spd_zoo.weights import WeightsError, entries, find, imported_names, original_of
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+__all__ = ["SIZES", "Twin", "build", "compare", "local_models", "look", "read_picture", "serve", "twins"]
+
+SIZES = (32, 64, 128)  # pixels: the smaller inputs
+MAX_FILE = "10mb"  # of an upload
+MAX_SIDE = 2048  # pixels: larger pictures are reduced at once, no network looks at so many
+SHOWN = 256  # pixels: small inputs are enlarged about to this, so that one sees their pixels
+TOP = 5  # classes in a table
+TWINS = 2  # of a network, at most
+PAIRS = {"_pfd": ("padded", "padding-free"), "_spd": ("strided", "space-to-depth")}  # without and with the suffix
+SAME_OBJECT = 0.5  # IoU of boxes of two detectors
+
+_SPD_LAYERS = (PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d)
+_ABOUT = """# spd_zoo: small pictures, small objects
+Drop a picture and choose a network: a classifier names what it shows, a detector finds objects in it. All is computed
+by the machine that serves this page."""
+_SMALLER = """## The effect of image size
+The same network, given the picture at fewer (or more) pixels. Shown is what it gets, enlarged. No network has been
+trained at every size, so an answer can get worse in both directions from its own."""
+_TWINS = """## Strided against space-to-depth
+The chosen network beside its twins, at its own size: the same weights with the other kind of layers, and the other
+network of a pair."""
+_NO_TWIN = "There is nothing to compare with: the network has no layer that `convert_to_spd` or `fold_spd` exchanges."
+_CSS = ".answer table { width: 100%; margin-left: 0 } .answer td + td { text-align: right }"
+
+
+def local_models() -> list[str]:
+    """The names of all weights on this machine: bundled, downloaded or imported."""
+    here = [entry.name for entry in entries().values() if entry.tag and find(entry)]
+    networks = {entry.network for entry in entries().values()}
+    mine = [name for name in imported_names() if name not in entries() and name.partition(".")[0] in networks]
+    return [*here, *mine]
+
+
+def read_picture(file: str | None) -> Image.Image:
+    """An image file upright, in RGB, with sides of at most `MAX_SIDE` pixels.
+
+    Raises:
+        ValueError: If there is none, or it cannot be read.
+    """
+    if file is None:
+        raise ValueError("Drop a picture on the page, or click to choose one.")
+    try:
+        picture = read_image(file)
+    except ValueError as error:
+        raise ValueError(f"This file cannot be used: {error}. Try another, or save it anew as PNG or JPEG.") from error
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    return picture
+
+
+@lru_cache(maxsize=4)
+def load(model: str) -> nn.Module:
+    """A classifier or detector by its name or the folder of a run, on a GPU if there is one; the last few are kept.
+
+    Raises:
+        ModelError: If there is no such network, or it cannot be used.
+        WeightsError: If its weights cannot be had or must not be used.
+    """
+    net = load_network(model, "cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(net, DetectionNet):
+        check_classifier(net, model)
+    return net
+
+
+def look(net: nn.Module, picture: Image.Image, size: int | None = None) -> tuple[Image.Image, str]:
+    """What a network is given, a detector's boxes in it, and its answer as an HTML table.
+
+    Args:
+        net: A classifier or a detector.
+        picture: In RGB.
+        size: Height and width of the network's input in pixels; None: its own.
+
+    Raises:
+        ModelError: If the network does not take such inputs.
+    """
+    try:
+        if isinstance(net, DetectionNet):
+            found = Detector(net, image_size=size)(picture)
+            return found.draw(_coarse(picture, size)), _objects(found)
+        seen, probabilities = _classify(net, picture, size)
+    except (RuntimeError, ValueError, AssertionError) as error:  # whatever a network says of an input's size
+        raise ModelError(f"no answer at {size or 'its own number of'} pixels: {error}") from error
+    names = class_names(_cfg(net))
+    best = probabilities.argsort(descending=True)[:TOP].tolist()
+    return seen, _table(("class", "probability"), [(names[i], _percent(probabilities[i])) for i in best])
+
+
+@torch.inference_mode()
+def _classify(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[Image.Image, Tensor]:
+    """What a classifier is given, enlarged, and the probability of each class, (num_classes,)."""
+    cfg = _cfg(net)
+    channels = cfg["input_size"][0]
+    if channels not in (1, 3):
+        raise ModelError(f"it takes {channels} channels; images have 1 or 3")
+    config = resolve_data_config({"input_size": (channels, size, size)} if size else {}, pretrained_cfg=cfg)
+    pixels = create_transform(**config)(picture.convert("L" if channels == 1 else "RGB"))
+    probabilities = net(pixels[None].to(next(net.parameters()))).float().softmax(1)[0].cpu()
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    colours = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    seen = Image.fromarray(colours.squeeze(2).numpy())  # squeezed where grey
+    times = max(1, SHOWN // max(seen.size))
+    return seen.resize((seen.width * times, seen.height * times), Image.Resampling.NEAREST), probabilities
+
+
+def _coarse(picture: Image.Image, size: int | None) -> Image.Image:
+    """The picture with no more detail than an input of `size` pixels has."""
+    small = picture.copy()
+    if size:
+        small.thumbnail((size, size), Image.Resampling.BILINEAR)
+    return small.resize(picture.size, Image.Resampling.NEAREST)
+
+
+def _objects(found: Detections) -> str:
+    counts = {name: found.names.count(name) for name in sorted(set(found.names))}
+    said = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+    best = zip(found.names[:TOP], found.scores[:TOP], strict=True)
+    return f"<p>Found: {escape(said)}.</p>" + _table(("the most certain", "score"), [(n, f"{s:.3f}") for n, s in best])
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A network to compare with another, and in one sentence what it is."""
+
+    net: nn.Module
+    what: str
+
+
+@lru_cache(maxsize=4)
+def twins(model: str) -> tuple[Twin, ...]:
+    """The networks to lay beside one, at most `TWINS`.
+
+    First the same weights, converted: strided layers for space-to-depth where the network has such layers of
+    `convert_to_spd`, space-to-depth for strided ones otherwise. Then the other network of a pair, if its weights are
+    here: without or with padding, strided or with space-to-depth, with the same tag.
+
+    Raises:
+        ModelError: If there is no such network, or it cannot be used.
+        WeightsError: If its weights cannot be had or must not be used.
+    """
+    net, found = load(model), []
+    layers = sum(isinstance(module, _SPD_LAYERS) for module in net.modules())
+    if layers:
+        what = f"space-to-depth layers folded into strided ones (`fold_spd`, layers: {layers})"
+        found.append(Twin(fold_spd(net), f"**{model}**, its {what}. The function is the same."))
+    else:
+        converted: Any = convert_to_spd(net)
+        report: SPDReport = converted.spd_report
+        if report.replaced:
+            what = f"strides and poolings as space-to-depth (`convert_to_spd`, layers: {len(report.replaced)})"
+            found.append(Twin(converted, f"**{model}**, its {what}. The function is the same."))
+    network, _, tag = model.partition(".")
+    here = local_models()
+    for suffix, (without, having) in PAIRS.items():
+        bare = network.removesuffix(suffix)
+        other, kind = (f"{bare}.{tag}", without) if bare != network else (f"{bare}{suffix}.{tag}", having)
+        if model in here and other in here and not _same_file(model, other):
+            return (*found, Twin(load(other), f"**{other}**, the {kind} network, with weights of its own."))
+    return tuple(found)
+
+
+def _same_file(model: str, other: str) -> bool:
+    """Whether weights of the manifest are those of others, converted."""
+    both = [entries().get(name) for name in (model, other)]
+    return len({original_of(entry).name for entry in both if entry}) < len([entry for entry in both if entry])
+
+
+def compare(net: nn.Module, twin: nn.Module, picture: Image.Image) -> tuple[Image.Image, str]:
+    """What the twin is given (a detector's boxes in it), and both answers with their differences, as HTML.
+
+    Raises:
+        ModelError: If the networks cannot be compared, or do not take the picture.
+    """
+    names = class_names(_cfg(net))
+    if names != class_names(_cfg(twin)):
+        raise ModelError("the two networks know different classes, so their answers cannot be compared")
+    if isinstance(twin, DetectionNet):
+        found = Detector(twin)(picture)
+        return found.draw(picture), _differences(Detector(net)(picture), found)
+    (_, ours), (seen, theirs) = _classify(net, picture, None), _classify(twin, picture, None)
+    best = dict.fromkeys(i for one in (ours, theirs) for i in one.argsort(descending=True)[:TOP].tolist())
+    points = 100 * (theirs - ours)
+    rows = [(names[i], _percent(ours[i]), _percent(theirs[i]), f"{points[i]:+.2g}") for i in best]
+    return seen, (
+        f"<p>Largest difference over all {len(names)} classes: {points.abs().max():.2g} percentage points.</p>"
+        + _table(("class", "network", "twin", "points"), rows)
+    )
+
+
+def _differences(ours: Detections, theirs: Detections) -> str:
+    """Two detectors' objects in one picture: how many are the same, and how far apart their scores and boxes are."""
+    overlap = box_iou(ours.boxes, theirs.boxes) * (ours.labels[:, None] == theirs.labels)
+    pairs = []
+    while overlap.numel() and overlap.max() >= SAME_OBJECT:  # the best pair first, each object once
+        i, j = divmod(int(overlap.argmax()), overlap.shape[1])
+        pairs.append((i, j))
+        overlap[i] = overlap[:, j] = 0
+    said = f"Objects: {len(ours)} of the network, {len(theirs)} of the twin; {len(pairs)} are the same"
+    if pairs:
+        mine, other = torch.tensor(pairs).unbind(1)
+        scores = (ours.scores[mine] - theirs.scores[other]).abs().max()
+        boxes = (ours.boxes[mine] - theirs.boxes[other]).abs().max()
+        said += f", with scores that differ by at most {scores:.2g} and boxes by at most {boxes:.2g} pixels"
+    return f"<p>{said} (a box of the same class with an IoU of at least {SAME_OBJECT}).</p>"
+
+
+def _cfg(net: nn.Module) -> dict[str, Any]:
+    cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
+    return cfg
+
+
+def _percent(probability: Tensor) -> str:
+    return f"{100 * probability:.2f} %"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in (header, *rows)]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def build(models: Sequence[str] = ()) -> "gr.Blocks":
+    """The page, not served yet.
+
+    Args:
+        models: Networks, with or without a tag, or folders of runs, that are offered before those on this machine.
+
+    Raises:
+        ModelError: If there is no such network, or none at all.
+        ModuleNotFoundError: If Gradio is missing.
+    """
+    for model in models:
+        timm_name(model)
+    choices = list(dict.fromkeys([*models, *local_models()]))
+    if not choices:
+        raise ModelError("no weights are on this machine; `spd-zoo weights pull` gets some")
+    import gradio as gr
+
+    def view() -> tuple[gr.Image, gr.HTML]:
+        return gr.Image(show_label=False, interactive=False, height=SHOWN, format="png", buttons=[]), gr.HTML(
+            elem_classes="answer"
+        )
+
+    # What Gradio offers beyond that, such as telemetry, a public link and an open API, stays off here and in `serve`.
+    with gr.Blocks(analytics_enabled=False, title="spd_zoo", delete_cache=(3600, 3600)) as page:
+        gr.Markdown(_ABOUT)
+        with gr.Row():
+            with gr.Column():
+                file = gr.File(label="Picture", height=160)
+                chosen = gr.Dropdown(choices, value=choices[0], label="Network", filterable=False)
+                message = gr.Markdown(elem_id="message", value="Drop a picture on the page, or click to choose one.")
+            with gr.Column():
+                own = view()
+        with gr.Column(visible=False) as more:
+            gr.Markdown(_SMALLER)
+            with gr.Row():
+                smaller: list[gr.Image | gr.HTML] = []
+                for size in SIZES:
+                    with gr.Column(min_width=200):
+                        gr.Markdown(f"**{size} x {size} pixels**")
+                        smaller += view()
+            gr.Markdown(_TWINS)
+            with gr.Row():
+                beside: list[gr.Column | gr.Markdown | gr.Image | gr.HTML] = []
+                for _ in range(TWINS):
+                    with gr.Column(visible=False) as column:
+                        beside += [column, gr.Markdown(), *view()]
+        outputs = [message, more, *own, *smaller, *beside]
+
+        def show(path: str | None, model: str) -> list[Any]:
+            """All that the page shows of a picture; a sentence alone where there is nothing to show."""
+            try:
+                picture, net = read_picture(path), load(model)
+                shown: list[Any] = [*look(net, picture)]
+                for size in SIZES:
+                    shown += _or_why_not(look, net, picture, size)
+                for twin in twins(model):
+                    shown += [gr.Column(visible=True), twin.what, *_or_why_not(compare, net, twin.net, picture)]
+            except (ValueError, WeightsError) as error:
+                return [str(error), gr.Column(visible=False), None, "", *[gr.skip() for _ in outputs[4:]]]
+            for i in range(len(twins(model)), TWINS):
+                shown += [gr.Column(visible=i == 0), _NO_TWIN if i == 0 else "", None, ""]
+            return [_told(model, net, picture), gr.Column(visible=True), *shown]
+
+        changed = [file.upload, file.clear, chosen.change]
+        gr.on(changed, show, [file, chosen], outputs, trigger_mode="always_last", api_visibility="private")
+    return page.queue(max_size=16, api_open=False, default_concurrency_limit=1)
+
+
+def _or_why_not(function: Callable[..., tuple[Image.Image, str]], *args: Any) -> tuple[Image.Image | None, str]:
+    """What `look` or `compare` gives, or the reason why there is nothing to show."""
+    try:
+        return function(*args)
+    except ModelError as error:
+        return None, f"<p>{escape(str(error))}</p>"
+
+
+def _told(model: str, net: nn.Module, picture: Image.Image) -> str:
+    """What was asked of which network."""
+    cfg, entry = _cfg(net), entries().get(model)
+    data = f", trained on {entry.dataset}," if entry and entry.dataset else ""
+    does = "finds objects of" if isinstance(net, DetectionNet) else "chooses among"
+    size = "x".join(map(str, cfg["input_size"][1:]))
+    return (
+        f"`{model}`{data} {does} {cfg['num_classes']} classes, and looks at {size} pixels. "
+        f"The picture has {picture.width}x{picture.height}."
+    )
+
+
+def serve(models: Sequence[str] = (), host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Serves the page until it is interrupted.
+
+    Args:
+        models: As for `build`.
+        host: The address to listen at: this machine's alone, or 0.0.0.0 for everybody who can reach it.
+        port: The port.
+
+    Raises:
+        ModelError: If there is no such network, or none at all.
+        ModuleNotFoundError: If Gradio is missing.
+        OSError: If the page cannot be served there.
+    """
+    if not 0 < port < 2**16:
+        raise OSError(f"there is no port {port}; choose a --port from 1 to {2**16 - 1}")
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass  # it is free
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot serve at {host}, port {port}: {reason}; choose another --host or --port") from error
+    page = build(models)
+    import gradio as gr
+
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        max_file_size=MAX_FILE,
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no fonts of the web
+        css=_CSS,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        ssr_mode=False,
+    )

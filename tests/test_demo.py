@@ -1,0 +1,272 @@
+"""The demo page: what stands behind it, and the page itself in a browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spd_zoo import demo
+from spd_zoo.cli import main
+from spd_zoo.predict import ModelError
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ROCKET = str(EXAMPLES / "rocket.jpg")
+BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd" / "images"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+STRIDED, PADDING_FREE = "cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100"
+Capture = pytest.CaptureFixture[str]
+
+
+def cells(table: str) -> list[str]:
+    return re.findall(r"<td>(.*?)</td>", table)
+
+
+def test_the_bundled_weights_are_offered() -> None:
+    assert {STRIDED, PADDING_FREE, "pyconvresnet50_spd.cifar100", "yolov8n_spd.bccd"} <= {*demo.local_models()}
+
+
+def test_the_answer_is_that_of_predict(capsys: Capture) -> None:
+    _, table = demo.look(demo.load(STRIDED), demo.read_picture(ROCKET))
+    assert main(["predict", STRIDED, ROCKET, "--json"]) == 0
+    top = json.loads(capsys.readouterr().out)[0]["top"]
+    assert cells(table)[2::2] == [guess["name"] for guess in top]
+    assert cells(table)[3] == f"{100 * top[0]['probability']:.2f} %"
+
+
+def test_a_smaller_input_is_shown_pixel_by_pixel_and_has_an_answer_of_its_own() -> None:
+    net, picture = demo.load(STRIDED), demo.read_picture(ROCKET)
+    tables = []
+    for size in demo.SIZES:
+        seen, table = demo.look(net, picture, size)
+        tables.append(table)
+        assert seen.size == (256, 256)
+        blocks = np.asarray(seen).reshape(size, 256 // size, size, 256 // size, 3)
+        assert (blocks == blocks[:, :1, :, :1]).all() and len(np.unique(blocks)) > 50
+    assert len({*tables}) == 3
+
+
+def test_a_size_that_a_network_does_not_take_is_a_sentence() -> None:
+    with pytest.raises(ModelError, match=r"no answer at 48 pixels: .* multiples of 32, got 48x48"):
+        demo.look(demo.load("yolov8n_spd.bccd"), demo.read_picture(ROCKET), 48)
+
+
+def test_a_strided_network_has_a_twin_of_the_same_function_and_one_of_its_own_weights() -> None:
+    picture = demo.read_picture(ROCKET)
+    converted, padding_free = demo.twins(STRIDED)
+    assert "convert_to_spd" in converted.what and converted.what.startswith(f"**{STRIDED}**")
+    assert "padding-free" in padding_free.what and PADDING_FREE in padding_free.what
+    largest = []
+    for twin in (converted, padding_free):
+        _, said = demo.compare(demo.load(STRIDED), twin.net, picture)
+        largest.append(float(re.findall(r"classes: (\S+) percentage points", said)[0]))
+    assert largest[0] < 0.01 and largest[1] > 1
+    assert "the padded network" in demo.twins(PADDING_FREE)[1].what
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BCCD.is_dir(), reason="needs the BCCD images")
+def test_a_detector_marks_and_counts_objects_and_its_twin_finds_the_same() -> None:
+    net, picture = demo.load("yolov8n_spd.bccd"), demo.read_picture(str(min(BCCD.iterdir())))
+    marked, said = demo.look(net, picture)
+    assert marked.size == picture.size and marked.tobytes() != picture.tobytes()
+    red, (twin,) = int(re.findall(r"(\d+) RBC", said)[0]), demo.twins("yolov8n_spd.bccd")
+    _, compared = demo.compare(net, twin.net, picture)
+    ours, theirs, same, boxes = re.findall(r"(\d+) of the network, (\d+) .*; (\d+) are .* most (\S+) pixels", compared)[
+        0
+    ]
+    assert ours == theirs == same and int(ours) >= red > 3 and float(boxes) < 0.01
+
+
+def test_the_differences_of_two_detectors_are_those_of_the_same_objects() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]])
+    ours = demo.Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), ("a", "b"))
+    moved = boxes.flip(0) + torch.tensor([0, 0, 0, 2.0])
+    theirs = demo.Detections(moved, torch.tensor([0.7, 0.8, 0.5]), torch.tensor([0, 0, 0]), ("a", "b"))
+    said = demo._differences(ours, theirs)
+    assert "3 of the network, 3 of the twin; 2 are the same" in said  # the third is of another class
+    assert "scores that differ by at most 0.4 and boxes by at most 2 pixels" in said
+    assert "0 are the same (" in demo._differences(ours[:0], theirs)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("CMYK", "a.jpg"), ("RGBA", "a.png"), ("I;16", "a.png"), ("LA", "a.png"), ("P", "a.gif"), ("1", "a.tif")],
+)
+def test_pictures_of_any_mode_are_read(tmp_path: Path, mode: str, name: str) -> None:
+    Image.new("L", (40, 30), 200).convert(mode).save(tmp_path / name)
+    assert demo.read_picture(str(tmp_path / name)).mode == "RGB"
+
+
+def test_pictures_are_upright_and_not_larger_than_needed(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    Image.new("RGB", (4096, 1024)).save(tmp_path / "a.jpg", exif=exif)
+    assert demo.read_picture(str(tmp_path / "a.jpg")).size == (512, 2048)
+
+
+@pytest.mark.parametrize("kind", ["none", "text", "torn", "bomb"])
+def test_what_is_no_picture_is_one_sentence(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), "red").save(file)
+    if kind == "text":
+        file.write_text("no image")
+    elif kind == "torn":
+        file.write_bytes(file.read_bytes()[:80])
+    elif kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"^(Drop a picture|This file cannot be used: .* Try another)") as caught:
+        demo.read_picture(None if kind == "none" else str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_classes_are_text_and_never_markup() -> None:
+    assert "<b>" not in demo._table(("class",), [("<b>",)])
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken.getsockname()[1]
+
+
+def test_without_gradio_the_command_says_what_to_install(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(socket, "create_server", lambda *_, **__: nullcontext())
+    assert main(["demo"]) == 1
+    assert "pip install 'spd-zoo[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--port", "{taken}"], "cannot serve at 127.0.0.1, port {taken}: Address already in use"),
+        (["--port", "100000"], "there is no port 100000"),
+        (["--host", "no.host.invalid"], "cannot serve at no.host.invalid, port 7860: "),
+        (["--host", "127.0.0.2", "--models", "cifar_resnet21"], "there is no network 'cifar_resnet21'"),
+    ],
+)
+def test_what_stops_the_command_is_one_sentence(port: int, options: list[str], sentence: str, capsys: Capture) -> None:
+    assert main(["demo", *(option.format(taken=port) for option in options)]) == 1
+    said = capsys.readouterr().err
+    assert sentence.format(taken=port) in said and said.count("\n") == 1
+
+
+# With Gradio
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The address of a page that `spd-zoo demo` serves, and a file with every other address that it turned to."""
+    pytest.importorskip("gradio", reason="needs Gradio: pip install 'spd-zoo[demo]'")
+    folder = tmp_path_factory.mktemp("served")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    went = folder / "went.txt"
+    went.touch()
+    code = f"""
+import sys
+def watch(event, args):
+    host = {{"socket.connect": lambda: args[1], "socket.getaddrinfo": lambda: args[0]}}.get(event, lambda: None)()
+    host = host[0] if isinstance(host, tuple) else host
+    if host not in (None, "127.0.0.1", "localhost"):
+        open({str(went)!r}, "a").write(f"{{event}} {{host}}\\n")
+sys.addaudithook(watch)
+from spd_zoo.cli import main
+sys.exit(main(["demo", "--port", "{port}", "--models", "{STRIDED}"]))
+"""
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder), "PYTHONUNBUFFERED": "1", "no_proxy": "127.0.0.1"}
+    command = [sys.executable, "-c", code]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as page:
+        try:
+            while "Running on" not in (folder / "log").read_text():
+                assert page.poll() is None, (folder / "log").read_text()
+            yield f"http://127.0.0.1:{port}", went
+            assert "Traceback" not in (folder / "log").read_text()
+        finally:
+            page.terminate()
+
+
+@pytest.mark.slow
+def test_uploads_are_limited_by_the_server(served: tuple[str, Path]) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    statuses = []
+    for size in (10, 11 * 10**6):
+        request = urllib.request.Request(f"{served[0]}/gradio_api/upload", head + bytes(size) + b"\r\n--x--\r\n")
+        request.add_header("Content-Type", "multipart/form-data; boundary=x")
+        try:
+            statuses.append(urllib.request.urlopen(request).status)
+        except urllib.error.HTTPError as error:
+            with error:
+                statuses.append(error.code)
+    assert statuses == [200, 413]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_answers_twins_and_sentences_and_asks_no_other_machine(
+    served: tuple[str, Path], tmp_path: Path
+) -> None:
+    """With SPD_ZOO_SCREENSHOT=FILE the page is saved as it looks."""
+    playwright: Any = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    address, went = served
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(Path(ROCKET).read_bytes()[:200])
+    complaints, asked = [], []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        page.set_default_timeout(120_000)
+        playwright.expect.set_options(timeout=120_000)
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        file = page.locator("input[type=file]")
+        message = page.locator("#message")
+        playwright.expect(message).to_contain_text("Drop a picture")
+
+        file.set_input_files(ROCKET)
+        playwright.expect(page.locator(".answer table").first).to_contain_text("skyscraper")
+        playwright.expect(page.locator("body")).to_contain_text("Largest difference over all 100 classes")
+        if "SPD_ZOO_SCREENSHOT" in os.environ:
+            page.screenshot(path=os.environ["SPD_ZOO_SCREENSHOT"], full_page=True)
+        assert page.locator(".answer table").count() == 6 and "traceback" not in page.content().lower()
+
+        def choose(name: str) -> None:
+            page.get_by_label("Network").click()
+            page.get_by_role("option", name=name).click()
+            playwright.expect(message).to_contain_text(name)
+
+        choose("pyconvresnet50_spd.cifar100")
+        playwright.expect(page.locator("body")).to_contain_text("fold_spd")
+        choose("yolov8n_spd.bccd")
+        playwright.expect(page.locator("body")).to_contain_text("Objects:")
+
+        page.get_by_label("Clear").click()
+        playwright.expect(message).to_contain_text("Drop a picture")
+        file.set_input_files(broken)
+        playwright.expect(message).to_contain_text("This file cannot be used")
+        assert page.locator(".answer table").count() == 0
+        large = tmp_path / "large.png"
+        large.write_bytes(bytes(11 * 10**6))
+        page.get_by_label("Clear").click()
+        file.set_input_files(large)
+        playwright.expect(page.locator("body")).to_contain_text("exceed the maximum allowed size of 10.0 Mb")
+        browser.close()
+    assert complaints == []
+    assert asked and {url for url in asked if not url.startswith((f"{address}/", "data:", "blob:"))} == set()
+    assert went.read_text() == ""
