@@ -4,9 +4,9 @@
 
 The images are generated JPEG files with sides of 64 to 200 pixels; above 4,000 of them they are links to the first
 ones. The plain loop is torchvision's ImageFolder, a DataLoader with the same batch size, transform and processes, the
-same network, and a list of results that is written at the end. Both write the same five classes per image, and alternate,
-each run in a process of its own. Seconds are those of the whole command, with its imports; CPU seconds are those of all
-its processes, and hardly change when others use the machine. Peak memory is the largest resident set of the main process.
+same network, and a list of results that is written at the end. Both write the same five classes per image. They
+alternate, each run in a process of its own. Seconds are those of the whole command, with its imports; CPU seconds, of
+all its processes, hardly change when others use the machine. Peak memory is the main process's largest resident set.
 """
 
 import argparse
@@ -96,6 +96,12 @@ def cpu_seconds() -> float:
     return times.children_user + times.children_system
 
 
+def best_of(results: str) -> list[tuple[str, int]]:
+    """Each image and its most probable class."""
+    with Path(results).open(encoding="utf-8") as lines:
+        return [(row["path"], row["top"][0]["index"]) for row in map(json.loads, lines)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints; returns the exit status."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
@@ -124,10 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 before = cpu_seconds()
                 run = measure([sys.executable, *command, *common])
                 runs[name].append(run | {"cpu_seconds": cpu_seconds() - before})
-            rows = [[json.loads(line) for line in Path(file).open(encoding="utf-8")] for file in out.values()]
-            if [(row["path"], row["top"][0]["index"]) for row in rows[0]] != [
-                (row["path"], row["top"][0]["index"]) for row in rows[1]
-            ]:
+            if best_of(out["spd-zoo"]) != best_of(out["plain"]):
                 raise SystemExit("the two contenders disagree")
     medians = {
         name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
