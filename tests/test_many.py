@@ -310,8 +310,18 @@ def test_processes_with_other_images_are_refused(images: Files, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_torchrun_gives_the_bytes_that_one_process_gives(folder: Path, tmp_path: Path) -> None:
-    for name, start in (("one", [sys.executable]), ("two", [shutil.which("torchrun"), "--nproc-per-node", "2"])):
-        command = [*start, "-m", "spd_zoo", "predict", MODEL, folder, "--results", tmp_path / f"{name}.jsonl"]
+    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        command = [
+            sys.executable,
+            *start,
+            "-m",
+            "spd_zoo",
+            "predict",
+            MODEL,
+            folder,
+            "--results",
+            tmp_path / f"{name}.jsonl",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         options = ["--batch-size", "2", "--save-every", "3", "--workers", "1", "--device", "cpu"]
         done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
@@ -391,7 +401,7 @@ def test_the_example_for_ray_gives_the_same_answers(folder: Path, tmp_path: Path
     pytest.importorskip("ray", reason="Ray is large and no dependency; pip install 'ray[data]' to run its example")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with spd-zoo[train]")
     command = [sys.executable, ROOT / "examples" / "ray_predict.py", MODEL, folder, tmp_path / "out"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     subprocess.run(command, env=environment, check=True, timeout=500)
     rows = sorted(parquet.read_table(tmp_path / "out").to_pylist(), key=lambda row: row["path"])
     answers = list(predict(MODEL, sorted(folder.glob("*.png")), top_k=1, device="cpu"))
