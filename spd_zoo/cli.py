@@ -98,15 +98,16 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
 
     command = add("predict", _predict, "name what images show")
     command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
-    command.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders or globs")
+    command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
     command.add_argument("--top-k", type=_positive, default=5, metavar="K", help="classes per image (default: 5)")
     command.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at once (default: 32)")
     command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     command.add_argument("--json", action="store_true", help="print JSON")
+    _add_many_options(command)
 
     command = add("detect", _detect, "find objects in images")
     command.add_argument("model", metavar="MODEL", help="detector, with or without a tag, or the folder of a run")
-    command.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders or globs")
+    command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
     command.add_argument("--out", type=Path, metavar="DIR", help="new folder for marked images and detections.json")
     command.add_argument("--score", type=float, default=0.25, metavar="X", help="least score (default: 0.25)")
     command.add_argument("--iou", type=float, metavar="X", help="overlap of boxes of a class (default: the authors')")
@@ -116,6 +117,7 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once (default: 8)")
     command.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     command.add_argument("--json", action="store_true", help="print JSON, as in detections.json")
+    _add_many_options(command)
 
     command = add("convert", _convert, "make a network without strides and poolings that predicts exactly the same")
     command.add_argument(
@@ -178,6 +180,28 @@ def _parser(finetune_options: bool) -> argparse.ArgumentParser:
     command.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen at (default: 7860)")
     command.add_argument("--models", nargs="+", default=(), metavar="MODEL", help="networks or runs to offer, too")
     return parser
+
+
+def _add_many_options(command: argparse.ArgumentParser) -> None:
+    """The options of predict and detect for many images."""
+    many = command.add_argument_group("many images", "one file of results, in bounded memory, that can be resumed")
+    many.add_argument("--results", type=Path, metavar="FILE", help="new .jsonl, .csv or .parquet file, a row per image")
+    many.add_argument("--data", help="a data set in place of IMAGES, as for finetune")
+    many.add_argument("--split", default="", help="part of the data set (default: the only one)")
+    many.add_argument("--image-column", default="", help="as for finetune")
+    many.add_argument("--label-column", default="", help="as for finetune; the labels are not used")
+    many.add_argument("--workers", type=_count, default=2, metavar="N", help="processes that read images (default: 2)")
+    many.add_argument(
+        "--save-every", type=_positive, default=512, metavar="N", help="images that a stop may cost (default: 512)"
+    )
+    many.add_argument("--overwrite", action="store_true", help="replace FILE if it is there, when all is done")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
+    return number
 
 
 def _positive(text: str) -> int:
@@ -431,7 +455,11 @@ def _weights_rm(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    paths = find_images(options.images)
+    if options.results is not None:
+        return _many(
+            options, lambda many, device: many.prediction(options.model, options.top_k, options.batch_size, device)
+        )
+    paths = _images(options)
     answers = predict(options.model, paths, options.top_k, options.batch_size, options.device)
     few = len(paths) <= options.batch_size
     failed = False
@@ -449,6 +477,36 @@ def _predict(options: argparse.Namespace) -> int:
     if options.json:
         print("\n]")
     return int(failed)
+
+
+def _images(options: argparse.Namespace) -> list[Path]:
+    if options.data or not options.images:
+        raise CommandError("give IMAGES; a data set, given with --data, needs --results")
+    return find_images(options.images)
+
+
+def _many(options: argparse.Namespace, task_of: Callable[[Any, str], Any]) -> int:
+    """Writes the results of the task that the module `many` makes for a device."""
+    if options.json:
+        raise CommandError("--json prints, --results writes a file; give one of them")
+    if bool(options.data) == bool(options.images):
+        raise CommandError("give either IMAGES or a data set with --data")
+    with _explained():
+        many, joining = importlib.import_module("spd_zoo.many"), _training("process")
+        process = joining.join(options.device)
+        if options.data:
+            images = many.open_any(options.data, options.split, options.image_column, options.label_column)
+        else:
+            images = many.Files([str(path) for path in find_images(options.images)])
+        how = (options.workers, options.save_every, options.overwrite)
+        summary = many.write(images, task_of(many, str(process.device)), options.results, process, *how)
+    if summary is None:
+        return 0  # another process writes the file, and says so
+    print(f"{options.results}: {summary.images:,} images")
+    if summary.failed:
+        total = f"{summary.failed:,} of {summary.images:,} images"
+        _complain(f"{total} could not be read; the column error of {options.results} says why")
+    return int(summary.failed > 0)
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:
@@ -486,20 +544,28 @@ def _publish(options: argparse.Namespace) -> int:
     return int(failed)
 
 
+def _detector(options: argparse.Namespace, device: str | None) -> Detector:
+    return Detector(
+        options.model,
+        device=device,
+        image_size=options.image_size,
+        score_threshold=options.score,
+        iou_threshold=options.iou,
+        batch_size=options.batch_size,
+        tile=options.tile,
+        overlap=options.overlap,
+    )
+
+
 def _detect(options: argparse.Namespace) -> int:
-    paths = find_images(options.images)
+    if options.results is not None:
+        if options.out is not None:
+            raise CommandError("--out draws into every image, --results writes one file; give one of them")
+        return _many(options, lambda many, device: many.detection(_detector(options, device), options.model))
+    paths = _images(options)
     seen = []
     with _explained():
-        detector = Detector(
-            options.model,
-            device=options.device,
-            image_size=options.image_size,
-            score_threshold=options.score,
-            iou_threshold=options.iou,
-            batch_size=options.batch_size,
-            tile=options.tile,
-            overlap=options.overlap,
-        )
+        detector = _detector(options, options.device)
         few = len(paths) <= options.batch_size
         found = detect(detector, paths, options.out)
         for one in tqdm(found, total=len(paths), unit="image", leave=False, disable=True if few else None):
@@ -579,6 +645,7 @@ def _training(module: str) -> types.ModuleType:
 def _lacks(error: ModuleNotFoundError) -> CommandError:
     extras = {
         "datasets": "[train]",
+        "pyarrow": "[train]",
         "faster_coco_eval": "[train]",
         "gradio": "[demo]",
         "onnx": "[export]",

@@ -299,17 +299,26 @@ class Detector:
         """
         if not isinstance(images, list | tuple):
             return self([images])[0]
+        opened = enumerate(map(_open, images))
+        return self.find((i, *view) for i, image in opened for view in self.views(image))
+
+    def find(self, views: Iterable[tuple[int, Tensor, Placement]]) -> list[Detections]:
+        """The objects in each image, of which there are the number, the input and the placement of every view.
+
+        Raises:
+            ImageSizeError: If the network does not take inputs of `image_size`.
+        """
         found = []
-        for _, views in itertools.groupby(self._look(map(_open, images)), itemgetter(0)):
-            _, placements, parts = zip(*views, strict=True)
+        for _, seen in itertools.groupby(self._look(views), itemgetter(0)):
+            _, placements, parts = zip(*seen, strict=True)
             merged = _merge(parts, placements, min(self.iou_threshold, SAME_OBJECT))
             found.append(merged[: self.max_detections])
         return found
 
-    def _look(self, images: Iterable[Image.Image]) -> Iterator[tuple[int, Placement, Detections]]:
+    def _look(self, views: Iterable[tuple[int, Tensor, Placement]]) -> Iterator[tuple[int, Placement, Detections]]:
         """For every view, a batch of them at once: the number of its image, where it lies, and what is in it."""
         weight = next(self.net.parameters())  # whose device and precision the images take
-        views = ((i, *view) for i, image in enumerate(images) for view in self._views(image))
+        views = iter(views)
         while batch := list(itertools.islice(views, self.batch_size)):
             numbers, inputs, placements = zip(*batch, strict=True)
             with torch.inference_mode():
@@ -318,8 +327,8 @@ class Detector:
             found = postprocess(self.net, raw, placements, self.image_size, *thresholds, self.max_detections)
             yield from zip(numbers, placements, found, strict=True)
 
-    def _views(self, image: Image.Image) -> Iterator[tuple[Tensor, Placement]]:
-        """The inputs for the network that an image gives."""
+    def views(self, image: Image.Image) -> Iterator[tuple[Tensor, Placement]]:
+        """The inputs for the network, (C, H, W), that an upright image gives, and where it lies in each."""
         side = self.tile or max(image.size)
         if max(image.size) <= side or self.whole_image:
             yield prepare(image, self.net, self.image_size)

@@ -1,14 +1,16 @@
 """Image files in, the most probable classes of each out: what `spd-zoo predict` runs."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ __all__ = [
     "Answer",
     "Guess",
     "ModelError",
+    "Predictor",
+    "Reader",
     "check_classifier",
     "class_names",
     "load",
@@ -110,13 +114,65 @@ def _coco_names() -> list[str]:
     return [name for name in names if name not in ("__background__", "N/A")]
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Reads images as a classifier takes them; other processes can have it without the network."""
+
+    transform: Callable[[Image.Image], Tensor]
+    mode: str
+
+    def __call__(self, file: Path | str | BytesIO) -> Tensor:
+        """An image file, or its bytes -> (C, H, W).
+
+        Raises:
+            ValueError: If it is no image that can be read.
+        """
+        return self.transform(read_image(file, self.mode))
+
+
+class Predictor:
+    """Names what images show; `reader` makes the inputs of image files.
+
+    Args:
+        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
+        top_k: Classes per image.
+        device: torch device; a GPU if there is one, unless given.
+
+    Raises:
+        ModelError: If there is no such network, or it cannot be used.
+        WeightsError: If its weights cannot be had or must not be used.
+    """
+
+    def __init__(self, model: str, top_k: int = 5, device: str | None = None) -> None:
+        self.net = load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cfg = _cfg(self.net)
+        self.names = class_names(cfg)
+        self.top_k = top_k
+        config = resolve_data_config(pretrained_cfg=cfg)
+        mode = {1: "L", 3: "RGB"}.get(config["input_size"][0])
+        if mode is None:
+            raise ModelError(f"{model} takes {config['input_size'][0]} channels; images have 1 or 3")
+        self.reader = Reader(create_transform(**config), mode)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Tensor) -> list[tuple[Guess, ...]]:
+        """Inputs (N, C, H, W) -> the most probable classes of each, the most probable first."""
+        device = next(self.net.parameters()).device
+        images = inputs.to(device, memory_format=torch.channels_last)
+        best = self.net(images).float().softmax(1).topk(min(self.top_k, len(self.names)))
+        return [
+            tuple(Guess(i, self.names[i], probability) for i, probability in zip(indices, values, strict=True))
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+
 def predict(
     model: str, paths: Sequence[Path], top_k: int = 5, batch_size: int = 32, device: str | None = None
 ) -> Iterator[Answer]:
     """The answers for image files, in order, each as soon as its batch is computed.
 
     Args:
-        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
+        model: As for `Predictor`.
         paths: Image files, as `spd_zoo.images.find_images` gives them.
         top_k: Classes per image.
         batch_size: Images in memory at once.
@@ -126,24 +182,17 @@ def predict(
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
-    net = load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cfg = _cfg(net)
-    names = class_names(cfg)
-    config = resolve_data_config(pretrained_cfg=cfg)
-    mode = {1: "L", 3: "RGB"}.get(config["input_size"][0])
-    if mode is None:
-        raise ModelError(f"{model} takes {config['input_size'][0]} channels; images have 1 or 3")
-    transform = create_transform(**config)
+    predictor = Predictor(model, top_k, device)
     for start in range(0, len(paths), batch_size):
         inputs: dict[int, Tensor] = {}
         errors: dict[int, str] = {}
         batch = paths[start : start + batch_size]
         for i, path in enumerate(batch):
             try:
-                inputs[i] = transform(read_image(path, mode))
+                inputs[i] = predictor.reader(path)
             except ValueError as error:
                 errors[i] = str(error)
-        tops = dict(zip(inputs, _top(net, list(inputs.values()), names, top_k), strict=True))
+        tops = dict(zip(inputs, predictor(torch.stack(list(inputs.values()))), strict=True)) if inputs else {}
         for i, path in enumerate(batch):
             yield Answer(path, tops.get(i, ()), errors.get(i))
 
@@ -199,16 +248,3 @@ def _cfg(net: nn.Module) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     return type(error).__name__ + ": " + str(error).strip().partition("\n")[0]
-
-
-@torch.inference_mode()
-def _top(net: nn.Module, inputs: list[Tensor], names: list[str], top_k: int) -> list[tuple[Guess, ...]]:
-    if not inputs:
-        return []
-    device = next(net.parameters()).device
-    images = torch.stack(inputs).to(device, memory_format=torch.channels_last)
-    best = net(images).float().softmax(1).topk(min(top_k, len(names)))
-    return [
-        tuple(Guess(i, names[i], probability) for i, probability in zip(indices, values, strict=True))
-        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]

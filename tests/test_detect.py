@@ -259,7 +259,7 @@ def test_tiles_cover_an_image_with_no_less_overlap_than_asked_for() -> None:
     net, image = Finder(), picture((1000, 150))
     for tile, overlap in ((100, 0.0), (128, 0.2), (333, 0.5), (999, 0.9)):
         detector = Detector(net, tile=tile, overlap=overlap, whole_image=False)
-        places = [place for _, place in detector._views(image)]
+        places = [place for _, place in detector.views(image)]
         covered = np.zeros((150, 1000), bool)
         for place in places:
             (left, top), (height, width) = place.corner, place.size

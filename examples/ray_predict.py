@@ -1,0 +1,39 @@
+"""Names the images of a folder on all machines of a Ray cluster: python ray_predict.py MODEL FOLDER OUT [ACTORS] [GPUS]
+
+Needs spd-zoo and ray[data]. FOLDER and OUT are paths that all machines see, or addresses such as s3://bucket/folder.
+OUT gets parquet files. ACTORS is how many networks compute at once, GPUS how many GPUs each of them has; 1 and 0.
+"""
+
+import sys
+from io import BytesIO
+
+import ray
+import torch
+
+from spd_zoo.images import SUFFIXES
+from spd_zoo.predict import Predictor
+
+
+class Namer:  # noqa: D101
+    def __init__(self, model):
+        self.predictor = Predictor(model, top_k=1)
+
+    def __call__(self, batch):  # noqa: D102
+        inputs, errors = [], []
+        for content in batch["bytes"]:
+            try:
+                inputs.append(self.predictor.reader(BytesIO(content)))
+                errors.append(None)
+            except ValueError as error:
+                errors.append(str(error))
+        tops = iter(self.predictor(torch.stack(inputs)) if inputs else [])
+        best = [next(tops)[0] if error is None else None for error in errors]
+        rows = {"name": [guess and guess.name for guess in best], "probability": [g and g.probability for g in best]}
+        return {"path": batch["path"], "error": errors} | rows
+
+
+if __name__ == "__main__":
+    model, folder, out, actors, gpus = [*sys.argv[1:], *("1", "0")[len(sys.argv) - 4 :]]
+    images = ray.data.read_binary_files(folder, include_paths=True, file_extensions=[s[1:] for s in SUFFIXES])
+    how = {"compute": ray.data.ActorPoolStrategy(size=int(actors)), "batch_size": 32, "num_gpus": float(gpus)}
+    images.map_batches(Namer, fn_constructor_args=(model,), **how).write_parquet(out)

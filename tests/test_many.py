@@ -1,0 +1,411 @@
+"""Results for many images: in order, in every format, the same whatever stops them, and computed only once."""
+
+import csv
+import dataclasses
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from networks import random_network
+from PIL import Image
+
+from spd_zoo import Detector, many
+from spd_zoo.cli import main
+from spd_zoo.images import read_image
+from spd_zoo.many import Files, ManyError, Stopped, Summary, Task, open_any, write
+from spd_zoo.predict import predict
+from spd_zoo.training.data import DataError
+from spd_zoo.training.process import Process
+
+ROOT = Path(__file__).parent.parent
+MODEL = "cifar_resnet20.cifar100"
+COUNT, BROKEN = 11, 4  # images, and which of them is none
+ALONE = Process(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        noise = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+        noise.resize((40, 48), Image.Resampling.BILINEAR).save(folder / f"{i:02}.png")
+    (folder / f"{BROKEN:02}.png").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def images(folder: Path) -> Files:
+    return files_in(folder)
+
+
+def files_in(folder: Path) -> Files:
+    return Files([str(path) for path in sorted(folder.glob("*.png"))])
+
+
+class Colours:
+    """Gives the mean of every image's red, and notes which sums it has computed in a file."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def __call__(self, pictures: list[Image.Image]) -> list[dict[str, Any]]:
+        means = [round(float(np.asarray(picture)[..., 0].mean()), 3) for picture in pictures]
+        with self.log.open("a") as file:
+            file.writelines(f"{mean}\n" for mean in means)
+        return [{"red": mean} for mean in means]
+
+    def computed(self) -> list[str]:
+        return self.log.read_text().split() if self.log.exists() else []
+
+
+def colours(log: Path, **about: Any) -> Task:
+    return Task(read_image, list, Colours(log), {"red": float}, 2, {"model": "colours"} | about)
+
+
+def run(images: Files, task: Task, results: Path, process: Process = ALONE, **options: Any) -> Summary | None:
+    return write(images, task, results, process, **{"workers": 0, "save_every": 3} | options)
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    if file.suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with spd-zoo[train]")
+        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
+        return rows
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [
+            {name: json.loads(cell) if name == "top" and cell else cell or None for name, cell in row.items()}
+            for row in csv.DictReader(lines)
+        ]
+
+
+@pytest.mark.parametrize("suffix", many.FORMATS)
+def test_every_format_has_what_predict_answers_in_the_order_of_the_images(
+    images: Files, suffix: str, tmp_path: Path
+) -> None:
+    results = tmp_path / f"results{suffix}"
+    summary = run(images, many.prediction(MODEL, top_k=2, batch_size=3, device="cpu"), results, workers=1)
+    assert summary == Summary(COUNT, failed=1)
+    rows = rows_of(results)
+    answers = list(predict(MODEL, [Path(path) for path in images.paths], top_k=2, batch_size=3, device="cpu"))
+    assert [row["path"] for row in rows] == images.paths
+    assert [row["error"] for row in rows] == [answer.error for answer in answers]
+    for row, answer in zip(rows, answers, strict=True):
+        expected = [dataclasses.asdict(guess) for guess in answer.top]
+        for guess in expected:
+            guess["probability"] = pytest.approx(guess["probability"], abs=2e-6)
+        assert row["top"] == (expected or None)
+    assert [file.name for file in tmp_path.iterdir()] == [results.name]
+
+
+@pytest.mark.parametrize("tile", [None, 24], ids=["whole", "tiles"])
+def test_objects_are_those_that_the_detector_finds(folder: Path, tmp_path: Path, tile: int | None) -> None:
+    images = Files([str(folder / "00.png"), str(folder / f"{BROKEN:02}.png"), str(folder / "01.png")])
+    net = random_network("yolov8n", num_classes=3)
+    detector = Detector(net, image_size=64, score_threshold=0.001, max_detections=5, batch_size=1, tile=tile)
+    run(images, many.detection(detector, "net"), tmp_path / "found.jsonl", workers=1)
+    first, broken, last = rows_of(tmp_path / "found.jsonl")
+    assert broken["objects"] is None and "no image" in broken["error"]
+    for row in (first, last):
+        found = detector(row["path"])
+        assert len(found) > 1
+        assert (row["width"], row["height"]) == (40, 48)
+        assert [one["label"] for one in row["objects"]] == found.labels.tolist()
+        assert [one["name"] for one in row["objects"]] == found.names
+        assert [one["score"] for one in row["objects"]] == pytest.approx(found.scores.tolist(), abs=1e-5)
+        assert np.array([one["box"] for one in row["objects"]]) == pytest.approx(found.boxes.numpy(), abs=0.01)
+
+
+def test_a_stopped_command_goes_on_behind_the_finished_parts(
+    images: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.jsonl")
+    task, save = colours(tmp_path / "log"), many._Parts.save
+
+    def save_and_stop(self: Any, part: int, rows: Any) -> None:
+        save(self, part, rows)
+        if part == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(many._Parts, "save", save_and_stop)
+    with pytest.raises(Stopped, match=f"stopped with [36] of {COUNT} images done") as stopped:
+        run(images, task, tmp_path / "results.jsonl")
+    assert stopped.value.number == signal.SIGTERM
+    assert not (tmp_path / "results.jsonl").exists()
+    before = Colours(tmp_path / "log").computed()
+    run(images, task, tmp_path / "results.jsonl")
+    assert (tmp_path / "results.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    after = Colours(tmp_path / "log").computed()
+    assert len(before) == 5 and len(after) == COUNT - 1  # without the broken one, each once
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["spd_zoo.many"])
+
+
+def _killed(folder: Path, results: Path, log: Path, at: str) -> None:
+    """Writes results; kills its process when the file `at` is about to appear."""
+    replace, rename, rmtree = Path.replace, Path.rename, shutil.rmtree
+
+    def die(name: str) -> None:
+        if name == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_or_delete(path: Path, **options: Any) -> None:
+        die(f"{path.name} deleted")
+        rmtree(path, **options)
+
+    Path.replace = lambda self, target: die(target.name) or replace(self, target)  # type: ignore[method-assign]
+    Path.rename = lambda self, target: die(target.name) or rename(self, target)  # type: ignore[method-assign]
+    shutil.rmtree = die_or_delete  # type: ignore[assignment]
+    run(files_in(folder), colours(log), results)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_neither_loses_nor_repeats_a_finished_part(
+    folder: Path, images: Files, tmp_path: Path
+) -> None:
+    run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.csv")
+    results, log = tmp_path / "results.csv", tmp_path / "log"
+    computed = []
+    for at in ("job.json", "00000000.jsonl", "00000002.jsonl", "results.csv.merging", "results.csv"):
+        process = FORKS.Process(target=_killed, args=(folder, results, log, at))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, f"it was not stopped at {at}"
+        assert not results.exists()
+        computed.append(len(Colours(log).computed()))
+    assert computed == [0, 3, 3 + 3 + 2 + 3, 11 + 3 + 2, 16]  # images 0-2; 0-8 but the broken one; 6-10; none
+    assert run(images, colours(log), results) == Summary(COUNT, failed=1)
+    assert len(Colours(log).computed()) == 16
+    assert results.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.csv", "whole.log", "log", "results.csv"}
+
+
+@pytest.mark.slow
+def test_kill_9_behind_the_last_step_leaves_whole_results(folder: Path, images: Files, tmp_path: Path) -> None:
+    run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.csv")
+    results = tmp_path / "results.csv"
+    process = FORKS.Process(target=_killed, args=(folder, results, tmp_path / "log", "results.csv.merging deleted"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert results.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    with pytest.raises(ManyError, match="there already"):
+        run(images, colours(tmp_path / "log"), results)
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.csv", "whole.log", "log", "results.csv"}
+
+
+def stop_after_a_part(images: Files, task: Task, results: Path) -> None:
+    """Leaves unfinished results."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(many._Parts, "merge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, task, results)
+
+
+@pytest.mark.parametrize("changed", ["images", "save_every", "weights"])
+def test_unfinished_results_of_something_else_are_refused(images: Files, tmp_path: Path, changed: str) -> None:
+    task = colours(tmp_path / "log", weights="one")
+    stop_after_a_part(images, task, tmp_path / "results.jsonl")
+    other = Files(images.paths[::-1]) if changed == "images" else images
+    size = 4 if changed == "save_every" else 3
+    task = colours(tmp_path / "log", weights="other" if changed == "weights" else "one")
+    with pytest.raises(ManyError, match=rf"differ in {changed} \("):
+        run(other, task, tmp_path / "results.jsonl", save_every=size)
+
+
+def test_finished_results_stay_unless_one_asks(images: Files, tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    run(images, colours(tmp_path / "log"), results)
+    before = results.read_bytes()
+    fewer = Files(images.paths[:2])
+    with pytest.raises(ManyError, match="--overwrite"):
+        run(fewer, colours(tmp_path / "log"), results)
+    assert results.read_bytes() == before
+    stop_after_a_part(fewer, colours(tmp_path / "log"), tmp_path / "other.jsonl")
+    run(fewer, colours(tmp_path / "log"), results, overwrite=True)
+    assert results.read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
+
+
+def test_two_commands_do_not_write_one_file(images: Files, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".results.jsonl.lock"), pytest.raises(ManyError, match="another command"):
+        run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl")
+
+
+@pytest.mark.parametrize("limit", [100, 400], ids=["a part", "the results"])
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(images: Files, tmp_path: Path, limit: int) -> None:
+    run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.jsonl")
+    results, limits = tmp_path / "results.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    stop_after_a_part(Files(images.paths), colours(tmp_path / "log"), results)
+    if limit == 100:
+        (tmp_path / "results.jsonl.parts" / "00000001.jsonl").unlink()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(ManyError, match=r"cannot write .* the same command goes on"):
+            run(images, colours(tmp_path / "log"), results)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not results.exists()
+    run(images, colours(tmp_path / "log"), results)
+    assert results.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def _die(_: Any) -> Any:
+    os._exit(1)
+
+
+def test_a_reading_process_that_dies_is_one_sentence(images: Files, tmp_path: Path) -> None:
+    task = dataclasses.replace(colours(tmp_path / "log"), read=_die)
+    with pytest.raises(ManyError, match="a process that reads images ended"):
+        run(images, task, tmp_path / "results.jsonl", workers=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf(Process):
+    """A process among two that know of each other what they would tell."""
+
+    told: Any = ()
+
+    def from_first(self, value: Any) -> Any:
+        if self.first:
+            self.told.append(value)
+        return self.told[0]
+
+
+def test_the_last_of_several_processes_makes_the_same_file(images: Files, tmp_path: Path) -> None:
+    run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.jsonl")
+    first, second = (OneOf(torch.device("cpu"), rank, 2, told=told) for told in [[]] for rank in (0, 1))
+    task, results = colours(tmp_path / "log"), tmp_path / "results.jsonl"
+    assert run(images, task, results, first) is None
+    assert not results.exists()
+    assert run(images, task, results, second) == Summary(COUNT, failed=1)
+    assert results.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert len(Colours(tmp_path / "log").computed()) == COUNT - 1
+
+
+def test_processes_with_other_images_are_refused(images: Files, tmp_path: Path) -> None:
+    first, second = (OneOf(torch.device("cpu"), rank, 2, told=told) for told in [[]] for rank in (0, 1))
+    run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", first)
+    with pytest.raises(ManyError, match="the processes differ in images"):
+        run(Files(images.paths[1:]), colours(tmp_path / "log"), tmp_path / "results.jsonl", second)
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_bytes_that_one_process_gives(folder: Path, tmp_path: Path) -> None:
+    for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        command = [
+            sys.executable,
+            *start,
+            "-m",
+            "spd_zoo",
+            "predict",
+            MODEL,
+            folder,
+            "--results",
+            tmp_path / f"{name}.jsonl",
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        options = ["--batch-size", "2", "--save-every", "3", "--workers", "1", "--device", "cpu"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 1  # of the broken image
+        assert f"1 of {COUNT} images could not be read" in done.stderr
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    assert len(rows_of(tmp_path / "one.jsonl")) == COUNT
+
+
+def test_the_command_says_how_many_images_failed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = str(tmp_path / "results.csv")
+    assert main(["predict", MODEL, str(folder), "--results", results, "--workers", "0", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert out == f"{results}: {COUNT} images\n"
+    assert err == f"spd-zoo: error: 1 of {COUNT} images could not be read; the column error of {results} says why\n"
+
+
+def test_the_stopped_command_says_that_it_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(many._Parts, "merge", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    results = str(tmp_path / "results.csv")
+    assert main(["predict", MODEL, str(folder), "--results", results, "--workers", "0", "--device", "cpu"]) == 130
+    assert f"stopped with {COUNT} of {COUNT} images done; it is saved, and the same command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["predict", MODEL], "give IMAGES"),
+        (["predict", MODEL, "--data", "d"], "needs --results"),
+        (["predict", MODEL, "--results", "r.csv"], "either IMAGES or a data set"),
+        (["predict", MODEL, "a.png", "--data", "d", "--results", "r.csv"], "either IMAGES or a data set"),
+        (["predict", MODEL, "a.png", "--results", "r.csv", "--json"], "give one of them"),
+        (["detect", "yolov8n", "a.png", "--results", "r.csv", "--out", "o"], "give one of them"),
+        (["predict", MODEL, "a.png", "--results", "r.txt"], "must end in .jsonl, .csv or .parquet"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_sentence(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert complaint in err and err.count("\n") == 1
+
+
+def test_a_data_set_is_read_by_its_only_split_or_the_one_asked_for(folder: Path, tmp_path: Path) -> None:
+    lines = [f"{folder}/{i:02}.png,{i % 2},{'val' if i > 5 else 'train'}" for i in range(COUNT)]
+    (tmp_path / "images.csv").write_text("\n".join(["path,label,split", *lines]))
+    with pytest.raises(DataError, match="train, val; choose one with --split"):
+        open_any(str(tmp_path / "images.csv"))
+    images = open_any(str(tmp_path / "images.csv"), "val")
+    write(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", ALONE, workers=0)
+    assert [Path(row["path"]).name for row in rows_of(tmp_path / "results.jsonl")] == [
+        f"{i:02}.png" for i in range(6, COUNT)
+    ]
+
+
+def test_images_inside_parquet_files_are_named_by_their_rows(folder: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow comes with spd-zoo[train]")
+    import pyarrow.parquet as parquet
+
+    (tmp_path / "data").mkdir()
+    contents = [{"bytes": (folder / f"{i:02}.png").read_bytes(), "path": None} for i in (0, BROKEN)]
+    parquet.write_table(pyarrow.table({"image": contents, "label": [0, 1]}), tmp_path / "data" / "train.parquet")
+    images = open_any(str(tmp_path / "data"), image_column="image")
+    write(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", ALONE, workers=0)
+    good, broken = rows_of(tmp_path / "results.jsonl")
+    assert (good["path"], good["error"]) == ("row 0", None) and good["red"] > 0
+    assert broken["path"] == "row 1" and "no image" in broken["error"]
+
+
+@pytest.mark.slow
+def test_the_example_for_ray_gives_the_same_answers(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is large and no dependency; pip install 'ray[data]' to run its example")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with spd-zoo[train]")
+    command = [sys.executable, ROOT / "examples" / "ray_predict.py", MODEL, folder, tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    subprocess.run(command, env=environment, check=True, timeout=500)
+    rows = sorted(parquet.read_table(tmp_path / "out").to_pylist(), key=lambda row: row["path"])
+    answers = list(predict(MODEL, sorted(folder.glob("*.png")), top_k=1, device="cpu"))
+    for row, answer in zip(rows, answers, strict=True):
+        assert Path(row["path"]).name == answer.path.name
+        assert row["error"] == answer.error
+        assert row["name"] == (answer.top[0].name if answer.top else None)
