@@ -23,15 +23,20 @@ _READING_ERRORS = (  # what PIL's decoders raise for broken files
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """The files behind files, folders (with the folders in them) and globs, in order.
 
-    What stands for no image, such as a folder without any, stays in the list: reading it says what is wrong.
+    Folders without images are left out if anything else is given. What else is no image stays in the list: reading it
+    says what is wrong.
     """
-    found = []  # os.path, unlike pathlib, takes too long and forbidden paths for missing ones
+    found, empty = [], []  # os.path, unlike pathlib, takes too long and forbidden paths for missing ones
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for path in map(Path, matches or [pattern]):
-            inside = sorted(path.rglob("*")) if os.path.isdir(path) else []
-            found += [file for file in inside if _is_visible_image(file, path)] or [path]
-    return found
+            if os.path.isdir(path):
+                inside = [file for file in sorted(path.rglob("*")) if _is_visible_image(file, path)]
+                found += inside
+                empty += [] if inside else [path]
+            else:
+                found.append(path)
+    return found or empty
 
 
 def _is_visible_image(file: Path, folder: Path) -> bool:

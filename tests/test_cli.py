@@ -311,7 +311,7 @@ def test_a_network_that_cannot_predict_is_one_clear_sentence(model: str, image: 
 
 
 def test_the_default_weights_recognise_the_example_images(capsys: Capture) -> None:
-    images = sorted(str(path) for path in EXAMPLES.glob("*.*g"))
+    images = sorted(str(path) for path in EXAMPLES.glob("*"))
     assert main(["predict", "pyconvresnet50_spd", *images, "--json"]) == 0
     tops = {Path(answer["path"]).name: answer["top"] for answer in json.loads(capsys.readouterr().out)}
     assert "rocket" in {guess["name"] for guess in tops["rocket.jpg"]}

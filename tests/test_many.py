@@ -400,7 +400,7 @@ def test_images_inside_parquet_files_are_named_by_their_rows(folder: Path, tmp_p
 def test_the_example_for_ray_gives_the_same_answers(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is large and no dependency; pip install 'ray[data]' to run its example")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with spd-zoo[train]")
-    command = [sys.executable, ROOT / "examples" / "ray_predict.py", MODEL, folder, tmp_path / "out"]
+    command = [sys.executable, ROOT / "examples" / "ray" / "predict.py", MODEL, folder, tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     subprocess.run(command, env=environment, check=True, timeout=500)
     rows = sorted(parquet.read_table(tmp_path / "out").to_pylist(), key=lambda row: row["path"])

@@ -165,6 +165,13 @@ def test_a_folder_without_images_says_so(tmp_path: Path) -> None:
         read_image(folder)
 
 
+def test_a_folder_without_images_beside_others_is_left_out(tmp_path: Path) -> None:
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+    image = write_image(tmp_path / "full" / "a.png")
+    assert find_images([str(tmp_path / "empty"), str(tmp_path / "full")]) == [image]
+
+
 def test_a_glob_that_fits_nothing_says_so(tmp_path: Path) -> None:
     (pattern,) = find_images([str(tmp_path / "*.png")])
     with pytest.raises(ValueError, match="no such file"):
