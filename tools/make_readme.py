@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -353,14 +353,14 @@ RECIPES = {  # page: recipes behind its published figures
 }
 
 
-def _family(page: str) -> dict[str, Callable[[], str]]:
+def _family(page: str) -> Mapping[str, Callable[[], str]]:
     """The generated parts of the page of a family."""
     groups = FAMILIES[page][2]
     tables = {make.__name__: partial(make, groups) for make in (networks, checkpoints, counted, printed)}
     return tables | {name: partial(recipe, name) for name in RECIPES.get(page, ())}
 
 
-PARTS: dict[str, dict[str, Callable[[], str]]] = {
+PARTS: dict[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"families": partial(families, "docs/families")},
     "docs/choosing.md": {"families": partial(families, "families"), "trained": trained},
     **{f"docs/families/{page}.md": _family(page) for page in FAMILIES},
@@ -383,7 +383,8 @@ def render(file: str, text: str) -> str:
     for name, make in PARTS[file].items():
         pattern = rf"(<!-- {name}: tools/make_readme.py -->\n).*?(<!-- end -->)"
         made = make()
-        text, count = re.subn(pattern, lambda part, made=made: f"{part[1]}{made}\n{part[2]}", text, flags=re.S)
+        escaped = made.replace("\\", r"\\")
+        text, count = re.subn(pattern, rf"\g<1>{escaped}\n\g<2>", text, flags=re.S)
         if count != bool(made):
             raise SystemExit(f"{file} has {count} parts called {name}, expected {int(bool(made))}")
     return text
