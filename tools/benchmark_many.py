@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 FILES, PER_FOLDER, BATCH_SIZE = 4000, 1000, 32
 
@@ -50,10 +51,11 @@ def plain(model: str, folder: str, out: str, workers: int) -> None:
     import spd_zoo  # noqa: F401  (registers the networks)
 
     net = timm.create_model(model, pretrained=True).eval().to(memory_format=torch.channels_last)
-    config = timm.data.resolve_data_config(pretrained_cfg=net.pretrained_cfg)
-    names = net.pretrained_cfg["label_names"]
+    cfg = vars(net)["pretrained_cfg"]
+    config = timm.data.resolve_data_config(pretrained_cfg=cfg)
+    names = cfg["label_names"]
     dataset = ImageFolder(folder, timm.data.create_transform(**config))
-    results = []
+    results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for images, _ in DataLoader(dataset, BATCH_SIZE, num_workers=workers):
             top = net(images.to(memory_format=torch.channels_last)).softmax(1).topk(5)
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plain", nargs=2, metavar=("FOLDER", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.plain:
-        plain(options.model, *options.plain, options.workers)
+        plain(options.model, options.plain[0], options.plain[1], options.workers)
         return 0
     runs: dict[str, list[dict[str, float]]] = {"spd-zoo": [], "plain": []}
     with tempfile.TemporaryDirectory() as temporary:
