@@ -163,7 +163,7 @@ class SPDConv2d(nn.Conv2d):
     that the old kernel lacks are zero and can learn. A fresh one is a fresh strided convolution so turned.
 
     It is computed as what it equals, one convolution of a larger kernel (for stride 2 twice as large) with that stride
-    on the map itself, which saves the copy and is faster (README, "Speed").
+    on the map itself, which saves the copy and is faster (docs/speed.md).
 
     Args:
         in_chs: Input channels, in front of space-to-depth.
@@ -488,7 +488,7 @@ class PyConv2d(nn.ModuleDict):
     """Pyramidal convolution: kernels of several sizes side by side over the same input (arXiv 2006.11538, section 3).
 
     Levels whose groups have few output channels are computed four output pixels at a time (`phase_weight`), which
-    changes no number and is faster on a CPU (README, "Speed").
+    changes no number and is faster on a CPU (docs/speed.md).
 
     Args:
         in_chs: Input channels; every level reads all of them.
