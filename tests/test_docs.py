@@ -42,6 +42,10 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "tracked = found.to_supervision()  # needs the package supervision": "supervision",  # a package: run where it is
     "photos/train/apple/1.png   photos/train/bicycle/1.png   ...": "shows folders, not what is printed",
     "spd-zoo finetune yolov8n_spd --data BCCD --out RUN --image-size 320 --epochs 60": "takes 20 minutes",
+    "spd-zoo convert STRIDED --out CONVERTED": "belongs to the next",
+    "spd-zoo finetune local-dir:STRIDED": "takes an hour",
+    "spd-zoo finetune local-dir:CONVERTED": "takes an hour",
+    "spd-zoo evaluate RUN --data BCCD --split test": "belongs to those before",
     "spd-zoo finetune cifar_resnet20_pfd --no-pretrained": "takes hours",
     "spd-zoo finetune pyconvresnet50_spd --no-pretrained --data CIFAR100": "takes a night",
     "spd-zoo weights pull pyconvresnet50.in1k": "needs the authors' servers",
@@ -49,7 +53,8 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "spd-zoo weights import cifar_resnet20.mine FILE": "writes into this machine's cache",
     "spd-zoo weights verify": "reads this machine's cache",
     "spd-zoo weights rm pyconvresnet50.in1k": "deletes from this machine's cache",
-    "spd-zoo weights publish --org ORG MODEL.tag ...": "needs the Hub",
+    "spd-zoo weights publish --org ORG MODEL.tag": "needs the Hub",
+    "spd-zoo demo": "serves until Ctrl-C",
 }
 PROGRAMS = {  # other programs than spd-zoo, which are never run here
     "pip": "changes what is installed",
@@ -57,6 +62,8 @@ PROGRAMS = {  # other programs than spd-zoo, which are never run here
     "mkdocs": "waits for a browser",
     "python": "a tool that measures for long or writes into the checkout",
     "torchrun": "starts several processes",
+    ".ci/run": "takes long",
+    **dict.fromkeys(("git", "cd", "hf", "twine"), "is for releases"),
     "accelerate": "starts several processes",
 }
 
@@ -239,6 +246,12 @@ def detector(here: Path) -> None:
     shutil.copytree(ROOT / "examples", here / "photos")
 
 
+def many(here: Path) -> None:
+    detector(here)
+    make_folders(here / "cifar100", train=1, val=1)
+    (here / "cifar100" / "val").rename(here / "cifar100" / "test")
+
+
 def blood(here: Path) -> None:
     image = BCCD / "images" / "BloodImage_00007.jpg"
     if not image.is_file():
@@ -257,6 +270,7 @@ PREPARE: dict[str, Callable[[Path], None]] = {
     "docs/convert.md": examples,
     "docs/finetuning.md": tutorial,
     "docs/detectors.md": detector,
+    "docs/many_images.md": many,
     "docs/families/yolov8.md": blood,
     "docs/weights.md": weights,
 }
@@ -275,7 +289,7 @@ def check_tutorial(here: Path) -> None:
 
 
 def check_detector(here: Path) -> None:
-    names = {"detections.json", *(file.name for file in (ROOT / "examples").iterdir())}
+    names = {"detections.json", *(file.name for file in (ROOT / "examples").glob("*.*"))}
     for folder in ("found", "tiles"):
         assert {file.name for file in (here / folder).iterdir()} == names
         assert json.loads((here / folder / "detections.json").read_text())["annotations"]

@@ -153,7 +153,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def detectors() -> list[dict[str, float]]:
+def detectors() -> list[dict[str, Any]]:
     """What `tools/convert_detectors.csv` says of each figure, as in `summary`: as it was and converted."""
     with DETECTORS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

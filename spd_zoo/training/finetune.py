@@ -129,7 +129,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     prepare = kind.preparation(config, given, len(train.class_names))
 
     # optimiser and learning rate
-    fused = {"fused": True} if config.opt in FUSED else {}
+    fused: dict[str, Any] = {"fused": True} if config.opt in FUSED else {}
     optimizer = create_optimizer_v2(
         net,
         config.opt,
