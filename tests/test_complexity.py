@@ -1,7 +1,6 @@
 """What networks cost: the manifest says what is measured, and what is measured is what recorded counts say."""
 
 import json
-from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -22,6 +21,14 @@ from spd_zoo.complexity import (
     trace,
 )
 from spd_zoo.weights import entries
+
+
+def some(recorded: list[dict[str, Any]], step: int) -> list[Any]:
+    """The cases, of which every `step`-th is fast."""
+    ids = [case.get("id", "-".join(map(str, [case["model"], *case["model_args"].values()]))) for case in recorded]
+    marks = [pytest.mark.slow if i % step else () for i in range(len(recorded))]
+    return [pytest.param(case, id=ids[i], marks=marks[i]) for i, case in enumerate(recorded)]
+
 
 BSCONV, THOP_2020 = cases("pfd_bsconv"), cases("pfd_mobile")
 RECORDED = cases("pyconv") + cases("spd_resnet") + BSCONV + THOP_2020 + json.loads((FOLDER / "costs.json").read_text())
@@ -53,9 +60,7 @@ def test_the_manifest_states_the_measured_parameters_and_macs(name: str) -> None
     assert (entry.params, entry.macs) == (count_params(net), count_macs(net, entry.input_size))
 
 
-@pytest.mark.parametrize(
-    "case", RECORDED, ids=lambda case: case.get("id", "-".join(map(str, [case["model"], *case["model_args"].values()])))
-)
+@pytest.mark.parametrize("case", some(RECORDED, 8))
 def test_parameters_and_macs_are_those_recorded(case: dict[str, Any]) -> None:
     net = timm.create_model(case["model"], device="meta", **case["model_args"])
     assert (count_params(net), count_macs(net, tuple(case["macs_input"][1:]))) == (case["params"], case["macs"])
@@ -70,12 +75,12 @@ def test_fvcore_and_thop_of_2019_count_as_recorded(
     assert by_thop is None or COUNTERS["thop_2019"](operations) == by_thop
 
 
-@pytest.mark.parametrize("case", BSCONV, ids=itemgetter("id"))
+@pytest.mark.parametrize("case", some(BSCONV, 4))
 def test_the_profiler_of_bsconv_counts_as_recorded(case: dict[str, Any]) -> None:
     assert COUNTERS["bsconv"](run(case)) == case["repo_profiler"]["flops"]
 
 
-@pytest.mark.parametrize("case", THOP_2020, ids=itemgetter("id"))
+@pytest.mark.parametrize("case", some(THOP_2020, 5))
 def test_thop_of_2020_counts_as_recorded(case: dict[str, Any]) -> None:
     pools = {"ghostnet": "thop_2020_pools", "mobilenetv3": "thop_2020_head"}
     counter = pools.get(case["model"].removeprefix("cifar_").partition("_")[0], "thop_2020")

@@ -471,7 +471,7 @@ def test_the_classifier_can_be_replaced_and_gradients_checkpointed() -> None:
     assert isinstance(net.get_submodule(net.pretrained_cfg["first_conv"]), SPDConv2d)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [SMALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL[1:])])
 def test_compiles_as_one_graph(name: str) -> None:
     torch.compiler.reset()
     net = convert_to_spd(small_network(name))
@@ -480,7 +480,7 @@ def test_compiles_as_one_graph(name: str) -> None:
         assert difference(torch.compile(net, fullgraph=True, backend="eager")(x), net(x)) < 1e-4
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [SMALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL[1:])])
 @pytest.mark.parametrize("form", [convert_to_spd, lambda net: fold_spd(convert_to_spd(net))], ids=["spd", "folded"])
 def test_exports_for_any_image_size(name: str, form: Callable[[nn.Module], nn.Module]) -> None:
     net = form(small_network(name))

@@ -724,6 +724,7 @@ def test_fresh_yolos_expect_few_objects() -> None:
 # Graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SMALLEST, "ssd_mobilenetv1_s1l0_dualpath"])
 def test_compiles_as_one_graph_with_its_decoding(name: str) -> None:
     torch.compiler.reset()

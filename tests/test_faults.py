@@ -31,6 +31,7 @@ def bad(outcomes: list[Outcome]) -> list[Outcome]:
     return [outcome for outcome in outcomes if not outcome.good]
 
 
+@pytest.mark.slow
 def test_a_few_faults_at_every_entry_point_are_survived(bench: Bench) -> None:
     outcomes = fault_report.run(bench, ["network", "disk"], lambda case: case.fault in QUICK)
     assert {outcome.fault for outcome in outcomes} == QUICK

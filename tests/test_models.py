@@ -35,11 +35,10 @@ SPD_RESNETS = ["resnet18_spd", "resnet50_spd"]
 FIXED_SIZE = [name for name in NETWORKS if timm.get_pretrained_cfg(name).fixed_input_size]
 PADDING_FREE = ("_pfd", "_down")
 RESIDUAL = [name for name in ARCHITECTURES if "shufflenet" not in name]
-FAST = set(
-    {timm.model_entrypoint(name).__module__: name for name in reversed(ARCHITECTURES)}.values()
-)  # one of each file
+FAST = {timm.model_entrypoint(name).__module__: name for name in reversed(ARCHITECTURES)}.values()  # one per file
 SLOW = {name: [] if name in FAST else pytest.mark.slow for name in NETWORKS}
 EACH = [pytest.param(name, marks=SLOW[name]) for name in ARCHITECTURES]
+FEW = [pytest.param(name, marks=SLOW[name] if "pyconv" in name else pytest.mark.slow) for name in ARCHITECTURES]
 ALL = [pytest.param(name, marks=SLOW[name]) for name in NETWORKS]
 
 
@@ -617,7 +616,7 @@ def test_resnet_spd_refuses_any_output_stride_but_its_own(name: str) -> None:
 # Graphs
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_compiles_as_one_graph(name: str) -> None:
     torch.compiler.reset()
     net = random_network(name, num_classes=5)
@@ -648,7 +647,7 @@ def test_trains_compiled_in_bf16() -> None:
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_exports_for_any_batch_and_image_size_above_32(name: str) -> None:
     net = random_network(name, num_classes=5)
     x = images(name, 2, 65, 79)
