@@ -346,6 +346,26 @@ def conversion_detectors() -> str:
     return table(("", "before, both", "strided, fine-tuned", "converted, fine-tuned", "difference"), rows)
 
 
+def many_images() -> str:
+    """What `tools/benchmark_many.py --json` printed into `tools/many_images.jsonl`."""
+    lines = (ROOT / "tools" / "many_images.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [
+        [
+            f"{row['images']:,}",
+            row["contender"],
+            f"{row['cpu_ms_per_image']:.2f}",
+            f"{row['cpu_seconds_ratio']:.2f}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['peak_mib_ratio']:.2f}",
+            f"{row['images_per_s']:.1f}",
+            f"{row['seconds_ratio']:.2f}",
+        ]
+        for row in map(json.loads, lines)
+    ]
+    heads = ("CPU ms per image", "/ plain", "peak memory (MiB)", "/ plain", "images/s", "seconds / plain")
+    return table(("images", "", *heads), rows)
+
+
 RECIPES = {  # page: recipes behind its published figures
     "pyconv": ("imagenet_pyconv", "imagenet_pyconv_augment"),
     "spd_resnet": ("tiny_imagenet_spd", "cifar10_spd"),
@@ -367,6 +387,7 @@ PARTS: dict[str, Mapping[str, Callable[[], str]]] = {
     "docs/finetuning.md": {"starts": starts, "training_speed": training_speed},
     "docs/weights.md": {"bundled": bundled},
     "docs/reliability.md": {"faults": faults},
+    "docs/many_images.md": {"many_images": many_images},
     "docs/speed.md": {"latency": latency, "speed": speed},
     "docs/command_line.md": {"command_line": command_line},
     "docs/convert.md": {
