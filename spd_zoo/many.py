@@ -19,7 +19,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -145,7 +145,7 @@ def prediction(model: str, top_k: int = 5, batch_size: int = 32, device: str | N
 
     def compute(inputs: Tensor) -> list[Row]:
         return [
-            {"top": [asdict(guess) | {"probability": round(guess.probability, 6)} for guess in top]}
+            {"top": [{"index": g.index, "name": g.name, "probability": round(g.probability, 6)} for g in top]}
             for top in predictor(inputs)
         ]
 
