@@ -248,6 +248,7 @@ def test_what_stops_a_weights_command_is_one_clear_sentence(
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_a_network_of_timms_is_imported_and_predicts(
     own_cache: Path, image: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -432,6 +433,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["list"]) == 130
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_reading_causes_no_traceback() -> None:
     command = [sys.executable, "-m", "spd_zoo", "list"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

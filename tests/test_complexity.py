@@ -66,6 +66,7 @@ def test_parameters_and_macs_are_those_recorded(case: dict[str, Any]) -> None:
     assert (count_params(net), count_macs(net, tuple(case["macs_input"][1:]))) == (case["params"], case["macs"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "num_classes", "size", "by_fvcore", "by_thop"), COUNTED)
 def test_fvcore_and_thop_of_2019_count_as_recorded(
     network: str, num_classes: int, size: int, by_fvcore: int, by_thop: int | None
@@ -88,6 +89,7 @@ def test_thop_of_2020_counts_as_recorded(case: dict[str, Any]) -> None:
     assert (count_layer_params(operations), COUNTERS[counter](operations)) == (recorded["params"], recorded["flops"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # fvcore's: torch.jit is deprecated
 @pytest.mark.parametrize("network", ["cifar_shufflenetv2_effdown", "cifar_ghostnet_pfd", "resnet18_spd"])
 def test_flops_and_activations_are_fvcores(network: str) -> None:

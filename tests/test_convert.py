@@ -518,6 +518,7 @@ def saved(net: nn.Module, folder: Path) -> str:
     return f"local-dir:{folder}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_saved_network_loads_without_the_original(name: str, tmp_path: Path) -> None:
     net: Any = convert_to_spd(small_network(name, num_classes=5))
@@ -561,6 +562,7 @@ def test_arguments_of_the_original_are_saved_too(tmp_path: Path) -> None:
         assert difference(again(x), net(x)) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_detector_is_converted_saved_and_folded(tmp_path: Path) -> None:
     net = small_network("yolov8n", num_classes=3)
     x = images(1, 3, 64, 96)
@@ -587,6 +589,7 @@ def test_a_saved_network_is_adapted_to_other_image_channels_as_the_original_is(c
         assert difference(nets[1](x), nets[0](x)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "tf_mobilenetv3_small_minimal_100", "test_nfnet"])
 def test_a_saved_network_gives_features(name: str, tmp_path: Path) -> None:
     net = small_network(name)

@@ -84,6 +84,7 @@ def test_what_is_not_given_is_chosen_for_a_detector(folder: Path, tmp_path: Path
 EVERYTHING = {"epochs": 3, "mosaic_off": 1, "accumulate": 2, "clip_grad": 10.0, "patience": 3, "image_size": "64,32@1"}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["yolov5n_spd", "ssd_mobilenetv1_s1l0_dualpath"])
 def test_other_detectors_train_and_resume_too(
     model: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -303,6 +303,7 @@ def test_images_without_objects_are_fine(name: str) -> None:
     assert {term for term, value in terms.items() if value > 0} == background
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_the_loss_falls_where_the_network_is_trained(name: str) -> None:
     torch.manual_seed(0)
@@ -554,6 +555,7 @@ def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
     assert [tuple(fmap.shape[2:]) for fmap in maps] == [(320 // n, 640 // n) for n in reductions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_features_only_gives_the_backbones_maps(name: str, save: Any) -> None:
     net = random_network(name)
@@ -622,6 +624,7 @@ def test_reset_classifier_changes_what_depends_on_the_number_of_classes_alone(na
         timm.create_model(name, num_classes=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WAYS, "yolov8s_spd"])
 @pytest.mark.parametrize("how", ["file", "local-dir"])
 def test_fine_tuning_for_other_classes_starts_from_all_that_does_not_depend_on_them(
@@ -660,6 +663,7 @@ def test_a_saved_detector_is_loaded_again(name: str, tmp_path: Path) -> None:
         assert torch.equal(again.decode(again(x), SIZE), net.decode(net(x), SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [None, 7])
 @pytest.mark.parametrize(
     ("name", "other"), [("yolov5n_spd", "yolov5s_spd"), ("yolov8n_spd", "yolov8n"), ("ssd_mobilenetv1", "ssd_vgg16")]
@@ -735,6 +739,7 @@ def test_compiles_as_one_graph_with_its_decoding(name: str) -> None:
         assert_close(decoded, net.decode(net(x), SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_exports_for_any_number_of_images(name: str) -> None:
     net = random_network(name, num_classes=5)

@@ -68,6 +68,7 @@ def test_the_image_size_may_be_another(run: Path, tmp_path: Path) -> None:
     assert program.module()(torch.randn(2, 3, 48, 48)).shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_file_has_strided_convolutions_unless_asked_otherwise(fold: bool, tmp_path: Path) -> None:
     convert_checkpoint("cifar_resnet20", tmp_path / "spd")

@@ -46,6 +46,7 @@ def believe(file: Path) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_the_report_notices_what_is_believed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fault_report.FILE_TASKS, "timm", believe)
     outcomes = fault_report.run(bench, ["headers"], lambda case: case.fault in ("nothing", "a list"))

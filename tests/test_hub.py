@@ -90,5 +90,6 @@ def test_hub_lists_explains_and_builds_exactly_the_networks_from_the_checkout(re
     assert "no weights for pyconvresnet18" in refusal
 
 
+@pytest.mark.slow
 def test_hub_loads_the_default_weights(repo: Path) -> None:
     assert run(DEFAULT_WEIGHTS, repo) == [100, "rocket"]

@@ -94,6 +94,7 @@ def run(*command: str, manifest: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_wrong_manifest_in_the_environment_stops_loading_and_the_command_but_not_the_import(tmp_path: Path) -> None:
     (tmp_path / "wrong.json").write_text('{"pyconvresnet": {}}')
     asked = run("-c", ASK, manifest=tmp_path / "wrong.json")
@@ -105,6 +106,7 @@ def test_a_wrong_manifest_in_the_environment_stops_loading_and_the_command_but_n
     assert len(listed.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_manifest_in_the_environment_counts_from_the_start(write: Write) -> None:
     listed = run(
         "-m", "spd_zoo", "list", "--json", "pyconvresnet18.*", manifest=write("pyconvresnet18.company", "pyconvresnet")

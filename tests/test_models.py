@@ -119,6 +119,7 @@ def maps_of(net: nn.Module, case: dict[str, Any], upstream: Any) -> dict[str, Te
     return maps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
 def test_checkpoints_load_from_every_container(name: str, save: Any) -> None:
     tensors = originals(case_of(name))
@@ -139,6 +140,7 @@ def test_checkpoints_load_from_every_container(name: str, save: Any) -> None:
         assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items()), container
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -173,6 +175,7 @@ def test_a_surplus_tensor_is_refused_even_with_another_number_of_classes(save: A
         load("pyconvresnet18", save(tensors), num_classes=7)
 
 
+@pytest.mark.slow
 def test_a_tensor_of_another_shape_is_refused_even_with_another_number_of_classes(save: Any) -> None:
     tensors = originals(case_of("resnet18_spd"))
     tensors["conv5_x.1.residual_function.3.weight"] = torch.zeros(512, 512, 1, 1)
@@ -180,6 +183,7 @@ def test_a_tensor_of_another_shape_is_refused_even_with_another_number_of_classe
         load("resnet18_spd", save(tensors), num_classes=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [None, 7])
 def test_the_error_for_another_networks_checkpoint_names_the_one_it_fits(num_classes: int | None, save: Any) -> None:
     case = next(case for case in CASES if case["id"] == "spd_resnet18_asreleased_tin200")
@@ -193,6 +197,7 @@ def test_a_checkpoint_of_no_network_is_said_to_fit_none(save: Any) -> None:
         load("resnet18_spd", save({"features.0.weight": torch.zeros(8, 3, 3, 3)}))
 
 
+@pytest.mark.slow
 def test_absent_phase_mixes_beside_kernels_of_the_new_size_are_refused(save: Any) -> None:
     tensors = random_network("pyconvresnet50_spd").state_dict()
     mix = "stages.1.0.downsample.0.1.weight"
@@ -201,6 +206,7 @@ def test_absent_phase_mixes_beside_kernels_of_the_new_size_are_refused(save: Any
         load("pyconvresnet50_spd", save(tensors))
 
 
+@pytest.mark.slow
 def test_kernels_of_the_old_size_beside_new_ones_are_refused(save: Any) -> None:
     tensors = random_network("pyconvresnet50_spd").state_dict()
     tensors["stages.3.0.conv2.weight"] = torch.zeros(512, 512, 3, 3)
@@ -208,6 +214,7 @@ def test_kernels_of_the_old_size_beside_new_ones_are_refused(save: Any) -> None:
         load("pyconvresnet50_spd", save(tensors))
 
 
+@pytest.mark.slow
 def test_the_import_refuses_to_take_a_name_from_timm() -> None:
     script = (
         "import sys, types, timm\n"
@@ -250,6 +257,7 @@ def test_images_of_another_size_than_the_network_was_created_for_are_refused(nam
             net(torch.empty(2, 3, 48, 80, device="meta"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name in FIXED_SIZE])
 def test_a_network_of_one_image_size_can_be_given_another(name: str, save: Any, tmp_path: Path) -> None:
     net = random_network(name, num_classes=5)
@@ -325,6 +333,7 @@ def test_every_parameter_trains(name: str) -> None:
     assert unchanged == 0 or ("pyconv" not in name and unchanged < 0.1 * len(before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_pretrained_weights_are_adapted_to_other_image_channels(name: str, save: Any) -> None:
     size = image_size(name, 65, 63)
@@ -385,6 +394,7 @@ def test_the_shortcut_of_pyconv_spd_pools_before_an_odd_map_gets_zeros() -> None
 # timm's arguments and methods
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_another_number_of_classes_keeps_everything_but_the_classifier(name: str, save: Any) -> None:
     source = random_network(name, num_classes=5)
@@ -451,6 +461,7 @@ def test_reset_classifier_changes_the_classifier_alone(name: str) -> None:
         assert_close(net(x), pooled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("rate", ["drop_rate", "drop_path_rate"])
 def test_dropout_and_drop_path_act_in_training_alone(name: str, rate: str) -> None:
@@ -478,6 +489,7 @@ def test_drop_path_grows_to_its_rate(name: str) -> None:
     assert rates[-1] == pytest.approx(0.3, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     net = random_network(name, num_classes=5, drop_rate=0).train()
@@ -521,6 +533,7 @@ def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
                 assert pixels == side // reduction or (side // reduction - pixels == 1 and name.endswith(PADDING_FREE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_features_only_gives_the_maps_asked_for(name: str, save: Any) -> None:
     net = random_network(name)
@@ -586,6 +599,7 @@ def test_every_kernel_of_a_dilated_stage_is_dilated(name: str, output_stride: in
             assert not (dilation > 1 and isinstance(module, SPDConv2d | PhaseMix)), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize(("strided", "spd"), SPD_TWINS)
 def test_space_to_depth_keeps_the_function_at_every_output_stride(
@@ -639,6 +653,7 @@ def test_compiles_to_machine_code_that_trains() -> None:
     assert_close(losses[1][1], losses[0][1], 1e-3)
 
 
+@pytest.mark.slow
 def test_trains_compiled_in_bf16() -> None:
     torch.compiler.reset()
     net = random_network("pyconvresnet50_spd", num_classes=5).train()
@@ -661,6 +676,7 @@ def test_exports_for_any_batch_and_image_size_above_32(name: str) -> None:
             assert_close(exported(x), net(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, or in Python 3.14 not supported, says torch
 @pytest.mark.parametrize("name", EACH)
 def test_scripts(name: str) -> None:

@@ -484,6 +484,7 @@ def test_a_derived_checkpoint_says_of_its_weights_what_the_original_says(entry: 
     assert (cfg.license, cfg.num_classes) == ("mit", 1000) and not cfg.has_weights  # not verified
 
 
+@pytest.mark.slow
 def test_a_derived_checkpoint_is_the_original_converted(tmp_path) -> None:
     case = next(case for case in golden.cases("pyconv") if case["model"] == "pyconvresnet50" and not case["model_args"])
     theirs = {key: torch.from_numpy(value) for key, value in golden.fill_state_dict(case["entries"]).items()}

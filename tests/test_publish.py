@@ -157,6 +157,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_what_is_published_loads_by_hf_hub_and_by_its_tag(hub: HubDouble, checkout: Checkout, tmp_path: Path) -> None:
     assert main(COMMAND) == 0
     hub.requests.clear()
@@ -259,6 +260,7 @@ ROUTES = {
 RETRIED = ("preupload", "batch", "upload", "verify")  # by the Hub's client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "late"), [(403, False), (None, False), (None, True)], ids=str)
 @pytest.mark.parametrize("route", ROUTES)
 def test_after_a_failure_the_next_run_does_the_rest(

@@ -31,6 +31,7 @@ STEPS = ("inference", "train")
 NETWORKS = benchmark.with_a_plain_way(timm_contract.one_per_architecture(EVERY))
 
 
+@pytest.mark.slow
 def test_one_per_architecture_has_every_layer_and_no_depth_twice() -> None:
     def layers(names: list[str]) -> set[type]:
         return {type(module) for name in names for module in timm.create_model(name, device="meta").modules()}
@@ -54,6 +55,7 @@ def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks
     assert norms[1] < norms[0] // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_plain_twin_and_the_folded_networks_compute_the_same(network: str) -> None:
     nets = {"ours": benchmark.build(network, "ours"), "plain": benchmark.build(network, "plain")}
@@ -86,6 +88,7 @@ def run(capsys: pytest.CaptureFixture[str], *forms: str, memory: str = "--no-mem
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_eager_form_prints_its_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(capsys, "*-eager", "*-eager-folded")
     assert [row["form"] for row in rows] == [str(form) for form in benchmark.FORMS if form.mode == "eager"]

@@ -365,6 +365,7 @@ def test_a_class_without_a_readable_image_is_an_error(folders: Path, tmp_path: P
         run(folders, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_images_are_held_out_where_there_is_no_val_split(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has a split val; leave --val-split and --val-size out"):
         run(folders, tmp_path / "run", val_split=0.2)

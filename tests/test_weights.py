@@ -88,6 +88,7 @@ def test_every_network_has_an_entry_in_the_group_of_its_file(network):
     assert network in MANIFEST[timm.model_entrypoint(network).__module__.rpartition(".")[2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.group != "timm"], ids=lambda entry: entry.name)
 def test_an_entry_describes_the_network_that_is_built(entry):
     net = timm.create_model(entry.name, device="meta", num_classes=entry.num_classes).eval()
@@ -208,6 +209,7 @@ def test_a_damaged_file_is_refused_where_the_hub_cannot_be_asked(hub, tmp_path, 
         fetch(an_entry(), tmp_path)
 
 
+@pytest.mark.slow
 def test_without_a_hub_a_cold_cache_is_reported_soon(hub, tmp_path):
     hub.shutdown()
     hub.server_close()
@@ -297,6 +299,7 @@ def test_features_load_the_same_weights(small, checkpoint):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_features_are_refused_a_checkpoint_that_does_not_fit(small, tmp_path):
     tensors = dict(small.state_dict())
     del tensors["stages.2.1.bn1.weight"]
@@ -312,6 +315,7 @@ def test_a_checkpoint_of_another_family_is_refused(checkpoint):
         load(checkpoint, "resnet18_spd")
 
 
+@pytest.mark.slow
 def test_a_broken_classifier_is_refused(small, tmp_path):
     save_file(small.state_dict() | {"head.fc.weight": torch.zeros(10, 3)}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match=r"head\.fc\.weight has shape"):
@@ -365,6 +369,7 @@ def warnings_of_loading(caplog):
     return [record.message for record in builder if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
 @pytest.mark.parametrize("in_chans", [3, 1])
 def test_a_saved_network_is_loaded_again(tmp_path, caplog, name, in_chans):
@@ -393,6 +398,7 @@ def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_p
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"model.safetensors", "config.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["local-dir", "file"])
 @pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
 def test_a_network_for_grey_images_computes_what_it_did_for_the_three_channels(tmp_path, caplog, name, how):
