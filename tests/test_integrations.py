@@ -24,6 +24,8 @@ from spd_zoo.cli import main
 from spd_zoo.predict import predict
 from spd_zoo.weights import save_network
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*invalid escape sequence")  # torchao's, when it is compiled
+
 ROOT = Path(__file__).parent.parent
 CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
 MISSING = "needs the extra `integrations`"
