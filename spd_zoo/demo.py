@@ -156,7 +156,7 @@ class Twin:
     what: str
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def twins(model: str) -> tuple[Twin, ...]:
     """The networks to lay beside one, at most `TWINS`.
 
@@ -332,7 +332,7 @@ def _told(model: str, net: nn.Module, picture: Image.Image) -> str:
     size = "x".join(map(str, cfg["input_size"][1:]))
     return (
         f"`{model}`{data} {does} {cfg['num_classes']} classes, and looks at {size} pixels. "
-        f"The picture has {picture.width}x{picture.height}."
+        f"The picture is used at {picture.width}x{picture.height}."
     )
 
 
