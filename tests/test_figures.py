@@ -1,27 +1,33 @@
 """The committed figures show what the records say, in any colour scheme, and need nothing but themselves."""
 
+import base64
+import io
 import re
 import shutil
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import make_figures
 
+from spd_zoo.predict import load_network
 from spd_zoo.weights import entries
 
 SVG = "{http://www.w3.org/2000/svg}"
-FILES = sorted(make_figures.FIGURES.iterdir())
+FILES = sorted(make_figures.FIGURES.glob("*.svg"))
 CHANGES = [  # a figure that a record holds, another, and what it is drawn in
     ("published.csv", "75.37%", "75.38%", ["twins"]),
     ("published.csv", "89.20%", "89.30%", ["latency"]),
     ("complexity.csv", "cifar_ghostnet,3x32x32,100,4029080", "cifar_ghostnet,3x32x32,100,4029081", ["twins"]),
     ("latency.jsonl", '"padded_ms": 15.02', '"padded_ms": 15.03', ["latency"]),
     ("detectors.csv", "Platelets,69,39.34", "Platelets,69,39.35", ["detectors"]),
+    ("activations.json", '["WBC", 0.897', '["WBC", 0.898', ["activations"]),
 ]
 
 
@@ -29,7 +35,7 @@ CHANGES = [  # a figure that a record holds, another, and what it is drawn in
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the records that is read in their place."""
     for file in make_figures.RECORDS.iterdir():
-        if file.suffix in (".csv", ".jsonl"):
+        if file.suffix in (".csv", ".json", ".jsonl"):
             shutil.copy(file, tmp_path)
     monkeypatch.setattr(make_figures, "RECORDS", tmp_path)
     return tmp_path
@@ -99,3 +105,41 @@ def test_the_recorded_detector_is_the_one_whose_weights_are_in_the_package() -> 
     entry = entries()["yolov8n_spd.bccd"]
     (ap,) = (m["value"] for m in entry.metrics if (m["dataset"], m["metric"]) == (ours[0]["data"], "ap"))
     assert sum(float(row["ap"]) for row in ours) / len(ours) == pytest.approx(ap, abs=0.02)
+
+
+def test_the_recorded_picture_and_maps_are_those_of_the_script_and_of_the_bundled_detector() -> None:
+    record = make_figures.activations()
+    assert (make_figures.RECORDS / "activations.json").stat().st_size < 60_000
+    picture = Image.open(io.BytesIO(base64.b64decode(record["picture"])))
+    assert np.abs(np.asarray(picture, float) - np.asarray(make_figures.draw_cells(), float)).mean() < 3  # JPEG
+    recorded = record["networks"]["yolov8n_spd"]
+    assert recorded["weights_sha256"] == entries()[make_figures.BUNDLED].sha256
+    seen = make_figures.seen(load_network(make_figures.BUNDLED, "cpu"), picture)
+    assert seen["found"] == recorded["found"]
+    for stride in map(str, make_figures.STRIDES):
+        one, other = (
+            np.frombuffer(base64.b64decode(maps[stride]["values"]), np.uint8).astype(float)
+            for maps in (seen["maps"], recorded["maps"])
+        )
+        assert np.abs(one - other).max() <= 5  # other decoders and kernels
+
+
+def test_the_recorded_boxes_are_what_the_page_says() -> None:
+    found = {}
+    for name, sight in make_figures.activations()["networks"].items():
+        boxes = [box for kind, _, *box in sight["boxes"] if kind == "Platelets"]
+        found[name] = [
+            width
+            for x, y, width in make_figures.PLATELETS
+            if any(left < x < right and top < y < bottom for left, top, right, bottom in boxes)
+        ]
+    smallest = min(width for *_, width in make_figures.PLATELETS)
+    assert len(found["yolov8n"]) == len(make_figures.PLATELETS) == 9
+    assert sorted([*found["yolov8n_spd"], smallest]) == sorted(found["yolov8n"])
+
+
+def test_a_run_that_is_not_there_records_nothing(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (records / "activations.json").read_bytes()
+    assert make_figures.main(["--record-activations", str(records / "none")]) == 1
+    assert "activations.json cannot be written" in capsys.readouterr().err
+    assert (records / "activations.json").read_bytes() == before

@@ -3,13 +3,15 @@
 They come from the manifest, from what papers print (`published.csv`), what networks cost (`complexity.csv`), what
 `tools/latency.py --json` printed (`latency.jsonl`), and what `spd-zoo evaluate` wrote of two detectors
 (`detectors.csv`: AP in per cent by class and by COCO's sizes, in pixels of the image or of the network's input, and
-how many boxes that is). Only the maps of activations are computed, by two networks whose weights are in the package.
+how many boxes that is), and of what two detectors see in a drawn picture (`activations.json`). The weights of one of
+them are not in the package: `--record-activations RUN` writes that record from the folder of its training run.
 
 A figure's metadata hold the SHA-256 of this script and of the data in it; --check compares that, so that another
 version of matplotlib changes nothing. Text is text, and black or white as the reader's colour scheme asks.
 """
 
 import argparse
+import base64
 import hashlib
 import io
 import json
@@ -23,9 +25,12 @@ from typing import Any, NamedTuple
 
 import check_published
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from PIL import Image
 
 from spd_zoo.weights import entries
 
@@ -87,6 +92,26 @@ NAMED = {  # pairs that have their name beside them, and where: on their left, o
     "pyconvhgresnet152": "below",
 }
 SIZES = ("small", "medium", "large")
+SIDE, SHOWN = 320, 214  # pixels of a side of the drawn picture, and of what the figure shows of it
+STRIDES = (4, 8, 16)  # of the maps
+LEAST_SCORE = 0.25
+BUNDLED = "yolov8n_spd.bccd"
+PLATELETS = (  # x, y and width
+    (52, 150, 16),
+    (118, 28, 12),
+    (190, 146, 14),
+    (300, 120, 10),
+    (78, 276, 8),
+    (208, 298, 13),
+    (150, 196, 9),
+    (262, 62, 6),
+    (30, 218, 11),
+)
+WHITE_CELL = (226, 226)
+RED_CELLS = (  # x and y
+    *((32, 40), (88, 92), (170, 70), (226, 24), (288, 34), (284, 176), (228, 108), (34, 290)),
+    *((20, 104), (136, 262), (148, 130), (290, 286), (96, 166), (170, 14), (96, 222)),
+)
 
 
 class Drawing(NamedTuple):
@@ -370,46 +395,127 @@ def _legend(axes: Any) -> None:
     axes.legend(loc="upper left", fontsize=8, handlelength=1).set_in_layout(False)
 
 
+def draw_cells() -> Image.Image:
+    """A picture like those of BCCD: red cells, a white one, and platelets of 6 to 16 pixels."""
+    rng = np.random.default_rng(7)
+    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
+    picture = np.full((SIDE, SIDE, 3), (206.0, 213.0, 212.0)) + ((x - y) / SIDE * 6)[..., None]
+
+    def blob(
+        at: Sequence[float], size: Sequence[float], colour: Sequence[float], edge: float, strength: float = 1
+    ) -> None:
+        """An ellipse somehow turned, with a soft edge."""
+        angle = rng.uniform(0, np.pi)
+        right, down = x - at[0], y - at[1]
+        across = (right * np.cos(angle) + down * np.sin(angle)) / size[0] * 2
+        along = (down * np.cos(angle) - right * np.sin(angle)) / size[1] * 2
+        inside = (1 - np.hypot(across, along)) * min(size) / 2
+        share = strength * np.clip(inside / edge + 0.5, 0, 1)[..., None]
+        picture[:] = picture * (1 - share) + np.array(colour) * share
+
+    for cell in RED_CELLS:
+        width, height = map(float, rng.uniform(45, 56, 2))
+        shade = rng.uniform(-10, 10)
+        blob(cell, (width, height), (186 + shade, 140 + shade, 130 + shade), 2.5)
+        blob(cell, (0.86 * width, 0.86 * height), (196 + shade, 152 + shade, 143 + shade), 6)
+        if rng.random() < 0.5:
+            blob(cell, (width / 2, height / 2), (212, 196, 194), 12, 0.7)
+    left, top = WHITE_CELL
+    blob(WHITE_CELL, (84, 78), (186, 150, 214), 6)
+    for to_right, to_bottom in ((-15, -12), (14, -14), (17, 12), (-8, 16)):
+        blob((left + to_right, top + to_bottom), (38, 30), (88, 58, 196), 4)
+    for *at, width in PLATELETS:
+        blob(at, (width, width * rng.uniform(0.8, 1)), (132, 122, 208), 3, 0.95)
+        blob(at, (width / 2, width / 2), (104, 84, 198), 3, 0.8)
+    picture += rng.normal(0, 2, picture.shape)
+    return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
+
+
+def seen(net: Any, picture: Image.Image) -> dict[str, Any]:
+    """What a detector finds in a picture, and the mean over the channels of its maps, each from 0 to 255."""
+    import torch
+
+    from spd_zoo.detect import Detector, prepare
+
+    found = Detector(net, score_threshold=LEAST_SCORE)(picture)
+    x, _ = prepare(picture, net, (SIDE, SIDE))
+    with torch.inference_mode():
+        maps = net.forward_intermediates(x[None], intermediates_only=True)
+    levels = {}
+    for values in (one[0].double().mean(0).numpy() for one in maps):
+        stride, low, high = SIDE // len(values), values.min(), values.max()
+        if stride in STRIDES:
+            pixels = ((values - low) / (high - low) * 255).round().astype(np.uint8)
+            whole = base64.b64encode(pixels.tobytes()).decode()
+            levels[str(stride)] = {"low": round(float(low), 4), "high": round(float(high), 4), "values": whole}
+    boxes = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
+    return {
+        "found": {name: found.names.count(name) for name in found.class_names},
+        "boxes": [[name, round(score, 3), *(round(side, 1) for side in box)] for name, score, box in boxes],
+        "maps": levels,
+    }
+
+
+def record_activations(run: Path) -> None:
+    """Writes `activations.json`: the drawn picture, and what a strided detector and the bundled SPD one see in it."""
+    from spd_zoo.predict import load_network
+
+    buffer = io.BytesIO()
+    draw_cells().save(buffer, "JPEG", quality=85)
+    picture = Image.open(buffer)
+    weights = {"yolov8n": hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()}
+    weights["yolov8n_spd"] = str(entries()[BUNDLED].sha256)
+    record = {
+        "picture": base64.b64encode(buffer.getvalue()).decode(),
+        "drawn": {"RBC": len(RED_CELLS), "WBC": 1, "Platelets": len(PLATELETS)},
+        "least_score": LEAST_SCORE,
+        "networks": {
+            name: {"weights_sha256": sha256, **seen(load_network(model, "cpu"), picture)}
+            for (name, sha256), model in zip(weights.items(), (str(run), BUNDLED), strict=True)
+        },
+    }
+    text = json.dumps(record, indent=1)
+    text = re.sub(r"\[\s+([^][]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)  # a box in a line
+    (RECORDS / "activations.json").write_text(text + "\n", encoding="utf-8")
+
+
 def activations() -> dict[str, Any]:
-    """What the maps are computed from: a picture and two files of weights."""
-    picture = ROOT / "examples" / "rocket.jpg"
-    weights = {name: entries()[name].sha256 for name in ("cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100")}
-    return {"picture": [picture.name, hashlib.sha256(picture.read_bytes()).hexdigest()], "weights": weights}
+    """The recorded picture, and what two detectors see in it."""
+    return json.loads((RECORDS / "activations.json").read_text(encoding="utf-8"))
 
 
 def draw_activations(data: dict[str, Any]) -> Figure:
-    """The mean over the channels of what each stage gives, of each network, for one picture."""
-    import timm
-    import torch
-    from timm.data import create_transform, resolve_data_config
-
-    from spd_zoo.images import read_image
-
-    picture = read_image(ROOT / "examples" / data["picture"][0])
-    figure = Figure((9, 4.9), layout="constrained")
-    rows = figure.subplots(len(data["weights"]), 4)
-    for axes, name, kind in zip(rows, data["weights"], ("padded", "padding-free"), strict=True):
-        net: Any = timm.create_model(name, pretrained=True).eval()
-        x = create_transform(**resolve_data_config({}, model=net))(picture)[None]
-        with torch.inference_mode():
-            maps = net.forward_intermediates(x, intermediates_only=True)
-            probability, label = net(x).softmax(1).max(1)
-        seen = entries()[name].class_names
-        assert seen is not None
-        axes[0].imshow(x[0].permute(1, 2, 0).numpy(), interpolation="none")
-        axes[0].set_title(f"{kind}: {100 * float(probability):.0f} % {seen[int(label)]}")
-        axes[0].set_ylabel(name.partition(".")[0])
-        for stage, (panel, found) in enumerate(zip(axes[1:], maps[-3:], strict=True), 1):
-            panel.imshow(found[0].mean(0).numpy(), interpolation="none", cmap="viridis")
-            panel.set_title(f"stage {stage}: {found.shape[2]} x {found.shape[3]}")
+    """A row for each detector: the picture with what it finds, and its maps."""
+    picture = Image.open(io.BytesIO(base64.b64decode(data["picture"])))
+    shown = np.asarray(picture.resize((SHOWN, SHOWN))) // 8 * 8 + 4  # fewer colours: a smaller file
+    colours = {"RBC": RED, "WBC": PURPLE, "Platelets": BLUE}
+    kinds = {"yolov8n": "strided, not in the package", "yolov8n_spd": "SPD, in the package"}
+    figure = Figure((9, 5.2), layout="constrained")
+    rows = figure.subplots(len(data["networks"]), 1 + len(STRIDES))
+    for axes, (name, sight) in zip(rows, data["networks"].items(), strict=True):
+        axes[0].imshow(shown, interpolation="none", extent=(0, SIDE, SIDE, 0))
+        for kind, _, left, top, right, bottom in sight["boxes"]:
+            sides = (left, top), right - left, bottom - top
+            axes[0].add_patch(Rectangle(*sides, fill=False, edgecolor=colours[kind], linewidth=1))
+        counts = [f"{sight['found'][kind]} {kind}" for kind in colours]
+        axes[0].set_title(f"boxes: {', '.join(counts)}", fontsize=8)
+        axes[0].set_ylabel(f"{name}\n{kinds[name]}")
+        for panel, stride in zip(axes[1:], STRIDES, strict=True):
+            side = SIDE // stride
+            values = np.frombuffer(base64.b64decode(sight["maps"][str(stride)]["values"]), np.uint8)
+            panel.imshow(values.reshape(side, side), interpolation="none", cmap="viridis")
+            panel.set_title(f"stride {stride}: {side} x {side}")
         for panel in axes:
             panel.set(xticks=[], yticks=[])
+    drawn = ", ".join(f"{count} {kind}" for kind, count in data["drawn"].items())
     figure.suptitle(
-        "What each stage gives, as the mean of its channels: two networks trained alike, one picture",
+        f"A picture drawn by a program ({drawn}), what two detectors find with a score above "
+        f"{data['least_score']},\nand their maps, as the mean of the channels. Both were trained alike here, on "
+        "photographs of blood cells (BCCD)",
         x=0.01,
         ha="left",
         weight="bold",
-        fontsize=10,
+        fontsize=9,
     )
     return figure
 
@@ -423,7 +529,7 @@ DRAWINGS = {
     "latency": Drawing("Latency and accuracy of padded and padding-free networks", latency, draw_latency),
     "detectors": Drawing("Average precision of detectors by the size of objects", detectors, draw_detectors),
     "activations": Drawing(
-        "Mean activations of cifar_resnet20 and cifar_resnet20_pfd behind each stage, for one picture of 32 pixels",
+        "Mean activations of yolov8n and yolov8n_spd at strides 4, 8 and 16, for one drawn picture of blood cells",
         activations,
         draw_activations,
     ),
@@ -456,8 +562,21 @@ def render(drawing: Drawing) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the figures, or with --check says which are not current; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a figure is not current")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="write nothing, exit 1 if a figure is not current")
+    what.add_argument(
+        "--record-activations",
+        type=Path,
+        metavar="RUN",
+        help="first write tools/activations.json: RUN is the folder of a yolov8n trained as yolov8n_spd.bccd was",
+    )
     options = parser.parse_args(argv)
+    if options.record_activations:
+        try:
+            record_activations(options.record_activations)
+        except (OSError, ValueError) as error:
+            print(f"tools/activations.json cannot be written: {error}", file=sys.stderr)
+            return 1
     stale = False
     for name, drawing in DRAWINGS.items():
         file = FIGURES / f"{name}.svg"
