@@ -158,6 +158,7 @@ def test_the_first_image_may_be_lost_like_any_other(tmp_path: Path, capsys: pyte
     assert "train: 7 images" in printed and "1 images cannot be read and are left out" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["data.yaml", "labels/train/train_0.txt"])
 def test_a_byte_order_mark_is_no_part_of_a_text(file: str, tmp_path: Path) -> None:
     before = opened(make_yolo(tmp_path)).counts()

@@ -185,6 +185,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "mine.pth"
 
 
+@pytest.mark.slow
 def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint: Path, capsys: Capture) -> None:
     assert main(["weights", "import", "cifar_resnet20.mine", str(checkpoint)]) == 0
     capsys.readouterr()
@@ -221,6 +222,7 @@ def test_what_was_imported_is_used_pulled_checked_and_deleted(
     assert main(["weights", "rm", "cifar_resnet20.mine"]) == 1
 
 
+@pytest.mark.slow
 def test_pull_gives_the_default_weights_of_a_network(capsys: Capture) -> None:
     assert main(["weights", "pull", "pyconvresnet50_spd"]) == 0
     assert Path(capsys.readouterr().out.strip()).name == "pyconvresnet50_spd.cifar100.safetensors"

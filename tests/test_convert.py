@@ -120,6 +120,7 @@ def test_tensorflows_padding_stays_the_same_function(kernel: int, stride: int) -
     check(AvgPool2dSame(kernel, stride), 4, SPDAvgPool2d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [1, 3, 4, 7])
 @pytest.mark.parametrize("kind", [StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame])
 def test_a_standardised_convolution_stays_the_same_function_and_standardised(kind: Any, kernel: int) -> None:
@@ -266,6 +267,7 @@ def test_a_narrow_pyramid_is_computed_packed_and_right() -> None:
         assert difference(convert_to_spd(net, example_input=x)(x), net(x)) < 1e-4
 
 
+@pytest.mark.slow
 def test_functions_that_downsample_are_reported() -> None:
     net: Any = convert_to_spd(timm.create_model("inception_v3", device="meta"))
     assert [(left.module, left.what) for left in net.spd_report.left] == [
@@ -393,6 +395,7 @@ def test_the_report_counts_and_is_a_table() -> None:
     assert "of their standard deviation" in lines[-1]
 
 
+@pytest.mark.slow
 def test_the_report_stays_with_copies_and_compiled_networks() -> None:
     net = convert_to_spd(small_network())
     assert copy.deepcopy(net).spd_report == net.spd_report
@@ -471,6 +474,7 @@ def test_the_classifier_can_be_replaced_and_gradients_checkpointed() -> None:
     assert isinstance(net.get_submodule(net.pretrained_cfg["first_conv"]), SPDConv2d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [SMALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL[1:])])
 def test_compiles_as_one_graph(name: str) -> None:
     torch.compiler.reset()
@@ -480,6 +484,7 @@ def test_compiles_as_one_graph(name: str) -> None:
         assert difference(torch.compile(net, fullgraph=True, backend="eager")(x), net(x)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [SMALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL[1:])])
 @pytest.mark.parametrize("form", [convert_to_spd, lambda net: fold_spd(convert_to_spd(net))], ids=["spd", "folded"])
 def test_exports_for_any_image_size(name: str, form: Callable[[nn.Module], nn.Module]) -> None:
@@ -645,6 +650,7 @@ def test_the_command_converts_and_predicts_the_same(tmp_path: Path, capsys: pyte
     assert f"error: {tmp_path / 'spd'} exists already; give a new folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_converts_detectors_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = {"input_size": (3, 64, 64)}
     name = saved(small_network("yolov8n", num_classes=3, pretrained_cfg_overlay=cfg), tmp_path / "run")
@@ -678,6 +684,7 @@ def test_nothing_is_written_where_nothing_can_be_converted(tmp_path: Path) -> No
 # Folding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyconvresnet50_spd", "resnet18_spd", "pyconvhgresnet50_spd"])
 def test_networks_that_were_built_with_space_to_depth_fold_too(name: str) -> None:
     net = small_network(name, num_classes=5)

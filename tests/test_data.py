@@ -148,6 +148,7 @@ def dataset_of(label: object, labels: list[object]) -> object:
     return datasets.Dataset.from_dict({"picture": images, "kind": labels}, features=features)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["parquet", "arrow", "saved"])
 def test_a_local_hugging_face_data_set_is_read(hugging_face: Path, form: str) -> None:
     import datasets

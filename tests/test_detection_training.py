@@ -50,6 +50,7 @@ def run(data: Path, out: Path, **changes: Any) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_detector_that_timm_loads_with_the_class_names(folder: Path, tmp_path: Path) -> None:
     result = run(folder, tmp_path / "run")
     net: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
@@ -72,6 +73,7 @@ def test_a_run_leaves_a_detector_that_timm_loads_with_the_class_names(folder: Pa
     assert [row["class"] for row in rows_of(tmp_path / "run" / "per_class.csv")] == NAMES
 
 
+@pytest.mark.slow
 def test_what_is_not_given_is_chosen_for_a_detector(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path / "run", epochs=1, batch_size=None, lr=None, bf16=None)
     stored = make_config({}, tmp_path / "run" / "run.yaml")
@@ -116,6 +118,7 @@ def test_other_detectors_train_and_resume_too(
     assert {"train_box", "train_objectness"} <= row.keys() or {"train_location", "train_class"} <= row.keys()
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_another_one_with_other_classes(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +396,7 @@ def test_anchors_that_fit_stay() -> None:
     assert torch.equal(net.head.anchors, before)
 
 
+@pytest.mark.slow
 def test_new_anchors_belong_to_the_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(box_report, "write", lambda *_: None)
     content = json.loads((folder / "instances_train.json").read_text())
@@ -415,6 +419,7 @@ def test_k_means_finds_the_centres_of_clusters() -> None:
     assert sorted(found.sum(1).round().tolist()) == [0, 10, 10]
 
 
+@pytest.mark.slow
 def test_a_detector_takes_images_without_any_object(tmp_path: Path) -> None:
     data = make_yolo(tmp_path / "data", train=8, val=2)
     for i in range(5):

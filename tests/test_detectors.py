@@ -97,6 +97,7 @@ def test_the_maps_of_ssd_have_the_recorded_sizes(case: dict[str, Any]) -> None:
     assert net.map_sizes(tuple(case["input"]["shape"][2:])) == [tuple(size) for size in case["feature_maps"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if "macs" in case], ids=lambda case: case["id"])
 def test_costs_what_the_authors_network_costs(case: dict[str, Any]) -> None:
     net = timm.create_model(case["model"], device="meta", **case["model_args"])
@@ -602,6 +603,7 @@ def test_the_layers_that_depend_on_classes_are_the_last_ones_and_narrow_branches
     assert "head.cv3.2.0.conv.weight" in narrow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WAYS, "yolov8s_spd"])
 def test_reset_classifier_changes_what_depends_on_the_number_of_classes_alone(name: str) -> None:
     net = random_network(name, num_classes=80)

@@ -38,6 +38,7 @@ def assert_described(metadata: dict[str, str]) -> None:
     assert "shorter side has 40 pixels; cut out the 32x32 pixels in the middle" in metadata["preprocessing"]
 
 
+@pytest.mark.slow
 def test_an_onnx_file_computes_the_same_for_any_number_of_images(run: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
     assert main(["export", str(run), "--to", "onnx"]) == 0
@@ -50,6 +51,7 @@ def test_an_onnx_file_computes_the_same_for_any_number_of_images(run: Path) -> N
     assert not list(run.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_pt2_file_computes_the_same_for_any_number_of_images(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -63,6 +65,7 @@ def test_a_pt2_file_computes_the_same_for_any_number_of_images(
     assert_described(json.loads(extra["metadata.json"]))
 
 
+@pytest.mark.slow
 def test_the_image_size_may_be_another(run: Path, tmp_path: Path) -> None:
     program = torch.export.load(export(str(run), "pt2", tmp_path / "net.pt2", image_size=48))
     assert program.module()(torch.randn(2, 3, 48, 48)).shape == (2, 3)

@@ -75,6 +75,7 @@ def logits_of(net: Any, images: Tensor) -> Tensor:
         return net(images)
 
 
+@pytest.mark.slow
 def test_datasets_gives_the_images_and_takes_the_predictions(by_datasets: dict[str, Any]) -> None:
     import datasets
 
@@ -89,6 +90,7 @@ def test_datasets_gives_the_images_and_takes_the_predictions(by_datasets: dict[s
         assert row["confidence"] == pytest.approx(top[row["prediction"]], abs=0.01)
 
 
+@pytest.mark.slow
 def test_transformers_computes_what_timm_does(run: Any) -> None:
     pytest.importorskip("transformers", reason=MISSING)
     shutil.copy(ROOT / "examples" / "rocket.jpg", "photo.jpg")
@@ -108,6 +110,7 @@ def test_transformers_still_cannot_read_what_timm_saves(tmp_path: Path) -> None:
         transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_segmentation_network_is_trained_with_a_pretrained_encoder() -> None:
     pytest.importorskip("segmentation_models_pytorch", reason=MISSING)
     torch.manual_seed(0)
@@ -132,6 +135,7 @@ def test_a_segmentation_network_is_told_how_many_maps_there_are() -> None:
         assert logits_of(net, noise(1, 3, 32, 32)).shape == (1, 2, 32, 32)
 
 
+@pytest.mark.slow
 def test_detectors_of_torchvision_are_trained_on_our_maps() -> None:
     torch.manual_seed(0)
     images = torch.rand(2, 3, 64, 64)
@@ -149,6 +153,7 @@ def test_detectors_of_torchvision_are_trained_on_our_maps() -> None:
         assert found["boxes"].shape[1] == 4
 
 
+@pytest.mark.slow
 def test_onnxruntime_and_openvino_compute_what_the_network_does(run: Any) -> None:
     for library in ("onnxruntime", "onnxscript", "openvino"):
         pytest.importorskip(library, reason=MISSING)
@@ -201,6 +206,7 @@ def test_the_page_says_how_right_int8_classifiers_are(name: str, quantized: Call
     assert [float(cell) for cell in row[1].split("|")] == pytest.approx(list(figures), abs=0.5)  # kernels round apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), [("yolov8_spd", "yolov8n_spd"), ("ssd_small", "ssd_mobilenetv1")])
 def test_an_int8_detector_sees_the_same_in_images(
     family: str, name: str, save: Callable[..., Path], quantized: Callable[..., Any]

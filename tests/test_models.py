@@ -46,9 +46,8 @@ def twins() -> list[Any]:
     """Every case with its network and, where there is one, the network with space-to-depth that computes the same."""
     params = []
     for case in CASES:
-        marks = [pytest.mark.slow] if case["macs"] > 1.3e9 or case["params"] > 5e7 else []
         for name in {case["model"], f"{case['model']}_spd"} & set(NETWORKS):
-            params.append(pytest.param(case, name, marks=marks, id=f"{case['id']}-{name}"))
+            params.append(pytest.param(case, name, marks=SLOW[name], id=f"{case['id']}-{name}"))
     return sorted(params, key=lambda param: str(param.id))
 
 
@@ -161,6 +160,7 @@ def test_a_file_brings_its_own_number_of_classes(case: dict[str, Any], save: Any
 # Weights that do not fit
 
 
+@pytest.mark.slow
 def test_a_missing_tensor_is_refused_even_with_another_number_of_classes(save: Any) -> None:
     tensors = originals(case_of("pyconvresnet18"))
     del tensors["layer3.1.bn2.running_var"]
@@ -168,6 +168,7 @@ def test_a_missing_tensor_is_refused_even_with_another_number_of_classes(save: A
         load("pyconvresnet18", save(tensors), num_classes=7)
 
 
+@pytest.mark.slow
 def test_a_surplus_tensor_is_refused_even_with_another_number_of_classes(save: Any) -> None:
     tensors = originals(case_of("pyconvresnet18"))
     tensors["layer1.2.bn1.bias"] = torch.zeros(64)
@@ -232,6 +233,7 @@ def test_the_import_refuses_to_take_a_name_from_timm() -> None:
 # Any image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_any_image_size_works(name: str) -> None:
     smallest = ((61, 97), (64, 63)) if name.endswith(PADDING_FREE) or name in FIXED_SIZE else ((1, 1), (17, 9))
@@ -249,6 +251,7 @@ def test_images_too_small_for_padding_free_downsampling_are_refused(name: str) -
         timm.create_model(name)(torch.zeros(2, 3, 5, 9) if name.startswith("cifar_") else torch.zeros(2, 3, 9, 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIXED_SIZE)
 def test_images_of_another_size_than_the_network_was_created_for_are_refused(name: str) -> None:
     for kwargs in ({}, {"features_only": True}):
@@ -316,6 +319,7 @@ def test_attention_biases_loaded_after_a_prediction_are_used() -> None:
         assert torch.equal(other(x), net(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_parameter_trains(name: str) -> None:
     torch.manual_seed(0)
@@ -352,6 +356,7 @@ def test_pretrained_weights_are_adapted_to_other_image_channels(name: str, save:
         assert_close(load(name, file, in_chans=4, **size)(x), expected)
 
 
+@pytest.mark.slow
 def test_strided_weights_are_adapted_to_grey_images_in_space_to_depth_networks(save: Any) -> None:
     for strided, spd in SPD_TWINS:
         net = random_network(strided, num_classes=5)
@@ -413,6 +418,7 @@ def test_another_number_of_classes_keeps_everything_but_the_classifier(name: str
                 assert_close(output, source.forward_head(source.forward_features(x), pre_logits=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_global_pool_chooses_what_the_classifier_reads(name: str) -> None:
     x = noise(2, 3, 64, 80)
@@ -551,6 +557,7 @@ def test_features_only_gives_the_maps_asked_for(name: str, save: Any) -> None:
                 assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_forward_intermediates_gives_the_maps_asked_for(name: str) -> None:
     net = random_network(name)
@@ -630,6 +637,7 @@ def test_resnet_spd_refuses_any_output_stride_but_its_own(name: str) -> None:
 # Graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_compiles_as_one_graph(name: str) -> None:
     torch.compiler.reset()
@@ -662,6 +670,7 @@ def test_trains_compiled_in_bf16() -> None:
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_exports_for_any_batch_and_image_size_above_32(name: str) -> None:
     net = random_network(name, num_classes=5)
@@ -731,6 +740,7 @@ def test_a_fresh_network_draws_each_level_by_its_own_channels(name: str) -> None
             assert not module.bias.any(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PYCONV)
 @pytest.mark.parametrize("zero", [False, True])
 def test_zero_init_residual_zeroes_the_last_norm_of_bottlenecks(name: str, zero: bool) -> None:

@@ -183,6 +183,7 @@ def grow(cls: type[nn.Module], tensors: dict[str, Tensor]) -> nn.Module:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("averaged", "old_format"), [(False, False), (True, False), (True, True)])
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code:UserWarning")  # torch's, when it saves such a class
 def test_a_whole_network_is_imported_without_its_classes(foreign, tensors, tmp_path, monkeypatch, averaged, old_format):
@@ -242,6 +243,7 @@ def test_numbers_that_overflow_in_the_network_are_refused(tensors, tmp_path):
         import_weights(NAME, save(large, tmp_path / "a.pth"), tmp_path)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_it_does_fit(tensors, tmp_path):
     with pytest.raises(WeightsError, match=r"does not fit cifar_resnet20_pfd\.theirs: .*; it fits cifar_resnet20$"):
         import_weights("cifar_resnet20_pfd.theirs", save(tensors, tmp_path / "a.pth"), tmp_path)
@@ -257,6 +259,7 @@ def test_a_name_that_is_none_is_refused(tensors, tmp_path, name):
         import_weights(name, save(tensors, tmp_path / "a.pth"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_refused_file_leaves_nothing_behind(tensors, tmp_path):
     cache = tmp_path / "cache"
     save(tensors, tmp_path / "a.pth")
@@ -289,6 +292,7 @@ def test_the_last_import_under_a_name_counts_and_brings_its_classes(tensors, tmp
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_tag_is_found_where_there_is_no_default(tmp_path):
     torch.manual_seed(0)
     theirs = timm.create_model("pyconvresnet18", num_classes=7).state_dict()
@@ -373,6 +377,7 @@ def drive(monkeypatch: pytest.MonkeyPatch, tensors, tmp_path) -> Iterator[DriveD
         yield server
 
 
+@pytest.mark.slow
 def test_the_authors_file_is_downloaded_converted_and_kept(drive, private, tmp_path):
     entry = private(original_link=DRIVE)
     with pytest.warns(UserWarning, match="nobody here has seen the file before"):
@@ -397,6 +402,7 @@ def test_googles_question_about_viruses_is_answered(drive, private, tmp_path):
     assert any("confirm=t" in request for request in drive.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_drive_that_is_busy_once_is_asked_again(drive, private, tmp_path, status):
     drive.failures = [status]
@@ -439,6 +445,7 @@ def test_what_cannot_be_downloaded_is_to_be_got_by_hand(drive, private, tmp_path
     assert drive.requests == []
 
 
+@pytest.mark.slow
 def test_a_link_is_imported_over_http(tensors, tmp_path, monkeypatch):
     content = save(tensors, tmp_path / "a.pth").read_bytes()
     with hub_double() as server, server.replace(monkeypatch):
@@ -453,6 +460,7 @@ def test_a_link_is_imported_over_http(tensors, tmp_path, monkeypatch):
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
 
 
+@pytest.mark.slow
 def test_timms_own_network_loads_what_is_pulled_for_it(tmp_path, monkeypatch):
     theirs = timm.create_model("resnet50")
     content = save(theirs.state_dict(), tmp_path / "a.pth")

@@ -240,6 +240,7 @@ def test_a_saved_folder_with_broken_weights_is_refused(saved: str, tmp_path: Pat
         next(predict(f"local-dir:{tmp_path}", [tmp_path]))
 
 
+@pytest.mark.slow
 def test_a_saved_folder_with_another_networks_name_is_refused(saved: str, tmp_path: Path) -> None:
     folder = Path(saved.removeprefix("local-dir:"))
     config = json.loads((folder / "config.json").read_text())

@@ -131,6 +131,7 @@ def error_of(capsys: Capture, *arguments: str) -> str:
 # From the command to the network
 
 
+@pytest.mark.slow
 def test_publishing_uploads_in_one_commit_and_pins_it(hub: HubDouble, checkout: Checkout, capsys: Capture) -> None:
     before = checkout.path.read_text()
     assert main(COMMAND) == 0
@@ -192,6 +193,7 @@ def test_a_second_run_changes_nothing(hub: HubDouble, checkout: Checkout, capsys
     assert writes(hub) == []
 
 
+@pytest.mark.slow
 def test_what_has_changed_is_committed_and_pinned_again(hub: HubDouble, checkout: Checkout) -> None:
     assert main(COMMAND) == 0
     checkout.enter(metrics=[METRIC])
@@ -215,6 +217,7 @@ def test_several_weights_are_published_and_the_refused_are_named(
     ]
 
 
+@pytest.mark.slow
 def test_weights_of_the_package_stay_there_and_get_a_mirror(hub: HubDouble, checkout: Checkout) -> None:
     checkout.monkeypatch.setattr(sys.modules["spd_zoo.weights.fetch"], "BUNDLED", checkout.file.parent)
     checkout.enter(source=f"bundled:{checkout.file.name}")
@@ -227,6 +230,7 @@ def test_weights_of_the_package_stay_there_and_get_a_mirror(hub: HubDouble, chec
     jsonschema.validate(json.loads(checkout.path.read_text()), SCHEMA)
 
 
+@pytest.mark.slow
 def test_a_note_that_publishing_refutes_is_taken_out(hub: HubDouble, checkout: Checkout) -> None:
     for notes, left in (
         (publish.UNSEEN, None),
@@ -284,6 +288,7 @@ def test_after_a_failure_the_next_run_does_the_rest(
     assert len([request for request in hub.requests if request.startswith("PUT")]) == 1 - uploaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503, None], ids=str)
 @pytest.mark.parametrize("route", RETRIED)
 def test_what_passes_soon_does_not_stop_an_upload(
@@ -413,6 +418,7 @@ def test_weights_that_are_not_the_networks_are_refused(hub: HubDouble, checkout:
     assert writes(hub) == []
 
 
+@pytest.mark.slow
 def test_a_manifest_that_cannot_take_the_address_is_refused_before_anything_is_sent(
     hub: HubDouble, checkout: Checkout, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,6 +450,7 @@ def test_writing_what_the_manifest_says_already_changes_no_byte(tmp_path: Path) 
 # Dry runs
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_all_and_opens_no_connection(
     hub: HubDouble, checkout: Checkout, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,6 +565,7 @@ def test_the_configuration_makes_the_network_as_timm_and_transformers_do(name: s
     assert by_timm.pretrained_cfg["input_size"] == net.pretrained_cfg["input_size"]
 
 
+@pytest.mark.slow
 def test_the_repository_has_no_path_of_this_machine(hub: HubDouble, checkout: Checkout) -> None:
     assert main(COMMAND) == 0
     for name in ("README.md", "config.json"):
@@ -585,6 +593,7 @@ def test_a_release_pins_what_is_not_pinned_and_leaves_it_the_next_time(
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_release_goes_from_the_authors_link_to_a_pinned_manifest(
     hub: HubDouble, checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

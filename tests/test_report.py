@@ -178,6 +178,7 @@ def test_the_report_is_one_page_that_stands_alone(folders: Path, tmp_path: Path)
     assert len(list(csv.reader(io.StringIO((tmp_path / "confusion.csv").read_text(encoding="utf-8"))))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_browser_without_network_shows_all_of_the_report(folders: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -118,6 +118,7 @@ def test_memory_of_a_step_counts_its_weights_and_maps(capsys: pytest.CaptureFixt
     assert weights < row["MiB plain"] < 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["yolov5n_spd", "yolov8n_spd"])
 def test_a_detector_is_timed_with_its_suppression(network: str, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--image-size", "64", "--batch", "2", "--rounds", "1", "--threads", str(torch.get_num_threads())]
@@ -175,6 +176,7 @@ def test_every_box_becomes_an_image_of_its_class(tmp_path: Path) -> None:
     assert {read_image(image).size for image in images} == {(4, 5)}
 
 
+@pytest.mark.slow
 def test_starts_are_compared_on_the_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = []
 

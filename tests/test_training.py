@@ -52,6 +52,7 @@ def run(data: Path, out: Path, **changes: Any) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders: Path, tmp_path: Path) -> None:
     result = run(folders, tmp_path / "run", epochs=8, batch_size=4, lr=2e-3, image_size="16,32@2")
     assert result.metrics["top1"] > 60  # three colours; chance is 33
@@ -94,6 +95,7 @@ EVERYTHING = {  # all that has a state or draws at random
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
@@ -110,12 +112,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     assert len(json.loads((tmp_path / "stopped" / "environment.json").read_text())) == 4
 
 
+@pytest.mark.slow
 def test_saving_within_an_epoch_changes_nothing(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "seldom")
     run(folders, tmp_path / "often", save_minutes=0)
     assert same_run(tmp_path / "seldom", tmp_path / "often")
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "one", epochs=1)
     run(folders, tmp_path / "other", epochs=1, seed=1)
@@ -239,6 +243,7 @@ def test_training_works_outside_the_main_thread(folders: Path, tmp_path: Path) -
     assert results
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_the_checkpoint(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(folders, out, epochs=1)
@@ -257,6 +262,7 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint(folders: Path, tmp_path: 
     run(folders, out, epochs=2)
 
 
+@pytest.mark.slow
 def test_data_that_vanishes_is_said_and_leaves_the_checkpoint(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +292,7 @@ def test_a_run_does_not_go_on_with_other_data(folders: Path, tmp_path: Path) -> 
         run(folders, tmp_path / "run", epochs=1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_data_has_moved_to(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
     run(folders.rename(tmp_path / "elsewhere"), tmp_path / "run", epochs=1)
@@ -386,6 +393,7 @@ def changed(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor]) -> set
     return {".".join(key.split(".")[:2]) for key in keys if not torch.equal(start[key], end[key])}
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_and_the_head_learns_first(folders: Path, tmp_path: Path) -> None:
     start = weights_of_untrained()
     run(folders, tmp_path / "frozen", epochs=1, freeze="stem,stages.0")
@@ -405,6 +413,7 @@ def weights_of_untrained() -> dict[str, torch.Tensor]:
     return timm.create_model("cifar_resnet20", num_classes=3).state_dict()
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_network(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([20.0, 40.0, 30.0, 40.0, 35.0])
     score = evaluate.score
@@ -421,6 +430,7 @@ def test_early_stopping_keeps_the_best_network(folders: Path, tmp_path: Path, mo
     assert all(torch.equal(kept[key], states[1][key]) for key in kept)
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_are_one_step(folders: Path, tmp_path: Path) -> None:
     still = {"model": "test_convnext", "opt": "sgd", "lr": 0.1, "epochs": 1, "image_size": "32"}  # no BatchNorm
     losses = {}
@@ -452,6 +462,7 @@ def test_the_memory_of_a_step_is_about_what_is_measured() -> None:
     assert next(net.parameters()).device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_a_stream_that_was_stopped_goes_on_to_the_same_bits(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,6 +505,7 @@ def test_class_weights_count_the_same_in_every_batch(folders: Path) -> None:
         classification.Task(net, config(folders, folders, class_weights="1,2"), few, cpu)
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "plain", epochs=1)
     run(folders, tmp_path / "ema", epochs=1, ema=0.5)
@@ -504,6 +516,7 @@ def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None
     assert not torch.equal(kept["head.fc.weight"], plain["head.fc.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "first", epochs=1)
     still = {"pretrained": None, "epochs": 1, "lr": 1e-12, "weight_decay": 0.0}
@@ -512,6 +525,7 @@ def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None
     assert all(torch.allclose(first[key], second[key]) for key in first if "running" not in key and "num" not in key)
 
 
+@pytest.mark.slow
 def test_layers_in_front_learn_slower(folders: Path, tmp_path: Path) -> None:
     start, slow = weights_of_untrained(), {"opt": "momentum", "momentum": 0.0, "weight_decay": 0.0, "epochs": 1}
     run(folders, tmp_path / "even", **slow, lr=1e-4)
@@ -533,6 +547,7 @@ def test_gradients_are_clipped(folders: Path, tmp_path: Path) -> None:
     assert 0 < moved <= 3.1e-4  # three steps
 
 
+@pytest.mark.slow
 def test_mixup_and_arguments_of_the_network_are_used(folders: Path, tmp_path: Path) -> None:
     options = {"mixup": 0.2, "cutmix": 1.0, "model": "pyconvresnet50", "model_args": "zero_init_residual=true"}
     run(folders, tmp_path / "run", epochs=1, lr=1e-9, **options)
@@ -555,6 +570,7 @@ def lr_of(run: Path) -> list[float]:
     return [float(row["lr"]) for row in rows_of(run / "metrics.csv")]
 
 
+@pytest.mark.slow
 def test_a_multistep_schedule_divides_the_learning_rate_at_its_epochs(folders: Path, tmp_path: Path) -> None:
     steps = {"sched": "multistep", "decay_epochs": "1,3", "opt": "momentum", "lr": 0.1, "decay_all": True}
     run(folders, tmp_path / "tenth", epochs=4, crop_padding=2, **steps)
@@ -563,6 +579,7 @@ def test_a_multistep_schedule_divides_the_learning_rate_at_its_epochs(folders: P
     assert lr_of(tmp_path / "fifth") == pytest.approx([0.1, 0.02, 0.02, 0.004])
 
 
+@pytest.mark.slow
 def test_a_cosine_between_epochs_ends_above_its_floor(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=4, opt="sgd", lr=1.0, min_lr=0.1, sched_epochs=True)
     expected = [0.1 + 0.9 * (1 + torch.tensor(epoch * torch.pi / 4).cos().item()) / 2 for epoch in range(4)]
@@ -681,6 +698,7 @@ def test_what_must_be_given_is_said() -> None:
         make_config({}, "mine")
 
 
+@pytest.mark.slow
 def test_training_adds_the_regularization_of_bsconvs_networks(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -695,6 +713,7 @@ def test_training_adds_the_regularization_of_bsconvs_networks(
     assert losses == 3 * [0.1]
 
 
+@pytest.mark.slow
 def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: Path, tmp_path: Path) -> None:
     options = {"model": "cifar_parc_mobilenetv2_pfd", "epochs": 1}
     run(folders, tmp_path / "run", image_size="48", **options)

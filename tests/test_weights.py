@@ -310,6 +310,7 @@ def test_features_are_refused_a_checkpoint_that_does_not_fit(small, tmp_path):
         load(tmp_path / "a.safetensors", features_only=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_family_is_refused(checkpoint):
     with pytest.raises(WeightsError, match=r"does not fit resnet18_spd: .*it fits pyconvresnet18$"):
         load(checkpoint, "resnet18_spd")
@@ -384,6 +385,7 @@ def test_a_saved_network_is_loaded_again(tmp_path, caplog, name, in_chans):
     assert warnings_of_loading(caplog) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar_resnet20", "yolov8n_spd"])
 def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_path, name):
     net = timm.create_model(name, num_classes=3)
@@ -465,6 +467,7 @@ def test_a_file_got_by_hand_is_loaded_under_its_tag(tmp_path):
     assert torch.equal(loaded.head.fc.weight, load_file(tmp_path / "a.safetensors")["head.fc.weight"])
 
 
+@pytest.mark.slow
 def test_a_file_without_a_tag_is_not_taken_for_the_default_weights(tmp_path):
     """Here resnet50_spd.spd_tiny_in200 stands for a default whose input differs from the network's own."""
     net = timm.create_model("resnet50_spd", num_classes=7)
@@ -477,6 +480,7 @@ def test_a_file_without_a_tag_is_not_taken_for_the_default_weights(tmp_path):
     assert (tagged.pretrained_cfg["input_size"], tagged.pretrained_cfg["tag"]) == ((3, 64, 64), "spd_tiny_in200")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["truncated", "missing"])
 def test_a_broken_file_in_a_folder_or_in_the_callers_configuration_is_named(tmp_path, broken):
     net = timm.create_model("resnet18_spd", num_classes=7)

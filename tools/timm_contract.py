@@ -60,9 +60,16 @@ NOT_APPLICABLE = {
 
 
 @cache
+def _made(name: str) -> nn.Module:
+    """A network without numbers, to see what it is made of."""
+    made: nn.Module = timm.create_model(name, device="meta")
+    return made
+
+
+@cache
 def own_networks(kind: type[nn.Module]) -> list[str]:
     """Our networks of a kind, `Classifier` or `DetectionNet`, by name, each architecture's from shallow to deep."""
-    return [name for name in fit.own_networks() if isinstance(timm.create_model(name, device="meta"), kind)]
+    return [name for name in fit.own_networks() if isinstance(_made(name), kind)]
 
 
 def one_per_architecture(names: Sequence[str]) -> list[str]:
@@ -70,7 +77,7 @@ def one_per_architecture(names: Sequence[str]) -> list[str]:
     parts: dict[str, set[Any]] = {}
     depth: dict[str, int] = {}
     for name in names:
-        modules = list(timm.create_model(name, device="meta").modules())
+        modules = list(_made(name).modules())
         parts[name] = {(type(modules[0]), type(m), type(child)) for m in modules for child in m.children()}
         depth[name] = len(modules)
     chosen: list[str] = []
