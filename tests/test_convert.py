@@ -32,6 +32,10 @@ ROOT = Path(__file__).parent.parent
 RECORDED = [json.loads(line) for line in convert_report.RECORD.read_text().splitlines()]
 COMPARED = [row for row in RECORDED if "left_out" not in row]
 # together every kind of layer: plain, grouped, strided by 4, TensorFlow's padding, weight standardised; every pooling
+AGAIN = [row["network"] for row in COMPARED if row["params"][0] < 4e6 or row["left"]]
+AGAIN = [
+    pytest.param(name, marks=pytest.mark.exhaustive if i % 4 else pytest.mark.slow) for i, name in enumerate(AGAIN)
+]
 SMALL = ["test_resnet", "test_byobnet", "test_convnext", "test_nfnet", "tf_mobilenetv3_small_minimal_100"]
 SIZES = [(8, 8), (13, 13), (14, 11), (15, 22), (16, 9)]
 
@@ -218,8 +222,7 @@ def test_a_converted_network_predicts_what_the_original_predicts(name: str) -> N
         assert row[kind]["moved"] > 0.01  # the new weights matter
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [row["network"] for row in COMPARED if row["params"][0] < 4e6 or row["left"]])
+@pytest.mark.parametrize("name", AGAIN)
 def test_what_was_recorded_comes_out_again(name: str) -> None:
     (recorded,) = [row for row in COMPARED if row["network"] == name]
     row = convert_report.compare(name)

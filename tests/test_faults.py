@@ -54,7 +54,7 @@ def test_the_report_notices_what_is_believed(bench: Bench, monkeypatch: pytest.M
     assert results == {("timm", "BELIEVED"), ("weights import", "refused")}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_fault_is_survived(bench: Bench, group: str) -> None:
     first = "timm" if group in ("network", "disk") else None  # the other entry points: the report, and the few above

@@ -39,7 +39,7 @@ FAST = {timm.model_entrypoint(name).__module__: name for name in reversed(ARCHIT
 SLOW = {name: [] if name in FAST else pytest.mark.slow for name in NETWORKS}
 EACH = [pytest.param(name, marks=SLOW[name]) for name in ARCHITECTURES]
 FEW = [pytest.param(name, marks=SLOW[name] if "pyconv" in name else pytest.mark.slow) for name in ARCHITECTURES]
-ALL = [pytest.param(name, marks=SLOW[name]) for name in NETWORKS]
+ALL = [*EACH, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in NETWORKS if name not in ARCHITECTURES)]
 
 
 def twins() -> list[Any]:
