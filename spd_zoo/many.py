@@ -2,8 +2,8 @@
 
 The images are cut into parts of `save_every`. What is found in a part appears in the folder `<results>.parts` at once
 and whole, so whatever ends the command, even SIGKILL, the same command goes on behind the finished parts. Of several
-processes (torchrun) each computes every n-th part; they need not wait for each other, for whichever finds all parts
-there makes one file of them.
+processes (torchrun) each computes every n-th part, and whichever finds all parts there makes one file of them. The
+first process keeps the others' commands out, by a lock, until all processes are done.
 """
 
 import copy
@@ -14,8 +14,10 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +37,8 @@ from tqdm import tqdm
 from spd_zoo import __version__
 from spd_zoo.detect import Detections, Detector, Placement
 from spd_zoo.images import read_image
-from spd_zoo.predict import Predictor
-from spd_zoo.training.data import DataError, LabelledImages, open_data
+from spd_zoo.predict import Predictor, transform_errors
+from spd_zoo.training.data import DataError, LabelledImages, leave_ctrl_c_to_parent, open_data
 from spd_zoo.training.process import Process
 
 __all__ = [
@@ -56,6 +58,8 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 
 Row: TypeAlias = "dict[str, Any]"
 File: TypeAlias = "str | BytesIO"  # a path or the bytes
+
+_GOES_ON = "finished parts are kept, and the same command goes on from there"
 
 
 class ManyError(ValueError):
@@ -189,7 +193,9 @@ def _row(size: tuple[int, ...], found: Detections) -> Row:
 
 
 def _read_view(detector: Detector, file: File) -> tuple[Tensor, Placement]:
-    (view,) = detector.views(read_image(file))
+    image = read_image(file)
+    with transform_errors(image):
+        (view,) = detector.views(image)
     return view
 
 
@@ -240,13 +246,13 @@ def write(
         overwrite: Whether a file that is there is replaced at the end.
 
     Returns:
-        What the file has; None if other processes have yet to finish their parts, the last of which makes the file.
+        What the file has; None if another process, the last that finished its parts, made the file.
 
     Raises:
-        ManyError: If the file is there, results of other images or options are in its way, or it cannot be written.
+        ManyError: If the file is there, something else is in its way, it cannot be written, or a process died.
         Stopped: If SIGINT or SIGTERM came.
     """
-    parts = _Parts(results, len(images), save_every, task.columns)
+    parts = _Parts(results, len(images), save_every, task.columns, overwrite)
     job = {"images": _digest(images), "save_every": save_every, "version": __version__} | task.about
     job = json.loads(json.dumps(job))
     lock = FileLock(parts.folder.with_name(f".{results.name}.lock"))
@@ -254,7 +260,7 @@ def write(
         complaint, missing = "", []
         if process.first:
             try:
-                parts.begin(job, overwrite, lock)
+                parts.begin(job, lock)
                 missing = parts.missing()
             except (ManyError, OSError) as error:
                 complaint = str(error)
@@ -268,41 +274,54 @@ def write(
         total = sum(len(parts.rows(part)) for part in share)
         done = total - sum(len(parts.rows(part)) for part in todo)
         with (
-            _signals_stop(),
+            _signals_stop() as signals,
             tqdm(total=total, initial=done, unit="image", leave=False, disable=None if process.first else True) as bar,
         ):
             try:
                 for part, rows in _computed(images, task, parts, todo, workers, bar):
                     parts.save(part, rows)
                     done += len(rows)
-                return parts.merge()
-            except Stopped as stopped:
-                raise Stopped(stopped.number, f"stopped with {done:,} of {total:,} images done") from stopped
+                summary = parts.merge()
+                _wait_for_all(process)
+                return summary
+            except (Stopped, RuntimeError) as error:
+                if signals:  # the reading processes may have got the signal, too, and then torch raises of them
+                    raise Stopped(signals[0], f"stopped with {done:,} of {total:,} images done") from error
+                reason = str(error).strip().partition("\n")[0]
+                if not reason.startswith("DataLoader worker (pid"):
+                    raise
+                raise ManyError(
+                    f"a process that reads images ended: {reason}; where memory was short, give fewer --workers; "
+                    + _GOES_ON
+                ) from error
     finally:
-        if lock.is_locked:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()  # and leave the file: who deletes it parts those that hold it from those that come
+
+
+def _wait_for_all(process: Process) -> None:
+    """Returns when all processes are done, so that the first one's lock holds until then."""
+    try:
+        process.together(None)
+    except RuntimeError as error:  # torch's, at once when one of them has ended
+        raise ManyError(f"another of the {process.world} processes ended before it was done; {_GOES_ON}") from error
 
 
 @contextmanager
-def _signals_stop() -> Iterator[None]:
-    """Raises `Stopped` where SIGINT or SIGTERM comes."""
+def _signals_stop() -> Iterator[list[int]]:
+    """Raises `Stopped` where SIGINT or SIGTERM comes; gives the list of those that came."""
+    came: list[int] = []
 
     def stop(number: int, _: Any) -> None:
+        came.append(number)
         raise Stopped(number)
 
     here = threading.current_thread() is threading.main_thread()  # where alone Python lets one ask for signals
     usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if here}
     try:
-        yield
+        yield came
     finally:
         for number, action in usual.items():
             signal.signal(number, action)
-
-
-def _leave_signals_to_parent(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _computed(
@@ -312,11 +331,11 @@ def _computed(
     batches = [rows[i : i + task.at_once] for rows in map(parts.rows, todo) for i in range(0, len(rows), task.at_once)]
     reading = _Reading(images, task)
     loader: DataLoader[Any] = DataLoader(
-        reading, batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=_leave_signals_to_parent
+        reading, batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=leave_ctrl_c_to_parent
     )
     empty = dict.fromkeys(task.columns)
     rows: list[Row] = []
-    for batch, (inputs, errors) in zip(batches, _explained(loader), strict=True):
+    for batch, (inputs, errors) in zip(batches, loader, strict=True):
         computed = iter(task.compute(inputs) if inputs is not None else [])
         for index, error in zip(batch, errors, strict=True):
             path = images.name(index).encode(errors="backslashreplace").decode()  # file names need not be text
@@ -346,17 +365,6 @@ class _Reading(Dataset[Any]):
         return (self.join(inputs) if inputs else None), errors
 
 
-def _explained(loader: DataLoader[Any]) -> Iterator[Any]:
-    try:
-        yield from loader
-    except RuntimeError as error:  # torch's, where a reading process died
-        reason = str(error).strip().partition("\n")[0]
-        raise ManyError(
-            f"a process that reads images ended: {reason}; where memory was short, give fewer --workers; "
-            "finished parts are kept, and the same command goes on from there"
-        ) from error
-
-
 def _digest(images: Images) -> str:
     """How many images there are, and a digest of their names, and labels if they have any."""
     digest = hashlib.blake2b(digest_size=16)
@@ -376,15 +384,17 @@ class _Parts:
     """The folder of finished parts, `<results>.parts`; while they are merged it is called `<results>.merging`.
 
     Every file appears in it whole: it is written under another name, flushed to the disk, and renamed. `job.json` is
-    the first one; nothing in a folder without it counts.
+    the first one; nothing in a folder without it counts. `whole.json` is the last one, and says how large and how old
+    the file of results will be that is about to appear.
     """
 
-    def __init__(self, results: Path, images: int, size: int, columns: dict[str, Any]) -> None:
+    def __init__(self, results: Path, images: int, size: int, columns: dict[str, Any], overwrite: bool) -> None:
         if results.suffix not in FORMATS:
             raise ManyError(f"{results} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
         if results.suffix == ".parquet":
             import pyarrow.parquet  # noqa: F401  (where it is missing, this says so now and not at the end)
-        self.results, self.images, self.size, self.columns = results, images, size, columns
+        self.results, self.images, self.size = results, images, size
+        self.columns, self.overwrite = columns, overwrite
         self.folder = results.with_name(f"{results.name}.parts")
         self.merging = results.with_name(f"{results.name}.merging")
         self.count = math.ceil(images / size)
@@ -393,34 +403,62 @@ class _Parts:
         """The numbers of the part's images."""
         return range(part * self.size, min((part + 1) * self.size, self.images))
 
-    def begin(self, job: dict[str, Any], overwrite: bool, lock: FileLock) -> None:
+    def begin(self, job: dict[str, Any], lock: FileLock) -> None:
         """Makes the folder, or makes sure that what is in it belongs to the same `job`."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise ManyError(f"another command is writing {self.results}; wait for it, or give another file") from None
-        if self.merging.exists() and not self.folder.exists():
+        self._refuse_foreign_files()
+        if self.merging.exists():
+            if self.folder.exists():
+                raise ManyError(f"{self.merging} and {self.folder} are both there; delete one of them")
             self.merging.rename(self.folder)
         begun = self._begun()
-        if self.results.exists():
-            if begun is not None and not begun["replaces"]:  # stopped when the results were whole
-                shutil.rmtree(self.folder)
-                begun = None
-            if not overwrite:
-                raise ManyError(f"{self.results} is there already; give another file, or --overwrite to replace it")
+        if begun is not None and self._is_whole():  # stopped when the results were whole
+            shutil.rmtree(self.folder)
+            begun = None
+        self._refuse_results()
         if begun is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
             self.folder.mkdir()
-            text = json.dumps(job | {"replaces": self.results.exists()}, indent=1).encode()
-            self._write("job.json", lambda file: file.write(text))
+            self._write("job.json", lambda file: file.write(json.dumps(job, indent=1).encode()))
             return
-        del begun["replaces"]
         if begun != job:
             raise ManyError(
                 f"{self.folder} holds unfinished results that differ in {_differences(job, begun)}; finish them with "
                 "the command that began them, delete that folder, or give another file"
             )
+        for file in self.folder.glob("*.tmp"):  # of processes that were killed
+            file.unlink()
+
+    def _refuse_foreign_files(self) -> None:
+        """Raises ManyError if a folder of parts holds anything that is not written here."""
+        ours = re.compile(rf"(job\.json|whole\.json|\d{{8}}\.jsonl|{re.escape(self.results.name)})(\..+\.tmp)?")
+        for folder in (self.folder, self.merging):
+            names = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
+            foreign = next((name for name in names if not ours.fullmatch(name) or name == self.results.name), None)
+            if foreign is not None:
+                raise ManyError(
+                    f"{folder} is where unfinished results go, but it holds {foreign}, which is none; move that away, "
+                    "or give another file"
+                )
+
+    def _refuse_results(self) -> None:
+        """Raises ManyError if there are results that must stay."""
+        if self.results.exists() and not self.overwrite:
+            raise ManyError(f"{self.results} is there already; give another file, or --overwrite to replace it")
+
+    def _is_whole(self) -> bool:
+        """Whether the results that are there are those of the folder."""
+        try:
+            expected = json.loads((self.folder / "whole.json").read_text(encoding="utf-8"))
+            found = self.results.stat()
+        except FileNotFoundError:
+            return False
+        return bool(expected == {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns})
 
     def _begun(self) -> dict[str, Any] | None:
         try:
@@ -446,6 +484,7 @@ class _Parts:
         try:
             if self.missing():
                 return None
+            self._refuse_results()  # others may have made some meanwhile
             self.folder.rename(self.merging)  # only one process can
         except FileNotFoundError:
             return None
@@ -461,26 +500,46 @@ class _Parts:
 
         form = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}[self.results.suffix]
         columns = {"path": str, "error": str} | self.columns
-        self._write(self.results.name, lambda file: form(file, map(rows_of, range(self.count)), columns), self.results)
+
+        def note(temporary: Path) -> None:
+            self._refuse_results()
+            found = temporary.stat()
+            text = json.dumps({"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}).encode()
+            self._write("whole.json", lambda file: file.write(text))
+
+        parts = map(rows_of, range(self.count))
+        self._write(self.results.name, lambda file: form(file, parts, columns), self.results, note)
         shutil.rmtree(self.folder)
         return Summary(self.images, failed)
 
-    def _write(self, name: str, write_to: Callable[[BinaryIO], Any], target: Path | None = None) -> None:
-        """Writes the file `name` of the folder, or `target`, whole or not at all."""
-        temporary = self.folder / f"{name}.tmp"
+    def _write(
+        self,
+        name: str,
+        write_to: Callable[[BinaryIO], Any],
+        target: Path | None = None,
+        before: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Writes the file `name` of the folder, or `target`, whole or not at all.
+
+        Args:
+            name: What the file is called in the folder.
+            write_to: Writes its content.
+            target: Where it goes, if not into the folder.
+            before: Is called with the finished file before it goes there.
+        """
+        temporary = self.folder / f"{name}.{socket.gethostname()}.{os.getpid()}.tmp"
         target = target or self.folder / name
         try:
             with temporary.open("wb") as file:
                 write_to(file)
                 file.flush()
                 os.fsync(file.fileno())
+            if before is not None:
+                before(temporary)
             temporary.replace(target)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise ManyError(
-                f"cannot write {target}: {error.strerror or error}; finished parts are kept, and the same command goes "
-                "on from there"
-            ) from error
+            raise ManyError(f"cannot write {target}: {error.strerror or error}; {_GOES_ON}") from error
         if os.name == "posix":  # the new name, too, outlives a power failure
             folder = os.open(target.parent, os.O_RDONLY)
             os.fsync(folder)
@@ -494,7 +553,7 @@ def _write_jsonl(file: BinaryIO, parts: Iterator[list[Row]], _: dict[str, Any]) 
 
 def _write_csv(file: BinaryIO, parts: Iterator[list[Row]], columns: dict[str, Any]) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # "\r" needs quotes
     writer.writeheader()
     for rows in parts:
         for row in rows:

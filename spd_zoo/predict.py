@@ -1,7 +1,9 @@
 """Image files in, the most probable classes of each out: what `spd-zoo predict` runs."""
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -32,8 +34,10 @@ __all__ = [
     "load_network",
     "predict",
     "timm_name",
+    "transform_errors",
 ]
 
+_MOST_PIXELS = 100_000_000  # of an image that is resized before it is cropped
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
 
@@ -114,20 +118,45 @@ def _coco_names() -> list[str]:
     return [name for name in names if name not in ("__background__", "N/A")]
 
 
+@contextmanager
+def transform_errors(image: Image.Image) -> Iterator[None]:
+    """Makes a ValueError of what transforms raise for images that they cannot cope with."""
+    try:
+        yield
+    except (OverflowError, MemoryError, RuntimeError) as error:
+        width, height = image.size
+        raise ValueError(f"cannot resize this image of {width} x {height} pixels: {_first_line(error)}") from error
+
+
 @dataclass(frozen=True)
 class Reader:
-    """Reads images as a classifier takes them; other processes can have it without the network."""
+    """Reads images as a classifier takes them; other processes can have it without the network.
+
+    Attributes:
+        transform: Makes the input of an image.
+        mode: PIL's name of what the transform takes.
+        side: To how many pixels the transform resizes the shorter side; 0 if the longer one is no problem.
+    """
 
     transform: Callable[[Image.Image], Tensor]
     mode: str
+    side: int = 0
 
     def __call__(self, file: Path | str | BytesIO) -> Tensor:
         """An image file, or its bytes -> (C, H, W).
 
         Raises:
-            ValueError: If it is no image that can be read.
+            ValueError: If it is no image that can be read, or it is too long for its width.
         """
-        return self.transform(read_image(file, self.mode))
+        image = read_image(file, self.mode)
+        short, long = sorted(image.size)
+        if self.side**2 * long > _MOST_PIXELS * short:
+            raise ValueError(
+                f"this image of {image.width} x {image.height} pixels is too long and narrow: with the shorter side "
+                f"resized to {self.side} pixels it would have more than {_MOST_PIXELS:,}; cut it"
+            )
+        with transform_errors(image):
+            return self.transform(image)
 
 
 class Predictor:
@@ -152,7 +181,9 @@ class Predictor:
         mode = {1: "L", 3: "RGB"}.get(config["input_size"][0])
         if mode is None:
             raise ModelError(f"{model} takes {config['input_size'][0]} channels; images have 1 or 3")
-        self.reader = Reader(create_transform(**config), mode)
+        whole = config["crop_mode"] in ("border", "squash")  # then nothing is larger than the input
+        side = 0 if whole else math.ceil(max(config["input_size"][1:]) / config["crop_pct"])
+        self.reader = Reader(create_transform(**config), mode, side)
 
     @torch.inference_mode()
     def __call__(self, inputs: Tensor) -> list[tuple[Guess, ...]]:

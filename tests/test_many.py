@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from spd_zoo import Detector, many
 from spd_zoo.cli import main
 from spd_zoo.images import read_image
 from spd_zoo.many import Files, ManyError, Stopped, Summary, Task, open_any, write
-from spd_zoo.predict import predict
+from spd_zoo.predict import Reader, predict
 from spd_zoo.training.data import DataError
 from spd_zoo.training.process import Process
 
@@ -108,7 +109,7 @@ def test_every_format_has_what_predict_answers_in_the_order_of_the_images(
         for guess in expected:
             guess["probability"] = pytest.approx(guess["probability"], abs=2e-6)
         assert row["top"] == (expected or None)
-    assert [file.name for file in tmp_path.iterdir()] == [results.name]
+    assert {file.name for file in tmp_path.iterdir()} == {results.name, f".{results.name}.lock"}
 
 
 @pytest.mark.parametrize("tile", [None, 24], ids=["whole", "tiles"])
@@ -176,9 +177,10 @@ def _killed(folder: Path, results: Path, log: Path, at: str) -> None:
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_neither_loses_nor_repeats_a_finished_part(
-    folder: Path, images: Files, tmp_path: Path
+    folder: Path, images: Files, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.csv")
+    whole = tmp_path_factory.mktemp("whole")
+    run(images, colours(whole / "log"), whole / "whole.csv")
     results, log = tmp_path / "results.csv", tmp_path / "log"
     computed = []
     for at in ("job.json", "00000000.jsonl", "00000002.jsonl", "results.csv.merging", "results.csv"):
@@ -191,22 +193,25 @@ def test_kill_9_at_any_moment_neither_loses_nor_repeats_a_finished_part(
     assert computed == [0, 3, 3 + 3 + 2 + 3, 11 + 3 + 2, 16]  # images 0-2; 0-8 but the broken one; 6-10; none
     assert run(images, colours(log), results) == Summary(COUNT, failed=1)
     assert len(Colours(log).computed()) == 16
-    assert results.read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert {file.name for file in tmp_path.iterdir()} == {"whole.csv", "whole.log", "log", "results.csv"}
+    assert results.read_bytes() == (whole / "whole.csv").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"log", "results.csv", ".results.csv.lock"}
 
 
 @pytest.mark.slow
-def test_kill_9_behind_the_last_step_leaves_whole_results(folder: Path, images: Files, tmp_path: Path) -> None:
-    run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.csv")
+def test_kill_9_behind_the_last_step_leaves_whole_results(
+    folder: Path, images: Files, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = tmp_path_factory.mktemp("whole")
+    run(images, colours(whole / "log"), whole / "whole.csv")
     results = tmp_path / "results.csv"
     process = FORKS.Process(target=_killed, args=(folder, results, tmp_path / "log", "results.csv.merging deleted"))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert results.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert results.read_bytes() == (whole / "whole.csv").read_bytes()
     with pytest.raises(ManyError, match="there already"):
         run(images, colours(tmp_path / "log"), results)
-    assert {file.name for file in tmp_path.iterdir()} == {"whole.csv", "whole.log", "log", "results.csv"}
+    assert {file.name for file in tmp_path.iterdir()} == {"log", "results.csv", ".results.csv.lock"}
 
 
 def stop_after_a_part(images: Files, task: Task, results: Path) -> None:
@@ -268,6 +273,79 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(images: Files,
     assert results.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_a_folder_of_someone_else_stays(images: Files, tmp_path: Path) -> None:
+    for name in ("results.jsonl.parts", "results.jsonl.merging"):
+        precious = tmp_path / name / "precious.txt"
+        precious.parent.mkdir()
+        precious.write_text("mine")
+        with pytest.raises(ManyError, match=r"holds precious\.txt"):
+            run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", overwrite=True)
+        assert precious.read_text() == "mine"
+        shutil.rmtree(precious.parent)
+
+
+def test_results_that_others_made_meanwhile_stay_and_so_do_finished_parts(images: Files, tmp_path: Path) -> None:
+    results, task = tmp_path / "results.jsonl", colours(tmp_path / "log")
+    stop_after_a_part(images, task, results)
+    results.write_text("of others")
+    with pytest.raises(ManyError, match="there already"):
+        run(images, task, results)
+    results.unlink()
+
+    def compute(pictures: list[Any]) -> list[Any]:
+        results.write_text("of others")
+        return colours(tmp_path / "log").compute(pictures)
+
+    (tmp_path / "results.jsonl.parts" / "00000003.jsonl").unlink()
+    with pytest.raises(ManyError, match="there already"):
+        run(images, dataclasses.replace(task, compute=compute), results)
+    assert results.read_text() == "of others"
+    results.unlink()
+    computed = len(Colours(tmp_path / "log").computed())
+    assert run(images, task, results) == Summary(COUNT, failed=1)
+    assert len(Colours(tmp_path / "log").computed()) == computed == COUNT - 1 + 2
+
+
+@pytest.mark.parametrize("size", [(80_000_000, 1), (3_000_000, 1), (1, 3_000_000)])
+def test_an_image_too_long_for_its_width_is_a_row_with_its_error(
+    images: Files, tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "spd_zoo.predict.read_image", lambda file, mode: _Sized(size) if file == "long" else read_image(file)
+    )
+    run(Files(["long", images.paths[0]]), many.prediction(MODEL, device="cpu"), tmp_path / "results.jsonl")
+    long, usual = rows_of(tmp_path / "results.jsonl")
+    assert "too long and narrow" in long["error"] and long["top"] is None
+    assert usual["error"] is None
+
+
+class _Sized(Image.Image):
+    """An image that has a size, but no pixels."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._size = size
+
+
+@pytest.mark.parametrize("kind", [OverflowError, MemoryError, RuntimeError])
+def test_an_image_that_the_transform_cannot_cope_with_is_an_error_of_its_own(
+    images: Files, kind: type[Exception]
+) -> None:
+    def transform(_: Image.Image) -> Any:
+        raise kind("too much")
+
+    with pytest.raises(ValueError, match=rf"cannot resize this image of 40 x 48 pixels: {kind.__name__}: too much"):
+        Reader(transform, "RGB")(images.paths[0])
+
+
+def test_file_names_with_line_ends_are_csv(tmp_path: Path) -> None:
+    names = ["a\rb.png", "a\nb.png", 'a",b.png', "=1+1"]
+    run(Files(names), colours(tmp_path / "log"), tmp_path / "results.csv")
+    assert [row["path"] for row in rows_of(tmp_path / "results.csv")] == names
+    with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as file:
+        assert '"a\rb.png"' in file.read()
+
+
 def _die(_: Any) -> Any:
     os._exit(1)
 
@@ -278,11 +356,57 @@ def test_a_reading_process_that_dies_is_one_sentence(images: Files, tmp_path: Pa
         run(images, task, tmp_path / "results.jsonl", workers=1)
 
 
+def test_a_reading_process_that_dies_while_others_compute_is_one_sentence(images: Files, tmp_path: Path) -> None:
+    def compute(_: Any) -> Any:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")  # torch does so wherever it is
+
+    task = colours(tmp_path / "log")
+    with pytest.raises(ManyError, match="a process that reads images ended"):
+        run(images, dataclasses.replace(task, compute=compute), tmp_path / "results.jsonl")
+
+    def fail(_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(images, dataclasses.replace(task, compute=fail), tmp_path / "results.jsonl")
+
+
+def _read_for_ever(file: Any) -> Any:
+    if Path(file).name == "05.png":
+        os.kill(os.getppid(), signal.SIGTERM)
+        threading.Event().wait()
+    return read_image(file)
+
+
+def _stopped_in_the_middle(folder: Path, results: Path, log: Path) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # so that the reading process is a child of this one
+    try:
+        run(files_in(folder), dataclasses.replace(colours(log), read=_read_for_ever), results, workers=1)
+    except Stopped:
+        sys.exit(7)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_process_that_cannot_finish_an_image(folder: Path, tmp_path: Path) -> None:
+    process = FORKS.Process(target=_stopped_in_the_middle, args=(folder, tmp_path / "results.jsonl", tmp_path / "log"))
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    assert code == 7
+
+
 @dataclasses.dataclass(frozen=True)
 class OneOf(Process):
     """A process among two that know of each other what they would tell."""
 
     told: Any = ()
+    meanwhile: Any = None
+
+    def together(self, value: Any) -> list[Any]:
+        if self.meanwhile:
+            self.meanwhile()
+        return [value] * self.world
 
     def from_first(self, value: Any) -> Any:
         if self.first:
@@ -299,6 +423,31 @@ def test_the_last_of_several_processes_makes_the_same_file(images: Files, tmp_pa
     assert run(images, task, results, second) == Summary(COUNT, failed=1)
     assert results.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(Colours(tmp_path / "log").computed()) == COUNT - 1
+
+
+def test_the_first_of_several_processes_keeps_others_out_until_all_are_done(images: Files, tmp_path: Path) -> None:
+    task, results, told = colours(tmp_path / "log"), tmp_path / "results.jsonl", []
+    second = OneOf(torch.device("cpu"), 1, 2, told=told)
+    summaries = []
+
+    def meanwhile() -> None:
+        with pytest.raises(ManyError, match="another command"):
+            run(images, task, results)
+        summaries.append(run(images, task, results, second))
+        with pytest.raises(ManyError, match="another command"):
+            run(images, task, results)
+
+    assert run(images, task, results, OneOf(torch.device("cpu"), 0, 2, told=told, meanwhile=meanwhile)) is None
+    assert summaries == [Summary(COUNT, failed=1)]
+
+
+def test_a_dead_process_among_several_is_one_sentence(images: Files, tmp_path: Path) -> None:
+    def meanwhile() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    first = OneOf(torch.device("cpu"), 0, 2, told=[], meanwhile=meanwhile)
+    with pytest.raises(ManyError, match="another of the 2 processes ended"):
+        run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", first)
 
 
 def test_processes_with_other_images_are_refused(images: Files, tmp_path: Path) -> None:
