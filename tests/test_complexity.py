@@ -26,7 +26,7 @@ from spd_zoo.weights import entries
 def some(recorded: list[dict[str, Any]], step: int) -> list[Any]:
     """The cases, of which every `step`-th is fast."""
     ids = [case.get("id", "-".join(map(str, [case["model"], *case["model_args"].values()]))) for case in recorded]
-    marks = [pytest.mark.slow if i % step else () for i in range(len(recorded))]
+    marks = [pytest.mark.exhaustive if i % step else () for i in range(len(recorded))]
     return [pytest.param(case, id=ids[i], marks=marks[i]) for i, case in enumerate(recorded)]
 
 

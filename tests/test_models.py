@@ -37,9 +37,10 @@ PADDING_FREE = ("_pfd", "_down")
 RESIDUAL = [name for name in ARCHITECTURES if "shufflenet" not in name]
 FAST = {timm.model_entrypoint(name).__module__: name for name in reversed(ARCHITECTURES)}.values()  # one per file
 SLOW = {name: [] if name in FAST else pytest.mark.slow for name in NETWORKS}
-EACH = [pytest.param(name, marks=SLOW[name]) for name in ARCHITECTURES]
-FEW = [pytest.param(name, marks=SLOW[name] if "pyconv" in name else pytest.mark.slow) for name in ARCHITECTURES]
-ALL = [*EACH, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in NETWORKS if name not in ARCHITECTURES)]
+EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in ARCHITECTURES]
+FEW = [pytest.param(name, marks=[] if "pyconv" in name else pytest.mark.slow) for name in ARCHITECTURES if name in FAST]
+FEW += [pytest.param(name, marks=pytest.mark.exhaustive) for name in ARCHITECTURES if name not in FAST]
+ALL = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in NETWORKS]
 
 
 def twins() -> list[Any]:
