@@ -37,6 +37,7 @@ AGAIN = [
     pytest.param(name, marks=pytest.mark.exhaustive if i % 4 else pytest.mark.slow) for i, name in enumerate(AGAIN)
 ]
 SMALL = ["test_resnet", "test_byobnet", "test_convnext", "test_nfnet", "tf_mobilenetv3_small_minimal_100"]
+FIRST_OF_SMALL = [SMALL[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SMALL[1:])]
 SIZES = [(8, 8), (13, 13), (14, 11), (15, 22), (16, 9)]
 
 
@@ -478,7 +479,7 @@ def test_the_classifier_can_be_replaced_and_gradients_checkpointed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [SMALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL[1:])])
+@pytest.mark.parametrize("name", FIRST_OF_SMALL)
 def test_compiles_as_one_graph(name: str) -> None:
     torch.compiler.reset()
     net = convert_to_spd(small_network(name))
@@ -488,7 +489,7 @@ def test_compiles_as_one_graph(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [SMALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL[1:])])
+@pytest.mark.parametrize("name", FIRST_OF_SMALL)
 @pytest.mark.parametrize("form", [convert_to_spd, lambda net: fold_spd(convert_to_spd(net))], ids=["spd", "folded"])
 def test_exports_for_any_image_size(name: str, form: Callable[[nn.Module], nn.Module]) -> None:
     net = form(small_network(name))
@@ -505,7 +506,7 @@ def test_exports_for_any_image_size(name: str, form: Callable[[nn.Module], nn.Mo
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch about its own exporter
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", FIRST_OF_SMALL)
 def test_becomes_onnx_that_computes_the_same(name: str) -> None:
     onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
     x = images(2, 3, 65, 79)

@@ -196,6 +196,7 @@ def compared(name: str, count: int, quantized: Callable[..., Any]) -> tuple[floa
     return top1, top1_int8, same
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The input of maxpool2d is not quantized:UserWarning")  # then it stays in float32
 @pytest.mark.parametrize("name", ["cifar_resnet20.cifar100", "pyconvresnet50_spd.cifar100"])

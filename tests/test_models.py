@@ -648,6 +648,7 @@ def test_compiles_as_one_graph(name: str) -> None:
         assert_close(torch.compile(net, fullgraph=True, backend="eager")(x), net(x))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_compiles_to_machine_code_that_trains() -> None:
     torch.compiler.reset()

@@ -49,7 +49,7 @@ from spd_zoo.weights import WeightsError
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune"]
 
-FUSED = ("adam", "adamw", "sgd", "momentum")  # the optimisers that torch computes in one pass over the weights
+FUSED = ("adam", "adamw")  # computed in one pass over the weights; torch's fused SGD cannot begin with the head alone
 
 
 class Stopped(KeyboardInterrupt):
