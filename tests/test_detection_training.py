@@ -156,6 +156,7 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_detector_learns_to_find_squares(tmp_path: Path) -> None:
     data = make_yolo(tmp_path / "data", train=64, val=16)

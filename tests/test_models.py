@@ -38,8 +38,7 @@ RESIDUAL = [name for name in ARCHITECTURES if "shufflenet" not in name]
 FAST = {timm.model_entrypoint(name).__module__: name for name in reversed(ARCHITECTURES)}.values()  # one per file
 SLOW = {name: [] if name in FAST else pytest.mark.slow for name in NETWORKS}
 EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in ARCHITECTURES]
-FEW = [pytest.param(name, marks=[] if "pyconv" in name else pytest.mark.slow) for name in ARCHITECTURES if name in FAST]
-FEW += [pytest.param(name, marks=pytest.mark.exhaustive) for name in ARCHITECTURES if name not in FAST]
+FEW = [pytest.param(name, marks=[] if "pyconv" in name else pytest.mark.exhaustive) for name in ARCHITECTURES]
 ALL = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in NETWORKS]
 
 

@@ -88,6 +88,7 @@ def run(capsys: pytest.CaptureFixture[str], *forms: str, memory: str = "--no-mem
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_every_eager_form_prints_its_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(capsys, "*-eager", "*-eager-folded")
@@ -137,6 +138,7 @@ def test_a_form_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     assert "inference-fp32-contiguous-eager" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_fine_tuning_is_timed_against_timms_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_folders(tmp_path / "data", train=8, val=2)
@@ -236,6 +238,7 @@ def test_the_experiment_with_detectors_compares_runs_of_equal_seeds(
     assert (line["gain"], line["gain, standard error"]) == (2, pytest.approx(1))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     names = timm.create_model("cifar_resnet20.cifar100").pretrained_cfg["label_names"]
