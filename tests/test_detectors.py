@@ -773,10 +773,9 @@ def test_runs_in_onnx_runtime(name: str) -> None:
                 assert_close(torch.from_numpy(actual), expected, 1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["ssd_mobilenetv1", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SMALLEST[:2])]
-)
+@pytest.mark.parametrize("name", SMALLEST)
 def test_compiles_to_machine_code_with_its_gradients(name: str) -> None:
     torch.compiler.reset()
     net = random_network(name, num_classes=5)  # in evaluation: two pixels in a BatchNorm would magnify rounding

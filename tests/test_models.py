@@ -36,7 +36,8 @@ FIXED_SIZE = [name for name in NETWORKS if timm.get_pretrained_cfg(name).fixed_i
 PADDING_FREE = ("_pfd", "_down")
 RESIDUAL = [name for name in ARCHITECTURES if "shufflenet" not in name]
 FAST = {timm.model_entrypoint(name).__module__: name for name in reversed(ARCHITECTURES)}.values()  # one per file
-SLOW = {name: [] if name in FAST else pytest.mark.slow for name in NETWORKS}
+SLOW = {name: pytest.mark.slow if name in ARCHITECTURES else pytest.mark.exhaustive for name in NETWORKS}
+SLOW |= dict.fromkeys(FAST, ())
 EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in ARCHITECTURES]
 FEW = [pytest.param(name, marks=[] if "pyconv" in name else pytest.mark.exhaustive) for name in ARCHITECTURES]
 ALL = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in NETWORKS]
@@ -662,6 +663,7 @@ def test_compiles_to_machine_code_that_trains() -> None:
     assert_close(losses[1][1], losses[0][1], 1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_trains_compiled_in_bf16() -> None:
     torch.compiler.reset()

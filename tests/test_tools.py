@@ -109,6 +109,7 @@ def test_converting_and_folding_are_timed_against_the_network_as_it_was(capsys: 
         assert row["/ as it was"] == pytest.approx(row["ours"] / row["as it was"])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_memory_of_a_step_counts_its_weights_and_maps(capsys: pytest.CaptureFixture[str]) -> None:
     if not Path("/proc/self/status").exists():
