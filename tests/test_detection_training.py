@@ -157,7 +157,6 @@ def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_detector_learns_to_find_squares(tmp_path: Path) -> None:
     data = make_yolo(tmp_path / "data", train=64, val=16)
     options = {"epochs": 30, "batch_size": 8, "image_size": "96", "warmup_epochs": None, "lr": None}

@@ -774,7 +774,6 @@ def test_runs_in_onnx_runtime(name: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST)
 def test_compiles_to_machine_code_with_its_gradients(name: str) -> None:
     torch.compiler.reset()

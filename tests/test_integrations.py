@@ -197,7 +197,6 @@ def compared(name: str, count: int, quantized: Callable[..., Any]) -> tuple[floa
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The input of maxpool2d is not quantized:UserWarning")  # then it stays in float32
 @pytest.mark.parametrize("name", ["cifar_resnet20.cifar100", "pyconvresnet50_spd.cifar100"])
 def test_the_page_says_how_right_int8_classifiers_are(name: str, quantized: Callable[..., Any]) -> None:

@@ -649,7 +649,6 @@ def test_compiles_as_one_graph(name: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_compiles_to_machine_code_that_trains() -> None:
     torch.compiler.reset()
     net = random_network("pyconvresnet18", num_classes=5).train()
@@ -664,7 +663,6 @@ def test_compiles_to_machine_code_that_trains() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_trains_compiled_in_bf16() -> None:
     torch.compiler.reset()
     net = random_network("pyconvresnet50_spd", num_classes=5).train()

@@ -38,7 +38,6 @@ def change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Row
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_everything_printed_and_recorded_is_what_the_networks_cost() -> None:
     assert main([]) == 0
 

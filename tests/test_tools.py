@@ -89,7 +89,6 @@ def run(capsys: pytest.CaptureFixture[str], *forms: str, memory: str = "--no-mem
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_every_eager_form_prints_its_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(capsys, "*-eager", "*-eager-folded")
     assert [row["form"] for row in rows] == [str(form) for form in benchmark.FORMS if form.mode == "eager"]
@@ -110,7 +109,6 @@ def test_converting_and_folding_are_timed_against_the_network_as_it_was(capsys: 
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_memory_of_a_step_counts_its_weights_and_maps(capsys: pytest.CaptureFixture[str]) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc, which only Linux has")
@@ -140,7 +138,6 @@ def test_a_form_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_fine_tuning_is_timed_against_timms_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_folders(tmp_path / "data", train=8, val=2)
     tiny = ["--model", "cifar_resnet20", "--image-size", "16", "--batch-size", "8", "--workers", "0", "--rounds", "1"]
@@ -240,7 +237,6 @@ def test_the_experiment_with_detectors_compares_runs_of_equal_seeds(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_the_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     names = timm.create_model("cifar_resnet20.cifar100").pretrained_cfg["label_names"]
     for i, name in enumerate(names):

@@ -14,11 +14,11 @@ from spd_zoo.images import SUFFIXES
 from spd_zoo.predict import Predictor
 
 
-class Namer:  # noqa: D101
+class Namer:
     def __init__(self, model):
         self.predictor = Predictor(model, top_k=1)
 
-    def __call__(self, batch):  # noqa: D102
+    def __call__(self, batch):
         inputs, errors = [], []
         for content in batch["bytes"]:
             try:
