@@ -1,10 +1,11 @@
 """A model zoo for low-resolution images and small objects; importing it registers every network with timm."""
 
 from spd_zoo import models
+from spd_zoo.blocks import PyConv2d
 from spd_zoo.convert import convert_to_spd
-from spd_zoo.detect import Detections, Detector
 from spd_zoo.fold import fold_spd
-from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d, space_to_depth
+from spd_zoo.inference.detector import Detections, Detector
+from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d, space_to_depth
 from spd_zoo.weights import WeightsError, use_manifest
 
 __version__ = "0.1.0"

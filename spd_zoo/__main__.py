@@ -2,7 +2,7 @@
 
 import sys
 
-from spd_zoo.cli import main
+from spd_zoo.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
 """Any convolutional network without strided or pooling downsampling, computing the same as before; and the way back.
 
-`convert_to_spd` puts a space-to-depth layer of `spd_zoo.layers` in the place of every convolution and pooling with a
+`convert_to_spd` puts a space-to-depth layer of `spd_zoo.spd` in the place of every convolution and pooling with a
 stride, with weights that give the same function (docs/convert.md). What it replaced, and what it could not, is in the
 `spd_report` of the network that it returns. `spd_zoo.fold` is the way back, for deployment.
 
@@ -36,19 +36,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spd_zoo import complexity
-from spd_zoo.layers import (
-    PhaseMix,
-    SPDAvgPool2d,
-    SPDConv2d,
-    SPDMaxPool2d,
-    SPDStdConv2d,
-    adapt_image_channels,
-)
 from spd_zoo.models._registry import register_model
-from spd_zoo.predict import load_network
+from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d, adapt_image_channels
 from spd_zoo.watch import Watch, image_size
 from spd_zoo.weights import WeightsError, save_network
 from spd_zoo.weights.fit import misfit
+from spd_zoo.weights.load import load_network
 
 __all__ = [
     "ConversionError",
@@ -143,7 +136,7 @@ def convert_to_spd(
 
     Replaced are convolutions of any kernel, padding (also TensorFlow's "same"), dilation, groups and bias, weight
     standardised ones too; max-pooling, average pooling and timm's BlurPool2d; at any stride that is the same for rows
-    and columns. The new layers read every pixel in front of them: `spd_zoo.layers` says how. Downsampling that is no
+    and columns. The new layers read every pixel in front of them: `spd_zoo.spd` says how. Downsampling that is no
     module of its own (a function called in some `forward`, a slice with a step) stays, and is in the report.
 
     A network of timm's remembers in its config what was done: `spd_zoo.weights.save_network` writes it, and

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from spd_zoo.convert import SPDReport, convert_to_spd
-from spd_zoo.detect import Detections, Detector
+from spd_zoo.data.reading import read_image
 from spd_zoo.fold import fold_spd
-from spd_zoo.images import read_image
-from spd_zoo.layers import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
+from spd_zoo.inference.classifier import check_classifier
+from spd_zoo.inference.detector import Detections, Detector
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.predict import ModelError, check_classifier, class_names, load_network, timm_name
+from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
 from spd_zoo.weights import WeightsError, entries, find, imported_names, original_of
+from spd_zoo.weights.load import ModelError, class_names, load_network, timm_name
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves
 
-from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
+from spd_zoo.blocks import PyConv2d
+from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
 from spd_zoo.watch import Watch, image_size
 
 __all__ = ["fold_batchnorm", "fold_spd"]

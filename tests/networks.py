@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from spd_zoo.layers import PhaseMix
+from spd_zoo.spd import PhaseMix
 
 
 def originals(case: dict[str, Any]) -> dict[str, Tensor]:

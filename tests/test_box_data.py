@@ -11,11 +11,11 @@ import torch
 from box_pictures import COLOURS, NAMES, SIZE, make_coco, make_voc, make_yolo, scenes
 from PIL import Image
 
-from spd_zoo.detect import prepare
-from spd_zoo.training.box_augment import box_train_loader
-from spd_zoo.training.box_data import BoxImages, hold_out, open_boxes, with_names
+from spd_zoo.data.boxes import BoxImages, hold_out, open_boxes, with_names
+from spd_zoo.data.labelled import DataError, Steps
+from spd_zoo.inference.detector import prepare
 from spd_zoo.training.config import FinetuneConfig
-from spd_zoo.training.data import DataError, Steps
+from spd_zoo.training.detection.augment import box_train_loader
 from spd_zoo.training.finetune import finetune
 
 Make = Callable[[Path], Path]

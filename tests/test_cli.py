@@ -14,8 +14,8 @@ from PIL import Image
 from timm.models import save_for_hf
 
 import spd_zoo
-from spd_zoo.cli import main
-from spd_zoo.training.data import DataError
+from spd_zoo.cli.main import main
+from spd_zoo.data.labelled import DataError
 from spd_zoo.training.finetune import FinetuneConfig
 from spd_zoo.weights import Entry, entries
 from spd_zoo.weights.fit import own_networks
@@ -56,7 +56,7 @@ def made_up_entries(monkeypatch: pytest.MonkeyPatch) -> None:
         dataclasses.replace(base, name="pyconvresnet50.d", num_classes=9),
         dataclasses.replace(base, name="resnet18_spd"),
     ]
-    monkeypatch.setattr("spd_zoo.cli.entries", lambda: {entry.name: entry for entry in found})
+    monkeypatch.setattr("spd_zoo.cli.main.entries", lambda: {entry.name: entry for entry in found})
 
 
 def rows_of(capsys: Capture, *arguments: str) -> list[dict[str, object]]:
@@ -431,7 +431,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spd_zoo.cli.entries", interrupt)
+    monkeypatch.setattr("spd_zoo.cli.main.entries", interrupt)
     assert main(["list"]) == 130
 
 

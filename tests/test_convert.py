@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import convert_report
 
 from spd_zoo import WeightsError, convert_to_spd, fold_spd
-from spd_zoo.cli import main
+from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
-from spd_zoo.layers import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
-from spd_zoo.predict import ModelError
+from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
+from spd_zoo.weights.load import ModelError
 
 ROOT = Path(__file__).parent.parent
 RECORDED = [json.loads(line) for line in convert_report.RECORD.read_text().splitlines()]

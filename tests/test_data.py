@@ -10,8 +10,8 @@ import torch
 from pictures import COLOURS, make_folders, picture
 from PIL import Image
 
-from spd_zoo.training.check import check, in_words
-from spd_zoo.training.data import (
+from spd_zoo.data.check import check, in_words
+from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
     Steps,
@@ -25,7 +25,7 @@ from spd_zoo.training.data import (
     train_val_split,
     with_classes,
 )
-from spd_zoo.training.process import Process
+from spd_zoo.process import Process
 
 ALONE = Process(torch.device("cpu"))
 

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from spd_zoo import demo
-from spd_zoo.cli import main
-from spd_zoo.predict import ModelError
+from spd_zoo.cli.main import main
+from spd_zoo.weights.load import ModelError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROCKET = str(EXAMPLES / "rocket.jpg")

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from spd_zoo import Detections, Detector
-from spd_zoo.cli import main
-from spd_zoo.detect import Placement, postprocess, prepare
-from spd_zoo.images import read_image
-from spd_zoo.layers import ImageSizeError
+from spd_zoo.blocks import ImageSizeError
+from spd_zoo.cli.main import main
+from spd_zoo.data.reading import read_image
+from spd_zoo.inference.detector import Placement, postprocess, prepare
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.predict import ModelError
+from spd_zoo.weights.load import ModelError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -17,18 +17,18 @@ from box_pictures import NAMES, make_coco, make_yolo
 from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
 
-from spd_zoo.cli import main
-from spd_zoo.detect import Detections
-from spd_zoo.predict import ModelError
-from spd_zoo.training import box_report
-from spd_zoo.training.anchors import anchor_fit, fit_anchors, kmeans
-from spd_zoo.training.box_data import BoxImages, Objects, open_boxes
-from spd_zoo.training.box_evaluate import AREAS, BoxPredictions, coco_precision
-from spd_zoo.training.box_report import matches
+from spd_zoo.cli.main import main
+from spd_zoo.data.boxes import BoxImages, Objects, open_boxes
+from spd_zoo.data.labelled import DataError
+from spd_zoo.inference.detector import Detections
 from spd_zoo.training.config import FinetuneConfig, make_config, to_yaml
-from spd_zoo.training.data import DataError
+from spd_zoo.training.detection import report as box_report
+from spd_zoo.training.detection.anchors import anchor_fit, fit_anchors, kmeans
+from spd_zoo.training.detection.metrics import AREAS, BoxPredictions, coco_precision
+from spd_zoo.training.detection.report import matches
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import Result, Stopped, finetune
+from spd_zoo.weights.load import ModelError
 
 Capture = pytest.CaptureFixture[str]
 

@@ -21,8 +21,8 @@ import timm_contract
 
 import spd_zoo
 from spd_zoo import complexity
+from spd_zoo.blocks import ImageSizeError
 from spd_zoo.boxes import class_nms, complete_iou, ssd_decode, ssd_encode
-from spd_zoo.layers import ImageSizeError
 from spd_zoo.losses import ssd_matches, yolov5_matches, yolov8_matches
 from spd_zoo.models._detector import DetectionNet
 

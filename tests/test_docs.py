@@ -31,7 +31,7 @@ from sybil.document import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from timm.models import save_for_hf
 
-from spd_zoo.cli import _parser, main
+from spd_zoo.cli.main import _parser, main
 
 ROOT = Path(__file__).parent.parent
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"

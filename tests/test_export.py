@@ -9,10 +9,10 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from spd_zoo.cli import main
+from spd_zoo import exporter as exporting
+from spd_zoo.cli.main import main
 from spd_zoo.convert import convert_checkpoint
-from spd_zoo.training import export as exporting
-from spd_zoo.training.export import ExportError, export
+from spd_zoo.exporter import ExportError, export
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import make_figures
 
-from spd_zoo.predict import load_network
 from spd_zoo.weights import entries
+from spd_zoo.weights.load import load_network
 
 SVG = "{http://www.w3.org/2000/svg}"
 FILES = sorted(make_figures.FIGURES.glob("*.svg"))

@@ -20,8 +20,8 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from spd_zoo import Detector
-from spd_zoo.cli import main
-from spd_zoo.predict import predict
+from spd_zoo.cli.main import main
+from spd_zoo.inference.classifier import predict
 from spd_zoo.weights import save_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*invalid escape sequence")  # torchao's, when it is compiled

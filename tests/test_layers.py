@@ -9,23 +9,18 @@ import torch.nn.functional as F
 from timm.models.efficientformer_v2 import Downsample
 from torch import Tensor, nn
 
-from spd_zoo.layers import (
+from spd_zoo.blocks import (
     AttentionDownsample,
     BSConvS2d,
     BSConvU2d,
     HybridStem,
     ImageSizeError,
     PaddingFreeDownsample,
-    PhaseMix,
     PositionAwareCircularConv2d,
     PyConv2d,
-    SpaceToDepth,
-    SPDConv2d,
     orthonormality,
-    phase_weight,
-    space_to_depth,
-    spd_weight,
 )
+from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d, phase_weight, space_to_depth, spd_weight
 
 SIZES = [(1, 1), (2, 3), (7, 4), (12, 13), (16, 16), (31, 26)]
 

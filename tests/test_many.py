@@ -21,13 +21,14 @@ from filelock import FileLock
 from networks import random_network
 from PIL import Image
 
-from spd_zoo import Detector, many
-from spd_zoo.cli import main
-from spd_zoo.images import read_image
-from spd_zoo.many import Files, ManyError, Stopped, Summary, Task, open_any, write
-from spd_zoo.predict import Reader, predict
-from spd_zoo.training.data import DataError
-from spd_zoo.training.process import Process
+from spd_zoo import Detector
+from spd_zoo.cli.main import main
+from spd_zoo.data.labelled import DataError
+from spd_zoo.data.reading import read_image
+from spd_zoo.inference import results as many
+from spd_zoo.inference.classifier import Reader, predict
+from spd_zoo.inference.results import Files, ManyError, Stopped, Summary, Task, open_any, write
+from spd_zoo.process import Process
 
 ROOT = Path(__file__).parent.parent
 MODEL = "cifar_resnet20.cifar100"
@@ -154,7 +155,7 @@ def test_a_stopped_command_goes_on_behind_the_finished_parts(
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["spd_zoo.many"])
+FORKS.set_forkserver_preload(["spd_zoo.inference.results"])
 
 
 def _killed(folder: Path, results: Path, log: Path, at: str) -> None:
@@ -311,7 +312,8 @@ def test_an_image_too_long_for_its_width_is_a_row_with_its_error(
     images: Files, tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "spd_zoo.predict.read_image", lambda file, mode: _Sized(size) if file == "long" else read_image(file)
+        "spd_zoo.inference.classifier.read_image",
+        lambda file, mode: _Sized(size) if file == "long" else read_image(file),
     )
     run(Files(["long", images.paths[0]]), many.prediction(MODEL, device="cpu"), tmp_path / "results.jsonl")
     long, usual = rows_of(tmp_path / "results.jsonl")

@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import timm_contract
 
 import spd_zoo
-from spd_zoo.layers import ImageSizeError, PhaseMix, PositionAwareCircularConv2d, SpaceToDepth, SPDConv2d
+from spd_zoo.blocks import ImageSizeError, PositionAwareCircularConv2d
 from spd_zoo.models._classifier import Classifier, HiddenLayerHead
 from spd_zoo.models.pyconvresnet import Bottleneck, PyConvResNet
+from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d
 
 NETWORKS = timm_contract.own_networks(Classifier)
 ARCHITECTURES = timm_contract.one_per_architecture(NETWORKS)

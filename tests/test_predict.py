@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
-from spd_zoo.images import find_images, read_image
-from spd_zoo.predict import ModelError, class_names, predict, timm_name
+from spd_zoo.data.reading import find_images, read_image
+from spd_zoo.inference.classifier import predict
 from spd_zoo.weights import WeightsError
+from spd_zoo.weights.load import ModelError, class_names, timm_name
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -81,7 +82,9 @@ def test_no_more_images_are_read_than_a_batch_holds(
 ) -> None:
     paths = [write_image(tmp_path / f"{i}.png") for i in range(4)]
     read = []
-    monkeypatch.setattr("spd_zoo.predict.read_image", lambda path, mode: read.append(path) or read_image(path, mode))
+    monkeypatch.setattr(
+        "spd_zoo.inference.classifier.read_image", lambda path, mode: read.append(path) or read_image(path, mode)
+    )
     next(predict(saved, paths, batch_size=2, device="cpu"))
     assert read == paths[:2]
 

@@ -27,7 +27,7 @@ from timm.models import _registry
 from torch import nn
 
 import spd_zoo
-from spd_zoo.cli import main
+from spd_zoo.cli.main import main
 from spd_zoo.weights import Entry, WeightsError, default_cfgs, entries, find_entry, manifest, publish, sha256_of
 from spd_zoo.weights.manifest import manifest_path, write_manifest
 

@@ -16,10 +16,10 @@ from pictures import make_folders
 from PIL import Image
 from timm.models import save_for_hf
 
-from spd_zoo.cli import main
-from spd_zoo.training import report
+from spd_zoo.cli.main import main
+from spd_zoo.data.labelled import DataError, open_data
+from spd_zoo.training.classification import report
 from spd_zoo.training.config import FinetuneConfig
-from spd_zoo.training.data import DataError, open_data
 from spd_zoo.training.evaluate import Predictions, evaluate, save, with_classes_of
 from spd_zoo.training.finetune import finetune
 from spd_zoo.training.run import RunFolder

@@ -11,7 +11,7 @@ from pictures import COLOURS, make_folders
 from PIL import Image
 from timm.models import save_for_hf
 
-from spd_zoo.images import read_image
+from spd_zoo.data.reading import read_image
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -70,7 +70,7 @@ def test_the_plain_twin_and_the_folded_networks_compute_the_same(network: str) -
 def test_the_plain_twin_holds_none_of_our_layers() -> None:
     for network in NETWORKS:
         twin = benchmark.plain_twin(timm.create_model(network, device="meta"))
-        assert not [name for name, m in twin.named_modules() if type(m).__module__ == "spd_zoo.layers"]
+        assert not [name for name, m in twin.named_modules() if type(m).__module__ == "spd_zoo.spd"]
 
 
 def test_networks_that_differ_are_not_timed() -> None:

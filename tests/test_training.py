@@ -20,13 +20,15 @@ from pictures import make_folders
 from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
 
+from spd_zoo.data.labelled import DataError
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
-from spd_zoo.training import classification, evaluate, report
+from spd_zoo.process import Process
+from spd_zoo.training import evaluate
 from spd_zoo.training import finetune as training
+from spd_zoo.training.classification import report
+from spd_zoo.training.classification import task as classification
 from spd_zoo.training.config import RECIPES, FinetuneConfig, load_config, make_config, to_yaml
-from spd_zoo.training.data import DataError
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
-from spd_zoo.training.process import Process
 
 
 @pytest.fixture(autouse=True)

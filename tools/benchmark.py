@@ -45,11 +45,12 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from spd_zoo import convert_to_spd, fold_spd
+from spd_zoo.blocks import PyConv2d
 from spd_zoo.fold import fold_batchnorm
-from spd_zoo.layers import PhaseMix, PyConv2d, SpaceToDepth, SPDConv2d
 from spd_zoo.losses import Target
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d
 from spd_zoo.weights.fit import own_networks
 
 QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # patterns of forms

@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spd_zoo.complexity import count_macs, count_params
+from spd_zoo.data.labelled import DataError, LabelledImages, eval_loader, eval_transform, open_data
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.training.box_evaluate import evaluate_boxes
-from spd_zoo.training.classification import open_splits
+from spd_zoo.process import Process
+from spd_zoo.training.classification.task import open_splits
 from spd_zoo.training.config import FinetuneConfig, load_config
-from spd_zoo.training.data import DataError, LabelledImages, eval_loader, eval_transform, open_data
+from spd_zoo.training.detection.metrics import evaluate_boxes
 from spd_zoo.training.evaluate import Input, score
-from spd_zoo.training.process import Process
 from spd_zoo.weights import sha256_of
 from spd_zoo.weights.fetch import BUNDLED
 from spd_zoo.weights.manifest import manifest_path, write_manifest

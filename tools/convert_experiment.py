@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from spd_zoo.convert import convert_checkpoint
-from spd_zoo.training.data import DataError, LabelledImages, open_data, train_val_split
+from spd_zoo.data.labelled import DataError, LabelledImages, open_data, train_val_split
 from spd_zoo.training.evaluate import evaluate, write_csv
 from spd_zoo.training.finetune import FinetuneConfig, finetune
 

@@ -93,7 +93,7 @@ def _digest(net: Any) -> str:
 
 
 def _run(*arguments: str) -> str:
-    from spd_zoo.cli import main
+    from spd_zoo.cli.main import main
     from spd_zoo.weights import WeightsError
 
     out, err = io.StringIO(), io.StringIO()
@@ -199,7 +199,7 @@ class Bench:
         self.content = content
         self.tags = iter(tags)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["fault_report", "spd_zoo.predict"])
+        self.context.set_forkserver_preload(["fault_report", "spd_zoo.inference.classifier"])
         self.active: dict[str, faults.NetworkFault] = {}  # by repository
         server.faults.append(self._fault)
         answers = {point: self.run(folder / "right", task, RIGHT) for point, task in ENTRY_POINTS.items()}

@@ -435,7 +435,7 @@ def seen(net: Any, picture: Image.Image) -> dict[str, Any]:
     """What a detector finds in a picture, and the mean over the channels of its maps, each from 0 to 255."""
     import torch
 
-    from spd_zoo.detect import Detector, prepare
+    from spd_zoo.inference.detector import Detector, prepare
 
     found = Detector(net, score_threshold=LEAST_SCORE)(picture)
     x, _ = prepare(picture, net, (SIDE, SIDE))
@@ -458,7 +458,7 @@ def seen(net: Any, picture: Image.Image) -> dict[str, Any]:
 
 def record_activations(run: Path) -> None:
     """Writes `activations.json`: the drawn picture, and what a strided detector and the bundled SPD one see in it."""
-    from spd_zoo.predict import load_network
+    from spd_zoo.weights.load import load_network
 
     buffer = io.BytesIO()
     draw_cells().save(buffer, "JPEG", quality=85)

@@ -19,7 +19,7 @@ import check_published
 import convert_experiment
 import convert_report
 
-from spd_zoo.cli import _parser
+from spd_zoo.cli.main import _parser
 from spd_zoo.weights import Entry, entries
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ from io import BytesIO
 import ray
 import torch
 
-from spd_zoo.images import SUFFIXES
-from spd_zoo.predict import Predictor
+from spd_zoo.data.reading import SUFFIXES
+from spd_zoo.inference.classifier import Predictor
 
 
 class Namer:

@@ -9,10 +9,11 @@ from timm.layers import get_device_dtype
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from spd_zoo.blocks import ImageSizeError
 from spd_zoo.boxes import class_nms
-from spd_zoo.layers import ImageSizeError, is_exporting
 from spd_zoo.losses import Target
 from spd_zoo.models._backbone import Backbone
+from spd_zoo.spd import is_exporting
 
 __all__ = ["DetectionNet", "YoloHead", "YoloNet", "check_num_classes"]
 

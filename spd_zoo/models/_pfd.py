@@ -5,7 +5,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import (
+from spd_zoo.blocks import (
     AttentionDownsample,
     HybridStem,
     ImageSizeError,

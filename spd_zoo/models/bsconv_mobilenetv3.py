@@ -18,7 +18,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import HybridStem, PaddingFreeDownsample, conv_norm_act, orthonormality
+from spd_zoo.blocks import HybridStem, PaddingFreeDownsample, conv_norm_act, orthonormality
 from spd_zoo.models._bsconv import fit_image_norm, init_weights
 from spd_zoo.models._classifier import Classifier, HiddenLayerHead, last_of_each_reduction
 from spd_zoo.models._registry import register_model

@@ -19,7 +19,7 @@ from timm.layers import BatchNormAct2d, DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import BSConvU2d, HybridStem, PaddingFreeDownsample, conv_norm_act
+from spd_zoo.blocks import BSConvU2d, HybridStem, PaddingFreeDownsample, conv_norm_act
 from spd_zoo.models._bsconv import fit_image_norm, init_weights
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 from spd_zoo.models._registry import register_model

@@ -12,7 +12,7 @@ from timm.layers import DropPath, SEModule, calculate_drop_path_rates, make_divi
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import AttentionDownsample, conv_norm_act
+from spd_zoo.blocks import AttentionDownsample, conv_norm_act
 from spd_zoo.models._classifier import Classifier, HiddenLayerHead, last_of_each_reduction
 from spd_zoo.models._pfd import Downsampling, block_names, depthwise, first_conv, halved, rename_shared, stem
 from spd_zoo.models._registry import register_model

@@ -14,7 +14,7 @@ from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import AttentionDownsample, PositionAwareCircularConv2d, conv_norm_act
+from spd_zoo.blocks import AttentionDownsample, PositionAwareCircularConv2d, conv_norm_act
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 from spd_zoo.models._pfd import Downsampling, block_names, depthwise, first_conv, halved, rename_shared, stem
 from spd_zoo.models._registry import register_model

@@ -12,7 +12,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import AttentionDownsample, HybridStem, PaddingFreeDownsample, conv_norm_act
+from spd_zoo.blocks import AttentionDownsample, HybridStem, PaddingFreeDownsample, conv_norm_act
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 from spd_zoo.models._pfd import Downsampling, first_conv, halved, rename_shared
 from spd_zoo.models._registry import register_model

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2006.11538
 Original code: https://github.com/iduta/pyconv (MIT); output strides 8 and 16: https://github.com/iduta/pyconvsegnet
 
 The `_spd` networks are ours: every downsampling is a space-to-depth and a convolution of stride 1, built so that the
-strided network's weights give the same function (`spd_zoo.layers.spd_weight`). Where the authors pool the shortcut with
+strided network's weights give the same function (`spd_zoo.spd.spd_weight`). Where the authors pool the shortcut with
 a stride, these pool without one and mix the four phases (`PhaseMix`), which starts as the phase that the stride keeps.
 """
 
@@ -19,9 +19,10 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import PhaseMix, PyConv2d, SPDConv2d, adapt_image_channels
+from spd_zoo.blocks import PyConv2d
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._registry import register_model
+from spd_zoo.spd import PhaseMix, SPDConv2d, adapt_image_channels
 
 __all__ = ["PyConvResNet"]  # register_model adds the entry points
 

@@ -18,9 +18,9 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.layers import SpaceToDepth, adapt_image_channels
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._registry import register_model
+from spd_zoo.spd import SpaceToDepth, adapt_image_channels
 
 __all__ = ["SPDResNet"]  # register_model adds the entry points
 

@@ -18,11 +18,12 @@ from timm.layers import get_device_dtype, to_2tuple
 from torch import Tensor, nn
 
 from spd_zoo import weights
+from spd_zoo.blocks import ImageSizeError
 from spd_zoo.boxes import prior_boxes, ssd_decode
-from spd_zoo.layers import ImageSizeError, is_exporting
 from spd_zoo.losses import Target, ssd_loss
 from spd_zoo.models._detector import DetectionNet, check_num_classes
 from spd_zoo.models._registry import register_model
+from spd_zoo.spd import is_exporting
 
 __all__ = ["SSD"]  # register_model adds the entry points
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from spd_zoo import weights
+from spd_zoo.blocks import SPPF, YoloBottleneck, yolo_conv
 from spd_zoo.boxes import anchor_boxes, cell_corners
-from spd_zoo.layers import SPPF, SpaceToDepth, YoloBottleneck, adapt_image_channels, yolo_conv
 from spd_zoo.losses import Target, yolov5_loss
 from spd_zoo.models._detector import YoloHead, YoloNet, check_num_classes
 from spd_zoo.models._registry import register_model
+from spd_zoo.spd import SpaceToDepth, adapt_image_channels
 
 __all__ = ["YOLOv5SPD"]  # register_model adds the entry points
 

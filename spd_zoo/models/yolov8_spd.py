@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from spd_zoo import weights
+from spd_zoo.blocks import SPPF, YoloBottleneck, yolo_conv
 from spd_zoo.boxes import expected_distances, yolov8_predictions
-from spd_zoo.layers import SPPF, YoloBottleneck, space_to_depth, yolo_conv
 from spd_zoo.losses import Target, yolov8_loss
 from spd_zoo.models._detector import YoloHead, YoloNet, check_num_classes
 from spd_zoo.models._registry import register_model
+from spd_zoo.spd import space_to_depth
 
 __all__ = ["YOLOv8"]  # register_model adds the entry points
 

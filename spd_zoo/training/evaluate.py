@@ -18,10 +18,8 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from spd_zoo.complexity import count_params
-from spd_zoo.models._detector import DetectionNet
-from spd_zoo.predict import check_classifier, class_names, load_network
-from spd_zoo.training.check import check
-from spd_zoo.training.data import (
+from spd_zoo.data.check import check
+from spd_zoo.data.labelled import (
     Batches,
     DataError,
     LabelledImages,
@@ -32,10 +30,13 @@ from spd_zoo.training.data import (
     read,
     with_classes,
 )
-from spd_zoo.training.process import Process
+from spd_zoo.inference.classifier import check_classifier
+from spd_zoo.models._detector import DetectionNet
+from spd_zoo.process import Process
+from spd_zoo.weights.load import class_names, load_network
 
 if TYPE_CHECKING:
-    from spd_zoo.training.box_evaluate import BoxEvaluation
+    from spd_zoo.training.detection.metrics import BoxEvaluation
 
 __all__ = ["Input", "Predictions", "evaluate", "predictions", "score"]
 
@@ -247,7 +248,7 @@ def evaluate(
     if isinstance(net, DetectionNet):
         if flip or image_column or label_column:
             raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
-        boxes = importlib.import_module("spd_zoo.training.box_evaluate")  # which needs packages that others do not
+        boxes = importlib.import_module("spd_zoo.training.detection.metrics")  # which needs packages that others do not
         found: list[BoxEvaluation] = boxes.evaluate_boxes(
             net, model, data, split, image_sizes, batch_size, workers, place, bf16
         )

@@ -29,9 +29,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from spd_zoo.data.check import in_words
+from spd_zoo.data.labelled import Batches, DataError, Steps, read, seed_everything
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.training import classification
-from spd_zoo.training.check import in_words
+from spd_zoo.process import Process, join
+from spd_zoo.training.classification import task as classification
 from spd_zoo.training.config import (
     FinetuneConfig,
     merged,
@@ -41,9 +43,7 @@ from spd_zoo.training.config import (
     parse_sizes,
     refuse_others,
 )
-from spd_zoo.training.data import Batches, DataError, Steps, read, seed_everything
 from spd_zoo.training.evaluate import Input
-from spd_zoo.training.process import Process, join
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.weights import WeightsError
 
@@ -295,7 +295,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
 def _kind(net: nn.Module) -> Any:
     """The module with what is special about the network: `classification` or `detection`, with the same functions."""
     if isinstance(net, DetectionNet):
-        return importlib.import_module("spd_zoo.training.detection")  # which needs packages that others do not
+        return importlib.import_module("spd_zoo.training.detection.task")  # which needs packages that others do not
     return classification
 
 

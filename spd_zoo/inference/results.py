@@ -35,11 +35,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from spd_zoo import __version__
-from spd_zoo.detect import Detections, Detector, Placement
-from spd_zoo.images import read_image
-from spd_zoo.predict import Predictor, transform_errors
-from spd_zoo.training.data import DataError, LabelledImages, leave_ctrl_c_to_parent, open_data
-from spd_zoo.training.process import Process
+from spd_zoo.data.labelled import DataError, LabelledImages, leave_ctrl_c_to_parent, open_data
+from spd_zoo.data.reading import read_image
+from spd_zoo.inference.classifier import Predictor, transform_errors
+from spd_zoo.inference.detector import Detections, Detector, Placement
+from spd_zoo.process import Process
 
 __all__ = [
     "FORMATS",
@@ -103,7 +103,7 @@ class Files:
 
 
 def open_any(data: str, split: str = "", image_column: str = "", label_column: str = "") -> LabelledImages:
-    """A split of a data set that `spd_zoo.training.data.open_data` reads; without `split` the only one there is.
+    """A split of a data set that `spd_zoo.data.labelled.open_data` reads; without `split` the only one there is.
 
     Raises:
         DataError: If there is no such data set or split, or there are several and none is asked for.

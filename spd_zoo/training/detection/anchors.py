@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from spd_zoo.data.boxes import BoxImages
 from spd_zoo.models.yolov5_spd import YOLOv5SPD
-from spd_zoo.training.box_data import BoxImages
 
 __all__ = ["anchor_fit", "fit_anchors", "kmeans"]
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import spd_zoo
 from spd_zoo.fold import fold_spd
-from spd_zoo.predict import class_names, load
+from spd_zoo.inference.classifier import load
+from spd_zoo.weights.load import class_names
 
 __all__ = ["FORMATS", "ExportError", "export"]
 

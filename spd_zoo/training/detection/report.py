@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from spd_zoo.detect import Detections
-from spd_zoo.training.box_data import Objects
-from spd_zoo.training.box_evaluate import BoxPredictions, write_box_tables
+from spd_zoo.data.boxes import Objects
+from spd_zoo.inference.detector import Detections
+from spd_zoo.training.classification.report import fitting, page, png, table
 from spd_zoo.training.config import FinetuneConfig
-from spd_zoo.training.report import fitting, page, png, table
+from spd_zoo.training.detection.metrics import BoxPredictions, write_box_tables
 from spd_zoo.training.run import RunFolder
 
 __all__ = ["box_sheet", "matches", "write"]

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from spd_zoo import __version__
 from spd_zoo.convert import ConversionError, convert_checkpoint
+from spd_zoo.data.reading import find_images
 from spd_zoo.demo import serve
-from spd_zoo.detect import Detector, as_coco, detect
-from spd_zoo.images import find_images
-from spd_zoo.predict import Answer, ModelError, predict, timm_name
+from spd_zoo.inference.classifier import Answer, predict
+from spd_zoo.inference.detector import Detector, as_coco, detect
 from spd_zoo.weights import (
     Entry,
     WeightsError,
@@ -38,6 +38,7 @@ from spd_zoo.weights import (
     original_of,
     remove,
 )
+from spd_zoo.weights.load import ModelError, timm_name
 from spd_zoo.weights.publish import checkout_manifest, describe, prepare, publish
 
 __all__ = ["main"]
@@ -492,7 +493,7 @@ def _many(options: argparse.Namespace, task_of: Callable[[Any, str], Any]) -> in
     if bool(options.data) == bool(options.images):
         raise CommandError("give either IMAGES or a data set with --data")
     with _explained():
-        many, joining = importlib.import_module("spd_zoo.many"), _training("process")
+        many, joining = importlib.import_module("spd_zoo.inference.results"), importlib.import_module("spd_zoo.process")
         process = joining.join(options.device)
         if options.data:
             images = many.open_any(options.data, options.split, options.image_column, options.label_column)
@@ -613,7 +614,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     with _explained():
-        export = _training("export").export
+        export = importlib.import_module("spd_zoo.exporter").export
         print(export(options.model, options.to, options.out, options.image_size, not options.no_fold))
     return 0
 

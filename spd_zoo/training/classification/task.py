@@ -14,11 +14,8 @@ from timm.loss.class_weights import resolve_class_weights
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
-from spd_zoo.training import report
-from spd_zoo.training.check import check
-from spd_zoo.training.config import FinetuneConfig, parse_model_args
-from spd_zoo.training.data import (
+from spd_zoo.data.check import check
+from spd_zoo.data.labelled import (
     Batches,
     DataError,
     LabelledImages,
@@ -34,8 +31,11 @@ from spd_zoo.training.data import (
     train_val_split,
     with_classes,
 )
+from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
+from spd_zoo.process import Process
+from spd_zoo.training.classification import report
+from spd_zoo.training.config import FinetuneConfig, parse_model_args
 from spd_zoo.training.evaluate import Input, predictions, score
-from spd_zoo.training.process import Process
 from spd_zoo.training.run import RunFolder
 
 __all__ = [

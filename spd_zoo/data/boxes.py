@@ -21,8 +21,8 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from spd_zoo.images import SUFFIXES, read_image
-from spd_zoo.training.data import OTHER_NAMES, DataError
+from spd_zoo.data.labelled import OTHER_NAMES, DataError
+from spd_zoo.data.reading import SUFFIXES, read_image
 
 __all__ = ["BoxImages", "Objects", "hold_out", "open_boxes", "with_names"]
 

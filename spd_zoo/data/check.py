@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from spd_zoo.training.box_data import BoxImages
-from spd_zoo.training.data import DataError, LabelledImages, leave_ctrl_c_to_parent
-from spd_zoo.training.process import Process
+from spd_zoo.data.boxes import BoxImages
+from spd_zoo.data.labelled import DataError, LabelledImages, leave_ctrl_c_to_parent
+from spd_zoo.process import Process
 
 __all__ = ["check", "defects_in_words", "in_words"]
 

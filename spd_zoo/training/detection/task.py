@@ -8,19 +8,19 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor
 
+from spd_zoo.data.boxes import BoxImages, hold_out, open_boxes, with_names
+from spd_zoo.data.check import check, defects_in_words
+from spd_zoo.data.labelled import Batches, DataError, Steps, normalize
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.models.yolov5_spd import YOLOv5SPD
-from spd_zoo.training import box_report
-from spd_zoo.training.anchors import fit_anchors
-from spd_zoo.training.box_augment import box_eval_loader, box_train_loader
-from spd_zoo.training.box_data import BoxImages, hold_out, open_boxes, with_names
-from spd_zoo.training.box_evaluate import box_predictions, mean_terms, score
-from spd_zoo.training.check import check, defects_in_words
+from spd_zoo.process import Process
 from spd_zoo.training.config import FinetuneConfig, parse_model_args, parse_sizes
-from spd_zoo.training.data import Batches, DataError, Steps, normalize
+from spd_zoo.training.detection import report as box_report
+from spd_zoo.training.detection.anchors import fit_anchors
+from spd_zoo.training.detection.augment import box_eval_loader, box_train_loader
+from spd_zoo.training.detection.metrics import box_predictions, mean_terms, score
 from spd_zoo.training.evaluate import Input
-from spd_zoo.training.process import Process
 from spd_zoo.training.run import RunFolder
 
 __all__ = [

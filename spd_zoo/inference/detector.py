@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 
 from spd_zoo.boxes import labelled_nms
-from spd_zoo.images import read_image, upright
+from spd_zoo.data.reading import read_image, upright
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.predict import ModelError, class_names, load_network
+from spd_zoo.weights.load import ModelError, class_names, load_network
 
 __all__ = ["Detections", "Detector", "Found", "Placement", "as_coco", "detect", "postprocess", "prepare"]
 
@@ -431,7 +431,7 @@ def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -
 
     Args:
         detector: What finds the objects.
-        paths: Image files, as `spd_zoo.images.find_images` gives them; the same one again counts once.
+        paths: Image files, as `spd_zoo.data.reading.find_images` gives them; the same one again counts once.
         out: A folder that does not exist or is empty; it appears whole or not at all.
 
     Raises:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from spd_zoo.data.labelled import LabelledImages, StreamedImages
 from spd_zoo.training.config import FinetuneConfig, to_yaml
-from spd_zoo.training.data import LabelledImages, StreamedImages
 from spd_zoo.training.evaluate import Predictions, write_tables
 from spd_zoo.training.run import RunFolder
 

@@ -15,12 +15,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from spd_zoo.detect import GREY, Placement, prepare
+from spd_zoo.data.boxes import BoxImages
+from spd_zoo.data.labelled import Batches, Steps, leave_ctrl_c_to_parent, seed_everything
+from spd_zoo.inference.detector import GREY, Placement, prepare
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.training.box_data import BoxImages
 from spd_zoo.training.config import FinetuneConfig, parse_numbers
-from spd_zoo.training.data import Batches, Steps, leave_ctrl_c_to_parent, seed_everything
 
 __all__ = ["box_eval_loader", "box_train_loader", "mosaic", "scaled_to", "ssd_augment", "window", "yolo_augment"]
 

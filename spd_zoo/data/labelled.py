@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from spd_zoo.images import SUFFIXES, read_image, upright
+from spd_zoo.data.reading import SUFFIXES, read_image, upright
 
 __all__ = [
     "Batches",

@@ -1,0 +1,1 @@
+"""Networks applied to images: classes, boxes, files of results."""
