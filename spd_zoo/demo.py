@@ -24,6 +24,7 @@ from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.inference.detector import Detections, Detector
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.process import pick_device
 from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
 from spd_zoo.weights import WeightsError, entries, find, imported_names, original_of
 from spd_zoo.weights.load import ModelError, class_names, load_network, timm_name
@@ -88,7 +89,7 @@ def load(model: str) -> nn.Module:
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
-    net = load_network(model, "cuda" if torch.cuda.is_available() else "cpu")
+    net = load_network(model, pick_device())
     if not isinstance(net, DetectionNet):
         check_classifier(net, model)
     return net

@@ -405,12 +405,12 @@ class OneOf(Process):
     told: Any = ()
     meanwhile: Any = None
 
-    def together(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         if self.meanwhile:
             self.meanwhile()
         return [value] * self.world
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         if self.first:
             self.told.append(value)
         return self.told[0]

@@ -102,7 +102,7 @@ def _read_all(data: LabelledImages | BoxImages, workers: int, process: Process, 
         for batch in DataLoader(_Facts(data), 32, sampler=mine, **how):
             facts += batch
             bar.update(len(batch))
-    return sorted((fact for part in process.together(facts) for fact in part), key=lambda fact: fact.index)
+    return sorted((fact for part in process.all_gather(facts) for fact in part), key=lambda fact: fact.index)
 
 
 def in_words(about: dict[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spd_zoo.data.reading import read_image
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError, _cfg, _first_line, class_names, load_network
 
 __all__ = [
@@ -103,7 +104,7 @@ class Predictor:
     """
 
     def __init__(self, model: str, top_k: int = 5, device: str | None = None) -> None:
-        self.net = load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.net = load(model, pick_device(device))
         cfg = _cfg(self.net)
         self.names = class_names(cfg)
         self.top_k = top_k

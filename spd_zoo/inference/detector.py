@@ -22,6 +22,7 @@ from spd_zoo.boxes import labelled_nms
 from spd_zoo.data.reading import read_image, upright
 from spd_zoo.files import whole
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError, class_names, load_network
 
 __all__ = ["Detections", "Detector", "Found", "Placement", "as_coco", "detect", "postprocess", "prepare"]
@@ -261,8 +262,7 @@ class Detector:
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
-        gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        net = model if isinstance(model, nn.Module) else load_network(name, device or gpu)
+        net = model if isinstance(model, nn.Module) else load_network(name, pick_device(device))
         if not isinstance(net, DetectionNet):
             raise ModelError(f"{name} is no detector; `spd-zoo predict` names what images show with it")
         if device is not None:

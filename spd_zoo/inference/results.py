@@ -15,10 +15,7 @@ import json
 import math
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -38,7 +35,7 @@ from spd_zoo.data.reading import read_image
 from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Predictor, transform_errors
 from spd_zoo.inference.detector import Detections, Detector, Placement
-from spd_zoo.process import Process
+from spd_zoo.process import Process, Stopped, StopSignals
 
 __all__ = [
     "FORMATS",
@@ -63,14 +60,6 @@ _GOES_ON = "finished parts are kept, and the same command goes on from there"
 
 class ManyError(ValueError):
     """Results that cannot be written; the message says why and what to do. Finished parts stay."""
-
-
-class Stopped(KeyboardInterrupt):
-    """The command was asked to stop by the signal `number`; finished parts stay."""
-
-    def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message)
-        self.number = number
 
 
 class Images(Protocol):
@@ -263,7 +252,7 @@ def write(
                 missing = parts.missing()
             except (ManyError, OSError) as error:
                 complaint = str(error)
-        complaint, missing, firsts_job = process.from_first((complaint, missing, job))
+        complaint, missing, firsts_job = process.broadcast((complaint, missing, job))
         if complaint:
             raise ManyError(complaint)
         if job != firsts_job:
@@ -273,7 +262,7 @@ def write(
         total = sum(len(parts.rows(part)) for part in share)
         done = total - sum(len(parts.rows(part)) for part in todo)
         with (
-            _signals_stop() as signals,
+            StopSignals(interrupt=True) as signals,
             tqdm(total=total, initial=done, unit="image", leave=False, disable=None if process.first else True) as bar,
         ):
             try:
@@ -284,8 +273,8 @@ def write(
                 _wait_for_all(process)
                 return summary
             except (Stopped, RuntimeError) as error:
-                if signals:  # the reading processes may have got the signal, too, and then torch raises of them
-                    raise Stopped(signals[0], f"stopped with {done:,} of {total:,} images done") from error
+                if signals.number:  # loader workers may have got the signal, too; then torch raises RuntimeError
+                    raise Stopped(signals.number, f"stopped with {done:,} of {total:,} images done") from error
                 reason = str(error).strip().partition("\n")[0]
                 if not reason.startswith("DataLoader worker (pid"):
                     raise
@@ -300,27 +289,9 @@ def write(
 def _wait_for_all(process: Process) -> None:
     """Returns when all processes are done, so that the first one's lock holds until then."""
     try:
-        process.together(None)
+        process.all_gather(None)
     except RuntimeError as error:  # torch's, at once when one of them has ended
         raise ManyError(f"another of the {process.world} processes ended before it was done; {_GOES_ON}") from error
-
-
-@contextmanager
-def _signals_stop() -> Iterator[list[int]]:
-    """Raises `Stopped` where SIGINT or SIGTERM comes; gives the list of those that came."""
-    came: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        came.append(number)
-        raise Stopped(number)
-
-    here = threading.current_thread() is threading.main_thread()  # where alone Python lets one ask for signals
-    usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if here}
-    try:
-        yield came
-    finally:
-        for number, action in usual.items():
-            signal.signal(number, action)
 
 
 def _computed(

@@ -32,7 +32,7 @@ from spd_zoo.data.labelled import (
 from spd_zoo.files import write_csv
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.process import Process
+from spd_zoo.process import Process, pick_device
 from spd_zoo.weights.load import class_names, load_network
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def predictions(
 ) -> Predictions:
     """What the network says about all images, in their order; every process gets what all of them have found."""
     mine = [(logits.cpu(), labels.cpu()) for logits, labels in _outputs(net, batches, given, flip)]
-    every = process.together(mine)
+    every = process.all_gather(mine)
     logits = torch.cat([logits for part in every for logits, _ in part])
     labels = torch.cat([labels for part in every for _, labels in part])
     ranks = range(process.world)
@@ -242,7 +242,7 @@ def evaluate(
         ModelError: If there is no such network, or it cannot be used.
         ValueError: If an option has no meaning for a detector.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = pick_device(device)
     net: Any = load_network(model, name)
     place = torch.device(name)
     if isinstance(net, DetectionNet):

@@ -5,14 +5,11 @@ import importlib
 import itertools
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import timm
@@ -32,7 +29,7 @@ from tqdm import tqdm
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import Batches, DataError, Steps, read, seed_everything
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.process import Process, join
+from spd_zoo.process import Process, Stopped, StopSignals, join
 from spd_zoo.training.classification import task as classification
 from spd_zoo.training.config import (
     FinetuneConfig,
@@ -50,14 +47,6 @@ from spd_zoo.weights import WeightsError
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune"]
 
 FUSED = ("adam", "adamw")  # computed in one pass over the weights; torch's fused SGD cannot begin with the head alone
-
-
-class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop by the signal `number`, and has saved its state."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
         importlib.import_module("torch.utils.tensorboard")  # an error now, not behind the first epoch
     process = join(config.device)
     folder = RunFolder(config.out)
-    began = process.from_first(folder.beginning(config) if process.first else None)
+    began = process.broadcast(folder.beginning(config) if process.first else None)
     if began is not None:
         config = merged(began.config, config)
     with torch.device("meta"):  # a network without numbers, to see what it is
@@ -103,7 +92,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     # data
     train, val, about = kind.open_splits(config, process, began.about_data if began is not None else None)
     for line in in_words(about) if "train" in about else ["the images are not checked"]:
-        process.say(line)
+        process.print(line)
     if config.dry_run:
         return None
 
@@ -165,7 +154,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     history: list[dict[str, Any]] = []
     best: dict[str, Any] = {}  # the network of the best epoch, for early stopping
     done, sums = 0, _Sums()  # of the epoch in hand: its steps, and their loss with its terms
-    state = process.from_first(folder.load() if process.first else None)
+    state = process.broadcast(folder.load() if process.first else None)
     if state is not None:
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
@@ -176,7 +165,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
             sums.add({name: torch.tensor(value, device=process.device) for name, value in losses.items()}, 1.0)
 
     def save() -> None:
-        losses = _finite(process.together(sums.numbers()))
+        losses = _finite(process.all_gather(sums.numbers()))
         if process.first:
             now = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "best": best}
             now |= {"ema": trained.state_dict() if config.ema else None, "step": done, "losses": losses}
@@ -186,7 +175,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     learning: Sequence[str] | None = None
     size = 0
     saved = time.monotonic()
-    with _Signals() as signals, _progress(config, steps, len(history), done, process) as bar:
+    with StopSignals() as signals, _progress(config, steps, len(history), done, process) as bar:
         for epoch in range(len(history), config.epochs):
             if _stagnates([row[kind.BEST] for row in history], config.patience):
                 break
@@ -212,7 +201,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
             for step in range(done, steps.per_epoch):
                 shares = _next(reading, steps.parts, signals)
                 late = time.monotonic() - saved > 60 * config.save_minutes
-                asked, overdue = process.largest(signals.number, late)
+                asked, overdue = process.all_reduce_max(signals.number, late)
                 if shares is None or asked:
                     break
                 if overdue:
@@ -238,7 +227,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
                 done = step + 1
                 bar.update(steps.size(step))
             train_seconds = time.monotonic() - started
-            asked = process.largest(signals.number)[0]
+            asked = process.all_reduce_max(signals.number)[0]
             if asked:
                 save()
                 raise Stopped(int(asked), f"stopped in epoch {epoch + 1} behind step {done} of {steps.per_epoch}")
@@ -257,7 +246,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
                 "epoch": epoch + 1,
                 "image_size": size,
                 "lr": max(group["lr"] for group in optimizer.param_groups),
-                **_means(_finite(process.together(sums.numbers())), steps.per_epoch),
+                **_means(_finite(process.all_gather(sums.numbers())), steps.per_epoch),
                 **{f"val_{name}": value for name, value in metrics.items()},
             }
             if config.patience and row[kind.BEST] > max((old[kind.BEST] for old in history), default=-math.inf):
@@ -275,12 +264,12 @@ def finetune(config: FinetuneConfig) -> Result | None:
                 f"epoch {epoch + 1}/{config.epochs} at {size} px: train loss {row['train_loss']:.3f}, "
                 f"{kind.in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
             )
-            process.say(line)
+            process.print(line)
             if process.first:
                 folder.log(line)
                 if config.tensorboard:
                     folder.to_tensorboard(row)
-            asked = process.largest(signals.number)[0]
+            asked = process.all_reduce_max(signals.number)[0]
             if asked:
                 raise Stopped(int(asked), f"stopped behind epoch {epoch + 1}")
 
@@ -395,9 +384,9 @@ def _parts(net: nn.Module, sizes: list[tuple[int, int]], config: FinetuneConfig,
     parts, unit = 1, 2 if config.mixup or config.cutmix else 1  # Mixup needs pairs
     while fixed + per_image * share / parts > 0.8 * free and share % (2 * parts * unit) == 0 and share >= 4 * parts:
         parts *= 2
-    parts = int(process.largest(parts)[0])
+    parts = int(process.all_reduce_max(parts)[0])
     if parts > 1:
-        process.say(
+        process.print(
             f"each step is computed in {parts} parts: {share} images need {per_image * share / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free"
         )
@@ -515,7 +504,7 @@ def _reading(batches: Batches, epoch: int, done: int, steps: Steps) -> Iterator[
     return itertools.islice(read(batches), done * steps.parts, None)
 
 
-def _next(reading: Iterator[Any], parts: int, signals: "_Signals") -> list[Any] | None:
+def _next(reading: Iterator[Any], parts: int, signals: StopSignals) -> list[Any] | None:
     """The batches of a step; None if the processes that read them were asked to stop together with this one."""
     try:
         return [next(reading) for _ in range(parts)]
@@ -533,28 +522,3 @@ def _progress(config: FinetuneConfig, steps: Steps, epochs: int, done: int, proc
         unit=" images",
         disable=None if process.first else True,
     )
-
-
-class _Signals(AbstractContextManager["_Signals"]):
-    """Notes SIGINT and SIGTERM in `number` instead of dying of them; a second one acts as usual."""
-
-    number = 0
-
-    def __enter__(self) -> "_Signals":
-        here = threading.current_thread() is threading.main_thread()  # where alone Python lets one ask for signals
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) if here else ()
-        self.usual: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
-        for number in numbers[:2]:
-            signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.__exit__()
-        self.number = number
-        # reading processes that got the signal, too, die now or later; torch would raise an error of that anywhere
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        del self.usual[signal.SIGCHLD]
-
-    def __exit__(self, *_: object) -> None:
-        for number, action in self.usual.items():
-            signal.signal(number, action)

@@ -256,7 +256,7 @@ def finish(
         folder.write_network(net, cfg, parse_model_args(config.model_args))
         report.write(folder, config, history, said, data)
     figures = said.summary()
-    process.say(
+    process.print(
         f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, mean F1 {figures['macro_f1']:.3f} on "
         f"{figures['images']} validation images; see {folder.path / 'report.html'}"
     )

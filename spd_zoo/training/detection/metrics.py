@@ -169,7 +169,7 @@ def box_predictions(
             sums[name] = sums.get(name, 0.0) + term.item() * len(images)
         for i, one, placement in zip(indices, found, placements, strict=True):
             mine[i] = (one, placement.scale)
-    every = process.together((mine, sums, clock))
+    every = process.all_gather((mine, sums, clock))
     all_found = {i: one for part, _, _ in every for i, one in part.items()}
     order = range(len(data))
     return BoxPredictions(

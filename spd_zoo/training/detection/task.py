@@ -106,7 +106,7 @@ def open_splits(
             about[name]["without boxes"] = sum(not len(read.shown(i).labels) for i in range(len(read)))
     else:
         for line in (line for part in parts.values() for line in defects_in_words(part.defects)):
-            process.say(line)
+            process.print(line)
     train, val = (part.without(about.get(name, {}).get("unreadable", {})) for name, part in parts.items())
     empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if not count]
     if empty:
@@ -128,7 +128,7 @@ class Task(ClassificationTask):
 
         super().__init__(net, loss, device=process.device, verbose=False)
         if isinstance(net, YOLOv5SPD) and config.auto_anchors:
-            process.say(fit_anchors(net, data, parse_sizes(config.image_size or "")[-1][0], config.seed))
+            process.print(fit_anchors(net, data, parse_sizes(config.image_size or "")[-1][0], config.seed))
 
     def forward(self, images: Tensor, targets: Any) -> dict[str, Any]:
         """(N, C, H, W) and N targets -> `loss`, a scalar, and its `terms`."""
@@ -194,7 +194,7 @@ def finish(
         }
         folder.write_network(net, cfg, parse_model_args(config.model_args))
         box_report.write(folder, config, history, said)
-    process.say(
+    process.print(
         f"AP {figures['ap']:.2f} %, AP50 {figures['ap50']:.2f} % on {figures['objects']} objects in "
         f"{figures['images']} validation images; see {folder.path / 'report.html'}"
     )
