@@ -56,7 +56,7 @@ def made_up_entries(monkeypatch: pytest.MonkeyPatch) -> None:
         dataclasses.replace(base, name="pyconvresnet50.d", num_classes=9),
         dataclasses.replace(base, name="resnet18_spd"),
     ]
-    monkeypatch.setattr("spd_zoo.cli.main.entries", lambda: {entry.name: entry for entry in found})
+    monkeypatch.setattr("spd_zoo.weights.catalogue.entries", lambda: {entry.name: entry for entry in found})
 
 
 def rows_of(capsys: Capture, *arguments: str) -> list[dict[str, object]]:
@@ -153,7 +153,7 @@ def test_info_about_a_network_describes_its_checkpoints(capsys: Capture) -> None
 
 def test_info_knows_networks_of_the_zoo_only(capsys: Capture) -> None:
     assert main(["info", "resnet18"]) == 1
-    assert capsys.readouterr().err.startswith("spd-zoo: error: resnet18 is no network of the zoo")
+    assert capsys.readouterr().err.startswith("spd-zoo: error: there is no network 'resnet18'; the nearest names are ")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,9 @@ def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint
     assert main(["weights", "list", "*.mine"]) == 0
     header, line = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "here", "sha256", "size", "licence", "from"]
-    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "verified"]
+    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "unknown"]
+    assert main(["weights", "list", "*.mine", "--verify"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["cifar_resnet20.mine", "imported", "verified"]
 
 
 def test_what_was_imported_is_used_pulled_checked_and_deleted(
@@ -431,7 +433,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spd_zoo.cli.main.entries", interrupt)
+    monkeypatch.setattr("spd_zoo.weights.catalogue.entries", interrupt)
     assert main(["list"]) == 130
 
 

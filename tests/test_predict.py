@@ -83,7 +83,7 @@ def test_no_more_images_are_read_than_a_batch_holds(
     paths = [write_image(tmp_path / f"{i}.png") for i in range(4)]
     read = []
     monkeypatch.setattr(
-        "spd_zoo.inference.classifier.read_image", lambda path, mode: read.append(path) or read_image(path, mode)
+        "spd_zoo.inference.classifier.read_image", lambda path, mode: read.append(Path(path)) or read_image(path, mode)
     )
     next(predict(saved, paths, batch_size=2, device="cpu"))
     assert read == paths[:2]
