@@ -31,7 +31,7 @@ from spd_zoo.data.labelled import (
     train_val_split,
     with_classes,
 )
-from spd_zoo.data.reading import channel_mode, find_images, notes_of, parse_size, read_image, size_text
+from spd_zoo.data.reading import channel_mode, collect_notes, find_images, parse_size, read_image, size_text
 from spd_zoo.process import Process
 
 ALONE = Process(torch.device("cpu"))
@@ -338,9 +338,10 @@ def test_deep_images_are_scaled_by_what_the_file_says_else_that_is_noted(
 ) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, **{"format": "tiff", **options})
-    image = read_image(buffer, "L")
+    with collect_notes() as notes:
+        image = read_image(buffer, "L")
     assert image.getextrema() == (0, largest)
-    assert len(notes_of(image)) == bool(note) and all(note in text for text in notes_of(image))
+    assert len(notes) == bool(note) and all(note in text for text in notes)
 
 
 def test_pixels_of_unknown_range_are_refused() -> None:

@@ -147,7 +147,7 @@ def open_boxes(data: str | Path, split: str) -> BoxImages | None:
         DataError: If the folder is no such data set, or something in it cannot be read.
     """
     if is_url(data):
-        raise DataError(f"{data} is an address, and addresses are not read; download the data set and give its folder")
+        raise DataError(f"{data} is an address, which is not read; download the data set and give its folder")
     root = Path(data)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one in the form of COCO, YOLO or Pascal VOC")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from spd_zoo.data.boxes import BoxImages
 from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages, leave_ctrl_c_to_parent
 from spd_zoo.data.notes import Notes, some
-from spd_zoo.data.reading import notes_of
+from spd_zoo.data.reading import collect_notes
 from spd_zoo.process import Process
 
 __all__ = ["check", "defects_in_words", "in_words", "notes_on"]
@@ -38,7 +38,8 @@ class _Facts(Dataset[_Fact]):
 
     def __getitem__(self, index: int) -> _Fact:
         try:
-            pixels = self.data.image(index)
+            with collect_notes() as notes:
+                pixels = self.data.image(index)
         except DataError as error:
             return _Fact(index, str(error).removeprefix(f"{self.data.name(index)}: "))
         with Image.open(self.data.file(index)) as file:
@@ -52,7 +53,7 @@ class _Facts(Dataset[_Fact]):
             }
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
         found = tuple(kind for kind, is_so in kinds.items() if is_so)
-        return _Fact(index, "", pixels.size, f"{digest} {pixels.size}", found, notes_of(pixels))
+        return _Fact(index, "", pixels.size, f"{digest} {pixels.size}", found, tuple(notes))
 
 
 def check(splits: Mapping[str, LabelledImages | BoxImages], workers: int, process: Process) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import yaml
 from timm.utils.misc import natural_key
 
 from spd_zoo.data.notes import count, some
+from spd_zoo.weights.load import class_names, class_synonyms
 
 __all__ = [
     "DataError",
@@ -20,6 +21,7 @@ __all__ = [
     "load_class_map",
     "look_alikes",
     "match_classes",
+    "network_classes",
     "renamed",
     "without_unused",
 ]
@@ -87,6 +89,19 @@ class NetworkClasses:
                     outputs[name].add(i)
             found = {name: min(places) for name, places in outputs.items() if len(places) == 1} | found
         return found
+
+
+def network_classes(cfg: Mapping[str, Any], num_classes: int) -> NetworkClasses:
+    """The classes of a network.
+
+    Args:
+        cfg: Its `pretrained_cfg`.
+        num_classes: Its outputs; where they are not those of `cfg`, nobody says what they mean.
+    """
+    if cfg["num_classes"] != num_classes:
+        return NetworkClasses([str(i) for i in range(num_classes)], named=False)
+    synonyms = class_synonyms(dict(cfg))
+    return NetworkClasses(class_names(dict(cfg)), synonyms is not None, synonyms or ())
 
 
 class _Images(Protocol):

@@ -198,7 +198,7 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
     if data.startswith("hf://"):
         return _open_hugging_face(data.removeprefix("hf://"), split, image_column, label_column)
     if is_url(data):
-        raise DataError(f"{data} is an address, and addresses are not read; download the data set and give its folder")
+        raise DataError(f"{data} is an address, which is not read; download the data set and give its folder")
     root = Path(data)
     if root.is_file() and root.suffix.lower() == ".csv":
         return _open_csv(root, split)

@@ -7,7 +7,9 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
 
@@ -15,14 +17,15 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from spd_zoo.data.notes import Notes, count
+from spd_zoo.weights.catalogue import ModelError
 
 __all__ = [
     "SUFFIXES",
     "ImageFilter",
     "channel_mode",
+    "collect_notes",
     "find_images",
     "is_url",
-    "notes_of",
     "parse_size",
     "read_image",
     "size_text",
@@ -41,6 +44,7 @@ SUFFIXES = tuple(
 )
 _HEIC = (".heic", ".heif", ".hif")
 
+_collected: ContextVar[list[str] | None] = ContextVar("notes on images", default=None)
 _SEVERAL_PAGES = "several pages or frames, of which the first is read"
 _DARK = "16 bits, of which the highest two or more are not used: read as 16 bits, and so perhaps too dark"
 
@@ -51,9 +55,7 @@ def is_url(text: str | os.PathLike[str]) -> bool:
 
 
 def _url_error(text: str | os.PathLike[str]) -> ValueError:
-    return ValueError(
-        f"{os.fspath(text)} is an address, and addresses are not read; download the file and give its path"
-    )
+    return ValueError(f"{os.fspath(text)} is an address, which is not read; download the file and give its path")
 
 
 class ImageFilter:
@@ -126,7 +128,7 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Pat
 
 
 def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
-    """An image file, or its bytes, upright and in `mode`, 8 bits per channel; `notes_of` tells what was guessed.
+    """An image file, or its bytes, upright and in `mode`, 8 bits per channel; `collect_notes` tells what was guessed.
 
     Raises:
         ValueError: If `file` is no image that can be read.
@@ -162,7 +164,7 @@ def _is_heic(file: Path | str | BytesIO) -> bool:
 
 
 def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """An opened image turned as its EXIF says and in `mode`, 8 bits per channel; `notes_of` tells what was guessed.
+    """An opened image turned as its EXIF says and in `mode`, 8 bits per channel; `collect_notes` tells what was guessed.
 
     Raises:
         ValueError: If its pixels have more than 16 bits and a range that cannot be told.
@@ -177,14 +179,21 @@ def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
     converted = turned.convert(mode)
     if deep and converted.convert("L").getextrema()[1] < 64:
         notes.append(_DARK)
-    if notes:
-        converted.info["notes"] = tuple(notes)
+    collected = _collected.get()
+    if collected is not None:
+        collected += notes
     return converted
 
 
-def notes_of(image: Image.Image) -> tuple[str, ...]:
-    """What was guessed when `read_image` or `upright` made this image."""
-    return tuple(image.info.get("notes", ()))
+@contextmanager
+def collect_notes() -> Iterator[list[str]]:
+    """Collects what `read_image` and `upright` guess about images that are read inside."""
+    notes: list[str] = []
+    token = _collected.set(notes)
+    try:
+        yield notes
+    finally:
+        _collected.reset(token)
 
 
 def _has_several_pages(image: Image.Image) -> bool:
@@ -233,10 +242,10 @@ def channel_mode(channels: int, model: str) -> str:
     """Pillow's mode of images with so many channels.
 
     Raises:
-        ValueError: If `model` takes neither 1 nor 3.
+        ModelError: If `model` takes neither 1 nor 3.
     """
     if channels not in (1, 3):
-        raise ValueError(f"{model} takes {channels} channels; images have 1 or 3")
+        raise ModelError(f"{model} takes {channels} channels; images have 1 or 3")
     return "L" if channels == 1 else "RGB"
 
 
