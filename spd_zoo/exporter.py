@@ -12,6 +12,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 import spd_zoo
+from spd_zoo.files import whole
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import load
 from spd_zoo.weights.load import class_names
@@ -56,15 +57,11 @@ def export(
     folder = Path(model)
     name = f"model.{to}" if folder.is_dir() else f"{model.replace('/', '_').replace(':', '_')}.{to}"
     path = Path(out) if out is not None else (folder if folder.is_dir() else Path()) / name
-    temporary = path.with_name(f"{path.name}.tmp.{to}")  # torch wants its own suffix
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole(path) as temporary:
         form = fold_spd(net, _images(net, 1, size)) if fold else net
         compute = FORMATS[to](form, size, _metadata(net, size), temporary)
         _check(net, size, compute)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from spd_zoo.complexity import count_macs, count_params
 from spd_zoo.data.labelled import DataError, LabelledImages, eval_loader, eval_transform, open_data
+from spd_zoo.files import whole
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import Process
 from spd_zoo.training.classification.task import open_splits
@@ -39,16 +40,14 @@ def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: d
 
 
 def save_fp16(run: Path, target: Path) -> None:
-    """Writes the run's weights as fp16, counters as they are, through a temporary file."""
+    """Writes the run's weights as fp16, counters as they are."""
     state_dict = load_file(run / "model.safetensors")
     halves = {key: value.half() if value.is_floating_point() else value for key, value in state_dict.items()}
     if not all(value.isfinite().all() for value in halves.values()):
         raise SystemExit(f"{run}: a weight does not fit into fp16")
     target.parent.mkdir(exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    save_file(halves, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # which safetensors does not do
-    temporary.replace(target)
+    with whole(target) as temporary:
+        save_file(halves, temporary, metadata={"format": "pt"})
 
 
 def recipe_of(run: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 
 from spd_zoo.boxes import labelled_nms
 from spd_zoo.data.reading import read_image, upright
+from spd_zoo.files import whole
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError, class_names, load_network
@@ -498,16 +498,13 @@ def as_coco(found: Sequence[Found], class_names: Sequence[str]) -> dict[str, Any
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` behind the block, and is deleted if the block fails."""
+    """A folder to fill that becomes `path` when the block ends, and is deleted if the block fails."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there and not empty; give a new folder with --out")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+        raise ValueError(f"{path} exists and is not empty; choose a new folder with --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _places(paths: Sequence[Path]) -> dict[Path, Path]:

@@ -13,10 +13,8 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +32,7 @@ from tqdm import tqdm
 from spd_zoo import __version__
 from spd_zoo.data.labelled import DataError, LabelledImages, leave_ctrl_c_to_parent, open_data
 from spd_zoo.data.reading import read_image
+from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Predictor, transform_errors
 from spd_zoo.inference.detector import Detections, Detector, Placement
 from spd_zoo.process import Process, Stopped, StopSignals
@@ -402,15 +401,16 @@ class _Parts:
                 f"{self.folder} holds unfinished results that differ in {_differences(job, begun)}; finish them with "
                 "the command that began them, delete that folder, or give another file"
             )
-        for file in self.folder.glob("*.tmp"):  # of processes that were killed
-            file.unlink()
+        remove_leftovers(self.folder)
 
     def _refuse_foreign_files(self) -> None:
         """Raises ManyError if a folder of parts holds anything that is not written here."""
-        ours = re.compile(rf"(job\.json|whole\.json|\d{{8}}\.jsonl|{re.escape(self.results.name)})(\..+\.tmp)?")
+        ours = re.compile(r"(job|whole)\.json|\d{8}\.jsonl")
         for folder in (self.folder, self.merging):
-            names = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
-            foreign = next((name for name in names if not ours.fullmatch(name) or name == self.results.name), None)
+            files = sorted(folder.iterdir()) if folder.exists() else []
+            foreign = next(
+                (file.name for file in files if not ours.fullmatch(file.name) and not is_leftover(file)), None
+            )
             if foreign is not None:
                 raise ManyError(
                     f"{folder} is where unfinished results go, but it holds {foreign}, which is none; move that away, "
@@ -498,23 +498,15 @@ class _Parts:
             target: Where it goes, if not into the folder.
             before: Is called with the finished file before it goes there.
         """
-        temporary = self.folder / f"{name}.{socket.gethostname()}.{os.getpid()}.tmp"
         target = target or self.folder / name
         try:
-            with temporary.open("wb") as file:
-                write_to(file)
-                file.flush()
-                os.fsync(file.fileno())
-            if before is not None:
-                before(temporary)
-            temporary.replace(target)
+            with whole(target, within=self.folder) as temporary:
+                with temporary.open("wb") as file:
+                    write_to(file)
+                if before is not None:
+                    before(temporary)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise ManyError(f"cannot write {target}: {error.strerror or error}; {_GOES_ON}") from error
-        if os.name == "posix":  # the new name, too, outlives a power failure
-            folder = os.open(target.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
 
 
 def _write_jsonl(file: BinaryIO, parts: Iterator[list[Row]], _: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
 """How good a classifier is on labelled images: top-1 and top-5, each class, confusion, calibration."""
 
-import csv
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from spd_zoo.data.labelled import (
     read,
     with_classes,
 )
+from spd_zoo.files import write_csv
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import Process, pick_device
@@ -320,13 +320,3 @@ def write_tables(said: Predictions, folder: Path, suffix: str = "") -> None:
     confusion = zip(said.class_names, said.confusion().tolist(), strict=True)
     rows = [[name, *counts] for name, counts in confusion]
     write_csv(folder / f"confusion{suffix}.csv", ["class", *said.class_names], rows)
-
-
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a table by way of a temporary file."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    temporary.replace(path)

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import timm
 
+from spd_zoo.files import whole
+
 __all__ = [
     "PACKAGE",
     "Entry",
@@ -228,11 +230,10 @@ def _number(text: str) -> float:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> bool:
-    """Writes the manifest to `path`, through a temporary file, unless it stands there already; whether it did not."""
+    """Writes the manifest to `path` atomically, unless it stands there already; whether it did not."""
     text = json.dumps(manifest, indent=2) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return True

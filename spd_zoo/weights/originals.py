@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from spd_zoo.files import whole
 from spd_zoo.weights.checkpoint import read_original
 from spd_zoo.weights.download import sha256_of
 from spd_zoo.weights.fit import StateDict, cfg_of, facts, filter_of, misfit, which_fits
@@ -143,7 +144,9 @@ def _keep(write: Callable[[Path], object], name: str, cache_dir: str | Path | No
         part = folder / f"{name}.part"
         try:
             write(part)
-            kept = part.rename(folder / f"{name}.{sha256_of(part)}.safetensors")
+            kept = folder / f"{name}.{sha256_of(part)}.safetensors"
+            with whole(kept) as temporary:
+                part.rename(temporary)
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"cannot write to {folder} ({error}); make room, or set HF_HOME elsewhere") from error
         finally:

@@ -20,11 +20,12 @@ from spd_zoo.complexity import count_params
 from spd_zoo.data.boxes import BoxImages, open_boxes, with_names
 from spd_zoo.data.check import check, defects_in_words
 from spd_zoo.data.labelled import Batches, DataError, read
+from spd_zoo.files import write_csv
 from spd_zoo.inference.detector import Detections, postprocess
 from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.process import Process
 from spd_zoo.training.detection.augment import box_eval_loader
-from spd_zoo.training.evaluate import Input, write_csv
+from spd_zoo.training.evaluate import Input
 from spd_zoo.weights.load import class_names
 
 __all__ = ["AREAS", "BoxPredictions", "box_predictions", "coco_precision"]
