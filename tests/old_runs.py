@@ -1,8 +1,8 @@
 """Small runs that an earlier version of this package stopped or finished; `python tests/old_runs.py` records anew.
 
 `golden_runs/NAME/stopped` is a run that got SIGTERM in epoch 2, `golden_runs/NAME/whole` what the same run leaves when
-nobody stops it, and `golden_runs/converted` a network that `convert_to_spd` made. Record only on purpose: their worth is
-that older code wrote them.
+nobody stops it, and `golden_runs/converted` a network that `convert_to_spd` made. Older code has to have written
+them: record again only to add a case, from an old commit.
 """
 
 import json

@@ -14,18 +14,15 @@ from spd_zoo.data.check import check, in_words
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
-    Steps,
-    eval_loader,
-    eval_transform,
-    normalize,
     open_data,
     open_stream,
-    train_loader,
-    train_transform,
     train_val_split,
     with_classes,
 )
 from spd_zoo.process import Process
+from spd_zoo.training.classification.augment import eval_loader, eval_transform, train_loader, train_transform
+from spd_zoo.training.preprocessing import normalize
+from spd_zoo.training.steps import Steps
 
 ALONE = Process(torch.device("cpu"))
 

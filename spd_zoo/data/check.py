@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from spd_zoo.data.boxes import BoxImages
-from spd_zoo.data.labelled import DataError, LabelledImages, leave_ctrl_c_to_parent
-from spd_zoo.process import Process
+from spd_zoo.data.labelled import DataError, LabelledImages
+from spd_zoo.process import Process, leave_ctrl_c_to_parent
 
 __all__ = ["check", "defects_in_words", "in_words"]
 

@@ -30,12 +30,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from spd_zoo import __version__
-from spd_zoo.data.labelled import DataError, LabelledImages, leave_ctrl_c_to_parent, open_data
+from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.reading import read_image
 from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Predictor, transform_errors
 from spd_zoo.inference.detector import Detections, Detector, Placement
-from spd_zoo.process import Process, Stopped, StopSignals
+from spd_zoo.process import Process, Stopped, StopSignals, leave_ctrl_c_to_parent
 
 __all__ = [
     "FORMATS",
