@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import spd_zoo
 from spd_zoo.files import whole
 from spd_zoo.fold import fold_spd
-from spd_zoo.inference.classifier import load
+from spd_zoo.inference.classifier import load_classifier
 from spd_zoo.weights.load import class_names
 
 __all__ = ["FORMATS", "ExportError", "export"]
@@ -50,7 +50,7 @@ def export(
     """
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
-    net: Any = load(model, "cpu").to(memory_format=torch.contiguous_format)
+    net: Any = load_classifier(model, "cpu").to(memory_format=torch.contiguous_format)
     size = image_size or resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][-1]
     if image_size and hasattr(net, "set_input_size"):
         net.set_input_size(image_size)

@@ -28,7 +28,7 @@ from spd_zoo.training.config import FinetuneConfig, load_config
 from spd_zoo.training.evaluate import evaluate_network
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.weights import sha256_of
-from spd_zoo.weights.fetch import BUNDLED
+from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.manifest import manifest_path, write_manifest
 
 
