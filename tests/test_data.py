@@ -20,19 +20,16 @@ from spd_zoo.data.classes import NetworkClasses, load_class_map, match_classes, 
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
-    Steps,
-    eval_loader,
-    eval_transform,
-    normalize,
     open_data,
     open_stream,
-    train_loader,
-    train_transform,
     train_val_split,
     with_classes,
 )
 from spd_zoo.data.reading import channel_mode, collect_notes, find_images, parse_size, read_image, size_text
 from spd_zoo.process import Process
+from spd_zoo.training.classification.augment import eval_loader, eval_transform, train_loader, train_transform
+from spd_zoo.training.preprocessing import normalize
+from spd_zoo.training.steps import Steps
 
 ALONE = Process(torch.device("cpu"))
 

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from spd_zoo.data.boxes import BoxImages
-from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages, leave_ctrl_c_to_parent
+from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
 from spd_zoo.data.notes import Notes, some
 from spd_zoo.data.reading import collect_notes
-from spd_zoo.process import Process
+from spd_zoo.process import Process, leave_ctrl_c_to_parent
 
 __all__ = ["check", "defects_in_words", "in_words", "notes_on"]
 

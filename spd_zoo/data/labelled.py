@@ -1,57 +1,33 @@
-"""Labelled images for training and evaluation: folders, CSV, Hugging Face data sets and WebDataset shards.
-
-Every random choice is drawn from (seed, epoch, image), so an epoch is the same whatever number of processes reads it,
-and wherever a stopped run goes on.
-"""
+"""Labelled images for training and evaluation: folders, CSV, Hugging Face data sets and WebDataset shards."""
 
 import csv
 import hashlib
 import os
-import random
 import re
-import signal
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
-from torchvision.transforms import v2
 
 from spd_zoo.data.classes import DataError, clean_name, in_order, look_alikes
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import ImageFilter, is_url, read_image, upright
+from spd_zoo.data.reading import ImageFilter, is_url, read_image
 from spd_zoo.data.splits import find_split, looks_like_split, split_notes, split_of
 
 __all__ = [
-    "Batches",
     "DataError",
     "LabelledImages",
-    "Steps",
     "StreamedImages",
-    "eval_loader",
-    "eval_transform",
-    "leave_ctrl_c_to_parent",
-    "normalize",
     "open_data",
     "open_stream",
-    "read",
-    "seed_everything",
-    "train_loader",
-    "train_transform",
     "train_val_split",
     "with_classes",
 ]
-
-Transform = Callable[[Image.Image], Tensor]
-Batches = DataLoader[Any]  # of (N, C, H, W) uint8 and (N,) int64
 
 _DATASET_FILES = (
     "dataset_dict.json",  # written by save_to_disk
@@ -479,203 +455,3 @@ def with_classes(data: LabelledImages, class_names: list[str]) -> LabelledImages
             f"{some(data.class_names, 20)}; trained are {some(class_names, 20)}"
         )
     return data.renumbered([number.get(name, 0) for name in data.class_names], class_names)
-
-
-def train_transform(
-    image_size: int,
-    crop_scale: float = 0.5,
-    crop_padding: int = 0,
-    rotation: float = 0.0,
-    **options: Any,
-) -> Transform:
-    """Augmentation: an image to (C, image_size, image_size) uint8; `options` go to timm's `create_transform`.
-
-    Args:
-        image_size: Pixels.
-        crop_scale: The smallest share of the image's area that timm's random resized crop keeps.
-        crop_padding: If not 0, a random crop of the image with so many black pixels on every side takes its place.
-        rotation: The image is turned by up to so many degrees, its corners filled with black.
-    """
-    make = create_transform(image_size, is_training=True, use_prefetcher=True, scale=(crop_scale, 1.0), **options)
-    if crop_padding:
-        resize = v2.Resize((image_size, image_size))
-        make.transforms[0] = v2.Compose([resize, v2.RandomCrop(image_size, padding=crop_padding)])
-    if rotation:
-        make.transforms.insert(-1, v2.RandomRotation([-rotation, rotation]))
-    return make
-
-
-def eval_transform(image_size: int, crop_pct: float, interpolation: str, crop_mode: str | None = None) -> Transform:
-    """timm's transform for evaluation, to (C, image_size, image_size) uint8."""
-    return create_transform(
-        image_size, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation, crop_mode=crop_mode
-    )
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
-    """(N, C, H, W) uint8 -> float on `device`, channels last, as torchvision's ToTensor and Normalize compute it."""
-    shape = (1, -1, 1, 1)
-    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last).div_(255)
-    center, scale = (torch.tensor(values, device=device).view(shape) for values in (mean, std))
-    return images.sub_(center).div_(scale)
-
-
-def seed_everything(*key: int) -> None:
-    """Seeds all random generators by the numbers in `key`."""
-    seed = _drawn_from(*key)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-
-
-def _drawn_from(*key: int) -> int:
-    """A number of 32 bits that looks random and belongs to `key`."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
-
-
-class Steps(Sampler[list[tuple[int, int]]]):
-    """Which images this process reads, batch by batch, as (epoch, index).
-
-    An epoch is a permutation drawn from (seed, epoch), cut into steps of `batch_size` images. A step's images are dealt
-    in turn to `world` processes times `parts` batches. Set `epoch` and `first`, its first step, before each iteration.
-
-    Args:
-        length: Number of images.
-        batch_size: Images per step, all processes together; `length` if that is less.
-        parts: Batches of each process per step.
-        rank: Number of this process.
-        world: Number of processes.
-        drop_last: Whether images that do not fill a step are left out of the epoch.
-        seed: Seed of all permutations.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        parts: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self.length, self.batch_size = length, min(batch_size, length)
-        self.parts, self.rank, self.world, self.seed = parts, rank, world, seed
-        self.epoch = self.first = 0
-        rest = length % self.batch_size
-        partial = not drop_last and rest >= 2 * parts * world  # so that BatchNorm has two images everywhere
-        self.per_epoch = length // self.batch_size + partial
-        self.images = length if partial else self.per_epoch * self.batch_size
-
-    def size(self, step: int) -> int:
-        """How many images a step has."""
-        return min(self.batch_size, self.length - step * self.batch_size)
-
-    def __len__(self) -> int:
-        return (self.per_epoch - self.first) * self.parts
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(_drawn_from(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        for step in range(self.first, self.per_epoch):
-            images = order[step * self.batch_size :][: self.size(step)]
-            for part in range(self.parts):
-                mine = images[self.rank + self.world * part :: self.world * self.parts]
-                yield [(self.epoch, index) for index in mine]
-
-
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Transformed images; where the key is (epoch, index) the transform draws from (seed, epoch, index)."""
-
-    def __init__(self, data: LabelledImages, transform: Transform, mode: str, seed: int = 0) -> None:
-        self.data, self.transform, self.mode, self.seed = data, transform, mode, seed
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        if isinstance(key, tuple):
-            seed_everything(self.seed, *key)
-            key = key[1]
-        return self.transform(self.data.image(key, self.mode)), self.data.label(key)
-
-
-class _Stream(IterableDataset[tuple[Tensor, int]]):
-    """timm's reader for streams, its images transformed as (seed, epoch, process, place in the stream) draw it."""
-
-    def __init__(
-        self, data: StreamedImages, transform: Transform, mode: str, batch_size: int, seed: int, training: bool
-    ) -> None:
-        self.transform, self.mode, self.seed, self.training = transform, mode, seed, training
-        self.epoch = 0
-        self.stream = create_dataset(
-            f"hfids/{data.data}",
-            split=data.split,
-            is_training=training,
-            batch_size=batch_size,
-            num_samples=data.length or 1,
-            seed=seed,
-            input_img_mode="",
-            input_key=data.image_column,
-            target_key=data.label_column,
-        )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        reader = self.stream.reader
-        reader.set_epoch(self.epoch)
-        worker = get_worker_info()
-        process = (reader.dist_rank, worker.id if worker is not None else 0)
-        for place, (image, label) in enumerate(reader):
-            if self.training:
-                seed_everything(self.seed, self.epoch, *process, place)
-            yield self.transform(upright(image, self.mode)), label
-
-
-def train_loader(
-    data: LabelledImages | StreamedImages, transform: Transform, steps: Steps, workers: int, mode: str = "RGB"
-) -> Batches:
-    """Batches of (N, C, H, W) uint8 and (N,) int64 in the order of `steps`, read by `workers` processes."""
-    how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent}
-    how["pin_memory"] = torch.cuda.is_available()
-    if isinstance(data, StreamedImages):
-        share = steps.batch_size // (steps.world * steps.parts)
-        stream = _Stream(data, transform, mode, share, steps.seed, training=True)
-        stream.stream.set_loader_cfg(num_workers=workers)
-        return DataLoader(stream, share, drop_last=True, **how)
-    images = _Images(data, transform, mode, steps.seed)
-    return DataLoader(images, batch_sampler=steps, persistent_workers=workers > 0, **how)
-
-
-def eval_loader(
-    data: LabelledImages | StreamedImages,
-    transform: Transform,
-    batch_size: int,
-    workers: int,
-    mode: str = "RGB",
-    rank: int = 0,
-    world: int = 1,
-) -> Batches:
-    """Batches of (N, C, H, W) uint8 and (N,) int64, in order; of several processes each reads its part, none twice."""
-    how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent}
-    if isinstance(data, StreamedImages):
-        stream = _Stream(data, transform, mode, batch_size, 0, training=False)
-        stream.stream.set_loader_cfg(num_workers=workers)
-        return DataLoader(stream, batch_size, **how)
-    return DataLoader(_Images(data, transform, mode), batch_size, sampler=range(rank, len(data), world), **how)
-
-
-def read(batches: Batches) -> Iterator[Any]:
-    """The batches; what a reading process could not read is one clear sentence.
-
-    Raises:
-        DataError: If an image cannot be read.
-    """
-    try:
-        yield from batches
-    except DataError as error:
-        sentence = str(error).strip().rpartition("DataError: ")[2]  # behind the traceback of the other process
-        raise DataError(f"{sentence}; was the data set changed while it was in use?") from error
-
-
-def leave_ctrl_c_to_parent(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the one that trains ends the others when it is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

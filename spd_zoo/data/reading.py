@@ -128,7 +128,7 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Pat
 
 
 def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
-    """An image file, or its bytes, upright and in `mode`, 8 bits per channel; `collect_notes` tells what was guessed.
+    """An image file, or its bytes, upright and in `mode`, 8 bits per channel; for guesses see `collect_notes`.
 
     Raises:
         ValueError: If `file` is no image that can be read.
@@ -164,7 +164,7 @@ def _is_heic(file: Path | str | BytesIO) -> bool:
 
 
 def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """An opened image turned as its EXIF says and in `mode`, 8 bits per channel; `collect_notes` tells what was guessed.
+    """An opened image turned as its EXIF says and in `mode`, 8 bits per channel; for guesses see `collect_notes`.
 
     Raises:
         ValueError: If its pixels have more than 16 bits and a range that cannot be told.

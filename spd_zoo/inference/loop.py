@@ -7,8 +7,8 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from spd_zoo.data.labelled import leave_ctrl_c_to_parent
 from spd_zoo.data.reading import collect_notes
+from spd_zoo.process import leave_ctrl_c_to_parent
 
 __all__ = ["Files", "ImageFile", "Images", "Outcome", "Task", "batches", "run"]
 
