@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from tqdm import tqdm
 
-__all__ = ["Process", "StopSignals", "Stopped", "join", "pick_device"]
+__all__ = ["Process", "StopSignals", "Stopped", "join", "leave_ctrl_c_to_parent", "pick_device"]
 
 
 class Stopped(KeyboardInterrupt):
@@ -63,6 +63,11 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         for number, action in self._usual.items():
             signal.signal(number, action)
         self._usual.clear()
+
+
+def leave_ctrl_c_to_parent(_: int) -> None:
+    """The `worker_init_fn` of loaders: Ctrl-C reaches every process of a terminal, and the parent ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

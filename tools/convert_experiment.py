@@ -35,12 +35,12 @@ def make_images(options: argparse.Namespace, target: Path) -> None:
     """Writes the data set with images of `--pixels`, and some of the training images, evenly over the classes."""
     import datasets
 
-    whole, test = (open_data(options.data, split, label_column=options.label_column) for split in ("train", "test"))
-    if whole is None or test is None:
+    original, test = (open_data(options.data, split, label_column=options.label_column) for split in ("train", "test"))
+    if original is None or test is None:
         raise DataError(f"{options.data} lacks a split train or test")
-    train, val = train_val_split(whole, options.held_out, seed=0)
+    train, val = train_val_split(original, options.held_out, seed=0)
     _, train = train_val_split(train, options.train_images, seed=0)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=whole.class_names))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=original.class_names))
     size = (options.pixels, options.pixels)
 
     def rows(data: LabelledImages) -> dict[str, list[Any]]:

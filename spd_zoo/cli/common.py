@@ -11,8 +11,10 @@ __all__ = [
     "add_command",
     "complain",
     "explained",
+    "image_size",
     "non_negative",
     "positive",
+    "print_notes",
     "print_table",
 ]
 
@@ -60,6 +62,26 @@ def complain(text: str) -> None:
         tqdm.write(line, file=sys.stderr)
     else:
         print(line, file=sys.stderr)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints what was guessed or left out, a line for each, to standard error, which keeps results apart."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Height and width: 64, or 48x96.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    from spd_zoo.data.reading import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @contextmanager

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spd_zoo.cli import results
-from spd_zoo.cli.common import CommandError, Commands, add_command, complain, explained, positive
+from spd_zoo.cli.common import (
+    CommandError,
+    Commands,
+    add_command,
+    complain,
+    explained,
+    image_size,
+    positive,
+    print_notes,
+)
 
 if TYPE_CHECKING:
     from spd_zoo.inference.detector import Detector
@@ -22,7 +31,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--out", type=Path, metavar="DIR", help="new folder for marked images and detections.json")
     command.add_argument("--score", type=float, default=0.25, metavar="X", help="minimum score (default: 0.25)")
     command.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
-    command.add_argument("--image-size", type=positive, metavar="N", help="pixels (default: the network's)")
+    command.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the network's)")
     command.add_argument("--tile", type=positive, metavar="N", help="also cut large images into squares of N pixels")
     command.add_argument(
         "--overlap", type=float, default=0.2, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)"
@@ -42,9 +51,11 @@ def _run(options: argparse.Namespace) -> int:
         return results.write(options, lambda device: detection(_detector(options, device), options.model))
     from tqdm import tqdm
 
+    from spd_zoo.data.notes import Notes
     from spd_zoo.inference.detector import as_coco, detect
 
-    paths = results.find_images(options)
+    notes = Notes()
+    paths = results.find_images(options, notes)
     done = []
     with explained():
         detector = _detector(options, options.device)
@@ -52,6 +63,8 @@ def _run(options: argparse.Namespace) -> int:
         detected = detect(detector, paths, options.out)
         for image in tqdm(detected, total=len(paths), unit="image", leave=False, disable=True if few else None):
             done.append(image)
+            for note in image.notes:
+                notes.add(note, str(image.path))
             if image.error is not None:
                 complain(f"{image.path}: {image.error}")
             elif image.detections is not None and not options.json:
@@ -61,6 +74,7 @@ def _run(options: argparse.Namespace) -> int:
                 tqdm.write("\n".join((str(image.path), *lines)))
     if options.json:
         print(json.dumps(as_coco(done, detector.class_names), indent=2))
+    print_notes(notes.lines())
     return int(any(image.error is not None for image in done))
 
 
@@ -76,4 +90,5 @@ def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
         batch_size=options.batch_size,
         tile=options.tile,
         overlap=options.overlap,
+        class_map=results.class_map(options),
     )

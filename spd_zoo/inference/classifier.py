@@ -1,7 +1,7 @@
 """Image files in, the most probable classes of each out: what `spd-zoo predict` runs."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,11 +12,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from spd_zoo.data.reading import read_image
+from spd_zoo.data.classes import network_classes, renamed
+from spd_zoo.data.reading import channel_mode, read_image
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, class_names, first_line, load_network, pretrained_cfg
+from spd_zoo.weights.load import ModelError, first_line, load_network, pretrained_cfg
 
 __all__ = [
     "ClassProbability",
@@ -48,6 +49,7 @@ class Prediction:
     path: Path
     top: tuple[ClassProbability, ...] = ()
     error: str | None = None
+    notes: tuple[str, ...] = ()  # what was guessed when it was read
 
 
 @contextmanager
@@ -98,21 +100,23 @@ class Classifier:
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
         top_k: Classes per image.
         device: torch device; a GPU by default if there is one.
+        class_map: Other names for the network's classes: what each is called, to the network's own name.
 
     Raises:
+        DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
 
-    def __init__(self, model: str, top_k: int = 5, device: str | None = None) -> None:
+    def __init__(
+        self, model: str, top_k: int = 5, device: str | None = None, class_map: Mapping[str, str] | None = None
+    ) -> None:
         self.net = load_classifier(model, pick_device(device))
         cfg = pretrained_cfg(self.net)
-        self.names = class_names(cfg)
+        self.names = renamed(network_classes(cfg, cfg["num_classes"]), class_map or {})
         self.top_k = top_k
         config = resolve_data_config(pretrained_cfg=cfg)
-        mode = {1: "L", 3: "RGB"}.get(config["input_size"][0])
-        if mode is None:
-            raise ModelError(f"{model} takes {config['input_size'][0]} channels; images have 1 or 3")
+        mode = channel_mode(config["input_size"][0], model)
         never_larger = config["crop_mode"] in ("border", "squash")  # than the input while it is resized
         side = 0 if never_larger else math.ceil(max(config["input_size"][1:]) / config["crop_pct"])
         self.reader = ImageReader(create_transform(**config), mode, side)
@@ -134,7 +138,12 @@ class Classifier:
 
 
 def predict(
-    model: str, paths: Sequence[Path], top_k: int = 5, batch_size: int = 32, device: str | None = None
+    model: str,
+    paths: Sequence[Path],
+    top_k: int = 5,
+    batch_size: int = 32,
+    device: str | None = None,
+    class_map: Mapping[str, str] | None = None,
 ) -> Iterator[Prediction]:
     """Classifies image files, in order; yields each prediction as soon as its batch is computed.
 
@@ -144,16 +153,18 @@ def predict(
         top_k: Classes per image.
         batch_size: Images in memory at once.
         device: torch device; a GPU by default if there is one.
+        class_map: As for `Classifier`.
 
     Raises:
+        DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
-    task = Classifier(model, top_k, device).task(batch_size)
+    task = Classifier(model, top_k, device, class_map).task(batch_size)
     images = Files([str(path) for path in paths])
     for batch, outcomes in run(images, task, batches(range(len(paths)), batch_size)):
         for index, outcome in zip(batch, outcomes, strict=True):
-            yield Prediction(paths[index], outcome.result or (), outcome.error)
+            yield Prediction(paths[index], outcome.result or (), outcome.error, outcome.notes)
 
 
 def load_classifier(model: str, device: str) -> nn.Module:

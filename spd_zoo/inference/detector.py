@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 
 from spd_zoo.boxes import labelled_nms
-from spd_zoo.data.reading import read_image, upright
+from spd_zoo.data.classes import network_classes, renamed
+from spd_zoo.data.reading import channel_mode, read_image, upright
 from spd_zoo.files import whole
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, class_names, load_network
+from spd_zoo.weights.load import ModelError, load_network
 
 __all__ = ["Detections", "Detector", "ImageDetections", "Placement", "as_coco", "detect", "postprocess", "prepare"]
 
@@ -138,11 +139,10 @@ def prepare(image: Image.Image, net: DetectionNet, image_size: tuple[int, int]) 
         The input (in_chans, H, W), and where the upright image lies in it.
 
     Raises:
-        ValueError: If the network takes neither grey nor colour images, or the image has 32-bit pixels.
+        ModelError: If the network takes neither grey nor colour images.
+        ValueError: If the image has 32-bit pixels of unknown range.
     """
-    if net.in_chans not in (1, 3):
-        raise ValueError(f"the network takes {net.in_chans} channels; images have 1 or 3")
-    image = upright(image, "L" if net.in_chans == 1 else "RGB")
+    image = upright(image, channel_mode(net.in_chans, "the network"))
     height, width = image_size
     scaled, offset = (width, height), (0, 0)
     if net.keeps_aspect:
@@ -192,7 +192,7 @@ def postprocess(
         iou_threshold: IoU threshold of NMS; None: the authors' value.
         max_detections: Maximum number of objects per image.
     """
-    names = _names(net)
+    names = tuple(network_classes(net.pretrained_cfg, net.num_classes).names)
     found = []
     raw_found = net.detections(raw, image_size, score_threshold, iou_threshold, max_detections)
     for each, placement in zip(raw_found, placements, strict=True):
@@ -200,12 +200,6 @@ def postprocess(
         detections = Detections(boxes, each["scores"].cpu(), each["labels"].cpu(), names)
         found.append(detections[(boxes[:, 2:] > boxes[:, :2]).all(1)])
     return found
-
-
-def _names(net: DetectionNet) -> tuple[str, ...]:
-    """The names of the classes; their indices if no names are known or the network's classes were changed."""
-    cfg = net.pretrained_cfg
-    return tuple(class_names(cfg) if cfg["num_classes"] == net.num_classes else map(str, range(net.num_classes)))
 
 
 class Detector:
@@ -233,8 +227,10 @@ class Detector:
         tile: Side of the tiles in pixels of the image; None: no tiles.
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
         whole_image: Whether a tiled image is also a view as a whole.
+        class_map: Other names for the network's classes: what each is called, to the network's own name.
 
     Raises:
+        DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, it is no detector, or it cannot be used.
         ValueError: If an option is out of range.
         WeightsError: If the weights cannot be had or must not be used.
@@ -253,6 +249,7 @@ class Detector:
         tile: int | None = None,
         overlap: float = 0.2,
         whole_image: bool = True,
+        class_map: Mapping[str, str] | None = None,
     ) -> None:
         for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
             if value is not None and not 0 <= value <= 1:
@@ -270,7 +267,9 @@ class Detector:
             net.to(device)
         net.eval()
         self.net = net
-        self.class_names = _names(net)
+        channel_mode(net.in_chans, name)  # an error now, not at the first image
+        self.class_map = dict(class_map or {})
+        self.class_names = tuple(renamed(network_classes(net.pretrained_cfg, net.num_classes), self.class_map))
         height, width = to_2tuple(tuple(net.pretrained_cfg["input_size"][1:]) if image_size is None else image_size)
         if min(height, width) < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -329,7 +328,8 @@ class Detector:
                 raw = self.net(torch.stack(inputs).to(weight, memory_format=torch.channels_last))
             thresholds = (self.score_threshold, self.iou_threshold)
             found = postprocess(self.net, raw, placements, self.image_size, *thresholds, self.max_detections)
-            yield from zip(numbers, placements, found, strict=True)
+            named = [replace(each, class_names=self.class_names) for each in found]
+            yield from zip(numbers, placements, named, strict=True)
 
     def views(self, image: Image.Image) -> Iterator[tuple[Tensor, Placement]]:
         """The network's inputs (C, H, W) for an upright image, and the placement of each."""
@@ -427,6 +427,7 @@ class ImageDetections:
     size: tuple[int, int] = (0, 0)  # height and width
     detections: Detections | None = None
     error: str | None = None
+    notes: tuple[str, ...] = ()  # what was guessed when it was read
 
 
 def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -> Iterator[ImageDetections]:
@@ -458,10 +459,10 @@ def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -
         for batch, outcomes in run(images, task, batches(range(len(paths)), at_once)):
             for path, outcome in zip(paths[batch.start : batch.stop], outcomes, strict=True):
                 if outcome.result is None:
-                    done.append(ImageDetections(path, error=outcome.error))
+                    done.append(ImageDetections(path, error=outcome.error, notes=outcome.notes))
                 else:
                     image, found = outcome.result
-                    done.append(ImageDetections(path, (image.height, image.width), found))
+                    done.append(ImageDetections(path, (image.height, image.width), found, notes=outcome.notes))
                     if folder is not None:
                         _save(found.draw(image), folder / places[path])
                 yield done[-1]

@@ -7,7 +7,8 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from spd_zoo.data.labelled import leave_ctrl_c_to_parent
+from spd_zoo.data.reading import collect_notes
+from spd_zoo.process import leave_ctrl_c_to_parent
 
 __all__ = ["Files", "ImageFile", "Images", "Outcome", "Task", "batches", "run"]
 
@@ -62,10 +63,11 @@ class Task(Generic[T]):
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """The result for an image, or the reason why it could not be read."""
+    """The result for an image, or the reason why it could not be read; and what was guessed when it was read."""
 
     result: T | None
     error: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def batches(images: range, size: int) -> list[range]:
@@ -94,24 +96,33 @@ def run(
         num_workers=workers,
         worker_init_fn=leave_ctrl_c_to_parent,
     )
-    for batch, (inputs, errors) in zip(todo, loader, strict=True):
+    for batch, (inputs, errors, notes) in zip(todo, loader, strict=True):
         results = iter(task.compute(inputs) if inputs is not None else [])
-        yield batch, [Outcome(next(results)) if error is None else Outcome(None, error) for error in errors]
+        yield (
+            batch,
+            [
+                Outcome(next(results) if error is None else None, error, of_image)
+                for error, of_image in zip(errors, notes, strict=True)
+            ],
+        )
 
 
 class _Batches(Dataset[Any]):
-    """The collated inputs of a batch's readable images, and for every image an error or None."""
+    """The collated inputs of a batch's readable images, and for every image an error or None, and notes."""
 
     def __init__(self, images: Images, task: Task[Any]) -> None:
         self.images, self.read, self.collate = images, task.read, task.collate  # `compute` stays in the main process
 
-    def __getitem__(self, batch: range) -> tuple[Any, list[str | None]]:
+    def __getitem__(self, batch: range) -> tuple[Any, list[str | None], list[tuple[str, ...]]]:
         inputs: list[Any] = []
         errors: list[str | None] = []
+        notes: list[tuple[str, ...]] = []
         for index in batch:
-            try:
-                inputs.append(self.read(self.images.file(index)))
-                errors.append(None)
-            except ValueError as error:
-                errors.append(str(error))
-        return (self.collate(inputs) if inputs else None), errors
+            with collect_notes() as of_image:
+                try:
+                    inputs.append(self.read(self.images.file(index)))
+                    errors.append(None)
+                except ValueError as error:
+                    errors.append(str(error))
+            notes.append(tuple(of_image))
+        return (self.collate(inputs) if inputs else None), errors, notes

@@ -15,8 +15,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data
+from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import read_image
 from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Classifier, ClassProbability, transform_errors
@@ -88,20 +89,29 @@ class Job:
     settings: dict[str, Any]
 
 
-def classification(model: str, top_k: int = 5, batch_size: int = 32, device: str | None = None) -> Job:
+def classification(
+    model: str,
+    top_k: int = 5,
+    batch_size: int = 32,
+    device: str | None = None,
+    class_map: Mapping[str, str] | None = None,
+) -> Job:
     """The most probable classes of every image, in the column `top`; arguments as for `predict`.
 
     Raises:
+        DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
-    classifier = Classifier(model, top_k, device)
+    classifier = Classifier(model, top_k, device, class_map)
 
     def row(top: tuple[ClassProbability, ...]) -> Row:
         return {"top": [asdict(each) | {"probability": round(each.probability, 6)} for each in top]}
 
     columns = {"top": [{"index": int, "name": str, "probability": float}]}
     settings = _settings(classifier.net, model, batch_size) | {"top_k": top_k}
+    if class_map:
+        settings |= {"class_map": dict(class_map)}
     return Job(classifier.task(batch_size), row, columns, settings)
 
 
@@ -115,6 +125,8 @@ def detection(detector: Detector, model: str) -> Job:
     columns = {"width": int, "height": int, "objects": [{"label": int, "name": str, "score": float, "box": [float]}]}
     options = ("score_threshold", "iou_threshold", "max_detections", "image_size", "tile", "overlap", "whole_image")
     settings = _settings(detector.net, model, detector.batch_size) | {name: getattr(detector, name) for name in options}
+    if detector.class_map:
+        settings |= {"class_map": dict(detector.class_map)}
 
     def of_images(images: list[Image.Image]) -> list[Detected]:
         return [(image.size, found) for image, found in zip(images, detector(images), strict=True)]
@@ -165,10 +177,17 @@ def _settings(net: nn.Module, model: str, batch_size: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """The number of images in a finished file, and how many of them could not be read."""
+    """What a finished file holds.
+
+    Attributes:
+        images: The number of images.
+        failed: How many of them could not be read.
+        notes: What was guessed or left out by this process, a line for each.
+    """
 
     images: int
     failed: int
+    notes: tuple[str, ...] = ()
 
 
 def write_results(
@@ -204,6 +223,7 @@ def write_results(
     parts = _Parts(results, len(images), save_every, job.columns, overwrite)
     settings = {"images": _digest(images), "save_every": save_every, "version": __version__} | job.settings
     settings = json.loads(json.dumps(settings))  # as they will be read again
+    notes = Notes(images.notes if isinstance(images, LabelledImages) else ())
     lock = FileLock(parts.folder.with_name(f".{results.name}.lock"))
     try:
         complaint, missing = "", []
@@ -228,12 +248,12 @@ def write_results(
             tqdm(total=total, initial=done, unit="image", leave=False, disable=None if process.first else True) as bar,
         ):
             try:
-                for part, rows in _finished(images, job, parts, todo, workers, bar):
+                for part, rows in _finished(images, job, parts, todo, workers, bar, notes):
                     parts.save(part, rows)
                     done += len(rows)
                 summary = parts.merge()
                 _wait_for_all(process)
-                return summary
+                return summary and replace(summary, notes=tuple(notes.lines()))
             except (Stopped, RuntimeError) as error:
                 if signals.number:  # loader workers may have got the signal, too; then torch raises RuntimeError
                     raise Stopped(signals.number, f"stopped with {done:,} of {total:,} images done") from error
@@ -256,7 +276,7 @@ def _wait_for_all(process: Process) -> None:
 
 
 def _finished(
-    images: Images, job: Job, parts: "_Parts", todo: Sequence[int], workers: int, bar: Any
+    images: Images, job: Job, parts: "_Parts", todo: Sequence[int], workers: int, bar: Any, notes: Notes
 ) -> Iterator[tuple[int, list[Row]]]:
     """Computes the parts in `todo`; yields each with its rows."""
     todo_batches = [batch for part in todo for batch in batches(parts.rows(part), job.task.batch_size)]
@@ -267,6 +287,8 @@ def _finished(
             path = images.name(index).encode(errors="backslashreplace").decode()  # file names need not be text
             values = empty if outcome.error is not None else job.row(outcome.result)
             rows.append({"path": path, "error": outcome.error} | values)
+            for note in outcome.notes:
+                notes.add(note, path)
         bar.update(len(batch))
         part = batch[0] // parts.size
         if batch.stop == parts.rows(part).stop:

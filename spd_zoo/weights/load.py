@@ -14,7 +14,7 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 from spd_zoo.weights.catalogue import ModelError, unknown_network
 
-__all__ = ["ModelError", "class_names", "first_line", "load_network", "pretrained_cfg", "timm_name"]
+__all__ = ["ModelError", "class_names", "class_synonyms", "first_line", "load_network", "pretrained_cfg", "timm_name"]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
@@ -42,17 +42,29 @@ def timm_name(name: str) -> str:
 
 def class_names(cfg: dict[str, Any]) -> list[str]:
     """The name of every class of a network with this `pretrained_cfg`; the class's index where no name is known."""
-    names = [str(index) for index in range(cfg["num_classes"])]
-    info: DatasetInfo
-    if cfg.get("label_names"):
-        info = CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
-    elif _is_imagenet(cfg):
-        info = ImageNetInfo()
-    elif _is_coco(cfg):
-        info = CustomDatasetInfo(_coco_names())
-    else:
+    names, info = [str(index) for index in range(cfg["num_classes"])], _class_info(cfg)
+    if info is None:
         return names
     return [info.index_to_description(i) if info.has_label(i) else number for i, number in enumerate(names)]
+
+
+def class_synonyms(cfg: dict[str, Any]) -> list[list[str]] | None:
+    """Other names of every class, such as the WordNet ids of ImageNet; None if the network's classes have no names."""
+    info = _class_info(cfg)
+    if info is None:
+        return None
+    return [
+        [info.index_to_label_name(i), *info.index_to_description(i).split(", ")] if info.has_label(i) else []
+        for i in range(cfg["num_classes"])
+    ]
+
+
+def _class_info(cfg: dict[str, Any]) -> DatasetInfo | None:
+    if cfg.get("label_names"):
+        return CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
+    if _is_imagenet(cfg):
+        return ImageNetInfo()
+    return CustomDatasetInfo(_coco_names()) if _is_coco(cfg) else None
 
 
 def _is_imagenet(cfg: dict[str, Any]) -> bool:
