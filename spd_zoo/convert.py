@@ -9,7 +9,6 @@ keep the function: Chen, Goodfellow and Shlens, Net2Net, https://arxiv.org/abs/1
 """
 
 import copy
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spd_zoo import complexity
+from spd_zoo.files import whole
 from spd_zoo.models._registry import register_model
 from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d, adapt_image_channels
 from spd_zoo.watch import Watch, image_size
@@ -571,7 +571,6 @@ def convert_checkpoint(
     if not report.replaced:
         raise ValueError(f"{name} has nothing to convert")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
-        save_network(converted, f"{folder}/{out.name}")
-        Path(folder, out.name).rename(out)
+    with whole(out) as folder:
+        save_network(converted, folder)
     return cast("SPDReport", report)

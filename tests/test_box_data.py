@@ -12,11 +12,12 @@ from box_pictures import COLOURS, NAMES, SIZE, make_coco, make_voc, make_yolo, s
 from PIL import Image
 
 from spd_zoo.data.boxes import BoxImages, hold_out, open_boxes, with_names
-from spd_zoo.data.labelled import DataError, Steps
+from spd_zoo.data.labelled import DataError
 from spd_zoo.inference.detector import prepare
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection.augment import box_train_loader
 from spd_zoo.training.finetune import finetune
+from spd_zoo.training.steps import Steps
 
 Make = Callable[[Path], Path]
 

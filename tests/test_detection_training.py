@@ -94,7 +94,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     run(folder, tmp_path / "whole", **EVERYTHING)
     for epoch, step in ((0, 1), (2, 0)):
         stop_in(monkeypatch, epoch, step)
-        with pytest.raises(Stopped, match=f"stopped in epoch {epoch + 1} behind step {step + 1} of 3") as stopped:
+        with pytest.raises(Stopped, match=f"stopped in epoch {epoch + 1} after step {step + 1} of 3") as stopped:
             run(folder, tmp_path / "stopped", **EVERYTHING)
         assert stopped.value.number == signal.SIGTERM
         torch.manual_seed(epoch)

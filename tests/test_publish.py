@@ -217,7 +217,7 @@ def test_several_weights_are_published_and_the_refused_are_named(
 
 @pytest.mark.slow
 def test_weights_of_the_package_stay_there_and_get_a_mirror(hub: HubDouble, checkout: Checkout) -> None:
-    checkout.monkeypatch.setattr(sys.modules["spd_zoo.weights.fetch"], "BUNDLED", checkout.file.parent)
+    checkout.monkeypatch.setattr(sys.modules["spd_zoo.weights.cache"], "BUNDLED", checkout.file.parent)
     checkout.enter(source=f"bundled:{checkout.file.name}")
     for _ in range(2):
         assert main(COMMAND) == 0

@@ -19,8 +19,10 @@ from timm.models import save_for_hf
 from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.training.classification import report
+from spd_zoo.training.classification.metrics import Predictions
+from spd_zoo.training.classification.task import Classification
 from spd_zoo.training.config import FinetuneConfig
-from spd_zoo.training.evaluate import Predictions, evaluate, save, with_classes_of
+from spd_zoo.training.evaluate import evaluate, save
 from spd_zoo.training.finetune import finetune
 from spd_zoo.training.run import RunFolder
 
@@ -111,12 +113,12 @@ def test_evaluation_sees_what_the_network_computes(saved: Path, folders: Path) -
 def test_classes_are_matched_by_name_or_else_by_number(folders: Path) -> None:
     data = open_data(folders, "val")
     assert data is not None
-    assert with_classes_of(data, ["pink", "red", "green", "blue"]).labels[0] == 3
-    assert with_classes_of(data, ["n01", "n02", "n03"]).labels == data.labels
+    assert Classification().match_classes(data, ["pink", "red", "green", "blue"]).labels[0] == 3
+    assert Classification().match_classes(data, ["n01", "n02", "n03"]).labels == data.labels
     with pytest.raises(DataError, match=r"the data has 3 classes .* the network 2 .* no name in common"):
-        with_classes_of(data, ["n01", "n02"])
+        Classification().match_classes(data, ["n01", "n02"])
     with pytest.raises(DataError, match="class 'blue' that the network does not know"):
-        with_classes_of(data, ["red", "green"])
+        Classification().match_classes(data, ["red", "green"])
 
 
 def test_the_command_prints_a_line_per_image_size(saved: Path, folders: Path, capsys: Capture, tmp_path: Path) -> None:

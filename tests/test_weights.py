@@ -26,7 +26,7 @@ import spd_zoo
 from spd_zoo import WeightsError
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, save_network, sha256_of
-from spd_zoo.weights.fetch import BUNDLED
+from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.fit import own_networks
 from spd_zoo.weights.manifest import Entry, manifest_path
 
@@ -240,7 +240,7 @@ def test_a_source_that_is_not_pinned_or_leads_elsewhere_is_refused(source):
 
 
 def test_a_bundled_file_is_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["spd_zoo.weights.fetch"], "BUNDLED", tmp_path)
+    monkeypatch.setattr(sys.modules["spd_zoo.weights.cache"], "BUNDLED", tmp_path)
     entry = an_entry(source="bundled:weights.safetensors")
     with pytest.raises(WeightsError, match="is missing"):
         fetch(entry)

@@ -32,6 +32,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image
 
+from spd_zoo.files import whole
 from spd_zoo.weights import entries
 
 ROOT = Path(__file__).parent.parent
@@ -583,9 +584,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if not options.check:
                 FIGURES.mkdir(exist_ok=True)
-                temporary = file.with_name(f"tmp-{file.name}")
-                temporary.write_text(render(drawing), encoding="utf-8")
-                temporary.replace(file)
+                with whole(file) as temporary:
+                    temporary.write_text(render(drawing), encoding="utf-8")
             elif not file.exists() or digest(drawing) not in file.read_text(encoding="utf-8"):
                 stale = True
                 print(f"docs/figures/{file.name} is not current: run python tools/make_figures.py", file=sys.stderr)

@@ -21,8 +21,9 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from spd_zoo.data.labelled import OTHER_NAMES, DataError
-from spd_zoo.data.reading import SUFFIXES, read_image
+from spd_zoo.data.classes import DataError, clean_name
+from spd_zoo.data.reading import ImageFilter, is_url, read_image
+from spd_zoo.data.splits import find_split, split_notes, split_of
 
 __all__ = ["BoxImages", "Objects", "hold_out", "open_boxes", "with_names"]
 
@@ -51,7 +52,8 @@ class BoxImages:
         objects: Of each image, what it shows.
         class_names: What the labels mean.
         rows: The images that belong to the split, as places in `files`, `sizes` and `objects`.
-        defects: Of each kind of defect, the images that have it, as often as they have it.
+        defects: For each sort of defect, the images that have it, as often as they have it.
+        notes: What was guessed or left out when the data set was opened.
     """
 
     files: list[str]
@@ -60,6 +62,7 @@ class BoxImages:
     class_names: list[str]
     rows: Sequence[int]
     defects: dict[str, list[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,6 +106,16 @@ class BoxImages:
         """The images that have other names."""
         return self.subset(i for i in range(len(self)) if self.name(i) not in names)
 
+    def renumbered(self, numbers: Sequence[int], class_names: list[str], notes: Sequence[str] = ()) -> "BoxImages":
+        """The images with class i as `numbers[i]` of `class_names`, and with more notes."""
+        new = torch.tensor(numbers)
+        objects = [shown._replace(labels=new[shown.labels]) for shown in self.objects]
+        return replace(self, objects=objects, class_names=class_names, notes=(*self.notes, *notes))
+
+    def used(self) -> set[int]:
+        """The classes that occur, those of crowds too."""
+        return {label for objects in self.objects for label in objects.labels.tolist()}
+
     def counts(self) -> list[int]:
         """How many objects each class has, crowds not counted."""
         found = Counter(
@@ -128,47 +141,50 @@ def open_boxes(data: str | Path, split: str) -> BoxImages | None:
             `images`, in `images/SPLIT*` or in `SPLIT*`. YOLO: `images/SPLIT` and `labels/SPLIT` with a text file for
             each image, names of classes in `data.yaml` or `classes.txt`. Pascal VOC: `ImageSets/Main/SPLIT.txt`,
             `JPEGImages` and `Annotations`.
-        split: Which part of it; val has other usual names, too.
+        split: train, val or test, which other usual names and any case stand for, too; or another name.
 
     Raises:
         DataError: If the folder is no such data set, or something in it cannot be read.
     """
+    if is_url(data):
+        raise DataError(f"{data} is an address, which is not read; download the data set and give its folder")
     root = Path(data)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one in the form of COCO, YOLO or Pascal VOC")
-    forms = {
-        "COCO": [*root.glob("instances_*.json"), *root.glob("annotations/instances_*.json")],
-        "YOLO": [folder for folder in (root / "images", root / "labels") if (root / "labels").is_dir()],
-        "VOC": [folder for folder in (root / "Annotations",) if folder.is_dir()],
+    forms: dict[str, dict[str, Path]] = {  # form -> name of a split -> its file or folder
+        "COCO": {
+            file.stem.removeprefix("instances_"): file
+            for file in sorted(
+                [*root.glob("instances_*.json"), *root.glob("annotations/instances_*.json")], reverse=True
+            )
+        },
+        "YOLO": _folders(root / "images") if (root / "labels").is_dir() else {},
+        "VOC": {file.stem: file for file in sorted(root.glob("ImageSets/Main/*.txt"))},
     }
-    form = next((form for form, found in forms.items() if found), None)
+    signs = {"COCO": bool(forms["COCO"]), "YOLO": (root / "labels").is_dir(), "VOC": (root / "Annotations").is_dir()}
+    form = next((form for form, is_there in signs.items() if is_there), None)
     if form is None:
         raise DataError(
             f"{root} is no data set with boxes: it has neither instances_train.json (COCO) nor labels/train (YOLO) "
             "nor Annotations (Pascal VOC)"
         )
-    for name in OTHER_NAMES.get(split, (split,)):
-        if form == "COCO":
-            found = next((file for file in sorted(forms[form]) if _is_split(file.stem, f"instances_{name}")), None)
-            if found is not None:
-                return _coco(root, found)
-        elif form == "YOLO" and (root / "images" / name).is_dir():
-            return _yolo(root, name)
-        elif form == "VOC" and (root / "ImageSets" / "Main" / f"{name}.txt").is_file():
-            return _voc(root, name)
-    return None
+    found = find_split(forms[form], split)
+    if not found:
+        return None
+    opened = {"COCO": _coco, "YOLO": _yolo, "VOC": _voc}[form](root, forms[form][found[0]])
+    return replace(opened, notes=(*split_notes(root, split, found), *opened.notes))
 
 
-def _is_split(stem: str, name: str) -> bool:
-    """Whether a file or folder called `stem` is that of a split: train, train2017, but not train_extra."""
-    return stem == name or (stem.startswith(name) and stem[len(name) :].isdigit())
+def _folders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder, if there are any, by their names."""
+    return {entry.name: entry for entry in sorted(folder.glob("*")) if entry.is_dir() and entry.name[0] != "."}
 
 
 class _Collected:
     """Images and their boxes, while they are read; checks each box."""
 
     def __init__(self, class_names: Sequence[str], where: Path) -> None:
-        self.class_names = list(class_names)
+        self.class_names = class_names = [clean_name(name) for name in class_names]
         self.files: list[str] = []
         self.sizes: list[tuple[int, int]] = []
         self.objects: list[Objects] = []
@@ -212,11 +228,13 @@ class _Collected:
             )
         )
 
-    def images(self, where: Path) -> BoxImages:
+    def images(self, where: Path, notes: Sequence[str] = ()) -> BoxImages:
         if not self.files:
             raise DataError(f"{where} lists no image")
         counts = dict(self.defects)
-        return BoxImages(self.files, self.sizes, self.objects, self.class_names, range(len(self.files)), counts)
+        return BoxImages(
+            self.files, self.sizes, self.objects, self.class_names, range(len(self.files)), counts, tuple(notes)
+        )
 
 
 def _text(file: Path) -> str:
@@ -245,7 +263,7 @@ def _coco(root: Path, file: Path) -> BoxImages:
             if twice is not None:
                 raise DataError(f"{file} has two {kind} with the id {twice!r}; give each an id of its own")
         split = file.stem.removeprefix("instances_")
-        folders = [root / "images" / split, root / split, root / "images", root]
+        folders = [*_split_folders(root / "images", split), *_split_folders(root, split), root / "images", root]
         names = [image["file_name"] for image in images]
         if not names:
             raise DataError(f"{file} lists no image")
@@ -270,18 +288,24 @@ def _coco(root: Path, file: Path) -> BoxImages:
     return collected.images(file)
 
 
-def _yolo(root: Path, split: str) -> BoxImages:
+def _split_folders(root: Path, split: str) -> list[Path]:
+    """Where the images of a split may be: in the folder of its name, or of another name of the same split."""
+    names = find_split(_folders(root), split) or find_split(_folders(root), split_of(split) or split)
+    return [root / name for name in names] or [root / split]
+
+
+def _yolo(root: Path, folder: Path) -> BoxImages:
     collected = _Collected(_yolo_names(root), root)
-    folder = root / "images" / split
-    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES):
+    labels, is_image = _split_folders(root / "labels", folder.name)[0], ImageFilter()
+    for file in sorted(file for file in folder.rglob("*") if is_image(file, folder)):
         size = _header_size(file)
-        text = (root / "labels" / split / file.relative_to(folder)).with_suffix(".txt")
+        text = (labels / file.relative_to(folder)).with_suffix(".txt")
         collected.add(file, size, _yolo_rows(text, size, len(collected.class_names)))
     images = {Path(file).relative_to(folder).with_suffix("") for file in collected.files}
-    for text in sorted((root / "labels" / split).rglob("*.txt")):
-        if text.name != "classes.txt" and text.relative_to(root / "labels" / split).with_suffix("") not in images:
+    for text in sorted(labels.rglob("*.txt")):
+        if text.name != "classes.txt" and text.relative_to(labels).with_suffix("") not in images:
             collected.defects["label files belong to no image"].append(str(text))
-    return collected.images(folder)
+    return collected.images(folder, is_image.notes(folder))
 
 
 def _yolo_names(root: Path) -> list[str]:
@@ -298,7 +322,7 @@ def _yolo_names(root: Path) -> list[str]:
             return [str(name) for name in names]
     for file in (root / "classes.txt", root / "labels" / "classes.txt"):
         if file.is_file():
-            return [line.strip() for line in _text(file).splitlines() if line.strip()]
+            return [line for line in _text(file).splitlines() if line.strip()]
     raise DataError(
         f"{root} does not name its classes; add data.yaml with names, or classes.txt with one name per line"
     )
@@ -324,8 +348,7 @@ def _yolo_rows(text: Path, size: tuple[int, int], classes: int) -> list[tuple[An
     return rows
 
 
-def _voc(root: Path, split: str) -> BoxImages:
-    file = root / "ImageSets" / "Main" / f"{split}.txt"
+def _voc(root: Path, file: Path) -> BoxImages:
     lines = [line.split()[0] for line in _text(file).splitlines() if line.strip()]
     found = [(name, _voc_annotation(root / "Annotations" / f"{name}.xml")) for name in lines]
     collected = _Collected(sorted({row[0] for _, (_, _, rows) in found for row in rows}), file)
@@ -346,7 +369,7 @@ def _voc_annotation(file: Path) -> tuple[str, tuple[int, int] | None, list[tuple
         rows: list[tuple[Any, ...]] = []
         for item in tree.iter("object"):
             x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax"))
-            name = (item.findtext("name") or "").strip()
+            name = clean_name(item.findtext("name") or "")
             if not name:
                 raise ValueError("an object has no name")
             rows.append((name, x1 - 1, y1 - 1, x2, y2, None, False))

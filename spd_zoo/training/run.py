@@ -20,17 +20,13 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
+from spd_zoo.files import is_leftover, remove_leftovers, whole, write_csv
 from spd_zoo.training.config import FinetuneConfig, to_yaml
-from spd_zoo.training.evaluate import write_csv
 from spd_zoo.weights import save_network
 
 __all__ = ["Beginning", "RunError", "RunFolder"]
 
-_FIRST_FILES = {
-    "data.json",
-    "environment.json",
-    *(f"{name}.tmp" for name in ("data.json", "environment.json", "run.yaml")),
-}
+_FIRST_FILES = {"data.json", "environment.json"}  # written before run.yaml, which makes it a run
 
 
 class RunError(ValueError):
@@ -69,7 +65,8 @@ class RunFolder:
             except (ValueError, OSError, yaml.YAMLError) as error:
                 raise RunError(f"{self.path} holds a run with a damaged run.yaml or data.json: {error}") from error
         if self.path.exists() and (
-            not self.path.is_dir() or {file.name for file in self.path.iterdir()} - _FIRST_FILES
+            not self.path.is_dir()
+            or {file.name for file in self.path.iterdir() if not is_leftover(file)} - _FIRST_FILES
         ):
             raise ValueError(f"{self.path} is not empty and holds no run; give a new folder with --out")
         return None
@@ -78,6 +75,7 @@ class RunFolder:
         """Claims the folder for a run, or notes another start of the run in it."""
         with self.writing("run.yaml"):
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
         if not (self.path / "run.yaml").exists():
             self.write("data.json", json.dumps(about_data, indent=2))
         file = self.path / "environment.json"
@@ -88,10 +86,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Writes a file of text."""
-        temporary = self.path / f"{name}.tmp"
-        with self.writing(name):
+        with self.writing(name), whole(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
 
     def log(self, line: str) -> None:
         """Adds a line to `log.txt`, with the time."""
@@ -113,13 +109,8 @@ class RunFolder:
 
     def save(self, state: dict[str, Any]) -> None:
         """Writes `last.pt`, from which the run goes on."""
-        temporary = self.path / "last.pt.tmp"
-        with self.writing("last.pt"):
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / "last.pt")
+        with self.writing("last.pt"), whole(self.path / "last.pt") as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     def load(self) -> dict[str, Any] | None:
         """The state of the run, on the CPU; None if nothing was saved yet.
@@ -143,7 +134,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Takes half-written files away if `name` cannot be written, and says why.
+        """Says why `name` cannot be written.
 
         Raises:
             RunError: If the disk is full, or refuses to be written.
@@ -154,8 +145,6 @@ class RunFolder:
             reason = _reason(error)
             if reason is None:
                 raise
-            for leftover in self.path.glob("*.tmp"):
-                leftover.unlink()
             kept = "the last checkpoint is intact, and the same command goes on from there"
             advice = kept if (self.path / "last.pt").exists() else "there is no checkpoint yet"
             raise RunError(f"cannot write {self.path / name}: {reason}; {advice}") from error

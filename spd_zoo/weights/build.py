@@ -12,12 +12,20 @@ from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
+from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
 from spd_zoo.weights.checkpoint import read_original
-from spd_zoo.weights.download import sha256_of
-from spd_zoo.weights.fetch import fetch, is_right
+from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.fit import FilterFn, StateDict, cfg_of, checked_tensors, facts, misfit, own_networks, which_fits
-from spd_zoo.weights.manifest import Entry, WeightsError, entries, entries_for_import, find_entry, set_private
-from spd_zoo.weights.originals import UNTAGGED, find_imported, sha256_in_name
+from spd_zoo.weights.manifest import (
+    Entry,
+    WeightsError,
+    default_checkpoints,
+    entries,
+    entries_for_import,
+    find_entry,
+    set_private,
+)
+from spd_zoo.weights.originals import UNTAGGED
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
@@ -36,10 +44,18 @@ def default_cfgs(
     says `"default": false` is never meant by the network's name alone.
     """
     cfgs: dict[str, Any] = {}
-    for entry in entries_for_import().values():
+    found = entries_for_import()
+    verified = {entry.network for entry in found.values() if entry.verified}
+    default = dict.fromkeys(verified) | default_checkpoints(found)
+    for entry in found.values():
         if entry.group != group:
             continue
-        cfgs[entry.name] = _input_of(entry) | {
+        key = entry.name
+        if key == default.get(entry.network):
+            key += "*"  # timm's mark
+        elif not entry.tag and entry.network in default and default[entry.network] is None:
+            key += ".*"  # without a default checkpoint, the name alone means the network without weights
+        cfgs[key] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
             "num_classes": entry.num_classes,
             "label_names": entry.class_names,
@@ -48,12 +64,9 @@ def default_cfgs(
             "first_conv": first_conv if isinstance(first_conv, str) else first_conv(entry.network),
             "classifier": classifier,
         }
-    verified = [entry for entry in entries_for_import().values() if entry.name in cfgs and entry.verified]
-    with_default = {entry.network for entry in verified if entry.default}
-    for entry in verified:
-        if entry.network not in with_default and entry.network in cfgs:  # timm's default is the network without weights
-            cfgs[f"{entry.network}.*"] = cfgs.pop(entry.network)
-    return generate_default_cfgs(cfgs)
+    return generate_default_cfgs(
+        dict(sorted(cfgs.items(), key=lambda item: item[0].endswith("*")))
+    )  # the last one wins
 
 
 def _input_of(entry: Entry) -> dict[str, Any]:

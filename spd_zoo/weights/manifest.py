@@ -4,18 +4,20 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-import timm
+from spd_zoo.files import whole
 
 __all__ = [
     "PACKAGE",
     "Entry",
     "WeightsError",
+    "default_checkpoints",
     "entries",
     "entries_for_import",
     "find_entry",
@@ -121,6 +123,18 @@ def entries_for_import() -> dict[str, Entry]:
         return _derived(_own())
 
 
+def default_checkpoints(found: Mapping[str, Entry]) -> dict[str, str]:
+    """For every network that has one, the checkpoint that its name alone means with `pretrained=True`.
+
+    That is the first verified one that does not say `"default": false`.
+    """
+    defaults: dict[str, str] = {}
+    for entry in found.values():
+        if entry.tag and entry.verified and entry.default and entry.group != "timm":
+            defaults.setdefault(entry.network, entry.name)
+    return defaults
+
+
 def find_entry(name: str) -> Entry | None:
     """The entry of `network.tag` or `network`, if there is one.
 
@@ -208,7 +222,7 @@ def _read_private(path: Path) -> dict[str, Entry]:
         network = _own().get(entry.network)
         if network is None and entry.group != "timm":
             refuse(f"has {entry.name}, but there is no network {entry.network} in this zoo")
-        if network is None and not timm.is_model(entry.network):
+        if network is None and not _is_timms(entry.network):
             refuse(f"has {entry.name}, but timm has no network {entry.network}")
         if entry.class_names is not None and len(entry.class_names) != entry.num_classes:
             refuse(f"has {len(entry.class_names)} class names for the {entry.num_classes} classes of {entry.name}")
@@ -220,6 +234,12 @@ def _read_private(path: Path) -> dict[str, Entry]:
     return found
 
 
+def _is_timms(network: str) -> bool:
+    import timm  # here, because it takes seconds and few private manifests have networks of timm's
+
+    return timm.is_model(network)
+
+
 def _number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
@@ -228,11 +248,10 @@ def _number(text: str) -> float:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> bool:
-    """Writes the manifest to `path`, through a temporary file, unless it stands there already; whether it did not."""
+    """Writes the manifest to `path` atomically, unless it stands there already; whether it did not."""
     text = json.dumps(manifest, indent=2) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return True
