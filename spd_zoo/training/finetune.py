@@ -78,7 +78,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     Under torchrun the processes share every step's images.
 
     Args:
-        config: What to train, on what, and how.
+        config: What to train, on which data, with which settings.
 
     Returns:
         The result; None after a dry run.
@@ -303,7 +303,7 @@ class Run:
         self.saved = time.monotonic()
 
     def resume(self) -> None:
-        """Continues from `last.pt` if there is one."""
+        """Continues from `last.pt` if it exists."""
         state = self.process.broadcast(self.folder.load() if self.process.first else None)
         if state is None:
             return
@@ -417,7 +417,7 @@ def train_epoch(run: Run, signals: StopSignals, bar: "tqdm[Any]") -> None:
 
     Args:
         run: The run; its epoch is the one after those of its history.
-        signals: If one comes, the epoch ends after the current step.
+        signals: After one, the epoch ends after the current step.
         bar: Counts images.
 
     Raises:
