@@ -731,7 +731,7 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
 
 def chosen_for(asked: FinetuneConfig, images: int) -> Plan:
     net = timm.create_model(asked.model, device="meta")
-    return training.plan(asked, Classification(), net, images, 3, Process(torch.device("cpu")))[0]
+    return training.plan(asked, Classification(), net, images, 3, Process(torch.device("cpu")))
 
 
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
@@ -767,8 +767,8 @@ def started(folders: Path, out: Path, **changes: Any) -> training.Run:
     asked, process = config(folders, out, **changes), Process(torch.device("cpu"))
     task = Classification()
     splits = task.open_splits(asked, process, None)
-    plan, preprocessing = training.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, 3, process)
-    return training.start(plan, preprocessing, task, splits, RunFolder(out), process)
+    plan = training.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, 3, process)
+    return training.start(plan, task, splits, RunFolder(out), process)
 
 
 def test_an_epoch_is_trained_evaluated_and_finished_alone(folders: Path, tmp_path: Path) -> None:
