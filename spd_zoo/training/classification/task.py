@@ -146,6 +146,11 @@ class Classification:
         """
         assert isinstance(data, LabelledImages)
         if set(data.class_names) & set(names):
+            unknown = [name for name in data.class_names if name not in names]
+            if unknown:
+                raise DataError(
+                    f"there is a class {unknown[0]!r} that the network does not know; it has {', '.join(names[:20])}"
+                )
             return with_classes(data, names)
         if len(data.class_names) != len(names):
             raise DataError(
