@@ -31,7 +31,7 @@ from sybil.document import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from timm.models import save_for_hf
 
-from spd_zoo.cli.main import _parser, main
+from spd_zoo.cli.main import main, make_parser
 
 ROOT = Path(__file__).parent.parent
 BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
@@ -124,7 +124,7 @@ def parse(words: list[str], where: str) -> None:
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            _parser("finetune" in words[:1]).parse_args(words)
+            make_parser("finetune" in words[:1]).parse_args(words)
     except SystemExit:
         pytest.fail(f"{where}: {shlex.join(words)}: {complaint.getvalue()}")
 

@@ -19,10 +19,11 @@ import torch
 from pictures import make_folders
 from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
-from spd_zoo.process import Process
+from spd_zoo.process import Process, StopSignals
 from spd_zoo.training import finetune as training
 from spd_zoo.training import memory
 from spd_zoo.training.classification import report
@@ -30,6 +31,7 @@ from spd_zoo.training.classification.task import LR, Classification, ClassifierT
 from spd_zoo.training.config import RECIPES, FinetuneConfig, Plan, load_config, make_config, to_yaml
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 from spd_zoo.training.preprocessing import Preprocessing
+from spd_zoo.training.run import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -324,9 +326,7 @@ def test_a_damaged_run_is_named(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
     for content in (b"junk", b"", (tmp_path / "run" / "last.pt").read_bytes()[:5000]):
         (tmp_path / "run" / "last.pt").write_bytes(content)
-        with pytest.raises(
-            RunError, match=r"(?s)cannot read .*last\.pt: .*; where it is damaged, begin a run in another"
-        ):
+        with pytest.raises(RunError, match=r"(?s)cannot read .*last\.pt: .*; if it is damaged, begin a run in another"):
             run(folders, tmp_path / "run", epochs=1)
     (tmp_path / "run" / "run.yaml").write_text("junk: [")
     with pytest.raises(RunError, match=r"holds a run with a damaged run\.yaml or data\.json"):
@@ -407,7 +407,7 @@ def test_frozen_parts_stay_and_the_head_learns_first(folders: Path, tmp_path: Pa
     assert changed(start, weights_of(tmp_path / "head")) == {"head.fc"}
     run(folders, tmp_path / "both", epochs=2, head_epochs=1)
     assert {"stages.0", "head.fc"} <= changed(start, weights_of(tmp_path / "both"))
-    with pytest.raises(ValueError, match="freeze names 'layer1', which the network does not have; its parts are"):
+    with pytest.raises(ValueError, match="freeze names 'layer1', which the network does not have; its modules are"):
         run(folders, tmp_path / "wrong", freeze="layer1")
 
 
@@ -604,7 +604,7 @@ def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> 
         ({"lr": None, "opt": "sgd"}, "default learning rates are for lamb and adamw; give lr with opt sgd"),
         ({"crop_scale": 0.0}, "crop_scale must be above 0"),
         ({"val_size": -1}, "val_size must not be negative"),
-        ({"val_split": 0.1, "val_size": 5}, "give one of them"),
+        ({"val_split": 0.1, "val_size": 5}, "give only one"),
         ({"mixup": 0.2, "batch_size": 3}, "even batch_size, got 3"),
         ({"mixup": 0.2, "drop_last": False}, "they need drop_last"),
         ({"sched": "multistep"}, "sched is cosine, or multistep with decay_epochs"),
@@ -731,7 +731,7 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
 
 def chosen_for(asked: FinetuneConfig, images: int) -> Plan:
     net = timm.create_model(asked.model, device="meta")
-    return training.plan(asked, Classification(), net, images, 3, Process(torch.device("cpu")))[0]
+    return training.plan(asked, Classification(), net, images, 3, Process(torch.device("cpu")))
 
 
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
@@ -748,3 +748,47 @@ def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folde
 def test_small_data_sets_have_small_steps(folders: Path, images: int, batch_size: int) -> None:
     asked = config(folders, folders, batch_size=None)
     assert chosen_for(asked, images).batch_size == batch_size
+
+
+# plan(), start(), train_epoch(), end_epoch() and finish(), each alone
+
+
+def test_a_plan_leaves_nothing_open(folders: Path) -> None:
+    asked = config(folders, folders, batch_size=None, lr=None, image_size=None, warmup_epochs=None, bf16=None)
+    plan = chosen_for(replace(asked, pretrained=None, opt=None), images=480)
+    assert all(value is not None for value in vars(plan).values())
+    assert (plan.sizes, plan.batch_size, plan.micro_batches) == ([(64, 0)], 16, 1)
+    assert Plan.of(plan.config) == plan
+    with pytest.raises(ValueError, match="leaves lr open"):
+        Plan.of(replace(plan.config, lr=None))
+
+
+def started(folders: Path, out: Path, **changes: Any) -> training.Run:
+    asked, process = config(folders, out, **changes), Process(torch.device("cpu"))
+    task = Classification()
+    splits = task.open_splits(asked, process, None)
+    plan = training.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, 3, process)
+    return training.start(plan, task, splits, RunFolder(out), process)
+
+
+def test_an_epoch_is_trained_evaluated_and_finished_alone(folders: Path, tmp_path: Path) -> None:
+    run = started(folders, tmp_path / "run", epochs=1)
+    before = {key: value.clone() for key, value in run.net.state_dict().items()}
+    signals = StopSignals()
+    training.train_epoch(run, signals, tqdm(disable=True))
+    assert run.done == run.steps.per_epoch == 3 and not run.history
+    assert {"stages.0", "head.fc"} <= changed(before, run.net.state_dict())
+    training.end_epoch(run, signals)
+    assert run.done == 0 and run.history[0]["epoch"] == 1 and run.history[0]["train_loss"] > 0
+    assert started(folders, tmp_path / "run", epochs=1).history == run.history  # resumed
+    result = training.finish(run)
+    assert result.metrics["images"] == 6 and (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_signal_before_the_first_step_saves_the_untrained_network(folders: Path, tmp_path: Path) -> None:
+    run = started(folders, tmp_path / "run")
+    signals = StopSignals()
+    signals.number = signal.SIGTERM
+    with pytest.raises(Stopped, match="stopped in epoch 1 after step 0 of 3"):
+        training.train_epoch(run, signals, tqdm(disable=True))
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 0

@@ -19,7 +19,7 @@ import check_published
 import convert_experiment
 import convert_report
 
-from spd_zoo.cli.main import _parser
+from spd_zoo.cli.main import make_parser
 from spd_zoo.weights import Entry, entries
 
 ROOT = Path(__file__).parent.parent
@@ -186,7 +186,7 @@ def recipe(name: str) -> str:
 def command_line() -> str:
     """Every command of `spd-zoo` with its arguments and options, from its parser."""
     parts = []
-    for name, parser in _commands(_parser(True)):
+    for name, parser in _commands(make_parser()):
         positional, options = [], []
         for action in parser._actions:
             what = (action.help or "").replace("%%", "%").replace("|", "\\|")

@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.results is not None:
         if options.out is not None:
-            raise CommandError("--out draws into every image, --results writes one file; choose one of them")
+            raise CommandError("--out draws into every image, --results writes one file; give one of them")
         from spd_zoo.inference.results import detection
 
         return results.write(options, lambda device: detection(_detector(options, device), options.model))

@@ -79,7 +79,7 @@ def write(options: argparse.Namespace, job_for: "Callable[[str], Job]") -> int:
         CommandError: If options do not go together, or the file cannot be written.
     """
     if options.json:
-        raise CommandError("--json prints, --results writes a file; choose one of them")
+        raise CommandError("--json prints, --results writes a file; give one of them")
     if bool(options.data) == bool(options.images):
         raise CommandError("give either IMAGES or a data set with --data")
     with explained():

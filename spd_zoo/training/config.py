@@ -40,7 +40,7 @@ def _option(default: Any, text: str, free: bool = False, only: str = "") -> Any:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What to train, on what, and how; each field is an option of `spd-zoo finetune`.
+    """What to train, on which data, with which settings; each field is an option of `spd-zoo finetune`.
 
     None stands for a value that the run chooses and writes into its `run.yaml`.
     """
@@ -117,7 +117,7 @@ class FinetuneConfig:
     label_smoothing: float = _option(0.1, "label smoothing", only="classifiers")
     class_weights: str = _option(
         "",
-        "weights of the loss: inv_freq or effective_num (timm's, by class frequency), or one number per class",
+        "loss weights: inv_freq or effective_num (timm's, by class frequency), or one number per class",
         only="classifiers",
     )
     # augmentation
@@ -169,7 +169,7 @@ class FinetuneConfig:
     compile: bool = _option(False, "torch.compile the network")
     seed: int = _option(0, "seed of initial weights, data order, augmentation and held-out images")
     workers: int = _option(2, "worker processes that read and augment images", free=True)
-    device: str | None = _option(None, "torch device (default: cuda if there is one, else cpu)", free=True)
+    device: str | None = _option(None, "torch device (default: cuda if available, else cpu)", free=True)
     # the run
     resume: str = _option(
         "auto", "auto: resume a run of the same configuration in --out; never: a run there is an error", free=True
@@ -203,7 +203,7 @@ class FinetuneConfig:
             if (getattr(self, name) or 0) > 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.val_split and self.val_size:
-            raise ValueError("val_split and val_size both set how much to hold out; give one of them")
+            raise ValueError("val_split and val_size both set how much to hold out; give only one")
         if self.sched not in ("cosine", "multistep") or (self.sched == "multistep") != bool(self.decay_epochs):
             raise ValueError(
                 "sched is cosine, or multistep with decay_epochs, "

@@ -79,7 +79,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     Under torchrun the processes share every step's images.
 
     Args:
-        config: What to train, on what, and how.
+        config: What to train, on which data, with which settings.
 
     Returns:
         The result; None after a dry run.
@@ -110,8 +110,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
     if config.dry_run:
         return None
 
-    chosen, preprocessing = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process)
-    run = start(chosen, preprocessing, task, splits, folder, process)
+    chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process)
+    run = start(chosen, task, splits, folder, process)
     with StopSignals() as signals, _progress_bar(run) as bar:
         while len(run.history) < config.epochs and not _stagnates(run):
             train_epoch(run, signals, bar)
@@ -119,9 +119,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     return finish(run)
 
 
-def plan(
-    config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes: int, process: Process
-) -> tuple[Plan, Preprocessing]:
+def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes: int, process: Process) -> Plan:
     """Decides everything that the request leaves open.
 
     Args:
@@ -151,16 +149,15 @@ def plan(
 
     sizes = parse_sizes(options["image_size"])
     net = _blank(config.model, **_model_args(config, classes, sizes))
-    preprocessing = _preprocessing(net, config, process.device)
     largest = max((size for size, _ in sizes), key=math.prod)
     try:
-        per_image = bytes_per_image(net, largest, preprocessing)
+        per_image = bytes_per_image(net, largest, _preprocessing(net, config, process.device))
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{config.model} cannot compute images of {size_text(largest)} pixels: {reason}") from error
     weights, pairs = sum(parameter.nbytes for parameter in net.parameters()), bool(config.mixup or config.cutmix)
     accumulate = config.accumulate or choose_micro_batches(weights, per_image, batch_size, pairs, process)
-    return Plan.of(replace(config, accumulate=accumulate)), preprocessing
+    return Plan.of(replace(config, accumulate=accumulate))
 
 
 def _batch_size(config: FinetuneConfig, images: int, process: Process) -> int:
@@ -307,7 +304,7 @@ class Run:
         self.saved = time.monotonic()
 
     def resume(self) -> None:
-        """Continues from `last.pt` if there is one."""
+        """Continues from `last.pt` if it exists."""
         state = self.process.broadcast(self.folder.load() if self.process.first else None)
         if state is None:
             return
@@ -337,14 +334,7 @@ class Run:
         return gathered
 
 
-def start(
-    plan: Plan,
-    preprocessing: Preprocessing,
-    task: Task[Any],
-    splits: Splits[Any],
-    folder: RunFolder,
-    process: Process,
-) -> Run:
+def start(plan: Plan, task: Task[Any], splits: Splits[Any], folder: RunFolder, process: Process) -> Run:
     """Makes everything that trains, claims the folder, and loads the state of a run that is resumed.
 
     Raises:
@@ -358,6 +348,7 @@ def start(
     net = net.to(process.device).to(memory_format=torch.channels_last)
     if process.world > 1 and process.device.type == "cuda":
         net = convert_sync_batchnorm(net)
+    preprocessing = _preprocessing(net, config, process.device)
     frozen = frozen_layers(net, config.freeze)
     if plan.head_epochs and (not classifier_of(net) or any(lies_in(name, frozen) for name in classifier_of(net))):
         raise ValueError("the classifier cannot train alone, it is frozen or unknown; give --head-epochs 0")
@@ -421,7 +412,7 @@ def train_epoch(run: Run, signals: StopSignals, bar: "tqdm[Any]") -> None:
 
     Args:
         run: The run; its epoch is the one after those of its history.
-        signals: If one comes, the epoch ends after the current step.
+        signals: After one, the epoch ends after the current step.
         bar: Counts images.
 
     Raises:
@@ -533,8 +524,8 @@ def finish(run: Run) -> Result:
     if run.best:
         net.load_state_dict(run.best["net"])
     size = parse_size(run.best["image_size"] if run.best else run.history[-1]["image_size"])
-    batches = _val_batches(run, size)
-    predictions = run.task.predict(net, batches, val, size, run.preprocessing, process)
+    preprocessing = replace(run.preprocessing, bf16=False)  # the precision in which the network is used
+    predictions = run.task.predict(net, _val_batches(run, size), val, size, preprocessing, process)
     figures = predictions.summary()
     if process.first:
         own = net.pretrained_cfg.items()

@@ -19,7 +19,7 @@ def frozen_layers(net: nn.Module, text: str) -> list[str]:
     for name in frozen:
         if name not in names:
             children = ", ".join(child for child, _ in net.named_children())
-            raise ValueError(f"freeze names {name!r}, which the network does not have; its parts are {children}")
+            raise ValueError(f"freeze names {name!r}, which the network does not have; its modules are {children}")
     return frozen
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and how it is written so that nothing is lost."""
+"""The folder of a run; every file in it is written atomically."""
 
 import json
 import os
@@ -30,12 +30,12 @@ _FIRST_FILES = {"data.json", "environment.json"}  # written before run.yaml, whi
 
 
 class RunError(ValueError):
-    """A run that cannot go on; its last checkpoint is as it was."""
+    """A run that cannot continue; its last checkpoint is unchanged."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """With which configuration a run began, and what was known about its data."""
+    """The configuration of a run when it began, and what was known about its data."""
 
     config: dict[str, Any]
     about_data: dict[str, Any]
@@ -48,10 +48,10 @@ class RunFolder:
         self.path = path
 
     def beginning(self, config: FinetuneConfig) -> "Beginning | None":
-        """How the run in the folder began, which now goes on; None if there is none, or for a dry run.
+        """The beginning of the run in the folder, which is resumed; None without a run, or for a dry run.
 
         Raises:
-            ValueError: If the folder holds something else, or a run that is not to go on.
+            ValueError: If the folder holds something else, or a run although `config.resume` is "never".
         """
         if config.dry_run:
             return None
@@ -72,7 +72,7 @@ class RunFolder:
         return None
 
     def begin(self, config: FinetuneConfig, about_data: dict[str, Any]) -> None:
-        """Claims the folder for a run, or notes another start of the run in it."""
+        """Makes the folder a run's, or adds this start to `environment.json` of the run in it."""
         with self.writing("run.yaml"):
             self.path.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)
@@ -95,7 +95,7 @@ class RunFolder:
             file.write(f"{_now()} {line}\n")
 
     def to_tensorboard(self, row: dict[str, Any]) -> None:
-        """Writes the figures of an epoch where TensorBoard looks for them."""
+        """Writes the metrics of an epoch as TensorBoard events."""
         from torch.utils.tensorboard import SummaryWriter
 
         with self.writing("tensorboard"), SummaryWriter(self.path / "tensorboard") as writer:
@@ -108,7 +108,7 @@ class RunFolder:
             write_csv(self.path / "metrics.csv", history[0], [row.values() for row in history])
 
     def save(self, state: dict[str, Any]) -> None:
-        """Writes `last.pt`, from which the run goes on."""
+        """Writes `last.pt`, from which the run is resumed."""
         with self.writing("last.pt"), whole(self.path / "last.pt") as temporary, temporary.open("wb") as file:
             torch.save(state, file)
 
@@ -124,7 +124,7 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, UnpicklingError, struct.error) as error:
-            raise RunError(f"cannot read {file}: {error}; where it is damaged, begin a run in another --out") from error
+            raise RunError(f"cannot read {file}: {error}; if it is damaged, begin a run in another --out") from error
         return state
 
     def write_network(self, net: nn.Module, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
@@ -145,13 +145,13 @@ class RunFolder:
             reason = _reason(error)
             if reason is None:
                 raise
-            kept = "the last checkpoint is intact, and the same command goes on from there"
+            kept = "the last checkpoint is intact, and the same command resumes from it"
             advice = kept if (self.path / "last.pt").exists() else "there is no checkpoint yet"
             raise RunError(f"cannot write {self.path / name}: {reason}; {advice}") from error
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """What the operating system said; torch raises a RuntimeError while it handles that."""
+    """The reason of the operating system, which torch hides in the context of a RuntimeError."""
     while error is not None and not isinstance(error, OSError | SafetensorError):
         error = error.__context__
     return getattr(error, "strerror", None) or (str(error) if error is not None else None)

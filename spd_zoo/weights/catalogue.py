@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fnmatch import fnmatch
 from typing import Any
 
@@ -123,14 +123,21 @@ def checkpoints(filters: Sequence[str] = ()) -> list[Entry]:
     Raises:
         WeightsError: If nothing matches the filters, or a manifest is invalid.
     """
-    untagged = {name: entry for name, entry in entries().items() if not entry.tag}
-    mine = [name for name in imported_names() if name not in entries() and name.partition(".")[0] in untagged]
+    known = {entry.network: entry for entry in reversed(entries().values())}
+    mine = [name for name in imported_names() if name not in entries() and name.partition(".")[0] in known]
     found = [entry for entry in entries().values() if entry.tag]
-    found += [replace(untagged[name.partition(".")[0]], name=name) for name in mine]
+    found += [_imported(name, known[name.partition(".")[0]]) for name in mine]
     found = [entry for entry in found if _matches(entry, filters)]
     if filters and not found:
         raise WeightsError(f"there are no weights called {' or '.join(filters)}; `spd-zoo weights list` shows all")
     return found
+
+
+def _imported(name: str, network: Entry) -> Entry:
+    """An entry for what the user imported: the network's size and input, and nothing about any other file."""
+    of_network = ("group", "num_classes", "input_size", "params", "macs", "pool_size", "mean", "std", "crop_pct")
+    fields = {field: getattr(network, field) for field in (*of_network, "interpolation", "fixed_input_size")}
+    return Entry(name=name, **fields)
 
 
 def checkpoint(name: str) -> Entry:
