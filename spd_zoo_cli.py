@@ -18,7 +18,10 @@ def main() -> int:
         if name not in sys.modules:
             spec = importlib.util.find_spec(name)
             assert spec is not None, f"{name} lies beside this file"
-            sys.modules[name] = importlib.util.module_from_spec(spec)
+            package = sys.modules[name] = importlib.util.module_from_spec(spec)
+            parent, _, child = name.rpartition(".")
+            if parent:  # an import would do so
+                setattr(sys.modules[parent], child, package)
     from spd_zoo.cli.main import main as run
 
     return run()

@@ -469,7 +469,7 @@ def test_a_reader_that_stops_reading_causes_no_traceback() -> None:
         (["weights", "list"], 0),
         (["weights", "list", "nonsense*"], 1),
     ],
-    ids=" ".join,
+    ids=str,
 )
 def test_what_needs_no_network_starts_without_torch(arguments: list[str], status: int) -> None:
     ((module, function),) = ENTRY_POINT
