@@ -90,22 +90,22 @@ def _metadata(net: Any, size: tuple[int, int]) -> dict[str, str]:
     config = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
     crop_mode = config["crop_mode"] or "center"
     scaled = tuple(math.floor(side / config["crop_pct"]) for side in size)
-    pixels, cut = (f"{height}x{width} (height x width)" for height, width in (scaled, size))
+    square = size[0] == size[1]
+    pixels, cut = (f"{height}x{width}" for height, width in (scaled, size))
+    covers = f"its shorter side has {scaled[0]} pixels" if square else f"it just covers {pixels} pixels"
     ways = {
-        "center": f"so that it just covers {pixels} pixels and keeps its aspect ratio; cut out the {cut} in the middle",
-        "squash": f"to {pixels} pixels, whatever its aspect ratio; cut out the {cut} in the middle",
-        "border": (
-            f"so that it just fits into {pixels} pixels and keeps its aspect ratio; pad it on all sides with the "
-            f"colour `mean`, or cut out the middle, to {cut}"
-        ),
+        "center": f"so that {covers}; cut out the {cut} pixels in the middle",
+        "squash": f"to {pixels} pixels, whatever its shape; cut out the {cut} pixels in the middle",
+        "border": f"so that it just fits into {pixels} pixels; pad or cut it on all sides alike to {cut} pixels, in the "
+        "colour `mean`",
     }
     colours = "RGB" if net.in_chans == 3 else "grey"
-    shorter_side = {"resize_shorter_side": str(scaled[0])} if crop_mode == "center" and size[0] == size[1] else {}
+    shorter_side = {"resize_shorter_side": str(scaled[0])} if crop_mode == "center" and square else {}
     return {
         "architecture": str(net.pretrained_cfg["architecture"]),
         "preprocessing": (
             f"Turn the image upright, make it {colours} with 8 bits; resize it ({config['interpolation']}) "
-            f"{ways[crop_mode]}; divide by 255, subtract mean, divide by std, channel by channel; order (image, "
+            f"{ways[crop_mode]} (sizes are height x width); divide by 255, subtract mean, divide by std, channel by channel; order (image, "
             "channel, row, column), float32."
         ),
         "image_size": size_text(size),

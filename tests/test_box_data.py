@@ -12,6 +12,7 @@ from box_pictures import COLOURS, NAMES, SIZE, make_coco, make_voc, make_yolo, s
 from PIL import Image
 
 from spd_zoo.data.boxes import BoxImages, hold_out, open_boxes, with_names
+from spd_zoo.data.classes import NetworkClasses, match_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.inference.detector import prepare
 from spd_zoo.training.config import FinetuneConfig
@@ -252,10 +253,6 @@ def no_train(root: Path) -> None:
     (make_coco(root) / "instances_train.json").unlink()
 
 
-def lost_class(root: Path) -> None:
-    (make_yolo(root) / "data.yaml").write_text(f"names: {[*NAMES, 'violet']}")
-
-
 def empty_val(root: Path) -> None:
     for file in (make_yolo(root) / "labels" / "val").iterdir():
         file.write_text("")
@@ -282,7 +279,6 @@ def empty_val(root: Path) -> None:
         (nothing, "is no data set with boxes: it has neither"),
         (lambda root: None, "there is no folder"),
         (no_train, "has no split train"),
-        (lost_class, "class 'violet' has no box to train on"),
         (empty_val, "the split val has no box of a class that is trained"),
     ],
 )
@@ -321,6 +317,53 @@ def test_classes_are_matched_by_name_and_unknown_ones_counted(tmp_path: Path) ->
     assert renamed.counts() == [red, blue] and min(blue, green, red) > 0
     (lost,) = renamed.defects.values()
     assert len(lost) == green
+
+
+def test_a_class_without_a_box_is_left_out_and_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_yolo(tmp_path / "data")
+    (root / "data.yaml").write_text(f"names: {[*NAMES, 'violet']}")
+    finetune(config(root, tmp_path / "run", dry_run=True))
+    printed = capsys.readouterr().out
+    assert "train: 8 images of 3 classes" in printed
+    assert printed.count("note: 1 class without anything to train on left out: violet") == 1
+    finetune(config(root, tmp_path / "run", dry_run=True, check=False))
+    assert capsys.readouterr().out.count("note: 1 class without anything") == 1
+
+
+def test_classes_of_a_detector_are_matched_by_name_or_not_at_all(tmp_path: Path) -> None:
+    data = opened(make_coco(tmp_path))
+    blue, green, red = data.counts()
+    assert match_classes(data, NetworkClasses(["red", "green", "blue", "pink"])).counts() == [red, green, blue, 0]
+    capitals = NetworkClasses(["Red", "Green", "Blue"])
+    with pytest.raises(DataError, match="the network has no class 'blue'"):
+        match_classes(data, capitals)
+    assert match_classes(data, capitals, {name.lower(): name for name in capitals.names}).counts() == [red, green, blue]
+
+
+@pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
+def test_splits_have_usual_names_in_any_case(make: Make, tmp_path: Path) -> None:
+    before = opened(make(tmp_path), "val")
+    for path in sorted(tmp_path.rglob("*val*")):
+        if path.stem in ("val", "instances_val"):
+            path.rename(path.with_name(path.name.replace("val", "Validation")))
+    after = opened(tmp_path, "val")
+    assert after.counts() == before.counts() and len(after) == 4
+
+
+def test_images_without_a_known_suffix_are_counted(tmp_path: Path) -> None:
+    folder = make_yolo(tmp_path) / "images" / "train"
+    (folder / "notes.doc").write_text("no image")
+    (folder / "train_0.png").rename(folder / "train_0.jfif")
+    (folder / "train_1.png").rename(folder / "train_1")
+    data = opened(tmp_path)
+    assert len(data) == 8 and sum(data.counts()) == sum(len(boxes) for _, boxes in scenes(8))
+    (note,) = data.notes
+    assert note.startswith("1 file in ") and note.endswith(".doc (1)")
+
+
+def test_an_address_is_refused_with_both_slashes() -> None:
+    with pytest.raises(DataError, match="https://example.org/data is an address"):
+        open_boxes("https://example.org/data", "train")
 
 
 def test_another_box_is_other_data(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: d
     cpu = torch.device("cpu")
     preprocessing = Preprocessing(tuple(cfg["mean"]), tuple(cfg["std"]), cpu, interpolation=cfg["interpolation"])
     task, process = Classification(), Process(cpu)
-    batches = task.eval_batches(net, data, image_size, 250, 2, preprocessing, process)
+    batches = task.eval_batches(net, data, (image_size, image_size), 250, 2, preprocessing, process)
     return task.score(net, batches, preprocessing, process)["top1"]
 
 

@@ -107,7 +107,9 @@ def network_classes(cfg: Mapping[str, Any], num_classes: int) -> NetworkClasses:
 class _Images(Protocol):
     """Images whose labels are numbers of classes: `LabelledImages` and `BoxImages`."""
 
-    class_names: list[str]
+    @property
+    def class_names(self) -> list[str]:
+        """What the labels mean."""
 
     def used(self) -> set[int]:
         """The classes that occur."""

@@ -284,8 +284,8 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
         rows = [row for row in known if row["split"]]
     class_names = in_order(clean_name(row["label"]) for row in rows)
     if split is not None:
-        values = find_split({row.get("split", "train") for row in rows}, split)
-        rows = [row for row in rows if row.get("split", "train") in values]
+        chosen = find_split({row.get("split", "train") for row in rows}, split)
+        rows = [row for row in rows if row.get("split", "train") in chosen]
     if not rows:
         return None
     number = {name: i for i, name in enumerate(class_names)}
@@ -303,7 +303,7 @@ def _load_hugging_face(name: str) -> Any:
             return datasets.load_from_disk(name)
         splits = datasets.load_dataset(name)
         files = _files_by_split(Path(name))
-        if files and not any(Path(name).glob("README.md")) and {split_of(split) for split in splits} != set(files):
+        if files and not any(Path(name).glob("README.md")) and {split_of(str(split)) for split in splits} != set(files):
             suffix = Path(next(iter(files.values()))[0]).suffix.lower()
             builder = {".tar": "webdataset"}.get(suffix, suffix[1:])
             splits = datasets.load_dataset(builder, data_files=files)
@@ -392,12 +392,12 @@ def open_stream(
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
     by_name = _files_by_split(Path(name)) if not any(Path(name).glob("README.md")) else {}
-    if by_name and {split_of(read_as) for read_as in splits} != set(by_name):
+    if by_name and {split_of(str(read_as)) for read_as in splits} != set(by_name):
         raise DataError(
             f"the library datasets does not know the splits of {name} by the names of their files; call them train-*, "
             "validation-* and test-*, or read them without --stream"
         )
-    found = find_split(splits, split)
+    found = find_split(map(str, splits), split)
     if not found:
         return None
     known = found[0]

@@ -28,6 +28,11 @@ class Notes:
         if name:
             names.append(name)
 
+    def extend(self, notes: Iterable[str]) -> None:
+        """Adds several notes."""
+        for note in notes:
+            self.add(note)
+
     def lines(self) -> list[str]:
         """One line for each note, with the number of images that it is about and the first of their names."""
         return [

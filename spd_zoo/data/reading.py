@@ -29,6 +29,7 @@ __all__ = [
     "parse_size",
     "read_image",
     "size_text",
+    "size_value",
     "upright",
 ]
 
@@ -120,8 +121,8 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Pat
                 inside = [file for file in sorted(path.rglob("*")) if is_image(file, path)]
                 found += inside
                 empty += [] if inside else [path]
-                for note in is_image.notes(path) if notes is not None else ():
-                    notes.add(note)
+                if notes is not None:
+                    notes.extend(is_image.notes(path))
             else:
                 found.append(path)
     return found or empty
@@ -177,7 +178,7 @@ def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
         notes += [note] if note else []
         deep = False
     converted = turned.convert(mode)
-    if deep and converted.convert("L").getextrema()[1] < 64:
+    if deep and np.asarray(converted).max() < 64:
         notes.append(_DARK)
     collected = _collected.get()
     if collected is not None:
@@ -261,7 +262,12 @@ def parse_size(text: str | int) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def size_value(size: Sequence[int]) -> int | str:
+    """The size (height, width) as tables have it, and `parse_size` reads it: a number if it is square, else a text."""
+    height, width = size
+    return height if height == width else f"{height}x{width}"
+
+
 def size_text(size: Sequence[int]) -> str:
     """The size (height, width) as `parse_size` reads it: "64" if it is square, else "48x96"."""
-    height, width = size
-    return str(height) if height == width else f"{height}x{width}"
+    return str(size_value(size))

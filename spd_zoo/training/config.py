@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from timm.data import create_transform
 
+from spd_zoo.data.reading import parse_size
+
 __all__ = [
     "FinetuneConfig",
     "Plan",
@@ -79,7 +81,8 @@ class FinetuneConfig:
     drop_last: bool = _option(True, "leave out the last images of an epoch if they do not fill a step")
     image_size: str | None = _option(
         None,
-        "pixels; 32,48@11 means 32, then 48 from epoch 11 on, counted from 0 (default: 64; detectors: the network's)",
+        "pixels, 48x96 is height by width; 32,48@11 means 32, then 48 from epoch 11 on, counted from 0 (default: 64; "
+        "detectors: the network's)",
     )
     patience: int = _option(
         0, "stop after this many epochs without a better val top-1 or AP, and keep the best network (0: never)"
@@ -154,6 +157,11 @@ class FinetuneConfig:
         "", "mean of each channel, from 0 to 1, for example 0.5,0.5,0.5 (default: the network's)", only="classifiers"
     )
     std: str = _option("", "standard deviation of each channel (default: the network's)", only="classifiers")
+    crop_mode: str = _option(
+        "center",
+        "how evaluation makes an image fit: center cuts it, squash stretches it, border pads it",
+        only="classifiers",
+    )
     crop_pct: float = _option(1.0, "share of the shorter side that evaluation keeps", only="classifiers")
     auto_anchors: bool = _option(True, "YOLOv5: fit the anchors to the data if too few boxes fit", only="detectors")
     # computing
@@ -203,6 +211,8 @@ class FinetuneConfig:
             )
         if self.resume not in ("auto", "never"):
             raise ValueError(f"resume is auto or never, got {self.resume!r}")
+        if self.crop_mode not in ("center", "squash", "border"):
+            raise ValueError(f"crop_mode is center, squash or border, got {self.crop_mode!r}")
         if self.interpolation not in ("random", "bilinear", "bicubic"):
             raise ValueError(f"interpolation is random, bilinear or bicubic, got {self.interpolation!r}")
         try:
@@ -232,7 +242,7 @@ class Plan:
         config: The request with these values filled in, as `run.yaml` has it.
         pretrained: Whether training starts from pretrained weights.
         head_epochs: Epochs in which only the classifier is trained.
-        sizes: Image sizes in pixels, each with its first epoch.
+        sizes: Heights and widths of images in pixels, each with its first epoch.
         batch_size: Images per step, summed over all processes.
         micro_batches: Batches that each process computes per step, one after the other.
         opt: timm's name of the optimiser.
@@ -248,7 +258,7 @@ class Plan:
     config: FinetuneConfig
     pretrained: bool
     head_epochs: int
-    sizes: list[tuple[int, int]]
+    sizes: list[tuple[tuple[int, int], int]]
     batch_size: int
     micro_batches: int
     opt: str
@@ -291,14 +301,15 @@ def refuse_others(config: FinetuneConfig, networks: str) -> None:
             raise ValueError(f"{item.name} is an option for {only}, and {config.model} is none of them; leave it out")
 
 
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """ "32,48@11" -> [(32, 0), (48, 11)]: pixels and the first epoch with that size."""
+def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
+    """ "32,32x48@11" -> [((32, 32), 0), ((32, 48), 11)]: height and width, and the first epoch with that size."""
     sizes = []
     for item in text.split(","):
         pixels, _, first = item.partition("@")
-        if not pixels.strip().isdigit() or not int(pixels) or not (first or "0").isdigit():
-            raise ValueError(f"image_size {text!r} is not like 64 or 32,48@11")
-        sizes.append((int(pixels), int(first or 0)))
+        try:
+            sizes.append((parse_size(pixels), int(first or 0)))
+        except ValueError as error:
+            raise ValueError(f"image_size {text!r} is not like 64, 32x48 or 32,48@11") from error
     epochs = [first for _, first in sizes]
     if epochs[0] != 0 or epochs != sorted(set(epochs)):
         raise ValueError(f"image_size {text!r} must begin with a size for epoch 0, then sizes with rising epochs")

@@ -1,21 +1,24 @@
 """Evaluation of a classifier or a detector on the images of a data set."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import resolve_data_config
+from timm.layers import to_2tuple
 
 from spd_zoo.complexity import count_params
 from spd_zoo.data.check import check
+from spd_zoo.data.classes import match_classes, network_classes
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.reading import channel_mode, size_value
 from spd_zoo.files import write_csv
 from spd_zoo.process import Process, pick_device
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, task_of
-from spd_zoo.weights.load import class_names, load_network
+from spd_zoo.weights.load import load_network
 
 __all__ = ["Evaluation", "evaluate", "evaluate_network", "save"]
 
@@ -29,12 +32,14 @@ class Evaluation:
         predictions: What it predicts.
         split: The split of the data set.
         warnings: What was left out of the data, and why.
+        notes: What was guessed, a line for each.
     """
 
     row: dict[str, Any]
     predictions: Any  # `Predictions` of classification or of detection
     split: str
     warnings: list[str]
+    notes: list[str]
 
     def in_words(self) -> str:
         """The line to print."""
@@ -51,7 +56,7 @@ def evaluate(
     model: str,
     data: str | Path,
     split: str = "",
-    image_sizes: Sequence[int] = (),
+    image_sizes: Sequence[int | tuple[int, int]] = (),
     flip: bool = False,
     batch_size: int = 64,
     workers: int = 2,
@@ -59,6 +64,7 @@ def evaluate(
     bf16: bool = False,
     image_column: str = "",
     label_column: str = "",
+    class_map: Mapping[str, str] | None = None,
 ) -> list[Evaluation]:
     """Evaluates a classifier or a detector on the readable images of a data set, at one image size after the other.
 
@@ -66,7 +72,7 @@ def evaluate(
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
         data: As `open_data` takes it, or for a detector `open_boxes`.
         split: The split to evaluate on; by default the first that exists of test, val and train.
-        image_sizes: Pixels; by default the network's own input size.
+        image_sizes: Heights and widths, or one number for both; by default the network's own input size.
         flip: Whether to average the logits of every image and its mirror image; not for detectors.
         batch_size: Images in memory at once.
         workers: Worker processes that read images.
@@ -74,6 +80,7 @@ def evaluate(
         bf16: Whether autocast computes in bfloat16.
         image_column: As `open_data` takes it; not for detectors.
         label_column: As `open_data` takes it; not for detectors.
+        class_map: The network's name of classes that the data names otherwise.
 
     Returns:
         An evaluation for each image size.
@@ -89,7 +96,7 @@ def evaluate(
     task_of(net).check_evaluation(net, model, bool(flip or image_column or label_column))
     columns = (image_column, label_column)
     return evaluate_network(
-        net, model, data, split, image_sizes, flip, batch_size, workers, torch.device(name), bf16, columns
+        net, model, data, split, image_sizes, flip, batch_size, workers, torch.device(name), bf16, columns, class_map
     )
 
 
@@ -98,13 +105,14 @@ def evaluate_network(
     model: str,
     data: str | Path,
     split: str,
-    image_sizes: Sequence[int],
+    image_sizes: Sequence[int | tuple[int, int]],
     flip: bool,
     batch_size: int,
     workers: int,
     device: torch.device,
     bf16: bool = False,
     columns: tuple[str, str] = ("", ""),
+    class_map: Mapping[str, str] | None = None,
 ) -> list[Evaluation]:
     """As `evaluate`, for a network that is loaded already.
 
@@ -120,25 +128,29 @@ def evaluate_network(
         device: Where the network computes.
         bf16: Whether autocast computes in bfloat16.
         columns: The columns with images and labels.
+        class_map: The network's name of classes that the data names otherwise.
 
     Raises:
         DataError: If the data set cannot be used, or its classes are not the network's.
     """
     task, process = task_of(net), Process(device)
+    channel_mode(net.in_chans, model)
     splits = (split,) if split else ("test", "val", "train")
     opened = ((name, task.open_split(data, name, *columns)) for name in splits)
     split, images = next(((name, found) for name, found in opened if found), ("", None))
     if images is None:
         raise DataError(f"{data} has no split {' or '.join(splits)}")
-    images = task.match_classes(images, class_names(net.pretrained_cfg))
-    unreadable = check({split: images}, workers, process)[split]["unreadable"]
+    images = match_classes(images, network_classes(net.pretrained_cfg, net.num_classes), class_map)
+    about = check({split: images}, workers, process)
+    unreadable = about[split]["unreadable"]
     images = images.without(unreadable)
     warnings = [f"left out {name}: {error}" for name, error in unreadable.items()] + task.warnings(images)
     config = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
     crop = (config["crop_pct"], config["interpolation"], config["crop_mode"])
     preprocessing = Preprocessing(config["mean"], config["std"], device, bf16, *crop)
     evaluations = []
-    for size in image_sizes or (config["input_size"][-1],):
+    for image_size in image_sizes or (tuple(config["input_size"][1:]),):
+        size: tuple[int, int] = to_2tuple(image_size)
         if hasattr(net, "set_input_size"):
             net.set_input_size(size)
         batches = task.eval_batches(net, images, size, batch_size, workers, preprocessing, process)
@@ -147,10 +159,10 @@ def evaluate_network(
             "model": model,
             **predictions.columns(),
             "param_count": round(count_params(net) / 1e6, 2),
-            "img_size": size,
+            "img_size": size_value(size),
             **task.result_columns(preprocessing),
         }
-        evaluations.append(Evaluation(row, predictions, split, warnings))
+        evaluations.append(Evaluation(row, predictions, split, warnings, about["notes"]))
     return evaluations
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.layers import convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm, to_2tuple
 from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
 from spd_zoo.process import Process, Stopped, StopSignals, join
 from spd_zoo.training.config import (
     FinetuneConfig,
@@ -102,7 +103,9 @@ def finetune(config: FinetuneConfig) -> Result | None:
     refuse_others(config, task.networks)
 
     splits = task.open_splits(config, process, began.about_data if began is not None else None)
-    for line in in_words(splits.about) if "train" in splits.about else ["the images are not checked"]:
+    if "train" not in splits.about:
+        process.print("the images are not checked")
+    for line in in_words(splits.about):
         process.print(line)
     if config.dry_run:
         return None
@@ -146,12 +149,12 @@ def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes
 
     sizes = parse_sizes(options["image_size"])
     net = _blank(config.model, **_model_args(config, classes, sizes))
-    largest = max(size for size, _ in sizes)
+    largest = max((size for size, _ in sizes), key=math.prod)
     try:
         per_image = bytes_per_image(net, largest, _preprocessing(net, config, process.device))
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{config.model} cannot compute images of {largest} pixels: {reason}") from error
+        raise ValueError(f"{config.model} cannot compute images of {size_text(largest)} pixels: {reason}") from error
     weights, pairs = sum(parameter.nbytes for parameter in net.parameters()), bool(config.mixup or config.cutmix)
     accumulate = config.accumulate or choose_micro_batches(weights, per_image, batch_size, pairs, process)
     return Plan.of(replace(config, accumulate=accumulate))
@@ -185,12 +188,13 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _model_args(config: FinetuneConfig, classes: int, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+def _model_args(config: FinetuneConfig, classes: int, sizes: list[tuple[tuple[int, int], int]]) -> dict[str, Any]:
     """Arguments of `timm.create_model` for the network."""
     arguments = parse_model_args(config.model_args) | {"num_classes": classes}
     known = get_pretrained_cfg(config.model.partition(".")[0])
     fixed_size = known is not None and known.fixed_input_size
-    if fixed_size and (len(sizes) > 1 or arguments.setdefault("img_size", sizes[0][0]) != sizes[0][0]):
+    size = sizes[0][0]
+    if fixed_size and (len(sizes) > 1 or to_2tuple(arguments.setdefault("img_size", size)) != size):
         raise ValueError(f"{config.model} takes images of one size: give one --image-size, and no other img_size")
     return arguments
 
@@ -214,8 +218,7 @@ def _create(model: str, **arguments: Any) -> Any:
 
 def _preprocessing(net: Any, config: FinetuneConfig, device: torch.device) -> Preprocessing:
     """What the network's config and the request say of its input."""
-    if net.in_chans not in (1, 3):
-        raise ValueError(f"{config.model} takes {net.in_chans} channels; images have 1 or 3")
+    channel_mode(net.in_chans, config.model)
     cfg = resolve_data_config(model=net)
     colours = []
     for name in ("mean", "std"):
@@ -224,7 +227,8 @@ def _preprocessing(net: Any, config: FinetuneConfig, device: torch.device) -> Pr
             raise ValueError(f"{name} has {len(asked)} numbers, but {config.model} takes {net.in_chans} channels")
         values = asked or tuple(cfg[name])
         colours.append(values if len(values) == net.in_chans else (sum(values) / len(values),) * net.in_chans)
-    return Preprocessing(colours[0], colours[1], device, bool(config.bf16), config.crop_pct)
+    mean, std = colours
+    return Preprocessing(mean, std, device, bool(config.bf16), config.crop_pct, crop_mode=config.crop_mode)
 
 
 @dataclass
@@ -254,7 +258,7 @@ class Run:
         began_at: The step with which the current epoch began or was resumed.
         saved: When the state was last saved.
         trained: The modules that train in the current epoch.
-        image_size: Pixels, in the current epoch.
+        image_size: Height and width in pixels, in the current epoch.
         train_batches: The training images at this size.
         val_batches: The validation images at this size.
     """
@@ -281,7 +285,7 @@ class Run:
     began_at: int = 0
     saved: float = field(default_factory=time.monotonic)
     trained: list[str] = field(default_factory=list)
-    image_size: int = 0
+    image_size: tuple[int, int] = (0, 0)
     train_batches: Any = None
     val_batches: Any = None
 
@@ -420,7 +424,7 @@ def train_epoch(run: Run, signals: StopSignals, bar: "tqdm[Any]") -> None:
     run.began, run.began_at = time.monotonic(), run.done
     _set_image_size(run, epoch)
     _set_trained(run, epoch)
-    bar.set_description(f"epoch {epoch + 1}/{run.plan.config.epochs} at {run.image_size} px")
+    bar.set_description(f"epoch {epoch + 1}/{run.plan.config.epochs} at {size_text(run.image_size)} px")
     run.scheduler.step(epoch)
     batches = _batches_of_epoch(run.train_batches, epoch, run.done, steps)
     for step in range(run.done, steps.per_epoch):
@@ -480,14 +484,14 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
         run.save()  # the signal reached the loader workers, too
         raise Stopped(signals.number, f"stopped after the last step of epoch {epoch + 1}") from error
     losses = run.gathered_losses()
-    row: dict[str, Any] = {"epoch": epoch + 1, "image_size": run.image_size}
+    row: dict[str, Any] = {"epoch": epoch + 1, "image_size": size_value(run.image_size)}
     row |= {"lr": max(group["lr"] for group in run.optimizer.param_groups)}
     row |= {f"train_{name}": sum(sums[name] for sums in losses) / run.steps.per_epoch for name in losses[0]}
     row |= {f"val_{name}": value for name, value in metrics.items()}
     if run.plan.config.patience and row[task.metric] > max(
         (old[task.metric] for old in run.history), default=-math.inf
     ):
-        run.best = {"net": copy.deepcopy(run.eval_net.state_dict()), "image_size": run.image_size}
+        run.best = {"net": copy.deepcopy(run.eval_net.state_dict()), "image_size": size_value(run.image_size)}
     run.history.append(row)
     run.done, run.losses = 0, {}
     if process.first:
@@ -496,7 +500,7 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
     speed = (run.steps.per_epoch - run.began_at) * run.steps.batch_size / train_seconds
     minutes = (epochs - epoch - 1) * (run.saved - run.began) / 60
     line = (
-        f"epoch {epoch + 1}/{epochs} at {run.image_size} px: train loss {row['train_loss']:.3f}, "
+        f"epoch {epoch + 1}/{epochs} at {size_text(run.image_size)} px: train loss {row['train_loss']:.3f}, "
         f"{task.epoch_in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
     )
     process.print(line)
@@ -519,29 +523,30 @@ def finish(run: Run) -> Result:
     config, process, net, val = run.plan.config, run.process, run.eval_net, run.splits.val
     if run.best:
         net.load_state_dict(run.best["net"])
-    size = run.best["image_size"] if run.best else run.history[-1]["image_size"]
-    batches = _val_batches(run, size)
-    predictions = run.task.predict(net, batches, val, size, run.preprocessing, process)
+    size = parse_size(run.best["image_size"] if run.best else run.history[-1]["image_size"])
+    preprocessing = replace(run.preprocessing, bf16=False)  # the precision in which the network is used
+    predictions = run.task.predict(net, _val_batches(run, size), val, size, preprocessing, process)
     figures = predictions.summary()
     if process.first:
+        own = net.pretrained_cfg.items()
         cfg = {
-            **net.pretrained_cfg,
-            "input_size": (len(run.preprocessing.mean), size, size),
+            **{key: value for key, value in own if key not in ("test_input_size", "test_crop_pct")},
+            "input_size": (len(run.preprocessing.mean), *size),
             "num_classes": len(val.class_names),
             **run.task.pretrained_cfg(run.preprocessing),
             "label_names": val.class_names,
         }
         run.folder.write_network(net, cfg, parse_model_args(config.model_args))
-        run.task.write_report(run.folder, config, run.history, predictions, val)
+        run.task.write_report(run.folder, config, run.history, predictions, val, run.splits.about.get("notes", []))
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )
-    return Result(config.out, run.history, figures | {"image_size": size})
+    return Result(config.out, run.history, figures | {"image_size": size_value(size)})
 
 
 def _set_image_size(run: Run, epoch: int) -> None:
     """Makes new loaders if the image size changes with this epoch."""
-    size = next(pixels for pixels, first in reversed(run.plan.sizes) if epoch >= first)
+    size = next(size for size, first in reversed(run.plan.sizes) if epoch >= first)
     if size != run.image_size:
         run.image_size = size
         run.train_batches = run.task.train_batches(
@@ -550,7 +555,7 @@ def _set_image_size(run: Run, epoch: int) -> None:
         run.val_batches = _val_batches(run, size)
 
 
-def _val_batches(run: Run, image_size: int) -> Batches:
+def _val_batches(run: Run, image_size: tuple[int, int]) -> Batches:
     batch_size = max(1, run.plan.batch_size // run.plan.micro_batches)
     workers = run.plan.config.workers
     return run.task.eval_batches(

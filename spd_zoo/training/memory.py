@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -43,7 +44,7 @@ def choose_micro_batches(weights: int, per_image: float, batch_size: int, pairs:
     return count
 
 
-def bytes_per_image(net: nn.Module, image_size: int, preprocessing: Preprocessing) -> float:
+def bytes_per_image(net: nn.Module, image_size: int | tuple[int, int], preprocessing: Preprocessing) -> float:
     """Bytes that the forward pass over one image saves for the backward pass, without the weights.
 
     Raises:
@@ -58,7 +59,7 @@ def bytes_per_image(net: nn.Module, image_size: int, preprocessing: Preprocessin
         saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    images = torch.zeros(2, len(preprocessing.mean), image_size, image_size, device="meta", dtype=dtype)
+    images = torch.zeros(2, len(preprocessing.mean), *to_2tuple(image_size), device="meta", dtype=dtype)
     with saved_tensors_hooks(note, lambda tensor: tensor):
         outputs = trial(images.to(memory_format=torch.channels_last))
     weights = {parameter.untyped_storage()._cdata for parameter in trial.parameters()}

@@ -29,6 +29,7 @@ def page(
     titles: dict[str, str],
     figures: dict[str, bytes],
     classes: str,
+    notes: Sequence[str] = (),
 ) -> str:
     """An HTML page without outside resources.
 
@@ -39,6 +40,7 @@ def page(
         titles: Headings of the figures, by the figures' names, in order.
         figures: PNG files by name; those that lack are left out.
         classes: The HTML table of the classes.
+        notes: What was guessed or left out, a line for each.
     """
     name = html.escape(config.model)
     sections = [
@@ -46,6 +48,8 @@ def page(
         f"<h1>{name}</h1><p>{len(history)} epochs on {html.escape(config.data)}; metrics on the validation images.</p>",
         table(["", ""], list(summary.items())),
     ]
+    if notes:
+        sections.append("<h2>Notes</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>")
     for figure, title in titles.items():
         if figure in figures:
             source = base64.b64encode(figures[figure]).decode()

@@ -99,7 +99,7 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter
 
         with self.writing("tensorboard"), SummaryWriter(self.path / "tensorboard") as writer:
-            for name in row.keys() - {"epoch"}:
+            for name in row.keys() - {"epoch", *(name for name in row if isinstance(row[name], str))}:
                 writer.add_scalar(name, row[name], row["epoch"])
 
     def write_history(self, history: Sequence[dict[str, Any]]) -> None:

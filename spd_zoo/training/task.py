@@ -1,6 +1,6 @@
 """What training and evaluation ask of a task; classification and detection are the two that there are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,13 +82,6 @@ class Task(Protocol[DataT]):
     def open_split(self, data: str | Path, split: str, image_column: str = "", label_column: str = "") -> DataT | None:
         """The images of a split; None if there is none of that name."""
 
-    def match_classes(self, data: DataT, names: list[str]) -> DataT:
-        """`data` with the classes `names` of a network.
-
-        Raises:
-            DataError: If the data has other classes.
-        """
-
     def warnings(self, data: DataT) -> list[str]:
         """What is wrong with the labels or boxes, although they can be used."""
 
@@ -104,7 +97,7 @@ class Task(Protocol[DataT]):
         self,
         net: Any,
         data: DataT,
-        image_size: int,
+        image_size: tuple[int, int],
         steps: Steps,
         config: FinetuneConfig,
         preprocessing: Preprocessing,
@@ -115,7 +108,7 @@ class Task(Protocol[DataT]):
         self,
         net: Any,
         data: DataT,
-        image_size: int,
+        image_size: tuple[int, int],
         batch_size: int,
         workers: int,
         preprocessing: Preprocessing,
@@ -131,7 +124,7 @@ class Task(Protocol[DataT]):
         net: Any,
         batches: Batches,
         data: DataT,
-        image_size: int,
+        image_size: tuple[int, int],
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
@@ -145,9 +138,15 @@ class Task(Protocol[DataT]):
         """What a trained network's config says of its preprocessing."""
 
     def write_report(
-        self, folder: RunFolder, config: FinetuneConfig, history: list[dict[str, Any]], predictions: Any, data: DataT
+        self,
+        folder: RunFolder,
+        config: FinetuneConfig,
+        history: list[dict[str, Any]],
+        predictions: Any,
+        data: DataT,
+        notes: Sequence[str],
     ) -> None:
-        """Writes the report of a run and its tables and figures."""
+        """Writes the report of a run and its tables and figures; `notes` say what was guessed or left out."""
 
     def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
         """Refuses an evaluation that has no meaning.

@@ -1,11 +1,12 @@
 """Augmentation of labelled images by timm's and torchvision's transforms, and the loaders that apply it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, create_dataset, create_transform
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
@@ -20,33 +21,52 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def train_transform(
-    image_size: int,
+    image_size: int | tuple[int, int],
     crop_scale: float = 0.5,
     crop_padding: int = 0,
     rotation: float = 0.0,
     **options: Any,
 ) -> Transform:
-    """Augmentation: an image to (C, image_size, image_size) uint8; `options` go to timm's `create_transform`.
+    """Augmentation: an image to (C, height, width) uint8; `options` go to timm's `create_transform`.
 
     Args:
-        image_size: Pixels.
+        image_size: Height and width in pixels, or one number for both.
         crop_scale: Smallest share of the image's area that timm's random resized crop keeps.
         crop_padding: If not 0, a random crop after padding every side with so many black pixels replaces that crop.
         rotation: Largest random rotation in degrees; corners are filled with black.
     """
-    make = create_transform(image_size, is_training=True, use_prefetcher=True, scale=(crop_scale, 1.0), **options)
+    size: tuple[int, int] = to_2tuple(image_size)
+    make = create_transform(size, is_training=True, use_prefetcher=True, scale=(crop_scale, 1.0), **options)
     if crop_padding:
-        resize = v2.Resize((image_size, image_size))
-        make.transforms[0] = v2.Compose([resize, v2.RandomCrop(image_size, padding=crop_padding)])
+        make.transforms[0] = v2.Compose([v2.Resize(size), v2.RandomCrop(size, padding=crop_padding)])
     if rotation:
         make.transforms.insert(-1, v2.RandomRotation([-rotation, rotation]))
     return make
 
 
-def eval_transform(image_size: int, crop_pct: float, interpolation: str, crop_mode: str | None = None) -> Transform:
-    """timm's transform for evaluation, to (C, image_size, image_size) uint8."""
+def eval_transform(
+    image_size: int | tuple[int, int],
+    crop_pct: float,
+    interpolation: str,
+    crop_mode: str | None = None,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+) -> Transform:
+    """timm's transform for evaluation, to (C, height, width) uint8.
+
+    Args:
+        image_size: Height and width in pixels, or one number for both.
+        crop_pct: Share of the resized image that is kept, along each side.
+        interpolation: How the image is resized.
+        crop_mode: center, squash or border; None is center.
+        mean: The colour of borders, on a scale from 0 to 1.
+    """
     return create_transform(
-        image_size, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation, crop_mode=crop_mode
+        to_2tuple(image_size),
+        use_prefetcher=True,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+        crop_mode=crop_mode,
+        mean=tuple(mean),
     )
 
 

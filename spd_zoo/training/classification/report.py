@@ -23,6 +23,7 @@ def write(
     history: Sequence[dict[str, Any]],
     predictions: Predictions,
     data: LabelledImages | StreamedImages,
+    notes: Sequence[str] = (),
 ) -> None:
     """Writes `report.html`, `figures/*.png`, `per_class.csv` and `confusion.csv`.
 
@@ -60,7 +61,7 @@ def write(
         [row["class"], row["images"], *(_percent(row[key]) for key in ("precision", "recall", "f1"))] for row in classes
     ]
     by_class = table(["class", "images", "precision", "recall", "F1"], rows)
-    folder.write("report.html", page(config, history, summary, titles, figures, by_class))
+    folder.write("report.html", page(config, history, summary, titles, figures, by_class, notes))
 
 
 def _plots(history: Sequence[dict[str, Any]], predictions: Predictions) -> dict[str, bytes]:

@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from timm.loss.class_weights import resolve_class_weights
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from spd_zoo.data.check import check
+from spd_zoo.data.check import check, notes_on
+from spd_zoo.data.classes import without_unused
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
@@ -38,6 +39,7 @@ from spd_zoo.training.steps import Batches, Steps
 __all__ = ["LR", "Classification", "ClassifierTraining"]
 
 Images = LabelledImages | StreamedImages
+ImagesT = TypeVar("ImagesT", LabelledImages, StreamedImages)
 LR = {"lamb": 6e-3, "adamw": 2e-3}  # for steps of 128 images; proportional to the square root of the batch size
 
 
@@ -111,14 +113,16 @@ class Classification:
         if config.stream:
             return self._open_stream(config, began_with, columns)
         train, val = open_data(config.data, "train", **columns), open_data(config.data, config.val_name, **columns)
-        _check_classes(train, config)
-        assert train is not None
+        train = _with_several_classes(train, config)
         _refuse_run_among_classes(train, config)
         about = describe(config, train, val, began_with)
+        train = _with_several_classes(without_unused(train), config)
         train, val = hold_out(config, train, val, train_val_split)
         val = with_classes(val, train.class_names)
         if began_with is None and config.check:
             about |= check({"train": train, "val": val}, config.workers, process)
+        elif began_with is None:
+            about |= {"notes": notes_on([train, val])}
         train, val = without_unreadable(train, val, about, "image")
         return Splits(train, val, about)
 
@@ -127,37 +131,15 @@ class Classification:
     ) -> Splits[Images]:
         train = open_stream(config.data, "train", config.stream_length, **columns)
         val = open_stream(config.data, config.val_name, **columns)
-        _check_classes(train, config)
-        assert train is not None
+        train = _with_several_classes(train, config)
         about = describe(config, train, val, began_with)
         if val is None:
             raise DataError(f"{config.data} has no split {config.val_name}, and a stream cannot be split")
-        return Splits(train, val, {"fingerprint": about["fingerprint"]})
+        return Splits(train, val, {"fingerprint": about["fingerprint"], "notes": notes_on([train, val])})
 
     def open_split(self, data: str | Path, split: str, image_column: str = "", label_column: str = "") -> Images | None:
         """The images of a split; None if there is none of that name."""
         return open_data(data, split, image_column, label_column)
-
-    def match_classes(self, data: Images, names: list[str]) -> Images:
-        """`data` with a network's classes: by name, or by number if no name is in common but the numbers agree.
-
-        Raises:
-            DataError: If the data has other classes.
-        """
-        assert isinstance(data, LabelledImages)
-        if set(data.class_names) & set(names):
-            unknown = [name for name in data.class_names if name not in names]
-            if unknown:
-                raise DataError(
-                    f"there is a class {unknown[0]!r} that the network does not know; it has {', '.join(names[:20])}"
-                )
-            return with_classes(data, names)
-        if len(data.class_names) != len(names):
-            raise DataError(
-                f"the data has {len(data.class_names)} classes ({data.class_names[0]}, ...), the network {len(names)} "
-                f"({names[0]}, ...), and they have no name in common"
-            )
-        return data
 
     def warnings(self, data: Images) -> list[str]:
         """Nothing: labels have no defects that an evaluation could go on with."""
@@ -193,7 +175,7 @@ class Classification:
         self,
         net: nn.Module,
         data: Images,
-        image_size: int,
+        image_size: tuple[int, int],
         steps: Steps,
         config: FinetuneConfig,
         preprocessing: Preprocessing,
@@ -217,16 +199,15 @@ class Classification:
         self,
         net: nn.Module,
         data: Images,
-        image_size: int,
+        image_size: tuple[int, int],
         batch_size: int,
         workers: int,
         preprocessing: Preprocessing,
         process: Process,
     ) -> Batches:
         """This process's share of the images, in order."""
-        transform = eval_transform(
-            image_size, preprocessing.crop_pct, preprocessing.interpolation, preprocessing.crop_mode
-        )
+        crop = (preprocessing.crop_pct, preprocessing.interpolation, preprocessing.crop_mode)
+        transform = eval_transform(image_size, *crop, preprocessing.mean)
         return eval_loader(data, transform, batch_size, workers, preprocessing.mode, process.rank, process.world)
 
     def score(
@@ -240,7 +221,7 @@ class Classification:
         net: nn.Module,
         batches: Batches,
         data: Images,
-        image_size: int,
+        image_size: tuple[int, int],
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
@@ -259,6 +240,7 @@ class Classification:
             "std": preprocessing.std,
             "crop_pct": preprocessing.crop_pct,
             "interpolation": preprocessing.interpolation,
+            "crop_mode": preprocessing.crop_mode,
         }
 
     def write_report(
@@ -268,9 +250,10 @@ class Classification:
         history: list[dict[str, Any]],
         predictions: metrics.Predictions,
         data: Images,
+        notes: Sequence[str],
     ) -> None:
         """Writes the report and its tables and figures."""
-        report.write(folder, config, history, predictions, data)
+        report.write(folder, config, history, predictions, data, notes)
 
     def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
         """Raises ModelError if the network has no classifier."""
@@ -281,14 +264,15 @@ class Classification:
         return {"crop_pct": preprocessing.crop_pct, "interpolation": preprocessing.interpolation}
 
 
-def _check_classes(train: Images | None, config: FinetuneConfig) -> None:
-    """Raises DataError unless there are training images of several classes."""
+def _with_several_classes(train: ImagesT | None, config: FinetuneConfig) -> ImagesT:
+    """`train`; raises DataError unless there are training images of several classes."""
     if train is None:
         raise DataError(
             f"{config.data} has no split train; give train/<class>/ folders, rows in a CSV file or parquet files"
         )
     if len(train.class_names) < 2:
         raise DataError(f"{config.data} has one class only, {train.class_names[0]!r}; training needs two or more")
+    return train
 
 
 def _refuse_run_among_classes(train: LabelledImages, config: FinetuneConfig) -> None:

@@ -1,6 +1,7 @@
 """YOLOv5's anchors, fitted to the boxes of a data set."""
 
 import numpy as np
+from timm.layers import to_2tuple
 
 from spd_zoo.data.boxes import BoxImages
 from spd_zoo.models.yolov5_spd import YOLOv5SPD
@@ -44,7 +45,7 @@ def kmeans(points: np.ndarray, count: int, generator: np.random.Generator, runs:
     return best
 
 
-def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int, seed: int) -> str:
+def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int | tuple[int, int], seed: int) -> str:
     """Gives `net` anchors that fit the boxes of `data` at `image_size`, if its own fit too few of them.
 
     By the rules of YOLOv5 v6.0: k-means, then a random search that raises the mean fit.
@@ -52,7 +53,7 @@ def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int, seed: int) -> 
     Args:
         net: Its anchors are changed in place.
         data: The training images.
-        image_size: Pixels of the input's longer side.
+        image_size: Height and width of the input in pixels, or one number for both.
         seed: Of all random draws.
 
     Returns:
@@ -63,7 +64,9 @@ def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int, seed: int) -> 
     for i in range(len(data)):
         objects = data.shown(i)
         boxes = objects.boxes[~objects.crowd].double().numpy()
-        scaled = (boxes[:, 2:] - boxes[:, :2]) * image_size / max(data.sizes[data.rows[i]])
+        sides = zip(to_2tuple(image_size), data.sizes[data.rows[i]][::-1], strict=True)
+        there, here = min(sides, key=lambda pair: pair[0] / pair[1])  # the image fits into the input
+        scaled = (boxes[:, 2:] - boxes[:, :2]) * there / here
         sizes.append(scaled)
         jittered.append(scaled * generator.uniform(0.9, 1.1))
     boxes, jittered_sizes = np.concatenate(sizes), np.concatenate(jittered)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -87,27 +88,29 @@ def _sample(image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
     }
 
 
-def scaled_to(sample: Sample, size: int) -> Sample:
-    """`sample` scaled so that its longer side has `size` pixels."""
+def scaled_to(sample: Sample, size: int | tuple[int, int]) -> Sample:
+    """`sample` scaled so that it just fits into the height and width `size`, or a square of that side."""
     height, width = sample["image"].shape[-2:]
-    scale = size / max(height, width)
+    rows, columns = to_2tuple(size)
+    scale = min(rows / height, columns / width)
     sides = [max(1, round(height * scale)), max(1, round(width * scale))]
     return sample if sides == [height, width] else v2.Resize(sides)(sample)
 
 
-def mosaic(samples: Sequence[Sample], size: int) -> Sample:
-    """Four images that meet at a random point of a grey canvas of 2 `size` x 2 `size` pixels.
+def mosaic(samples: Sequence[Sample], size: int | tuple[int, int]) -> Sample:
+    """Four images that meet at a random point of a grey canvas of twice the height and width `size`.
 
     Bochkovskiy et al., YOLOv4, https://arxiv.org/abs/2004.10934, section 3.3. The canvas clips them.
     """
     samples = [samples[i] for i in torch.randperm(4).tolist()]
-    x, y = torch.randint(size // 2, size + size // 2 + 1, (2,)).tolist()
-    canvas = torch.full((samples[0]["image"].shape[0], 2 * size, 2 * size), GREY, dtype=torch.uint8)
+    rows, columns = to_2tuple(size)
+    x, y = (int(torch.randint(side // 2, side + side // 2 + 1, ())) for side in (columns, rows))
+    canvas = torch.full((samples[0]["image"].shape[0], 2 * rows, 2 * columns), GREY, dtype=torch.uint8)
     boxes = []
     for i, sample in enumerate(samples):
         height, width = sample["image"].shape[-2:]
         left, top = x - width * (i % 2 == 0), y - height * (i < 2)
-        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, 2 * size), min(top + height, 2 * size)
+        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, 2 * columns), min(top + height, 2 * rows)
         canvas[:, y1:y2, x1:x2] = sample["image"][:, y1 - top : y2 - top, x1 - left : x2 - left]
         boxes.append(sample["boxes"].as_subclass(Tensor) + torch.tensor([left, top, left, top]))
     made = _sample(canvas, torch.cat(boxes), torch.cat([sample["labels"] for sample in samples]))
@@ -121,22 +124,24 @@ def _kept(boxes: Tensor, sample: Sample, keep: Tensor) -> Sample:
     return _sample(sample["image"], flat[keep], sample["labels"][keep])
 
 
-def window(sample: Sample, size: int, zoom: float, shift: float) -> Sample:
-    """`sample` scaled about its centre by 1 +- `zoom`, shifted by up to `shift` of `size`, cropped to `size` x `size`.
+def window(sample: Sample, size: int | tuple[int, int], zoom: float, shift: float) -> Sample:
+    """`sample` scaled about its centre by 1 +- `zoom`, shifted by up to `shift` of `size`, cropped to `size`.
 
     A box stays if both sides are above 2 pixels, their ratio is below 100, and more than a tenth of its area is left.
     """
     scale = 1 + zoom * (2 * torch.rand(()).item() - 1)
-    across, down = (size * shift * (2 * torch.rand(2) - 1)).tolist()
+    rows, columns = to_2tuple(size)
+    draws = 2 * torch.rand(2) - 1
+    across, down = (columns * shift * draws[0]).item(), (rows * shift * draws[1]).item()
     height, width = sample["image"].shape[-2:]
-    side = max(1, round(size / scale))
-    left, top = round((width - size / scale) / 2 - across / scale), round((height - size / scale) / 2 - down / scale)
-    margins = [max(0, -left), max(0, -top), max(0, left + side - width), max(0, top + side - height)]
+    high, wide = max(1, round(rows / scale)), max(1, round(columns / scale))
+    left, top = round((width - columns / scale) / 2 - across / scale), round((height - rows / scale) / 2 - down / scale)
+    margins = [max(0, -left), max(0, -top), max(0, left + wide - width), max(0, top + high - height)]
     whole = sample["boxes"].as_subclass(Tensor)
     image = F.pad(sample["image"], margins, fill=[GREY])
-    image = F.resized_crop(image, top + margins[1], left + margins[0], side, side, [size, size])
-    moved = (whole - torch.tensor([left, top, left, top])) * (size / side)
-    cut = moved.clamp(0, size)
+    image = F.resized_crop(image, top + margins[1], left + margins[0], high, wide, [rows, columns])
+    moved = (whole - torch.tensor([left, top, left, top])) * torch.tensor([columns / wide, rows / high] * 2)
+    cut = moved.clamp(torch.zeros(4), torch.tensor([columns, rows] * 2))
     sides = cut[:, 2:] - cut[:, :2]
     area = (moved[:, 2:] - moved[:, :2]).prod(1)
     keep = (sides > 2).all(1) & (sides.amax(1) < 100 * sides.amin(1)) & (sides.prod(1) > 0.1 * area)
@@ -144,17 +149,21 @@ def window(sample: Sample, size: int, zoom: float, shift: float) -> Sample:
 
 
 def yolo_augment(
-    scaled: Callable[[int], Sample], index: int, others: Sequence[int], size: int, augmentation: Augmentation
+    scaled: Callable[[int], Sample],
+    index: int,
+    others: Sequence[int],
+    size: tuple[int, int],
+    augmentation: Augmentation,
 ) -> Sample:
     """YOLO's augmentation: mosaic or grey padding, zoom and shift, colours, flips.
 
     Colours are changed by torchvision's ColorJitter, whose brightness and saturation are not quite those of HSV.
 
     Args:
-        scaled: Returns the image of an index, its longer side of `size` pixels.
+        scaled: Returns the image of an index, which just fits into `size`.
         index: The image.
         others: Three more images for a mosaic, or none.
-        size: Pixels of the result.
+        size: Height and width of the result in pixels.
         augmentation: How strongly the image is changed.
     """
     sample = mosaic([scaled(i) for i in (index, *others)], size) if others else scaled(index)
@@ -165,13 +174,13 @@ def yolo_augment(
     return flips(sample | {"image": jitter(sample["image"])})
 
 
-def ssd_augment(original: Sample, size: int, fill: list[float], augmentation: Augmentation) -> Sample:
-    """SSD's augmentation: crop, colours, expansion, flips; then stretched to a square.
+def ssd_augment(original: Sample, size: tuple[int, int], fill: list[float], augmentation: Augmentation) -> Sample:
+    """SSD's augmentation: crop, colours, expansion, flips; then stretched to `size`.
 
     Liu et al., https://arxiv.org/abs/1512.02325, section 2.2, with the numbers of the small-object SSD. Boxes with a
     side of at most a hundredth of the image are dropped; if none is left, the original image is used.
     """
-    stretch = v2.Resize([size, size])
+    stretch = v2.Resize(list(size))
     if not len(original["labels"]):
         return stretch(original)
     jitters = (
@@ -194,10 +203,10 @@ def ssd_augment(original: Sample, size: int, fill: list[float], augmentation: Au
 
 
 class _TrainImages(Dataset[tuple[Tensor, Target]]):
-    """Augmented images (C, size, size) uint8 in the network's channel order, and their objects in input pixels."""
+    """Augmented images (C, height, width) uint8 in the network's channel order, and their objects in input pixels."""
 
     def __init__(
-        self, data: BoxImages, net: DetectionNet, size: int, mode: str, seed: int, config: FinetuneConfig
+        self, data: BoxImages, net: DetectionNet, size: tuple[int, int], mode: str, seed: int, config: FinetuneConfig
     ) -> None:
         self.data, self.size, self.mode, self.seed = data, size, mode, seed
         self.augmentation = Augmentation.of(config)
@@ -218,7 +227,7 @@ class _TrainImages(Dataset[tuple[Tensor, Target]]):
         return image.flip(0) if self.flipped else image, target
 
     def scaled(self, index: int) -> Sample:
-        """An image with `size` pixels on its longer side; cached because a mosaic reads four."""
+        """An image that just fits into `size`; cached because a mosaic reads four."""
         sample = self.cache.get(index)
         if sample is None:
             sample = scaled_to(read_sample(self.data, index, self.mode), self.size)
@@ -238,12 +247,12 @@ class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int, float]]):
     Then the index of the image, and the seconds that reading and preprocessing it took.
     """
 
-    def __init__(self, data: BoxImages, net: DetectionNet, size: int) -> None:
+    def __init__(self, data: BoxImages, net: DetectionNet, size: tuple[int, int]) -> None:
         self.data, self.net, self.size = data, net, size
 
     def __getitem__(self, index: int) -> tuple[Tensor, Placement, Target, int, float]:
         began = time.perf_counter()
-        inputs, placement = prepare(self.data.image(index), self.net, (self.size, self.size))
+        inputs, placement = prepare(self.data.image(index), self.net, self.size)
         seconds = time.perf_counter() - began
         objects = self.data.shown(index)
         boxes = placement.to_input(objects.boxes[~objects.crowd])
@@ -257,20 +266,26 @@ def _collate(samples: list[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def box_train_loader(
-    data: BoxImages, net: DetectionNet, size: int, steps: Steps, mode: str, config: FinetuneConfig
+    data: BoxImages, net: DetectionNet, size: int | tuple[int, int], steps: Steps, mode: str, config: FinetuneConfig
 ) -> Batches:
-    """Batches of (N, C, size, size) uint8 and a list of N targets, in the order of `steps`."""
-    images = _TrainImages(data, net, size, mode, steps.seed, config)
+    """Batches of (N, C, height, width) uint8 and a list of N targets, in the order of `steps`."""
+    images = _TrainImages(data, net, to_2tuple(size), mode, steps.seed, config)
     options = worker_options(config.workers) | {"pin_memory": torch.cuda.is_available(), "collate_fn": _collate}
     return DataLoader(images, batch_sampler=steps, persistent_workers=config.workers > 0, **options)
 
 
 def box_eval_loader(
-    data: BoxImages, net: DetectionNet, size: int, batch_size: int, workers: int, rank: int = 0, world: int = 1
+    data: BoxImages,
+    net: DetectionNet,
+    size: int | tuple[int, int],
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Batches:
-    """Batches of (N, C, size, size) float, placements, targets, indices and seconds, in order.
+    """Batches of (N, C, height, width) float, placements, targets, indices and seconds, in order.
 
     Process `rank` of `world` reads every world-th image.
     """
-    images, options = _EvalImages(data, net, size), worker_options(workers) | {"collate_fn": _collate}
+    images, options = _EvalImages(data, net, to_2tuple(size)), worker_options(workers) | {"collate_fn": _collate}
     return DataLoader(images, batch_size, sampler=range(rank, len(data), world), **options)

@@ -168,7 +168,7 @@ def predict(
     net: DetectionNet,
     batches: Batches,
     data: BoxImages,
-    image_size: int,
+    image_size: tuple[int, int],
     preprocessing: Preprocessing,
     process: Process,
 ) -> BoxPredictions:
@@ -186,7 +186,7 @@ def predict(
     """
     threshold, max_detections = (0.001, 300) if isinstance(net, YoloNet) else (0.01, 10**6)
     net.eval()
-    device, input_size = preprocessing.device, (image_size, image_size)
+    device = preprocessing.device
     mine: dict[int, tuple[Detections, tuple[float, float]]] = {}
     sums: dict[str, float] = {}
     clock = {"prepare": 0.0, "network": 0.0, "boxes": 0.0}
@@ -199,8 +199,8 @@ def predict(
             with _timed(clock, "network", device), preprocessing.autocast():
                 raw = net(images)
             with _timed(clock, "boxes", device):
-                found = postprocess(net, raw, placements, input_size, threshold, max_detections=max_detections)
-            terms = mean_terms(net, net.loss(raw, targets, input_size), len(images))
+                found = postprocess(net, raw, placements, image_size, threshold, max_detections=max_detections)
+            terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.item() * len(images)
         for i, detections, placement in zip(indices, found, placements, strict=True):

@@ -22,7 +22,11 @@ SCORE, IOU = 0.25, 0.5  # of boxes that are drawn: lowest score; lowest IoU with
 
 
 def write(
-    folder: RunFolder, config: FinetuneConfig, history: Sequence[dict[str, Any]], predictions: BoxPredictions
+    folder: RunFolder,
+    config: FinetuneConfig,
+    history: Sequence[dict[str, Any]],
+    predictions: BoxPredictions,
+    notes: Sequence[str] = (),
 ) -> None:
     """Writes `report.html`, `figures/*.png` and `per_class.csv`; without matplotlib there are no curves."""
     with folder.writing("report.html"):
@@ -54,7 +58,7 @@ def write(
     cells = [[row["class"], row["objects"], *(_percent(row[name]) for name in names)] for row in rows]
     colours = "correct boxes are green, wrong ones red, missed objects yellow"
     titles = {"curves": "Training", "worst": f"Worst images: {colours}", "best": f"Best images: {colours}"}
-    folder.write("report.html", page(config, history, summary, titles, figures, table(header, cells)))
+    folder.write("report.html", page(config, history, summary, titles, figures, table(header, cells), notes))
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> bytes:

@@ -1,7 +1,7 @@
 """Detection as `finetune` and `evaluate` need it: data, loss, metrics and report."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from spd_zoo.data.boxes import BoxImages, open_boxes, with_names
 from spd_zoo.data.boxes import hold_out as split_boxes
-from spd_zoo.data.check import check, defects_in_words
+from spd_zoo.data.check import check, defects_in_words, notes_on
+from spd_zoo.data.classes import without_unused
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.reading import size_text
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.models.yolov5_spd import YOLOv5SPD
@@ -67,7 +69,7 @@ class Detection:
         if config.lr is None and config.opt not in (None, "adamw"):
             raise ValueError(f"the default learning rate of detectors is for adamw; give lr with opt {config.opt}")
         values: dict[str, Any] = {
-            "image_size": str(net.pretrained_cfg["input_size"][-1]),
+            "image_size": size_text(net.pretrained_cfg["input_size"][1:]),
             "opt": "adamw",
             "lr": LR * math.sqrt(batch_size / 16),
             "layer_decay": 1.0,
@@ -90,6 +92,7 @@ class Detection:
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
         about = describe(config, train, val, began_with)
+        train = without_unused(train)
         train, val = hold_out(config, train, val, split_boxes)
         val = with_names(val, train.class_names)
         splits = {"train": train, "val": val}
@@ -100,6 +103,7 @@ class Detection:
                 about[name]["boxes"] = data.defects
                 about[name]["without boxes"] = sum(not len(readable.shown(i).labels) for i in range(len(readable)))
         elif began_with is None:
+            about |= {"notes": notes_on(splits.values())}
             for line in (line for data in splits.values() for line in defects_in_words(data.defects)):
                 process.print(line)
         train, val = without_unreadable(train, val, about, "box")
@@ -112,21 +116,6 @@ class Detection:
     ) -> BoxImages | None:
         """The images of a split; None if there is none of that name. Folders with boxes have no columns."""
         return open_boxes(data, split)
-
-    def match_classes(self, data: BoxImages, names: list[str]) -> BoxImages:
-        """`data` with a network's classes: by name, or by number if no name is in common but the numbers agree.
-
-        Raises:
-            DataError: If the data has other classes.
-        """
-        if not set(data.class_names) & set(names) and len(data.class_names) == len(names):
-            return data
-        unknown = [name for name in data.class_names if name not in names]
-        if unknown:
-            raise DataError(
-                f"there is a class {unknown[0]!r} that the network does not know; it has {', '.join(names[:20])}"
-            )
-        return with_names(data, names)
 
     def warnings(self, data: BoxImages) -> list[str]:
         """What is wrong with the boxes."""
@@ -156,7 +145,7 @@ class Detection:
         self,
         net: Any,
         data: BoxImages,
-        image_size: int,
+        image_size: tuple[int, int],
         steps: Steps,
         config: FinetuneConfig,
         preprocessing: Preprocessing,
@@ -168,7 +157,7 @@ class Detection:
         self,
         net: Any,
         data: BoxImages,
-        image_size: int,
+        image_size: tuple[int, int],
         batch_size: int,
         workers: int,
         preprocessing: Preprocessing,
@@ -186,7 +175,7 @@ class Detection:
         net: Any,
         batches: Batches,
         data: BoxImages,
-        image_size: int,
+        image_size: tuple[int, int],
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
@@ -209,9 +198,10 @@ class Detection:
         history: list[dict[str, Any]],
         predictions: metrics.BoxPredictions,
         data: BoxImages,
+        notes: Sequence[str],
     ) -> None:
         """Writes the report and its tables and figures."""
-        report.write(folder, config, history, predictions)
+        report.write(folder, config, history, predictions, notes)
 
     def check_evaluation(self, net: Any, model: str, only_classifiers: bool) -> None:
         """Raises ValueError if an option is only for classifiers."""
