@@ -32,9 +32,15 @@ ROOT = Path(__file__).parent.parent
 RECORDED = [json.loads(line) for line in convert_report.RECORD.read_text().splitlines()]
 COMPARED = [row for row in RECORDED if "left_out" not in row]
 # together every kind of layer: plain, grouped, strided by 4, TensorFlow's padding, weight standardised; every pooling
-AGAIN = [row["network"] for row in COMPARED if row["params"][0] < 4e6 or row["left"]]
+AGAIN = [row["network"] for row in COMPARED if row["params"][0] < 4e6 or row["unchanged"]]
 AGAIN = [
     pytest.param(name, marks=pytest.mark.exhaustive if i % 4 else pytest.mark.slow) for i, name in enumerate(AGAIN)
+]
+FOLDED = [
+    pytest.param(
+        row["network"], marks=() if row["network"] in ("test_resnet", "ghostnet_050") else pytest.mark.exhaustive
+    )
+    for row in COMPARED
 ]
 SMALL = ["test_resnet", "test_byobnet", "test_convnext", "test_nfnet", "tf_mobilenetv3_small_minimal_100"]
 FIRST_OF_SMALL = [SMALL[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SMALL[1:])]
@@ -73,7 +79,8 @@ def check(layer: nn.Module, chs: int, kind: type[nn.Module]) -> None:
     assert type(made) is kind
     trained: Any = copy.deepcopy(made)
     disturb(trained)
-    folded, folded_after_training = fold_spd(made), fold_spd(trained)
+    example = noise(2, chs, 16, 22)
+    folded, folded_after_training = fold_spd(made, example), fold_spd(trained, example)
     computed = 0
     for size in SIZES:
         x = noise(2, chs, *size)
@@ -193,7 +200,8 @@ def test_the_layers_look_like_what_they_stand_for() -> None:
     ids=lambda value: getattr(value, "__name__", None) or type(value).__name__,
 )
 def test_what_was_not_trained_folds_to_what_it_was(layer: Any, folded: type[nn.Module]) -> None:
-    back: Any = fold_spd(convert_to_spd(layer, example_input=images(1, 4, 8, 8)))
+    x = images(1, 4, 8, 8)
+    back: Any = fold_spd(convert_to_spd(layer, example_input=x), x)
     assert type(back) is folded
     for name in ("kernel_size", "stride", "padding", "ceil_mode"):
         if hasattr(layer, name):
@@ -205,7 +213,7 @@ def test_what_was_not_trained_folds_to_what_it_was(layer: Any, folded: type[nn.M
 def test_a_trained_kernel_folds_to_twice_the_kernel() -> None:
     made = convert_to_spd(nn.Conv2d(4, 6, 7, 2, 3), example_input=images(1, 4, 8, 8))
     disturb(made)
-    pad, conv = fold_spd(made)
+    pad, conv = fold_spd(made, images(1, 4, 8, 8))
     assert (type(pad), type(conv), conv.kernel_size, conv.stride) == (nn.ZeroPad2d, nn.Conv2d, (8, 8), (2, 2))
 
 
@@ -215,12 +223,23 @@ def test_a_trained_kernel_folds_to_twice_the_kernel() -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_converted_network_predicts_what_the_original_predicts(name: str) -> None:
     row = convert_report.compare(name)
-    assert row["left"] == []
+    assert row["unchanged"] == []
     assert sum(row["replaced"].values()) >= 4
     for kind in convert_report.SIZES:
         assert row[kind]["difference"] < 1e-4
         assert row[kind]["folded"] < 1e-4
         assert row[kind]["moved"] > 0.01  # the new weights matter
+
+
+@pytest.mark.parametrize(
+    "features_only", [pytest.param(False, id="classifier"), pytest.param(True, id="features_only")]
+)
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_folded_network_computes_the_same(name: str, features_only: bool) -> None:
+    found = convert_report.compare_folded(name, features_only)
+    print(json.dumps({"features_only": features_only, **found}))
+    assert found["folded"] and max(found["folded"].values()) < 1e-4
+    assert found["norms"][1] < found["norms"][0] or found["norms"][0] == 0
 
 
 @pytest.mark.parametrize("name", AGAIN)
@@ -229,7 +248,7 @@ def test_what_was_recorded_comes_out_again(name: str) -> None:
     row = convert_report.compare(name)
     for key in ("params", "macs"):
         assert list(row[key]) == recorded[key]
-    assert [row[key] for key in ("replaced", "left")] == [recorded[key] for key in ("replaced", "left")]
+    assert [row[key] for key in ("replaced", "unchanged")] == [recorded[key] for key in ("replaced", "unchanged")]
     assert [row[kind]["size"] for kind in row.keys() & convert_report.SIZES.keys()] == [
         recorded[kind]["size"] for kind in row.keys() & convert_report.SIZES.keys()
     ]
@@ -261,7 +280,7 @@ def test_a_converted_pyramid_network_is_the_one_that_was_built_so() -> None:
     converted: Any = convert_to_spd(timm.create_model("pyconvresnet50", num_classes=5, device="meta"))
     shapes = [sorted(tuple(p.shape) for p in net.parameters()) for net in (built, converted)]
     assert shapes[0] == shapes[1]
-    assert converted.spd_report.left == ()
+    assert converted.spd_report.unchanged == ()
 
 
 def test_a_narrow_pyramid_is_computed_packed_and_right() -> None:
@@ -274,7 +293,7 @@ def test_a_narrow_pyramid_is_computed_packed_and_right() -> None:
 @pytest.mark.slow
 def test_functions_that_downsample_are_reported() -> None:
     net: Any = convert_to_spd(timm.create_model("inception_v3", device="meta"))
-    assert [(left.module, left.what) for left in net.spd_report.left] == [
+    assert [(layer.module, layer.layer) for layer in net.spd_report.unchanged] == [
         ("Mixed_6a", "max_pool2d"),
         ("Mixed_7a", "max_pool2d"),
     ]
@@ -307,11 +326,11 @@ class Everything(nn.Module):
 def test_everything_that_cannot_be_replaced_is_reported_with_a_reason() -> None:
     net: Any = convert_to_spd(Everything(), example_input=images(2, 3, 32, 32))
     assert [row.module for row in net.spd_report.replaced] == ["good"]
-    reasons = {(left.module, left.what): left.reason for left in net.spd_report.left}
+    reasons = {(layer.module, layer.layer): layer.reason for layer in net.spd_report.unchanged}
     assert {key: reason for key, reason in reasons.items() if key[0]} == {
         ("lengthwise", "Conv2d 3x3/2"): "its stride differs between rows and columns: (2, 1)",
-        ("kind", "Mine 3x3/2"): "a convolution of a kind of its own, Mine",
-        ("pool", "MyPool 2x2/2"): "a pooling of a kind of its own, MyPool",
+        ("kind", "Mine 3x3/2"): "a convolution of a class of its own, Mine",
+        ("pool", "MyPool 2x2/2"): "a pooling of a class of its own, MyPool",
         ("indices", "MaxPool2d 2x2/2"): "it returns indices",
         ("divisor", "AvgPool2d 2x2/2"): "it has a divisor_override",
         ("shared", "MaxPool2d 1x1/2"): "called with maps of different numbers of channels",
@@ -319,7 +338,7 @@ def test_everything_that_cannot_be_replaced_is_reported_with_a_reason() -> None:
         ("fixed", "adaptive_avg_pool2d"): "there is nothing to put in the place of AdaptiveAvgPool2d",
     }
     assert [what for module, what in reasons if not module] == ["slice", "avg_pool2d", "upsample_nearest2d"]
-    assert "left: the network itself, slice: called in the forward of Everything" in str(net.spd_report)
+    assert "unchanged: the network itself, slice: called in the forward of Everything" in str(net.spd_report)
 
 
 def test_what_is_excluded_stays_and_is_reported() -> None:
@@ -329,9 +348,9 @@ def test_what_is_excluded_stays_and_is_reported() -> None:
     assert {row.module for row in converted.spd_report.replaced} == {
         *("conv1.0", "layer2.0.conv1", "layer3.0.conv2", "layer4.0.conv1")
     }
-    left = {row.module for row in converted.spd_report.left}
-    assert left == {"maxpool", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
-    assert {row.reason for row in converted.spd_report.left} == {"left out by include or exclude"}
+    unchanged = {row.module for row in converted.spd_report.unchanged}
+    assert unchanged == {"maxpool", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
+    assert {row.reason for row in converted.spd_report.unchanged} == {"left out by include or exclude"}
 
 
 def test_a_pattern_that_names_nothing_is_refused() -> None:
@@ -551,15 +570,15 @@ def test_what_was_saved_can_be_saved_again_and_converted_further(tmp_path: Path)
     part: Any = convert_to_spd(net, exclude=["layer*"])
     part = timm.create_model(saved(part, tmp_path / "part"), pretrained=True).eval()
     assert len(part.spd_report.replaced) == 2
-    assert len(part.spd_report.left) == 6
+    assert len(part.spd_report.unchanged) == 6
     whole: Any = timm.create_model(saved(convert_to_spd(part), tmp_path / "whole"), pretrained=True).eval()
-    assert whole.spd_report.left == ()
+    assert whole.spd_report.unchanged == ()
     x = images(2, 3, 65, 63)
     with torch.no_grad():
         assert difference(whole(x), net(x)) < 1e-4
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert config["model_args"]["base"] == "test_resnet"
-    assert len(config["model_args"]["include"]) == len(part.spd_report.replaced) + len(part.spd_report.left)
+    assert len(config["model_args"]["include"]) == len(part.spd_report.replaced) + len(part.spd_report.unchanged)
 
 
 def test_arguments_of_the_original_are_saved_too(tmp_path: Path) -> None:
@@ -576,7 +595,7 @@ def test_a_detector_is_converted_saved_and_folded(tmp_path: Path) -> None:
     net = small_network("yolov8n", num_classes=3)
     x = images(1, 3, 64, 96)
     converted: Any = convert_to_spd(net, example_input=x)
-    assert len(converted.spd_report.replaced) == 7 and converted.spd_report.left == ()
+    assert len(converted.spd_report.replaced) == 7 and converted.spd_report.unchanged == ()
     again: Any = timm.create_model(saved(converted, tmp_path), pretrained=True).eval()
     folded: Any = fold_spd(converted)
     assert type(again) is type(folded) is type(net)
@@ -630,7 +649,7 @@ def test_a_converted_network_cannot_be_made_from_nothing() -> None:
 
 def test_a_checkpoint_is_converted_into_a_folder(tmp_path: Path) -> None:
     report = convert_checkpoint("cifar_resnet20", tmp_path / "new" / "folder", exclude=["*.projection.*"])
-    assert len(report.replaced) == len(report.left) == 2
+    assert len(report.replaced) == len(report.unchanged) == 2
     original = timm.create_model("cifar_resnet20", pretrained=True).eval()
     converted: Any = timm.create_model(f"local-dir:{tmp_path / 'new' / 'folder'}", pretrained=True).eval()
     x = images(2, 3, 32, 32)
