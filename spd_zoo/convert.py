@@ -179,12 +179,14 @@ def convert_to_spd(
             made = "not called in evaluation, so nothing could be compared"
         elif len(channels) > 1:
             made = "called with maps of different numbers of channels"
+        elif attached := what_is_attached(module):
+            made = attached
         elif module in shared:
             made = "it shares a parameter with another module"
         elif name in before.parameters_read_elsewhere:
             made = "its parameters are also read outside of it"
         else:
-            made = what_is_attached(module) or _successor(module, next(iter(channels)), like)
+            made = _successor(module, next(iter(channels)), like)
         if isinstance(made, str):
             reasons[name] = made
         else:

@@ -199,10 +199,14 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Dataflow:
             elif not running or running[-1] is not owner:
                 flow.parameters_read_elsewhere.add(owner)
 
+    def alive() -> set[StorageWeakRef]:
+        return {storage for storage in flow.outputs.values() if not storage.expired()}
+
     with OperatorMode(on_operator):
         result = run_on_meta(meta, size)
-    gc.collect()
-    flow.kept = {storage for storage in flow.outputs.values() if not storage.expired()}
+    if alive() - set(map(_storage, tensors_in(result))):
+        gc.collect()  # some may only be waiting for it, in a circle of references
+    flow.kept = alive()
     del result  # until here what the network returns was alive
     return flow
 
@@ -325,6 +329,8 @@ class _Folding:
 
     def _fold(self, norm: Any) -> str | None:
         """Folds a BatchNorm into the convolution or pyramid that it reads."""
+        if norm not in self.flow.inputs:
+            return "it is not called in evaluation by its name"
         if obstacle := self._obstacle(norm, _BATCHNORMS):
             return obstacle
         if norm.running_mean is None or norm.running_var is None or norm.training:
@@ -336,17 +342,14 @@ class _Folding:
                 if norm in self.flow.inputs
                 else "it is not called in evaluation by its name"
             )
-        if obstacle := self._obstacle_between(writer, norm):
-            return obstacle
         convs = list(writer.children()) if isinstance(writer, PyConv2d) else [writer]
-        if writer is not convs[0] and (obstacle := self._obstacle(writer, (PyConv2d,))):
-            return f"the pyramid before it, {self.names[writer]}, stays: {obstacle}"
+        for layer in dict.fromkeys([writer, *convs]):
+            if obstacle := self._obstacle(layer, (PyConv2d, *_PLAIN_CONVS, *_SPD_LAYERS)):
+                return f"the convolution before it, {self.names[layer]}, stays: {obstacle}"
+            if obstacle := self._obstacle_between(layer, norm):
+                return obstacle
         targets: list[nn.Conv2d] = []
         for conv in convs:
-            if obstacle := self._obstacle(conv, (*_PLAIN_CONVS, *_SPD_LAYERS)):
-                return f"the convolution before it, {self.names[conv]}, stays: {obstacle}"
-            if writer is not conv and (obstacle := self._obstacle_between(conv, norm)):
-                return obstacle
             pool = self.pools.get(conv)
             target = _last_conv(self.successors.get(pool if pool in self.successors else conv, conv))
             if target is None:

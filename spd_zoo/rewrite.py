@@ -100,14 +100,16 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Gives the forward and backward hooks of a module to its successor; their handles go on to remove them.
+    """Gives the forward and backward hooks of a module to its successor, whose own ones go the other way.
+
+    The handles that torch returned for them still remove them.
 
     Args:
         old: The module that has them.
         new: The module that gets them.
     """
     for name in _CALL_HOOKS:
-        new.__dict__[name] = getattr(old, name)
+        new.__dict__[name], old.__dict__[name] = getattr(old, name), getattr(new, name)
 
 
 def what_is_attached(module: nn.Module) -> str | None:
@@ -260,6 +262,7 @@ def max_difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     return max(map(_difference, actual, expected), default=0.0)
 
 
+@torch.no_grad()
 def _difference(actual: Tensor, expected: Tensor) -> float:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
