@@ -447,6 +447,8 @@ class SPDMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> (N, chs, H', W'), what the strided pooling gives."""
+        lowest = torch.finfo(x.dtype).min
+        x = x.clamp(min=lowest)  # -inf times a weight of zero is NaN
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             return self.mix(x)
         if self.dilation == (1, 1) and not self.same and not self.ceil_mode:
@@ -462,5 +464,4 @@ class SPDMaxPool2d(nn.Module):
             elif self.ceil_mode:
                 after += _missing(size, _windows(size, reach, stride, before, True), reach, stride, before)
             pads += [before, after]
-        lowest = torch.finfo(x.dtype).min  # not -inf, which a weight of zero would make NaN
         return self.mix(F.max_pool2d(F.pad(x, pads, value=lowest), self.kernel_size, 1, 0, self.dilation))

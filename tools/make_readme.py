@@ -303,13 +303,13 @@ def conversions() -> str:
         found = [row[kind] for kind in convert_report.SIZES if kind in row]
         worst = [f"{max(size[what] for size in found):.0e}" for what in ("difference", "folded")]
         sizes = ", ".join("x".join(map(str, size["size"])) for size in found)
-        reasons = Counter(what.partition(", ")[2] for what in row["left"])
-        left = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
+        reasons = Counter(what.partition(", ")[2] for what in row["unchanged"])
+        unchanged = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
         more = [f"{100 * (after / before - 1):.0f} %" for before, after in (row["params"], row["macs"])]
         rows.append(
-            [row["module"], f"`{row['network']}`", str(sum(row["replaced"].values())), left, sizes, *worst, *more]
+            [row["module"], f"`{row['network']}`", str(sum(row["replaced"].values())), unchanged, sizes, *worst, *more]
         )
-    head = ("file", "network", "replaced", "left", "sizes", "difference", "folded", "more parameters", "more MACs")
+    head = ("file", "network", "replaced", "unchanged", "sizes", "difference", "folded", "more parameters", "more MACs")
     count = f"{len(compared)} networks of {len({row['module'] for row in compared})} files"
     return f"{count}:\n\n{table(head, rows)}"
 
