@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 
 from spd_zoo.weights.archive import Archive, FormatError
 from spd_zoo.weights.download import page_or_pointer
-from spd_zoo.weights.fit import StateDict, checked_tensors
+from spd_zoo.weights.fit import MOST_DIMENSIONS, MOST_TENSORS, StateDict, checked_tensors
 from spd_zoo.weights.manifest import WeightsError
 from spd_zoo.weights.unpickle import Unknown, Unpickler
 
@@ -26,14 +25,12 @@ __all__ = ["read_original"]
 
 _KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # the first one counts
 _LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle, or safetensors' header: names and shapes, no numbers
-_MOST_TENSORS = 10_000  # of a network
 _LARGEST_NETWORK = 10_000_000  # characters of the names of its parts, and 50 more for each
-_MOST_DIMENSIONS = 64  # torch's own limit
 _LARGEST_NUMBER = 2**62
 _LONGEST_KEY = 100  # characters of a storage's name, which is a number
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6
 _UNREADABLE = (  # what parsers raise at damaged files
-    *(ValueError, LookupError, TypeError, OverflowError, RuntimeError, OSError, MemoryError, SafetensorError),
+    *(ValueError, LookupError, TypeError, OverflowError, RuntimeError, MemoryError, SafetensorError),
 )
 
 
@@ -57,33 +54,32 @@ def read_original(file: Path, called: str = "") -> StateDict:
     try:
         with file.open("rb") as content:
             start = content.read(512)
-            if not start:
-                raise WeightsError(f"{called} is empty; get it again")
-            if what := page_or_pointer(start):
-                raise WeightsError(
-                    f"{called} is {what}, not a checkpoint. Open the link in a browser and get the file itself"
-                )
-            found = _state_dict_in(_read(content, start, file))
-        if isinstance(found, dict) and len(found) > _MOST_TENSORS:
-            raise FormatError(f"{len(found)} tensors, more than any network has")
+            what = page_or_pointer(start)
+            found = _state_dict_in(_read(content, start, file)) if start and not what else None
+    except OSError as error:
+        raise WeightsError(f"{called} cannot be read: {error.strerror or error}") from error
     except _UNREADABLE as error:
         raise WeightsError(
             f"{called} is no checkpoint that can be read safely: {_reason(error)}. It must be a file of tensors: "
             "safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
         ) from error
+    if not start:
+        raise WeightsError(f"{called} is empty; get it again")
+    if what:
+        raise WeightsError(f"{called} is {what}, not a checkpoint. Open the link in a browser and get the file itself")
     tensors = clean_state_dict(checked_tensors(found, called))
     if len(tensors) != len(found):
-        raise WeightsError(
-            f"{called} holds tensors of one name, with and without `module.` before it; take one set out"
-        )
+        raise WeightsError(f"{called} holds two tensors of one name, with and without `module.`; take one of them out")
     return tensors
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, FormatError):
         return str(error)
+    if isinstance(error, MemoryError):
+        return "it does not fit into the memory"
     text = "".join(char if char.isprintable() else " " for char in str(error)[:200])
-    return " ".join(f"{type(error).__name__}: {text}".split())
+    return f"it is damaged ({type(error).__name__}: {' '.join(text.split())})"
 
 
 def _read(content: BufferedReader, start: bytes, file: Path) -> Any:
@@ -94,7 +90,7 @@ def _read(content: BufferedReader, start: bytes, file: Path) -> Any:
     if start[8:9] == b"{":
         if int.from_bytes(start[:8], "little") > _LARGEST_INDEX:
             raise FormatError("safetensors with a header that is larger than names and shapes need")
-        return load_file(file)
+        return _read_safetensors(file)
     if start.startswith(b"\x80"):
         return _read_stream(content, size)
     if start[257:262] == b"ustar" or start.startswith(b"sys_info\0"):
@@ -143,6 +139,14 @@ def _tensors_of_module(module: Unknown) -> StateDict:
     return tensors
 
 
+def _read_safetensors(file: Path) -> StateDict:
+    with safe_open(file, "pt") as content:
+        names = content.offset_keys()
+        if len(names) > MOST_TENSORS:
+            raise FormatError(f"{len(names)} tensors, more than any network has")
+        return {name: content.get_tensor(name) for name in names}
+
+
 # What torch.save writes
 
 
@@ -160,11 +164,13 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> 
     """A tensor that lies inside its storage; `others` are hooks and the like, and in files of new types the dtype."""
     if not (isinstance(storage, _Storage) and isinstance(size, tuple) and isinstance(stride, tuple)):
         raise FormatError("a tensor without numbers or a shape")
-    if len(size) > _MOST_DIMENSIONS or len(size) != len(stride):
+    if len(size) > MOST_DIMENSIONS or len(size) != len(stride):
         raise FormatError("a tensor with too many dimensions, or not one stride for each")
     if not all(type(n) is int and 0 <= n < _LARGEST_NUMBER for n in (offset, *size, *stride)):
         raise FormatError("a tensor whose shape is no numbers")
     dtype = next((other for other in others if isinstance(other, torch.dtype)), storage.dtype)
+    if dtype in _WITH_SCALE:
+        raise FormatError("a quantised tensor without its scale")
     room = len(storage.numbers) // dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= room:
@@ -214,6 +220,7 @@ _STORAGES = {
     "QInt32Storage": torch.qint32,
     "UntypedStorage": torch.bits8,  # its tensors say their own
 }
+_WITH_SCALE = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 _DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,

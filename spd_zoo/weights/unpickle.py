@@ -1,9 +1,9 @@
 """Pickles, read without calling anything that they name.
 
-A pickle is a program for a stack machine: it names functions and has them called. The machine here calls only functions
-that its user passes in; whatever else a pickle calls or creates becomes an `Unknown`. Memory and time are bounded by the
-length of the file: each operation costs a constant beside the bytes that it takes from the file, what takes more is
-counted as many operations, and nothing is hashed, compared or printed but short strings.
+A pickle is a program for a stack machine: it names functions and has them called. The machine here calls only those
+that its user passes in; whatever else a pickle calls or creates becomes an `Unknown`. Memory and time are bounded by
+the length of the file: each operation costs a constant beside the bytes that it takes from the file, what takes more
+is counted as many operations, and nothing is hashed, compared or printed but short strings.
 """
 
 import pickletools
