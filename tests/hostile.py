@@ -258,7 +258,7 @@ def _tar(members: dict[str, bytes | tuple[bytes, str]], mode: str = "w") -> byte
     return buffer.getvalue()
 
 
-def _tars(trace: Path, good: bytes) -> dict[str, bytes]:
+def tars(trace: Path, good: bytes) -> dict[str, bytes]:
     """Files in torch's format before 0.1.10, which its reader unpacks."""
     empty = pickle.dumps(0, 2)
     parts: dict[str, Any] = {"storages": empty + pickle.dumps([], 2), "tensors": empty, "pickle": pickle.dumps({}, 2)}
@@ -578,6 +578,19 @@ def _endless(name: str) -> bytes:
 # Files of torch before 1.6
 
 
+_BEGIN = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+_FOUR = struct.pack("<q4f", 4, 1, 2, 3, 4)
+
+
+def stream(
+    part: bytes = b"N", size: bytes = b"K\x00K\x04\x85K\x01\x85", length: int = 4, numbers: bytes = _FOUR
+) -> bytes:
+    """A file with one tensor `a`: the pickled part of its storage, or None; its offset, size and stride; the rest."""
+    entry = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + number(length) + part
+    tensor = b"\x80\x02}" + text("a") + REBUILD + b"(" + entry + b"tQ" + size + b"\x89NtRs."
+    return _BEGIN + tensor + pickle.dumps(["0"], 2) + numbers
+
+
 def _streams() -> dict[str, bytes]:
     """Files whose storages are not filled by bytes in them, or not entirely."""
     tensors = {"a": torch.arange(4.0), "b": torch.arange(3)}
@@ -587,54 +600,47 @@ def _streams() -> dict[str, bytes]:
     numbers = good[ends[4] :]
     index = good[: ends[3]]
 
-    def stream(listed: Any, after: bytes = numbers, before: bytes = index) -> bytes:
-        return before + pickle.dumps(listed, 2) + after
+    def listing(listed: Any, after: bytes = numbers) -> bytes:
+        return index + pickle.dumps(listed, 2) + after
 
-    begin = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
-    entry = text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu")
+    def part(key: bytes, begin: bytes, length: bytes) -> bytes:
+        return stream(b"(" + key + begin + length + b"t")
 
-    def tensor(length: int, view: bytes = b"N", count: int = 4) -> bytes:
-        storage = b"(" + entry + number(length) + view + b"tQ"
-        return (
-            b"\x80\x02}" + text("a") + REBUILD + b"(" + storage + b"K\x00" + number(count) + b"\x85K\x01\x85\x89NtRs."
-        )
-
-    four = struct.pack("<q4f", 4, 1, 2, 3, 4)
+    huge = number(2 * 10**9)
     return {
-        "no storage's bytes": stream([], b""),
-        "no storage listed": stream([]),
-        "one of two storages listed": stream(keys[:1], numbers[: len(numbers) // 2]),
-        "a storage listed twice": stream([*keys, keys[0]], numbers * 2),
-        "another storage listed": stream(["1", "2"]),
-        "a number as a list of storages": stream(3),
-        "a dict as a list of storages": stream(dict.fromkeys(keys, 1)),
-        "lists as storages": stream([[], []]),
+        "no storage's bytes": listing([], b""),
+        "no storage listed": listing([]),
+        "one of two storages listed": listing(keys[:1], numbers[: len(numbers) // 2]),
+        "a storage listed twice": listing([*keys, keys[0]], numbers * 2),
+        "another storage listed": listing(["1", "2"]),
+        "a number as a list of storages": listing(3),
+        "a dict as a list of storages": listing(dict.fromkeys(keys, 1)),
+        "lists as storages": listing([[], []]),
         "no list of storages": index,
         "a storage that is cut": good[:-1],
         "a storage that goes on": good + b"\0",
         "a zip file behind it": good + saved(tensors),
-        "a tensor of 2e9 numbers without bytes": begin + tensor(2 * 10**9, count=2 * 10**9) + pickle.dumps([], 2),
-        "a storage of 2e9 numbers": begin + tensor(2 * 10**9) + pickle.dumps(["0"], 2) + four,
-        "a storage of 2**61 numbers": begin + tensor(2**61) + pickle.dumps(["0"], 2) + four,
-        "a storage of 2**80 numbers": begin + tensor(2**80) + pickle.dumps(["0"], 2) + four,
-        "a storage of -1 numbers": begin + tensor(-1) + pickle.dumps(["0"], 2) + four,
-        "a storage that says 2**62": begin + tensor(4) + pickle.dumps(["0"], 2) + struct.pack("<q", 2**62) + four[8:],
-        "a storage that says -4": begin + tensor(4) + pickle.dumps(["0"], 2) + struct.pack("<q", -4) + four[8:],
-        "a part beyond its storage": begin
-        + tensor(4, b"(" + text("1") + b"K\x03K\x04t")
-        + pickle.dumps(["0"], 2)
-        + four,
-        "a part before its storage": begin
-        + tensor(4, b"(" + text("1") + number(-4) + b"K\x04t")
-        + pickle.dumps(["0"], 2)
-        + four,
-        "a part that is no part": begin + tensor(4, b"(" + text("1") + b"}}t") + pickle.dumps(["0"], 2) + four,
-        "a part of two things": begin + tensor(4, b")") + pickle.dumps(["0"], 2) + four,
+        "a tensor of 2e9 numbers without bytes": stream(
+            size=b"K\x00" + huge + b"\x85K\x01\x85", length=2 * 10**9, numbers=b""
+        ),
+        "a tensor of 2e9 numbers that are not listed": stream(
+            size=b"K\x00" + huge + b"\x85K\x01\x85", length=2 * 10**9
+        ).replace(pickle.dumps(["0"], 2), pickle.dumps([], 2)),
+        "a storage of 2e9 numbers": stream(length=2 * 10**9),
+        "a storage of 2**61 numbers": stream(length=2**61),
+        "a storage of 2**80 numbers": stream(length=2**80),
+        "a storage of -1 numbers": stream(length=-1),
+        "a storage that says 2**62": stream(numbers=struct.pack("<q", 2**62) + _FOUR[8:]),
+        "a storage that says -4": stream(numbers=struct.pack("<q", -4) + _FOUR[8:]),
+        "a part beyond its storage": part(text("1"), b"K\x03", b"K\x04"),
+        "a part before its storage": part(text("1"), number(-4), b"K\x04"),
+        "a part that is no part": part(text("1"), b"}", b"}"),
+        "a part of nothing": stream(b")"),
         "another first number": pickle.dumps(1, 2) + good[ends[0] :],
         "a list as the first number": pickle.dumps([1], 2) + good[ends[0] :],
         "a first number of 4 MB": b"\x80\x02" + number(2**32_000_000) + b"." + good[ends[0] :],
         "a pickle of 9 MB first": b"\x80\x02X" + struct.pack("<I", 9_000_000) + bytes(9_000_000) + b"0K\x01." + good,
-        "a TorchScript of old": begin + b"\x80\x02c__torch__\nM\n)\x81}b." + pickle.dumps([], 2),
+        "a TorchScript of old": _BEGIN + b"\x80\x02c__torch__\nM\n)\x81}b." + pickle.dumps([], 2),
     }
 
 
@@ -677,13 +683,19 @@ def _headers() -> dict[str, bytes]:
 def malicious(trace: Path, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     """Checkpoints of which none holds a network's weights; what is believed may create `trace`."""
     good = saved({"a": torch.arange(16.0), "b": torch.arange(4)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that TorchScript is old and sparse tensors are not checked
+        files = _archives(trace, good) | tars(trace, good) | _running(trace, tensors)
+        return files | _costly() | _streams() | _headers()
+
+
+def harmless(trace: Path, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """Checkpoints whose weights are right, beside what would create `trace` or take 10 GB if it were believed."""
+    write, large = _Calls(Path.touch, trace), _Calls(bytearray, 10**10)
     return {
-        **_archives(trace, good),
-        **_tars(trace, good),
-        **_running(trace, tensors),
-        **_costly(),
-        **_streams(),
-        **_headers(),
+        "__reduce__ beside the weights": saved({"state_dict": tensors, "epoch": write}),
+        "__reduce__ beside the weights, old format": saved({"state_dict": tensors, "epoch": write}, **OLD),
+        "10 GB bytearray beside the weights": saved({"state_dict": tensors, "epoch": large}),
     }
 
 

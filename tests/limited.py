@@ -9,7 +9,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,20 +44,28 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def read_all(contents: Iterable[bytes], folder: Path, together: int = 1) -> Iterator[Reading]:
-    """What comes of each file with these contents; a process reads so many `together` before it ends."""
+@contextmanager
+def opened(folder: Path) -> Iterator[Callable[..., Iterator[Reading]]]:
+    """A function that says what comes of each file with some contents, by a server that lives as long as the context.
+
+    It takes the contents, and how many files a process reads `together` before it ends, one unless it is said.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command, pipe = [sys.executable, __file__], subprocess.PIPE
     with subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe) as server:
         assert server.stdin and server.stdout
-        waiting = iter(contents)
-        while batch := list(islice(waiting, together)):
-            files = [folder / f"checkpoint{i}" for i in range(len(batch))]
-            for file, content in zip(files, batch, strict=True):
-                file.write_bytes(content)
-            print(json.dumps([str(file) for file in files]), file=server.stdin, flush=True)
-            for _ in batch:
-                yield Reading(**json.loads(server.stdout.readline()))
+
+        def read_all(contents: Iterable[bytes], together: int = 1) -> Iterator[Reading]:
+            waiting = iter(contents)
+            while batch := list(islice(waiting, together)):
+                files = [folder / f"checkpoint{i}" for i in range(len(batch))]
+                for file, content in zip(files, batch, strict=True):
+                    file.write_bytes(content)
+                print(json.dumps([str(file) for file in files]), file=server.stdin, flush=True)
+                for _ in batch:
+                    yield Reading(**json.loads(server.stdout.readline()))
+
+        yield read_all
         server.stdin.close()
 
 
