@@ -54,6 +54,7 @@ def opened(folder: Path) -> Iterator[Callable[..., Iterator[Reading]]]:
     command, pipe = [sys.executable, __file__], subprocess.PIPE
     with subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe) as server:
         assert server.stdin and server.stdout
+        answers = iter(server.stdout.readline, "")
 
         def read_all(contents: Iterable[bytes], together: int = 1) -> Iterator[Reading]:
             waiting = iter(contents)
@@ -63,7 +64,7 @@ def opened(folder: Path) -> Iterator[Callable[..., Iterator[Reading]]]:
                     file.write_bytes(content)
                 print(json.dumps([str(file) for file in files]), file=server.stdin, flush=True)
                 for _ in batch:
-                    yield Reading(**json.loads(server.stdout.readline()))
+                    yield Reading(**json.loads(next(answers)))
 
         yield read_all
         server.stdin.close()

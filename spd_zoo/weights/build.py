@@ -152,7 +152,7 @@ def build(
             f"spd-zoo weights import {variant} {file}"
         ) from error
     if read is not None:
-        del net.pretrained_cfg["state_dict"]
+        del cfg_of(net)["state_dict"]
     return net
 
 

@@ -67,8 +67,9 @@ def read_original(file: Path, called: str = "") -> StateDict:
         raise WeightsError(f"{called} is empty; get it again")
     if what:
         raise WeightsError(f"{called} is {what}, not a checkpoint. Open the link in a browser and get the file itself")
-    tensors = clean_state_dict(checked_tensors(found, called))
-    if len(tensors) != len(found):
+    checked = checked_tensors(found, called)
+    tensors: StateDict = clean_state_dict(checked)
+    if len(tensors) != len(checked):
         raise WeightsError(f"{called} holds two tensors of one name, with and without `module.`; take one of them out")
     return tensors
 
@@ -128,7 +129,9 @@ def _tensors_of_module(module: Unknown) -> StateDict:
         for group in ("_modules", "_buffers", "_parameters"):  # taken from the end of the list, so in reverse
             inner = attributes.get(group)
             inner = inner.items if isinstance(inner, Unknown) else inner
-            for name in reversed(inner if isinstance(inner, dict) else {}):
+            if not isinstance(inner, dict):
+                continue
+            for name in reversed(inner):
                 if name is None:
                     raise FormatError("a network with a part whose name is no name")
                 room -= 50 + len(prefix) + len(name)

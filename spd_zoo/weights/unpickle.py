@@ -82,6 +82,7 @@ class Unpickler:
             del stack[start:]
             return items
 
+        argument: Any
         for opcode, argument, _ in pickletools.genops(self._stream):
             self._spend(1)
             name = opcode.name
