@@ -8,7 +8,6 @@ Space-to-depth: Sunkara and Luo, No More Strided Convolutions or Pooling, https:
 keep the function: Chen, Goodfellow and Shlens, Net2Net, https://arxiv.org/abs/1511.05641.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -324,6 +324,39 @@ def test_a_broken_classifier_is_refused(small, tmp_path):
     assert load(tmp_path / "a.safetensors", num_classes=7).num_classes == 7
 
 
+class Large:
+    """Takes 10 TB when it is unpickled."""
+
+    def __reduce__(self):
+        return bytearray, (10**13,)
+
+
+@pytest.mark.parametrize("features", [{}, {"features_only": True}], ids=["network", "features"])
+@pytest.mark.parametrize(
+    "wrap", [lambda net: {"model": net}, lambda net: {"state_dict": net.state_dict(), "a": Large()}]
+)
+def test_a_file_is_read_by_our_parser_alone(small, tmp_path, monkeypatch, wrap, features):
+    """Not a second time by timm, which calls what torch allows, and knows no networks pickled as a whole."""
+    torch.save(wrap(small), tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("torch.load was called"))
+    net = load(tmp_path / "a.pth", **features)
+    own = {
+        key.replace("stem_", "stem.").replace("stages_", "stages."): value for key, value in net.state_dict().items()
+    }
+    expected = small.state_dict()
+    assert own
+    assert features or own.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in own.items())
+    assert "state_dict" not in net.pretrained_cfg
+
+
+def test_numbers_that_no_network_computes_with_are_refused(small, tmp_path):
+    key = "head.fc.bias"
+    save_file(small.state_dict() | {key: torch.zeros(10).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"head\.fc\.bias holds torch\.float8_e4m3fn, the network's torch\.float32"):
+        load(tmp_path / "a.safetensors")
+
+
 class Payload:
     """Creates a file when it is unpickled."""
 

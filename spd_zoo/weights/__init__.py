@@ -1,9 +1,9 @@
 """Pretrained weights: the manifest, the files behind it, and loading them into a network only when they are right.
 
 `manifest` says what there is, `cache` where it is on this machine, `catalogue` what the user is shown of both; these
-need no torch. `download` gets files, `checkpoint` reads those of others, `fit` compares them with a
-network, `originals` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands between a
-variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
+need no torch. `download` gets files, `checkpoint` reads those of others (by `archive` and `unpickle`), `fit` compares
+them with a network, `originals` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands
+between a variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
 """
 
 from spd_zoo.weights.build import build, create, default_cfgs, use_manifest

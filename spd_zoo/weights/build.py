@@ -121,14 +121,17 @@ def build(
         WeightsError: If there are no such weights, they cannot be had, are not what the manifest pins or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
+    read: StateDict | None = None
     ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; anything else is the caller's own source
     if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
         tag = pretrained_cfg
         if overlay.get("file"):
             _check_tag(variant, tag, Path(overlay["file"]))
-            described = _described(variant, tag, Path(overlay["file"]), pretrained_filter_fn)
+            read = read_original(Path(overlay["file"]))
+            described = _described(variant, tag, read, pretrained_filter_fn)
         elif mine := _imported_by_user(variant, tag, cache_dir):
-            described = _described(variant, None, mine, pretrained_filter_fn)
+            read = read_original(mine)
+            described = _described(variant, None, read, pretrained_filter_fn)
             described |= {"file": str(mine), "tag": tag or UNTAGGED}
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
         else:
@@ -137,14 +140,16 @@ def build(
             kwargs.setdefault("num_classes", overlay.get("num_classes", described["num_classes"]))
             overlay["num_classes"] = described["num_classes"]
         overlay = described | overlay
+    if read is not None:  # timm opens no file where it has a state dict; it copies this one, so the tensors come later
+        overlay["state_dict"] = {"": ""}
     try:
-        return build_model_with_cfg(
+        net = build_model_with_cfg(
             cls,
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False)),
+            pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False), read),
             cache_dir=cache_dir,
             **kwargs,
         )
@@ -159,6 +164,9 @@ def build(
             f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
             f"spd-zoo weights import {variant} {file}"
         ) from error
+    if read is not None:
+        del cfg_of(net)["state_dict"]
+    return net
 
 
 def create(entry: Entry, file: Path) -> nn.Module:
@@ -196,15 +204,15 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
     return found
 
 
-def _described(variant: str, tag: str | None, file: Path, filter_fn: FilterFn) -> dict[str, Any]:
-    """What timm's configuration must say about a file: its classes, and what images it takes.
+def _described(variant: str, tag: str | None, read: StateDict, filter_fn: FilterFn) -> dict[str, Any]:
+    """What timm's configuration must say about the tensors of a file: its classes, and what images it takes.
 
     Without a tag that is the network's own input, not that of the default weights.
     """
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
     meta = timm.create_model(f"{variant}.{tag}" if tag else variant, device="meta")
     chans, *size = entry.input_size if entry is not None else cfg_of(meta)["input_size"]
-    found = facts(filter_fn(read_original(file), meta), meta, chans)
+    found = facts(filter_fn(read, meta), meta, chans)
     described: dict[str, Any] = {}
     if entry is not None:
         if not tag:
@@ -233,14 +241,16 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     return entry
 
 
-def _checked(filter_fn: FilterFn, features_only: bool) -> FilterFn:
+def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None) -> FilterFn:
     """`filter_fn`, and an error if what it returns does not fit the network.
 
-    The classifier may differ where timm leaves the checkpoint's out.
+    The classifier may differ where timm leaves the checkpoint's out. If a file was `read` already, its tensors take the
+    place of the state dict: timm would read it again, with another parser.
     """
 
     def checked(state_dict: StateDict, model: nn.Module) -> StateDict:
         cfg = cfg_of(model)
+        state_dict = state_dict if read is None else read
         name = cfg.get("file") or "the checkpoint"
         renamed = filter_fn(checked_tensors(state_dict, name), model)
         same_classes = model.num_classes == cfg["num_classes"] and not features_only
