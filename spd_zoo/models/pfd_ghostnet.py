@@ -169,38 +169,42 @@ default_cfgs = weights.default_cfgs("pfd_ghostnet", first_conv=first_conv, class
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PFDGhostNet:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(PFDGhostNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_ghostnet(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR."""
-    return _create("cifar_ghostnet", pretrained, small=True, **kwargs)
+    model_args = dict(small=True)
+    return _create("cifar_ghostnet", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_ghostnet_stem(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR with a hybrid stem."""
-    return _create("cifar_ghostnet_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+    model_args = dict(small=True, hybrid_stem=True)
+    return _create("cifar_ghostnet_stem", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_ghostnet_down(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR with padding-free downsampling."""
-    return _create("cifar_ghostnet_down", pretrained, small=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, downsampling="pfd")
+    return _create("cifar_ghostnet_down", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_ghostnet_pfd(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR with padding-free downsampling and a hybrid stem."""
-    return _create("cifar_ghostnet_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, hybrid_stem=True, downsampling="pfd")
+    return _create("cifar_ghostnet_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_ghostnet_effdown(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR with EfficientFormerV2's downsampling."""
-    return _create("cifar_ghostnet_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+    model_args = dict(small=True, downsampling="attention")
+    return _create("cifar_ghostnet_effdown", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -212,4 +216,5 @@ def ghostnet(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
 @register_model
 def ghostnet_pfd(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet with padding-free downsampling and a hybrid stem."""
-    return _create("ghostnet_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(hybrid_stem=True, downsampling="pfd")
+    return _create("ghostnet_pfd", pretrained, **dict(model_args, **kwargs))

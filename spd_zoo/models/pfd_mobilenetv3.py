@@ -164,40 +164,42 @@ default_cfgs = weights.default_cfgs("pfd_mobilenetv3", first_conv=first_conv, cl
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PFDMobileNetV3:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(PFDMobileNetV3, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_mobilenetv3_large(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR."""
-    return _create("cifar_mobilenetv3_large", pretrained, small=True, **kwargs)
+    model_args = dict(small=True)
+    return _create("cifar_mobilenetv3_large", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_stem(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR with a hybrid stem."""
-    return _create("cifar_mobilenetv3_large_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+    model_args = dict(small=True, hybrid_stem=True)
+    return _create("cifar_mobilenetv3_large_stem", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_down(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR with padding-free downsampling."""
-    return _create("cifar_mobilenetv3_large_down", pretrained, small=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, downsampling="pfd")
+    return _create("cifar_mobilenetv3_large_down", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_pfd(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR with padding-free downsampling and a hybrid stem."""
-    return _create(
-        "cifar_mobilenetv3_large_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs
-    )
+    model_args = dict(small=True, hybrid_stem=True, downsampling="pfd")
+    return _create("cifar_mobilenetv3_large_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_effdown(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR with EfficientFormerV2's downsampling."""
-    return _create("cifar_mobilenetv3_large_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+    model_args = dict(small=True, downsampling="attention")
+    return _create("cifar_mobilenetv3_large_effdown", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -209,4 +211,5 @@ def mobilenetv3_large(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3
 @register_model
 def mobilenetv3_large_pfd(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large with padding-free downsampling and a hybrid stem."""
-    return _create("mobilenetv3_large_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(hybrid_stem=True, downsampling="pfd")
+    return _create("mobilenetv3_large_pfd", pretrained, **dict(model_args, **kwargs))

@@ -184,38 +184,42 @@ default_cfgs = weights.default_cfgs("pfd_parc_mobilenetv2", first_conv=first_con
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ParCMobileNetV2:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(ParCMobileNetV2, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_parc_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR."""
-    return _create("cifar_parc_mobilenetv2", pretrained, small=True, **kwargs)
+    model_args = dict(small=True)
+    return _create("cifar_parc_mobilenetv2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_parc_mobilenetv2_stem(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR with a hybrid stem."""
-    return _create("cifar_parc_mobilenetv2_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+    model_args = dict(small=True, hybrid_stem=True)
+    return _create("cifar_parc_mobilenetv2_stem", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_parc_mobilenetv2_down(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR with padding-free downsampling."""
-    return _create("cifar_parc_mobilenetv2_down", pretrained, small=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, downsampling="pfd")
+    return _create("cifar_parc_mobilenetv2_down", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_parc_mobilenetv2_pfd(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR with padding-free downsampling and a hybrid stem."""
-    return _create("cifar_parc_mobilenetv2_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, hybrid_stem=True, downsampling="pfd")
+    return _create("cifar_parc_mobilenetv2_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_parc_mobilenetv2_effdown(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR with EfficientFormerV2's downsampling."""
-    return _create("cifar_parc_mobilenetv2_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+    model_args = dict(small=True, downsampling="attention")
+    return _create("cifar_parc_mobilenetv2_effdown", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -227,4 +231,5 @@ def parc_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2
 @register_model
 def parc_mobilenetv2_pfd(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 with padding-free downsampling and a hybrid stem."""
-    return _create("parc_mobilenetv2_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(hybrid_stem=True, downsampling="pfd")
+    return _create("parc_mobilenetv2_pfd", pretrained, **dict(model_args, **kwargs))

@@ -335,8 +335,6 @@ default_cfgs = weights.default_cfgs("ssd_small", first_conv="stem.0", classifier
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SSD:
-    stages = 4 if kwargs["backbone"] == "vgg16" else 5
-    kwargs.setdefault("feature_cfg", {"out_indices": tuple(range(stages)), "flatten_sequential": True})
     return weights.build(SSD, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
@@ -344,47 +342,47 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SSD:
 def ssd_vgg16(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16, the baseline."""
     steps, sizes, boxes = (8, 16, 32, 64, 100, 300), (30, 60, 111, 162, 213, 264, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSVV", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16", pretrained, backbone="vgg16", **layout, **kwargs)
+    model_args = dict(backbone="vgg16", extras="SSVV", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_vgg16_s1l2(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16 without its first pooling."""
     steps, sizes, boxes = (4, 8, 16, 32, 64, 100), (15, 30, 60, 111, 162, 213, 264), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16_s1l2", pretrained, backbone="vgg16", removed=True, **layout, **kwargs)
+    model_args = dict(backbone="vgg16", removed=True, extras="SSSS", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16_s1l2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_vgg16_s1l2_dualpath(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16 without its first pooling, dual path."""
     steps, sizes, boxes = (4, 8, 32, 64, 100, 300), (15, 30, 111, 162, 213, 264, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSVV", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16_s1l2_dualpath", pretrained, backbone="vgg16", removed=True, dual=True, **layout, **kwargs)
+    model_args = dict(backbone="vgg16", removed=True, dual=True, extras="SSVV", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16_s1l2_dualpath", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1, the baseline."""
     steps, sizes, boxes = (16, 32, 64, 100, 150, 300), (45, 90, 135, 180, 225, 270, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_mobilenetv1", pretrained, backbone="mobilenetv1", **layout, **kwargs)
+    model_args = dict(backbone="mobilenetv1", extras="SSSS", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_mobilenetv1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1_s1l0(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1 without the stem's stride."""
     steps, sizes, boxes = (8, 16, 32, 64, 100, 300), (10, 45, 90, 135, 180, 225, 270), (6, 6, 6, 6, 6, 4)
-    layout = {"extras": "SSSP", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_mobilenetv1_s1l0", pretrained, backbone="mobilenetv1", removed=True, **layout, **kwargs)
+    model_args = dict(backbone="mobilenetv1", removed=True, extras="SSSP", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_mobilenetv1_s1l0", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1_s1l0_dualpath(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1 without the stem's stride, dual path."""
     steps, sizes, boxes = (8, 16, 64, 100, 150, 300), (10, 45, 135, 180, 225, 270, 315), (6, 6, 6, 6, 6, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create(
-        "ssd_mobilenetv1_s1l0_dualpath", pretrained, backbone="mobilenetv1", removed=True, dual=True, **layout, **kwargs
+    model_args = dict(
+        backbone="mobilenetv1", removed=True, dual=True, extras="SSSS", steps=steps, sizes=sizes, boxes=boxes
     )
+    return _create("ssd_mobilenetv1_s1l0_dualpath", pretrained, **dict(model_args, **kwargs))

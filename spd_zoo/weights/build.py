@@ -102,7 +102,8 @@ def build(
 
     The weights of a tag are fetched and their SHA-256 checked before timm reads them. Whatever is loaded must fit the
     network outside the classifier, also when the number of classes changes. A `file` of the caller's, given by
-    `pretrained_cfg_overlay`, brings its own number of classes unless `num_classes` says otherwise.
+    `pretrained_cfg_overlay`, brings its own number of classes unless `num_classes` says otherwise. `features_only`
+    returns every map that the network's `feature_info` describes unless `out_indices` selects some.
 
     Raises:
         WeightsError: If there are no such weights, they cannot be had, are not what the manifest pins or do not fit.
@@ -124,13 +125,23 @@ def build(
             kwargs.setdefault("num_classes", overlay.get("num_classes", described["num_classes"]))
             overlay["num_classes"] = described["num_classes"]
         overlay = described | overlay
+    feature_cfg: dict[str, Any] = {"flatten_sequential": True}
+
+    def create(**model_args: Any) -> Network:
+        net = cls(**model_args)
+        if "out_indices" not in kwargs:  # timm reads `feature_cfg` only after this
+            feature_info: Any = net.feature_info
+            feature_cfg["out_indices"] = tuple(range(len(feature_info)))
+        return net
+
     try:
         return build_model_with_cfg(
-            cls,
+            create,
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
+            feature_cfg=feature_cfg,
             pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False)),
             cache_dir=cache_dir,
             **kwargs,
