@@ -171,11 +171,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BSConvMobileNetV3
     return fit_image_norm(weights.rename(state_dict, _RENAMES), model)
 
 
-def _first_conv(variant: str) -> str:
-    return "stem.1.conv.conv" if "pfd" in variant else "stem.1.conv"
-
-
-default_cfgs = weights.default_cfgs("bsconv_mobilenetv3", first_conv=_first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("bsconv_mobilenetv3", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> BSConvMobileNetV3:

@@ -207,13 +207,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: CifarResNet) -> d
     return fit_image_norm(weights.rename(state_dict, bare), model)
 
 
-def _first_conv(variant: str) -> str:
-    conv = "stem.1" if "wrn" in variant else "stem.1.conv"
-    hybrid = ".conv" if "pfd" in variant else ""
-    return f"{conv}{hybrid}{'.pw' if 'bsconvu' in variant else ''}"
-
-
-default_cfgs = weights.default_cfgs("bsconv_resnet", first_conv=_first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("bsconv_resnet", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spd_zoo import weights
 from spd_zoo.blocks import AttentionDownsample, HybridStem, PaddingFreeDownsample, conv_norm_act
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, first_conv, halved, rename_shared
+from spd_zoo.models._pfd import Downsampling, halved, rename_shared
 from spd_zoo.models._registry import register_model
 
 __all__ = ["PFDShuffleNetV2"]  # register_model adds the entry points
@@ -124,7 +124,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDShuffleNetV2) 
     return rename_shared(weights.rename(state_dict, _RENAMES), model)
 
 
-default_cfgs = weights.default_cfgs("pfd_shufflenetv2", first_conv=first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("pfd_shufflenetv2", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PFDShuffleNetV2:

@@ -219,7 +219,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyConvResNet) -> 
     return state_dict
 
 
-default_cfgs = weights.default_cfgs("pyconvresnet", first_conv="stem.0", classifier="head.fc")
+default_cfgs = weights.default_cfgs("pyconvresnet", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PyConvResNet:

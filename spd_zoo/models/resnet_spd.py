@@ -133,7 +133,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dic
     return state_dict
 
 
-default_cfgs = weights.default_cfgs("resnet_spd", first_conv="stem.1", classifier="head.fc")
+default_cfgs = weights.default_cfgs("resnet_spd", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SPDResNet:

@@ -331,7 +331,7 @@ def _pair(number: int) -> str:
     return f"{number // 2}.{number % 2 * 2}"
 
 
-default_cfgs = weights.default_cfgs("ssd_small", first_conv="stem.0", classifier=tuple(f"conf.{i}" for i in range(6)))
+default_cfgs = weights.default_cfgs("ssd_small", classifier=tuple(f"conf.{i}" for i in range(6)))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SSD:

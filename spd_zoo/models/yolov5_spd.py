@@ -230,9 +230,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv5SPD) -> dic
     return state_dict
 
 
-default_cfgs = weights.default_cfgs(
-    "yolov5_spd", first_conv="stem.1.conv", classifier=("head.m.0", "head.m.1", "head.m.2")
-)
+default_cfgs = weights.default_cfgs("yolov5_spd", classifier=("head.m.0", "head.m.1", "head.m.2"))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> YOLOv5SPD:

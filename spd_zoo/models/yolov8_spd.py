@@ -246,9 +246,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv8) -> dict[s
     return state_dict
 
 
-default_cfgs = weights.default_cfgs(
-    "yolov8_spd", first_conv="stem.0.conv", classifier=("head.cv3.0.2", "head.cv3.1.2", "head.cv3.2.2")
-)
+default_cfgs = weights.default_cfgs("yolov8_spd", classifier=("head.cv3.0.2", "head.cv3.1.2", "head.cv3.2.2"))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> YOLOv8:

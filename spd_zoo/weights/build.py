@@ -3,9 +3,8 @@
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import timm
 from safetensors import SafetensorError
@@ -24,13 +23,11 @@ __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def default_cfgs(
-    group: str, first_conv: str | Callable[[str], str], classifier: str | tuple[str, ...]
-) -> dict[str, Any]:
+def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any]:
     """timm's configurations of all networks and checkpoints in a group of the manifest.
 
-    `first_conv` and `classifier` name the network's first convolution, or say it for a network's name, and its last
-    layer, or a detector's, one for each map.
+    `classifier` names the last layer; detectors have one per map. `first_conv` depends on arguments of the network, so
+    `build` fills it in.
 
     A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known. One that
     says `"default": false` is never meant by the network's name alone.
@@ -45,7 +42,6 @@ def default_cfgs(
             "label_names": entry.class_names,
             "license": entry.license,
             "origin_url": entry.origin_url,
-            "first_conv": first_conv if isinstance(first_conv, str) else first_conv(entry.network),
             "classifier": classifier,
         }
     verified = [entry for entry in entries_for_import().values() if entry.name in cfgs and entry.verified]
@@ -75,13 +71,8 @@ def use_manifest(path: str | Path | None) -> None:
     entrypoints = [timm.model_entrypoint(name) for name in own_networks()]
     for module_name in {entrypoint.__module__ for entrypoint in entrypoints}:
         module: Any = sys.modules[module_name]
-        before: dict[str, Any] = {network: cfgs.default for network, cfgs in module.default_cfgs.items()}
-        first_convs = {network: cfg.first_conv for network, cfg in before.items()}
-        module.default_cfgs = default_cfgs(
-            module_name.rpartition(".")[2],
-            first_conv=first_convs.__getitem__,
-            classifier=next(iter(before.values())).classifier,
-        )
+        classifier = next(iter(module.default_cfgs.values())).default.classifier
+        module.default_cfgs = default_cfgs(module_name.rpartition(".")[2], classifier)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's, that a name is registered again
         for entrypoint in entrypoints:
@@ -126,16 +117,19 @@ def build(
             overlay["num_classes"] = described["num_classes"]
         overlay = described | overlay
     feature_cfg: dict[str, Any] = {"flatten_sequential": True}
+    first_conv = ""
 
     def create(**model_args: Any) -> Network:
-        net = cls(**model_args)
+        nonlocal first_conv
+        net: Any = cls(**model_args)
+        first_conv = next(name for name, module in net.named_modules() if isinstance(module, nn.Conv2d))
+        net._traits = {"first_conv": first_conv} | getattr(net, "_traits", {})
         if "out_indices" not in kwargs:  # timm reads `feature_cfg` only after this
-            feature_info: Any = net.feature_info
-            feature_cfg["out_indices"] = tuple(range(len(feature_info)))
-        return net
+            feature_cfg["out_indices"] = tuple(range(len(net.feature_info)))
+        return cast("Network", net)
 
     try:
-        return build_model_with_cfg(
+        built = build_model_with_cfg(
             create,
             variant,
             pretrained,
@@ -157,6 +151,8 @@ def build(
             f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
             f"spd-zoo weights import {variant} {file}"
         ) from error
+    cfg_of(built)["first_conv"] = first_conv
+    return built
 
 
 def create(entry: Entry, file: Path) -> nn.Module:
