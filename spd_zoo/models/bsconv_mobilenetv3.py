@@ -139,6 +139,7 @@ class BSConvMobileNetV3(Classifier):
             **dd,
         )
         self.regularization = regularization
+        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
         init_weights(self)
 
     @torch.jit.ignore

@@ -162,6 +162,7 @@ class CifarResNet(Classifier):
             **dd,
         )
         self.pre_activation = pre_activation
+        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
         init_weights(self)
         if bsconvu:
             use_bsconvu(self)

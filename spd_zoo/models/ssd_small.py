@@ -114,7 +114,10 @@ def mobilenetv1_extra(in_chs: int, out_chs: int, kind: str, dd: dict[str, Any]) 
 
 
 class L2Norm(nn.Module):
-    """Every pixel's channels divided by their Euclidean length, times a learnt scale for each channel."""
+    """Divides the channels of every pixel by their Euclidean norm and scales them by a learnt factor per channel.
+
+    Computed in float32 at least: in float16 the norm of large maps overflows.
+    """
 
     def __init__(self, chs: int, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -122,7 +125,11 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> the same shape."""
-        return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) * self.weight[:, None, None]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        # Not norm + 1e-10, as the authors have it: that is zero in float16, and torch's ONNX exporter drops it.
+        wide = wide / torch.where(norm > 0, norm, 1.0)
+        return wide.to(x.dtype) * self.weight[:, None, None]
 
 
 class SSD(DetectionNet):

@@ -14,7 +14,17 @@ from torch import nn
 from spd_zoo.weights.checkpoint import read_original
 from spd_zoo.weights.download import sha256_of
 from spd_zoo.weights.fetch import fetch, is_right
-from spd_zoo.weights.fit import FilterFn, StateDict, cfg_of, checked_tensors, facts, misfit, own_networks, which_fits
+from spd_zoo.weights.fit import (
+    FilterFn,
+    StateDict,
+    cfg_of,
+    checked_tensors,
+    facts,
+    first_conv_name,
+    misfit,
+    own_networks,
+    which_fits,
+)
 from spd_zoo.weights.manifest import Entry, WeightsError, entries, entries_for_import, find_entry, set_private
 from spd_zoo.weights.originals import UNTAGGED, find_imported, sha256_in_name
 
@@ -122,7 +132,7 @@ def build(
     def create(**model_args: Any) -> Network:
         nonlocal first_conv
         net: Any = cls(**model_args)
-        first_conv = next(name for name, module in net.named_modules() if isinstance(module, nn.Conv2d))
+        first_conv = first_conv_name(net)
         net._traits = {"first_conv": first_conv} | getattr(net, "_traits", {})
         if "out_indices" not in kwargs:  # timm reads `feature_cfg` only after this
             feature_cfg["out_indices"] = tuple(range(len(net.feature_info)))
