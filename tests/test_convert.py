@@ -3,11 +3,11 @@
 import copy
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import convert_report
 import pytest
 import timm
 import torch
@@ -17,10 +17,6 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.layers.std_conv import StdConv2dSame
 from timm.models import save_for_hf
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import convert_report
 
 from spd_zoo import WeightsError, convert_to_spd, fold_spd
 from spd_zoo.cli.main import main

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shared_data import shared
 
 from spd_zoo import demo
 from spd_zoo.cli.main import main
@@ -25,7 +26,6 @@ from spd_zoo.weights.load import ModelError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROCKET = str(EXAMPLES / "rocket.jpg")
-BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd" / "images"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STRIDED, PADDING_FREE = "cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100"
 Capture = pytest.CaptureFixture[str]
@@ -78,9 +78,8 @@ def test_a_strided_network_has_a_twin_of_the_same_function_and_one_of_its_own_we
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BCCD.is_dir(), reason="needs the BCCD images")
 def test_a_detector_marks_and_counts_objects_and_its_twin_finds_the_same() -> None:
-    net, picture = demo.load("yolov8n_spd.bccd"), demo.read_picture(str(min(BCCD.iterdir())))
+    net, picture = demo.load("yolov8n_spd.bccd"), demo.read_picture(str(shared("bccd/images/BloodImage_00000.jpg")))
     marked, said = demo.look(net, picture)
     assert marked.size == picture.size and marked.tobytes() != picture.tobytes()
     red, (twin,) = int(re.findall(r"(\d+) RBC", said)[0]), demo.twins("yolov8n_spd.bccd")

@@ -9,15 +9,12 @@ import golden
 import numpy as np
 import pytest
 import timm
+import timm_contract
 import torch
 from networks import assert_close, load, noise, originals, random_network
 from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
 from torchvision.ops import box_convert, complete_box_iou, nms
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import timm_contract
 
 import spd_zoo
 from spd_zoo import complexity

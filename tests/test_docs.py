@@ -27,6 +27,7 @@ import torch
 from box_pictures import make_coco
 from pictures import make_folders
 from safetensors.torch import save_file
+from shared_data import shared
 from sybil.document import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from timm.models import save_for_hf
@@ -34,7 +35,6 @@ from timm.models import save_for_hf
 from spd_zoo.cli.main import _parser, main
 
 ROOT = Path(__file__).parent.parent
-BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"docs/integrations.md": "test_integrations.py"}  # pages, and the test that runs them section by section
 NOT_RUN = {  # the first line of a block, or a command: why it is not run
@@ -253,10 +253,7 @@ def many(here: Path) -> None:
 
 
 def blood(here: Path) -> None:
-    image = BCCD / "images" / "BloodImage_00007.jpg"
-    if not image.is_file():
-        pytest.skip(f"BCCD is not in {BCCD}")
-    shutil.copy(image, here)
+    shutil.copy(shared("bccd/images/BloodImage_00007.jpg"), here)
 
 
 def weights(here: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from networks import assert_close, load, noise, originals, random_network
 from pictures import make_folders
 from PIL import Image
+from shared_data import shared
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 from torch import Tensor
@@ -27,7 +28,6 @@ from spd_zoo.weights import save_network
 pytestmark = pytest.mark.filterwarnings("ignore:.*invalid escape sequence")  # torchao's, when it is compiled
 
 ROOT = Path(__file__).parent.parent
-CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
 MISSING = "needs the extra `integrations`"
 
 
@@ -177,9 +177,7 @@ def quantized() -> Callable[..., Any]:
 def cifar100(split: str, count: int, net: Any) -> tuple[Tensor, Tensor]:
     """The first images of a split, as the network takes them, and their labels."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="CIFAR-100 is in parquet files, which need pyarrow")
-    if not CIFAR100.is_dir():
-        pytest.skip(f"CIFAR-100 is not in {CIFAR100}")
-    rows = parquet.read_table(min(CIFAR100.glob(f"{split}*.parquet"))).slice(0, count).to_pylist()
+    rows = parquet.read_table(min(shared("cifar100").glob(f"{split}-*.parquet"))).slice(0, count).to_pylist()
     transform: Any = create_transform(**resolve_data_config(model=net))
     images = [transform(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")) for row in rows]
     return torch.stack(images), torch.tensor([row["label"] for row in rows])

@@ -10,16 +10,13 @@ from typing import Any
 import golden
 import pytest
 import timm
+import timm_contract
 import torch
 import torch.nn.functional as F
 from networks import assert_close, load, noise, originals, random_network
 from timm.layers import DropPath
 from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import timm_contract
 
 import spd_zoo
 from spd_zoo.blocks import ImageSizeError, PositionAwareCircularConv2d

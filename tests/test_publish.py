@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import jsonschema
 import pytest
+import release_weights
 import timm
 import torch
 from drive_double import drive_double
@@ -30,9 +31,6 @@ import spd_zoo
 from spd_zoo.cli.main import main
 from spd_zoo.weights import Entry, WeightsError, default_cfgs, entries, find_entry, manifest, publish, sha256_of
 from spd_zoo.weights.manifest import manifest_path, write_manifest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import release_weights
 
 # huggingface_hub's plain LFS upload calls httpx in a way that httpx has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
