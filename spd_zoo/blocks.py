@@ -1,4 +1,4 @@
-"""Layers and blocks that two families share, or that are worth using alone."""
+"""Layers and blocks that several families of networks share, or that are useful on their own."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from timm.layers import ConvNormAct, to_2tuple
 from timm.models import register_notrace_module
 from timm.models.efficientformer_v2 import Attention2dDownsample, Downsample
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from spd_zoo.spd import SPDConv2d, is_exporting, phase_weight
 
@@ -32,12 +34,19 @@ __all__ = [
 ]
 
 
+# What `nn.Module.__call__` runs besides, or instead of, the `forward` of the class.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")
+_FORWARDS = {nn.Conv2d: nn.Conv2d.forward, SPDConv2d: SPDConv2d.forward}
+
+
 @register_notrace_module
 class PyConv2d(nn.ModuleDict):
-    """Pyramidal convolution: kernels of several sizes side by side over the same input (arXiv 2006.11538, section 3).
+    """Pyramidal convolution: kernels of several sizes in parallel on the same input (arXiv 2006.11538, section 3).
 
-    Levels whose groups have few output channels are computed four output pixels at a time (`phase_weight`), which
-    changes no number and is faster on a CPU (docs/speed.md).
+    On a CPU, levels with few output channels per group are computed four output pixels at a time (`phase_weight`),
+    which is faster (docs/speed.md) and gives the same output. A level with hooks or anything else attached is called
+    like any module.
 
     Args:
         in_chs: Input channels; every level reads all of them.
@@ -46,7 +55,12 @@ class PyConv2d(nn.ModuleDict):
         groups: Groups of each level.
         stride: 1 or 2.
         dilation: Dilation of every level.
-        spd: At stride 2, space-to-depth and convolutions of stride 1 (`SPDConv2d`) instead of a stride.
+        spd: Whether stride 2 is done by space-to-depth and a convolution of stride 1 (`SPDConv2d`).
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: If `out_chs`, `kernel_sizes` and `groups` differ in length.
     """
 
     def __init__(
@@ -62,23 +76,14 @@ class PyConv2d(nn.ModuleDict):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         for i, (out, kernel, group) in enumerate(zip(out_chs, kernel_sizes, groups, strict=True)):
             level: nn.Conv2d
             if spd and stride == 2:
-                level = SPDConv2d(in_chs, out, kernel, groups=group, device=device, dtype=dtype)
+                level = SPDConv2d(in_chs, out, kernel, groups=group, **dd)
             else:
-                level = nn.Conv2d(
-                    in_chs,
-                    out,
-                    kernel,
-                    stride,
-                    padding=dilation * (kernel // 2),
-                    dilation=dilation,
-                    groups=group,
-                    bias=False,
-                    device=device,
-                    dtype=dtype,
-                )
+                padding = dilation * (kernel // 2)
+                level = nn.Conv2d(in_chs, out, kernel, stride, padding, dilation, group, bias=False, **dd)
             self[f"conv2_{i + 1}"] = level
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,22 +93,46 @@ class PyConv2d(nn.ModuleDict):
             for level in self.values():
                 outputs.append(level(x))
         else:
+            observed = is_exporting() or is_in_torch_dispatch_mode() or _has_any_global_hook()
+            packs = x.ndim == 4 and x.device.type == "cpu" and not observed
             for level in self.values():
-                narrow = x.device.type == "cpu" and is_narrow(level) and not is_exporting()
-                outputs.append(four_at_a_time(level, x) if narrow else level(x))
-        return torch.cat(outputs, 1)
+                packed = packs and _is_narrow(level) and _is_plain(level)
+                outputs.append(_four_at_a_time(level, x) if packed else level(x))
+        return torch.cat(outputs, -3)
 
 
-def is_narrow(level: nn.Module) -> bool:
-    """Whether a level's groups fill too little of a vector: 4 output channels each, or 8 at stride 1 in evaluation."""
-    if not isinstance(level, nn.Conv2d) or level.dilation != (1, 1):
+def _is_narrow(level: Any) -> bool:
+    """Whether a level has so few output channels per group that computing four pixels at a time is faster.
+
+    That is 4 channels, or 8 at stride 1 in evaluation. The kernel must be square and padded with half its size.
+    """
+    if not isinstance(level, nn.Conv2d) or level.padding_mode != "zeros" or level.dilation != (1, 1):
         return False
-    strided = isinstance(level, SPDConv2d) or level.stride != (1, 1)
-    return level.out_channels // level.groups <= (4 if strided or level.training else 8)
+    size = level.kernel_size[0]
+    if size % 2 == 0 or level.kernel_size != (size, size) or level.padding != (size // 2, size // 2):
+        return False
+    if level.stride not in ((1, 1), (2, 2)):
+        return False
+    return level.out_channels // level.groups <= (4 if level.stride == (2, 2) or level.training else 8)
 
 
-def four_at_a_time(level: Any, x: Tensor) -> Tensor:
-    """What `level`, SPD or not, gives for `x`, computed as channels of 2x2 pixels (`phase_weight`)."""
+def _is_plain(level: Any) -> bool:
+    """Whether calling a level runs nothing but the convolution with its parameters.
+
+    That is not so with hooks, a patched `forward`, a parametrization or a pruned weight.
+    """
+    attributes, parameters = vars(level), level._parameters
+    return (
+        _FORWARDS.get(type(level)) is type(level).forward
+        and not any(attributes[hooks] for hooks in _HOOKS)
+        and not any(name in attributes for name in _OVERRIDES)
+        and type(parameters.get("weight")) is nn.Parameter
+        and type(parameters.get("bias")) in (nn.Parameter, type(None))
+    )
+
+
+def _four_at_a_time(level: Any, x: Tensor) -> Tensor:
+    """The output of a narrow level, (N, out_chs, H', W'), computed as channels of 2x2 pixels (`phase_weight`)."""
     if isinstance(level, SPDConv2d):
         weight, stride, before = F.pixel_shuffle(level.weight, 2), 2, level.pad_before[0]
     else:
@@ -112,14 +141,14 @@ def four_at_a_time(level: Any, x: Tensor) -> Tensor:
     weight = phase_weight(weight, stride)
     bias = None if level.bias is None else level.bias.repeat_interleave(4)
     kernel, step = weight.shape[-1], 2 * stride
-    behind = [  # padding that the last window needs, whose 2x2 cell may reach over an odd output
+    after = [  # zeros that the last window needs: at an odd output size, its 2x2 pixels exceed the output
         step * ((out + 1) // 2 - 1) + kernel - before - size
         for out, size in ((width, x.shape[-1]), (height, x.shape[-2]))
     ]
-    if all(before - step < need <= before for need in behind):  # then the convolution's own padding does
+    if all(before - step < need <= before for need in after):  # then the convolution can pad by itself
         phases = F.conv2d(x, weight, bias, step, before, groups=level.groups)
     else:
-        phases = F.conv2d(F.pad(x, [before, behind[0], before, behind[1]]), weight, bias, step, groups=level.groups)
+        phases = F.conv2d(F.pad(x, [before, after[0], before, after[1]]), weight, bias, step, groups=level.groups)
     return F.pixel_shuffle(phases, 2)[:, :, :height, :width]
 
 

@@ -415,8 +415,8 @@ def _successor(module: Any, chs: int, like: Tensor) -> nn.Module | str:
 def _conv_successor(conv: nn.Conv2d, stride: int) -> nn.Module | str:
     same = isinstance(conv, Conv2dSame) or bool(getattr(conv, "same_pad", False))
     args: dict[str, Any] = {
-        "in_chs": conv.in_channels,
-        "out_chs": conv.out_channels,
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
         "kernel_size": conv.kernel_size,
         "groups": conv.groups,
         "bias": conv.bias is not None,
