@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from spd_zoo import complexity
 from spd_zoo.files import whole
-from spd_zoo.models._registry import register_model
+from spd_zoo.models._registry import register_unlisted_model
 from spd_zoo.rewrite import (
     ConversionError,
     Unchanged,
@@ -49,7 +49,7 @@ from spd_zoo.rewrite import (
 from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d, adapt_image_channels
 from spd_zoo.trace import OperatorMode, copy_network, image_size, meta_copy
 from spd_zoo.weights import WeightsError, save_network
-from spd_zoo.weights.fit import misfit
+from spd_zoo.weights.fit import filter_of, misfit, own_networks
 from spd_zoo.weights.load import load_network
 
 __all__ = [
@@ -501,7 +501,7 @@ def _remember(net: Any, names: list[str]) -> None:
     net.pretrained_cfg = net.default_cfg = cfg | {"architecture": spd_converted.__name__}
 
 
-@register_model
+@register_unlisted_model
 def spd_converted(
     pretrained: bool = False,
     base: str = "",
@@ -537,6 +537,8 @@ def spd_converted(
         return cast("nn.Module", net)
 
     def fitting(state_dict: dict[str, Tensor], net: Any) -> dict[str, Tensor]:
+        if base in own_networks():  # which may adapt more than the first convolution to other image channels
+            state_dict = filter_of(net)(state_dict, net)
         for name in names:
             conv, weight = net.get_submodule(name), state_dict.get(f"{name}.weight")
             if isinstance(conv, SPDConv2d) and weight is not None:

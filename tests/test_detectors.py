@@ -547,7 +547,8 @@ def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> N
 def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
     net = timm.create_model(name, features_only=True, device="meta")
     maps = net(torch.empty(1, 3, 320, 640, device="meta"))
-    assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels()
+    described = timm.create_model(name, device="meta").feature_info
+    assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels() == [info["num_chs"] for info in described]
     reductions = net.feature_info.reduction()
     assert reductions == sorted(set(reductions))
     assert [tuple(fmap.shape[2:]) for fmap in maps] == [(320 // n, 640 // n) for n in reductions]

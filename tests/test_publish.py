@@ -94,7 +94,7 @@ class Checkout:
 
     def read(self) -> Entry:
         forget_the_manifest()
-        cfg = default_cfgs(GROUP, first_conv="stem.1.conv", classifier="head.fc")[NETWORK].cfgs["made_up"]
+        cfg = default_cfgs(GROUP, classifier="head.fc")[NETWORK].cfgs["made_up"]
         cfg = dataclasses.replace(cfg, architecture=NETWORK, tag="made_up")
         self.monkeypatch.setitem(_registry._model_pretrained_cfgs, NAME, cfg)
         entry = find_entry(NAME)

@@ -219,11 +219,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyConvResNet) -> 
     return state_dict
 
 
-default_cfgs = weights.default_cfgs("pyconvresnet", first_conv="stem.0", classifier="head.fc")
+default_cfgs = weights.default_cfgs("pyconvresnet", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PyConvResNet:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
     kwargs.setdefault("weight_init", "skip" if pretrained else "")
     return weights.build(PyConvResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
@@ -231,102 +230,112 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> PyConvResNet:
 @register_model
 def pyconvresnet18(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-18 as the authors' constructor builds it: blocks of a pyramid and a 1x1 convolution."""
-    return _create("pyconvresnet18", pretrained, block=BasicBlock, depths=(2, 2, 2, 2), **kwargs)
+    model_args = dict(block=BasicBlock, depths=(2, 2, 2, 2))
+    return _create("pyconvresnet18", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet34(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-34 as the authors' constructor builds it: blocks of a pyramid and a 1x1 convolution."""
-    return _create("pyconvresnet34", pretrained, block=BasicBlock, depths=(3, 4, 6, 3), **kwargs)
+    model_args = dict(block=BasicBlock, depths=(3, 4, 6, 3))
+    return _create("pyconvresnet34", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet18_basicblock1(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-18 with blocks of two pyramids, which stands commented out in the authors' code."""
     block = partial(BasicBlock, second_pyramid=True)
-    return _create("pyconvresnet18_basicblock1", pretrained, block=block, depths=(2, 2, 2, 2), **kwargs)
+    model_args = dict(block=block, depths=(2, 2, 2, 2))
+    return _create("pyconvresnet18_basicblock1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet34_basicblock1(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-34 with blocks of two pyramids, which stands commented out in the authors' code."""
     block = partial(BasicBlock, second_pyramid=True)
-    return _create("pyconvresnet34_basicblock1", pretrained, block=block, depths=(3, 4, 6, 3), **kwargs)
+    model_args = dict(block=block, depths=(3, 4, 6, 3))
+    return _create("pyconvresnet34_basicblock1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet50(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-50 of the paper."""
-    return _create("pyconvresnet50", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 6, 3))
+    return _create("pyconvresnet50", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet101(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-101 of the paper."""
-    return _create("pyconvresnet101", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 23, 3))
+    return _create("pyconvresnet101", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet152(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-152 of the paper."""
-    return _create("pyconvresnet152", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 8, 36, 3))
+    return _create("pyconvresnet152", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet50(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-50 of the paper."""
-    return _create("pyconvhgresnet50", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), hg=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 6, 3), hg=True)
+    return _create("pyconvhgresnet50", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet101(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-101 of the paper."""
-    return _create("pyconvhgresnet101", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), hg=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 23, 3), hg=True)
+    return _create("pyconvhgresnet101", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet152(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-152 of the paper."""
-    return _create("pyconvhgresnet152", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), hg=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 8, 36, 3), hg=True)
+    return _create("pyconvhgresnet152", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet50_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-50 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvresnet50_spd", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), spd=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 6, 3), spd=True)
+    return _create("pyconvresnet50_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet101_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-101 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvresnet101_spd", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), spd=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 23, 3), spd=True)
+    return _create("pyconvresnet101_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet152_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-152 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvresnet152_spd", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), spd=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 8, 36, 3), spd=True)
+    return _create("pyconvresnet152_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet50_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-50 with space-to-depth in place of every stride and strided pool."""
-    return _create(
-        "pyconvhgresnet50_spd", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), hg=True, spd=True, **kwargs
-    )
+    model_args = dict(block=Bottleneck, depths=(3, 4, 6, 3), hg=True, spd=True)
+    return _create("pyconvhgresnet50_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet101_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-101 with space-to-depth in place of every stride and strided pool."""
-    return _create(
-        "pyconvhgresnet101_spd", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), hg=True, spd=True, **kwargs
-    )
+    model_args = dict(block=Bottleneck, depths=(3, 4, 23, 3), hg=True, spd=True)
+    return _create("pyconvhgresnet101_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet152_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-152 with space-to-depth in place of every stride and strided pool."""
-    return _create(
-        "pyconvhgresnet152_spd", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), hg=True, spd=True, **kwargs
-    )
+    model_args = dict(block=Bottleneck, depths=(3, 8, 36, 3), hg=True, spd=True)
+    return _create("pyconvhgresnet152_spd", pretrained, **dict(model_args, **kwargs))

@@ -133,39 +133,43 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dic
     return state_dict
 
 
-default_cfgs = weights.default_cfgs("resnet_spd", first_conv="stem.1", classifier="head.fc")
+default_cfgs = weights.default_cfgs("resnet_spd", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SPDResNet:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(SPDResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def resnet18_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-18 of the paper's name: basic blocks. (The authors' `resnet18_spd` command builds `resnet50_spd`.)"""
-    return _create("resnet18_spd", pretrained, depths=(2, 2, 2, 2), bottleneck=False, **kwargs)
+    model_args = dict(depths=(2, 2, 2, 2), bottleneck=False)
+    return _create("resnet18_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet34_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-34: basic blocks."""
-    return _create("resnet34_spd", pretrained, depths=(3, 4, 6, 3), bottleneck=False, **kwargs)
+    model_args = dict(depths=(3, 4, 6, 3), bottleneck=False)
+    return _create("resnet34_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet50_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-50 of the paper: bottlenecks."""
-    return _create("resnet50_spd", pretrained, depths=(3, 4, 6, 3), bottleneck=True, **kwargs)
+    model_args = dict(depths=(3, 4, 6, 3), bottleneck=True)
+    return _create("resnet50_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet101_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-101: bottlenecks."""
-    return _create("resnet101_spd", pretrained, depths=(3, 4, 23, 3), bottleneck=True, **kwargs)
+    model_args = dict(depths=(3, 4, 23, 3), bottleneck=True)
+    return _create("resnet101_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet152_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-152: bottlenecks."""
-    return _create("resnet152_spd", pretrained, depths=(3, 8, 36, 3), bottleneck=True, **kwargs)
+    model_args = dict(depths=(3, 8, 36, 3), bottleneck=True)
+    return _create("resnet152_spd", pretrained, **dict(model_args, **kwargs))

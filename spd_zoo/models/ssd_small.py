@@ -114,7 +114,10 @@ def mobilenetv1_extra(in_chs: int, out_chs: int, kind: str, dd: dict[str, Any]) 
 
 
 class L2Norm(nn.Module):
-    """Every pixel's channels divided by their Euclidean length, times a learnt scale for each channel."""
+    """Divides the channels of every pixel by their Euclidean norm and scales them by a learnt factor per channel.
+
+    Computed in float32 at least: in float16 the norm of large maps overflows.
+    """
 
     def __init__(self, chs: int, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -122,7 +125,11 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> the same shape."""
-        return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) * self.weight[:, None, None]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        # Not norm + 1e-10, as the authors have it: that is zero in float16, and torch's ONNX exporter drops it.
+        wide = wide / torch.where(norm > 0, norm, 1.0)
+        return wide.to(x.dtype) * self.weight[:, None, None]
 
 
 class SSD(DetectionNet):
@@ -331,12 +338,10 @@ def _pair(number: int) -> str:
     return f"{number // 2}.{number % 2 * 2}"
 
 
-default_cfgs = weights.default_cfgs("ssd_small", first_conv="stem.0", classifier=tuple(f"conf.{i}" for i in range(6)))
+default_cfgs = weights.default_cfgs("ssd_small", classifier=tuple(f"conf.{i}" for i in range(6)))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SSD:
-    stages = 4 if kwargs["backbone"] == "vgg16" else 5
-    kwargs.setdefault("feature_cfg", {"out_indices": tuple(range(stages)), "flatten_sequential": True})
     return weights.build(SSD, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
@@ -344,47 +349,47 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SSD:
 def ssd_vgg16(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16, the baseline."""
     steps, sizes, boxes = (8, 16, 32, 64, 100, 300), (30, 60, 111, 162, 213, 264, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSVV", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16", pretrained, backbone="vgg16", **layout, **kwargs)
+    model_args = dict(backbone="vgg16", extras="SSVV", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_vgg16_s1l2(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16 without its first pooling."""
     steps, sizes, boxes = (4, 8, 16, 32, 64, 100), (15, 30, 60, 111, 162, 213, 264), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16_s1l2", pretrained, backbone="vgg16", removed=True, **layout, **kwargs)
+    model_args = dict(backbone="vgg16", removed=True, extras="SSSS", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16_s1l2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_vgg16_s1l2_dualpath(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16 without its first pooling, dual path."""
     steps, sizes, boxes = (4, 8, 32, 64, 100, 300), (15, 30, 111, 162, 213, 264, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSVV", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16_s1l2_dualpath", pretrained, backbone="vgg16", removed=True, dual=True, **layout, **kwargs)
+    model_args = dict(backbone="vgg16", removed=True, dual=True, extras="SSVV", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16_s1l2_dualpath", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1, the baseline."""
     steps, sizes, boxes = (16, 32, 64, 100, 150, 300), (45, 90, 135, 180, 225, 270, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_mobilenetv1", pretrained, backbone="mobilenetv1", **layout, **kwargs)
+    model_args = dict(backbone="mobilenetv1", extras="SSSS", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_mobilenetv1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1_s1l0(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1 without the stem's stride."""
     steps, sizes, boxes = (8, 16, 32, 64, 100, 300), (10, 45, 90, 135, 180, 225, 270), (6, 6, 6, 6, 6, 4)
-    layout = {"extras": "SSSP", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_mobilenetv1_s1l0", pretrained, backbone="mobilenetv1", removed=True, **layout, **kwargs)
+    model_args = dict(backbone="mobilenetv1", removed=True, extras="SSSP", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_mobilenetv1_s1l0", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1_s1l0_dualpath(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1 without the stem's stride, dual path."""
     steps, sizes, boxes = (8, 16, 64, 100, 150, 300), (10, 45, 135, 180, 225, 270, 315), (6, 6, 6, 6, 6, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create(
-        "ssd_mobilenetv1_s1l0_dualpath", pretrained, backbone="mobilenetv1", removed=True, dual=True, **layout, **kwargs
+    model_args = dict(
+        backbone="mobilenetv1", removed=True, dual=True, extras="SSSS", steps=steps, sizes=sizes, boxes=boxes
     )
+    return _create("ssd_mobilenetv1_s1l0_dualpath", pretrained, **dict(model_args, **kwargs))

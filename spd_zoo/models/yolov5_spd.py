@@ -230,35 +230,36 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv5SPD) -> dic
     return state_dict
 
 
-default_cfgs = weights.default_cfgs(
-    "yolov5_spd", first_conv="stem.1.conv", classifier=("head.m.0", "head.m.1", "head.m.2")
-)
+default_cfgs = weights.default_cfgs("yolov5_spd", classifier=("head.m.0", "head.m.1", "head.m.2"))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> YOLOv5SPD:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
     return weights.build(YOLOv5SPD, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def yolov5n_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv5SPD:
     """YOLOv5-SPD, nano."""
-    return _create("yolov5n_spd", pretrained, chs=(16, 32, 64, 128, 256), repeats=(1, 2, 3), **kwargs)
+    model_args = dict(chs=(16, 32, 64, 128, 256), repeats=(1, 2, 3))
+    return _create("yolov5n_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov5s_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv5SPD:
     """YOLOv5-SPD, small."""
-    return _create("yolov5s_spd", pretrained, chs=(32, 64, 128, 256, 512), repeats=(1, 2, 3), **kwargs)
+    model_args = dict(chs=(32, 64, 128, 256, 512), repeats=(1, 2, 3))
+    return _create("yolov5s_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov5m_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv5SPD:
     """YOLOv5-SPD, medium."""
-    return _create("yolov5m_spd", pretrained, chs=(48, 96, 192, 384, 768), repeats=(2, 4, 6), **kwargs)
+    model_args = dict(chs=(48, 96, 192, 384, 768), repeats=(2, 4, 6))
+    return _create("yolov5m_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov5l_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv5SPD:
     """YOLOv5-SPD, large."""
-    return _create("yolov5l_spd", pretrained, chs=(64, 128, 256, 512, 1024), repeats=(3, 6, 9), **kwargs)
+    model_args = dict(chs=(64, 128, 256, 512, 1024), repeats=(3, 6, 9))
+    return _create("yolov5l_spd", pretrained, **dict(model_args, **kwargs))

@@ -246,71 +246,78 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv8) -> dict[s
     return state_dict
 
 
-default_cfgs = weights.default_cfgs(
-    "yolov8_spd", first_conv="stem.0.conv", classifier=("head.cv3.0.2", "head.cv3.1.2", "head.cv3.2.2")
-)
+default_cfgs = weights.default_cfgs("yolov8_spd", classifier=("head.cv3.0.2", "head.cv3.1.2", "head.cv3.2.2"))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> YOLOv8:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
     return weights.build(YOLOv8, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def yolov8n_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, nano, with space-to-depth."""
-    return _create("yolov8n_spd", pretrained, chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=True, **kwargs)
+    model_args = dict(chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=True)
+    return _create("yolov8n_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8s_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, small, with space-to-depth."""
-    return _create("yolov8s_spd", pretrained, chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=True, **kwargs)
+    model_args = dict(chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=True)
+    return _create("yolov8s_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8m_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, medium, with space-to-depth."""
-    return _create("yolov8m_spd", pretrained, chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=True, **kwargs)
+    model_args = dict(chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=True)
+    return _create("yolov8m_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8l_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, large, with space-to-depth."""
-    return _create("yolov8l_spd", pretrained, chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=True, **kwargs)
+    model_args = dict(chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=True)
+    return _create("yolov8l_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8x_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, extra large, with space-to-depth."""
-    return _create("yolov8x_spd", pretrained, chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=True, **kwargs)
+    model_args = dict(chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=True)
+    return _create("yolov8x_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8n(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, nano, strided."""
-    return _create("yolov8n", pretrained, chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=False, **kwargs)
+    model_args = dict(chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=False)
+    return _create("yolov8n", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8s(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, small, strided."""
-    return _create("yolov8s", pretrained, chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=False, **kwargs)
+    model_args = dict(chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=False)
+    return _create("yolov8s", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8m(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, medium, strided."""
-    return _create("yolov8m", pretrained, chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=False, **kwargs)
+    model_args = dict(chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=False)
+    return _create("yolov8m", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8l(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, large, strided."""
-    return _create("yolov8l", pretrained, chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=False, **kwargs)
+    model_args = dict(chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=False)
+    return _create("yolov8l", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8x(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, extra large, strided."""
-    return _create("yolov8x", pretrained, chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=False, **kwargs)
+    model_args = dict(chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=False)
+    return _create("yolov8x", pretrained, **dict(model_args, **kwargs))

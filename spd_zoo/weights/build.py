@@ -3,9 +3,8 @@
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import timm
 from safetensors import SafetensorError
@@ -15,7 +14,17 @@ from torch import nn
 from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
 from spd_zoo.weights.checkpoint import read_original
 from spd_zoo.weights.fetch import fetch
-from spd_zoo.weights.fit import FilterFn, StateDict, cfg_of, checked_tensors, facts, misfit, own_networks, which_fits
+from spd_zoo.weights.fit import (
+    FilterFn,
+    StateDict,
+    cfg_of,
+    checked_tensors,
+    facts,
+    first_conv_name,
+    misfit,
+    own_networks,
+    which_fits,
+)
 from spd_zoo.weights.manifest import (
     Entry,
     WeightsError,
@@ -32,13 +41,11 @@ __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def default_cfgs(
-    group: str, first_conv: str | Callable[[str], str], classifier: str | tuple[str, ...]
-) -> dict[str, Any]:
+def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any]:
     """timm's configurations of all networks and checkpoints in a group of the manifest.
 
-    `first_conv` and `classifier` name the network's first convolution, or say it for a network's name, and its last
-    layer, or a detector's, one for each map.
+    `classifier` names the last layer; detectors have one per map. `first_conv` depends on arguments of the network, so
+    `build` fills it in.
 
     A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known. One that
     says `"default": false` is never meant by the network's name alone.
@@ -61,7 +68,6 @@ def default_cfgs(
             "label_names": entry.class_names,
             "license": entry.license,
             "origin_url": entry.origin_url,
-            "first_conv": first_conv if isinstance(first_conv, str) else first_conv(entry.network),
             "classifier": classifier,
         }
     return generate_default_cfgs(
@@ -88,13 +94,8 @@ def use_manifest(path: str | Path | None) -> None:
     entrypoints = [timm.model_entrypoint(name) for name in own_networks()]
     for module_name in {entrypoint.__module__ for entrypoint in entrypoints}:
         module: Any = sys.modules[module_name]
-        before: dict[str, Any] = {network: cfgs.default for network, cfgs in module.default_cfgs.items()}
-        first_convs = {network: cfg.first_conv for network, cfg in before.items()}
-        module.default_cfgs = default_cfgs(
-            module_name.rpartition(".")[2],
-            first_conv=first_convs.__getitem__,
-            classifier=next(iter(before.values())).classifier,
-        )
+        classifier = next(iter(module.default_cfgs.values())).default.classifier
+        module.default_cfgs = default_cfgs(module_name.rpartition(".")[2], classifier)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's, that a name is registered again
         for entrypoint in entrypoints:
@@ -115,7 +116,8 @@ def build(
 
     The weights of a tag are fetched and their SHA-256 checked before timm reads them. Whatever is loaded must fit the
     network outside the classifier, also when the number of classes changes. A `file` of the caller's, given by
-    `pretrained_cfg_overlay`, brings its own number of classes unless `num_classes` says otherwise.
+    `pretrained_cfg_overlay`, brings its own number of classes unless `num_classes` says otherwise. `features_only`
+    returns every map that the network's `feature_info` describes unless `out_indices` selects some.
 
     Raises:
         WeightsError: If there are no such weights, they cannot be had, are not what the manifest pins or do not fit.
@@ -142,14 +144,27 @@ def build(
         overlay = described | overlay
     if read is not None:  # timm opens no file where it has a state dict; it copies this one, so the tensors come later
         overlay["state_dict"] = {"": ""}
+    feature_cfg: dict[str, Any] = {"flatten_sequential": True}
+    first_conv = ""
+
+    def create(**model_args: Any) -> Network:
+        nonlocal first_conv
+        net: Any = cls(**model_args)
+        first_conv = first_conv_name(net)
+        net._traits = {"first_conv": first_conv} | getattr(net, "_traits", {})
+        if "out_indices" not in kwargs:  # timm reads `feature_cfg` only after this
+            feature_cfg["out_indices"] = tuple(range(len(net.feature_info)))
+        return cast("Network", net)
+
     try:
-        net = build_model_with_cfg(
-            cls,
+        built = build_model_with_cfg(
+            create,
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False), read),
+            feature_cfg=feature_cfg,
             cache_dir=cache_dir,
             **kwargs,
         )
@@ -165,8 +180,9 @@ def build(
             f"spd-zoo weights import {variant} {file}"
         ) from error
     if read is not None:
-        del cfg_of(net)["state_dict"]
-    return net
+        del cfg_of(built)["state_dict"]
+    cfg_of(built)["first_conv"] = first_conv
+    return built
 
 
 def create(entry: Entry, file: Path) -> nn.Module:

@@ -21,6 +21,7 @@ __all__ = [
     "checked_tensors",
     "facts",
     "filter_of",
+    "first_conv_name",
     "misfit",
     "own_networks",
     "rename",
@@ -57,6 +58,11 @@ def filter_of(model: nn.Module) -> FilterFn:
 def cfg_of(model: nn.Module) -> dict[str, Any]:
     """timm's configuration of the network."""
     return cast("dict[str, Any]", model.pretrained_cfg)
+
+
+def first_conv_name(model: nn.Module) -> str:
+    """The name of a network's first convolution, which is its first one in order of construction."""
+    return next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
 
 
 def checked_tensors(state_dict: Any, name: str) -> StateDict:
