@@ -362,7 +362,7 @@ def test_images_without_a_known_suffix_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_address_is_refused_with_both_slashes() -> None:
-    with pytest.raises(DataError, match="https://example.org/data is an address"):
+    with pytest.raises(DataError, match=r"https://example\.org/data is an address"):
         open_boxes("https://example.org/data", "train")
 
 

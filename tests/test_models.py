@@ -530,7 +530,8 @@ def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
         size = timm.get_pretrained_cfg(name).input_size[1:] if name in FIXED_SIZE else (64, 96)
         maps = net(torch.empty(1, 3, *size, device="meta"))
         described = timm.create_model(name, device="meta", **kwargs).feature_info
-        assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels() == [info["num_chs"] for info in described]
+        channels = [info["num_chs"] for info in described]
+        assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels() == channels
         reductions = net.feature_info.reduction()
         assert reductions == sorted(set(reductions) if not kwargs else reductions)
         for fmap, reduction in zip(maps, reductions, strict=True):

@@ -147,7 +147,7 @@ def build(
     feature_cfg: dict[str, Any] = {"flatten_sequential": True}
     first_conv = ""
 
-    def create(**model_args: Any) -> Network:
+    def make(**model_args: Any) -> Network:
         nonlocal first_conv
         net: Any = cls(**model_args)
         first_conv = first_conv_name(net)
@@ -158,7 +158,7 @@ def build(
 
     try:
         built = build_model_with_cfg(
-            create,
+            make,
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
