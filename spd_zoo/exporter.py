@@ -96,8 +96,7 @@ def _metadata(net: Any, size: tuple[int, int]) -> dict[str, str]:
     ways = {
         "center": f"so that {covers}; cut out the {cut} pixels in the middle",
         "squash": f"to {pixels} pixels, whatever its shape; cut out the {cut} pixels in the middle",
-        "border": f"so that it just fits into {pixels} pixels; pad or cut it on all sides alike to {cut} pixels, in the "
-        "colour `mean`",
+        "border": f"so that it just fits into {pixels} pixels; pad or cut all sides alike to {cut} pixels, in `mean`",
     }
     colours = "RGB" if net.in_chans == 3 else "grey"
     shorter_side = {"resize_shorter_side": str(scaled[0])} if crop_mode == "center" and square else {}
@@ -105,8 +104,8 @@ def _metadata(net: Any, size: tuple[int, int]) -> dict[str, str]:
         "architecture": str(net.pretrained_cfg["architecture"]),
         "preprocessing": (
             f"Turn the image upright, make it {colours} with 8 bits; resize it ({config['interpolation']}) "
-            f"{ways[crop_mode]} (sizes are height x width); divide by 255, subtract mean, divide by std, channel by channel; order (image, "
-            "channel, row, column), float32."
+            f"{ways[crop_mode]} (sizes are height x width); divide by 255, subtract mean, divide by std, channel by "
+            "channel; order (image, channel, row, column), float32."
         ),
         "image_size": size_text(size),
         "crop_mode": crop_mode,
