@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace) -> int:
         elif action.dest in _FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     bash = f'_spd_zoo_networks() {{ compgen -W "{names}" -- "$1"; compgen -d -- "$1"; }}'
-    print(shtab.complete(parser, options.shell, preamble={"bash": bash}))
+    print(shtab.complete(parser, options.shell, preamble=bash if options.shell == "bash" else ""))
     return 0
 
 

@@ -363,7 +363,7 @@ def _voc(root: Path, file: Path) -> BoxImages:
 
 
 def _voc_annotation(file: Path) -> tuple[str, tuple[int, int] | None, list[tuple[Any, ...]]]:
-    """The file name of the image, its size if the file says it, and its objects; pixels count from 1, the last included."""
+    """The image's file name, its size if the file says it, and its objects; pixels count from 1 to the last."""
     try:
         tree = ElementTree.parse(file).getroot()
         sides = [int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
