@@ -96,8 +96,7 @@ def _metadata(net: Any, size: tuple[int, int]) -> dict[str, str]:
     ways = {
         "center": f"so that {covers}; cut out the {cut} pixels in the middle",
         "squash": f"to {pixels} pixels, whatever its shape; cut out the {cut} pixels in the middle",
-        "border": f"so that it just fits into {pixels} pixels; pad or cut it on all sides alike to {cut} pixels, in "
-        "the colour `mean`",
+        "border": f"so that it just fits into {pixels} pixels; pad or cut all sides alike to {cut} pixels, in `mean`",
     }
     colours = "RGB" if net.in_chans == 3 else "grey"
     shorter_side = {"resize_shorter_side": str(scaled[0])} if crop_mode == "center" and square else {}

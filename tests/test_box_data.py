@@ -31,7 +31,7 @@ def opened(root: Path, split: str = "train") -> BoxImages:
 
 def as_lists(data: BoxImages) -> list[tuple[Any, ...]]:
     order = sorted(range(len(data)), key=data.name)
-    return [tuple(part.double().round(decimals=3).tolist() for part in data.shown(i)[:3]) for i in order]
+    return [tuple(part.double().round(decimals=3).tolist() for part in data.objects_in(i)[:3]) for i in order]
 
 
 @pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
@@ -70,7 +70,7 @@ def test_an_image_without_a_label_file_shows_nothing(tmp_path: Path) -> None:
     make_yolo(tmp_path)
     (tmp_path / "labels" / "train" / "train_0.txt").unlink()
     data = opened(tmp_path)
-    assert len(data) == 8 and len(data.shown(0).labels) == 0
+    assert len(data) == 8 and len(data.objects_in(0).labels) == 0
 
 
 def test_what_is_wrong_with_boxes_is_counted_and_left_out(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_what_is_wrong_with_boxes_is_counted_and_left_out(tmp_path: Path) -> Non
         "boxes belong to no image of the list and are left out": 1,
     }
     assert sum(data.counts()) == count + 2
-    assert data.shown(0).boxes[-2:].tolist() == [[0, 5, 20, 35], [90, 60, 96, 64]]
-    assert data.shown(0).areas[-2:].tolist() == [20 * 30, 6 * 4]
+    assert data.objects_in(0).boxes[-2:].tolist() == [[0, 5, 20, 35], [90, 60, 96, 64]]
+    assert data.objects_in(0).areas[-2:].tolist() == [20 * 30, 6 * 4]
 
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
@@ -149,7 +149,7 @@ def test_boxes_are_in_the_pixels_of_the_upright_image(tmp_path: Path) -> None:
         image.rotate(90, expand=True).save(file, exif=exif)
     data = opened(root)
     assert data.sizes[0] == SIZE == data.image(0).size
-    assert data.shown(0).boxes.tolist() == [list(box[1:]) for box in scenes(1)[0][1]]
+    assert data.objects_in(0).boxes.tolist() == [list(box[1:]) for box in scenes(1)[0][1]]
 
 
 def test_the_first_image_may_be_lost_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

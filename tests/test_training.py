@@ -757,7 +757,7 @@ def test_a_plan_leaves_nothing_open(folders: Path) -> None:
     asked = config(folders, folders, batch_size=None, lr=None, image_size=None, warmup_epochs=None, bf16=None)
     plan = chosen_for(replace(asked, pretrained=None, opt=None), images=480)
     assert all(value is not None for value in vars(plan).values())
-    assert (plan.sizes, plan.batch_size, plan.micro_batches) == ([(64, 0)], 16, 1)
+    assert (plan.sizes, plan.batch_size, plan.micro_batches) == ([((64, 64), 0)], 16, 1)
     assert Plan.of(plan.config) == plan
     with pytest.raises(ValueError, match="leaves lr open"):
         Plan.of(replace(plan.config, lr=None))

@@ -75,10 +75,10 @@ class BoxImages:
 
     def label(self, index: int) -> Any:
         """What the image at `index` shows, as something that can be compared."""
-        boxes, labels, _, _ = self.shown(index)
+        boxes, labels, _, _ = self.objects_in(index)
         return tuple(map(tuple, boxes.tolist())), tuple(labels.tolist())
 
-    def shown(self, index: int) -> Objects:
+    def objects_in(self, index: int) -> Objects:
         """What the image at `index` shows."""
         return self.objects[self.rows[index]]
 
@@ -94,8 +94,8 @@ class BoxImages:
             raise DataError(f"{self.name(index)}: {error}") from error
         size = self.sizes[self.rows[index]]
         if image.size != size:
-            found, said = (f"{width}x{height}" for width, height in (image.size, size))
-            raise DataError(f"{self.name(index)}: it has {found} pixels upright, but its annotation says {said}")
+            found, expected = (f"{width}x{height}" for width, height in (image.size, size))
+            raise DataError(f"{self.name(index)}: it has {found} pixels upright, but its annotation says {expected}")
         return image
 
     def subset(self, indices: Iterable[int]) -> "BoxImages":
@@ -109,7 +109,7 @@ class BoxImages:
     def renumbered(self, numbers: Sequence[int], class_names: list[str], notes: Sequence[str] = ()) -> "BoxImages":
         """The images with class i as `numbers[i]` of `class_names`, and with more notes."""
         new = torch.tensor(numbers)
-        objects = [shown._replace(labels=new[shown.labels]) for shown in self.objects]
+        objects = [each._replace(labels=new[each.labels]) for each in self.objects]
         return replace(self, objects=objects, class_names=class_names, notes=(*self.notes, *notes))
 
     def used(self) -> set[int]:
@@ -119,7 +119,7 @@ class BoxImages:
     def counts(self) -> list[int]:
         """How many objects each class has, crowds not counted."""
         found = Counter(
-            label for i in range(len(self)) for label in self.shown(i).labels[~self.shown(i).crowd].tolist()
+            label for i in range(len(self)) for label in self.objects_in(i).labels[~self.objects_in(i).crowd].tolist()
         )
         return [found[label] for label in range(len(self.class_names))]
 
@@ -128,7 +128,7 @@ class BoxImages:
         digest = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
         for i in range(len(self)):
             digest.update(Path(self.file(i)).name.encode("utf-8", "backslashreplace"))
-            for tensor in self.shown(i):
+            for tensor in self.objects_in(i):
                 digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
@@ -258,16 +258,17 @@ def _coco(root: Path, file: Path) -> BoxImages:
             area, crowd = annotation.get("area"), bool(annotation.get("iscrowd", 0))
             boxes[annotation["image_id"]].append((label, x, y, x + width, y + height, area, crowd))
         collected = _Collected([name for _, name in categories], file)
-        for kind, keys in (("categories", [key for key, _ in categories]), ("images", [one["id"] for one in images])):
+        image_ids = [image["id"] for image in images]
+        for list_name, keys in (("categories", [key for key, _ in categories]), ("images", image_ids)):
             twice = next((key for key, count in Counter(keys).items() if count > 1), None)
             if twice is not None:
-                raise DataError(f"{file} has two {kind} with the id {twice!r}; give each an id of its own")
+                raise DataError(f"{file} has two {list_name} with the id {twice!r}; give each an id of its own")
         split = file.stem.removeprefix("instances_")
         folders = [*_split_folders(root / "images", split), *_split_folders(root, split), root / "images", root]
         names = [image["file_name"] for image in images]
         if not names:
             raise DataError(f"{file} lists no image")
-        folder = next((one for one in folders if any((one / name).is_file() for name in names)), None)
+        folder = next((place for place in folders if any((place / name).is_file() for name in names)), None)
         if folder is None:
             places = ", ".join(map(str, folders))
             raise DataError(f"none of the images that {file} lists, such as {names[0]}, is in the folders {places}")
@@ -362,7 +363,7 @@ def _voc(root: Path, file: Path) -> BoxImages:
 
 
 def _voc_annotation(file: Path) -> tuple[str, tuple[int, int] | None, list[tuple[Any, ...]]]:
-    """The image's file name, its size if given, and its objects; their pixels are counted from 1, the last included."""
+    """The image's file name, its size if the file says it, and its objects; pixels count from 1 to the last."""
     try:
         tree = ElementTree.parse(file).getroot()
         sides = [int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
@@ -397,11 +398,11 @@ def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
     number = {name: i for i, name in enumerate(class_names)}
     new = torch.tensor([number.get(name, -1) for name in data.class_names])
     objects, lost = [], []
-    for file, shown in zip(data.files, data.objects, strict=True):
-        labels = new[shown.labels]
+    for file, before in zip(data.files, data.objects, strict=True):
+        labels = new[before.labels]
         known = labels >= 0
         lost += [file] * int((~known).sum())
-        objects.append(Objects(shown.boxes[known], labels[known], shown.areas[known], shown.crowd[known]))
+        objects.append(Objects(before.boxes[known], labels[known], before.areas[known], before.crowd[known]))
     defects = data.defects | ({"boxes are of a class that is not trained and are left out": lost} if lost else {})
     return replace(data, objects=objects, class_names=class_names, defects=defects)
 
@@ -419,10 +420,10 @@ def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxI
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     train, val = data.subset(sorted(order[val_size:])), data.subset(sorted(order[:val_size]))
     held = {val.file(i) for i in range(len(val))}
-    kinds = data.defects.items()
-    train_defects = {kind: [name for name in names if name not in held] for kind, names in kinds}
-    val_defects = {kind: [name for name in names if name in held] for kind, names in kinds}
+    sorts = data.defects.items()
+    train_defects = {sort: [name for name in names if name not in held] for sort, names in sorts}
+    val_defects = {sort: [name for name in names if name in held] for sort, names in sorts}
     return (
-        replace(train, defects={kind: names for kind, names in train_defects.items() if names}),
-        replace(val, defects={kind: names for kind, names in val_defects.items() if names}),
+        replace(train, defects={sort: names for sort, names in train_defects.items() if names}),
+        replace(val, defects={sort: names for sort, names in val_defects.items() if names}),
     )

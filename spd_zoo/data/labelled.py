@@ -120,7 +120,7 @@ class LabelledImages:
         return [found[label] for label in range(len(self.class_names))]
 
     def fingerprint(self) -> str:
-        """A digest of names, labels and classes, by which a run knows its data again; pixels do not count."""
+        """A digest of names, labels and classes, by which a resumed run recognises its data; pixels do not count."""
         digest = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
         digest.update(repr([self.label(i) for i in range(len(self))]).encode())
         if isinstance(self.files, list):
@@ -145,7 +145,7 @@ class StreamedImages:
         return self.length
 
     def fingerprint(self) -> str:
-        """By which a run knows its data again."""
+        """A digest by which a resumed run recognises its data."""
         return f"{self.data} {self.split} {self.length} {len(self.class_names)}"
 
 
@@ -164,8 +164,8 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
     Args:
         data: Where the data set is.
         split: train, val or test, which other usual names and any case stand for, too; or another name.
-        image_column: The column with the images, where `datasets` reads them; the only one of images if not given.
-        label_column: The column with the classes; the only one of classes, `label` or `cls` if not given.
+        image_column: The column with the images, where `datasets` reads them; by default the only one of images.
+        label_column: The column with the classes; by default the only one of classes, `label` or `cls`.
 
     Raises:
         DataError: If there is no such data set, it has no classes, or a class folder is empty.
@@ -355,14 +355,14 @@ def _columns(name: str, features: Any, image_column: str, label_column: str) -> 
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     chosen = []
-    for asked, certain, usual, kind in (
+    for asked, certain, usual, what in (
         (image_column, images, ("image",), "image"),
         (label_column, classes, ("label", "cls"), "label"),
     ):
         found = [asked] if asked else certain if len(certain) == 1 else [c for c in usual if c in features]
         if len(found) != 1 or found[0] not in features:
             raise DataError(
-                f"{name} has no column {(asked or kind)!r}, but {', '.join(features)}; name one with --{kind}-column"
+                f"{name} has no column {(asked or what)!r}, but {', '.join(features)}; name one with --{what}-column"
             )
         chosen.append(found[0])
     return chosen[0], chosen[1]
@@ -375,10 +375,10 @@ def open_stream(
 
     Args:
         data: Where the data set is.
-        split: Which part of it.
+        split: The split.
         length: How many images it has, where the data set does not say; needed to train on it alone.
-        image_column: The column with the images; the only one of images if not given.
-        label_column: The column with the classes; the only one of classes, `label` or `cls` if not given.
+        image_column: The column with the images; by default the only one of images.
+        label_column: The column with the classes; by default the only one of classes, `label` or `cls`.
 
     Raises:
         DataError: If there is no such data set, or it does not say its classes, or how many images to train on.

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 
 from spd_zoo.boxes import labelled_nms
 from spd_zoo.data.classes import network_classes, renamed
-from spd_zoo.data.reading import channel_mode, read_image, upright
+from spd_zoo.data.reading import channel_mode, collect_notes, read_image, upright
 from spd_zoo.files import whole
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import DetectionNet
@@ -346,7 +347,15 @@ class Detector:
 
 
 def _open(image: Any) -> Image.Image:
-    """An upright 8-bit colour image."""
+    """An upright 8-bit colour image; warns of what was guessed about it."""
+    with collect_notes() as notes:
+        opened = _opened(image)
+    for note in notes:
+        warnings.warn(f"an image with {note}", stacklevel=2)
+    return opened
+
+
+def _opened(image: Any) -> Image.Image:
     if isinstance(image, str | os.PathLike):
         try:
             return read_image(os.fspath(image))

@@ -74,7 +74,7 @@ class Augmentation:
 def read_sample(data: BoxImages, index: int, mode: str) -> Sample:
     """The image at `index`, uint8, with its boxes except crowds."""
     image = tv_tensors.Image(data.image(index, mode))
-    objects = data.shown(index)
+    objects = data.objects_in(index)
     return _sample(image, objects.boxes[~objects.crowd], objects.labels[~objects.crowd])
 
 
@@ -254,7 +254,7 @@ class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int, float]]):
         began = time.perf_counter()
         inputs, placement = prepare(self.data.image(index), self.net, self.size)
         seconds = time.perf_counter() - began
-        objects = self.data.shown(index)
+        objects = self.data.objects_in(index)
         boxes = placement.to_input(objects.boxes[~objects.crowd])
         return inputs, placement, {"boxes": boxes, "labels": objects.labels[~objects.crowd]}, index, seconds
 

@@ -54,7 +54,7 @@ def coco_precision(
     for i in range(len(data)):
         x, y = scales[i] if scales is not None else (1.0, 1.0)
         truth["images"].append({"id": i + 1})
-        for box, label, area, crowd in zip(*(tensor.tolist() for tensor in data.shown(i)), strict=True):
+        for box, label, area, crowd in zip(*(tensor.tolist() for tensor in data.objects_in(i)), strict=True):
             annotation = {"id": len(truth["annotations"]) + 1, "image_id": i + 1, "category_id": label + 1}
             truth["annotations"].append(
                 annotation | {"bbox": _xywh(box, x, y), "area": area * x * y, "iscrowd": int(crowd)}

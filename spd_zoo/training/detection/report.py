@@ -34,7 +34,8 @@ def write(
         pictures = folder.path / "figures"
         pictures.mkdir(exist_ok=True)
         order = sorted(
-            range(len(predictions.data)), key=lambda i: image_f1(predictions.detections[i], predictions.data.shown(i))
+            range(len(predictions.data)),
+            key=lambda i: image_f1(predictions.detections[i], predictions.data.objects_in(i)),
         )
         worst, best = box_sheet(predictions, order[:IMAGES]), box_sheet(predictions, order[::-1][:IMAGES])
         figures = {name: png for name, png in (("curves", _curves(history)), ("worst", worst), ("best", best)) if png}
@@ -120,7 +121,7 @@ def box_sheet(predictions: BoxPredictions, indices: Sequence[int]) -> bytes:
         scale = TILE / max(image.size)
         tile = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         pen = ImageDraw.Draw(tile)
-        detections, objects = predictions.detections[index], predictions.data.shown(index)
+        detections, objects = predictions.detections[index], predictions.data.objects_in(index)
         drawn, correct, detected = matches(detections, objects)
         for box, label in zip(objects.boxes[~detected], objects.labels[~detected], strict=True):
             _box(pen, box * scale, names[label], "yellow")

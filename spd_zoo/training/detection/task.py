@@ -101,7 +101,7 @@ class Detection:
             for name, data in splits.items():
                 readable = data.without(about[name]["unreadable"])
                 about[name]["boxes"] = data.defects
-                about[name]["without boxes"] = sum(not len(readable.shown(i).labels) for i in range(len(readable)))
+                about[name]["without boxes"] = sum(not len(readable.objects_in(i).labels) for i in range(len(readable)))
         elif began_with is None:
             about |= {"notes": notes_on(splits.values())}
             for line in (line for data in splits.values() for line in defects_in_words(data.defects)):
