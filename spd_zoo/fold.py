@@ -30,7 +30,7 @@ from spd_zoo.rewrite import (
 from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
 from spd_zoo.trace import OperatorMode, copy_network, image_size, meta_copy, run_on_meta
 
-__all__ = ["FoldReport", "Folded", "fold_spd"]
+__all__ = ["FoldReport", "Folded", "fold_batchnorm", "fold_spd"]
 
 Padding = tuple[int, int]
 
@@ -79,7 +79,6 @@ class FoldReport:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
     """A copy for inference: plain strided layers in place of space-to-depth ones, BatchNorm folded in.
 
@@ -103,12 +102,35 @@ def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module
             cannot run there.
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation.
     """
+    return _fold(model, example_input, plain=True)
+
+
+def fold_batchnorm(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
+    """As `fold_spd`, but space-to-depth layers stay: only BatchNorm is folded into the convolutions.
+
+    Args:
+        model: As in `fold_spd`.
+        example_input: As in `fold_spd`.
+
+    Returns:
+        The copy, in evaluation mode, with a `FoldReport` in its attribute `fold_report`.
+
+    Raises:
+        ValueError: As `fold_spd`.
+        ConversionError: As `fold_spd`.
+    """
+    return _fold(model, example_input, plain=False)
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, example_input: Tensor | None, plain: bool) -> nn.Module:
+    """Folds BatchNorm, and with `plain` replaces space-to-depth layers."""
     size = image_size(model, example_input)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError('folding needs weights, but those of this network are on the "meta" device; load them first')
     expected = None if example_input is None else expected_outputs(model, example_input)
     net = copy_network(model).eval()
-    folding = _Folding(net, _trace(net, size))
+    folding = _Folding(net, _trace(net, size), plain)
     net = replace_modules(net, folding.successors)
     report = folding.report()
     if example_input is not None:
@@ -222,7 +244,7 @@ class _Folding:
         reasons: Why others stay.
     """
 
-    def __init__(self, net: nn.Module, flow: _Dataflow) -> None:
+    def __init__(self, net: nn.Module, flow: _Dataflow, plain: bool) -> None:
         self.names = {module: name for name, module in net.named_modules()}
         self.flow = flow
         self.shared = with_shared_parameters(net)
@@ -236,10 +258,10 @@ class _Folding:
             pool.mix: pool for pool in self.names if isinstance(pool, SPDMaxPool2d)
         }
         self.norms = [module for module in self.names if isinstance(module, _BatchNorm | FrozenBatchNorm2d)]
-        for module in self.names:
+        for module in self.names if plain else ():
             if isinstance(module, SpaceToDepth):
                 self._record(module, self._join(module))
-        for module in self.names:
+        for module in self.names if plain else ():
             if type(module) in _SPD_LAYERS and self.pools.get(module) not in self.successors:
                 self._record(module, self._plain(module))
         for module in self.norms:

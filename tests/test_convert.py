@@ -24,6 +24,7 @@ from torch.nn.utils import prune
 from spd_zoo import WeightsError, convert_to_spd, fold_spd
 from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
+from spd_zoo.fold import fold_batchnorm
 from spd_zoo.rewrite import max_difference, tensors_in
 from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
 from spd_zoo.weights.load import ModelError
@@ -1107,3 +1108,13 @@ def test_folding_leaves_the_network_alone() -> None:
     assert not fold_spd(net).training
     assert net.training
     assert all(torch.equal(before[key], tensor) for key, tensor in net.state_dict().items())
+
+
+def test_batchnorm_can_be_folded_without_the_rest() -> None:
+    net, x = small_network("resnet18_spd", num_classes=5), images(2, 3, 32, 32)
+    folded: Any = fold_batchnorm(net, x)
+    assert folded.fold_report.difference < 1e-4
+    counts = [
+        [sum(isinstance(m, k) for m in n.modules()) for k in (SpaceToDepth, nn.BatchNorm2d)] for n in (net, folded)
+    ]
+    assert counts[0][0] == counts[1][0] > 0 and counts[1][1] < counts[0][1]
