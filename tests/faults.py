@@ -1,6 +1,7 @@
 """What can go wrong with weights, as lists: on the network, on the disk, in manifests and file headers.
 
-`hostile.py` has the checkpoints that are made to do harm. `tools/fault_report.py` runs them all and prints what came of each; the tests run the same.
+`hostile.py` has the checkpoints that are made to do harm. `tools/fault_report.py` runs them all and prints what came
+of each; the tests run the same.
 """
 
 import copy

@@ -1,8 +1,9 @@
 """Pretrained weights: the manifest, the files behind it, and loading them into a network only when they are right.
 
-`manifest` says what there is, `download` gets files, `checkpoint` reads those of others (by `archive` and `unpickle`), `fit` compares them with a
-network, `originals` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands between a
-variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
+`manifest` says what there is, `download` gets files, `checkpoint` reads those of others with `archive` and `unpickle`,
+`fit` compares them with a network, `originals` converts and keeps them, `fetch` makes a verified file of an entry,
+`build` stands between a variant and timm, `folder` writes a network for others, `publish` and `card` put weights on
+the Hub.
 """
 
 from spd_zoo.weights.build import build, create, default_cfgs, use_manifest
