@@ -62,10 +62,11 @@ class C2f(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, H, W)."""
-        parts = list(self.cv1(x).chunk(2, 1))
+        first, second = self.cv1(x).chunk(2, 1)
+        maps = [first, second]
         for block in self.m:
-            parts.append(block(parts[-1]))
-        return self.cv2(torch.cat(parts, 1))
+            maps.append(block(maps[-1]))
+        return self.cv2(torch.cat(maps, 1))
 
 
 class Neck(nn.Module):
