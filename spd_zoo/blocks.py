@@ -94,7 +94,7 @@ class PyConv2d(nn.ModuleDict):
                 outputs.append(level(x))
         else:
             observed = is_exporting() or is_in_torch_dispatch_mode() or _has_any_global_hook()
-            packs = x.ndim == 4 and x.device.type == "cpu" and not observed
+            packs = not observed and x.ndim == 4 and x.device.type == "cpu"
             for level in self.values():
                 packed = packs and _is_narrow(level) and _is_plain(level)
                 outputs.append(_four_at_a_time(level, x) if packed else level(x))
@@ -449,6 +449,8 @@ def orthonormality(weight: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(kernels @ kernels.T - torch.eye(len(kernels), device=weight.device))
 
 
+@torch.fx.has_side_effect  # so that an exported graph keeps the check although nothing reads its result
+@torch.fx.wrap
 def _check_size(x: Tensor, size: tuple[int, int]) -> None:
     height, width = x.shape[-2], x.shape[-1]
     if (height, width) != size:

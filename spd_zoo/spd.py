@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import adapt_input_conv, register_notrace_module
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 __all__ = [
     "PhaseMix",
@@ -76,7 +77,7 @@ def _pad_to_cells(x: Tensor, size: int) -> Tensor:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export`, `torch.jit.trace` or the old ONNX exporter records the computation.
+    """Whether `torch.export`, `torch.fx.symbolic_trace`, `torch.jit.trace` or the old ONNX exporter records.
 
     A recorded computation is also run at other image sizes, so no branch may depend on the size then.
 
@@ -85,7 +86,7 @@ def is_exporting() -> bool:
     """
     exporting = False
     if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing()
     return exporting
 
 

@@ -20,36 +20,10 @@ import convert_experiment
 import convert_report
 
 from spd_zoo.cli.main import make_parser
+from spd_zoo.models.families import FAMILIES
 from spd_zoo.weights import Entry, entries
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = {  # page: title, what is special, groups of the manifest
-    "pyconv": (
-        "PyConv",
-        "kernels of several sizes side by side, with strides or with space-to-depth",
-        ("pyconvresnet", "timm"),
-    ),
-    "spd_resnet": (
-        "SPD-ResNet",
-        "space-to-depth in the place of strided 3x3 convolutions and of pooling",
-        ("resnet_spd",),
-    ),
-    "padding_free": (
-        "Padding-free downsampling",
-        "MobileNetV3, GhostNet, ShuffleNetV2, ParC-MobileNetV2, ResNet and Wide ResNet, with BSConv, padded and not",
-        (
-            *("bsconv_resnet", "bsconv_mobilenetv3", "pfd_mobilenetv3", "pfd_ghostnet", "pfd_shufflenetv2"),
-            "pfd_parc_mobilenetv2",
-        ),
-    ),
-    "yolov5": ("YOLOv5-SPD", "detectors without strides, with anchors", ("yolov5_spd",)),
-    "yolov8": ("YOLOv8 and YOLOv8-SPD", "detectors without anchors, with strides and without", ("yolov8_spd",)),
-    "ssd": (
-        "SSD for small objects",
-        "detectors with one stride less, and a second path for large objects",
-        ("ssd_small",),
-    ),
-}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -375,7 +349,7 @@ RECIPES = {  # page: recipes behind its published figures
 
 def _family(page: str) -> Mapping[str, Callable[[], str]]:
     """The generated parts of the page of a family."""
-    groups = FAMILIES[page][2]
+    groups = FAMILIES[page].groups
     tables = {make.__name__: partial(make, groups) for make in (networks, checkpoints, counted, printed)}
     return tables | {name: partial(recipe, name) for name in RECIPES.get(page, ())}
 

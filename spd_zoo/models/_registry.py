@@ -11,7 +11,7 @@ __all__ = ["register_model", "register_unlisted_model"]
 
 
 def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers the function with timm under its name.
+    """Registers a function that builds a network with timm, under the function's name.
 
     Args:
         fn: Builds the network.

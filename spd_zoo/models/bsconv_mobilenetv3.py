@@ -168,7 +168,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BSConvMobileNetV3) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     return fit_image_norm(weights.rename(state_dict, _RENAMES), model)
 
 

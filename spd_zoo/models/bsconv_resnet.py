@@ -200,7 +200,7 @@ _PRE_ACTIVATION_STEM = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: CifarResNet) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     state_dict = weights.rename(state_dict, _RENAMES)
     state_dict = weights.rename(state_dict, _PRE_ACTIVATION_STEM if model.pre_activation else _PLAIN_STEM)
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | BSConvU2d)]

@@ -154,7 +154,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDGhostNet) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     norm = (r"^bn1\.", "stem.1." if len(model.stem) > 1 else "stem.0.bn.")
     return rename_shared(weights.rename(state_dict, (norm, *_RENAMES)), model)
 

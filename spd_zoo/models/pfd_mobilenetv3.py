@@ -148,7 +148,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDMobileNetV3) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     flat = tuple((rf"^features\.{i}\.", name) for i, name in enumerate(block_names(model), 1))
     state_dict = rename_shared(weights.rename(state_dict, (*flat, *_RENAMES)), model)
     hidden = state_dict.get("head.hidden.weight")

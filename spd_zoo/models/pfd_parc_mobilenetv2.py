@@ -171,7 +171,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ParCMobileNetV2) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay. Weights for another image size are resampled."""
+    """Renames the authors' keys and resamples weights for another image size; our own keys stay."""
     units = [(rf"^features\.{i}\.conv\.(?=\d)", f"{name}branch.") for i, name in enumerate(block_names(model), 1)]
     others = [(rf"^features\.{i}\.", name) for i, name in enumerate(block_names(model), 1)]
     return rename_shared(weights.rename(state_dict, (*units, *others, *_RENAMES)), model)

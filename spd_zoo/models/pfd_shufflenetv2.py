@@ -120,7 +120,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDShuffleNetV2) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     return rename_shared(weights.rename(state_dict, _RENAMES), model)
 
 
