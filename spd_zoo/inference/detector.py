@@ -19,7 +19,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 
-from spd_zoo.boxes import labelled_nms
+from spd_zoo.boxes import as_float, labelled_nms
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, collect_notes, read_image, upright
 from spd_zoo.files import whole
@@ -49,11 +49,13 @@ class Placement:
 
     def to_input(self, boxes: Tensor) -> Tensor:
         """Boxes (M, 4), x1 y1 x2 y2 in the (larger) image's pixels -> the same in input pixels."""
+        boxes = as_float(boxes)
         scale, offset, corner = (boxes.new_tensor(pair * 2) for pair in (self.scale, self.offset, self.corner))
         return (boxes - corner) * scale + offset
 
     def to_original(self, boxes: Tensor) -> Tensor:
         """Boxes (M, 4), x1 y1 x2 y2 in input pixels -> in the (larger) image's pixels, clipped to the image."""
+        boxes = as_float(boxes)
         scale, offset, corner = (boxes.new_tensor(pair * 2) for pair in (self.scale, self.offset, self.corner))
         return clip_boxes_to_image((boxes - offset) / scale, self.size) + corner
 
