@@ -445,6 +445,26 @@ def test_a_traced_layer_is_right_at_other_sizes_than_the_traced_one(make: Callab
             torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(RECORDED.keys() - {"space-to-depth", "average, ceil_mode"}))
+def test_an_exported_layer_is_right_at_other_sizes_than_the_exported_one(name: str) -> None:
+    # torch refuses to export the two layers that are left out with a free height and width
+    layer = RECORDED[name]().eval()
+    sizes = ({2: torch.export.Dim("height", min=6), 3: torch.export.Dim("width", min=6)},)
+    exported = torch.export.export(layer, (torch.randn(2, 4, 16, 16),), dynamic_shapes=sizes).module()
+    with torch.no_grad():
+        for size in ((16, 16), (9, 8), (7, 11)):
+            x = torch.randn(2, 4, *size)
+            torch.testing.assert_close(exported(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_scripted_layer_is_right_where_padding_depends_on_the_size() -> None:
+    layer, x = SPDConv2d(4, 8, 1, padding="same"), torch.randn(2, 4, 9, 8)
+    with pytest.warns(FutureWarning, match="deprecated"):
+        scripted = torch.jit.script(layer)
+    torch.testing.assert_close(scripted(x), layer(x))
+
+
 # SPDConv2d in place of nn.Conv2d
 
 
