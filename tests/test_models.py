@@ -22,6 +22,7 @@ from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.functional import to_tensor
 
 import spd_zoo
 from spd_zoo.blocks import ImageSizeError, PositionAwareCircularConv2d
@@ -405,9 +406,8 @@ def test_a_saved_converted_network_takes_grey_images_as_the_original_does(name: 
 @pytest.mark.parametrize("name", ["cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100"])
 def test_trained_networks_see_the_same_in_grey_images_with_one_channel_and_with_three(name: str) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="CIFAR-100 is in parquet files, which need pyarrow")
-    rows = parquet.read_table(shared("cifar100/test-00000-of-00001.parquet")).slice(0, 500)["img"].to_pylist()
-    pixels = [list(Image.open(io.BytesIO(row["bytes"])).convert("L").getdata()) for row in rows]
-    x = torch.tensor(pixels).view(-1, 1, 32, 32) / 255
+    rows = parquet.read_table(shared("cifar100/test-00000-of-00001.parquet")).slice(0, 500)["image"].to_pylist()
+    x = torch.stack([to_tensor(Image.open(io.BytesIO(row["bytes"])).convert("L")) for row in rows])
     coloured, grey = timm.create_model(name, pretrained=True), timm.create_model(name, pretrained=True, in_chans=1)
     with torch.inference_mode():
         same = coloured.eval()(x.repeat(1, 3, 1, 1)).argmax(1) == grey.eval()(x).argmax(1)
