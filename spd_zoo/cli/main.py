@@ -28,7 +28,7 @@ from spd_zoo.weights.manifest import WeightsError
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (list_command, info, predict, detect, convert, weights, finetune, evaluate, export, demo, completion)
+_COMMANDS = (list_command, info, predict, detect, convert, weights, finetune, evaluate, export, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +70,7 @@ def make_parser(finetune_options: bool = True) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
+    completion.add(commands, make_parser)
     if finetune_options:
         finetune.add_options(commands.choices["finetune"])
     return parser
