@@ -152,7 +152,8 @@ def test_every_block_is_run_quoted_or_listed() -> None:
         if block.language == "py" or (block.language == "text" and block.page in ELSEWHERE):
             assert block.reason(), f"{block.where} is neither run nor listed"
             ast.parse(block.text if block.language == "py" else "")
-        assert block.file or block.language in ("python", "sh", "text", "py"), f"{block.where} is in no known language"
+        known = ("python", "sh", "text", "py", "mermaid")
+        assert block.file or block.language in known, f"{block.where} is in no known language"
 
 
 def test_nothing_is_listed_that_the_pages_have_not() -> None:
