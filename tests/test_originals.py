@@ -243,6 +243,17 @@ def test_numbers_that_overflow_in_the_network_are_refused(tensors, tmp_path):
         import_weights(NAME, save(large, tmp_path / "a.pth"), tmp_path)
 
 
+def test_a_stem_for_more_channels_than_can_be_tried_is_refused(tmp_path):
+    net = timm.create_model("cifar_resnet20", in_chans=1, num_classes=100).state_dict()
+    stem = {name: tensor for name, tensor in net.items() if tensor.ndim == 4 and tensor.shape[1] == 1}
+    assert len(stem) == 1
+    ((key, weight),) = stem.items()
+    wide = {name: torch.zeros(40_000) if tensor.shape == (1,) else tensor for name, tensor in net.items()}
+    wide |= {key: torch.zeros(1).expand(len(weight), 40_000, 3, 3).clone()}
+    with pytest.raises(WeightsError, match="images of 40000 channels, too many to try it on an image of 32 x 32"):
+        import_weights(NAME, save(wide, tmp_path / "a.pth"), tmp_path)
+
+
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_it_does_fit(tensors, tmp_path):
     with pytest.raises(WeightsError, match=r"does not fit cifar_resnet20_pfd\.theirs: .*; it fits cifar_resnet20$"):

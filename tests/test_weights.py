@@ -324,6 +324,17 @@ def test_a_broken_classifier_is_refused(small, tmp_path):
     assert load(tmp_path / "a.safetensors", num_classes=7).num_classes == 7
 
 
+@pytest.mark.parametrize(
+    ("key", "shape"), [("head.fc.weight", (10**9, 0)), ("head.fc.weight", (10**6, 1)), ("stem.1.weight", (1, 10**7, 1, 0))]
+)
+def test_a_tensor_that_does_not_fit_makes_no_network_for_its_classes(small, tmp_path, key, shape):
+    """Which would be larger than the file, and fill the memory before the tensors are compared."""
+    made = []
+    torch.save(small.state_dict() | {key: torch.zeros(shape)}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=rf"{re.escape(key)} has shape \[{shape[0]}, "):
+        load(tmp_path / "a.pth")
+
+
 class Large:
     """Takes 10 TB when it is unpickled."""
 
