@@ -219,7 +219,7 @@ def test_named_and_unnamed_classes_can_mix() -> None:
     assert class_names({"num_classes": 3, "label_names": {"0": "cat", "2": "owl"}}) == ["cat", "1", "owl"]
 
 
-@pytest.mark.parametrize("name", ["pyconvresnet50.in1k", "pyconvresnet50", "resnet18", "local-dir:somewhere"])
+@pytest.mark.parametrize("name", ["pyconvresnet50.in1k", "pyconvresnet50", "resnet18"])
 def test_networks_of_the_zoo_and_of_timm_are_known(name: str) -> None:
     timm_name(name)
 
@@ -246,6 +246,16 @@ def test_a_folder_is_a_network_if_a_run_left_one_in_it(saved: str, tmp_path: Pat
     assert timm_name(saved.removeprefix("local-dir:")) == saved
     with pytest.raises(ModelError, match=r"is a folder without config\.json"):
         timm_name(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pth", "other.pth.tar"])
+def test_a_folder_without_safetensors_is_refused_unread(saved: str, tmp_path: Path, file: str) -> None:
+    folder = Path(saved.removeprefix("local-dir:"))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / file).write_bytes(b"what timm would hand to torch.load")
+    for name in (str(tmp_path), f"local-dir:{tmp_path}"):
+        with pytest.raises(ModelError, match=r"holds no model\.safetensors, and nothing else is read from a folder"):
+            next(predict(name, [tmp_path]))
 
 
 def test_a_network_without_weights_is_refused(tmp_path: Path) -> None:

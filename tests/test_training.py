@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 import timm
 import torch
@@ -324,10 +325,16 @@ def test_a_run_among_the_class_folders_is_refused(folders: Path) -> None:
 
 def test_a_damaged_run_is_named(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
-    for content in (b"junk", b"", (tmp_path / "run" / "last.pt").read_bytes()[:5000]):
+    whole = (tmp_path / "run" / "last.pt").read_bytes()
+    program = hostile.script(tmp_path / "trace")
+    for content in (b"junk", b"", whole[:5000], whole + b"PK\5\6", program, program + b"PK\5\6"):
         (tmp_path / "run" / "last.pt").write_bytes(content)
         with pytest.raises(RunError, match=r"(?s)cannot read .*last\.pt: .*; if it is damaged, begin a run in another"):
             run(folders, tmp_path / "run", epochs=1)
+    torch.save({"net": {}, "step": Path("a")}, tmp_path / "run" / "last.pt")
+    with pytest.raises(RunError, match=r"last\.pt does not hold the state of a run; begin a run in another --out"):
+        run(folders, tmp_path / "run", epochs=1)
+    assert not (tmp_path / "trace").exists()
     (tmp_path / "run" / "run.yaml").write_text("junk: [")
     with pytest.raises(RunError, match=r"holds a run with a damaged run\.yaml or data\.json"):
         run(folders, tmp_path / "run", epochs=1)

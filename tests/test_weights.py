@@ -25,7 +25,7 @@ from timm.models import load_checkpoint, save_for_hf
 import spd_zoo
 from spd_zoo import WeightsError
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.weights import entries, fetch, save_network, sha256_of
+from spd_zoo.weights import entries, fetch, fit, save_network, sha256_of
 from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.fit import own_networks
 from spd_zoo.weights.manifest import Entry, manifest_path
@@ -322,6 +322,25 @@ def test_a_broken_classifier_is_refused(small, tmp_path):
     with pytest.raises(WeightsError, match=r"head\.fc\.weight has shape"):
         load(tmp_path / "a.safetensors")
     assert load(tmp_path / "a.safetensors", num_classes=7).num_classes == 7
+
+
+@pytest.mark.slow
+def test_a_file_of_many_names_is_not_compared_with_every_network(monkeypatch):
+    monkeypatch.setattr(fit, "filter_of", lambda model: pytest.fail("its names are looked at, which takes long"))
+    many = {f"{i:04d}{'a' * 990}": torch.zeros(500) for i in range(10_000)}
+    assert fit.which_fits(many, "pyconvresnet18") == "it fits no other network of the zoo"
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("head.fc.weight", (10**9, 0)), ("head.fc.weight", (10**6, 1)), ("stem.0.weight", (64, 10**9, 7, 0))],
+)
+def test_a_tensor_that_does_not_fit_makes_no_network_for_its_classes(small, key, shape):
+    """Which would be larger than the file, and fill the memory before the tensors are compared."""
+    meta = timm.create_model("pyconvresnet18", device="meta")
+    assert fit.facts(small.state_dict(), meta, 3) == {"num_classes": 10, "in_chans": 3}
+    found = fit.facts(small.state_dict() | {key: torch.zeros(shape)}, meta, 3)
+    assert found == {"num_classes": 10 if key.startswith("stem") else meta.num_classes, "in_chans": 3}
 
 
 class Large:
