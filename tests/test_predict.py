@@ -288,5 +288,5 @@ def test_a_detector_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_impossible_device_is_refused(saved: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot use device 'nonsense'"):
+    with pytest.raises(ValueError, match="cannot use device 'nonsense'"):
         next(predict(saved, [tmp_path], device="nonsense"))

@@ -84,6 +84,12 @@ class RunFolder:
         if not (self.path / "run.yaml").exists():  # last: from now on the folder holds a run
             self.write("run.yaml", to_yaml(config))
 
+    def abandon(self) -> None:
+        """Undoes `begin` if nothing is saved yet, so that a run with other options can begin here."""
+        if not (self.path / "last.pt").exists():
+            for name in ("run.yaml", "metrics.csv", *_FIRST_FILES):  # without run.yaml, it is no run any more
+                (self.path / name).unlink(missing_ok=True)
+
     def write(self, name: str, text: str) -> None:
         """Writes a file of text."""
         with self.writing(name), whole(self.path / name) as temporary:

@@ -107,7 +107,7 @@ def load_network(model: str, device: str) -> nn.Module:
 
     Args:
         model: As for `timm_name`.
-        device: torch device.
+        device: torch device, as `pick_device` returns it.
 
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.
@@ -124,10 +124,7 @@ def load_network(model: str, device: str) -> nn.Module:
         raise
     except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {model}: {first_line(error)}") from error
-    try:
-        return net.to(device).to(memory_format=torch.channels_last)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot use device {device!r}: {first_line(error)}") from error
+    return net.to(device).to(memory_format=torch.channels_last)
 
 
 def pretrained_cfg(net: nn.Module) -> dict[str, Any]:
