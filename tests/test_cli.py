@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from networks import config_of
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -120,7 +121,7 @@ def test_the_list_tells_the_state_of_weights(capsys: Capture) -> None:
 def test_the_list_marks_the_weights_that_pretrained_true_loads(capsys: Capture) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    defaults = {name for name in NETWORKS if timm.get_pretrained_cfg(name).has_weights}
+    defaults = {name for name in NETWORKS if config_of(name).has_weights}
     assert {line.split()[0] for line in lines if "(default)" in line} == defaults
 
 
@@ -348,7 +349,7 @@ REQUIRED = ["resnet18_spd", "--data", "photos", "--out", "run"]
 
 def test_finetune_leaves_what_is_not_given_to_the_configuration(configs: list[FinetuneConfig]) -> None:
     assert main(["finetune", *REQUIRED]) == 0
-    assert configs == [FinetuneConfig(model="resnet18_spd", data=Path("photos"), out=Path("run"))]
+    assert configs == [FinetuneConfig(model="resnet18_spd", data="photos", out=Path("run"))]
 
 
 TEXTS = {
