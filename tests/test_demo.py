@@ -23,6 +23,7 @@ from shared_data import shared
 
 from spd_zoo import demo
 from spd_zoo.cli.main import main
+from spd_zoo.inference.detector import Detections
 from spd_zoo.weights.catalogue import local_checkpoints
 from spd_zoo.weights.load import ModelError
 
@@ -94,9 +95,9 @@ def test_a_detector_marks_and_counts_objects_and_its_twin_finds_the_same() -> No
 
 def test_the_differences_of_two_detectors_are_those_of_the_same_objects() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]])
-    ours = demo.Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), ("a", "b"))
+    ours = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), ("a", "b"))
     moved = boxes.flip(0) + torch.tensor([0, 0, 0, 2.0])
-    theirs = demo.Detections(moved, torch.tensor([0.7, 0.8, 0.5]), torch.tensor([0, 0, 0]), ("a", "b"))
+    theirs = Detections(moved, torch.tensor([0.7, 0.8, 0.5]), torch.tensor([0, 0, 0]), ("a", "b"))
     said = demo._differences(ours, theirs)
     assert "3 of the network, 3 of the twin; 2 are the same" in said  # the third is of another class
     assert "scores that differ by at most 0.4 and boxes by at most 2 pixels" in said
