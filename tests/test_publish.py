@@ -30,6 +30,7 @@ from torch import nn
 import spd_zoo
 from spd_zoo.cli.main import main
 from spd_zoo.weights import Entry, WeightsError, default_cfgs, entries, find_entry, manifest, publish, sha256_of
+from spd_zoo.weights.card import model_card
 from spd_zoo.weights.manifest import manifest_path, write_manifest
 
 # huggingface_hub's plain LFS upload calls httpx in a way that httpx has deprecated
@@ -292,7 +293,10 @@ def test_after_a_failure_the_next_run_does_the_rest(
 def test_what_passes_soon_does_not_stop_an_upload(
     hub: HubDouble, checkout: Checkout, route: str, status: int | None
 ) -> None:
-    hub.faults.append(fails(ROUTES[route], status, times=2, **({"Retry_After": "1"} if status == 429 else {})))
+    fault = fails(ROUTES[route], status, times=2)
+    if status == 429:
+        fault = fails(ROUTES[route], status, times=2, Retry_After="1")
+    hub.faults.append(fault)
     assert main(COMMAND) == 0
     assert len(hub.repos[REPO]) == 2
 
@@ -399,7 +403,7 @@ def test_weights_that_are_not_the_networks_are_refused(hub: HubDouble, checkout:
     net, entry = checkout.net, checkout.enter(sha256=None, notes=publish.UNSEEN)
     authors = {f"module.{key}": tensor for key, tensor in net.state_dict().items()}
     save_file(authors, tmp_path / "authors.safetensors")
-    nan = torch.full_like(net.get_submodule("head.fc").bias, float("nan")).detach()
+    nan = torch.full_like(net.get_parameter("head.fc.bias"), float("nan")).detach()
     classes = {"head.fc.weight": torch.zeros(7, 64), "head.fc.bias": torch.zeros(7)}
     files = {
         r"no safetensors file .* import the weights of cifar_resnet20\.made_up first": original(
@@ -502,7 +506,7 @@ def made(group: str, **facts: Any) -> tuple[Entry, nn.Module]:
 
 
 def card_of(entry: Entry, net: nn.Module, notes: str = "") -> ModelCard:
-    return ModelCard(publish.model_card(entry, net, f"org/{entry.name}", "0" * 64, notes))
+    return ModelCard(model_card(entry, net, f"org/{entry.name}", "0" * 64, notes))
 
 
 @pytest.mark.parametrize("group", FAMILIES)
@@ -522,7 +526,7 @@ def test_a_model_card_names_the_papers_and_what_the_network_is(group: str) -> No
 def test_a_model_card_says_how_good_who_says_so_how_to_use_it_and_what_it_cannot() -> None:
     entry, net = made(GROUP)
     card = card_of(entry, net, "Ran on one core.")
-    data = card.data.to_dict()
+    data: dict[str, Any] = card.data.to_dict()
     assert (data["license"], data["library_name"], data["datasets"]) == ("mit", "timm", ["cifar-100"])
     (index,) = data["model-index"]
     metrics = [metric for result in index["results"] for metric in result["metrics"]]
@@ -550,7 +554,7 @@ def test_the_configuration_makes_the_network_as_timm_and_transformers_do(name: s
     """transformers calls `timm.create_model(architecture, num_classes=num_labels, **model_args)`."""
     group = timm.model_entrypoint(name).__module__.rpartition(".")[2]
     entry = dataclasses.replace(made(group)[0], class_names=tuple(map(str, range(100))))
-    net = timm.create_model(name)
+    net: Any = timm.create_model(name)
     config = json.loads(publish._config(entry, net))
     assert "import spd_zoo" in config["note"]
     assert config["label_names"] == list(map(str, range(100)))
@@ -558,7 +562,7 @@ def test_the_configuration_makes_the_network_as_timm_and_transformers_do(name: s
     made_again.load_state_dict(net.state_dict())
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    by_timm: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert torch.equal(by_timm.get_classifier().weight, net.get_classifier().weight)
     assert by_timm.pretrained_cfg["input_size"] == net.pretrained_cfg["input_size"]
 
