@@ -83,6 +83,7 @@ def test_the_list_has_every_network_and_every_checkpoint(capsys: Capture) -> Non
 def test_the_list_is_an_aligned_table(capsys: Capture) -> None:
     assert main(["list"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 50
     assert header.split() == ["name", "tag", "params", "MACs", "input", "top-1", "licence", "weights"]
     for title in ("tag", "input", "top-1", "licence", "weights"):
         start = header.index(title)
@@ -91,7 +92,8 @@ def test_the_list_is_an_aligned_table(capsys: Capture) -> None:
 
 @pytest.mark.parametrize("name", ["pyconvresnet50_spd", "pyconvresnet50.in1k"])
 def test_a_name_without_wildcards_lists_that_network(name: str, capsys: Capture) -> None:
-    assert all(name in (row["name"], row["network"]) for row in rows_of(capsys, "list", name))
+    rows = rows_of(capsys, "list", name)
+    assert rows and all(name in (row["name"], row["network"]) for row in rows)
 
 
 def test_filters_select_as_timms_do(capsys: Capture) -> None:

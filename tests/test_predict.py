@@ -224,7 +224,7 @@ def test_named_and_unnamed_classes_can_mix() -> None:
 
 @pytest.mark.parametrize("name", ["pyconvresnet50.in1k", "pyconvresnet50", "resnet18", "local-dir:somewhere"])
 def test_networks_of_the_zoo_and_of_timm_are_known(name: str) -> None:
-    timm_name(name)
+    assert timm_name(name) == name
 
 
 @pytest.mark.parametrize(

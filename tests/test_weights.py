@@ -48,7 +48,7 @@ MIB = 2**20
 
 def test_the_manifest_follows_its_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    jsonschema.validate(MANIFEST, SCHEMA)
+    assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(MANIFEST)) == []
 
 
 @pytest.mark.parametrize(
