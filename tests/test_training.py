@@ -33,6 +33,7 @@ from spd_zoo.training.config import RECIPES, FinetuneConfig, Plan, load_config, 
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
+from spd_zoo.training.steps import seed_everything
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +48,17 @@ def folders(tmp_path: Path) -> Path:
 
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
-    options = {"epochs": 2, "batch_size": 8, "image_size": "16", "warmup_epochs": 0, "lr": 1e-3, "workers": 0}
+    options: dict[str, Any] = {
+        "epochs": 2,
+        "batch_size": 8,
+        "image_size": "16",
+        "warmup_epochs": 0,
+        "lr": 1e-3,
+        "workers": 0,
+    }
     options |= {"bf16": False, "device": "cpu", "pretrained": False}
-    return FinetuneConfig(**{"model": "cifar_resnet20", "data": str(data), "out": out} | options | changes)
+    options |= {"model": "cifar_resnet20", "data": str(data), "out": out}
+    return FinetuneConfig(**options | changes)
 
 
 def run(data: Path, out: Path, **changes: Any) -> Result:
@@ -143,13 +152,13 @@ def _train(config: FinetuneConfig, killed_at: str = "", after: int = 0) -> None:
     sys.stdout = sys.stderr = (config.out.parent / "printed.txt").open("w")
     replace, seen = Path.replace, []
 
-    def replace_or_die(self: Path, target: Path) -> Path:
+    def replace_or_die(self: Path, target: Any) -> Path:
         seen.append(Path(target).name)
         if seen.count(killed_at) > after:
             os.killpg(0, signal.SIGKILL)
         return replace(self, target)
 
-    Path.replace = replace_or_die  # type: ignore[method-assign]
+    pytest.MonkeyPatch().setattr(Path, "replace", replace_or_die)
     try:
         finetune(config)
     except Stopped as stopped:
@@ -419,7 +428,7 @@ def test_frozen_parts_stay_and_the_head_learns_first(folders: Path, tmp_path: Pa
 
 
 def weights_of_untrained() -> dict[str, torch.Tensor]:
-    training.seed_everything(0)
+    seed_everything(0)
     return timm.create_model("cifar_resnet20", num_classes=3).state_dict()
 
 
