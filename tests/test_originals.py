@@ -344,7 +344,7 @@ def test_removing_one_file_of_a_repository_leaves_the_others(private, tmp_path, 
 
 
 def test_weights_of_the_package_are_not_imported_over(tensors, tmp_path):
-    with pytest.raises(WeightsError, match="come with the package"):
+    with pytest.raises(WeightsError, match="come with a package"):
         import_weights("cifar_resnet20.cifar100", save(tensors, tmp_path / "a.pth"), tmp_path)
 
 

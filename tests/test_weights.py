@@ -235,7 +235,7 @@ def test_a_file_that_the_hub_does_not_have_is_reported(hub, tmp_path, source):
 
 @pytest.mark.parametrize("source", ["bundled:../manifest.py", "hf://org/repo@main:a", "https://example.org/a.pth"])
 def test_a_source_that_is_not_pinned_or_leads_elsewhere_is_refused(source):
-    with pytest.raises(WeightsError, match="it must be bundled:FILE or hf://"):
+    with pytest.raises(WeightsError, match="it must be bundled:FILE, package:NAME:FILE or hf://"):
         fetch(an_entry(source=source))
 
 

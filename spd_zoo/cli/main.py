@@ -294,7 +294,8 @@ def _top1(entry: Entry) -> dict[str, Any] | None:
 
 def _state(entry: Entry) -> str:
     if entry.verified:
-        return "bundled" if str(entry.source).startswith("bundled:") else "hub"
+        place = str(entry.source).partition(":")[0]
+        return place if place in ("bundled", "package") else "hub"
     return "unverified" if entry.tag else "none"
 
 
@@ -390,6 +391,8 @@ def _weights_row(entry: Entry) -> dict[str, Any]:
         here, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
     elif str(entry.source).startswith("bundled:"):
         here, origin = "bundled", "spd-zoo"
+    elif str(entry.source).startswith("package:"):
+        here, origin = "package", str(entry.source).split(":")[1]
     elif original_of(entry).name in imported_names():
         here, origin = "imported", origin_of(file).get("origin", "")
     else:

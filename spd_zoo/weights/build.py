@@ -43,6 +43,7 @@ def default_cfgs(
             "url": entry.source if entry.verified else None,
             "num_classes": entry.num_classes,
             "label_names": entry.class_names,
+            "label_descriptions": entry.class_descriptions,
             "license": entry.license,
             "origin_url": entry.origin_url,
             "first_conv": first_conv if isinstance(first_conv, str) else first_conv(entry.network),
@@ -195,7 +196,8 @@ def _described(variant: str, tag: str | None, file: Path, filter_fn: FilterFn) -
     described: dict[str, Any] = {}
     if entry is not None:
         if not tag:
-            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url", "label_names")
+            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url")
+            unknown += ("label_names", "label_descriptions")
             described = dict.fromkeys(unknown) | _input_of(entry)
         elif found["num_classes"] != entry.num_classes:
             described = {"label_names": None}

@@ -1,7 +1,8 @@
-"""From an entry of the manifest to a verified file: in the package, on the Hugging Face Hub or at the authors'."""
+"""From an entry of the manifest to a verified file: in a package, on the Hugging Face Hub or at the authors'."""
 
 import re
 import warnings
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from spd_zoo.weights.download import (
@@ -19,7 +20,9 @@ from spd_zoo.weights.originals import find_imported, import_original, locked, or
 __all__ = ["BUNDLED", "fetch", "find", "import_weights", "is_right", "original_of", "remove"]
 
 BUNDLED = Path(__file__).parent / "bundled"
-_BUNDLED_SOURCE = re.compile(r"bundled:(?P<file>\w[\w.-]*)", re.ASCII)
+_NAME = r"\w[\w.-]*"  # neither "..", nor hidden, nor absolute
+_BUNDLED_SOURCE = re.compile(rf"bundled:(?P<file>{_NAME})", re.ASCII)
+_PACKAGE_SOURCE = re.compile(rf"package:(?P<package>{_NAME}):(?P<file>{_NAME}(/{_NAME})*)", re.ASCII)
 
 
 def original_of(entry: Entry) -> Entry:
@@ -28,12 +31,13 @@ def original_of(entry: Entry) -> Entry:
 
 
 def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
-    """The file of `entry` on this machine, unchecked: in the package, imported, or in the Hugging Face cache."""
+    """The file of `entry` on this machine, unchecked: in a package, imported, or in the Hugging Face cache."""
     entry = original_of(entry)
-    bundled, hub = _places(entry)
+    installed, hub = _places(entry)
+    if installed:
+        path = _installed_file(installed)
+        return path if path is not None and path.is_file() else None
     imported = find_imported(entry.name, cache_dir)
-    if bundled:
-        return BUNDLED / bundled["file"] if (BUNDLED / bundled["file"]).is_file() else None
     if imported and (hub is None or sha256_in_name(imported) == entry.sha256):
         return imported
     return find_in_hub_cache(hub, cache_dir) if hub else None
@@ -69,16 +73,15 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
         WeightsError: If the file cannot be had, or is not the one that the manifest pins.
     """
     entry = original_of(entry)
-    bundled, hub = _places(entry)
+    installed, hub = _places(entry)
     path = find(entry, cache_dir)
     right = None if path is None else is_right(entry, path)
-    if path is None and bundled:
-        raise WeightsError(
-            f"{BUNDLED / bundled['file']}, the weights of {entry.name}, is missing (expected sha256 {entry.sha256}). "
-            "What to do: install spd-zoo again"
-        )
-    if path is not None and bundled and not right:
-        raise _wrong(entry, path, "install spd-zoo again")
+    if path is None and installed:
+        raise _missing(entry, installed)
+    if path is not None and installed and not right:
+        package = installed.groupdict().get("package")
+        again = f"run: pip install --force-reinstall --no-deps {package}" if package else "install spd-zoo again"
+        raise _wrong(entry, path, again)
     if path is None or right is False:
         path = _get(entry, hub, path, cache_dir)
         right = is_right(entry, path)
@@ -94,16 +97,42 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
 
 
 def _places(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:
-    """The source of an entry, as a bundled file or one on the Hub."""
+    """The source of an entry, as a file that comes with this package or another one, or as one on the Hub."""
     if entry.source is None:
         return None, None
-    bundled, hub = _BUNDLED_SOURCE.fullmatch(entry.source), HUB_SOURCE.fullmatch(entry.source)
-    if not bundled and not hub:
+    installed = _BUNDLED_SOURCE.fullmatch(entry.source) or _PACKAGE_SOURCE.fullmatch(entry.source)
+    hub = HUB_SOURCE.fullmatch(entry.source)
+    if not installed and not hub:
         raise WeightsError(
             f"the source of {entry.name} is {entry.source!r}; "
-            "it must be bundled:FILE or hf://ORG/REPO@<40-digit commit>:FILE"
+            "it must be bundled:FILE, package:NAME:FILE or hf://ORG/REPO@<40-digit commit>:FILE"
         )
-    return bundled, hub
+    return installed, hub
+
+
+def _installed_file(source: re.Match[str]) -> Path | None:
+    """Where the file of an installed package lies, without importing it; None if the package is not installed."""
+    package = source.groupdict().get("package")
+    if package is None:
+        return BUNDLED / source["file"]
+    try:
+        return Path(str(distribution(package).locate_file(source["file"])))
+    except PackageNotFoundError:
+        return None
+
+
+def _missing(entry: Entry, source: re.Match[str]) -> WeightsError:
+    package = source.groupdict().get("package")
+    if package is None:
+        return WeightsError(
+            f"{BUNDLED / source['file']}, the weights of {entry.name}, is missing (expected sha256 {entry.sha256}). "
+            "What to do: install spd-zoo again"
+        )
+    install = f"'spd-zoo[{entry.extra}]'" if entry.extra else package
+    return WeightsError(
+        f"the weights of {entry.name} come with the package {package}, which is not installed or lacks "
+        f"{source['file']}. What to do: pip install {install}"
+    )
 
 
 def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_dir: str | Path | None) -> Path:
@@ -198,13 +227,14 @@ def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
     """Deletes the file of `entry` from the user's cache; returns its path, None if there was none.
 
     Raises:
-        WeightsError: If the file belongs to the package, or to the entry that this one is derived from.
+        WeightsError: If the file belongs to a package, or to the entry that this one is derived from.
     """
     if entry.derived_from is not None:
         raise WeightsError(f"the weights of {entry.name} are those of {entry.derived_from}; delete these instead")
-    bundled, _ = _places(entry)
-    if bundled:
-        raise WeightsError(f"the weights of {entry.name} are part of the package and stay; uninstall spd-zoo instead")
+    installed, _ = _places(entry)
+    if installed:
+        package = installed.groupdict().get("package") or "spd-zoo"
+        raise WeightsError(f"the weights of {entry.name} are part of {package} and stay; uninstall that instead")
     path = find(entry, cache_dir)
     if path is None:
         return None

