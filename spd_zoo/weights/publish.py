@@ -115,6 +115,8 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
         raise WeightsError(
             f"{entry.name} has no file of its own: loading it converts {entry.derived_from}; publish that"
         )
+    if file is None and str(entry.source).startswith("package:"):
+        raise WeightsError(f"{entry.name} is published already, as a package: {entry.source}; publish your own file")
     check_license(entry)
     if file is None:
         file = _fetch_offline(entry) if offline else fetch(entry)
