@@ -7,9 +7,9 @@ from spd_zoo.fold import fold_spd
 from spd_zoo.inference.detector import Detections, Detector
 from spd_zoo.resolution import keep_resolution
 from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d, space_to_depth
+from spd_zoo.version import __version__ as __version__
 from spd_zoo.weights import WeightsError, use_manifest
 
-__version__ = "0.1.0"
 __all__ = [
     "Detections",
     "Detector",

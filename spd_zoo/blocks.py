@@ -1,4 +1,4 @@
-"""Layers and blocks that two families share, or that are worth using alone."""
+"""Layers and blocks that several families of networks share, or that are useful on their own."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from timm.layers import ConvNormAct, to_2tuple
 from timm.models import register_notrace_module
 from timm.models.efficientformer_v2 import Attention2dDownsample, Downsample
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from spd_zoo.spd import SPDConv2d, is_exporting, phase_weight
 
@@ -32,12 +34,19 @@ __all__ = [
 ]
 
 
+# What `nn.Module.__call__` runs besides, or instead of, the `forward` of the class.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")
+_FORWARDS = {nn.Conv2d: nn.Conv2d.forward, SPDConv2d: SPDConv2d.forward}
+
+
 @register_notrace_module
 class PyConv2d(nn.ModuleDict):
-    """Pyramidal convolution: kernels of several sizes side by side over the same input (arXiv 2006.11538, section 3).
+    """Pyramidal convolution: kernels of several sizes in parallel on the same input (arXiv 2006.11538, section 3).
 
-    Levels whose groups have few output channels are computed four output pixels at a time (`phase_weight`), which
-    changes no number and is faster on a CPU (docs/speed.md).
+    On a CPU, levels with few output channels per group are computed four output pixels at a time (`phase_weight`),
+    which is faster (docs/speed.md) and gives the same output. A level with hooks or anything else attached is called
+    like any module.
 
     Args:
         in_chs: Input channels; every level reads all of them.
@@ -46,7 +55,12 @@ class PyConv2d(nn.ModuleDict):
         groups: Groups of each level.
         stride: 1 or 2.
         dilation: Dilation of every level.
-        spd: At stride 2, space-to-depth and convolutions of stride 1 (`SPDConv2d`) instead of a stride.
+        spd: Whether stride 2 is done by space-to-depth and a convolution of stride 1 (`SPDConv2d`).
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: If `out_chs`, `kernel_sizes` and `groups` differ in length.
     """
 
     def __init__(
@@ -62,23 +76,14 @@ class PyConv2d(nn.ModuleDict):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         for i, (out, kernel, group) in enumerate(zip(out_chs, kernel_sizes, groups, strict=True)):
             level: nn.Conv2d
             if spd and stride == 2:
-                level = SPDConv2d(in_chs, out, kernel, groups=group, device=device, dtype=dtype)
+                level = SPDConv2d(in_chs, out, kernel, groups=group, **dd)
             else:
-                level = nn.Conv2d(
-                    in_chs,
-                    out,
-                    kernel,
-                    stride,
-                    padding=dilation * (kernel // 2),
-                    dilation=dilation,
-                    groups=group,
-                    bias=False,
-                    device=device,
-                    dtype=dtype,
-                )
+                padding = dilation * (kernel // 2)
+                level = nn.Conv2d(in_chs, out, kernel, stride, padding, dilation, group, bias=False, **dd)
             self[f"conv2_{i + 1}"] = level
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,22 +93,46 @@ class PyConv2d(nn.ModuleDict):
             for level in self.values():
                 outputs.append(level(x))
         else:
+            observed = is_exporting() or is_in_torch_dispatch_mode() or _has_any_global_hook()
+            packs = not observed and x.ndim == 4 and x.device.type == "cpu"
             for level in self.values():
-                narrow = x.device.type == "cpu" and is_narrow(level) and not is_exporting()
-                outputs.append(four_at_a_time(level, x) if narrow else level(x))
-        return torch.cat(outputs, 1)
+                packed = packs and _is_narrow(level) and _is_plain(level)
+                outputs.append(_four_at_a_time(level, x) if packed else level(x))
+        return torch.cat(outputs, -3)
 
 
-def is_narrow(level: nn.Module) -> bool:
-    """Whether a level's groups fill too little of a vector: 4 output channels each, or 8 at stride 1 in evaluation."""
-    if not isinstance(level, nn.Conv2d) or level.dilation != (1, 1):
+def _is_narrow(level: Any) -> bool:
+    """Whether a level has so few output channels per group that computing four pixels at a time is faster.
+
+    That is 4 channels, or 8 at stride 1 in evaluation. The kernel must be square and padded with half its size.
+    """
+    if not isinstance(level, nn.Conv2d) or level.padding_mode != "zeros" or level.dilation != (1, 1):
         return False
-    strided = isinstance(level, SPDConv2d) or level.stride != (1, 1)
-    return level.out_channels // level.groups <= (4 if strided or level.training else 8)
+    size = level.kernel_size[0]
+    if size % 2 == 0 or level.kernel_size != (size, size) or level.padding != (size // 2, size // 2):
+        return False
+    if level.stride not in ((1, 1), (2, 2)):
+        return False
+    return level.out_channels // level.groups <= (4 if level.stride == (2, 2) or level.training else 8)
 
 
-def four_at_a_time(level: Any, x: Tensor) -> Tensor:
-    """What `level`, SPD or not, gives for `x`, computed as channels of 2x2 pixels (`phase_weight`)."""
+def _is_plain(level: Any) -> bool:
+    """Whether calling a level runs nothing but the convolution with its parameters.
+
+    That is not so with hooks, a patched `forward`, a parametrization or a pruned weight.
+    """
+    attributes, parameters = vars(level), level._parameters
+    return (
+        _FORWARDS.get(type(level)) is type(level).forward
+        and not any(attributes[hooks] for hooks in _HOOKS)
+        and not any(name in attributes for name in _OVERRIDES)
+        and type(parameters.get("weight")) is nn.Parameter
+        and type(parameters.get("bias")) in (nn.Parameter, type(None))
+    )
+
+
+def _four_at_a_time(level: Any, x: Tensor) -> Tensor:
+    """The output of a narrow level, (N, out_chs, H', W'), computed as channels of 2x2 pixels (`phase_weight`)."""
     if isinstance(level, SPDConv2d):
         weight, stride, before = F.pixel_shuffle(level.weight, 2), 2, level.pad_before[0]
     else:
@@ -112,19 +141,19 @@ def four_at_a_time(level: Any, x: Tensor) -> Tensor:
     weight = phase_weight(weight, stride)
     bias = None if level.bias is None else level.bias.repeat_interleave(4)
     kernel, step = weight.shape[-1], 2 * stride
-    behind = [  # padding that the last window needs, whose 2x2 cell may reach over an odd output
+    after = [  # zeros that the last window needs: at an odd output size, its 2x2 pixels exceed the output
         step * ((out + 1) // 2 - 1) + kernel - before - size
         for out, size in ((width, x.shape[-1]), (height, x.shape[-2]))
     ]
-    if all(before - step < need <= before for need in behind):  # then the convolution's own padding does
+    if all(before - step < need <= before for need in after):  # then the convolution can pad by itself
         phases = F.conv2d(x, weight, bias, step, before, groups=level.groups)
     else:
-        phases = F.conv2d(F.pad(x, [before, behind[0], before, behind[1]]), weight, bias, step, groups=level.groups)
+        phases = F.conv2d(F.pad(x, [before, after[0], before, after[1]]), weight, bias, step, groups=level.groups)
     return F.pixel_shuffle(phases, 2)[:, :, :height, :width]
 
 
 class ImageSizeError(ValueError):
-    """An image of a size that the network does not take."""
+    """The network does not take images of this size."""
 
 
 def conv_norm_act(
@@ -138,7 +167,22 @@ def conv_norm_act(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ConvNormAct:
-    """timm's convolution (odd kernel, "same" padding, no bias), BatchNorm and activation; None: no activation."""
+    """timm's block of convolution (without bias), BatchNorm and activation.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Kernel size, odd; the padding is half of it.
+        stride: Stride of the convolution.
+        groups: Groups of the convolution.
+        act_layer: Activation; None: no activation.
+        norm_kwargs: `eps` and `momentum` of the BatchNorm.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Returns:
+        The block.
+    """
     return ConvNormAct(
         in_chs,
         out_chs,
@@ -162,18 +206,32 @@ def yolo_conv(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ConvNormAct:
-    """The convolution of YOLOv5 and YOLOv8: BatchNorm (eps 1e-3, momentum 0.03) and SiLU behind it."""
+    """The block of YOLOv5 and YOLOv8: convolution, BatchNorm (eps 1e-3, momentum 0.03) and SiLU.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Kernel size, odd; the padding is half of it.
+        stride: Stride of the convolution.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Returns:
+        The block.
+    """
     norm = {"eps": 1e-3, "momentum": 0.03}
     return conv_norm_act(in_chs, out_chs, kernel_size, stride, 1, nn.SiLU, norm, device, dtype)
 
 
 class YoloBottleneck(nn.Module):
-    """Two convolutions, the second 3x3, and with `add` their input on top: a block inside YOLOv5's C3 and YOLOv8's C2f.
+    """Two convolutions, the second 3x3, with an optional shortcut: the block inside YOLOv5's C3 and YOLOv8's C2f.
 
     Args:
         chs: Channels.
-        kernel_size: Of the first convolution.
+        kernel_size: Kernel size of the first convolution.
         add: Whether there is a shortcut.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -196,7 +254,13 @@ class YoloBottleneck(nn.Module):
 
 
 class SPPF(nn.Module):
-    """Spatial pyramid pooling as YOLOv5 and YOLOv8 have it: a map beside its maxima over 5, 9 and 13 pixels."""
+    """Spatial pyramid pooling of YOLOv5 and YOLOv8: concatenates a map and its maxima over 5, 9 and 13 pixels.
+
+    Args:
+        chs: Channels.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+    """
 
     def __init__(self, chs: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -216,21 +280,25 @@ class SPPF(nn.Module):
 class PaddingFreeDownsample(nn.Module):
     """A convolution of stride 2 with less padding than usual, plus a max-pool of the convolution's input.
 
-    Their 3x3 windows lie inside the map, 5x5 ones reach one pixel beyond it, so a map of n pixels becomes one of
-    floor((n - 3) / 2) + 1, and fewer zeros or none take part. Code of
-    "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024); which parts follow the convolution,
-    and whether the pooled input goes through a 1x1 convolution, differs from network to network there.
+    3x3 windows lie inside the map and 5x5 windows exceed it by one pixel, so n pixels become floor((n - 3) / 2) + 1.
+    After the code of "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024). Its networks differ
+    in what follows the convolution, and in whether a 1x1 convolution follows the max-pool.
 
     Args:
         in_chs: Input channels.
-        out_chs: Output channels; other than `in_chs` they need `project`.
-        kernel_size: 3 or 5.
+        out_chs: Output channels; with `project` they may differ from `in_chs`.
+        kernel_size: Kernel size of the convolution, 3 or 5.
         groups: Groups of the convolution.
         norm: Whether BatchNorm follows the convolution.
-        act_layer: What follows that, before the sum.
-        pool_size: Kernel of the max-pool; 3 or, with the padding of a 5x5 convolution, 5.
-        project: A 1x1 convolution behind the max-pool.
+        act_layer: Activation after the BatchNorm, before the sum; None: no activation.
+        pool_size: Window of the max-pool, 3 or 5.
+        project: Whether a 1x1 convolution follows the max-pool.
         norm_kwargs: `eps` and `momentum` of the BatchNorm.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: If a size is neither 3 nor 5, or the channels differ without `project`.
     """
 
     def __init__(
@@ -271,18 +339,23 @@ class PaddingFreeDownsample(nn.Module):
 
 
 class HybridStem(nn.Module):
-    """A 3x3 convolution, then a depthwise 3x3 convolution beside a 3x3 max-pool, then a 1x1 convolution over both.
+    """A 3x3 convolution, then a depthwise 3x3 convolution parallel to a 3x3 max-pool, then a 1x1 convolution of both.
 
-    Code of "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
+    After the code of "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
 
     Args:
         in_chans: Image channels.
-        chs: Output channels, and those inside.
-        stride: Of the first convolution.
-        inner_stride: Of the depthwise convolution and the max-pool.
-        act_layer: Behind every convolution's BatchNorm.
-        residual: Add what the first convolution gives to the output; needs `inner_stride` 1.
-        pre_activation: BatchNorm and activation in front of the convolutions, and none at the first one.
+        chs: Channels of every convolution's output.
+        stride: Stride of the first convolution.
+        inner_stride: Stride of the depthwise convolution and the max-pool.
+        act_layer: Activation after every convolution's BatchNorm.
+        residual: Whether the output of the first convolution is added to the stem's; needs `inner_stride` 1.
+        pre_activation: Whether BatchNorm and activation precede the last two convolutions, and the first has none.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: If `residual` is combined with an `inner_stride` other than 1.
     """
 
     def __init__(
@@ -324,7 +397,18 @@ class HybridStem(nn.Module):
 
 
 class NormActConv(nn.Module):
-    """BatchNorm, activation and a convolution (odd kernel, "same" padding, no bias), as pre-activation networks do."""
+    """BatchNorm, activation and a convolution without bias, the order of pre-activation networks.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Kernel size, odd; the padding is half of it.
+        stride: Stride of the convolution.
+        groups: Groups of the convolution.
+        act_layer: Activation.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+    """
 
     def __init__(
         self,
@@ -353,7 +437,17 @@ class BSConvU2d(nn.Sequential):
     """Blueprint separable convolution, unconstrained: a 1x1 convolution `pw`, then a depthwise one `dw`.
 
     Haase and Amthor, Rethinking Depthwise Separable Convolutions, https://arxiv.org/abs/2003.13549, section 3.2. It
-    takes the place of a convolution of the same arguments: (N, in_chs, H, W) -> (N, out_chs, H', W').
+    replaces a convolution with the same arguments: (N, in_chs, H, W) -> (N, out_chs, H', W').
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Kernel size of the depthwise convolution.
+        stride: Stride of the depthwise convolution.
+        padding: Padding of the depthwise convolution.
+        bias: Whether the depthwise convolution has a bias.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -378,12 +472,20 @@ class BSConvS2d(nn.Sequential):
     """Blueprint separable convolution, subspace: 1x1 convolutions `pw1` and `pw2` with few channels between, then `dw`.
 
     Haase and Amthor, Rethinking Depthwise Separable Convolutions, https://arxiv.org/abs/2003.13549, section 3.3. It
-    takes the place of a convolution of the same arguments: (N, in_chs, H, W) -> (N, out_chs, H', W'). Add
-    `orthonormality(layer.pw1.weight)`, times 0.1 in the paper, to the training loss.
+    replaces a convolution with the same arguments: (N, in_chs, H, W) -> (N, out_chs, H', W'). The paper adds
+    0.1 * `orthonormality(layer.pw1.weight)` to the training loss.
 
     Args:
-        ratio: Channels between the 1x1 convolutions, as a share of `in_chs`.
-        min_mid_chs: But at least so many, and at most `in_chs`.
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Kernel size of the depthwise convolution.
+        stride: Stride of the depthwise convolution.
+        padding: Padding of the depthwise convolution.
+        bias: Whether the depthwise convolution has a bias.
+        ratio: Channels between the 1x1 convolutions, as a fraction of `in_chs`.
+        min_mid_chs: Smallest number of these channels; they never exceed `in_chs`.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -409,17 +511,22 @@ class BSConvS2d(nn.Sequential):
 
 
 def orthonormality(weight: Tensor) -> Tensor:
-    """How far the kernels of a 1x1 convolution are from orthonormal: the Frobenius norm of W W^T - I, a scalar.
+    """Distance of a 1x1 convolution's kernels from orthonormal ones: the Frobenius norm of W W^T - I.
 
     The regularisation of BSConv-S (arXiv 2003.13549, section 3.3), not squared.
 
     Args:
-        weight: The kernels, (out_chs, in_chs, 1, 1).
+        weight: Kernels, (out_chs, in_chs, 1, 1).
+
+    Returns:
+        A scalar, 0 for orthonormal kernels.
     """
     kernels = weight.flatten(1)
     return torch.linalg.matrix_norm(kernels @ kernels.T - torch.eye(len(kernels), device=weight.device))
 
 
+@torch.fx.has_side_effect  # so that an exported graph keeps the check although nothing reads its result
+@torch.fx.wrap
 def _check_size(x: Tensor, size: tuple[int, int]) -> None:
     height, width = x.shape[-2], x.shape[-1]
     if (height, width) != size:
@@ -431,7 +538,7 @@ def _check_size(x: Tensor, size: tuple[int, int]) -> None:
 
 @register_notrace_module
 class PositionAwareCircularConv2d(nn.Module):
-    """ParC: a depthwise convolution as long as the map along one axis, which wraps around, and optionally a position.
+    """ParC: a circular depthwise convolution along one axis, whose kernel is as long as the map.
 
     Zhang, Hu and Wang, ParC-Net, https://arxiv.org/abs/2203.03952, section 3.
 
@@ -439,7 +546,12 @@ class PositionAwareCircularConv2d(nn.Module):
         chs: Channels.
         size: Height and width of the map.
         axis: 0 convolves columns (along the height), 1 rows (along the width).
-        position: Add a learnt value for every place along the axis first.
+        position: Whether a learnt position embedding along the axis is added first.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: If `axis` is neither 0 nor 1.
     """
 
     def __init__(
@@ -454,7 +566,7 @@ class PositionAwareCircularConv2d(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if axis not in (0, 1):
-            raise ValueError(f"axis is 0 (height) or 1 (width), got {axis}")
+            raise ValueError(f"axis must be 0 (height) or 1 (width), got {axis}")
         self.size: tuple[int, int] = to_2tuple(size)
         self.axis = axis
         kernel = (self.size[0], 1) if axis == 0 else (1, self.size[1])
@@ -462,9 +574,18 @@ class PositionAwareCircularConv2d(nn.Module):
         self.conv = nn.Conv2d(chs, chs, kernel, groups=chs, **dd)
 
     def resampled(self, name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
-        """The parameter `name` of such a layer as one for maps of height and width `size`.
+        """Resamples a parameter of such a layer for maps of another size.
 
-        Positions and kernels are interpolated; kernels keep their sum, and so what they make of a constant map.
+        Position embeddings and kernels are interpolated. Kernels keep their sum, and with it the output for a constant
+        map.
+
+        Args:
+            name: Name of the parameter in the layer.
+            tensor: The parameter.
+            size: New height and width of the map.
+
+        Returns:
+            The parameter for maps of `size`.
         """
         kernel = (size[0], 1) if self.axis == 0 else (1, size[1])
         if name == "conv.bias" or tensor.shape[2:] == kernel:
@@ -477,7 +598,11 @@ class PositionAwareCircularConv2d(nn.Module):
         return resampled.to(tensor.dtype)
 
     def set_size(self, size: tuple[int, int]) -> None:
-        """Resamples the parameters for maps of another height and width."""
+        """Resamples the parameters for maps of another size.
+
+        Args:
+            size: New height and width of the map.
+        """
         if self.pe is not None:
             self.pe = nn.Parameter(self.resampled("pe", self.pe.detach(), size), self.pe.requires_grad)
         weight = self.resampled("conv.weight", self.conv.weight.detach(), size)
@@ -496,7 +621,7 @@ class PositionAwareCircularConv2d(nn.Module):
 
 
 class _Attention(Attention2dDownsample):
-    """timm's, without its cache of attention biases, which would outlive weights that are loaded after a prediction."""
+    """timm's, without its cache of attention biases, which would keep old biases after weights are loaded."""
 
     attention_bias_idxs: Tensor
 
@@ -507,7 +632,7 @@ class _Attention(Attention2dDownsample):
 
 @register_notrace_module
 class AttentionDownsample(Downsample):
-    """EfficientFormerV2's downsampling: a 3x3 convolution of stride 2, and beside it attention of the same stride.
+    """EfficientFormerV2's downsampling: the sum of a 3x3 convolution and an attention, both of stride 2.
 
     Li et al., Rethinking Vision Transformers for MobileNet Size and Speed, https://arxiv.org/abs/2212.08059.
 
@@ -515,8 +640,10 @@ class AttentionDownsample(Downsample):
         in_chs: Input channels.
         out_chs: Output channels.
         size: Height and width of the map.
-        attention: Whether there is attention; without it every size works.
+        attention: Whether there is attention; without it the layer takes maps of every size.
         norm_kwargs: `eps` and `momentum` of the convolution's BatchNorm.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -537,9 +664,17 @@ class AttentionDownsample(Downsample):
             self.attn = _Attention(in_chs, out_dim=out_chs, resolution=self.size, device=device, dtype=dtype)
 
     def resampled(self, name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
-        """The parameter `name` of such a layer as one for maps of `size`; biases for maps of unknown shape stay.
+        """Resamples a parameter of such a layer for maps of another size.
 
-        Known are those of the layer's own size and square ones.
+        Attention biases whose map is neither of the layer's size nor square are returned unchanged.
+
+        Args:
+            name: Name of the parameter in the layer.
+            tensor: The parameter.
+            size: New height and width of the map.
+
+        Returns:
+            The parameter for maps of `size`.
         """
         side = math.isqrt(tensor.shape[-1])
         old = self.size if tensor.shape[-1] == self.size[0] * self.size[1] else (side, side)
@@ -549,7 +684,11 @@ class AttentionDownsample(Downsample):
         return F.interpolate(table, size, mode="bilinear")[0].flatten(1).to(tensor.dtype)
 
     def set_size(self, size: tuple[int, int]) -> None:
-        """Resamples the attention's biases for maps of another height and width."""
+        """Resamples the attention biases for maps of another size.
+
+        Args:
+            size: New height and width of the map.
+        """
         if self.attn is not None:
             old = self.attn
             fresh = _Attention(old.q.local.in_channels, out_dim=old.out_dim, resolution=size, device="meta")
@@ -569,7 +708,15 @@ class AttentionDownsample(Downsample):
 
 
 def resample_to_fit(state_dict: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint whose parts that depend on the image size are resampled to the size of the network."""
+    """Resamples the parameters of a checkpoint that depend on the image size.
+
+    Args:
+        state_dict: The checkpoint; changed in place.
+        net: The network that will load it.
+
+    Returns:
+        `state_dict`.
+    """
     for prefix, module in net.named_modules():
         if isinstance(module, PositionAwareCircularConv2d | AttentionDownsample):
             for name, parameter in module.named_parameters():

@@ -1,6 +1,7 @@
-"""Boxes of detectors: overlap, what raw predictions mean, prior boxes, and suppression. Functions without a state.
+"""Boxes of detectors: overlap, decoding of raw predictions, prior boxes, and non-maximum suppression.
 
-Boxes are (x1, y1, x2, y2) unless said otherwise; `torchvision.ops.box_convert` turns them into centre and size.
+Boxes are (x1, y1, x2, y2) unless noted otherwise; `torchvision.ops.box_convert` converts them to centre and size. Every
+function takes integers, too, as annotations have them.
 """
 
 import math
@@ -14,6 +15,7 @@ from torchvision.ops import batched_nms, box_convert
 
 __all__ = [
     "anchor_boxes",
+    "as_float",
     "cell_corners",
     "class_nms",
     "complete_iou",
@@ -26,20 +28,33 @@ __all__ = [
 ]
 
 
-def complete_iou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
-    """Complete IoU of boxes with others, one by one or broadcast: IoU less the distance and the difference in shape.
+def as_float(boxes: Tensor) -> Tensor:
+    """Converts boxes to float32; float64 stays.
 
-    Zheng et al., https://arxiv.org/abs/1911.08287, with the weight of the shape a constant for the gradient. Unlike
-    torchvision's it takes boxes without height, which predictions can be: heights get `eps`.
+    Args:
+        boxes: Of any shape and data type.
+
+    Returns:
+        The same values, without a copy if they are float32 or float64 already.
+    """
+    return boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+
+
+def complete_iou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
+    """Complete IoU of pairs of boxes: IoU minus a distance term and an aspect-ratio term.
+
+    Zheng et al., https://arxiv.org/abs/1911.08287. The weight of the aspect-ratio term gets no gradient. Unlike
+    torchvision's function this one takes predicted boxes of zero height: `eps` is added to heights.
 
     Args:
         boxes: (..., 4).
-        others: (..., 4).
-        eps: Added to heights and to the denominators.
+        others: (..., 4), broadcast against `boxes`.
+        eps: Added to heights and denominators.
 
     Returns:
         (...), above -2 and at most 1.
     """
+    boxes, others = as_float(boxes), as_float(others)
     width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
     other_width, other_height = (others[..., 2:] - others[..., :2]).unbind(-1)
     height, other_height = height + eps, other_height + eps
@@ -56,35 +71,47 @@ def complete_iou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def cell_corners(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """(column, row) of every cell of a map, row by row, (height * width, 2)."""
+    """Coordinates of every cell of a feature map.
+
+    Args:
+        height: Rows of the map.
+        width: Columns of the map.
+        device: Device of the result.
+
+    Returns:
+        (column, row) of each cell, row by row, (height * width, 2).
+    """
     rows = torch.arange(height, dtype=torch.float32, device=device)
     columns = torch.arange(width, dtype=torch.float32, device=device)
     return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).flatten(0, 1)
 
 
 def anchor_boxes(raw: Tensor, anchors: Tensor) -> Tensor:
-    """What YOLOv5's raw box means: centre, from its cell's corner, and size, in cells.
+    """Decodes YOLOv5's raw boxes.
 
     Args:
-        raw: (..., 4).
+        raw: Raw predictions, (..., 4).
         anchors: Width and height in cells, (..., 2).
+
+    Returns:
+        Centre relative to the cell's corner, and size, in cells, (..., 4).
     """
     p = 2 * raw.sigmoid()
     return torch.cat([p[..., :2] - 0.5, p[..., 2:].square() * anchors], -1)
 
 
 def expected_distances(sides: Tensor, bins: Tensor) -> Tensor:
-    """What YOLOv8's raw box means: the distances from a cell's centre to the four sides, in cells.
+    """Decodes YOLOv8's raw boxes.
 
-    The mean of a distribution over bins (Li et al., Generalized Focal Loss, https://arxiv.org/abs/2006.04388), computed
-    in full precision also under autocast.
+    Each distance is the mean of a distribution over bins (Li et al., Generalized Focal Loss,
+    https://arxiv.org/abs/2006.04388), computed in float32 even under autocast.
 
     Args:
         sides: Logits of left, top, right and bottom, (..., 4 * number of bins).
-        bins: The distance that each bin stands for, any shape.
+        bins: Distance of each bin in cells, any shape.
 
     Returns:
-        (..., 4).
+        Distances from the cell's centre to left, top, right and bottom in cells, (..., 4).
     """
     probabilities = sides.float().unflatten(-1, (4, -1)).softmax(-1)
     device = sides.device.type
@@ -93,15 +120,15 @@ def expected_distances(sides: Tensor, bins: Tensor) -> Tensor:
 
 
 def yolov8_predictions(raw: Sequence[Tensor], strides: Sequence[int], bins: int) -> tuple[Tensor, ...]:
-    """YOLOv8's raw maps, levels and cells joined to A anchors, and where the anchors lie.
+    """Flattens YOLOv8's raw maps of all levels to A anchors, and gives the positions of the anchors.
 
     Args:
         raw: A map (N, 4 * bins + classes, H, W) for each level.
         strides: Pixels per cell of each level.
-        bins: Bins of each side.
+        bins: Number of bins of each side.
 
     Returns:
-        Logits of the sides (N, A, 4 * bins) and of the classes (N, A, classes), centres in cells (A, 2), and the pixels
+        Logits of the sides (N, A, 4 * bins), logits of the classes (N, A, classes), centres in cells (A, 2), and pixels
         per cell (A, 1).
     """
     flat = torch.cat([level.float().flatten(2) for level in raw], 2).mT
@@ -118,19 +145,20 @@ def prior_boxes(
     boxes_per_cell: Sequence[int],
     image_size: tuple[int, int],
 ) -> Tensor:
-    """SSD's prior boxes as centre and size in fractions of the image, clamped to 0..1.
+    """SSD's prior boxes.
 
-    Liu et al., https://arxiv.org/abs/1512.02325, section 2.2, with fixed steps in pixels that need not fit the map.
+    Liu et al., https://arxiv.org/abs/1512.02325, section 2.2. Steps are fixed numbers of pixels, which need not divide
+    the image by the size of the map.
 
     Args:
-        maps: Height and width of every map.
-        steps: Image pixels between the cells of every map.
-        sizes: Side of the square prior of every map in pixels, and one more.
-        boxes_per_cell: Of every map: 4 (two squares, 2:1, 1:2) or 6 (also 3:1 and 1:3).
-        image_size: Height and width of the image.
+        maps: Height and width of each map.
+        steps: Pixels between the cells of each map.
+        sizes: Side of the square prior of each map in pixels, and one more for the larger square of the last map.
+        boxes_per_cell: For each map 4 (two squares, 2:1, 1:2) or 6 (also 3:1 and 1:3).
+        image_size: Height and width of the image in pixels.
 
     Returns:
-        (P, 4), rows in the order map, row, column, box.
+        Centre and size in fractions of the image, clamped to 0..1, (P, 4), in the order map, row, column, box.
     """
     priors = []
     for i, (height, width) in enumerate(maps):
@@ -149,49 +177,69 @@ def prior_boxes(
 
 
 def ssd_encode(boxes: Tensor, priors: Tensor, variances: Sequence[float] = (0.1, 0.2)) -> Tensor:
-    """SSD's regression targets (..., 4) for boxes in fractions (..., 4) and their priors as centre and size."""
-    boxes = box_convert(boxes, "xyxy", "cxcywh")
+    """SSD's regression targets.
+
+    Args:
+        boxes: Boxes in fractions of the image, (..., 4).
+        priors: Prior of each box as centre and size, (..., 4).
+        variances: Scales of centres and of sizes.
+
+    Returns:
+        (..., 4).
+    """
+    boxes = box_convert(as_float(boxes), "xyxy", "cxcywh")
     centre = (boxes[..., :2] - priors[..., :2]) / (variances[0] * priors[..., 2:])
     return torch.cat([centre, (boxes[..., 2:] / priors[..., 2:]).log() / variances[1]], -1)
 
 
 def ssd_decode(codes: Tensor, priors: Tensor, variances: Sequence[float] = (0.1, 0.2)) -> Tensor:
-    """What SSD's raw boxes mean: centre and size in fractions, (..., 4), not clipped to the image."""
+    """Decodes SSD's raw boxes.
+
+    Args:
+        codes: Raw predictions, (..., 4).
+        priors: Prior of each prediction as centre and size, (..., 4).
+        variances: Scales of centres and of sizes.
+
+    Returns:
+        Centre and size in fractions of the image, (..., 4), not clipped to it.
+    """
     centre = priors[..., :2] + variances[0] * codes[..., :2] * priors[..., 2:]
     return torch.cat([centre, priors[..., 2:] * (variances[1] * codes[..., 2:]).exp()], -1)
 
 
 def labelled_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
-    """Non-maximum suppression of each class by itself.
+    """Non-maximum suppression within each class.
 
     Args:
-        boxes: (D, 4), anywhere: negative corners are fine.
+        boxes: (D, 4); coordinates may be negative.
         scores: (D,).
         labels: (D,).
-        iou_threshold: Boxes that overlap a better one of their class by more are dropped.
+        iou_threshold: Boxes whose IoU with a better box of their class is larger are dropped.
 
     Returns:
-        The places of those that are kept, the best score first.
+        Indices of the boxes that are kept, by descending score.
     """
     if not len(boxes):
-        return labels
-    return batched_nms(boxes - boxes.min(), scores, labels, iou_threshold)  # it moves boxes, and needs them positive
+        return torch.zeros(0, dtype=torch.long, device=boxes.device)
+    boxes = as_float(boxes)
+    # batched_nms shifts the boxes of each class, which needs coordinates that are not negative
+    return batched_nms(boxes - boxes.min(), scores.to(boxes.dtype), labels, iou_threshold)
 
 
 def class_nms(
     boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_candidates: int | None = 30000
 ) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression of each class by itself; a box may stand for several classes.
+    """Non-maximum suppression within each class; a box may be a detection of several classes.
 
     Args:
         boxes: (P, 4).
         scores: (P, classes).
-        score_threshold: Scores above it are looked at.
-        iou_threshold: Boxes that overlap a better one of their class by more are dropped.
-        max_candidates: At most so many of the best scores, over all classes together, are looked at; None: all.
+        score_threshold: Lower scores, and equal ones, are ignored.
+        iou_threshold: Boxes whose IoU with a better box of their class is larger are dropped.
+        max_candidates: Largest number of scores considered, over all classes together, best first; None: no limit.
 
     Returns:
-        The row in `boxes` and the class of each detection, both (D,), the best score first.
+        The row in `boxes` and the class of each detection, both (D,), by descending score.
     """
     flat = scores.flatten()
     candidates = (flat > score_threshold).nonzero().squeeze(1)

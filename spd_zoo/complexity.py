@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from spd_zoo.trace import OperatorMode, run_on_meta
 
 __all__ = ["COUNTERS", "Operation", "count_activations", "count_layer_params", "count_macs", "count_params", "trace"]
 
@@ -49,22 +50,18 @@ class Operation:
     params: int = 0
 
 
-class _Recorder(TorchDispatchMode):
-    """Lists the operators that run inside of it."""
+class _Recorder:
+    """Lists the operators that a network runs."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        TorchDispatchMode.__init__(self)  # untyped: as super().__init__() mypy refuses it
         self.operations: list[Operation] = []
         self.unread = {_storage(parameter): parameter.numel() for parameter in parameters}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Adds an operator to the list, unless it reads or gives no tensor."""
         output = result[0] if isinstance(result, (tuple, list)) else result
         if isinstance(output, Tensor) and any(isinstance(arg, Tensor) for arg in args):
-            self.operations.append(self._describe(func.overloadpacket.__name__, args, output))
-        return result
+            self.operations.append(self._describe(name, args, output))
 
     def _describe(self, name: str, args: tuple[Any, ...], output: Tensor) -> Operation:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -98,13 +95,14 @@ def trace(net: nn.Module, input_size: tuple[int, int, int]) -> list[Operation]:
     Only `net` on the "meta" device is counted exactly: on a CPU, pyramids are computed packed, with more operations.
 
     Raises:
-        ValueError: If `net` is not on the "meta" device.
+        ValueError: If `net` is not on the "meta" device, or cannot run there.
     """
     if any(parameter.device.type != "meta" for parameter in net.parameters()):
         raise ValueError('counting needs a network on the "meta" device: timm.create_model(name, device="meta")')
     was_training = net.training
-    with _Recorder(net.parameters()) as recorder, torch.no_grad():
-        result = net.eval()(torch.empty(1, *input_size, device="meta"))
+    recorder = _Recorder(net.parameters())
+    with OperatorMode(recorder.record), torch.no_grad():
+        result = run_on_meta(net.eval(), input_size)
         if hasattr(net, "decode"):
             cast("Any", net).decode(result, input_size[1:])
     net.train(was_training)

@@ -8,8 +8,6 @@ Space-to-depth: Sunkara and Luo, No More Strided Convolutions or Pooling, https:
 keep the function: Chen, Goodfellow and Shlens, Net2Net, https://arxiv.org/abs/1511.05641.
 """
 
-import copy
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,35 +31,40 @@ from timm.layers.std_conv import StdConv2dSame
 from timm.models import build_model_with_cfg, get_model_input_config
 from timm.models._input import update_model_args
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from spd_zoo import complexity
-from spd_zoo.models._registry import register_model
+from spd_zoo.files import whole
+from spd_zoo.models._registry import register_unlisted_model
+from spd_zoo.rewrite import (
+    ConversionError,
+    Unchanged,
+    check_same,
+    expected_outputs,
+    move_hooks,
+    replace_modules,
+    tensors_in,
+    what_is_attached,
+    with_shared_parameters,
+)
 from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d, adapt_image_channels
-from spd_zoo.watch import Watch, image_size
+from spd_zoo.trace import OperatorMode, copy_network, image_size, meta_copy
 from spd_zoo.weights import WeightsError, save_network
-from spd_zoo.weights.fit import misfit
+from spd_zoo.weights.fit import filter_of, misfit, own_networks
 from spd_zoo.weights.load import load_network
 
 __all__ = [
     "ConversionError",
-    "Left",
     "Replaced",
     "SPDReport",
+    "Unchanged",
     "convert_checkpoint",
     "convert_to_spd",
     "spd_converted",
 ]
 
-TOLERANCE = 1e-4  # of the outputs' standard deviation, in fp32
-
 _STD_CONVS = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _MAX_POOLS = (nn.MaxPool2d, MaxPool2dSame)
 _AVG_POOLS = (nn.AvgPool2d, AvgPool2dSame)
-
-
-class ConversionError(RuntimeError):
-    """A converted network that does not compute what the original computes."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,13 @@ class Replaced:
 
 
 @dataclass(frozen=True)
-class Left:
-    """Something that downsamples and was left as it is."""
-
-    module: str
-    what: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class SPDReport:
     """What `convert_to_spd` did to a network.
 
     Attributes:
         input_size: Image channels, height and width that MACs are counted for.
         replaced: Every layer that was replaced.
-        left: Everything that still downsamples by a stride or a pooling, and why.
+        unchanged: Everything that still downsamples by a stride or a pooling, and why.
         params: Parameters of the whole network, before and after.
         macs: Multiply-accumulates of its convolutions and linear layers, before and after.
         difference: The largest difference between the outputs for `example_input`, in standard deviations of the
@@ -100,7 +94,7 @@ class SPDReport:
 
     input_size: tuple[int, int, int]
     replaced: tuple[Replaced, ...]
-    left: tuple[Left, ...]
+    unchanged: tuple[Unchanged, ...]
     params: tuple[int, int]
     macs: tuple[int, int]
     difference: float | None = None
@@ -118,7 +112,7 @@ class SPDReport:
             arrow = "->" if row[4] else "  "
             pairs = [f"{before} {arrow} {after}" for before, after in (numbers[:2], numbers[2:])]
             lines.append("  ".join([*words, *pairs]).rstrip())
-        lines += [f"left: {left.module or 'the network itself'}, {left.what}: {left.reason}" for left in self.left]
+        lines += map(str, self.unchanged)
         if self.difference is not None:
             lines.append(f"largest difference of the outputs: {self.difference:.1e} of their standard deviation")
         return "\n".join(lines)
@@ -161,37 +155,77 @@ def convert_to_spd(
     size = image_size(model, example_input)
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
-    net = model if inplace else copy.deepcopy(model)
-    expected = None if example_input is None else _outputs(net, example_input)
-    before = _look(net, size)
-    numbers = (tensor for tensor in (*net.parameters(), *net.buffers()) if tensor.is_floating_point())
-    like = next(numbers, torch.empty(0) if example_input is None else example_input)
-    reasons: dict[str, str] = {}
-    new: dict[str, nn.Module] = {}
+    expected = None if example_input is None else expected_outputs(model, example_input)
+    net = model if inplace else copy_network(model)
+    before = _trace(net, size)
     candidates = {name: module for name, module in net.named_modules() if _downsamples(module)}
     for pattern in include or ():
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise ValueError(
                 f"include={pattern!r} names nothing that downsamples; there are: {', '.join(candidates) or 'none'}"
             )
+    numbers = (tensor for tensor in (*net.parameters(), *net.buffers()) if tensor.is_floating_point())
+    like = next(numbers, torch.empty(0) if example_input is None else example_input)
+    shared = with_shared_parameters(net)
+    reasons: dict[str, str] = {}
+    successors: dict[str, nn.Module] = {}
     for name, module in candidates.items():
         wanted = include is None or any(fnmatchcase(name, pattern) for pattern in include)
+        channels = before.channels.get(name, set())
+        made: nn.Module | str
         if not wanted or any(fnmatchcase(name, pattern) for pattern in exclude):
-            reasons[name] = "left out by include or exclude"
-        elif name not in before.channels:
-            reasons[name] = "not called in evaluation, so nothing could be compared"
-        elif len(before.channels[name]) > 1:
-            reasons[name] = "called with maps of different numbers of channels"
+            made = "left out by include or exclude"
+        elif not channels:
+            made = "not called in evaluation, so nothing could be compared"
+        elif len(channels) > 1:
+            made = "called with maps of different numbers of channels"
+        elif attached := what_is_attached(module):
+            made = attached
+        elif module in shared:
+            made = "it shares a parameter with another module"
+        elif name in before.parameters_read_elsewhere:
+            made = "its parameters are also read outside of it"
         else:
-            (chs,) = before.channels[name]
-            made = _successor(module, chs, like)
-            if isinstance(made, str):
-                reasons[name] = made
-            else:
-                new[name] = made
-    old = {name: candidates[name] for name in new}
-    converted = _exchange(net, old, new)
-    after = _look(converted, size)
+            made = _successor(module, next(iter(channels)), like)
+        if isinstance(made, str):
+            reasons[name] = made
+        else:
+            successors[name] = made
+    converted = net
+    try:
+        converted = _replace(net, {candidates[name]: new for name, new in successors.items()})
+        after = _trace(converted, size)
+        uncalled = [name for name in successors if name not in after.channels]
+        if uncalled:
+            converted = _replace(converted, {successors.pop(name): candidates[name] for name in uncalled})
+            reasons |= dict.fromkeys(uncalled, "called by another reference to it than its name")
+            after = _trace(converted, size)
+        report = _report(size, before, after, candidates, successors, reasons)
+        if example_input is not None:
+            assert expected is not None
+            advice = (
+                "find the layer by converting a part at a time, with include=..., and leave it out with exclude=...\n"
+                f"{report}"
+            )
+            report = replace(report, difference=check_same(converted, example_input, expected, advice))
+        _remember(converted, list(successors))
+    except BaseException:
+        _replace(converted, {new: candidates[name] for name, new in successors.items()})
+        raise
+    anything: Any = converted
+    anything.spd_report = report
+    return converted
+
+
+def _report(
+    size: tuple[int, int, int],
+    before: "_Trace",
+    after: "_Trace",
+    old: dict[str, nn.Module],
+    new: dict[str, nn.Module],
+    reasons: dict[str, str],
+) -> SPDReport:
+    """What was replaced, and what downsamples still and why."""
     replaced = [
         Replaced(
             name,
@@ -202,110 +236,115 @@ def convert_to_spd(
         )
         for name in new
     ]
-    idle = [Left(name, _describe(candidates[name]), why) for name, why in reasons.items() if name not in after.channels]
-    busy = [
-        Left(name, _describe(candidates[name]), reasons[name]) if name in reasons else Left(name, what, why)
-        for name, what, why in after.downsampling
-    ]
-    report = SPDReport(
+    stay = {name: Unchanged(name, _describe(old[name]), reason) for name, reason in reasons.items()}
+    called = [stay.get(operator.module, operator) for operator in after.downsampling]
+    idle = [layer for name, layer in stay.items() if name not in after.channels]
+    return SPDReport(
         size,
         tuple(replaced),
-        tuple(dict.fromkeys([*busy, *idle])),
+        tuple(dict.fromkeys([*called, *idle])),
         (before.params, after.params),
         (before.macs, after.macs),
     )
-    if example_input is not None:
-        assert expected is not None
-        difference = _difference(_outputs(converted, example_input), expected)
-        if not difference <= TOLERANCE:
-            _exchange(converted, new, old)
-            raise ConversionError(
-                f"the converted network differs by {difference:.1e} of the outputs' standard deviation; find the layer "
-                f"by converting a part at a time, with include=..., and leave it out with exclude=...\n{report}"
-            )
-        report = replace(report, difference=difference)
-    anything: Any = converted
-    anything.spd_report = report
-    _remember(converted, list(new))
-    return converted
 
 
-# Looking at a network
+# What a network does
 
 
 @dataclass
-class _Look:
+class _Trace:
     """What a network does with an image.
 
     Attributes:
         params: Parameters.
         macs: Multiply-accumulates of convolutions and linear layers.
-        channels: For each module that was called, the numbers of channels of the maps that it was given.
+        channels: For each module that was called, the numbers of channels of its input maps.
         conv_macs: Multiply-accumulates of the convolutions that ran right in a module.
-        downsampling: Module, operator and reason of everything that downsampled outside of our layers.
+        downsampling: Everything that downsampled outside of our layers.
+        parameters_read_elsewhere: Modules whose parameters an operator outside of them reads.
     """
 
     params: int
     macs: int
     channels: dict[str, set[int]]
     conv_macs: Counter[str]
-    downsampling: list[tuple[str, str, str]]
+    downsampling: list[Unchanged]
+    parameters_read_elsewhere: set[str]
 
     def macs_in(self, name: str) -> int:
         """Multiply-accumulates of the convolutions in a module."""
         return sum(macs for key, macs in self.conv_macs.items() if key == name or key.startswith(f"{name}."))
 
 
-def _look(net: nn.Module, size: tuple[int, int, int]) -> _Look:
-    """Runs a copy of the network without numbers ("meta"), in evaluation."""
-    meta = copy.deepcopy(net).to("meta").float()
-    look = _Look(_numel(meta), 0, {}, Counter(), [])
+def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Trace:
+    """Runs a copy of the network on the "meta" device, in evaluation."""
+    meta = meta_copy(net)
+    trace = _Trace(_numel(meta), 0, {}, Counter(), [], set())
     running: list[str] = [""]
-    rows: list[Tensor] = []  # of every second row, the last slice
+    stepped: dict[int, Tensor] = {}  # by axis, the last map whose rows or columns a slice left out
 
-    def enter(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             running.append(name)
-            if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
-                look.channels.setdefault(name, set()).add(args[0].shape[1])
+            maps = [tensor for tensor in tensors_in([args, kwargs]) if tensor.ndim == 4]
+            if maps:
+                trace.channels.setdefault(name, set()).add(maps[0].shape[1])
 
         return hook
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         running.pop()
 
+    owners: dict[int, str] = {}  # by parameter
     for name, module in meta.named_modules():
-        module.register_forward_pre_hook(enter(name))
+        owners |= {id(parameter): name for parameter in module.parameters(recurse=False)}
+        module.register_forward_pre_hook(enter(name), with_kwargs=True)
         module.register_forward_hook(leave)
 
-    def ran(name: str, args: tuple[Any, ...], output: Tensor) -> None:
+    def on_operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         module = running[-1]
+        owners_read = {owners.get(id(tensor), module) for tensor in tensors_in([args, kwargs])}
+        trace.parameters_read_elsewhere |= owners_read - {module}
+        output = result[0] if isinstance(result, (tuple, list)) else result
+        if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+            return
         if name == "convolution":
-            look.conv_macs[module] += output.shape[2:].numel() * args[1].numel()
-        if name == "slice" and output.ndim == 4 and len(args) > 4 and args[4] > 1:
-            if args[1] % 4 == 2:
-                rows[:] = [output]
-            stepped = args[1] % 4 == 3 and len(rows) == 1 and args[0] is rows[0]
+            trace.conv_macs[module] += output.shape[2:].numel() * args[1].numel()
+        if name == "slice":
+            downsamples = output.ndim == 4 and len(args) > 4 and args[4] > 1 and args[1] % 4 > 1
+            if downsamples:
+                axis = args[1] % 4
+                stepped[axis] = output
+                downsamples = stepped.get(5 - axis) is args[0]  # only of rows or columns: a rotary embedding
         else:
-            stepped = _shrinks(name, args, output)
+            downsamples = _downsamples_by(name, args, output)
         owner = meta.get_submodule(module)
-        if not stepped or isinstance(owner, SPDConv2d | PhaseMix):
+        if not downsamples or isinstance(owner, SPDConv2d | PhaseMix):
             return
         why = f"called in the forward of {type(owner).__name__}, not a layer of its own"
         if type(owner).__module__.startswith("torch.nn."):
             why = f"there is nothing to put in the place of {type(owner).__name__}"
-        look.downsampling.append((module, name.lstrip("_").removesuffix("_with_indices"), why))
+        operator = name.lstrip("_").removesuffix("_with_indices")
+        trace.downsampling.append(Unchanged(module, operator, why))
 
-    with Watch(ran):
-        look.macs = complexity.macs(complexity.trace(meta, size))
-    return look
+    with OperatorMode(on_operator):
+        trace.macs = complexity.macs(complexity.trace(meta, size))
+    return trace
 
 
-def _shrinks(name: str, args: tuple[Any, ...], output: Tensor) -> bool:
-    """Whether an operator downsamples: by a stride, or to a number of pixels that is smaller.
+# operators that resample a map: whether they downsample is seen from the sizes
+_RESAMPLING = (
+    *("adaptive_avg_pool2d", "adaptive_max_pool2d", "fractional_max_pool2d", "upsample_", "grid_sampler"),
+    *("index_select", "gather", "take_along_dim", "roi_align"),
+)
+
+
+def _downsamples_by(name: str, args: tuple[Any, ...], output: Tensor) -> bool:
+    """Whether an operator downsamples: by a stride, or to a smaller number of pixels.
 
     Pooling of the whole map to one pixel is a classifier's or an attention's, and no downsampling.
     """
+    name, x = name.lstrip("_"), args[0]
     if name == "convolution":
         return max(args[3]) > 1 and not args[6]  # args[6]: transposed
     if name.startswith(("max_pool2d", "avg_pool2d")):
@@ -313,35 +352,24 @@ def _shrinks(name: str, args: tuple[Any, ...], output: Tensor) -> bool:
         return max(stride) > 1 and output.shape[2:].numel() > 1
     if name == "im2col":
         return max(args[4]) > 1
-    if name.startswith(("_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_")):
-        return 1 < output.shape[2:].numel() < args[0].shape[2:].numel()
-    return False
+    if name in ("mean", "sum", "amax", "max", "amin", "min") and x.ndim == 6 and output.ndim in (4, 6):
+        axes = args[1] if len(args) > 1 else ()  # a map in cells, (N, C, H, cell, W, cell)
+        axes = [axes] if isinstance(axes, int) else axes
+        return {axis % 6 for axis in axes} == {3, 5} and x.shape[2] * x.shape[4] > 1
+    if name == "index":
+        if x.ndim != 4 or not any(index is not None for index in args[1][2:]):
+            return False
+    elif not name.startswith(_RESAMPLING):
+        return False
+    return output.ndim == 4 and 1 < output.shape[2:].numel() < x.shape[2:].numel()
 
 
 def _downsamples(module: nn.Module) -> bool:
     """Whether a module is a convolution or pooling with a stride, and none of ours."""
     if isinstance(module, SPDConv2d | PhaseMix):
         return False
-    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
-    return isinstance(module, kinds) and max(to_2tuple(module.stride)) > 1
-
-
-@torch.no_grad()
-def _outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
-    """All tensors that the network gives in evaluation."""
-    training = [module for module in net.modules() if module.training]
-    outputs: list[Tensor] = [leaf.clone() for leaf in tree_leaves(net.eval()(images)) if isinstance(leaf, Tensor)]
-    for module in training:
-        module.training = True
-    return outputs
-
-
-def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference in standard deviations of what was expected; infinite where shapes differ."""
-    if [a.shape for a in actual] != [b.shape for b in expected]:
-        return float("inf")
-    largest = [float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True)]
-    return max(value and value / float(b.std(correction=0)) for value, b in zip(largest, expected, strict=True))
+    layers = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
+    return isinstance(module, layers) and max(to_2tuple(module.stride)) > 1
 
 
 def _numel(module: nn.Module) -> int:
@@ -349,7 +377,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def _describe(module: nn.Module) -> str:
-    """Kind, kernel and stride of a layer, as `Conv2d 7x7/2`; of ours, the kernel behind space-to-depth."""
+    """Class, kernel and stride of a layer, as `Conv2d 7x7/2`; of ours, the kernel after space-to-depth."""
     stride = f"/{max(to_2tuple(module.stride))}"
     kernel: Any = module.filt_size if isinstance(module, BlurPool2d) else module.kernel_size
     if isinstance(module, SPDConv2d):
@@ -362,18 +390,12 @@ def _describe(module: nn.Module) -> str:
 # Replacing its layers
 
 
-def _exchange(net: nn.Module, old: dict[str, nn.Module], new: dict[str, nn.Module]) -> nn.Module:
-    """The network with other modules in the place of some, under all their names."""
-    successors = {id(module): new[name] for name, module in old.items()}
-    for name, module in list(net.named_modules(remove_duplicate=False)):
-        if id(module) in successors:
-            successor = successors[id(module)]
-            successor.train(module.training)
-            successor._forward_hooks, successor._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
-            if not name:
-                return successor
-            net.set_submodule(name, successor)
-    return net
+def _replace(net: nn.Module, successors: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The network with other modules in the place of some; hooks and modes go on to them."""
+    for old, new in successors.items():
+        new.train(old.training)
+        move_hooks(old, new)
+    return replace_modules(net, successors)
 
 
 @torch.no_grad()
@@ -391,6 +413,8 @@ def _successor(module: Any, chs: int, like: Tensor) -> nn.Module | str:
     if isinstance(module, nn.Conv2d):
         return _conv_successor(module, strides[0])
     if isinstance(module, BlurPool2d):
+        if type(module) is not BlurPool2d:
+            return f"a blur of a class of its own, {type(module).__name__}"
         return _blur_successor(module, chs, like)
     made: nn.Module
     kwargs: dict[str, Any] = {"stride": strides[0], "ceil_mode": module.ceil_mode}
@@ -408,15 +432,15 @@ def _successor(module: Any, chs: int, like: Tensor) -> nn.Module | str:
             return "it has a divisor_override"
         made = SPDAvgPool2d(chs, module.kernel_size, count_include_pad=module.count_include_pad, **kwargs)
     else:
-        return f"a pooling of a kind of its own, {type(module).__name__}"
+        return f"a pooling of a class of its own, {type(module).__name__}"
     return made
 
 
 def _conv_successor(conv: nn.Conv2d, stride: int) -> nn.Module | str:
     same = isinstance(conv, Conv2dSame) or bool(getattr(conv, "same_pad", False))
     args: dict[str, Any] = {
-        "in_chs": conv.in_channels,
-        "out_chs": conv.out_channels,
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
         "kernel_size": conv.kernel_size,
         "groups": conv.groups,
         "bias": conv.bias is not None,
@@ -437,7 +461,7 @@ def _conv_successor(conv: nn.Conv2d, stride: int) -> nn.Module | str:
     elif type(conv) in (nn.Conv2d, Conv2dSame):
         made = SPDConv2d(**args)
     else:
-        return f"a convolution of a kind of its own, {type(conv).__name__}"
+        return f"a convolution of a class of its own, {type(conv).__name__}"
     made.weight.copy_(made.from_strided(conv.weight)).requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None and made.bias is not None:
         made.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
@@ -477,7 +501,7 @@ def _remember(net: Any, names: list[str]) -> None:
     net.pretrained_cfg = net.default_cfg = cfg | {"architecture": spd_converted.__name__}
 
 
-@register_model
+@register_unlisted_model
 def spd_converted(
     pretrained: bool = False,
     base: str = "",
@@ -514,6 +538,8 @@ def spd_converted(
         return cast("nn.Module", net)
 
     def fitting(state_dict: dict[str, Tensor], net: Any) -> dict[str, Tensor]:
+        if own.get("network", base) in own_networks():  # which may adapt more than the first convolution
+            state_dict = filter_of(net)(state_dict, net)
         for name in names:
             conv, weight = net.get_submodule(name), state_dict.get(f"{name}.weight")
             if isinstance(conv, SPDConv2d) and weight is not None:
@@ -572,7 +598,6 @@ def convert_checkpoint(
     if not report.replaced:
         raise ValueError(f"{name} has nothing to convert")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
-        save_network(converted, f"{folder}/{out.name}")
-        Path(folder, out.name).rename(out)
+    with whole(out) as folder:
+        save_network(converted, folder)
     return cast("SPDReport", report)

@@ -1,8 +1,8 @@
-"""A page in the browser, served from this machine, that shows what networks see in a picture: `spd-zoo demo`.
+"""`spd-zoo demo`: a page, served from this machine, to try networks on pictures.
 
-Beside the answer stand those for smaller inputs, and those of the network's twins: the same weights with strides or
+It also shows the predictions for smaller inputs, and those of the network's twins: the same weights with strides or
 with space-to-depth, and the other network of a pair. The page is made with Gradio, which the extra `demo` installs;
-nothing of it is loaded from elsewhere.
+the browser loads nothing from elsewhere.
 """
 
 import socket
@@ -18,28 +18,31 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
+from spd_zoo.access import SameOrigin, host_name
 from spd_zoo.convert import SPDReport, convert_to_spd
 from spd_zoo.data.reading import read_image
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.inference.detector import Detections, Detector
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.process import pick_device
 from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
-from spd_zoo.weights import WeightsError, entries, find, imported_names, original_of
-from spd_zoo.weights.load import ModelError, class_names, load_network, timm_name
+from spd_zoo.weights import WeightsError, entries, original_of
+from spd_zoo.weights.catalogue import local_checkpoints
+from spd_zoo.weights.load import ModelError, class_names, load_network, pretrained_cfg, timm_name
 
 if TYPE_CHECKING:
     import gradio as gr
 
-__all__ = ["SIZES", "Twin", "build", "compare", "local_models", "look", "read_picture", "serve", "twins"]
+__all__ = ["SIZES", "Twin", "build", "compare", "predict_html", "read_picture", "serve", "twins"]
 
 SIZES = (32, 64, 128)  # pixels: the smaller inputs
 MAX_FILE = "10mb"  # of an upload
-MAX_SIDE = 2048  # pixels: larger pictures are reduced at once, no network looks at so many
-SHOWN = 256  # pixels: small inputs are enlarged about to this, so that one sees their pixels
+MAX_SIDE = 2048  # pixels: larger pictures are reduced when they are read
+SHOWN = 256  # pixels: small inputs are enlarged to about this size
 TOP = 5  # classes in a table
 TWINS = 2  # of a network, at most
-PAIRS = {"_pfd": ("padded", "padding-free"), "_spd": ("strided", "space-to-depth")}  # without and with the suffix
+PAIRS = {"_pfd": ("padded", "padding-free"), "_spd": ("strided", "space-to-depth")}  # suffix: without it, with it
 SAME_OBJECT = 0.5  # IoU of boxes of two detectors
 
 _SPD_LAYERS = (PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d)
@@ -50,18 +53,10 @@ _SMALLER = """## The effect of image size
 The same network, given the picture at fewer (or more) pixels. Shown is what it gets, enlarged. No network has been
 trained at every size, so an answer can get worse in both directions from its own."""
 _TWINS = """## Strided against space-to-depth
-The chosen network beside its twins, at its own size: the same weights with the other kind of layers, and the other
+The chosen network beside its twins, at its own size: the same weights with the other type of layers, and the other
 network of a pair."""
 _NO_TWIN = "There is nothing to compare with: the network has no layer that `convert_to_spd` or `fold_spd` exchanges."
 _CSS = ".answer table { width: 100%; margin-left: 0 } .answer td + td { text-align: right }"
-
-
-def local_models() -> list[str]:
-    """The names of all weights on this machine: bundled, downloaded or imported."""
-    here = [entry.name for entry in entries().values() if entry.tag and find(entry)]
-    networks = {entry.network for entry in entries().values()}
-    mine = [name for name in imported_names() if name not in entries() and name.partition(".")[0] in networks]
-    return [*here, *mine]
 
 
 def read_picture(file: str | None) -> Image.Image:
@@ -88,14 +83,14 @@ def load(model: str) -> nn.Module:
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
-    net = load_network(model, "cuda" if torch.cuda.is_available() else "cpu")
+    net = load_network(model, pick_device())
     if not isinstance(net, DetectionNet):
         check_classifier(net, model)
     return net
 
 
-def look(net: nn.Module, picture: Image.Image, size: int | None = None) -> tuple[Image.Image, str]:
-    """What a network is given, a detector's boxes in it, and its answer as an HTML table.
+def predict_html(net: nn.Module, picture: Image.Image, size: int | None = None) -> tuple[Image.Image, str]:
+    """The network's input as an image, with a detector's boxes, and its predictions as an HTML table.
 
     Args:
         net: A classifier or a detector.
@@ -110,17 +105,21 @@ def look(net: nn.Module, picture: Image.Image, size: int | None = None) -> tuple
             found = Detector(net, image_size=size)(picture)
             return found.draw(_coarse(picture, size)), _objects(found)
         seen, probabilities = _classify(net, picture, size)
-    except (RuntimeError, ValueError, AssertionError) as error:  # whatever a network says of an input's size
+    except (
+        RuntimeError,
+        ValueError,
+        AssertionError,
+    ) as error:  # a size that the network does not take
         raise ModelError(f"no answer at {size or 'its own number of'} pixels: {error}") from error
-    names = class_names(_cfg(net))
+    names = class_names(pretrained_cfg(net))
     best = probabilities.argsort(descending=True)[:TOP].tolist()
     return seen, _table(("class", "probability"), [(names[i], _percent(probabilities[i])) for i in best])
 
 
 @torch.inference_mode()
 def _classify(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[Image.Image, Tensor]:
-    """What a classifier is given, enlarged, and the probability of each class, (num_classes,)."""
-    cfg = _cfg(net)
+    """A classifier's input as an enlarged image, and the probability of each class, (num_classes,)."""
+    cfg = pretrained_cfg(net)
     channels = cfg["input_size"][0]
     if channels not in (1, 3):
         raise ModelError(f"it takes {channels} channels; images have 1 or 3")
@@ -135,7 +134,7 @@ def _classify(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[I
 
 
 def _coarse(picture: Image.Image, size: int | None) -> Image.Image:
-    """The picture with no more detail than an input of `size` pixels has."""
+    """The picture reduced to the detail of an input of `size` pixels."""
     small = picture.copy()
     if size:
         small.thumbnail((size, size), Image.Resampling.BILINEAR)
@@ -144,22 +143,22 @@ def _coarse(picture: Image.Image, size: int | None) -> Image.Image:
 
 def _objects(found: Detections) -> str:
     counts = {name: found.names.count(name) for name in sorted(set(found.names))}
-    said = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+    text = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
     best = zip(found.names[:TOP], found.scores[:TOP], strict=True)
-    return f"<p>Found: {escape(said)}.</p>" + _table(("the most certain", "score"), [(n, f"{s:.3f}") for n, s in best])
+    return f"<p>Found: {escape(text)}.</p>" + _table(("the most certain", "score"), [(n, f"{s:.3f}") for n, s in best])
 
 
 @dataclass(frozen=True)
 class Twin:
-    """A network to compare with another, and in one sentence what it is."""
+    """A network to compare with another, and what it is in one sentence."""
 
     net: nn.Module
-    what: str
+    description: str
 
 
 @lru_cache(maxsize=1)
 def twins(model: str) -> tuple[Twin, ...]:
-    """The networks to lay beside one, at most `TWINS`.
+    """The networks to compare a network with, at most `TWINS`.
 
     First the same weights, converted: strided layers for space-to-depth where the network has such layers of
     `convert_to_spd`, space-to-depth for strided ones otherwise. Then the other network of a pair, if its weights are
@@ -181,17 +180,17 @@ def twins(model: str) -> tuple[Twin, ...]:
             what = f"strides and poolings as space-to-depth (`convert_to_spd`, layers: {len(report.replaced)})"
             found.append(Twin(converted, f"**{model}**, its {what}. The function is the same."))
     network, _, tag = model.partition(".")
-    here = local_models()
+    here = local_checkpoints()
     for suffix, (without, having) in PAIRS.items():
         bare = network.removesuffix(suffix)
-        other, kind = (f"{bare}.{tag}", without) if bare != network else (f"{bare}{suffix}.{tag}", having)
+        other, variant = (f"{bare}.{tag}", without) if bare != network else (f"{bare}{suffix}.{tag}", having)
         if model in here and other in here and not _same_file(model, other):
-            return (*found, Twin(load(other), f"**{other}**, the {kind} network, with weights of its own."))
+            return (*found, Twin(load(other), f"**{other}**, the {variant} network, with weights of its own."))
     return tuple(found)
 
 
 def _same_file(model: str, other: str) -> bool:
-    """Whether weights of the manifest are those of others, converted."""
+    """Whether the weights of one name are those of the other, converted."""
     both = [entries().get(name) for name in (model, other)]
     return len({original_of(entry).name for entry in both if entry}) < len([entry for entry in both if entry])
 
@@ -202,14 +201,14 @@ def compare(net: nn.Module, twin: nn.Module, picture: Image.Image) -> tuple[Imag
     Raises:
         ModelError: If the networks cannot be compared, or do not take the picture.
     """
-    names = class_names(_cfg(net))
-    if names != class_names(_cfg(twin)):
-        raise ModelError("the two networks know different classes, so their answers cannot be compared")
+    names = class_names(pretrained_cfg(net))
+    if names != class_names(pretrained_cfg(twin)):
+        raise ModelError("the two networks know different classes, so their predictions cannot be compared")
     if isinstance(twin, DetectionNet):
         found = Detector(twin)(picture)
         return found.draw(picture), _differences(Detector(net)(picture), found)
     (_, ours), (seen, theirs) = _classify(net, picture, None), _classify(twin, picture, None)
-    best = dict.fromkeys(i for one in (ours, theirs) for i in one.argsort(descending=True)[:TOP].tolist())
+    best = dict.fromkeys(i for each in (ours, theirs) for i in each.argsort(descending=True)[:TOP].tolist())
     points = 100 * (theirs - ours)
     rows = [(names[i], _percent(ours[i]), _percent(theirs[i]), f"{points[i]:+.2g}") for i in best]
     return seen, (
@@ -219,25 +218,20 @@ def compare(net: nn.Module, twin: nn.Module, picture: Image.Image) -> tuple[Imag
 
 
 def _differences(ours: Detections, theirs: Detections) -> str:
-    """Two detectors' objects in one picture: how many are the same, and how far apart their scores and boxes are."""
+    """Compares two detectors' objects in one picture: how many are the same, and how their scores and boxes differ."""
     overlap = box_iou(ours.boxes, theirs.boxes) * (ours.labels[:, None] == theirs.labels)
     pairs = []
     while overlap.numel() and overlap.max() >= SAME_OBJECT:  # the best pair first, each object once
         i, j = divmod(int(overlap.argmax()), overlap.shape[1])
         pairs.append((i, j))
         overlap[i] = overlap[:, j] = 0
-    said = f"Objects: {len(ours)} of the network, {len(theirs)} of the twin; {len(pairs)} are the same"
+    text = f"Objects: {len(ours)} of the network, {len(theirs)} of the twin; {len(pairs)} are the same"
     if pairs:
         mine, other = torch.tensor(pairs).unbind(1)
         scores = (ours.scores[mine] - theirs.scores[other]).abs().max()
         boxes = (ours.boxes[mine] - theirs.boxes[other]).abs().max()
-        said += f", with scores that differ by at most {scores:.2g} and boxes by at most {boxes:.2g} pixels"
-    return f"<p>{said} (a box of the same class with an IoU of at least {SAME_OBJECT}).</p>"
-
-
-def _cfg(net: nn.Module) -> dict[str, Any]:
-    cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
-    return cfg
+        text += f", with scores that differ by at most {scores:.2g} and boxes by at most {boxes:.2g} pixels"
+    return f"<p>{text} (a box of the same class with an IoU of at least {SAME_OBJECT}).</p>"
 
 
 def _percent(probability: Tensor) -> str:
@@ -261,7 +255,7 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
     """
     for model in models:
         timm_name(model)
-    choices = list(dict.fromkeys([*models, *local_models()]))
+    choices = list(dict.fromkeys([*models, *local_checkpoints()]))
     if not choices:
         raise ModelError("no weights are on this machine; `spd-zoo weights pull` gets some")
     import gradio as gr
@@ -298,58 +292,65 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
         outputs = [message, more, *own, *smaller, *beside]
 
         def show(path: str | None, model: str) -> list[Any]:
-            """All that the page shows of a picture; a sentence alone where there is nothing to show."""
+            """All outputs for a picture; only a message if there is nothing to show."""
             try:
                 picture, net = read_picture(path), load(model)
-                shown: list[Any] = [*look(net, picture)]
+                shown: list[Any] = [*predict_html(net, picture)]
                 for size in SIZES:
-                    shown += _or_why_not(look, net, picture, size)
+                    shown += _or_reason(predict_html, net, picture, size)
                 for twin in twins(model):
-                    shown += [gr.Column(visible=True), twin.what, *_or_why_not(compare, net, twin.net, picture)]
+                    shown += [gr.Column(visible=True), twin.description, *_or_reason(compare, net, twin.net, picture)]
             except (ValueError, WeightsError) as error:
                 return [str(error), gr.Column(visible=False), None, "", *[gr.skip() for _ in outputs[4:]]]
             for i in range(len(twins(model)), TWINS):
                 shown += [gr.Column(visible=i == 0), _NO_TWIN if i == 0 else "", None, ""]
-            return [_told(model, net, picture), gr.Column(visible=True), *shown]
+            return [_summary(model, net, picture), gr.Column(visible=True), *shown]
 
         changed = [file.upload, file.clear, chosen.change]
         gr.on(changed, show, [file, chosen], outputs, trigger_mode="always_last", api_visibility="private")
     return page.queue(max_size=16, api_open=False, default_concurrency_limit=1)
 
 
-def _or_why_not(function: Callable[..., tuple[Image.Image, str]], *args: Any) -> tuple[Image.Image | None, str]:
-    """What `look` or `compare` gives, or the reason why there is nothing to show."""
+def _or_reason(function: Callable[..., tuple[Image.Image, str]], *args: Any) -> tuple[Image.Image | None, str]:
+    """The result of `predict_html` or `compare`, or no image and the reason."""
     try:
         return function(*args)
     except ModelError as error:
         return None, f"<p>{escape(str(error))}</p>"
 
 
-def _told(model: str, net: nn.Module, picture: Image.Image) -> str:
-    """What was asked of which network."""
-    cfg, entry = _cfg(net), entries().get(model)
+def _summary(model: str, net: nn.Module, picture: Image.Image) -> str:
+    """The network and the picture in two sentences."""
+    cfg, entry = pretrained_cfg(net), entries().get(model)
     data = f", trained on {entry.dataset}," if entry and entry.dataset else ""
-    does = "finds objects of" if isinstance(net, DetectionNet) else "chooses among"
+    does = "finds objects of" if isinstance(net, DetectionNet) else "classifies into"
     size = "x".join(map(str, cfg["input_size"][1:]))
     return (
-        f"`{model}`{data} {does} {cfg['num_classes']} classes, and looks at {size} pixels. "
+        f"`{model}`{data} {does} {cfg['num_classes']} classes, and takes {size} pixels. "
         f"The picture is used at {picture.width}x{picture.height}."
     )
 
 
-def serve(models: Sequence[str] = (), host: str = "127.0.0.1", port: int = 7860) -> None:
+def serve(
+    models: Sequence[str] = (), host: str = "127.0.0.1", port: int = 7860, allow_hosts: Sequence[str] = ()
+) -> None:
     """Serves the page until it is interrupted.
+
+    It answers only requests to its own host and from its own pages, as `SameOrigin` says.
 
     Args:
         models: As for `build`.
-        host: The address to listen at: this machine's alone, or 0.0.0.0 for everybody who can reach it.
+        host: The address to listen on: only this machine's, or 0.0.0.0 for everybody who can reach it.
         port: The port.
+        allow_hosts: Other host names of the page, for example the public one behind a proxy.
 
     Raises:
         ModelError: If there is no such network, or none at all.
         ModuleNotFoundError: If Gradio is missing.
+        ValueError: If one of `allow_hosts` is no host name.
         OSError: If the page cannot be served there.
     """
+    allowed = [host_name(name) for name in allow_hosts]
     if not 0 < port < 2**16:
         raise OSError(f"there is no port {port}; choose a --port from 1 to {2**16 - 1}")
     try:
@@ -360,8 +361,10 @@ def serve(models: Sequence[str] = (), host: str = "127.0.0.1", port: int = 7860)
         raise OSError(f"cannot serve at {host}, port {port}: {reason}; choose another --host or --port") from error
     page = build(models)
     import gradio as gr
+    from starlette.middleware import Middleware
 
     page.launch(
+        app_kwargs={"middleware": [Middleware(SameOrigin, host=host, allowed=allowed)]},
         server_name=host,
         server_port=port,
         share=False,

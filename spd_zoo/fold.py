@@ -1,8 +1,10 @@
 """From space-to-depth back to plain strided layers, and BatchNorm into the convolutions: the form for deployment."""
 
 import copy
+import gc
 import math
 from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -10,16 +12,71 @@ import torch.nn.functional as F
 from timm.layers import AvgPool2dSame, BatchNormAct2d, Conv2dSame
 from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_leaves
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from spd_zoo.blocks import PyConv2d
-from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
-from spd_zoo.watch import Watch, image_size
+from spd_zoo.rewrite import (
+    Unchanged,
+    check_same,
+    expected_outputs,
+    has_hooks,
+    replace_modules,
+    tensors_in,
+    what_is_attached,
+    with_shared_parameters,
+)
+from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
+from spd_zoo.trace import OperatorMode, copy_network, image_size, meta_copy, run_on_meta
 
-__all__ = ["fold_batchnorm", "fold_spd"]
+__all__ = ["FoldReport", "Folded", "fold_batchnorm", "fold_spd"]
 
-Pads = tuple[int, int]
+Padding = tuple[int, int]
+
+_PLAIN_CONVS = (nn.Conv2d, Conv2dSame)
+_SPD_LAYERS = (SPDConv2d, SPDStdConv2d, SPDAvgPool2d, SPDMaxPool2d, PhaseMix)
+_BATCHNORMS = (nn.BatchNorm2d, BatchNormAct2d)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A layer that was replaced.
+
+    Attributes:
+        module: Its name.
+        old: Its class before.
+        new: Its class after.
+    """
+
+    module: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What `fold_spd` did to a network.
+
+    Attributes:
+        folded: Every layer that was replaced.
+        unchanged: Every space-to-depth layer and BatchNorm that stays, and why.
+        difference: The largest difference between the outputs for `example_input`, in standard deviations of the
+            original's; None without one.
+    """
+
+    folded: tuple[Folded, ...]
+    unchanged: tuple[Unchanged, ...]
+    difference: float | None = None
+
+    def __str__(self) -> str:
+        rows = [("module", "was", "is"), *((layer.module, layer.old, layer.new) for layer in self.folded)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += map(str, self.unchanged)
+        if self.difference is not None:
+            lines.append(f"largest difference of the outputs: {self.difference:.1e} of their standard deviation")
+        return "\n".join(lines)
 
 
 def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
@@ -27,94 +84,388 @@ def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module
 
     A space-to-depth with its convolution becomes one convolution of a larger kernel with a stride, without outer rows
     and columns of weights that are all zero: what was converted and not trained since becomes what it was. The
-    function stays the same at every image size. What no plain layer computes stays as it is: layers that have learnt
-    something where TensorFlow's padding, `ceil_mode` or a divisor that varies at the border depends on the image size.
+    function stays the same at every image size. A BatchNorm is folded only if it alone reads what a convolution
+    gives: a map that the network also returns or keeps stays as it is. So do layers whose classes are not exactly the
+    known ones, or that have hooks or computed weights, and what no plain layer computes: trained layers where
+    TensorFlow's padding, `ceil_mode` or a divisor that varies at the border depends on the image size.
 
     Args:
-        model: The network.
-        example_input: Images as it takes them, (N, C, H, W); needed for those with BatchNorm that are not timm's.
+        model: The network; its hooks run once with tensors on the "meta" device.
+        example_input: Images as it takes them, (N, C, H, W), with which to compare the outputs before and after, in
+            fp32; needed for networks that are not timm's, because no `pretrained_cfg` says their size.
+
+    Returns:
+        The copy, in evaluation mode, with a `FoldReport` in its attribute `fold_report`.
 
     Raises:
-        ValueError: If the size of the images is unknown.
+        ValueError: If the size of the images is unknown, if the network's weights are on the "meta" device, or if it
+            cannot run there.
+        ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation.
     """
-    net = copy.deepcopy(model).eval()
-    for module in list(net.modules()):
-        if isinstance(module, nn.Sequential):
-            _join(module)
-    return fold_batchnorm(_with_plain_layers(net), example_input)
+    return _fold(model, example_input, plain=True)
 
 
-def _with_plain_layers(module: nn.Module) -> nn.Module:
-    """The module with plain layers in place of ours."""
-    if isinstance(module, SPDMaxPool2d):
-        return _max_pool(module)
-    if isinstance(module, SPDAvgPool2d):
-        return _avg_pool(module)
-    if isinstance(module, SPDConv2d):
-        return _conv(module)
-    if isinstance(module, PhaseMix):
-        last = module.cell - 1
-        return _strided(F.pixel_shuffle(module.weight, module.cell), module, module.cell, (0, 0), (last, last))
-    for name, child in module.named_children():
-        setattr(module, name, _with_plain_layers(child))
-    return module
+def fold_batchnorm(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
+    """As `fold_spd`, but space-to-depth layers stay: only BatchNorm is folded into the convolutions.
 
+    Args:
+        model: As in `fold_spd`.
+        example_input: As in `fold_spd`.
 
-def _max_pool(pool: SPDMaxPool2d) -> nn.Module:
-    if not torch.equal(pool.mix.weight, pool.mix.initial_weight()):
-        return pool
-    kind: Any = MaxPool2dSame if pool.same else nn.MaxPool2d
-    return cast(
-        "nn.Module",
-        kind(pool.kernel_size, pool.stride, pool.padding, dilation=pool.dilation, ceil_mode=pool.ceil_mode),
-    )
+    Returns:
+        The copy, in evaluation mode, with a `FoldReport` in its attribute `fold_report`.
 
-
-def _avg_pool(pool: SPDAvgPool2d) -> nn.Module:
-    if torch.equal(pool.weight, pool.initial_weight()):
-        kind: Any = AvgPool2dSame if pool.same else nn.AvgPool2d
-        options = {"ceil_mode": pool.ceil_mode, "count_include_pad": pool.count_include_pad}
-        return cast("nn.Module", kind(pool.kernel_size, pool.stride, pool.padding, **options))
-    if pool.ceil_mode or not (pool.count_include_pad or pool.own_padding == (0, 0)):
-        return pool
-    return _conv(pool)
+    Raises:
+        ValueError: As `fold_spd`.
+        ConversionError: As `fold_spd`.
+    """
+    return _fold(model, example_input, plain=False)
 
 
 @torch.no_grad()
-def _conv(conv: SPDConv2d) -> nn.Module:
+def _fold(model: nn.Module, example_input: Tensor | None, plain: bool) -> nn.Module:
+    """Folds BatchNorm, and with `plain` replaces space-to-depth layers."""
+    size = image_size(model, example_input)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError('folding needs weights, but those of this network are on the "meta" device; load them first')
+    expected = None if example_input is None else expected_outputs(model, example_input)
+    net = copy_network(model).eval()
+    folding = _Folding(net, _trace(net, size), plain)
+    net = replace_modules(net, folding.successors)
+    report = folding.report()
+    if example_input is not None:
+        assert expected is not None
+        advice = f"fold a part of it at a time to find the layer\n{report}"
+        report = replace(report, difference=check_same(net, example_input, expected, advice))
+    anything: Any = net
+    anything.fold_report = report
+    return net
+
+
+# Which layers read which maps
+
+
+class _Dataflow:
+    """Which modules and operators read and write which tensors in one forward pass. A tensor is named by its storage.
+
+    Attributes:
+        calls: How often each module was called by its name.
+        inputs: The first input of each module.
+        outputs: The output of each module.
+        reads: How many operators, and modules with hooks, read each tensor.
+        parameters_read_elsewhere: Modules whose parameters an operator outside of them reads.
+        kept: Tensors that exist after the forward pass: the network returns or keeps them.
+    """
+
+    def __init__(self) -> None:
+        self.calls: Counter[nn.Module] = Counter()
+        self.inputs: dict[nn.Module, StorageWeakRef] = {}
+        self.outputs: dict[nn.Module, StorageWeakRef] = {}
+        self.reads: Counter[StorageWeakRef] = Counter()
+        self.parameters_read_elsewhere: set[nn.Module] = set()
+        self.kept: set[StorageWeakRef] = set()
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """What a tensor shares with its views; does not keep it alive, and stays unique after it is gone."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Dataflow:
+    """Runs a copy of the network on the "meta" device.
+
+    Layers are cloned under their names first: a call through any other reference reaches the original, and so is not
+    counted.
+    """
+    flow = _Dataflow()
+    meta = meta_copy(net)
+    originals = dict(zip(meta.modules(), net.modules(), strict=True))
+    clones: dict[nn.Module, nn.Module] = {}
+    for module in originals:
+        if isinstance(module, nn.Conv2d | _BatchNorm | SpaceToDepth) and not has_hooks(module):
+            tensors = (*module.parameters(), *module.buffers())
+            clones[module] = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    meta = replace_modules(meta, clones)
+    originals |= {clone: originals[module] for module, clone in clones.items()}
+    owners: dict[StorageWeakRef, nn.Module] = {}
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        original = originals[module]
+        running.append(original)
+        flow.calls[original] += 1
+        tensors = tensors_in([args, kwargs])
+        if tensors:
+            flow.inputs.setdefault(original, _storage(tensors[0]))
+        if has_hooks(original):
+            flow.reads.update(map(_storage, tensors))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        original = running.pop()
+        if isinstance(output, Tensor):
+            flow.outputs.setdefault(original, _storage(output))
+        if has_hooks(original):
+            flow.reads.update(map(_storage, tensors_in(output)))
+
+    for module in meta.modules():
+        if module in originals:  # a clone's activation is no module of the network
+            owners |= {_storage(p): originals[module] for p in module.parameters(recurse=False)}
+            module.register_forward_pre_hook(enter, with_kwargs=True)
+            module.register_forward_hook(leave)
+
+    def on_operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        for storage in map(_storage, tensors_in([args, kwargs])):
+            owner = owners.get(storage)
+            if owner is None:
+                flow.reads[storage] += 1
+            elif not running or running[-1] is not owner:
+                flow.parameters_read_elsewhere.add(owner)
+
+    def alive() -> set[StorageWeakRef]:
+        return {storage for storage in flow.outputs.values() if not storage.expired()}
+
+    with OperatorMode(on_operator):
+        result = run_on_meta(meta, size)
+    if alive() - set(map(_storage, tensors_in(result))):
+        gc.collect()  # some may only be waiting for it, in a circle of references
+    flow.kept = alive()
+    del result  # until here what the network returns was alive
+    return flow
+
+
+# What becomes of each layer
+
+
+class _Folding:
+    """Decides what becomes of each layer, and makes its successor; the network itself is not changed.
+
+    Attributes:
+        successors: For each module that goes, the one that comes.
+        reasons: Why others stay.
+    """
+
+    def __init__(self, net: nn.Module, flow: _Dataflow, plain: bool) -> None:
+        self.names = {module: name for name, module in net.named_modules()}
+        self.flow = flow
+        self.shared = with_shared_parameters(net)
+        self.successors: dict[nn.Module, nn.Module] = {}
+        self.reasons: dict[nn.Module, str] = {}
+        convs = [module for module in self.names if isinstance(module, nn.Conv2d | PyConv2d)]
+        self.writers = {flow.outputs[conv]: conv for conv in convs if conv in flow.outputs}
+        # a pyramid stands before its levels in `convs`, and wins
+        self.readers = {flow.inputs[conv]: conv for conv in reversed(convs) if conv in flow.inputs}
+        self.pools: dict[nn.Module, nn.Module] = {  # of a phase mix, the pooling that it belongs to
+            pool.mix: pool for pool in self.names if isinstance(pool, SPDMaxPool2d)
+        }
+        self.norms = [module for module in self.names if isinstance(module, _BatchNorm | FrozenBatchNorm2d)]
+        for module in self.names if plain else ():
+            if isinstance(module, SpaceToDepth):
+                self._record(module, self._join(module))
+        for module in self.names if plain else ():
+            if type(module) in _SPD_LAYERS and self.pools.get(module) not in self.successors:
+                self._record(module, self._plain(module))
+        for module in self.norms:
+            self._record(module, self._fold(module))
+
+    def report(self) -> FoldReport:
+        """What was decided, in the network's order."""
+        folded, unchanged = [], []
+        for module, name in self.names.items():
+            if module in self.successors:
+                folded.append(Folded(name, type(module).__name__, type(self.successors[module]).__name__))
+            elif module in self.reasons:
+                unchanged.append(Unchanged(name, type(module).__name__, self.reasons[module]))
+        return FoldReport(tuple(folded), tuple(unchanged))
+
+    def _record(self, module: nn.Module, reason: str | None) -> None:
+        if reason:
+            self.reasons[module] = reason
+
+    def _obstacle(self, module: nn.Module, classes: tuple[type, ...]) -> str | None:
+        """Why a layer cannot be replaced, wherever it stands."""
+        if attached := what_is_attached(module):
+            return attached
+        if type(module) not in classes:
+            return f"{type(module).__name__} is not one of the classes that can be folded"
+        if has_hooks(module):
+            return "it has hooks"
+        if module in self.shared:
+            return "it shares a parameter with another module"
+        if module in self.flow.parameters_read_elsewhere:
+            return "its parameters are also read outside of it"
+        return None
+
+    def _obstacle_between(self, first: nn.Module, second: nn.Module) -> str | None:
+        """Why two layers cannot become one."""
+        for module in (first, second):
+            if (calls := self.flow.calls[module]) != 1:
+                name = "" if module is second else f"{self.names[first]} is "
+                return f"{name}called {calls} times in evaluation by its name"
+        between = self.flow.outputs[first]
+        if between in self.flow.kept:
+            return f"the output of {self.names[first]} is also returned or kept"
+        if self.flow.reads[between] != 1:
+            return f"the output of {self.names[first]} is also read by something else"
+        return None
+
+    def _join(self, down: SpaceToDepth) -> str | None:
+        """Makes one layer of a space-to-depth and the convolution after it."""
+        if obstacle := self._obstacle(down, (SpaceToDepth,)):
+            return obstacle
+        conv = self.readers.get(self.flow.outputs[down]) if down in self.flow.outputs else None
+        if conv is None:
+            return "there is no convolution that reads its output"
+        obstacle = self._obstacle(conv, (nn.Conv2d,))
+        if obstacle:
+            return f"the convolution after it, {self.names[conv]}, stays: {obstacle}"
+        if obstacle := self._obstacle_between(down, conv):
+            return obstacle
+        assert isinstance(conv, nn.Conv2d)
+        if math.prod(conv.stride) > 1 or math.prod(conv.dilation) > 1 or conv.groups > 1:
+            return f"the convolution after it, {self.names[conv]}, has a stride, a dilation or groups"
+        if conv.padding_mode != "zeros":
+            return f"the convolution after it, {self.names[conv]}, pads with {conv.padding_mode}"
+        self.successors[down] = nn.Identity()
+        self.successors[conv] = _joined(down, conv)
+        return None
+
+    def _plain(self, layer: nn.Module) -> str | None:
+        """Replaces a layer of ours by plain ones."""
+        if obstacle := self._obstacle(layer, _SPD_LAYERS):
+            return obstacle
+        plain: nn.Module | str
+        if isinstance(layer, SPDMaxPool2d):
+            plain = _max_pool(layer) if not (obstacle := self._obstacle(layer.mix, (PhaseMix,))) else obstacle
+        elif isinstance(layer, SPDAvgPool2d):
+            plain = _avg_pool(layer)
+        elif isinstance(layer, SPDConv2d):
+            plain = _conv(layer)
+        else:
+            assert isinstance(layer, PhaseMix)
+            last = layer.cell - 1
+            plain = _strided(F.pixel_shuffle(layer.weight, layer.cell), layer, layer.cell, (0, 0), (last, last))
+        if isinstance(plain, str):
+            return plain
+        self.successors[layer] = plain
+        return None
+
+    def _fold(self, norm: Any) -> str | None:
+        """Folds a BatchNorm into the convolution or pyramid that it reads."""
+        if norm not in self.flow.inputs:
+            return "it is not called in evaluation by its name"
+        if obstacle := self._obstacle(norm, _BATCHNORMS):
+            return obstacle
+        if norm.running_mean is None or norm.running_var is None or norm.training:
+            return "it normalises by the statistics of each batch"
+        writer = self.writers.get(self.flow.inputs[norm]) if norm in self.flow.inputs else None
+        if writer is None:
+            return (
+                "its input is not the output of a convolution"
+                if norm in self.flow.inputs
+                else "it is not called in evaluation by its name"
+            )
+        convs = list(writer.children()) if isinstance(writer, PyConv2d) else [writer]
+        for layer in dict.fromkeys([writer, *convs]):
+            if obstacle := self._obstacle(layer, (PyConv2d, *_PLAIN_CONVS, *_SPD_LAYERS)):
+                return f"the convolution before it, {self.names[layer]}, stays: {obstacle}"
+            if obstacle := self._obstacle_between(layer, norm):
+                return obstacle
+        targets: list[nn.Conv2d] = []
+        for conv in convs:
+            pool = self.pools.get(conv)
+            target = _last_conv(self.successors.get(pool if pool in self.successors else conv, conv))
+            if target is None:
+                return f"the layer before it, {self.names[conv]}, is no plain convolution"
+            targets.append(target)
+        fused = _fused(targets, norm)
+        if not all(weight.isfinite().all() and bias.isfinite().all() for weight, bias in fused):
+            return f"the weights would not be finite in {targets[0].weight.dtype}"
+        for conv, target, (weight, bias) in zip(convs, targets, fused, strict=True):
+            if target is conv:  # not replaced so far
+                target = copy.deepcopy(target)
+                self.successors[conv] = target
+            _with_weights(target, weight, bias)
+        kept = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
+        kept = [part for part in kept if type(part) is not nn.Identity]
+        self.successors[norm] = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
+        return None
+
+
+def _last_conv(layer: nn.Module) -> nn.Conv2d | None:
+    """The convolution of a layer, which may stand after a padding of its own."""
+    conv = layer[-1] if isinstance(layer, nn.Sequential) else layer
+    return cast("nn.Conv2d", conv) if type(conv) in (*_PLAIN_CONVS, SPDConv2d) else None
+
+
+def _fused(convs: list[nn.Conv2d], norm: nn.BatchNorm2d) -> list[tuple[Tensor, Tensor]]:
+    """Kernel and bias of each convolution together with the BatchNorm after them, rounded once."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    scale = torch.rsqrt(var + norm.eps) * (1 if norm.weight is None else norm.weight.double())
+    shift = (0 if norm.bias is None else norm.bias.double()) - mean * scale
+    sizes = [conv.out_channels for conv in convs]
+    fused = []
+    for conv, factor, offset in zip(convs, scale.split(sizes), shift.split(sizes), strict=True):
+        weight = conv.weight.double() * factor[:, None, None, None]
+        bias = offset if conv.bias is None else offset + conv.bias.double() * factor
+        fused.append((weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)))
+    return fused
+
+
+# Plain layers in place of ours
+
+
+def _max_pool(pool: SPDMaxPool2d) -> nn.Module | str:
+    if not torch.equal(pool.mix.weight, pool.mix.initial_weight()):
+        return "its phase mix is trained"
+    pooling: Any = MaxPool2dSame if pool.same else nn.MaxPool2d
+    plain = pooling(pool.kernel_size, pool.stride, pool.padding, dilation=pool.dilation, ceil_mode=pool.ceil_mode)
+    return cast("nn.Module", plain.eval())
+
+
+def _avg_pool(pool: SPDAvgPool2d) -> nn.Module | str:
+    if torch.equal(pool.weight, pool.initial_weight()):
+        pooling: Any = AvgPool2dSame if pool.same else nn.AvgPool2d
+        options = {"ceil_mode": pool.ceil_mode, "count_include_pad": pool.count_include_pad}
+        return cast("nn.Module", pooling(pool.kernel_size, pool.stride, pool.padding, **options).eval())
+    if pool.ceil_mode or not (pool.count_include_pad or pool.own_padding == (0, 0)):
+        return "it is trained, and its divisor depends on the image size"
+    return _conv(pool)
+
+
+def _conv(conv: SPDConv2d) -> nn.Module | str:
     weight = F.pixel_shuffle(conv.spd_kernel(), conv.cell)
+    # a standardised kernel is not quite zero where the stored one is
+    negligible = torch.finfo(torch.float32).eps if isinstance(conv, SPDStdConv2d) else 0.0
     if conv.same:
         rows, columns = conv.reach
-        taps = _taps(weight)
+        taps = _taps(weight, negligible)
         if taps[rows:].any() or taps[:, columns:].any():
-            return conv
-        same = Conv2dSame(conv.in_channels, conv.out_channels, conv.reach, conv.cell, groups=conv.groups)
+            return "it is trained, and its padding depends on the image size"
+        options: Any = {"groups": conv.groups, "bias": conv.bias is not None, "device": "meta"}
+        same = Conv2dSame(conv.in_channels, conv.out_channels, conv.reach, conv.cell, **options)
         return _with_weights(same, weight[..., :rows, :columns], conv.bias)
-    strided = _strided(weight, conv, conv.cell, conv.pad_before, conv.pad_after)
+    strided = _strided(weight, conv, conv.cell, conv.pad_before, conv.pad_after, negligible)
     if conv.padding_mode == "zeros":
         return strided
     pads: dict[str, Any] = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d}
     pads["circular"] = nn.CircularPad2d
-    return nn.Sequential(pads[conv.padding_mode](tuple(conv._reversed_padding_repeated_twice)), strided)
+    pad = pads[conv.padding_mode](tuple(conv._reversed_padding_repeated_twice))
+    return nn.Sequential(pad, *(strided if isinstance(strided, nn.Sequential) else [strided])).eval()
 
 
-@torch.no_grad()
-def _join(layers: nn.Sequential) -> None:
-    """Makes one layer of every space-to-depth and the convolution right behind it."""
-    for i, (down, conv) in enumerate(zip(list(layers), list(layers)[1:], strict=False)):
-        if not isinstance(down, SpaceToDepth) or type(conv) is not nn.Conv2d or math.prod(conv.stride) > 1:
-            continue
-        if math.prod(conv.dilation) > 1 or conv.groups > 1 or conv.padding_mode != "zeros":
-            continue
-        rows, columns = (2 * pad for pad in cast("Pads", conv.padding))
-        weight = conv.weight
-        if down.order == "rows_first":  # channel (2dx + dy) * C + c -> 4c + 2dy + dx
-            weight = weight.unflatten(1, (2, 2, -1)).permute(0, 3, 2, 1, 4, 5).flatten(1, 3)
-        joined = _strided(F.pixel_shuffle(weight, 2), conv, 2, (rows, columns), (rows + 1, columns + 1))
-        layers[i], layers[i + 1] = nn.Identity(), joined
+def _joined(down: SpaceToDepth, conv: nn.Conv2d) -> nn.Module:
+    """One convolution with stride 2 that computes space-to-depth and a convolution of stride 1."""
+    left, right, top, bottom = (2 * pad for pad in conv._reversed_padding_repeated_twice)
+    weight = conv.weight
+    if down.order == "rows_first":  # channel (2dx + dy) * C + c -> 4c + 2dy + dx
+        weight = weight.unflatten(1, (2, 2, -1)).permute(0, 3, 2, 1, 4, 5).flatten(1, 3)
+    return _strided(F.pixel_shuffle(weight, 2), conv, 2, (top, left), (bottom + 1, right + 1))
 
 
-def _strided(weight: Tensor, conv: nn.Conv2d, stride: int, before: Pads, after: Pads) -> nn.Module:
+def _strided(
+    weight: Tensor, conv: nn.Conv2d, stride: int, before: Padding, after: Padding, negligible: float = 0.0
+) -> nn.Module:
     """A convolution with a stride, without outer rows and columns of zeros that need padding.
 
     Args:
@@ -123,9 +474,13 @@ def _strided(weight: Tensor, conv: nn.Conv2d, stride: int, before: Pads, after: 
         stride: Its stride.
         before: Zeros at the top and at the left.
         after: Zeros at the bottom and at the right, enough for the last window at every image size.
+        negligible: What counts as zero, as a fraction of the largest weight.
+
+    Returns:
+        The convolution; after a padding where that differs between the sides.
     """
     pads = [[before[0], after[0]], [before[1], after[1]]]
-    taps = _taps(weight)
+    taps = _taps(weight, negligible)
     for axis, pad in zip((2, 3), pads, strict=True):
         used = taps.any(3 - axis).nonzero().flatten().tolist() or [0]
         first, last = min(used[0], pad[0]), max(used[-1], weight.shape[axis] - 1 - pad[1])
@@ -139,77 +494,16 @@ def _strided(weight: Tensor, conv: nn.Conv2d, stride: int, before: Pads, after: 
         in_chs * conv.groups, out_chs, (kernel[0], kernel[1]), stride, padding, groups=conv.groups, device="meta"
     )
     strided = _with_weights(strided, weight, conv.bias)
-    return strided if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), strided)
+    return strided if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), strided).eval()
 
 
-def _taps(weight: Tensor) -> Tensor:
-    """Which taps of a kernel are not zero up to rounding, (kh, kw)."""
+def _taps(weight: Tensor, negligible: float) -> Tensor:
+    """Which taps of a kernel have a weight that is not zero, (kh, kw)."""
     largest = weight.abs().amax((0, 1))
-    return largest > torch.finfo(weight.dtype).eps * largest.max()
+    return largest > negligible * largest.max()
 
 
 def _with_weights(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     conv.weight = nn.Parameter(weight.detach().clone())
     conv.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return conv.eval()
-
-
-def fold_batchnorm(net: nn.Module, example_input: Tensor | None = None) -> nn.Module:
-    """A copy for inference, in which every BatchNorm right behind a convolution or pyramid is part of it.
-
-    Args:
-        net: The network.
-        example_input: Images as it takes them, (N, C, H, W); needed for those with BatchNorm that are not timm's.
-
-    Raises:
-        ValueError: If the size of the images is unknown.
-    """
-    net = copy.deepcopy(net).eval()
-    if any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
-        for source, target in _convs_with_norm(net, image_size(net, example_input)):
-            norm: Any = net.get_submodule(target)
-            _fold(net.get_submodule(source), norm)
-            net.set_submodule(target, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
-    return net
-
-
-@torch.no_grad()
-def _convs_with_norm(net: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, str]]:
-    """The names of convolutions whose map goes to one BatchNorm and nowhere else, and of these.
-
-    A copy of the network runs without numbers ("meta"); neither may be called twice.
-    """
-    meta = copy.deepcopy(net).to("meta").float().eval()
-    given: dict[str, list[Tensor]] = {}  # to each norm
-    made: dict[str, list[Tensor]] = {}  # by each convolution
-    readers: Counter[int] = Counter()  # of each tensor: operators that read it
-
-    def watch(name: str, module: nn.Module) -> None:
-        if isinstance(module, nn.BatchNorm2d) and module.affine and module.running_mean is not None:
-            module.register_forward_pre_hook(lambda _, args: given.setdefault(name, []).append(args[0]))
-        if type(module) in (nn.Conv2d, Conv2dSame, SPDConv2d) or isinstance(module, PyConv2d):
-            module.register_forward_hook(lambda _, args, output: made.setdefault(name, []).append(output))
-
-    for name, module in meta.named_modules():
-        watch(name, module)
-    read: dict[int, Tensor] = {}  # all that is read, kept so that no two tensors have the same id
-
-    def ran(name: str, args: tuple[Any, ...], output: Tensor) -> None:
-        here = {id(leaf): leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
-        readers.update(here.keys())
-        read.update(here)
-
-    with Watch(ran):
-        meta(torch.empty(1, *size, device="meta"))
-    makers = {id(maps[0]): name for name, maps in made.items() if len(maps) == 1}
-    once = {name: maps[0] for name, maps in given.items() if len(maps) == 1}
-    return [(makers[id(x)], name) for name, x in once.items() if id(x) in makers and readers[id(x)] == 1]
-
-
-def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
-    convs = [module for module in conv.modules() if isinstance(module, nn.Conv2d)]
-    assert norm.running_mean is not None and norm.running_var is not None  # `fold_batchnorm` saw to it
-    values = [norm.running_mean, norm.running_var, norm.weight.detach(), norm.bias.detach()]
-    splits = [value.split([level.out_channels for level in convs]) for value in values]
-    for level, mean, var, scale, shift in zip(convs, *splits, strict=True):
-        level.weight, level.bias = fuse_conv_bn_weights(level.weight, level.bias, mean, var, norm.eps, scale, shift)

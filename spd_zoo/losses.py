@@ -1,6 +1,6 @@
-"""Losses of detectors: raw predictions and targets in, one scalar per term out, gains included.
+"""Losses of detectors: from raw predictions and targets to one scalar per term, already weighted.
 
-Every loss is what the authors' training minimises, as the sum of its terms.
+The sum of a loss's terms is what the authors' training minimises.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from spd_zoo.boxes import anchor_boxes, complete_iou, expected_distances, ssd_encode, yolov8_predictions
+from spd_zoo.boxes import anchor_boxes, as_float, complete_iou, expected_distances, ssd_encode, yolov8_predictions
 
 __all__ = ["Target", "check_targets", "ssd_loss", "yolov5_loss", "yolov5_matches", "yolov8_loss", "yolov8_matches"]
 
 
 class Target(TypedDict):
-    """The objects of an image: `boxes` (M, 4), x1 y1 x2 y2 in input pixels, and `labels` (M,) from 0."""
+    """The objects of an image.
+
+    Attributes:
+        boxes: (M, 4), x1 y1 x2 y2 in pixels of the network's input.
+        labels: (M,), classes from 0.
+    """
 
     boxes: Tensor
     labels: Tensor
@@ -26,11 +31,20 @@ class Target(TypedDict):
 def check_targets(
     targets: Sequence[Target], batch: int, num_classes: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """The boxes (M, 4), float32, and labels (M,) of each image, on `device`.
+    """Checks the targets of a batch and converts them to tensors.
+
+    Args:
+        targets: The objects of each image.
+        batch: Number of images.
+        num_classes: Number of classes.
+        device: Device of the result.
+
+    Returns:
+        The boxes (M, 4), float32, and labels (M,), int64, of each image.
 
     Raises:
-        ValueError: If there are not as many targets as images, or a target has other shapes, labels that there are not,
-            or a box that is not finite or has no width or height.
+        ValueError: If targets and images differ in number, or a target has wrong shapes, a label that is no class, or a
+            box that is not finite or has no width or height.
     """
     if len(targets) != batch:
         raise ValueError(f"there are {batch} images and {len(targets)} targets: give one for each image")
@@ -47,8 +61,8 @@ def check_targets(
                 f"{labels.dtype} {list(labels.shape)}"
             )
         checked.append((boxes.to(device, torch.float32), labels.to(device, torch.long)))
-    every_box, every_label = (torch.cat(parts) for parts in zip(*checked, strict=True))
-    if len(every_box):  # one look at the values for the whole batch: on a GPU each look waits for it
+    every_box, every_label = (torch.cat(tensors) for tensors in zip(*checked, strict=True))
+    if len(every_box):  # the whole batch at once, because reading a value waits for the GPU
         usable = every_box.isfinite().all(1) & (every_box[:, 2:] > every_box[:, :2]).all(1)
         known = (every_label >= 0) & (every_label < num_classes)
         if not bool((usable & known).all()):
@@ -67,7 +81,7 @@ def _described(target: object) -> str:
 
 
 def _last_writer(cells: Tensor, count: int) -> Tensor:
-    """For each of `count` cells the last position in `cells` (K,) that names it, -1 for none."""
+    """For each of `count` cells the last position at which it occurs in `cells` (K,), or -1."""
     writers = torch.full((count,), -1, device=cells.device)
     return writers.scatter_reduce(0, cells, torch.arange(len(cells), device=cells.device), "amax")
 
@@ -78,23 +92,24 @@ def _last_writer(cells: Tensor, count: int) -> Tensor:
 def yolov5_matches(
     height: int, width: int, anchors: Tensor, boxes: Tensor, images: Tensor, threshold: float = 4.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Which cells and anchors of one level predict which objects.
+    """Assigns objects to the cells and anchors of one level.
 
-    An object belongs to every anchor whose sides differ from its own by less than `threshold` times, in the cell of its
-    centre and in the nearest cells along x and along y.
+    An object is assigned to every anchor whose sides differ from its own by a factor below `threshold`, in the cell of
+    its centre and in the nearest neighbours of that cell along x and along y.
 
     Args:
-        height: Cells of the map.
-        width: Cells of the map.
+        height: Rows of the map.
+        width: Columns of the map.
         anchors: Width and height in cells, (3, 2).
         boxes: Centre and size in cells, (T, 4).
-        images: The image of each object, (T,).
-        threshold: Largest ratio of sides.
+        images: Index of each object's image, (T,).
+        threshold: Upper bound of the ratio of sides.
 
     Returns:
-        Image, anchor, row, column and object of each match, all (K,), in the order slot (the own cell, left, above,
-        right, below), anchor, object; an object may occur often or never, and so may a cell.
+        Image, anchor, row, column and object of each match, all (K,), ordered by cell (centre, left, above, right,
+        below), anchor and object. Objects and cells may occur several times or never.
     """
+    boxes = as_float(boxes)
     ratio = boxes[None, :, 2:] / anchors[:, None]  # (3, T, 2)
     fits = torch.maximum(ratio, 1 / ratio).amax(-1) < threshold
     centre = boxes[:, :2]
@@ -115,17 +130,21 @@ def yolov5_loss(
     strides: Sequence[int],
     image_size: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
-    """`box`, `objectness` and `class` of YOLOv5 v6.0, as SPD-Conv (arXiv 2208.03641) trains with it.
+    """Loss of YOLOv5 v6.0, with which SPD-Conv (arXiv 2208.03641) trains.
 
     Args:
         raw: A map (N, 3, H, W, 5 + classes) for each level, from fine to coarse.
         targets: The objects of each image.
         anchors: Width and height in cells, (levels, 3, 2).
         strides: Pixels per cell of each level.
-        image_size: Height and width of the images, whose longer side weighs objectness; that of the maps unless given.
+        image_size: Height and width of the images in pixels, whose longer side scales the objectness term; None:
+            computed from the finest map.
+
+    Returns:
+        The terms `box`, `objectness` and `class`.
 
     Raises:
-        ValueError: If the targets are not what they must be.
+        ValueError: If `check_targets` refuses the targets.
     """
     batch, num_classes = raw[0].shape[0], raw[0].shape[-1] - 5
     objects = check_targets(targets, batch, num_classes, raw[0].device)
@@ -150,7 +169,7 @@ def yolov5_loss(
             if num_classes > 1:
                 one_hot = F.one_hot(labels[found], num_classes).to(predictions)
                 classes = classes + F.binary_cross_entropy_with_logits(predictions[:, 5:], one_hot)
-            # of several matches in a cell the last one stands
+            # of several matches in a cell the last one counts
             cells = ((image * level.shape[1] + anchor) * height + row) * width + column
             last = _last_writer(cells, overlap.numel())
             overlap = torch.where(last < 0, 0.0, iou.detach().clamp(min=0)[last]).view_as(overlap)
@@ -171,21 +190,23 @@ def yolov5_loss(
 def yolov8_matches(
     boxes: Tensor, labels: Tensor, centres: Tensor, predicted: Tensor, logits: Tensor, candidates: int = 10
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which anchors of one image predict which objects, and how well: task-aligned assignment.
+    """Task-aligned assignment of one image's objects to anchors.
 
     Feng et al., TOOD, https://arxiv.org/abs/2108.07755, section 3.2, with the exponents 0.5 and 6.
 
     Args:
-        boxes: The objects in pixels, (M, 4).
-        labels: Their classes, (M,).
-        centres: Centre of every anchor in pixels, (A, 2).
-        predicted: Box that every anchor predicts, in pixels, (A, 4).
-        logits: Class logits of every anchor, (A, classes).
-        candidates: How many anchors an object may have.
+        boxes: Boxes of the objects in pixels, (M, 4).
+        labels: Classes of the objects, (M,).
+        centres: Centre of each anchor in pixels, (A, 2).
+        predicted: Predicted box of each anchor in pixels, (A, 4).
+        logits: Class logits of each anchor, (A, classes).
+        candidates: Largest number of anchors for an object.
 
     Returns:
-        Anchor, object and score, 0..1, of each match, all (K,), by ascending anchor; an anchor has at most one object.
+        Anchor, object and target score (0..1) of each match, all (K,), by ascending anchor. An anchor has at most one
+        object.
     """
+    boxes, predicted = as_float(boxes), as_float(predicted)
     shape = (len(boxes), len(centres))
     to_sides = torch.cat([centres - boxes[:, None, :2], boxes[:, None, 2:] - centres], -1)
     inside = to_sides.amin(-1) > 1e-9  # (M, A)
@@ -195,7 +216,7 @@ def yolov8_matches(
     metric[found, anchor] = logits[anchor, labels[found]].sigmoid().sqrt() * overlap[found, anchor] ** 6
     best = metric.topk(min(candidates, len(centres)), dim=1)
     chosen = torch.zeros_like(inside).scatter_(1, best.indices, best.values > 0)
-    # an anchor that several objects want goes to the one that it overlaps most, of all objects of the image
+    # an anchor chosen by several objects gets the object of the image that it overlaps most
     contested = chosen.sum(0) > 1
     winner = torch.where(contested, overlap.argmax(0), chosen.byte().argmax(0))
     anchor = chosen.any(0).nonzero().squeeze(1)
@@ -209,16 +230,19 @@ def yolov8_matches(
 def yolov8_loss(
     raw: Sequence[Tensor], targets: Sequence[Target], strides: Sequence[int], bins: Tensor
 ) -> dict[str, Tensor]:
-    """`box`, `class` and `dfl` of YOLOv8 (ultralytics 8.1.0).
+    """Loss of YOLOv8 (ultralytics 8.1.0).
 
     Args:
         raw: A map (N, 4 * bins + classes, H, W) for each level, from fine to coarse.
         targets: The objects of each image.
         strides: Pixels per cell of each level.
-        bins: The distance in cells that each bin of a side stands for: 0, 1, 2, ...
+        bins: Distance of each bin in cells: 0, 1, 2, ...
+
+    Returns:
+        The terms `box`, `class` and `dfl`.
 
     Raises:
-        ValueError: If the targets are not what they must be.
+        ValueError: If `check_targets` refuses the targets.
     """
     batch, last_bin = raw[0].shape[0], bins.numel() - 1
     sides, logits, centres, stride = yolov8_predictions(raw, strides, bins.numel())
@@ -240,10 +264,10 @@ def yolov8_loss(
     total = wanted_scores.sum().clamp(min=1)
     classes = F.binary_cross_entropy_with_logits(logits, wanted_scores, reduction="sum") / total
     if not images:
-        nothing = sides[:0].sum()  # 0, but with a gradient
-        return {"box": nothing, "class": 0.5 * batch * classes, "dfl": nothing}
+        zero = sides[:0].sum()  # has a gradient, unlike a constant
+        return {"box": zero, "class": 0.5 * batch * classes, "dfl": zero}
 
-    image, anchor, box, weight = (torch.cat(parts) for parts in (images, anchors, wanted, weights))
+    image, anchor, box, weight = (torch.cat(tensors) for tensors in (images, anchors, wanted, weights))
     iou = complete_iou(predicted[image, anchor], box)
     distance = torch.cat([centres[anchor] - box[:, :2], box[:, 2:] - centres[anchor]], 1).clamp(0, last_bin - 0.01)
     lower = distance.floor()
@@ -264,19 +288,21 @@ def yolov8_loss(
 
 
 def ssd_matches(boxes: Tensor, labels: Tensor, priors: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Which object of one image each prior predicts: Liu et al., https://arxiv.org/abs/1512.02325, section 2.2.
+    """Assigns one image's objects to priors: Liu et al., https://arxiv.org/abs/1512.02325, section 2.2.
+
+    A prior gets the object that it overlaps most. Each object also gets its best prior whatever their IoU; of several
+    objects with the same best prior the last one gets it.
 
     Args:
-        boxes: The objects in fractions of the image, (M, 4).
-        labels: Their classes from 0, (M,).
-        priors: Centre and size in fractions, (P, 4).
-        threshold: Smallest IoU; the best prior of an object is its own whatever its IoU, and the last object's that
-            wants it.
+        boxes: Boxes of the objects in fractions of the image, (M, 4).
+        labels: Classes of the objects from 0, (M,).
+        priors: Centre and size in fractions of the image, (P, 4).
+        threshold: Smallest IoU of a match.
 
     Returns:
-        The class of each prior, 0 for background, else 1 + label, and its object, both (P,).
+        The class of each prior (0: background, otherwise 1 + label) and the index of its object, both (P,).
     """
-    iou = box_iou(boxes, box_convert(priors, "cxcywh", "xyxy"))  # (M, P)
+    iou = box_iou(as_float(boxes), box_convert(priors, "cxcywh", "xyxy"))  # (M, P)
     largest, found = iou.max(0)
     wanted_by = _last_writer(iou.argmax(1), len(priors))
     found = torch.where(wanted_by >= 0, wanted_by, found)
@@ -291,20 +317,23 @@ def ssd_loss(
     image_size: tuple[int, int],
     negatives: int = 3,
 ) -> dict[str, Tensor]:
-    """`location` and `class` of SSD (Liu et al., https://arxiv.org/abs/1512.02325, section 2.2).
+    """Loss of SSD (Liu et al., https://arxiv.org/abs/1512.02325, section 2.2).
 
-    Without any positive in the batch both are 0, where the authors' code gives NaN and leaves the gradients zero.
+    Without a positive in the batch both terms are 0; the authors' code gives NaN and zero gradients then.
 
     Args:
         loc: Raw boxes, (N, P, 4).
-        logits: Class logits, the background's first, (N, P, 1 + classes).
+        logits: Class logits, the background first, (N, P, 1 + classes).
         targets: The objects of each image.
-        priors: Centre and size in fractions, (P, 4).
-        image_size: Height and width of the images.
-        negatives: How many negatives are looked at for each positive, the hardest of each image.
+        priors: Centre and size in fractions of the image, (P, 4).
+        image_size: Height and width of the images in pixels.
+        negatives: Number of negatives per positive, the hardest of each image.
+
+    Returns:
+        The terms `location` and `class`.
 
     Raises:
-        ValueError: If the targets are not what they must be.
+        ValueError: If `check_targets` refuses the targets.
     """
     loc, logits = loc.float(), logits.float()
     batch, count, outputs = logits.shape

@@ -1,9 +1,13 @@
-"""The processes that train together, started by torchrun or accelerate; or one alone."""
+"""This process: its device, the other processes that torchrun started, and the signals that ask it to stop."""
 
 import atexit
+import signal
 import sys
+import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,48 +15,107 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from tqdm import tqdm
 
-__all__ = ["Process", "join"]
+__all__ = ["Process", "StopSignals", "Stopped", "join", "leave_ctrl_c_to_parent", "pick_device"]
+
+
+class Stopped(KeyboardInterrupt):
+    """The work was stopped by the signal `number`; what was done until then is saved."""
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignals(AbstractContextManager["StopSignals"]):
+    """Inside this context the first SIGINT or SIGTERM does not kill the process; a second one acts as usual.
+
+    Outside the main thread, where Python allows no signal handlers, it does nothing.
+
+    Args:
+        interrupt: Whether the first signal raises `Stopped` at once; otherwise it is only noted in `number`.
+
+    Attributes:
+        number: The signal that came; 0 if none did.
+    """
+
+    def __init__(self, interrupt: bool = False) -> None:
+        self.interrupt = interrupt
+        self.number = 0
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._usual[number] = signal.getsignal(number) or signal.SIG_DFL
+                signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
+            # Loader workers that got the signal, too, die now or after this context; torch would raise an error then.
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+        if self.interrupt:
+            raise Stopped(number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, action in self._usual.items():
+            signal.signal(number, action)
+        self._usual.clear()
+
+
+def leave_ctrl_c_to_parent(_: int) -> None:
+    """The `worker_init_fn` of loaders: Ctrl-C reaches every process of a terminal, and the parent ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process: its device and its number `rank` among `world`.
+    """One of `world` processes that work together; the only one unless torchrun started several.
 
-    What the methods pass on goes from CPU to CPU, so that no GPU waits for it; tensors of the network do not.
+    The collectives exchange Python objects between CPUs (gloo), so they never wait for a GPU; gradients do not go this
+    way.
+
+    Attributes:
+        device: Where this process computes.
+        rank: Its number, from 0.
+        world: How many processes there are.
+        group: torch's group of all processes, if there are several.
     """
 
     device: torch.device
     rank: int = 0
     world: int = 1
-    group: Any = None  # torch's group of all processes
+    group: Any = None
 
     @property
     def first(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def say(self, text: str) -> None:
-        """Prints `text`, once for all processes."""
+    def print(self, text: str) -> None:
+        """Prints `text` in the first process only."""
         if self.first:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def together(self, value: Any) -> list[Any]:
-        """What each process gives for `value`, by rank."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, by rank."""
         values: list[Any] = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def from_first(self, value: Any) -> Any:
-        """What the first process gives for `value`."""
+    def broadcast(self, value: Any) -> Any:
+        """The `value` of the first process."""
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values, group=self.group)
         return values[0]
 
-    def largest(self, *numbers: float) -> list[float]:
-        """Of each number the largest that any process gives."""
+    def all_reduce_max(self, *numbers: float) -> list[float]:
+        """Elementwise maximum of `numbers` over all processes."""
         if self.world == 1:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -60,20 +123,25 @@ class Process:
         return tensor.tolist()
 
 
+def pick_device(name: str | None = None) -> str:
+    """`name`, or without one "cuda" if torch can use a GPU and else "cpu"."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def join(device: str | None) -> Process:
-    """Joins the processes that torchrun has started, if it has; `device` is a GPU if there is one, unless given.
+    """Joins the processes that torchrun has started, if any, on `device` as `pick_device` takes it.
 
     Raises:
         ValueError: If there is no such device.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = pick_device(device)
     try:
         torch.empty(0, device=name)
-        place = init_distributed_device_so(name)
+        placement = init_distributed_device_so(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot use device {name!r}: {str(error).strip().partition(chr(10))[0]}") from error
     group = None
-    if place["distributed"]:
+    if placement["distributed"]:
         atexit.register(dist.destroy_process_group)
         group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # one may read images while others wait
-    return Process(torch.device(place["device"]), place["global_rank"], place["world_size"], group)
+    return Process(torch.device(placement["device"]), placement["global_rank"], placement["world_size"], group)

@@ -7,14 +7,12 @@ use, accuracy falls with what the first kernels were trained to see: Touvron et 
 discrepancy, https://arxiv.org/abs/1906.06423.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import timm
-import torch
 from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, to_2tuple
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models import build_model_with_cfg
@@ -22,9 +20,9 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.models._registry import register_model
+from spd_zoo.models._registry import register_unlisted_model
 from spd_zoo.spd import PhaseMix, SPDConv2d, SPDMaxPool2d
-from spd_zoo.watch import Watch, image_size
+from spd_zoo.trace import OperatorMode, TraceError, copy_network, image_size, meta_copy, run_on_meta
 from spd_zoo.weights.fit import filter_of
 
 __all__ = ["keep_resolution"]
@@ -63,8 +61,9 @@ def keep_resolution(
             because no `pretrained_cfg` says their size.
 
     Raises:
-        ValueError: If `steps` is not positive, the size of the images is unknown, or something that is not a plain
-            convolution or pooling downsamples first; `model` then is as it was.
+        ValueError: If `steps` is not positive, the size of the images is unknown, something that is not a plain
+            convolution or pooling downsamples first, or the network cannot run on the "meta" device; `model` then is
+            as it was.
     """
     if steps < 1:
         raise ValueError(f"steps is how often to halve the images, at least 1, got {steps}")
@@ -78,12 +77,12 @@ def keep_resolution(
             f"{type(model).__name__} has space-to-depth layers; call keep_resolution first, and convert_to_spd after it"
         )
     size = image_size(model, example_input)
-    trial: nn.Module = copy.deepcopy(model).to("meta").float().eval()
+    trial = meta_copy(model)
     changed: dict[str, None] = {}  # an ordered set
     for _ in range(steps):
         changed |= dict.fromkeys(_step(trial, size))
         size = _half(size)
-    net = model if inplace else copy.deepcopy(model)
+    net = model if inplace else copy_network(model)
     for name in changed:
         _apply(net, name, trial.get_submodule(name))
     _describe(net, steps)
@@ -115,8 +114,8 @@ def _step(net: nn.Module, size: tuple[int, int, int]) -> list[str]:
         net.set_submodule(name, layer)
     try:
         _, now = _run(net, half)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except TraceError as error:
+        reason = str(error.__cause__).partition("\n")[0]
         raise ValueError(
             f"{type(net).__name__} does not take images of {half[1]}x{half[2]} pixels without the stride of "
             f"{', '.join(first)}: {reason}"
@@ -129,10 +128,11 @@ def _step(net: nn.Module, size: tuple[int, int, int]) -> list[str]:
     return list(first)
 
 
-@torch.no_grad()
 def _run(net: nn.Module, size: tuple[int, int, int]) -> tuple[list[_Downsampling], list[list[int]]]:
     """What a network on "meta" makes smaller, in order, and the shapes of its last maps."""
-    meta: Any = copy.deepcopy(net)
+    meta: Any = copy_network(net)
+    if hasattr(meta, "forward_features"):
+        meta.forward = meta.forward_features  # classifiers take maps of many sizes
     running: list[tuple[str, Tensor | None]] = [("", None)]  # modules, and of layers the map that they were given
     found: list[_Downsampling] = []
 
@@ -146,18 +146,20 @@ def _run(net: nn.Module, size: tuple[int, int, int]) -> tuple[list[_Downsampling
         module.register_forward_pre_hook(enter(name))
         module.register_forward_hook(leave)
 
-    def ran(operator: str, args: tuple[Any, ...], output: Tensor) -> None:
+    def ran(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name, source = running[-1]
+        output = result[0] if isinstance(result, tuple | list) and result else result
         source = args[0] if source is None and args and isinstance(args[0], Tensor) else source
-        if source is None or source.ndim != 4 or output.ndim != 4 or output.shape[2:].numel() == 1:
+        if source is None or source.ndim != 4 or not isinstance(output, Tensor) or output.ndim != 4:
+            return
+        if output.shape[2:].numel() == 1:
             return
         before, after = (source.shape[2], source.shape[3]), (output.shape[2], output.shape[3])
         if max(old / new for old, new in zip(before, after, strict=True)) > 1.5:
             found.append(_Downsampling(name, operator, before, after))
 
-    with Watch(ran):
-        images = torch.empty(1, *size, device="meta")
-        output = meta.forward_features(images) if hasattr(meta, "forward_features") else meta(images)
+    with OperatorMode(ran):
+        output = run_on_meta(meta, size)
     outputs = output if isinstance(output, list | tuple) else [output]
     return found, [list(tensor.shape) for tensor in outputs]
 
@@ -240,7 +242,7 @@ def _describe(net: Any, steps: int) -> None:
     net.pretrained_cfg = net.default_cfg = cfg
 
 
-@register_model
+@register_unlisted_model
 def resolution_kept(
     pretrained: bool = False,
     network: str = "",

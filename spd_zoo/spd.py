@@ -1,13 +1,14 @@
-"""Space-to-depth, and the layers that are built on it."""
+"""Space-to-depth and the layers built on it, which replace strided convolutions and poolings."""
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import adapt_input_conv, register_notrace_module
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 __all__ = [
     "PhaseMix",
@@ -26,31 +27,37 @@ __all__ = [
 
 
 def space_to_depth(x: Tensor, order: str = "channels_first") -> Tensor:
-    """Moves each 2x2 cell of pixels into channels: (N, C, H, W) -> (N, 4C, ceil(H / 2), ceil(W / 2)).
+    """Moves each 2x2 cell of pixels into channels.
 
-    An odd height or width first gets one row or column of zeros at the bottom or right.
+    An odd height or width is first padded with one row or column of zeros at the bottom or right.
 
     Args:
-        x: The maps, (N, C, H, W).
-        order: Where pixel (dy, dx) of channel c goes. "channels_first": channel 4c + 2dy + dx, as
+        x: Feature maps, (N, C, H, W).
+        order: Channel that receives pixel (dy, dx) of channel c. "channels_first": 4c + 2dy + dx, as in
             `torch.nn.functional.pixel_unshuffle`, which keeps the channels of a convolution group together.
-            "rows_first": channel (2dx + dy) * C + c, the order of the SPD-Conv paper's code
-            (arXiv 2208.03641, section 3.1).
+            "rows_first": (2dx + dy) * C + c, as in the code of the SPD-Conv paper (arXiv 2208.03641, section 3.1).
+
+    Returns:
+        (N, 4C, ceil(H / 2), ceil(W / 2)).
 
     Raises:
-        ValueError: If `order` is neither.
+        ValueError: If `order` is neither of the two.
     """
     x = _pad_to_cells(x, 2)
     if order == "channels_first":
         return F.pixel_unshuffle(x, 2)
     if order != "rows_first":
-        raise ValueError(f"order is channels_first or rows_first, got {order}")
+        raise ValueError(f"order must be channels_first or rows_first, got {order}")
     return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
 
 
 @register_notrace_module
 class SpaceToDepth(nn.Module):
-    """`space_to_depth` as a module."""
+    """`space_to_depth` as a module.
+
+    Args:
+        order: Order of the output channels, as in `space_to_depth`.
+    """
 
     def __init__(self, order: str = "channels_first") -> None:
         super().__init__()
@@ -62,7 +69,7 @@ class SpaceToDepth(nn.Module):
 
 
 def _pad_to_cells(x: Tensor, size: int) -> Tensor:
-    """`x` with rows and columns of zeros at the bottom and right, so that `size` divides its height and width."""
+    """Pads `x` with zeros at the bottom and right until `size` divides its height and width."""
     right, bottom = (size - x.shape[-1] % size) % size, (size - x.shape[-2] % size) % size
     if is_exporting() or bottom or right:
         return F.pad(x, [0, right, 0, bottom])
@@ -70,25 +77,36 @@ def _pad_to_cells(x: Tensor, size: int) -> Tensor:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` reads the code: then no branch may depend on the image size, which may be dynamic."""
+    """Whether `torch.export`, `torch.fx.symbolic_trace`, `torch.jit.trace` or the old ONNX exporter records.
+
+    A recorded computation is also run at other image sizes, so no branch may depend on the size then.
+
+    Returns:
+        True while one of them records.
+    """
     exporting = False
     if not torch.jit.is_scripting():
-        exporting = torch.compiler.is_exporting()
+        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing()
     return exporting
 
 
-def spd_weight(weight: Tensor, padding: int | tuple[int, int], stride: int = 2) -> Tensor:
-    """The kernel that gives, behind space-to-depth, what `weight` gives as a convolution with a stride.
+def _at_least_zero(n: int) -> int:
+    """`max(n, 0)` without a branch, which `torch.export` and `torch.jit.trace` would fix."""
+    return (n + abs(n)) // 2
 
-    Tap o of the old kernel, counted from the output's pixel (-padding .. k - 1 - padding), becomes tap
-    floor(o / stride) of phase o mod stride of the new one; taps that the old kernel has not are zero. The new
-    convolution has stride 1, the same groups, and ceil(padding / stride) cells of zeros before,
-    floor((k - 1 - padding) / stride) behind.
+
+def spd_weight(weight: Tensor, padding: int | tuple[int, int], stride: int = 2) -> Tensor:
+    """Converts the kernel of a strided convolution into one of stride 1 that computes the same after space-to-depth.
+
+    Tap o of the strided kernel, counted from the output's pixel (-padding .. k - 1 - padding), becomes tap
+    floor(o / stride) of phase o mod stride. The other taps of the new kernel are zero. The new convolution has stride
+    1, the same groups, and is padded with ceil(padding / stride) cells of zeros at the top and left, and with
+    floor((k - 1 - padding) / stride) at the bottom and right.
 
     Args:
-        weight: The old kernel, (out_chs, in_chs / groups, kh, kw).
-        padding: Zero padding of the old convolution.
-        stride: Of the old convolution, and the side of a cell.
+        weight: Kernel of the strided convolution, (out_chs, in_chs / groups, kh, kw).
+        padding: Zero padding of the strided convolution in pixels.
+        stride: Stride of the strided convolution, and side of a cell in pixels.
 
     Returns:
         The new kernel, (out_chs, stride**2 * in_chs / groups, KH, KW).
@@ -101,16 +119,19 @@ def spd_weight(weight: Tensor, padding: int | tuple[int, int], stride: int = 2) 
 
 
 def adapt_image_channels(weight: Tensor, in_chans: int, stride: int = 2, order: str = "channels_first") -> Tensor:
-    """The kernel of a convolution behind space-to-depth of the image, for other image channels.
+    """Adapts the first kernel after space-to-depth of the image to another number of image channels.
 
-    As timm adapts kernels, but phase by phase. A kernel that does not read `stride**2` phases stays, and fails its
-    check.
+    Each phase is adapted as timm adapts kernels. A kernel whose input channels are not a multiple of `stride**2` is
+    returned unchanged, so that loading it fails with an error about its shape.
 
     Args:
-        weight: The old kernel, (out_chs, stride**2 * image channels, KH, KW).
-        in_chans: The new image channels.
-        stride: The side of a cell.
-        order: As in `space_to_depth`.
+        weight: Kernel of the convolution, (out_chs, stride**2 * image channels, KH, KW).
+        in_chans: New number of image channels.
+        stride: Side of a cell in pixels.
+        order: Order of the channels, as in `space_to_depth`.
+
+    Returns:
+        The new kernel, (out_chs, stride**2 * in_chans, KH, KW).
     """
     phases = stride**2
     if weight.ndim != 4 or weight.shape[1] % phases or weight.shape[1] == phases * in_chans:
@@ -121,17 +142,17 @@ def adapt_image_channels(weight: Tensor, in_chans: int, stride: int = 2, order: 
 
 
 def phase_weight(weight: Tensor, stride: int) -> Tensor:
-    """The kernel that computes 2x2 output pixels at once, as channels: a convolution of twice the stride.
+    """Packs a kernel so that one convolution of twice the stride computes 2x2 output pixels at once, as channels.
 
-    With it, `F.pixel_shuffle(convolution, 2)` is the convolution with `weight` and `stride`. The kernel stands in it
-    four times, once for each output pixel, shifted by `stride`.
+    `F.pixel_shuffle(packed convolution, 2)` equals the convolution with `weight` and `stride`. The packed kernel
+    contains the original one four times, once for each output pixel, shifted by `stride`.
 
     Args:
-        weight: The old kernel, (out_chs, in_chs / groups, k, k).
-        stride: Stride of the old convolution.
+        weight: Kernel, (out_chs, in_chs / groups, k, k).
+        stride: Stride of its convolution.
 
     Returns:
-        The new kernel, (4 * out_chs, in_chs / groups, k + stride, k + stride).
+        The packed kernel, (4 * out_chs, in_chs / groups, k + stride, k + stride).
     """
     rows = torch.stack([F.pad(weight, [0, 0, 0, stride]), F.pad(weight, [0, 0, stride, 0])], 1)
     return torch.stack([F.pad(rows, [0, stride]), F.pad(rows, [stride, 0])], 2).flatten(0, 2)
@@ -139,75 +160,91 @@ def phase_weight(weight: Tensor, stride: int) -> Tensor:
 
 @register_notrace_module
 class SPDConv2d(nn.Conv2d):
-    """Space-to-depth and a convolution of stride 1: reads every pixel that a strided convolution reads, and more.
+    """Space-to-depth followed by a convolution of stride 1: replaces a strided convolution without losing pixels.
 
-    Stands for a convolution with a stride, whose size its attributes (`kernel_size`, `stride`, `in_channels` ...) say,
-    and whose weights `from_strided` turns into this layer's: the same function then, at every image size, and the taps
-    that the old kernel lacks are zero and can learn. A fresh one is a fresh strided convolution so turned.
+    Its arguments and attributes (`kernel_size`, `stride`, `in_channels` ...) are those of the strided convolution that
+    it replaces, in the order of `nn.Conv2d`. Its weight is the kernel after space-to-depth. `from_strided` converts a
+    strided kernel to it: the output is then the same at every image size, and the additional taps start at zero and
+    are trainable. A new layer is initialised like a strided convolution.
 
-    It is computed as what it equals, one convolution of a larger kernel (for stride 2 twice as large) with that stride
-    on the map itself, which saves the copy and is faster (docs/speed.md).
+    The forward pass runs one strided convolution with the equivalent larger kernel (twice the size for stride 2) on
+    the map itself, which is faster than copying the map (docs/speed.md).
 
     Args:
-        in_chs: Input channels, in front of space-to-depth.
-        out_chs: Output channels.
-        kernel_size: Of the convolution that this one stands for.
-        groups: Of both.
-        bias: Of both.
-        stride: Of the convolution that this one stands for, and the side of a cell.
-        padding: Of the convolution that this one stands for; "same" is TensorFlow's, as in timm's `Conv2dSame`.
-            Unless given, half an odd kernel.
-        dilation: Of the convolution that this one stands for.
-        padding_mode: Of the convolution that this one stands for.
+        in_channels: Input channels, before space-to-depth.
+        out_channels: Output channels.
+        kernel_size: Kernel size of the strided convolution.
+        stride: Stride of the strided convolution and side of a cell, the same for both axes.
+        padding: Padding of the strided convolution; "same" is TensorFlow's, as in timm's `Conv2dSame`. None: half the
+            kernel, which must be odd.
+        dilation: Dilation of the strided convolution.
+        groups: Groups of both convolutions.
+        bias: Whether there is a bias.
+        padding_mode: Padding mode of the strided convolution.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If the padding of an even kernel is not given.
+        ValueError: If the strides of the axes differ, or `padding` is None and the kernel is even.
     """
 
     def __init__(
         self,
-        in_chs: int,
-        out_chs: int,
+        in_channels: int,
+        out_channels: int,
         kernel_size: int | tuple[int, int],
-        groups: int = 1,
-        bias: bool = False,
-        stride: int = 2,
+        stride: int | tuple[int, int] = 2,
         padding: int | tuple[int, int] | str | None = None,
         dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        kernel, steps = to_2tuple(kernel_size), to_2tuple(dilation)
+        kernel, steps, cell = to_2tuple(kernel_size), to_2tuple(dilation), to_2tuple(stride)
+        if cell[0] != cell[1]:
+            raise ValueError(f"the stride of SPDConv2d must be the same for both axes, got {stride}")
         rows, columns = (step * (size - 1) + 1 for step, size in zip(steps, kernel, strict=True))
         if padding is None:
             if rows % 2 == 0 or columns % 2 == 0:
-                raise ValueError(
-                    f"without padding, SPDConv2d stands for a convolution of odd kernel size, got {kernel_size}"
-                )
+                raise ValueError(f"without padding=..., SPDConv2d needs an odd kernel size, got {kernel_size}")
             padding = (rows // 2, columns // 2)
-        pads: tuple[int, int] = (0, 0) if padding == "same" else to_2tuple(padding)
+        pads: tuple[int, int] = (0, 0) if padding in ("same", "valid") else to_2tuple(padding)
         mode: Any = padding_mode
         super().__init__(
-            in_chs, out_chs, kernel_size, stride, pads, dilation, groups, bias, mode, device=device, dtype=dtype
+            in_channels, out_channels, kernel_size, cell, pads, dilation, groups, bias, mode, device=device, dtype=dtype
         )
-        self.cell = stride
+        self.cell: int = cell[0]
         self.reach = (rows, columns)  # pixels from the first to the last tap of the strided kernel
         self.same = padding == "same"
-        # Zeros around the map with which the last window lies inside at every size: before the first tap as many as the
-        # strided convolution has, up to whole cells; other borders are added first, and so does a cell begin there.
+        if self.same:
+            self.padding = "same"  # so that a layer made from the attributes of this one pads alike
+        # Zeros added around the map. Cells begin at a multiple of the cell's side from the map's own corner, or from
+        # the corner of the border that another padding mode adds.
         top, left = pads if padding_mode == "zeros" else (0, 0)
         self.own_padding = (top, left)
-        self.pad_before = (-(-top // stride) * stride, -(-left // stride) * stride)
-        self.pad_after = (top + -(rows - top) % stride, left + -(columns - left) % stride)
+        self.pad_before = (-(-top // self.cell) * self.cell, -(-left // self.cell) * self.cell)
+        self.pad_after = (top + -(rows - top) % self.cell, left + -(columns - left) % self.cell)
         self.weight = nn.Parameter(self.from_strided(self.weight.detach()))
 
     def new_strided_weight(self) -> Tensor:
-        """An uninitialised kernel of the convolution that this one stands for, (out_chs, in_chs / groups, kh, kw)."""
+        """Allocates a kernel of the strided convolution, uninitialised.
+
+        Returns:
+            (out_chs, in_chs / groups, kh, kw).
+        """
         return self.weight.new_empty(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def is_strided_weight(self, weight: Tensor | None) -> bool:
-        """Whether a kernel has the size of the convolution that this one stands for (and not this one's own)."""
+        """Whether a kernel has the shape of the strided convolution's, and not of this layer's.
+
+        Args:
+            weight: The kernel; None is none.
+
+        Returns:
+            True if `from_strided` should be applied to it.
+        """
         return (
             weight is not None
             and weight.ndim == 4
@@ -216,7 +253,14 @@ class SPDConv2d(nn.Conv2d):
         )
 
     def from_strided(self, weight: Tensor) -> Tensor:
-        """A kernel of the convolution that this one stands for as one of this."""
+        """Converts a kernel of the strided convolution to this layer's layout.
+
+        Args:
+            weight: (out_chs, in_chs / groups, kh, kw).
+
+        Returns:
+            (out_chs, stride**2 * in_chs / groups, KH, KW).
+        """
         if self.reach != self.kernel_size:
             down, right = self.dilation
             spread = weight.new_zeros(*weight.shape[:2], *self.reach)
@@ -225,11 +269,11 @@ class SPDConv2d(nn.Conv2d):
         return spd_weight(weight, self.own_padding, self.cell)
 
     def spd_kernel(self) -> Tensor:
-        """The kernel behind space-to-depth, (out_chs, stride**2 * in_chs / groups, KH, KW)."""
+        """The kernel that is applied after space-to-depth, (out_chs, stride**2 * in_chs / groups, KH, KW)."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chs, H, W) -> (N, out_chs, H', W'), what the strided convolution gives: for stride 2 mostly half."""
+        """(N, in_chs, H, W) -> (N, out_chs, H', W'), the size of the strided convolution's output."""
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         weight = F.pixel_shuffle(self.spd_kernel(), self.cell)
@@ -244,7 +288,8 @@ class SPDConv2d(nn.Conv2d):
                 right + columns - columns // 2,
             )
         if not is_exporting():
-            # where equally many zeros on both sides do, the convolution adds them without a copy
+            # Drop the zeros after the last window. If top and bottom (left and right) can then be padded alike, the
+            # convolution pads by itself, without a copy of the map.
             bottom -= (x.shape[-2] + top + bottom - weight.shape[-2]) % self.cell
             right -= (x.shape[-1] + left + right - weight.shape[-1]) % self.cell
             if bottom <= top < bottom + self.cell and right <= left < right + self.cell:
@@ -254,22 +299,32 @@ class SPDConv2d(nn.Conv2d):
 
 
 def same_padding(size: int, reach: int, stride: int) -> int:
-    """Zeros on both sides of an axis of `size` pixels together, as TensorFlow's "same" has it."""
+    """Zeros that TensorFlow's "same" padding adds along an axis, both sides together.
+
+    Args:
+        size: Pixels along the axis.
+        reach: Pixels from the first to the last tap of the kernel.
+        stride: Stride of the kernel.
+
+    Returns:
+        The number of zeros.
+    """
     padding = (stride - size % stride) % stride + reach - stride
-    return padding if reach >= stride else max(padding, 0)
+    return padding if reach >= stride else _at_least_zero(padding)
 
 
 @register_notrace_module
 class SPDStdConv2d(SPDConv2d):
-    """`SPDConv2d` for timm's weight-standardised convolutions, `StdConv2d` and with `gain` `ScaledStdConv2d`.
+    """`SPDConv2d` for timm's weight-standardised convolutions: `StdConv2d` and, with `gain`, `ScaledStdConv2d`.
 
-    The kernel is standardised whenever it is used, over the new taps, too. A factor makes up for these, so that with
-    the weights of `from_strided` the function is the strided convolution's.
+    The kernel is standardised in every forward pass, with the additional taps. A factor corrects for their number, so
+    that the weights of `from_strided` give the output of the strided convolution.
 
     Args:
-        eps: Of the strided convolution.
-        scale: Factor of the standardised kernel; None: there is neither that nor a learnt `gain` per output channel.
-        conv: For `SPDConv2d`.
+        *args: Arguments of `SPDConv2d`.
+        eps: `eps` of the strided convolution.
+        scale: Factor of the standardised kernel. None: 1, and without a learnt `gain` per output channel.
+        **conv: Keyword arguments of `SPDConv2d`.
     """
 
     def __init__(self, *args: Any, eps: float = 1e-6, scale: float | None = None, **conv: Any) -> None:
@@ -282,11 +337,20 @@ class SPDStdConv2d(SPDConv2d):
         self.register_parameter("gain", gain)
 
     def from_strided(self, weight: Tensor) -> Tensor:
-        """A kernel of the convolution that this one stands for as one of this: centred, so that new zeros are means."""
+        """Converts a kernel of the strided convolution to this layer's layout.
+
+        It is centred first, so that the zeros of the additional taps equal its mean.
+
+        Args:
+            weight: (out_chs, in_chs / groups, kh, kw).
+
+        Returns:
+            (out_chs, stride**2 * in_chs / groups, KH, KW).
+        """
         return super().from_strided(weight - weight.mean((1, 2, 3), keepdim=True))
 
     def spd_kernel(self) -> Tensor:
-        """The standardised kernel."""
+        """The standardised kernel, (out_chs, stride**2 * in_chs / groups, KH, KW)."""
         var, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
         weight = (self.weight - mean) * (torch.rsqrt(var + self.eps) * self.scale)
         return weight if self.gain is None else weight * self.gain
@@ -294,17 +358,19 @@ class SPDStdConv2d(SPDConv2d):
 
 @register_notrace_module
 class SPDAvgPool2d(SPDConv2d):
-    """Average pooling without throwing pixels away by position: a learnt mix of all of them, for each channel alone.
+    """Replaces a strided average pooling by a learnt weighting of every pixel, for each channel separately.
 
-    Starts as the strided average pooling that it stands for. For 2x2 it is a phase mix that starts as 1/4.
+    Starts as the average pooling that it replaces. For 2x2 windows it is a phase mix that starts with weights of 1/4.
 
     Args:
         chs: Channels.
-        kernel_size: Of the pooling.
-        stride: Of the pooling.
-        padding: Of the pooling; "same" is TensorFlow's.
+        kernel_size: Window of the pooling.
+        stride: Stride of the pooling.
+        padding: Padding of the pooling; "same" is TensorFlow's.
         ceil_mode: As in `nn.AvgPool2d`.
         count_include_pad: As in `nn.AvgPool2d`.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -318,18 +384,18 @@ class SPDAvgPool2d(SPDConv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(chs, chs, kernel_size, groups=chs, stride=stride, padding=padding, device=device, dtype=dtype)
+        super().__init__(chs, chs, kernel_size, stride, padding, groups=chs, device=device, dtype=dtype)
         self.ceil_mode = ceil_mode
         self.count_include_pad = count_include_pad
         with torch.no_grad():
             self.weight.copy_(self.initial_weight())
 
     def initial_weight(self) -> Tensor:
-        """The mean of every window, (chs, stride**2, KH, KW)."""
+        """The weights that average every window, (chs, stride**2, KH, KW)."""
         return self.from_strided(torch.full_like(self.new_strided_weight(), 1 / math.prod(self.kernel_size)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, chs, H, W) -> (N, chs, H', W'), what the strided pooling gives."""
+        """(N, chs, H, W) -> (N, chs, H', W'), the size of the strided pooling's output."""
         height, width = x.shape[-2], x.shape[-1]
         if self.same:
             return super().forward(x)
@@ -345,40 +411,43 @@ class SPDAvgPool2d(SPDConv2d):
             x = F.pad(x, [0, missing[1], 0, missing[0]])
         y = super().forward(x)
         if self.ceil_mode or not (self.count_include_pad or self.own_padding == (0, 0)):
-            # torch divides by the pixels that a window at the border has
-            y = y * self._shares(height, sizes[0], 0, y)[:, None] * self._shares(width, sizes[1], 1, y)
+            # nn.AvgPool2d divides a window at the border by the number of its pixels that count
+            y = y * self._border_factors(height, sizes[0], 0, y)[:, None]
+            y = y * self._border_factors(width, sizes[1], 1, y)
         return y
 
-    def _shares(self, size: int, out: int, axis: int, like: Tensor) -> Tensor:
-        """Of each window along an axis, its length over the pixels that count in it, (out,)."""
+    def _border_factors(self, size: int, windows: int, axis: int, like: Tensor) -> Tensor:
+        """For each window along an axis: its length divided by the number of its pixels that count, (windows,)."""
         kernel, pad = self.kernel_size[axis], self.own_padding[axis]
         first, last = (-pad, size + pad) if self.count_include_pad else (0, size)
-        start = torch.arange(out, device=like.device) * self.cell - pad
+        start = torch.arange(windows, device=like.device) * self.cell - pad
         return kernel / ((start + kernel).clamp(max=last) - start.clamp(min=first)).to(like.dtype)
 
 
 def _windows(size: int, reach: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """How many windows a pooling has along an axis; with `ceil_mode` also one that begins inside and ends beyond."""
+    """Windows of a pooling along an axis; with `ceil_mode` the last one may end beyond the map, but begins inside."""
     if not ceil_mode:
         return (size + 2 * padding - reach) // stride + 1
     windows = -(-(size + 2 * padding - reach) // stride) + 1
-    return cast("int", torch.sym_min(windows, -(-(size + padding) // stride)))
+    return windows - _at_least_zero(windows - -(-(size + padding) // stride))
 
 
 def _missing(size: int, windows: int, reach: int, stride: int, padding: int) -> int:
-    """Pixels that the last of so many windows reaches beyond the padded axis."""
-    return cast("int", torch.sym_max(stride * (windows - 1) + reach - size - 2 * padding, 0))
+    """Pixels by which the last window of a pooling exceeds the padded axis."""
+    return _at_least_zero(stride * (windows - 1) + reach - size - 2 * padding)
 
 
 @register_notrace_module
 class PhaseMix(nn.Conv2d):
-    """Space-to-depth and, for each channel alone, a learnt mix of its phases; starts as the phase (0, 0).
+    """Space-to-depth followed by a learnt weighted sum of each channel's phases; starts as the phase (0, 0).
 
-    Computed as the depthwise convolution of as large a kernel and stride that it equals.
+    The forward pass runs the equivalent depthwise convolution, whose kernel size and stride are the side of a cell.
 
     Args:
         chs: Channels.
         stride: Side of a cell; 2 gives four phases.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -389,7 +458,7 @@ class PhaseMix(nn.Conv2d):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Takes the phase (0, 0) of every channel, as a stride does."""
+        """Selects the phase (0, 0) of every channel, as a stride does."""
         self.weight.copy_(self.initial_weight())
 
     def initial_weight(self) -> Tensor:
@@ -403,7 +472,7 @@ class PhaseMix(nn.Conv2d):
         x = _pad_to_cells(x, self.cell)
         weight = F.pixel_shuffle(self.weight, self.cell)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
-            # oneDNN's bf16 gradient of a depthwise convolution takes twenty times as long as its fp32 one.
+            # oneDNN takes twenty times as long for the bf16 gradient of a depthwise convolution as for the fp32 one.
             with torch.autocast("cpu", enabled=False):
                 return F.conv2d(x.float(), weight.float(), None, self.cell, groups=self.groups).to(x.dtype)
         return F.conv2d(x, weight, None, self.cell, groups=self.groups)
@@ -411,18 +480,19 @@ class PhaseMix(nn.Conv2d):
 
 @register_notrace_module
 class SPDMaxPool2d(nn.Module):
-    """Max-pooling with stride 1 and a `PhaseMix`: starts as the strided max-pooling that it stands for.
+    """Max-pooling with stride 1 followed by a `PhaseMix`; starts as the strided max-pooling that it replaces.
 
-    As in the shortcuts of the `pyconv*_spd` networks: the pool sees the map as it is, and only then comes
-    space-to-depth.
+    The order is that of the shortcuts in the `pyconv*_spd` networks.
 
     Args:
         chs: Channels.
-        kernel_size: Of the pooling.
-        stride: Of the pooling.
-        padding: Of the pooling; "same" is TensorFlow's.
-        dilation: Of the pooling.
+        kernel_size: Window of the pooling.
+        stride: Stride of the pooling that is replaced.
+        padding: Padding of the pooling; "same" is TensorFlow's.
+        dilation: Dilation of the pooling.
         ceil_mode: As in `nn.MaxPool2d`.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -446,7 +516,9 @@ class SPDMaxPool2d(nn.Module):
         self.mix = PhaseMix(chs, stride, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, chs, H, W) -> (N, chs, H', W'), what the strided pooling gives."""
+        """(N, chs, H, W) -> (N, chs, H', W'), the size of the strided pooling's output."""
+        lowest = torch.finfo(x.dtype).min
+        x = x.clamp(min=lowest)  # -inf times a weight of zero is NaN
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             return self.mix(x)
         if self.dilation == (1, 1) and not self.same and not self.ceil_mode:
@@ -462,5 +534,4 @@ class SPDMaxPool2d(nn.Module):
             elif self.ceil_mode:
                 after += _missing(size, _windows(size, reach, stride, before, True), reach, stride, before)
             pads += [before, after]
-        lowest = torch.finfo(x.dtype).min  # not -inf, which a weight of zero would make NaN
         return self.mix(F.max_pool2d(F.pad(x, pads, value=lowest), self.kernel_size, 1, 0, self.dilation))

@@ -1,23 +1,19 @@
-"""What can go wrong with weights, as lists: on the network, on the disk, in manifests, file headers and pickles.
+"""What can go wrong with weights, as lists: on the network, on the disk, in manifests and file headers.
 
-`tools/fault_report.py` runs them all and prints what came of each; the tests run the same.
+`hostile.py` has the checkpoints that are made to do harm. `tools/fault_report.py` runs them all and prints what came
+of each; the tests run the same.
 """
 
 import copy
-import io
 import json
-import pickle
 import random
 import struct
 import time
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hub_double import Fault, Request, Response
 
 Answer = Callable[[], Response | None]
@@ -322,145 +318,6 @@ def bad_safetensors(good: bytes) -> dict[str, bytes]:
         "metadata that is a list": with_entry("__metadata__", []),
         "another network's names": file(json.dumps({f"x{name}": value for name, value in header.items()})),
     }
-
-
-# Pickles that try to run something, to write somewhere, or to fill the memory
-
-
-class _Calls:
-    """Is pickled as a call of a function, which an ordinary unpickler makes."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.function = function
-        self.arguments = arguments
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return self.function, self.arguments
-
-
-def _saved(content: Any, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
-
-
-def _call(module: str, function: str, argument: str | int) -> bytes:
-    """A zip file whose pickle calls a function that only its name refers to."""
-    given = b"X" + struct.pack("<I", len(argument)) + argument.encode() if isinstance(argument, str) else b""
-    if isinstance(argument, int):
-        given = b"\x8a\x08" + struct.pack("<Q", argument)
-    return _with_pickle(b"\x80\x02c" + f"{module}\n{function}\n".encode() + given + b"\x85R.")
-
-
-def _with_pickle(content: bytes, name: str = "archive", compressed: bool = False, zeros: int = 0) -> bytes:
-    """A zip file as torch writes it, around a pickle."""
-    buffer = io.BytesIO()
-    method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        archive.writestr(f"{name}/data.pkl", content)
-        archive.writestr(f"{name}/version", "3\n")
-        archive.writestr(f"{name}/byteorder", "little")
-        archive.writestr(f"{name}/data/0", bytes(zeros))
-    return buffer.getvalue()
-
-
-def _bomb(levels: int) -> list[Any]:
-    content: list[Any] = []
-    for _ in range(levels):
-        content = [content] * 10
-    return content
-
-
-def malicious_pickles(trace: Path, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """At least 10 checkpoints that would create `trace`, or use up the memory, if they were believed."""
-    write = _Calls(Path.touch, trace)
-    command = f"open({str(trace)!r}, 'w')"
-    legacy = {"_use_new_zipfile_serialization": False}
-    return {
-        "__reduce__ beside the weights": _saved({"state_dict": tensors, "epoch": write}),
-        "__reduce__ beside the weights, old format": _saved({"state_dict": tensors, "epoch": write}, **legacy),
-        "__reduce__ instead of the weights": _saved({"state_dict": write}),
-        "__reduce__ as the whole": _saved(write),
-        "__reduce__ nested": _saved({"state_dict": {"a": {"b": [(write,)]}}}),
-        "__reduce__ as a key": _saved({"state_dict": {_Calls(Path, write): torch.zeros(1)}}),
-        "no file of torch's": pickle.dumps({"state_dict": write}),
-        "os.system": _call("os", "system", f"touch {trace}"),
-        "posix.system": _call("posix", "system", f"touch {trace}"),
-        "subprocess": _call("subprocess", "getoutput", f"touch {trace}"),
-        "builtins.eval": _call("builtins", "eval", command),
-        "__builtin__.exec": _call("__builtin__", "exec", command),
-        "torch.load of another file": _call("torch.serialization", "load", str(trace)),
-        "torch.hub": _call("torch.hub", "load_state_dict_from_url", "http://127.0.0.1:1/a"),
-        "a path that leads out": _with_pickle(pickle.dumps({}, 2), name=f"../../../../..{trace.parent}"),
-        "an absolute path": _with_pickle(pickle.dumps({}, 2), name=str(trace.parent)),
-        "10 GB bytearray": _call("builtins", "bytearray", 10**10),
-        "10 GB tensor": _call("torch", "FloatTensor", 10**10),
-        "10**10 lists": _saved({"state_dict": _bomb(10)}),
-        "compressed zeros": _with_pickle(pickle.dumps({}, 2), compressed=True, zeros=10**8),
-        "a key of 2**45 tuples": _with_pickle(b"\x80\x02})q\x00" + b"h\x00h\x00\x86q\x00" * 45 + b"K\x01s."),
-        "a set of 2**45 tuples": _with_pickle(b"\x80\x04\x8f()q\x00" + b"h\x00h\x00\x86q\x00" * 45 + b"\x90."),
-        "4 million lists": _with_pickle(b"\x80\x02" + b"]" * 4_000_000 + b"."),
-        "40 million lists": _with_pickle(b"\x80\x02" + b"]" * 40_000_000 + b"."),
-        "a memo of 10**9 places": _with_pickle(b"\x80\x02]r\xff\xff\xff\x3f."),
-        "a bytearray of 10**12": _with_pickle(b"\x80\x05\x96" + struct.pack("<Q", 10**12) + b"."),
-        "a tensor beyond its numbers": _resized(lambda size: b"\x8a\x05" + struct.pack("<Q", 10**10)[:5]),
-        "a class for each of 10**7 rows": _saved({"head.fc.weight": torch.zeros(1, 1).expand(10**7, 64)}),
-        "the same numbers 300 times": _overlapping(300, 4 * 2**20),
-        "a module that holds itself": _endless("module" * 100),
-        "a state dict that holds itself": _endless(""),
-        "no weights": _saved({"state_dict": {"a": "text"}}),
-        "TorchScript": _script(),
-    }
-
-
-def _resized(number: Callable[[int], bytes]) -> bytes:
-    """A tensor of one number whose pickled size says another."""
-    content = _saved({"a": torch.zeros(7)})
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        index = archive.read("archive/data.pkl")
-    assert index.count(b"K\x07") == 2  # that of the storage, that of the tensor
-    before, middle, after = index.split(b"K\x07")
-    return _with_pickle(before + b"K\x07" + middle + number(7) + after, zeros=28)
-
-
-def _overlapping(count: int, size: int) -> bytes:
-    """A zip file whose table of contents names one part of it under many names."""
-    content = _saved({str(i): torch.zeros(1) for i in range(count)} | {"large": torch.zeros(size // 4)})
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = archive.infolist()
-        index = archive.read("archive/data.pkl")
-    large = max(members, key=lambda member: member.file_size)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("archive/data.pkl", index)
-        archive.writestr("archive/version", "3\n")
-        archive.writestr(large.filename, bytes(size))
-        offset = archive.getinfo(large.filename).header_offset
-        for i in range(count):
-            member = copy.copy(archive.getinfo(large.filename))
-            member.filename, member.header_offset = f"archive/data/{i}", offset
-            if member.filename != large.filename:
-                archive.filelist.append(member)
-    return buffer.getvalue()
-
-
-def _endless(name: str) -> bytes:
-    """A module that is its own child, or a dict that is its own state dict."""
-    if not name:
-        content: dict[str, Any] = {}
-        content["state_dict"] = content
-        return _saved(content)
-    module = torch.nn.Module()
-    module._modules[name] = module
-    return _saved({"model": module})
-
-
-def _script() -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
-    return buffer.getvalue()
 
 
 def byte_flips(content: bytes, count: int, seed: int = 0) -> Iterator[bytes]:

@@ -12,11 +12,13 @@ from box_pictures import COLOURS, NAMES, SIZE, make_coco, make_voc, make_yolo, s
 from PIL import Image
 
 from spd_zoo.data.boxes import BoxImages, hold_out, open_boxes, with_names
-from spd_zoo.data.labelled import DataError, Steps
+from spd_zoo.data.classes import NetworkClasses, match_classes
+from spd_zoo.data.labelled import DataError
 from spd_zoo.inference.detector import prepare
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection.augment import box_train_loader
 from spd_zoo.training.finetune import finetune
+from spd_zoo.training.steps import Steps
 
 Make = Callable[[Path], Path]
 
@@ -29,7 +31,7 @@ def opened(root: Path, split: str = "train") -> BoxImages:
 
 def as_lists(data: BoxImages) -> list[tuple[Any, ...]]:
     order = sorted(range(len(data)), key=data.name)
-    return [tuple(part.double().round(decimals=3).tolist() for part in data.shown(i)[:3]) for i in order]
+    return [tuple(part.double().round(decimals=3).tolist() for part in data.objects_in(i)[:3]) for i in order]
 
 
 @pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
@@ -68,7 +70,7 @@ def test_an_image_without_a_label_file_shows_nothing(tmp_path: Path) -> None:
     make_yolo(tmp_path)
     (tmp_path / "labels" / "train" / "train_0.txt").unlink()
     data = opened(tmp_path)
-    assert len(data) == 8 and len(data.shown(0).labels) == 0
+    assert len(data) == 8 and len(data.objects_in(0).labels) == 0
 
 
 def test_what_is_wrong_with_boxes_is_counted_and_left_out(tmp_path: Path) -> None:
@@ -97,8 +99,8 @@ def test_what_is_wrong_with_boxes_is_counted_and_left_out(tmp_path: Path) -> Non
         "boxes belong to no image of the list and are left out": 1,
     }
     assert sum(data.counts()) == count + 2
-    assert data.shown(0).boxes[-2:].tolist() == [[0, 5, 20, 35], [90, 60, 96, 64]]
-    assert data.shown(0).areas[-2:].tolist() == [20 * 30, 6 * 4]
+    assert data.objects_in(0).boxes[-2:].tolist() == [[0, 5, 20, 35], [90, 60, 96, 64]]
+    assert data.objects_in(0).areas[-2:].tolist() == [20 * 30, 6 * 4]
 
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
@@ -147,7 +149,7 @@ def test_boxes_are_in_the_pixels_of_the_upright_image(tmp_path: Path) -> None:
         image.rotate(90, expand=True).save(file, exif=exif)
     data = opened(root)
     assert data.sizes[0] == SIZE == data.image(0).size
-    assert data.shown(0).boxes.tolist() == [list(box[1:]) for box in scenes(1)[0][1]]
+    assert data.objects_in(0).boxes.tolist() == [list(box[1:]) for box in scenes(1)[0][1]]
 
 
 def test_the_first_image_may_be_lost_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,10 +253,6 @@ def no_train(root: Path) -> None:
     (make_coco(root) / "instances_train.json").unlink()
 
 
-def lost_class(root: Path) -> None:
-    (make_yolo(root) / "data.yaml").write_text(f"names: {[*NAMES, 'violet']}")
-
-
 def empty_val(root: Path) -> None:
     for file in (make_yolo(root) / "labels" / "val").iterdir():
         file.write_text("")
@@ -281,7 +279,6 @@ def empty_val(root: Path) -> None:
         (nothing, "is no data set with boxes: it has neither"),
         (lambda root: None, "there is no folder"),
         (no_train, "has no split train"),
-        (lost_class, "class 'violet' has no box to train on"),
         (empty_val, "the split val has no box of a class that is trained"),
     ],
 )
@@ -320,6 +317,53 @@ def test_classes_are_matched_by_name_and_unknown_ones_counted(tmp_path: Path) ->
     assert renamed.counts() == [red, blue] and min(blue, green, red) > 0
     (lost,) = renamed.defects.values()
     assert len(lost) == green
+
+
+def test_a_class_without_a_box_is_left_out_and_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_yolo(tmp_path / "data")
+    (root / "data.yaml").write_text(f"names: {[*NAMES, 'violet']}")
+    finetune(config(root, tmp_path / "run", dry_run=True))
+    printed = capsys.readouterr().out
+    assert "train: 8 images of 3 classes" in printed
+    assert printed.count("note: 1 class without anything to train on left out: violet") == 1
+    finetune(config(root, tmp_path / "run", dry_run=True, check=False))
+    assert capsys.readouterr().out.count("note: 1 class without anything") == 1
+
+
+def test_classes_of_a_detector_are_matched_by_name_or_not_at_all(tmp_path: Path) -> None:
+    data = opened(make_coco(tmp_path))
+    blue, green, red = data.counts()
+    assert match_classes(data, NetworkClasses(["red", "green", "blue", "pink"])).counts() == [red, green, blue, 0]
+    capitals = NetworkClasses(["Red", "Green", "Blue"])
+    with pytest.raises(DataError, match="the network has no class 'blue'"):
+        match_classes(data, capitals)
+    assert match_classes(data, capitals, {name.lower(): name for name in capitals.names}).counts() == [red, green, blue]
+
+
+@pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
+def test_splits_have_usual_names_in_any_case(make: Make, tmp_path: Path) -> None:
+    before = opened(make(tmp_path), "val")
+    for path in sorted(tmp_path.rglob("*val*")):
+        if path.stem in ("val", "instances_val"):
+            path.rename(path.with_name(path.name.replace("val", "Validation")))
+    after = opened(tmp_path, "val")
+    assert after.counts() == before.counts() and len(after) == 4
+
+
+def test_images_without_a_known_suffix_are_counted(tmp_path: Path) -> None:
+    folder = make_yolo(tmp_path) / "images" / "train"
+    (folder / "notes.doc").write_text("no image")
+    (folder / "train_0.png").rename(folder / "train_0.jfif")
+    (folder / "train_1.png").rename(folder / "train_1")
+    data = opened(tmp_path)
+    assert len(data) == 8 and sum(data.counts()) == sum(len(boxes) for _, boxes in scenes(8))
+    (note,) = data.notes
+    assert note.startswith("1 file in ") and note.endswith(".doc (1)")
+
+
+def test_an_address_is_refused_with_both_slashes() -> None:
+    with pytest.raises(DataError, match=r"https://example\.org/data is an address"):
+        open_boxes("https://example.org/data", "train")
 
 
 def test_another_box_is_other_data(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -22,6 +25,9 @@ from spd_zoo.weights.fit import own_networks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NETWORKS = own_networks()
+ROOT = EXAMPLES.parent
+ENTRY_POINT = re.findall(r'^spd-zoo = "(\w+):(\w+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 Capture = pytest.CaptureFixture[str]
 
 
@@ -56,7 +62,7 @@ def made_up_entries(monkeypatch: pytest.MonkeyPatch) -> None:
         dataclasses.replace(base, name="pyconvresnet50.d", num_classes=9),
         dataclasses.replace(base, name="resnet18_spd"),
     ]
-    monkeypatch.setattr("spd_zoo.cli.main.entries", lambda: {entry.name: entry for entry in found})
+    monkeypatch.setattr("spd_zoo.weights.catalogue.entries", lambda: {entry.name: entry for entry in found})
 
 
 def rows_of(capsys: Capture, *arguments: str) -> list[dict[str, object]]:
@@ -153,7 +159,7 @@ def test_info_about_a_network_describes_its_checkpoints(capsys: Capture) -> None
 
 def test_info_knows_networks_of_the_zoo_only(capsys: Capture) -> None:
     assert main(["info", "resnet18"]) == 1
-    assert capsys.readouterr().err.startswith("spd-zoo: error: resnet18 is no network of the zoo")
+    assert capsys.readouterr().err.startswith("spd-zoo: error: there is no network 'resnet18'; the nearest names are ")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +204,9 @@ def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint
     assert main(["weights", "list", "*.mine"]) == 0
     header, line = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "here", "sha256", "size", "licence", "from"]
-    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "verified"]
+    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "unknown"]
+    assert main(["weights", "list", "*.mine", "--verify"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["cifar_resnet20.mine", "imported", "verified"]
 
 
 def test_what_was_imported_is_used_pulled_checked_and_deleted(
@@ -431,7 +439,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spd_zoo.cli.main.entries", interrupt)
+    monkeypatch.setattr("spd_zoo.weights.catalogue.entries", interrupt)
     assert main(["list"]) == 130
 
 
@@ -445,6 +453,107 @@ def test_a_reader_that_stops_reading_causes_no_traceback() -> None:
     process.stderr.close()
     assert process.wait() == 1
     assert errors == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["lisst"], 2),
+        (["predict", "--typo"], 2),
+        (["list"], 0),
+        (["list", "--pretrained", "--json"], 0),
+        (["info", "pyconvresnet50"], 0),
+        (["info", "pyconvresnet51"], 1),
+        (["weights", "list"], 0),
+        (["weights", "list", "nonsense*"], 1),
+    ],
+    ids=str,
+)
+def test_what_needs_no_network_starts_without_torch(arguments: list[str], status: int) -> None:
+    ((module, function),) = ENTRY_POINT
+    code = f"""if True:
+        import sys
+        from {module} import {function} as start
+        try:
+            status = start()
+        except SystemExit as exit:
+            status = exit.code
+        loaded = {{"torch", "timm", "huggingface_hub"}} & sys.modules.keys()
+        sys.exit(f"loaded {{loaded}}" if loaded else status)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
+    assert (done.returncode, "loaded" in done.stderr) == (status, False), done.stderr
+
+
+@pytest.mark.slow
+def test_a_command_that_needs_networks_has_all_that_import_spd_zoo_gives(saved: str, image: Path) -> None:
+    code = """if True:
+        import sys
+        import spd_zoo_cli
+        sys.argv = ["spd-zoo", *sys.argv[1:]]
+        assert spd_zoo_cli.main() == 0
+        import spd_zoo, timm
+        assert all(hasattr(spd_zoo, name) for name in spd_zoo.__all__) and spd_zoo.__version__
+        assert timm.is_model("pyconvresnet50") and spd_zoo.weights.fetch.__name__ == "fetch"
+    """
+    command = [sys.executable, "-c", code, "predict", saved, str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(image) in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables", [{}, {"HF_HOME": "$ROOM/hf"}, {"HF_HUB_CACHE": "~/hub"}, {"XDG_CACHE_HOME": "/x"}]
+)
+def test_the_cache_is_found_where_huggingface_hub_has_it(variables: dict[str, str]) -> None:
+    code = """if True:
+        from huggingface_hub import constants
+        import sys
+        theirs = [constants.HF_HUB_CACHE, constants.HF_ASSETS_CACHE]
+        del sys.modules["huggingface_hub.constants"]
+        import spd_zoo_cli
+        sys.argv = ["spd-zoo", "list"]
+        spd_zoo_cli.main()
+        from spd_zoo.weights import cache
+        ours = [str(cache._hugging_face_folder(name)) for name in ("HUB_CACHE", "ASSETS_CACHE")]
+        sys.exit(0 if ours == theirs else f"{ours} {theirs}")
+    """
+    names = ("HF_HOME", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in ENVIRONMENT.items() if key not in names} | {"ROOM": "/room"} | variables
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_options_and_names(capsys: Capture, tmp_path: Path) -> None:
+    pytest.importorskip("shtab", reason="needs shtab: pip install 'spd-zoo[completion]'")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        code = f"""source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}
+            _shtab_spd_zoo; printf '%s\\n' "${{COMPREPLY[@]}}" """
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert completed("spd-zoo", "pre") == {"predict"}
+    assert "pyconvresnet50_spd.cifar100" in completed("spd-zoo", "predict", "pyconvresnet50_spd.")
+    assert "--image-size" in completed("spd-zoo", "finetune", "--image")
+    assert {"pull", "publish"} == completed("spd-zoo", "weights", "pu")
+
+
+def test_completion_says_what_to_install(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 1
+    assert "pip install 'spd-zoo[completion]'" in capsys.readouterr().err
 
 
 def test_the_version_is_the_packages(capsys: Capture) -> None:

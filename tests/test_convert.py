@@ -3,38 +3,45 @@
 import copy
 import json
 import re
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import convert_report
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.layers.std_conv import StdConv2dSame
 from timm.models import save_for_hf
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import convert_report
+from torch.nn.utils import prune
 
 from spd_zoo import WeightsError, convert_to_spd, fold_spd
 from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
-from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
+from spd_zoo.fold import fold_batchnorm
+from spd_zoo.rewrite import max_difference, tensors_in
+from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
 from spd_zoo.weights.load import ModelError
 
 ROOT = Path(__file__).parent.parent
 RECORDED = [json.loads(line) for line in convert_report.RECORD.read_text().splitlines()]
 COMPARED = [row for row in RECORDED if "left_out" not in row]
 # together every kind of layer: plain, grouped, strided by 4, TensorFlow's padding, weight standardised; every pooling
-AGAIN = [row["network"] for row in COMPARED if row["params"][0] < 4e6 or row["left"]]
+AGAIN = [row["network"] for row in COMPARED if row["params"][0] < 4e6 or row["unchanged"]]
 AGAIN = [
     pytest.param(name, marks=pytest.mark.exhaustive if i % 4 else pytest.mark.slow) for i, name in enumerate(AGAIN)
+]
+FOLDED = [
+    pytest.param(
+        row["network"], marks=() if row["network"] in ("test_resnet", "ghostnet_050") else pytest.mark.exhaustive
+    )
+    for row in COMPARED
 ]
 SMALL = ["test_resnet", "test_byobnet", "test_convnext", "test_nfnet", "tf_mobilenetv3_small_minimal_100"]
 FIRST_OF_SMALL = [SMALL[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SMALL[1:])]
@@ -73,7 +80,8 @@ def check(layer: nn.Module, chs: int, kind: type[nn.Module]) -> None:
     assert type(made) is kind
     trained: Any = copy.deepcopy(made)
     disturb(trained)
-    folded, folded_after_training = fold_spd(made), fold_spd(trained)
+    example = noise(2, chs, 16, 22)
+    folded, folded_after_training = fold_spd(made, example), fold_spd(trained, example)
     computed = 0
     for size in SIZES:
         x = noise(2, chs, *size)
@@ -193,7 +201,8 @@ def test_the_layers_look_like_what_they_stand_for() -> None:
     ids=lambda value: getattr(value, "__name__", None) or type(value).__name__,
 )
 def test_what_was_not_trained_folds_to_what_it_was(layer: Any, folded: type[nn.Module]) -> None:
-    back: Any = fold_spd(convert_to_spd(layer, example_input=images(1, 4, 8, 8)))
+    x = images(1, 4, 8, 8)
+    back: Any = fold_spd(convert_to_spd(layer, example_input=x), x)
     assert type(back) is folded
     for name in ("kernel_size", "stride", "padding", "ceil_mode"):
         if hasattr(layer, name):
@@ -205,7 +214,7 @@ def test_what_was_not_trained_folds_to_what_it_was(layer: Any, folded: type[nn.M
 def test_a_trained_kernel_folds_to_twice_the_kernel() -> None:
     made = convert_to_spd(nn.Conv2d(4, 6, 7, 2, 3), example_input=images(1, 4, 8, 8))
     disturb(made)
-    pad, conv = fold_spd(made)
+    pad, conv = fold_spd(made, images(1, 4, 8, 8))
     assert (type(pad), type(conv), conv.kernel_size, conv.stride) == (nn.ZeroPad2d, nn.Conv2d, (8, 8), (2, 2))
 
 
@@ -215,12 +224,23 @@ def test_a_trained_kernel_folds_to_twice_the_kernel() -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_converted_network_predicts_what_the_original_predicts(name: str) -> None:
     row = convert_report.compare(name)
-    assert row["left"] == []
+    assert row["unchanged"] == []
     assert sum(row["replaced"].values()) >= 4
     for kind in convert_report.SIZES:
         assert row[kind]["difference"] < 1e-4
         assert row[kind]["folded"] < 1e-4
         assert row[kind]["moved"] > 0.01  # the new weights matter
+
+
+@pytest.mark.parametrize(
+    "features_only", [pytest.param(False, id="classifier"), pytest.param(True, id="features_only")]
+)
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_folded_network_computes_the_same(name: str, features_only: bool) -> None:
+    found = convert_report.compare_folded(name, features_only)
+    print(json.dumps({"features_only": features_only, **found}))
+    assert found["folded"] and max(found["folded"].values()) < 1e-4
+    assert found["norms"][1] < found["norms"][0] or found["norms"][0] == 0
 
 
 @pytest.mark.parametrize("name", AGAIN)
@@ -229,7 +249,7 @@ def test_what_was_recorded_comes_out_again(name: str) -> None:
     row = convert_report.compare(name)
     for key in ("params", "macs"):
         assert list(row[key]) == recorded[key]
-    assert [row[key] for key in ("replaced", "left")] == [recorded[key] for key in ("replaced", "left")]
+    assert [row[key] for key in ("replaced", "unchanged")] == [recorded[key] for key in ("replaced", "unchanged")]
     assert [row[kind]["size"] for kind in row.keys() & convert_report.SIZES.keys()] == [
         recorded[kind]["size"] for kind in row.keys() & convert_report.SIZES.keys()
     ]
@@ -261,7 +281,7 @@ def test_a_converted_pyramid_network_is_the_one_that_was_built_so() -> None:
     converted: Any = convert_to_spd(timm.create_model("pyconvresnet50", num_classes=5, device="meta"))
     shapes = [sorted(tuple(p.shape) for p in net.parameters()) for net in (built, converted)]
     assert shapes[0] == shapes[1]
-    assert converted.spd_report.left == ()
+    assert converted.spd_report.unchanged == ()
 
 
 def test_a_narrow_pyramid_is_computed_packed_and_right() -> None:
@@ -274,11 +294,18 @@ def test_a_narrow_pyramid_is_computed_packed_and_right() -> None:
 @pytest.mark.slow
 def test_functions_that_downsample_are_reported() -> None:
     net: Any = convert_to_spd(timm.create_model("inception_v3", device="meta"))
-    assert [(left.module, left.what) for left in net.spd_report.left] == [
+    assert [(layer.module, layer.layer) for layer in net.spd_report.unchanged] == [
         ("Mixed_6a", "max_pool2d"),
         ("Mixed_7a", "max_pool2d"),
     ]
     assert "called in the forward of InceptionB, not a layer of its own" in str(net.spd_report)
+
+
+@dataclass
+class Maps:
+    """An output of a class of its own."""
+
+    last: Tensor
 
 
 class Everything(nn.Module):
@@ -301,25 +328,33 @@ class Everything(nn.Module):
         maps = [self.lengthwise(x), self.kind(x), self.pool(x), self.indices(x)[0], self.divisor(x), self.fixed(x)]
         maps += [self.shared(x), self.shared(twice), self.good(twice)]
         maps += [x[..., ::2, ::2], F.avg_pool2d(x, 2), F.interpolate(x, scale_factor=0.5)]
+        maps += [F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True), F.fractional_max_pool2d(x, 2, 7)]
+        maps += [F.grid_sample(x, x.new_zeros(len(x), 7, 7, 2), align_corners=False)]
+        even = torch.arange(0, x.shape[2], 2, device=x.device)
+        maps += [x[:, :, even[:, None], even], x.index_select(2, even), x[:, :, :, ::2][:, :, ::2]]
+        maps += [x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))]
         return torch.cat([y.mean((2, 3)) for y in maps], 1)
 
 
 def test_everything_that_cannot_be_replaced_is_reported_with_a_reason() -> None:
     net: Any = convert_to_spd(Everything(), example_input=images(2, 3, 32, 32))
     assert [row.module for row in net.spd_report.replaced] == ["good"]
-    reasons = {(left.module, left.what): left.reason for left in net.spd_report.left}
+    reasons = {(layer.module, layer.layer): layer.reason for layer in net.spd_report.unchanged}
     assert {key: reason for key, reason in reasons.items() if key[0]} == {
         ("lengthwise", "Conv2d 3x3/2"): "its stride differs between rows and columns: (2, 1)",
-        ("kind", "Mine 3x3/2"): "a convolution of a kind of its own, Mine",
-        ("pool", "MyPool 2x2/2"): "a pooling of a kind of its own, MyPool",
+        ("kind", "Mine 3x3/2"): "a convolution of a class of its own, Mine",
+        ("pool", "MyPool 2x2/2"): "a pooling of a class of its own, MyPool",
         ("indices", "MaxPool2d 2x2/2"): "it returns indices",
         ("divisor", "AvgPool2d 2x2/2"): "it has a divisor_override",
         ("shared", "MaxPool2d 1x1/2"): "called with maps of different numbers of channels",
         ("idle", "Conv2d 3x3/2"): "not called in evaluation, so nothing could be compared",
         ("fixed", "adaptive_avg_pool2d"): "there is nothing to put in the place of AdaptiveAvgPool2d",
     }
-    assert [what for module, what in reasons if not module] == ["slice", "avg_pool2d", "upsample_nearest2d"]
-    assert "left: the network itself, slice: called in the forward of Everything" in str(net.spd_report)
+    assert [layer for module, layer in reasons if not module] == [
+        *("slice", "avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d_aa", "fractional_max_pool2d"),
+        *("grid_sampler_2d", "index", "index_select", "mean"),
+    ]
+    assert "unchanged: the network itself, slice: called in the forward of Everything" in str(net.spd_report)
 
 
 def test_what_is_excluded_stays_and_is_reported() -> None:
@@ -329,9 +364,9 @@ def test_what_is_excluded_stays_and_is_reported() -> None:
     assert {row.module for row in converted.spd_report.replaced} == {
         *("conv1.0", "layer2.0.conv1", "layer3.0.conv2", "layer4.0.conv1")
     }
-    left = {row.module for row in converted.spd_report.left}
-    assert left == {"maxpool", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
-    assert {row.reason for row in converted.spd_report.left} == {"left out by include or exclude"}
+    unchanged = {row.module for row in converted.spd_report.unchanged}
+    assert unchanged == {"maxpool", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
+    assert {row.reason for row in converted.spd_report.unchanged} == {"left out by include or exclude"}
 
 
 def test_a_pattern_that_names_nothing_is_refused() -> None:
@@ -346,24 +381,190 @@ def test_a_network_of_unknown_image_size_needs_an_example() -> None:
         convert_to_spd(nn.Conv2d(3, 4, 3, 2), example_input=images(3, 8, 8))
 
 
-class Peeks(nn.Module):
-    """Reads the weights of a layer, too."""
+class Branches(nn.Module):
+    """Computes something else where its layer is of another class."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) * self.conv.weight.square().mean()
+        y = self.conv(x)
+        return y if type(self.conv) is nn.Conv2d else 2 * y
 
 
 def test_a_network_that_would_compute_something_else_is_refused_and_stays_as_it_was() -> None:
-    net, x = Peeks(), images(2, 3, 8, 8)
+    net, x = Branches(), images(2, 3, 8, 8)
+    calls: list[str] = []
+    net.conv.register_forward_hook(lambda *args: calls.append("hook"))
     expected = net(x)
     with pytest.raises(ConversionError, match=r"differs by .* find the layer by converting a part at a time"):
         convert_to_spd(net, example_input=x, inplace=True)
-    assert type(net.conv) is nn.Conv2d
+    assert type(net.conv) is nn.Conv2d and net.training
+    calls.clear()
     assert torch.equal(net(x), expected)
+    assert calls == ["hook"]
+
+
+class Scaled(nn.Module):
+    """Reads the weights of a layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.conv.weight.square().mean()
+
+
+class Tied(nn.Sequential):
+    """Two convolutions with one kernel."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 3, 3, 2, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, 2, 1))
+        self[2].weight = self[0].weight
+
+
+class Listed(nn.Module):
+    """Calls its layers by a list that is not registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, 2, 1), nn.BatchNorm2d(3)
+        self.layers = [self.conv, self.norm]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def attached(attach: Callable[[nn.Conv2d], Any]) -> nn.Sequential:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.BatchNorm2d(3))
+    conv: Any = net[0]
+    attach(conv)
+    return net
+
+
+UNSAFE = {
+    "parametrization": (lambda: attached(torch.nn.utils.parametrizations.weight_norm), "it has a parametrization"),
+    "weight_norm": (lambda: attached(torch.nn.utils.weight_norm), "it has weight_g, weight_v"),
+    "spectral_norm": (lambda: attached(torch.nn.utils.spectral_norm), "it has weight_orig, weight_u, weight_v"),
+    "prune": (lambda: attached(lambda conv: prune.random_unstructured(conv, "weight", 0.5)), "it has weight_mask"),
+    "forward": (lambda: attached(lambda conv: setattr(conv, "forward", conv.forward)), "its forward was replaced"),
+    "read elsewhere": (Scaled, "its parameters are also read outside of it"),
+    "shared": (Tied, "it shares a parameter with another module"),
+    "list": (Listed, "by its name|by another reference to it than its name"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", UNSAFE)
+def test_a_layer_that_cannot_be_exchanged_safely_stays(name: str) -> None:
+    make, reason = UNSAFE[name]
+    net, x = convert_report.randomise(make()), images(2, 3, 16, 16)
+    expected = net(x)
+    converted: Any = convert_to_spd(net, example_input=x, inplace=True)
+    folded: Any = fold_spd(net, x)
+    assert converted is net
+    for report in (converted.spd_report, folded.fold_report):
+        assert re.search(reason, str(report))
+    for other in (converted, folded):
+        assert not any(isinstance(module, SPDConv2d) for module in other.modules())
+        assert difference(other(x), expected) < 1e-6
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == 1
+
+
+def test_a_layer_with_a_hook_on_its_weight_stays() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1))
+    net[0].weight.register_hook(lambda gradient: 0 * gradient)
+    convert_to_spd(net, example_input=images(2, 3, 16, 16), inplace=True)
+    assert "its weight has hooks" in str(net.spd_report)
+    net(images(2, 3, 16, 16)).sum().backward()
+    assert not net[0].weight.grad.any()
+
+
+def test_hooks_of_every_sort_go_on_to_the_new_layer() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU())
+    calls: list[str] = []
+    net[0].register_forward_pre_hook(lambda module, args, kwargs: calls.append("before"), with_kwargs=True)
+    net[0].register_forward_hook(lambda module, args, kwargs, y: calls.append("after"), with_kwargs=True)
+    net[0].register_forward_hook(lambda module, args, y: calls.append("always"), always_call=True)
+    net[0].register_full_backward_pre_hook(lambda module, gradients: calls.append("before backward"))
+    handle = net[0].register_full_backward_hook(lambda module, given, gradients: calls.append("after backward"))
+    x = images(2, 3, 16, 16).requires_grad_()
+    converted = convert_to_spd(net, example_input=x.detach(), inplace=True)
+    assert type(converted[0]) is SPDConv2d
+    calls.clear()
+    converted(x).sum().backward()
+    assert calls == ["before", "after", "always", "before backward", "after backward"]
+    handle.remove()
+    converted(x).sum().backward()
+    assert calls[5:] == ["before", "after", "always", "before backward"]
+
+
+class Value(nn.Module):
+    """Something after a layer with a stride."""
+
+    def __init__(self, value: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.value = nn.Conv2d(3, 3, 3, 2, 1), value
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        return self.value(2 * y if type(self.conv) is SPDConv2d else y)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (lambda y: y.mean(), ConversionError),
+        (lambda y: {"a": [y[:0]], "b": Maps(y)}, ConversionError),
+        (lambda y: torch.where(y > y.median(), y, torch.nan), ValueError),
+        (lambda y: (y > 0.5).long() + y[0, 0, 0, 0].double(), ConversionError),
+        (lambda y: None, ValueError),
+    ],
+    ids=["one number", "nested", "NaN", "fp64", "none"],
+)
+def test_outputs_of_every_sort_are_compared(value: Callable[[Tensor], Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"differs by|returns NaN for example_input|returns no tensors"):
+        convert_to_spd(Value(value), example_input=images(2, 3, 8, 8))
+
+
+def test_a_single_output_number_and_none_at_all_are_equal_to_themselves() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 1, 3, 2, 1), nn.AdaptiveAvgPool2d(1))
+    assert fold_spd(net, images(1, 3, 8, 8)).fold_report.difference == 0
+    assert convert_to_spd(net, example_input=images(1, 3, 8, 8)).spd_report.difference < 1e-6
+    assert max_difference([torch.empty(0, 4)], [torch.empty(0, 4)]) == 0
+    assert max_difference([torch.tensor([torch.nan, 1.0])], [torch.tensor([0.0, 1.0])]) == float("inf")
+    assert max_difference([torch.tensor([0.0, 1.0])], [torch.tensor([0.0, torch.inf])]) == float("inf")
+    assert max_difference([torch.zeros(3)], [torch.zeros(3)]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_compared_in_fp32(dtype: torch.dtype) -> None:
+    net, x = small_network().to(dtype), images(2, 3, 33, 47).to(dtype)
+    converted: Any = convert_to_spd(net, example_input=x)
+    assert converted.spd_report.difference < 1e-5
+    folded: Any = fold_spd(converted, x)
+    assert folded.fold_report.difference < 16 * torch.finfo(dtype).eps
+    assert {parameter.dtype for parameter in folded.parameters()} == {dtype}
+
+
+def test_maps_with_infinities_stay_numbers_in_a_phase_mix() -> None:
+    x = images(2, 3, 16, 16)
+    x[0, 0, 2:5, 2:5] = -torch.inf  # a whole window, but none that the stride takes
+    pool = nn.MaxPool2d(3, 2, 1)
+    assert torch.equal(convert_to_spd(pool, example_input=x)(x), pool(x))
+
+
+def test_a_detector_whose_shapes_depend_on_values_is_refused_in_a_sentence() -> None:
+    net = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    x = torch.rand(1, 3, 64, 64)
+    for function in (convert_to_spd, fold_spd):
+        with pytest.raises(ValueError, match=r'SSD cannot run on the "meta" device .* as the backbone of a detector'):
+            function(net, example_input=x)
 
 
 def test_the_original_stays_as_it_is_unless_asked_otherwise() -> None:
@@ -551,15 +752,15 @@ def test_what_was_saved_can_be_saved_again_and_converted_further(tmp_path: Path)
     part: Any = convert_to_spd(net, exclude=["layer*"])
     part = timm.create_model(saved(part, tmp_path / "part"), pretrained=True).eval()
     assert len(part.spd_report.replaced) == 2
-    assert len(part.spd_report.left) == 6
+    assert len(part.spd_report.unchanged) == 6
     whole: Any = timm.create_model(saved(convert_to_spd(part), tmp_path / "whole"), pretrained=True).eval()
-    assert whole.spd_report.left == ()
+    assert whole.spd_report.unchanged == ()
     x = images(2, 3, 65, 63)
     with torch.no_grad():
         assert difference(whole(x), net(x)) < 1e-4
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert config["model_args"]["base"] == "test_resnet"
-    assert len(config["model_args"]["include"]) == len(part.spd_report.replaced) + len(part.spd_report.left)
+    assert len(config["model_args"]["include"]) == len(part.spd_report.replaced) + len(part.spd_report.unchanged)
 
 
 def test_arguments_of_the_original_are_saved_too(tmp_path: Path) -> None:
@@ -576,7 +777,7 @@ def test_a_detector_is_converted_saved_and_folded(tmp_path: Path) -> None:
     net = small_network("yolov8n", num_classes=3)
     x = images(1, 3, 64, 96)
     converted: Any = convert_to_spd(net, example_input=x)
-    assert len(converted.spd_report.replaced) == 7 and converted.spd_report.left == ()
+    assert len(converted.spd_report.replaced) == 7 and converted.spd_report.unchanged == ()
     again: Any = timm.create_model(saved(converted, tmp_path), pretrained=True).eval()
     folded: Any = fold_spd(converted)
     assert type(again) is type(folded) is type(net)
@@ -630,7 +831,7 @@ def test_a_converted_network_cannot_be_made_from_nothing() -> None:
 
 def test_a_checkpoint_is_converted_into_a_folder(tmp_path: Path) -> None:
     report = convert_checkpoint("cifar_resnet20", tmp_path / "new" / "folder", exclude=["*.projection.*"])
-    assert len(report.replaced) == len(report.left) == 2
+    assert len(report.replaced) == len(report.unchanged) == 2
     original = timm.create_model("cifar_resnet20", pretrained=True).eval()
     converted: Any = timm.create_model(f"local-dir:{tmp_path / 'new' / 'folder'}", pretrained=True).eval()
     x = images(2, 3, 32, 32)
@@ -729,20 +930,176 @@ def test_a_convolution_that_runs_twice_keeps_its_batchnorms_apart() -> None:
         fold_spd(net)
 
 
-def test_a_map_that_something_else_reads_too_keeps_its_batchnorm() -> None:
-    class Both(nn.Module):
+class ConvNorm(nn.Module):
+    """A convolution and its BatchNorm; what is done with the map between them is the test's."""
+
+    def __init__(self, forward: Callable[..., Any], conv: nn.Module | None = None, norm: Any = None) -> None:
+        super().__init__()
+        self.conv: nn.Module = conv or nn.Conv2d(3, 3, 3, padding=1)
+        self.norm: nn.Module = norm or nn.BatchNorm2d(3)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def both(net: Any, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    return y + net.norm(y)
+
+
+def view(net: Any, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    flat = y.flatten(1)
+    return net.norm(y).flatten(1) + flat
+
+
+def returned(net: Any, x: Tensor) -> Any:
+    y = net.conv(x)
+    return {"maps": [Maps(y)], "out": net.norm(y)}
+
+
+def kept(net: Any, x: Tensor) -> Tensor:
+    net.last = [net.conv(x)]
+    return net.norm(net.last[0])
+
+
+def without_hooks(net: Any, x: Tensor) -> Tensor:
+    return net.norm(net.conv.forward(x))
+
+
+def twice(net: Any, x: Tensor) -> Tensor:
+    return net.norm(net.norm(net.conv(x)))
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    """A BatchNorm with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def plainly(net: Any, x: Tensor) -> Tensor:
+    return net.norm(net.conv(x))
+
+
+NOT_FOLDED = {
+    "read": (lambda: ConvNorm(both), "the output of conv is also read by something else"),
+    "view": (lambda: ConvNorm(view), "the output of conv is also read by something else"),
+    "returned": (lambda: ConvNorm(returned), "the output of conv is also returned or kept"),
+    "kept": (lambda: ConvNorm(kept), "the output of conv is also returned or kept"),
+    "forward": (lambda: ConvNorm(without_hooks), "its input is not the output of a convolution|read outside of it"),
+    "twice": (lambda: ConvNorm(twice), "called 2 times in evaluation"),
+    "subclass": (lambda: ConvNorm(plainly, norm=DoubledNorm(3)), "DoubledNorm is not one of the classes"),
+    "batch's own": (
+        lambda: ConvNorm(plainly, norm=nn.BatchNorm2d(3, track_running_stats=False)),
+        "it normalises by the statistics of each batch",
+    ),
+    "own convolution": (
+        lambda: ConvNorm(plainly, conv=type("Mine", (nn.Conv2d,), {})(3, 3, 1)),
+        "the convolution before it, conv, stays: Mine is not one of the classes that can be folded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOLDED)
+def test_a_batchnorm_stays_where_folding_would_change_something(name: str) -> None:
+    make, reason = NOT_FOLDED[name]
+    net, x = convert_report.randomise(make()), images(2, 3, 8, 8)
+    folded: Any = fold_spd(net, x)
+    assert re.search(reason, str(folded.fold_report)) and folded.fold_report.folded == ()
+    with torch.no_grad():
+        assert max_difference(tensors_in(folded(x)), tensors_in(net(x))) == 0
+
+
+@pytest.mark.parametrize("module", ["conv", "norm"])
+def test_a_hook_between_two_layers_keeps_them_apart(module: str) -> None:
+    net, x = convert_report.randomise(ConvNorm(plainly)), images(2, 3, 8, 8)
+    maps: list[Tensor] = []
+    net.get_submodule(module).register_forward_hook(lambda module, args, y: maps.append(args[0]))
+    folded: Any = fold_spd(net, x)
+    assert "it has hooks" in str(folded.fold_report)
+    maps.clear()
+    with torch.no_grad():
+        assert torch.equal(folded(x), net(x))
+    assert torch.equal(maps[0], maps[1])
+
+
+def test_maps_of_a_network_with_features_only_are_right() -> None:
+    net, x = small_network("ghostnet_050", features_only=True), images(2, 3, 64, 64)
+    folded: Any = fold_spd(net)
+    assert [(layer.module, layer.reason) for layer in folded.fold_report.unchanged] == [
+        ("bn1", "the output of conv_stem is also returned or kept")
+    ]
+    with torch.no_grad():
+        assert max_difference(tensors_in(folded(x)), tensors_in(net(x))) < 1e-4
+
+
+def test_a_batchnorm_under_two_names_is_applied_once() -> None:
+    class TwoNames(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, 2, 1), nn.BatchNorm2d(3)
+            self.layer0 = nn.Sequential(self.conv1, self.bn1)
 
         def forward(self, x: Tensor) -> Tensor:
-            y = self.conv(x)
-            return y + self.norm(y)
+            return self.layer0(x)
 
-    net = convert_report.randomise(Both())
-    x = images(2, 3, 8, 8)
+    net, x = convert_report.randomise(TwoNames()), images(2, 3, 8, 8)
+    folded: Any = fold_spd(convert_to_spd(net, example_input=x), x)
+    assert folded.layer0[0] is folded.conv1 and type(folded.bn1) is type(folded.layer0[1]) is nn.Identity
     with torch.no_grad():
-        assert difference(fold_spd(net, x)(x), net(x)) < 1e-4
+        assert difference(folded(x), net(x)) < 1e-5
+
+
+def test_small_trained_taps_of_half_precision_stay() -> None:
+    conv: Any = convert_to_spd(nn.Conv2d(3, 4, 3, 2, 1).bfloat16(), example_input=images(1, 3, 8, 8).bfloat16())
+    with torch.no_grad():
+        conv.weight[conv.weight == 0] = 1e-3
+    x = images(2, 3, 16, 16).bfloat16()
+    folded: Any = fold_spd(conv, x)
+    assert folded.fold_report.difference < 1e-5
+    assert [tuple(m.kernel_size) for m in folded.modules() if isinstance(m, nn.Conv2d)] == [(4, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("order", ["channels_first", "rows_first"])
+@pytest.mark.parametrize("padding", ["same", "valid", 1, (0, 2)])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_space_to_depth_joins_a_convolution_of_any_padding(kernel: int, padding: Any, order: str) -> None:
+    net = nn.Sequential(SpaceToDepth(order), nn.Conv2d(12, 4, kernel, padding=padding), nn.BatchNorm2d(4))
+    net = convert_report.randomise(net)
+    folded: Any = fold_spd(net, images(1, 3, 16, 16))
+    assert folded.fold_report.unchanged == () and not any(isinstance(m, SpaceToDepth) for m in folded.modules())
+    for size in ((16, 16), (13, 18), (9, 11)):
+        x = images(2, 3, *size)
+        with torch.no_grad():
+            assert difference(folded(x), net(x)) < 1e-5
+
+
+def test_a_sequence_with_a_forward_of_its_own_is_left_whole() -> None:
+    class Residual(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[0](x)
+            return self[1](y) + y[:, :3]
+
+    net, x = Residual(SpaceToDepth(), nn.Conv2d(12, 3, 3, padding=1)), images(2, 3, 8, 8)
+    folded: Any = fold_spd(net, x)
+    assert type(folded[0]) is SpaceToDepth
+    assert "the output of 0 is also read by something else" in str(folded.fold_report)
+    with torch.no_grad():
+        assert torch.equal(folded(x), net(x))
+
+
+def test_folding_compares_the_outputs_and_needs_weights() -> None:
+    def branches(net: Any, x: Tensor) -> Tensor:
+        y = net.norm(net.conv(x))
+        return y if type(net.norm) is nn.BatchNorm2d else 2 * y
+
+    with pytest.raises(ConversionError, match=r"the rewritten network differs by .* standard deviation; fold a part"):
+        fold_spd(convert_report.randomise(ConvNorm(branches)), images(2, 3, 8, 8))
+    with pytest.raises(ValueError, match='folding needs weights, but those of this network are on the "meta" device'):
+        fold_spd(timm.create_model("test_resnet", device="meta"))
 
 
 def test_folding_leaves_the_network_alone() -> None:
@@ -751,3 +1108,13 @@ def test_folding_leaves_the_network_alone() -> None:
     assert not fold_spd(net).training
     assert net.training
     assert all(torch.equal(before[key], tensor) for key, tensor in net.state_dict().items())
+
+
+def test_batchnorm_can_be_folded_without_the_rest() -> None:
+    net, x = small_network("resnet18_spd", num_classes=5), images(2, 3, 32, 32)
+    folded: Any = fold_batchnorm(net, x)
+    assert folded.fold_report.difference < 1e-4
+    counts = [
+        [sum(isinstance(m, k) for m in n.modules()) for k in (SpaceToDepth, nn.BatchNorm2d)] for n in (net, folded)
+    ]
+    assert counts[0][0] == counts[1][0] > 0 and counts[1][1] < counts[0][1]

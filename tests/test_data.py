@@ -1,31 +1,35 @@
 """Data sets as users have them: folders, CSV, Hugging Face data sets, WebDataset shards; and what the check finds."""
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pictures import COLOURS, make_folders, picture
 from PIL import Image
 
 from spd_zoo.data.check import check, in_words
+from spd_zoo.data.classes import NetworkClasses, load_class_map, match_classes, renamed, without_unused
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
-    Steps,
-    eval_loader,
-    eval_transform,
-    normalize,
     open_data,
     open_stream,
-    train_loader,
-    train_transform,
     train_val_split,
     with_classes,
 )
+from spd_zoo.data.reading import channel_mode, collect_notes, find_images, parse_size, read_image, size_text
 from spd_zoo.process import Process
+from spd_zoo.training.classification.augment import eval_loader, eval_transform, train_loader, train_transform
+from spd_zoo.training.preprocessing import normalize
+from spd_zoo.training.steps import Steps
 
 ALONE = Process(torch.device("cpu"))
 
@@ -63,10 +67,75 @@ def test_folders_of_classes_are_a_data_set(folders: Path) -> None:
     assert open_data(folders, "test") is None
 
 
-@pytest.mark.parametrize("name", ["validation", "valid"])
+@pytest.mark.parametrize("name", ["validation", "valid", "Val", "VALID", "dev", "val_set", "images-val", "val2017"])
 def test_the_split_val_has_other_names(folders: Path, name: str) -> None:
     (folders / "val").rename(folders / name)
     assert len(opened(folders, "val")) == 6
+
+
+@pytest.mark.parametrize(
+    "names", [("Training", "Testing"), ("TRAIN", "Eval"), ("train_set", "test_set"), ("Train", "test")]
+)
+def test_splits_have_usual_names_in_any_case_and_are_no_classes(folders: Path, names: tuple[str, str]) -> None:
+    for old, new in zip(("train", "val"), names, strict=True):
+        (folders / old).rename(folders / new)
+    assert opened(folders).class_names == ["blue", "green", "red"]
+    assert len(opened(folders, "test")) == 6 and open_data(folders, "val") is None
+
+
+@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("trainA", "trainB"), ("my_train", "my_val")])
+def test_folders_that_look_like_splits_are_no_classes(folders: Path, names: tuple[str, str]) -> None:
+    for old, new in zip(("train", "val"), names, strict=True):
+        (folders / old).rename(folders / new)
+    with pytest.raises(DataError, match=rf"{names[1]}, {names[0]}|{names[0]}, {names[1]}, look like splits"):
+        open_data(folders, "train")
+
+
+def test_two_names_of_a_split_and_folders_beside_it_are_noted(folders: Path) -> None:
+    shutil.copytree(folders / "val", folders / "validation")
+    shutil.copytree(folders / "train" / "red", folders / "violet")
+    notes = opened(folders, "val").notes
+    assert any("val is read, validation not" in note for note in notes)
+    assert any(note.endswith("are not read: violet") for note in notes)
+
+
+def test_a_class_may_be_called_train(folders: Path) -> None:
+    (folders / "train" / "red").rename(folders / "train" / "train")
+    data = opened(folders / "train")
+    assert data.class_names == ["blue", "green", "train"]
+    assert any("taken as classes, not as splits" in note for note in data.notes)
+
+
+def test_files_that_are_no_images_by_their_suffix_are_counted(folders: Path) -> None:
+    blue = folders / "train" / "blue"
+    for name in ("a.txt", "b.txt", "c.heic", ".hidden.txt", "no_suffix"):
+        (blue / name).write_text("no image")
+    for name in ("d.JFIF", "e.jpe", "f.dib", "bare", "img_0.5"):
+        shutil.copy(blue / "0.png", blue / name)
+    data = opened(folders)
+    assert data.counts() == [13, 8, 8]
+    (note,) = data.notes
+    assert "4 files" in note and ".txt (2)" in note and ".heic (1)" in note and "no suffix (1)" in note
+    assert "pip install pillow-heif" in note
+    assert f"note: {note}" in list(in_words(check({"train": data}, 0, ALONE)))
+
+
+def test_images_without_a_class_and_images_in_inner_folders_are_noted(folders: Path) -> None:
+    shutil.copy(folders / "train" / "blue" / "0.png", folders / "train" / "stray.png")
+    (folders / "train" / "red").rename(folders / "red")
+    (folders / "train" / "red").mkdir()
+    (folders / "red").rename(folders / "train" / "red" / "inner")
+    data = opened(folders)
+    assert data.counts() == [8, 8, 8]
+    assert any("1 image beside the class folders" in note and "stray.png" in note for note in data.notes)
+    assert any("inner folders alone" in note and note.endswith("red") for note in data.notes)
+
+
+def test_names_that_differ_in_blanks_or_unicode_form_are_one_class(folders: Path) -> None:
+    (folders / "train" / "blue").rename(folders / "train" / "caf\u00e9")
+    (folders / "train" / "green").rename(folders / "train" / "cafe\u0301 ")
+    data = opened(folders)
+    assert data.class_names == ["caf\u00e9", "red"] and data.counts() == [16, 8]
 
 
 def test_class_folders_alone_are_images_to_train_on(folders: Path) -> None:
@@ -103,8 +172,233 @@ def test_validation_classes_are_matched_by_name(folders: Path) -> None:
     val = with_classes(opened(folders, "val"), ["blue", "green", "red"])
     assert [val.label(i) for i in range(len(val))] == [0, 0, 2, 2]
     (folders / "val" / "blue").rename(folders / "val" / "azure")
-    with pytest.raises(DataError, match="class 'azure' that the network does not know; it has blue, green, red"):
+    with pytest.raises(
+        DataError, match=r"class 'azure' is not one of .* The split has azure, red; trained are blue, green, red"
+    ):
         with_classes(opened(folders, "val"), ["blue", "green", "red"])
+
+
+NAMED = NetworkClasses(["negative", "positive"])
+NAMELESS = NetworkClasses(["0", "1", "2"], named=False)
+TEN = NetworkClasses([f"class {chr(97 + i)}" for i in range(12)])
+
+
+def labelled(*names: str) -> LabelledImages:
+    return LabelledImages([f"{name}.png" for name in names], list(range(len(names))), list(names), range(len(names)))
+
+
+@pytest.mark.parametrize(
+    ("names", "network", "outputs", "note"),
+    [
+        (["positive"], NAMED, [1], ""),
+        (["negative ", "positive"], NAMED, [0, 1], ""),
+        (sorted(map(str, range(12))), TEN, [0, 1, 10, 11, *range(2, 10)], "the data's class names are numbers"),
+        ([f"{i:03}" for i in range(12)], TEN, list(range(12)), "the data's class names are numbers"),
+        (["0", "1", "2"], NAMELESS, [0, 1, 2], ""),
+        (["2"], NAMELESS, [2], "does not name its classes"),
+        (["b10", "B2", "a"], NAMELESS, [2, 1, 0], "timm's natural order: a = 0, B2 = 1, b10 = 2"),
+        (["1", "2", "3"], NAMELESS, [0, 1, 2], "timm's natural order"),
+        (["07", "3"], NetworkClasses(["3", "7", "9"]), [1, 0], "matched by their value"),
+        (["n01", "shark"], NetworkClasses(["fish, shark", "bird"], synonyms=[["n02", "shark"], ["n01"]]), [1, 0], ""),
+    ],
+)  # fmt: skip
+def test_classes_are_matched_by_name(names: list[str], network: NetworkClasses, outputs: list[int], note: str) -> None:
+    data = match_classes(labelled(*names), network)
+    assert data.labels == outputs and data.class_names == list(network.names)
+    assert len(data.notes) == bool(note) and all(note in line for line in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "network"),
+    [
+        (["disease", "healthy"], NAMED),
+        (["Negative", "Positive"], NAMED),
+        (["negative", "neutral"], NAMED),
+        (["1", "2"], NAMED),
+        (["0"], NAMED),
+        (["0", "1", "2"], NAMED),
+        (["00", "0"], NAMED),
+        (["a", "b"], NAMELESS),
+        (["0", "9"], NetworkClasses(["1", "2"])),
+        (["crane"], NetworkClasses(["a", "b"], synonyms=[["crane"], ["crane"]])),
+    ],
+)
+def test_what_does_not_match_is_an_error_that_lists_both_sides(names: list[str], network: NetworkClasses) -> None:
+    with pytest.raises(DataError, match=r"the network has no class .*--class-map FILE") as caught:
+        match_classes(labelled(*names), network)
+    assert all(name in str(caught.value) for name in (*names, *network.names))
+
+
+def test_a_class_map_settles_what_is_called_differently(tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text("no: negative\n01: positive\n")
+    class_map = load_class_map(tmp_path / "map.yaml")
+    assert class_map == {"no": "negative", "01": "positive"}
+    assert match_classes(labelled("01", "no"), NAMED, class_map).labels == [1, 0]
+    assert renamed(NAMED, class_map) == ["no", "01"]
+    (tmp_path / "map.json").write_text('{"a": "2", "b": "0"}')
+    data = match_classes(labelled("a", "b"), NAMELESS, load_class_map(tmp_path / "map.json"))
+    assert data.labels == [2, 0] and not data.notes
+    with pytest.raises(DataError, match="leads to 'neutral', which the network does not have: 2 classes"):
+        match_classes(labelled("a"), NAMED, {"a": "neutral"})
+    with pytest.raises(DataError, match="the network has no class 'b'"):
+        match_classes(labelled("a", "b"), NAMED, {"a": "negative"})
+    with pytest.raises(DataError, match="calls 'negative' both 'a' and 'b'"):
+        renamed(NAMED, {"a": "negative", "b": "negative"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "needs lines like"),
+        ("", "needs lines like"),
+        ("a: [b]\n", "needs lines like"),
+        ("a: b\na: c\n", "names 'a' twice"),
+        ("a: b: c\n", "is not YAML"),
+        (None, "cannot read the class map"),
+    ],
+)
+def test_a_class_map_that_is_none_is_one_sentence(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "map.yaml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_class_map(tmp_path / "map.yaml")
+
+
+def test_classes_that_nothing_is_of_are_no_obstacle(tmp_path: Path) -> None:
+    data = LabelledImages(["a.png", "b.png"], [2, 0], ["red", "green", "blue"], range(2))
+    train = without_unused(data)
+    assert (train.class_names, train.labels) == (["red", "blue"], [1, 0])
+    assert train.notes == ("1 class without anything to train on left out: green",)
+    assert with_classes(data, train.class_names).labels == [1, 0]
+    assert match_classes(data, NetworkClasses(["blue", "red"])).labels == [0, 1]
+
+
+def test_csv_rows_of_no_known_split_are_counted(folders: Path) -> None:
+    lines = ["Path, Label ,SPLIT", "train/red/0.png,a, Training", "val/red/0.png,b,VALID", "val/red/1.png,a,"]
+    lines += ["val/green/0.png,c,holdout", "val/green/1.png,c,holdout"]
+    (folders / "list.csv").write_text("\n".join(lines))
+    data = opened(folders / "list.csv")
+    assert data.class_names == ["a", "b"] and len(data) == 1 and len(opened(folders / "list.csv", "val")) == 1
+    assert any("1 row of" in note and "without a split left out" in note for note in data.notes)
+    assert any("2 rows of" in note and note.endswith("holdout (2)") for note in data.notes)
+    assert opened(folders / "list.csv", "holdout").counts() == [0, 0, 2]
+
+
+@pytest.mark.slow
+def test_labels_with_leading_zeros_have_one_order_in_every_process(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(
+        "path,label\n" + "".join(f"{i}.png,{i}\n" for i in ("1", "001", "01", "10", "2"))
+    )
+    found = set()
+    for seed in range(4):
+        code = "import sys; from spd_zoo.data.labelled import open_data; print(open_data(*sys.argv[1:]).class_names)"
+        environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+        command = [sys.executable, "-c", code, str(tmp_path / "list.csv"), "train"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert found == {"['001', '01', '1', '2', '10']\n"}
+    (note,) = opened(tmp_path / "list.csv").notes
+    assert note == "classes that differ in case or leading zeros alone are kept apart: 001 and 01 and 1"
+
+
+@pytest.mark.parametrize("address", ["https://example.org/data", "http://example.org/a.csv", "s3://bucket/data"])
+def test_an_address_is_refused_with_both_slashes(address: str, tmp_path: Path) -> None:
+    for read in (lambda: open_data(address, "train"), lambda: find_images([address]), lambda: read_image(address)):
+        with pytest.raises(ValueError, match=f"{address} is an address"):
+            read()
+    (tmp_path / "list.csv").write_text(f"path,label\n{address}/1.png,a\n")
+    with pytest.raises(DataError, match=f"{address}/1.png is an address"):
+        opened(tmp_path / "list.csv").image(0)
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "largest", "note"),
+    [
+        ((255 * RAMP).astype("int32"), {}, 255, "values from 0 to 255"),
+        ((255 * RAMP).astype("float32"), {}, 255, "values from 0 to 255"),
+        (RAMP.astype("float32"), {}, 255, "values from 0 to 1"),
+        ((60_000 * RAMP).astype("int32"), {}, 233, "values from 0 to 65535"),
+        ((4000 * RAMP).astype("int32"), {"tiffinfo": {281: 4000}}, 249, ""),
+        ((4095 * RAMP).astype("uint16"), {}, 16, "perhaps too dark"),
+        ((4095 * RAMP).astype("uint16"), {"tiffinfo": {281: 4095}}, 255, ""),
+        ((65535 * RAMP).astype("uint16"), {}, 255, ""),
+        ((4095 * RAMP).astype("uint16"), {"format": "png"}, 16, "perhaps too dark"),
+        ((65535 * RAMP).astype("uint16"), {"format": "png"}, 255, ""),
+        ((255 * RAMP).astype("uint8"), {"format": "png"}, 255, ""),
+    ],
+)
+def test_deep_images_are_scaled_by_what_the_file_says_else_that_is_noted(
+    pixels: np.ndarray, options: dict[str, Any], largest: int, note: str
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, **{"format": "tiff", **options})
+    with collect_notes() as notes:
+        image = read_image(buffer, "L")
+    assert image.getextrema() == (0, largest)
+    assert len(notes) == bool(note) and all(note in text for text in notes)
+
+
+def test_pixels_of_unknown_range_are_refused() -> None:
+    for pixels in (RAMP - 0.5, 1e6 * RAMP, RAMP * np.nan):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype("float32")).save(buffer, "tiff")
+        with pytest.raises(
+            ValueError, match=r"32 bits and values from .*, of unknown range; save it with 8 or 16 bits"
+        ):
+            read_image(buffer)
+
+
+@pytest.mark.parametrize("form", ["tiff", "gif", "webp", "png"])
+def test_of_several_pages_the_first_is_read_and_that_is_noted(folders: Path, form: str) -> None:
+    pages = [picture(COLOURS[name], i) for i, name in enumerate(("red", "green", "blue"))]
+    pages[0].save(folders / "train" / "red" / f"pages.{form}", save_all=True, append_images=pages[1:])
+    data = opened(folders)
+    about = check({"train": data}, 0, ALONE)
+    (note,) = about["notes"]
+    assert note.startswith("1 image: several pages or frames, of which the first is read: ") and f"pages.{form}" in note
+    red, green, blue = (
+        data.image(next(i for i in range(len(data)) if data.name(i).endswith(f"pages.{form}")))
+        .resize((1, 1))
+        .getpixel((0, 0))
+    )
+    assert red > max(green, blue)
+
+
+def test_a_heic_image_is_known_and_what_reads_it_is_named() -> None:
+    with pytest.raises(ValueError, match="HEIC image; pip install pillow-heif"):
+        read_image(io.BytesIO(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"))
+
+
+def test_whatever_pillow_raises_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(ValueError, match="cannot read this image: no such thing"):
+        read_image(io.BytesIO(b""))
+
+
+def test_images_have_one_or_three_channels() -> None:
+    assert [channel_mode(channels, "net") for channels in (1, 3)] == ["L", "RGB"]
+    for channels in (2, 4):
+        with pytest.raises(ValueError, match=f"net takes {channels} channels; images have 1 or 3"):
+            channel_mode(channels, "net")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64", (64, 64)), ("48x96", (48, 96)), (" 48X96 ", (48, 96)), (32, (32, 32))]
+)
+def test_sizes_are_height_by_width(text: str | int, size: tuple[int, int]) -> None:
+    assert parse_size(text) == size == parse_size(size_text(size))
+
+
+@pytest.mark.parametrize("text", ["", "0", "32x", "x32", "32x0", "1x2x3", "-3", "3.5", "a"])
+def test_what_is_no_size_is_one_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match="is not like 64, or HEIGHTxWIDTH like 48x96"):
+        parse_size(text)
 
 
 def test_a_csv_file_lists_paths_and_labels(folders: Path) -> None:
@@ -128,7 +422,7 @@ def test_a_folder_may_have_a_csv_file_per_split(folders: Path) -> None:
     ("text", "message"),
     [
         ("file,class\na,b\n", "columns path and label, got 'file, class'"),
-        ("path,label\na.png,\n", "row 1 behind the"),
+        ("path,label\na.png,\n", "row 1 after the"),
         ("path,label\na.png,rëd\n", "list.csv is no CSV file in UTF-8: 'utf-8' codec can't decode"),
         (f"path,label\na.png,{'d' * 2**17}x\n", "list.csv is no CSV file in UTF-8: field larger than field limit"),
     ],
@@ -173,7 +467,12 @@ def test_a_local_hugging_face_data_set_is_read(hugging_face: Path, form: str) ->
 
 @pytest.mark.parametrize(
     ("labels", "kind", "expected"),
-    [([2, 0], "int64", ([2, 0], ["0", "1", "2"])), (["b", "a"], "string", ([1, 0], ["a", "b"]))],
+    [
+        ([2, 0], "int64", ([1, 0], ["0", "2"])),
+        ([10**12, 10**11], "int64", ([1, 0], [str(10**11), str(10**12)])),
+        (["b", "a"], "string", ([1, 0], ["a", "b"])),
+        (["cafe\u0301 ", "caf\u00e9", "a"], "string", ([1, 1, 0], ["a", "caf\u00e9"])),
+    ],
 )
 def test_labels_need_no_names(hugging_face: Path, labels: list[object], kind: str, expected: object) -> None:
     import datasets
@@ -233,8 +532,8 @@ def test_a_class_of_one_image_stays_in_training_and_small_ones_hold_one_out(fold
     assert val.counts() == [0, 1, 1] and train.counts() == [1, 1, 7]
 
 
-def test_blanks_behind_a_comma_are_no_part_of_a_label(folders: Path) -> None:
-    (folders / "list.csv").write_text("path, label\ntrain/red/0.png, cat\ntrain/red/1.png,cat\n")
+def test_blanks_around_a_label_are_no_part_of_it(folders: Path) -> None:
+    (folders / "list.csv").write_text("path, label\ntrain/red/0.png, cat\ntrain/red/1.png,cat \n")
     assert opened(folders / "list.csv").class_names == ["cat"]
 
 

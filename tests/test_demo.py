@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -18,14 +19,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shared_data import shared
 
 from spd_zoo import demo
 from spd_zoo.cli.main import main
+from spd_zoo.weights.catalogue import local_checkpoints
 from spd_zoo.weights.load import ModelError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROCKET = str(EXAMPLES / "rocket.jpg")
-BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd" / "images"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STRIDED, PADDING_FREE = "cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100"
 Capture = pytest.CaptureFixture[str]
@@ -36,11 +38,11 @@ def cells(table: str) -> list[str]:
 
 
 def test_the_bundled_weights_are_offered() -> None:
-    assert {STRIDED, PADDING_FREE, "pyconvresnet50_spd.cifar100", "yolov8n_spd.bccd"} <= {*demo.local_models()}
+    assert {STRIDED, PADDING_FREE, "pyconvresnet50_spd.cifar100", "yolov8n_spd.bccd"} <= {*local_checkpoints()}
 
 
 def test_the_answer_is_that_of_predict(capsys: Capture) -> None:
-    _, table = demo.look(demo.load(STRIDED), demo.read_picture(ROCKET))
+    _, table = demo.predict_html(demo.load(STRIDED), demo.read_picture(ROCKET))
     assert main(["predict", STRIDED, ROCKET, "--json"]) == 0
     top = json.loads(capsys.readouterr().out)[0]["top"]
     assert cells(table)[2::2] == [guess["name"] for guess in top]
@@ -51,7 +53,7 @@ def test_a_smaller_input_is_shown_pixel_by_pixel_and_has_an_answer_of_its_own() 
     net, picture = demo.load(STRIDED), demo.read_picture(ROCKET)
     tables = []
     for size in demo.SIZES:
-        seen, table = demo.look(net, picture, size)
+        seen, table = demo.predict_html(net, picture, size)
         tables.append(table)
         assert seen.size == (256, 256)
         blocks = np.asarray(seen).reshape(size, 256 // size, size, 256 // size, 3)
@@ -61,27 +63,26 @@ def test_a_smaller_input_is_shown_pixel_by_pixel_and_has_an_answer_of_its_own() 
 
 def test_a_size_that_a_network_does_not_take_is_a_sentence() -> None:
     with pytest.raises(ModelError, match=r"no answer at 48 pixels: .* multiples of 32, got 48x48"):
-        demo.look(demo.load("yolov8n_spd.bccd"), demo.read_picture(ROCKET), 48)
+        demo.predict_html(demo.load("yolov8n_spd.bccd"), demo.read_picture(ROCKET), 48)
 
 
 def test_a_strided_network_has_a_twin_of_the_same_function_and_one_of_its_own_weights() -> None:
     picture = demo.read_picture(ROCKET)
     converted, padding_free = demo.twins(STRIDED)
-    assert "convert_to_spd" in converted.what and converted.what.startswith(f"**{STRIDED}**")
-    assert "padding-free" in padding_free.what and PADDING_FREE in padding_free.what
+    assert "convert_to_spd" in converted.description and converted.description.startswith(f"**{STRIDED}**")
+    assert "padding-free" in padding_free.description and PADDING_FREE in padding_free.description
     largest = []
     for twin in (converted, padding_free):
         _, said = demo.compare(demo.load(STRIDED), twin.net, picture)
         largest.append(float(re.findall(r"classes: (\S+) percentage points", said)[0]))
     assert largest[0] < 0.01 and largest[1] > 1
-    assert "the padded network" in demo.twins(PADDING_FREE)[1].what
+    assert "the padded network" in demo.twins(PADDING_FREE)[1].description
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BCCD.is_dir(), reason="needs the BCCD images")
 def test_a_detector_marks_and_counts_objects_and_its_twin_finds_the_same() -> None:
-    net, picture = demo.load("yolov8n_spd.bccd"), demo.read_picture(str(min(BCCD.iterdir())))
-    marked, said = demo.look(net, picture)
+    net, picture = demo.load("yolov8n_spd.bccd"), demo.read_picture(str(shared("bccd/images/BloodImage_00000.jpg")))
+    marked, said = demo.predict_html(net, picture)
     assert marked.size == picture.size and marked.tobytes() != picture.tobytes()
     red, (twin,) = int(re.findall(r"(\d+) RBC", said)[0]), demo.twins("yolov8n_spd.bccd")
     _, compared = demo.compare(net, twin.net, picture)
@@ -156,6 +157,7 @@ def test_without_gradio_the_command_says_what_to_install(capsys: Capture, monkey
         (["--port", "{taken}"], "cannot serve at 127.0.0.1, port {taken}: Address already in use"),
         (["--port", "100000"], "there is no port 100000"),
         (["--host", "no.host.invalid"], "cannot serve at no.host.invalid, port 7860: "),
+        (["--allow-host", "https://a.example"], "'https://a.example' is no host name"),
         (["--host", "127.0.0.2", "--models", "cifar_resnet21"], "there is no network 'cifar_resnet21'"),
     ],
 )
@@ -185,8 +187,8 @@ def watch(event, args):
     if host not in (None, "127.0.0.1", "localhost"):
         open({str(went)!r}, "a").write(f"{{event}} {{host}}\\n")
 sys.addaudithook(watch)
-from spd_zoo.cli import main
-sys.exit(main(["demo", "--port", "{port}", "--models", "{STRIDED}"]))
+from spd_zoo.cli.main import main
+sys.exit(main(["demo", "--port", "{port}", "--models", "{STRIDED}", "--allow-host", "demo.example.org"]))
 """
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder), "PYTHONUNBUFFERED": "1", "no_proxy": "127.0.0.1"}
     command = [sys.executable, "-c", code]
@@ -213,6 +215,42 @@ def test_uploads_are_limited_by_the_server(served: tuple[str, Path]) -> None:
             with error:
                 statuses.append(error.code)
     assert statuses == [200, 413]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "{address}"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "demo.example.org", "Origin": "https://demo.example.org", "X-Forwarded-Proto": "https"}, 200),
+        ({"X-Forwarded-Host": "demo.example.org", "Origin": "https://demo.example.org"}, 200),
+    ],
+    ids=str,
+)
+def test_uploads_come_from_the_pages_own_hosts(served: tuple[str, Path], headers: dict[str, str], status: int) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nab\r\n--x--\r\n'
+    request = urllib.request.Request(f"{served[0]}/gradio_api/upload", body)
+    request.add_header("Content-Type", "multipart/form-data; boundary=x")
+    for name, value in headers.items():
+        request.add_header(name, value.format(address=served[0]))
+    try:
+        found = urllib.request.urlopen(request).status
+    except urllib.error.HTTPError as error:
+        with error:
+            found = error.code
+    assert found == status
+
+
+def test_the_space_allows_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[dict[str, Any]] = []
+    monkeypatch.setattr(demo, "serve", lambda **options: served.append(options))
+    monkeypatch.setenv("SPACE_HOST", "org-name.hf.space")
+    runpy.run_path(str(Path(__file__).parents[1] / "docs" / "space" / "app.py"))
+    assert served == [{"host": "0.0.0.0", "allow_hosts": ["org-name.hf.space"]}]
 
 
 @pytest.mark.slow

@@ -327,7 +327,7 @@ def test_drawn_boxes_lie_around_the_objects_and_leave_the_image_as_it_was() -> N
         (torch.zeros(3, 4, 4, dtype=torch.int64), "uint8"),
         (Path("missing.png"), "missing.png: there is no such file"),
         (7, "int"),
-        (Image.new("F", (4, 4)), "32 bits"),
+        (Image.new("F", (4, 4), -1.0), "32 bits"),
     ],
 )
 def test_what_is_no_image_is_one_clear_sentence(image: Any, words: str) -> None:
@@ -385,6 +385,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     status = main(["detect", *arguments])
     return status, *capsys.readouterr()
+
+
+def test_a_detector_warns_of_what_it_guesses(run: str) -> None:
+    pixels = torch.linspace(0, 1, 64).reshape(8, 8).numpy()
+    with pytest.warns(UserWarning, match="32 bits without a range, read as values from 0 to 1"):
+        Detector(run, device="cpu")(Image.fromarray(pixels))
 
 
 def test_the_command_marks_images_and_writes_coco(

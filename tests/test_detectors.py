@@ -9,15 +9,12 @@ import golden
 import numpy as np
 import pytest
 import timm
+import timm_contract
 import torch
 from networks import assert_close, load, noise, originals, random_network
 from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
 from torchvision.ops import box_convert, complete_box_iou, nms
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import timm_contract
 
 import spd_zoo
 from spd_zoo import complexity
@@ -25,6 +22,7 @@ from spd_zoo.blocks import ImageSizeError
 from spd_zoo.boxes import class_nms, complete_iou, ssd_decode, ssd_encode
 from spd_zoo.losses import ssd_matches, yolov5_matches, yolov8_matches
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.models.ssd_small import L2Norm
 
 CASES = [case for family in ("yolov5_spd", "yolov8_spd", "ssd_small") for case in golden.cases(family)]
 SSD_CASES = [case for case in CASES if case["model"].startswith("ssd_")]
@@ -550,7 +548,8 @@ def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> N
 def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
     net = timm.create_model(name, features_only=True, device="meta")
     maps = net(torch.empty(1, 3, 320, 640, device="meta"))
-    assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels()
+    described = timm.create_model(name, device="meta").feature_info
+    assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels() == [info["num_chs"] for info in described]
     reductions = net.feature_info.reduction()
     assert reductions == sorted(set(reductions))
     assert [tuple(fmap.shape[2:]) for fmap in maps] == [(320 // n, 640 // n) for n in reductions]
@@ -771,6 +770,45 @@ def test_runs_in_onnx_runtime(name: str) -> None:
         with torch.inference_mode():
             for actual, expected in zip(found, net(x), strict=True):
                 assert_close(torch.from_numpy(actual), expected, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_ssd_normalises_pixels_of_zero_and_large_ones_in_every_precision(dtype: torch.dtype) -> None:
+    layer = L2Norm(512, {"dtype": dtype})
+    x = noise(1, 512, 2, 2).to(dtype)
+    x[..., 0, 0], x[..., 1, 1] = 0, 5000.0  # the norm of the latter is above float16's largest number
+    expected = x.double() * 20 / x.double().norm(dim=1, keepdim=True).clamp(min=1e-300)
+    actual = layer(x.requires_grad_())
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    actual.sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_ssd_sees_a_black_image_in_half_precision() -> None:
+    net = timm.create_model("ssd_mobilenetv1", num_classes=5).eval()
+    with torch.no_grad():
+        net.stages[3][-1][4].weight.zero_(), net.stages[3][-1][4].bias.fill_(-1)  # a map of zeros for the first head
+    x = torch.zeros(1, 3, *SIZE)
+    with torch.inference_mode():
+        assert not net.pyramid(net.stem(x))[-2].any()
+        with torch.autocast("cpu", torch.float16):
+            assert all(raw.isfinite().all() for raw in net(x))
+        assert all(raw.isfinite().all() for raw in net.half()(x.half()))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ssd_normalises_pixels_of_zero_in_onnx_runtime(dtype: torch.dtype) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer = L2Norm(8, {"dtype": dtype}).eval()
+    x = noise(1, 8, 2, 2).to(dtype)
+    x[..., 0, 0] = 0
+    program = torch.onnx.export(layer, (x,), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), layer(x).detach(), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.exhaustive

@@ -27,14 +27,14 @@ import torch
 from box_pictures import make_coco
 from pictures import make_folders
 from safetensors.torch import save_file
+from shared_data import shared
 from sybil.document import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from timm.models import save_for_hf
 
-from spd_zoo.cli.main import _parser, main
+from spd_zoo.cli.main import main, make_parser
 
 ROOT = Path(__file__).parent.parent
-BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"docs/integrations.md": "test_integrations.py"}  # pages, and the test that runs them section by section
 NOT_RUN = {  # the first line of a block, or a command: why it is not run
@@ -124,7 +124,7 @@ def parse(words: list[str], where: str) -> None:
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            _parser("finetune" in words[:1]).parse_args(words)
+            make_parser("finetune" in words[:1]).parse_args(words)
     except SystemExit:
         pytest.fail(f"{where}: {shlex.join(words)}: {complaint.getvalue()}")
 
@@ -253,10 +253,7 @@ def many(here: Path) -> None:
 
 
 def blood(here: Path) -> None:
-    image = BCCD / "images" / "BloodImage_00007.jpg"
-    if not image.is_file():
-        pytest.skip(f"BCCD is not in {BCCD}")
-    shutil.copy(image, here)
+    shutil.copy(shared("bccd/images/BloodImage_00007.jpg"), here)
 
 
 def weights(here: Path) -> None:

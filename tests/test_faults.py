@@ -1,15 +1,11 @@
 """Every fault ends in the right network or in one clear error; `tools/fault_report.py` lists them."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
 import fault_report
+import pytest
 from fault_report import GROUPS, Bench, Outcome
 
 QUICK = {

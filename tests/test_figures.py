@@ -4,17 +4,13 @@ import base64
 import io
 import re
 import shutil
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import make_figures
 import numpy as np
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import make_figures
 
 from spd_zoo.weights import entries
 from spd_zoo.weights.load import load_network

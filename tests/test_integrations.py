@@ -15,11 +15,12 @@ import torch
 from networks import assert_close, load, noise, originals, random_network
 from pictures import make_folders
 from PIL import Image
+from shared_data import shared
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
-from spd_zoo import Detector
+from spd_zoo import Detector, PhaseMix, PyConv2d
 from spd_zoo.cli.main import main
 from spd_zoo.inference.classifier import predict
 from spd_zoo.weights import save_network
@@ -27,7 +28,6 @@ from spd_zoo.weights import save_network
 pytestmark = pytest.mark.filterwarnings("ignore:.*invalid escape sequence")  # torchao's, when it is compiled
 
 ROOT = Path(__file__).parent.parent
-CIFAR100 = Path(__file__).parents[2] / "shared" / "data" / "cifar100"
 MISSING = "needs the extra `integrations`"
 
 
@@ -177,9 +177,7 @@ def quantized() -> Callable[..., Any]:
 def cifar100(split: str, count: int, net: Any) -> tuple[Tensor, Tensor]:
     """The first images of a split, as the network takes them, and their labels."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="CIFAR-100 is in parquet files, which need pyarrow")
-    if not CIFAR100.is_dir():
-        pytest.skip(f"CIFAR-100 is not in {CIFAR100}")
-    rows = parquet.read_table(min(CIFAR100.glob(f"{split}*.parquet"))).slice(0, count).to_pylist()
+    rows = parquet.read_table(min(shared("cifar100").glob(f"{split}-*.parquet"))).slice(0, count).to_pylist()
     transform: Any = create_transform(**resolve_data_config(model=net))
     images = [transform(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")) for row in rows]
     return torch.stack(images), torch.tensor([row["label"] for row in rows])
@@ -218,6 +216,59 @@ def test_an_int8_detector_sees_the_same_in_images(
     for raws in zip(logits_of(net, images), logits_of(small, images), strict=True):
         what_images_change = [(raw - raw.mean(0)).flatten() for raw in raws]
         assert 0.85 < torch.corrcoef(torch.stack(what_images_change))[0, 1] < 1 - 1e-5  # rounding leaves a trace
+
+
+# What other libraries attach to layers
+
+
+def test_dora_attaches_to_a_converted_network_trains_and_merges() -> None:
+    pytest.importorskip("peft", reason=MISSING)
+    torch.manual_seed(0)
+    left = run_section("peft and accelerate")
+    adapted, images = left["adapted"].eval(), noise(2, 3, 64, 64)
+    assert any(type(module).__name__ == "SPDConv2d" for module in adapted.modules())
+    before = adapted(images)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        adapted(images).logsumexp(1).sum().backward()
+        optimizer.step()
+    after = logits_of(adapted, images)
+    assert (after - before).abs().max() > 0.01
+    assert_close(logits_of(adapted.merge_and_unload(), images), after)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_adapters_of_pyramids_act_and_merge(dora: bool) -> None:
+    peft = pytest.importorskip("peft", reason=MISSING)
+    torch.manual_seed(0)
+    net, images = PyConv2d(8, [8, 8, 8], (3, 5, 7), (1, 1, 8), 2, spd=True).eval(), noise(2, 8, 16, 16)
+    before = net(images)
+    config = peft.LoraConfig(r=8, use_dora=dora, target_modules=["conv2_1", "conv2_2"], init_lora_weights=False)
+    adapted = peft.get_peft_model(net, config).eval()
+    after = logits_of(adapted, images)
+    assert all((after - before)[:, i : i + 8].abs().max() > 0.01 for i in (0, 8))
+    assert torch.equal(after[:, 16:], before[:, 16:])
+    assert_close(logits_of(adapted.merge_and_unload(), images), after)
+
+
+def test_offloaded_weights_compute_the_same() -> None:
+    accelerate = pytest.importorskip("accelerate", reason=MISSING)
+    net, images = PyConv2d(16, [16, 16], (3, 5), (1, 16)).eval(), noise(2, 16, 16, 16)
+    expected = logits_of(net, images)
+    accelerate.cpu_offload(net, torch.device("cpu"))
+    assert next(net.parameters()).is_meta
+    assert_close(logits_of(net, images), expected)
+
+
+@pytest.mark.filterwarnings("ignore:distutils Version classes are deprecated:DeprecationWarning")
+def test_thop_counts_what_we_count_with_the_rule_of_the_page() -> None:
+    thop = pytest.importorskip("thop", reason="thop is not in the extra")
+    rules = run_section("Counting operations")["custom_ops"]
+    net = nn.Sequential(PyConv2d(16, [16, 16], (3, 5), (1, 16), 2, spd=True), PhaseMix(32))
+    macs, params = thop.profile(net, (noise(1, 16, 16, 16),), custom_ops=rules, verbose=False)
+    assert macs == 8 * 8 * (16 * 64 * 4 + 16 * 4 * 9) + 4 * 4 * 32 * 4
+    assert params == sum(parameter.numel() for parameter in net.parameters())
 
 
 # Looking at answers

@@ -1,14 +1,18 @@
 """Layers compute exactly what they stand for: space-to-depth, strided convolutions, pyramids."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.efficientformer_v2 import Downsample
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
+from spd_zoo import blocks
 from spd_zoo.blocks import (
     AttentionDownsample,
     BSConvS2d,
@@ -20,7 +24,16 @@ from spd_zoo.blocks import (
     PyConv2d,
     orthonormality,
 )
-from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d, phase_weight, space_to_depth, spd_weight
+from spd_zoo.spd import (
+    PhaseMix,
+    SpaceToDepth,
+    SPDAvgPool2d,
+    SPDConv2d,
+    SPDMaxPool2d,
+    phase_weight,
+    space_to_depth,
+    spd_weight,
+)
 
 SIZES = [(1, 1), (2, 3), (7, 4), (12, 13), (16, 16), (31, 26)]
 
@@ -254,6 +267,207 @@ def test_a_pyramid_keeps_channels_last_maps_correct() -> None:
 def test_a_pyramid_refuses_levels_of_different_number() -> None:
     with pytest.raises(ValueError, match="longer"):
         PyConv2d(16, [8, 8], (3, 5, 7), (1, 1, 1))
+
+
+# What is attached to a level acts, as on any module
+
+
+def narrow_levels(layer: PyConv2d, x: Tensor) -> list[str]:
+    """The levels that are not called, because they are computed four pixels at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        packed: list[str] = []
+        real = blocks._four_at_a_time
+        names = {id(level): name for name, level in layer.items()}
+        patch.setattr(blocks, "_four_at_a_time", lambda level, x: packed.append(names[id(level)]) or real(level, x))
+        layer(x)
+    return packed
+
+
+FORMS = [(1, False), (2, False), (2, True)]
+
+
+@pytest.fixture(params=FORMS, ids=["stride 1", "stride 2", "space-to-depth"])
+def packed_pyramid(request: pytest.FixtureRequest) -> PyConv2d:
+    """A pyramid some of whose levels are computed four pixels at a time."""
+    layer = pyramid("four levels", *request.param)
+    assert "conv2_4" in narrow_levels(layer, noise(1, 16, 8, 8))
+    return layer
+
+
+def test_every_kind_of_hook_on_a_level_runs(packed_pyramid: PyConv2d) -> None:
+    ran: list[str] = []
+    for name, level in packed_pyramid.items():
+        level.register_forward_hook(lambda *_, name=name: ran.append(f"forward {name}"))
+        level.register_forward_pre_hook(lambda *_, name=name: ran.append(f"before {name}"), with_kwargs=False)
+        level.register_full_backward_hook(lambda *_, name=name: ran.append(f"backward {name}"))
+        level.register_full_backward_pre_hook(lambda *_, name=name: ran.append(f"before backward {name}"))
+    packed_pyramid(noise(1, 16, 9, 8).requires_grad_()).sum().backward()
+    events = ("forward", "before", "backward", "before backward")
+    assert sorted(ran) == sorted(f"{event} {name}" for event in events for name in packed_pyramid)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook],
+    ids=["forward", "before"],
+)
+def test_hooks_on_all_modules_see_every_level(
+    packed_pyramid: PyConv2d, register: Callable[..., torch.utils.hooks.RemovableHandle]
+) -> None:
+    seen = []
+    handle = register(lambda module, *_: seen.append(module))
+    packed_pyramid(noise(1, 16, 9, 8))
+    handle.remove()
+    assert all(any(level is module for module in seen) for level in packed_pyramid.values())
+
+
+def test_what_a_hook_returns_replaces_the_output(packed_pyramid: PyConv2d) -> None:
+    x = noise(1, 16, 9, 8)
+    expected = packed_pyramid(x)
+    handle = packed_pyramid["conv2_4"].register_forward_hook(lambda module, args, output: -output)
+    expected[:, -16:].neg_()
+    torch.testing.assert_close(packed_pyramid(x), expected, rtol=0, atol=1e-10)
+    handle.remove()
+    expected[:, -16:].neg_()
+    torch.testing.assert_close(packed_pyramid(x), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("patched", ["forward", "_conv_forward"])
+def test_a_patched_forward_is_run(patched: str) -> None:
+    layer, x = pyramid("four levels", 1), noise(1, 16, 9, 8)
+    level = layer["conv2_4"]
+    real = getattr(level, patched)
+    setattr(level, patched, lambda *args: real(*args) + 1)
+    torch.testing.assert_close(layer(x)[:, -16:], plainly(layer, x)[:, -16:] + 1, rtol=0, atol=1e-10)
+
+
+def test_a_patched_class_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = pyramid("four levels", 1), noise(1, 16, 9, 8)
+    real = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda level, x: real(level, x) + 1)
+    torch.testing.assert_close(layer(x), plainly(layer, x) + 1, rtol=0, atol=1e-10)
+
+
+def halve(weight: Tensor) -> Tensor:
+    return weight / 2
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return halve(weight)
+
+
+def test_pruned_and_parametrized_weights_act_and_train(packed_pyramid: PyConv2d) -> None:
+    x = noise(1, 16, 9, 8)
+    level = packed_pyramid["conv2_4"]
+    parametrize.register_parametrization(packed_pyramid["conv2_3"], "weight", Halved())
+    prune.l1_unstructured(level, "weight", amount=0.5)
+    for _ in range(3):
+        expected = torch.cat([level(x) for level in packed_pyramid.values()], 1)
+        output = packed_pyramid(x)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+        output.square().sum().backward()
+        torch.optim.SGD(packed_pyramid.parameters(), 1e-3).step()
+    assert (level.weight == 0).double().mean() >= 0.5
+    prune.remove(level, "weight")
+    expected = torch.cat([level(x) for level in packed_pyramid.values()], 1)
+    torch.testing.assert_close(packed_pyramid(x), expected, rtol=0, atol=1e-10)
+    assert narrow_levels(packed_pyramid, x).count("conv2_4") == 1  # nothing is attached to it any more
+
+
+def test_weights_of_functional_call_and_new_weights_act(packed_pyramid: PyConv2d) -> None:
+    x = noise(1, 16, 9, 8)
+    expected = packed_pyramid.eval()(x)
+    doubled = {name: 2 * weight for name, weight in packed_pyramid.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(packed_pyramid, doubled, x), 2 * expected)
+    with torch.no_grad():
+        packed_pyramid["conv2_4"].weight.mul_(3)
+        torch.testing.assert_close(packed_pyramid(x)[:, -16:], 3 * expected[:, -16:])
+
+
+def test_a_level_whose_attributes_were_changed_follows_them() -> None:
+    layer, x = PyConv2d(16, [16], [9], [16], dtype=torch.float64), noise(1, 16, 9, 8)
+    fill(layer)
+    assert narrow_levels(layer, x)
+    level = layer["conv2_1"]
+    level.padding_mode = "circular"
+    torch.testing.assert_close(layer(x), F.conv2d(F.pad(x, [4] * 4, "circular"), level.weight, groups=16))
+    level.padding_mode, level.padding = "zeros", (3, 5)
+    torch.testing.assert_close(layer(x), F.conv2d(x, level.weight, padding=(3, 5), groups=16))
+    level.stride = (1, 2)
+    torch.testing.assert_close(layer(x), F.conv2d(x, level.weight, None, (1, 2), (3, 5), groups=16))
+
+
+def test_operator_counters_see_the_convolutions_as_they_are_written(packed_pyramid: PyConv2d) -> None:
+    x = noise(1, 16, 16, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = packed_pyramid(x)
+    pixels = output.shape[-2:].numel()
+    assert counter.get_total_flops() == 2 * pixels * sum(level.weight.numel() for level in packed_pyramid.values())
+
+
+def test_torch_compile_takes_a_pyramid_whole_and_packed(packed_pyramid: PyConv2d) -> None:
+    x, graphs = noise(1, 16, 9, 8), []
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_pyramid, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    torch.testing.assert_close(compiled(x), packed_pyramid(x), rtol=0, atol=1e-10)
+    assert "pixel_shuffle(conv2d" in graphs[0].code
+
+
+# Recorded computations are right at every size
+
+RECORDED = {
+    "pyramid": lambda: PyConv2d(4, [8, 8], (3, 5), (1, 4)),
+    "pyramid, stride 2": lambda: PyConv2d(4, [8, 8], (3, 5), (1, 4), 2),
+    "pyramid, space-to-depth": lambda: PyConv2d(4, [8, 8], (3, 5), (1, 4), 2, spd=True),
+    "space-to-depth": SpaceToDepth,
+    "SPDConv2d": lambda: SPDConv2d(4, 8, 3),
+    "SPDConv2d, same": lambda: SPDConv2d(4, 8, 3, padding="same"),
+    "SPDConv2d, same, 1x1": lambda: SPDConv2d(4, 8, 1, padding="same"),
+    "SPDConv2d, reflect": lambda: SPDConv2d(4, 8, 3, padding=1, padding_mode="reflect"),
+    "PhaseMix": lambda: PhaseMix(4),
+    "average": lambda: SPDAvgPool2d(4, 3, padding=1, count_include_pad=False),
+    "average, ceil_mode": lambda: SPDAvgPool2d(4, 3, ceil_mode=True),
+    "maximum": lambda: SPDMaxPool2d(4, 3, padding=1),
+    "maximum, same": lambda: SPDMaxPool2d(4, 3, padding="same"),
+    "maximum, ceil_mode": lambda: SPDMaxPool2d(4, 3, ceil_mode=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("make", RECORDED.values(), ids=list(RECORDED))
+def test_a_traced_layer_is_right_at_other_sizes_than_the_traced_one(make: Callable[[], nn.Module]) -> None:
+    layer = make().eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(1, 4, 16, 16), check_trace=False)
+        for size in ((16, 16), (9, 8), (7, 11), (5, 6)):
+            x = torch.randn(2, 4, *size)
+            torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+# SPDConv2d in place of nn.Conv2d
+
+
+def test_an_spd_convolution_takes_the_arguments_of_a_convolution_in_their_order() -> None:
+    plain = nn.Conv2d(8, 12, (3, 5), (2, 2), (1, 2), (1, 1), 4, False, "zeros", dtype=torch.float64)
+    layer = SPDConv2d(8, 12, (3, 5), (2, 2), (1, 2), (1, 1), 4, False, "zeros", dtype=torch.float64)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(layer, name) == getattr(plain, name), name
+    with torch.no_grad():
+        layer.weight.copy_(layer.from_strided(plain.weight))
+    x = noise(1, 8, 9, 12)
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"the same for both axes, got \(2, 1\)"):
+        SPDConv2d(3, 8, 3, (2, 1))
+
+
+@pytest.mark.parametrize("padding", [1, (0, 2), "same"], ids=str)
+def test_a_layer_made_from_the_attributes_of_another_has_its_output_size(padding: Any) -> None:
+    conv = SPDConv2d(8, 12, 3, padding=padding)
+    twin = type(conv)(conv.in_channels, 4, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    for size in SIZES[2:]:
+        assert twin(torch.zeros(1, 8, *size)).shape[2:] == conv(torch.zeros(1, 8, *size)).shape[2:]
+    assert type(conv)(4, 12, (1, 1), (1, 1), groups=2, bias=True)(torch.zeros(1, 4, 5, 6)).shape == (1, 12, 5, 6)
 
 
 # Padding-free downsampling and what comes with it

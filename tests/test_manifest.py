@@ -16,7 +16,8 @@ from safetensors.torch import save
 
 import spd_zoo
 from spd_zoo.weights import WeightsError, entries, sha256_of
-from spd_zoo.weights.manifest import manifest_path
+from spd_zoo.weights.fit import own_networks
+from spd_zoo.weights.manifest import default_checkpoints, manifest_path
 
 OWN = json.loads(manifest_path().read_text(encoding="utf-8"))
 Write = Callable[..., Path]
@@ -48,6 +49,20 @@ def test_a_private_checkpoint_is_listed_and_becomes_the_default(write: Write) ->
     spd_zoo.use_manifest(None)
     assert timm.list_pretrained("pyconvresnet18.*") == before
     assert "pyconvresnet18.company" not in entries()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_catalogue_and_timm_agree_on_the_default_weights(first: bool, write: Write) -> None:
+    path = write("pyconvresnet18.first", "pyconvresnet", default=first)
+    groups = json.loads(path.read_text())
+    groups["pyconvresnet"]["pyconvresnet18.second"] = groups["pyconvresnet"]["pyconvresnet18.first"] | {"default": True}
+    path.write_text(json.dumps(groups))
+    spd_zoo.use_manifest(path)
+    cfgs = {name: timm.get_pretrained_cfg(name) for name in own_networks()}
+    of_timm = {name: f"{name}.{cfg.tag}" for name, cfg in cfgs.items() if cfg.has_weights}
+    assert default_checkpoints(entries()) == of_timm
+    assert of_timm["pyconvresnet18"] == f"pyconvresnet18.{'first' if first else 'second'}"
+    assert "yolov8n_spd" not in of_timm  # its checkpoint says "default": false
 
 
 def test_a_private_checkpoint_takes_the_place_of_an_own_one(write: Write) -> None:

@@ -26,9 +26,10 @@ from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import read_image
 from spd_zoo.inference import results as many
-from spd_zoo.inference.classifier import Reader, predict
-from spd_zoo.inference.results import Files, ManyError, Stopped, Summary, Task, open_any, write
-from spd_zoo.process import Process
+from spd_zoo.inference.classifier import ImageReader, predict
+from spd_zoo.inference.loop import Files, Task
+from spd_zoo.inference.results import Job, ResultsError, Summary, open_split, write_results
+from spd_zoo.process import Process, Stopped
 
 ROOT = Path(__file__).parent.parent
 MODEL = "cifar_resnet20.cifar100"
@@ -72,12 +73,17 @@ class Colours:
         return self.log.read_text().split() if self.log.exists() else []
 
 
-def colours(log: Path, **about: Any) -> Task:
-    return Task(read_image, list, Colours(log), {"red": float}, 2, {"model": "colours"} | about)
+def colours(log: Path, **settings: Any) -> Job:
+    task = Task(read_image, list, Colours(log), 2)
+    return Job(task, dict, {"red": float}, {"model": "colours"} | settings)
 
 
-def run(images: Files, task: Task, results: Path, process: Process = ALONE, **options: Any) -> Summary | None:
-    return write(images, task, results, process, **{"workers": 0, "save_every": 3} | options)
+def changed_task(job: Job, **changes: Any) -> Job:
+    return dataclasses.replace(job, task=dataclasses.replace(job.task, **changes))
+
+
+def run(images: Files, job: Job, results: Path, process: Process = ALONE, **options: Any) -> Summary | None:
+    return write_results(images, job, results, process, **{"workers": 0, "save_every": 3} | options)
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -99,7 +105,7 @@ def test_every_format_has_what_predict_answers_in_the_order_of_the_images(
     images: Files, suffix: str, tmp_path: Path
 ) -> None:
     results = tmp_path / f"results{suffix}"
-    summary = run(images, many.prediction(MODEL, top_k=2, batch_size=3, device="cpu"), results, workers=1)
+    summary = run(images, many.classification(MODEL, top_k=2, batch_size=3, device="cpu"), results, workers=1)
     assert summary == Summary(COUNT, failed=1)
     rows = rows_of(results)
     answers = list(predict(MODEL, [Path(path) for path in images.paths], top_k=2, batch_size=3, device="cpu"))
@@ -135,7 +141,7 @@ def test_a_stopped_command_goes_on_behind_the_finished_parts(
     images: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.jsonl")
-    task, save = colours(tmp_path / "log"), many._Parts.save
+    job, save = colours(tmp_path / "log"), many._Parts.save
 
     def save_and_stop(self: Any, part: int, rows: Any) -> None:
         save(self, part, rows)
@@ -144,11 +150,11 @@ def test_a_stopped_command_goes_on_behind_the_finished_parts(
 
     monkeypatch.setattr(many._Parts, "save", save_and_stop)
     with pytest.raises(Stopped, match=f"stopped with [36] of {COUNT} images done") as stopped:
-        run(images, task, tmp_path / "results.jsonl")
+        run(images, job, tmp_path / "results.jsonl")
     assert stopped.value.number == signal.SIGTERM
     assert not (tmp_path / "results.jsonl").exists()
     before = Colours(tmp_path / "log").computed()
-    run(images, task, tmp_path / "results.jsonl")
+    run(images, job, tmp_path / "results.jsonl")
     assert (tmp_path / "results.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     after = Colours(tmp_path / "log").computed()
     assert len(before) == 5 and len(after) == COUNT - 1  # without the broken one, each once
@@ -210,12 +216,12 @@ def test_kill_9_behind_the_last_step_leaves_whole_results(
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert results.read_bytes() == (whole / "whole.csv").read_bytes()
-    with pytest.raises(ManyError, match="there already"):
+    with pytest.raises(ResultsError, match="exists already"):
         run(images, colours(tmp_path / "log"), results)
     assert {file.name for file in tmp_path.iterdir()} == {"log", "results.csv", ".results.csv.lock"}
 
 
-def stop_after_a_part(images: Files, task: Task, results: Path) -> None:
+def stop_after_a_part(images: Files, job: Job, results: Path) -> None:
     """Leaves unfinished results."""
     with pytest.MonkeyPatch.context() as patch:
 
@@ -224,18 +230,18 @@ def stop_after_a_part(images: Files, task: Task, results: Path) -> None:
 
         patch.setattr(many._Parts, "merge", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(images, task, results)
+            run(images, job, results)
 
 
 @pytest.mark.parametrize("changed", ["images", "save_every", "weights"])
 def test_unfinished_results_of_something_else_are_refused(images: Files, tmp_path: Path, changed: str) -> None:
-    task = colours(tmp_path / "log", weights="one")
-    stop_after_a_part(images, task, tmp_path / "results.jsonl")
+    job = colours(tmp_path / "log", weights="one")
+    stop_after_a_part(images, job, tmp_path / "results.jsonl")
     other = Files(images.paths[::-1]) if changed == "images" else images
     size = 4 if changed == "save_every" else 3
-    task = colours(tmp_path / "log", weights="other" if changed == "weights" else "one")
-    with pytest.raises(ManyError, match=rf"differ in {changed} \("):
-        run(other, task, tmp_path / "results.jsonl", save_every=size)
+    job = colours(tmp_path / "log", weights="other" if changed == "weights" else "one")
+    with pytest.raises(ResultsError, match=rf"differ in {changed} \("):
+        run(other, job, tmp_path / "results.jsonl", save_every=size)
 
 
 def test_finished_results_stay_unless_one_asks(images: Files, tmp_path: Path) -> None:
@@ -243,7 +249,7 @@ def test_finished_results_stay_unless_one_asks(images: Files, tmp_path: Path) ->
     run(images, colours(tmp_path / "log"), results)
     before = results.read_bytes()
     fewer = Files(images.paths[:2])
-    with pytest.raises(ManyError, match="--overwrite"):
+    with pytest.raises(ResultsError, match="--overwrite"):
         run(fewer, colours(tmp_path / "log"), results)
     assert results.read_bytes() == before
     stop_after_a_part(fewer, colours(tmp_path / "log"), tmp_path / "other.jsonl")
@@ -252,7 +258,7 @@ def test_finished_results_stay_unless_one_asks(images: Files, tmp_path: Path) ->
 
 
 def test_two_commands_do_not_write_one_file(images: Files, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".results.jsonl.lock"), pytest.raises(ManyError, match="another command"):
+    with FileLock(tmp_path / ".results.jsonl.lock"), pytest.raises(ResultsError, match="another command"):
         run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl")
 
 
@@ -265,7 +271,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(images: Files,
         (tmp_path / "results.jsonl.parts" / "00000001.jsonl").unlink()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        with pytest.raises(ManyError, match=r"cannot write .* the same command goes on"):
+        with pytest.raises(ResultsError, match=r"cannot write .* the same command resumes"):
             run(images, colours(tmp_path / "log"), results)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -279,31 +285,31 @@ def test_a_folder_of_someone_else_stays(images: Files, tmp_path: Path) -> None:
         precious = tmp_path / name / "precious.txt"
         precious.parent.mkdir()
         precious.write_text("mine")
-        with pytest.raises(ManyError, match=r"holds precious\.txt"):
+        with pytest.raises(ResultsError, match=r"holds precious\.txt"):
             run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", overwrite=True)
         assert precious.read_text() == "mine"
         shutil.rmtree(precious.parent)
 
 
 def test_results_that_others_made_meanwhile_stay_and_so_do_finished_parts(images: Files, tmp_path: Path) -> None:
-    results, task = tmp_path / "results.jsonl", colours(tmp_path / "log")
-    stop_after_a_part(images, task, results)
+    results, job = tmp_path / "results.jsonl", colours(tmp_path / "log")
+    stop_after_a_part(images, job, results)
     results.write_text("of others")
-    with pytest.raises(ManyError, match="there already"):
-        run(images, task, results)
+    with pytest.raises(ResultsError, match="exists already"):
+        run(images, job, results)
     results.unlink()
 
     def compute(pictures: list[Any]) -> list[Any]:
         results.write_text("of others")
-        return colours(tmp_path / "log").compute(pictures)
+        return colours(tmp_path / "log").task.compute(pictures)
 
     (tmp_path / "results.jsonl.parts" / "00000003.jsonl").unlink()
-    with pytest.raises(ManyError, match="there already"):
-        run(images, dataclasses.replace(task, compute=compute), results)
+    with pytest.raises(ResultsError, match="exists already"):
+        run(images, changed_task(job, compute=compute), results)
     assert results.read_text() == "of others"
     results.unlink()
     computed = len(Colours(tmp_path / "log").computed())
-    assert run(images, task, results) == Summary(COUNT, failed=1)
+    assert run(images, job, results) == Summary(COUNT, failed=1)
     assert len(Colours(tmp_path / "log").computed()) == computed == COUNT - 1 + 2
 
 
@@ -315,7 +321,7 @@ def test_an_image_too_long_for_its_width_is_a_row_with_its_error(
         "spd_zoo.inference.classifier.read_image",
         lambda file, mode: _Sized(size) if file == "long" else read_image(file),
     )
-    run(Files(["long", images.paths[0]]), many.prediction(MODEL, device="cpu"), tmp_path / "results.jsonl")
+    run(Files(["long", images.paths[0]]), many.classification(MODEL, device="cpu"), tmp_path / "results.jsonl")
     long, usual = rows_of(tmp_path / "results.jsonl")
     assert "too long and narrow" in long["error"] and long["top"] is None
     assert usual["error"] is None
@@ -337,7 +343,7 @@ def test_an_image_that_the_transform_cannot_cope_with_is_an_error_of_its_own(
         raise kind("too much")
 
     with pytest.raises(ValueError, match=rf"cannot resize this image of 40 x 48 pixels: {kind.__name__}: too much"):
-        Reader(transform, "RGB")(images.paths[0])
+        ImageReader(transform, "RGB")(images.paths[0])
 
 
 def test_file_names_with_line_ends_are_csv(tmp_path: Path) -> None:
@@ -353,24 +359,24 @@ def _die(_: Any) -> Any:
 
 
 def test_a_reading_process_that_dies_is_one_sentence(images: Files, tmp_path: Path) -> None:
-    task = dataclasses.replace(colours(tmp_path / "log"), read=_die)
-    with pytest.raises(ManyError, match="a process that reads images ended"):
-        run(images, task, tmp_path / "results.jsonl", workers=1)
+    job = changed_task(colours(tmp_path / "log"), read=_die)
+    with pytest.raises(ResultsError, match="a process that reads images ended"):
+        run(images, job, tmp_path / "results.jsonl", workers=1)
 
 
 def test_a_reading_process_that_dies_while_others_compute_is_one_sentence(images: Files, tmp_path: Path) -> None:
     def compute(_: Any) -> Any:
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")  # torch does so wherever it is
 
-    task = colours(tmp_path / "log")
-    with pytest.raises(ManyError, match="a process that reads images ended"):
-        run(images, dataclasses.replace(task, compute=compute), tmp_path / "results.jsonl")
+    job = colours(tmp_path / "log")
+    with pytest.raises(ResultsError, match="a process that reads images ended"):
+        run(images, changed_task(job, compute=compute), tmp_path / "results.jsonl")
 
     def fail(_: Any) -> Any:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        run(images, dataclasses.replace(task, compute=fail), tmp_path / "results.jsonl")
+        run(images, changed_task(job, compute=fail), tmp_path / "results.jsonl")
 
 
 def _read_for_ever(file: Any) -> Any:
@@ -405,12 +411,12 @@ class OneOf(Process):
     told: Any = ()
     meanwhile: Any = None
 
-    def together(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         if self.meanwhile:
             self.meanwhile()
         return [value] * self.world
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         if self.first:
             self.told.append(value)
         return self.told[0]
@@ -419,27 +425,27 @@ class OneOf(Process):
 def test_the_last_of_several_processes_makes_the_same_file(images: Files, tmp_path: Path) -> None:
     run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.jsonl")
     first, second = (OneOf(torch.device("cpu"), rank, 2, told=told) for told in [[]] for rank in (0, 1))
-    task, results = colours(tmp_path / "log"), tmp_path / "results.jsonl"
-    assert run(images, task, results, first) is None
+    job, results = colours(tmp_path / "log"), tmp_path / "results.jsonl"
+    assert run(images, job, results, first) is None
     assert not results.exists()
-    assert run(images, task, results, second) == Summary(COUNT, failed=1)
+    assert run(images, job, results, second) == Summary(COUNT, failed=1)
     assert results.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(Colours(tmp_path / "log").computed()) == COUNT - 1
 
 
 def test_the_first_of_several_processes_keeps_others_out_until_all_are_done(images: Files, tmp_path: Path) -> None:
-    task, results, told = colours(tmp_path / "log"), tmp_path / "results.jsonl", []
+    job, results, told = colours(tmp_path / "log"), tmp_path / "results.jsonl", []
     second = OneOf(torch.device("cpu"), 1, 2, told=told)
     summaries = []
 
     def meanwhile() -> None:
-        with pytest.raises(ManyError, match="another command"):
-            run(images, task, results)
-        summaries.append(run(images, task, results, second))
-        with pytest.raises(ManyError, match="another command"):
-            run(images, task, results)
+        with pytest.raises(ResultsError, match="another command"):
+            run(images, job, results)
+        summaries.append(run(images, job, results, second))
+        with pytest.raises(ResultsError, match="another command"):
+            run(images, job, results)
 
-    assert run(images, task, results, OneOf(torch.device("cpu"), 0, 2, told=told, meanwhile=meanwhile)) is None
+    assert run(images, job, results, OneOf(torch.device("cpu"), 0, 2, told=told, meanwhile=meanwhile)) is None
     assert summaries == [Summary(COUNT, failed=1)]
 
 
@@ -448,14 +454,14 @@ def test_a_dead_process_among_several_is_one_sentence(images: Files, tmp_path: P
         raise RuntimeError("Connection closed by peer")
 
     first = OneOf(torch.device("cpu"), 0, 2, told=[], meanwhile=meanwhile)
-    with pytest.raises(ManyError, match="another of the 2 processes ended"):
+    with pytest.raises(ResultsError, match="another of the 2 processes ended"):
         run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", first)
 
 
 def test_processes_with_other_images_are_refused(images: Files, tmp_path: Path) -> None:
     first, second = (OneOf(torch.device("cpu"), rank, 2, told=told) for told in [[]] for rank in (0, 1))
     run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", first)
-    with pytest.raises(ManyError, match="the processes differ in images"):
+    with pytest.raises(ResultsError, match="the processes differ in images"):
         run(Files(images.paths[1:]), colours(tmp_path / "log"), tmp_path / "results.jsonl", second)
 
 
@@ -498,7 +504,10 @@ def test_the_stopped_command_says_that_it_goes_on(
     monkeypatch.setattr(many._Parts, "merge", lambda _: os.kill(os.getpid(), signal.SIGINT))
     results = str(tmp_path / "results.csv")
     assert main(["predict", MODEL, str(folder), "--results", results, "--workers", "0", "--device", "cpu"]) == 130
-    assert f"stopped with {COUNT} of {COUNT} images done; it is saved, and the same command" in capsys.readouterr().err
+    assert (
+        f"stopped with {COUNT} of {COUNT} images done; the state is saved, and the same command"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -525,9 +534,9 @@ def test_a_data_set_is_read_by_its_only_split_or_the_one_asked_for(folder: Path,
     lines = [f"{folder}/{i:02}.png,{i % 2},{'val' if i > 5 else 'train'}" for i in range(COUNT)]
     (tmp_path / "images.csv").write_text("\n".join(["path,label,split", *lines]))
     with pytest.raises(DataError, match="train, val; choose one with --split"):
-        open_any(str(tmp_path / "images.csv"))
-    images = open_any(str(tmp_path / "images.csv"), "val")
-    write(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", ALONE, workers=0)
+        open_split(str(tmp_path / "images.csv"))
+    images = open_split(str(tmp_path / "images.csv"), "val")
+    write_results(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", ALONE, workers=0)
     assert [Path(row["path"]).name for row in rows_of(tmp_path / "results.jsonl")] == [
         f"{i:02}.png" for i in range(6, COUNT)
     ]
@@ -540,8 +549,8 @@ def test_images_inside_parquet_files_are_named_by_their_rows(folder: Path, tmp_p
     (tmp_path / "data").mkdir()
     contents = [{"bytes": (folder / f"{i:02}.png").read_bytes(), "path": None} for i in (0, BROKEN)]
     parquet.write_table(pyarrow.table({"image": contents, "label": [0, 1]}), tmp_path / "data" / "train.parquet")
-    images = open_any(str(tmp_path / "data"), image_column="image")
-    write(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", ALONE, workers=0)
+    images = open_split(str(tmp_path / "data"), image_column="image")
+    write_results(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", ALONE, workers=0)
     good, broken = rows_of(tmp_path / "results.jsonl")
     assert (good["path"], good["error"]) == ("row 0", None) and good["red"] > 0
     assert broken["path"] == "row 1" and "no image" in broken["error"]

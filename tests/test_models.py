@@ -1,6 +1,7 @@
 """The networks compute what the authors' compute, and keep timm's contract."""
 
 import copy
+import io
 import re
 import subprocess
 import sys
@@ -10,22 +11,25 @@ from typing import Any
 import golden
 import pytest
 import timm
+import timm_contract
 import torch
 import torch.nn.functional as F
 from networks import assert_close, load, noise, originals, random_network
+from PIL import Image
+from shared_data import shared
 from timm.layers import DropPath
 from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import timm_contract
+from torch.utils._pytree import tree_leaves
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import spd_zoo
 from spd_zoo.blocks import ImageSizeError, PositionAwareCircularConv2d
 from spd_zoo.models._classifier import Classifier, HiddenLayerHead
 from spd_zoo.models.pyconvresnet import Bottleneck, PyConvResNet
 from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d
+from spd_zoo.weights import save_network
+from spd_zoo.weights.fit import own_networks
 
 NETWORKS = timm_contract.own_networks(Classifier)
 ARCHITECTURES = timm_contract.one_per_architecture(NETWORKS)
@@ -41,6 +45,11 @@ SLOW = {name: pytest.mark.slow if name in ARCHITECTURES else pytest.mark.exhaust
 SLOW |= dict.fromkeys(FAST, ())
 EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in ARCHITECTURES]
 FEW = [pytest.param(name, marks=[] if "pyconv" in name else pytest.mark.exhaustive) for name in ARCHITECTURES]
+IMAGE_NORM = [name for name in NETWORKS if isinstance(timm.create_model(name, device="meta").stem[0], nn.BatchNorm2d)]
+TRACED = [  # one of every way to compute
+    *("pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd", "cifar_resnet20_pfd", "cifar_ghostnet_effdown"),
+    *("cifar_parc_mobilenetv2_pfd", "cifar_shufflenetv2_pfd", "yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1"),
+]
 ALL = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in NETWORKS]
 
 
@@ -358,6 +367,53 @@ def test_pretrained_weights_are_adapted_to_other_image_channels(name: str, save:
         assert_close(load(name, file, in_chans=4, **size)(x), expected)
 
 
+def shallow(name: str) -> dict[str, Any]:
+    """Arguments of a network with a BatchNorm on the image that leave it few layers."""
+    return {} if "mobilenet" in name else {"depth": 1}
+
+
+@pytest.mark.parametrize("name", IMAGE_NORM)
+def test_grey_images_give_what_three_equal_colours_give_away_from_the_border(name: str, save: Any) -> None:
+    coloured = random_network(name, num_classes=5, **shallow(name))
+    for key, parameter in coloured.stem[0].named_parameters():
+        assert len(set(parameter.tolist())) == 3, key
+    x = noise(1, 1, 48, 48)
+    with torch.inference_mode():
+        grey = load(name, save(coloured), in_chans=1, **shallow(name))
+        given = {"indices": [0], "stop_early": True, "intermediates_only": True}
+        (actual,), (expected,) = (
+            grey.forward_intermediates(x, **given),
+            coloured.forward_intermediates(x.repeat(1, 3, 1, 1), **given),
+        )
+        middle = actual.shape[-1] // 2
+        inner = slice(middle - 1, middle + 1)
+        assert_close(actual[..., inner, inner], expected[..., inner, inner])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_resnet20", "mobilenetv3_large_w1_pfd"])
+def test_a_saved_converted_network_takes_grey_images_as_the_original_does(name: str, save: Any, tmp_path: Path) -> None:
+    net = random_network(name, num_classes=5, **shallow(name))
+    save_network(spd_zoo.convert_to_spd(net), tmp_path)
+    converted = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1).eval()
+    x = noise(2, 1, 96, 96)
+    with torch.inference_mode():
+        assert_close(converted(x), load(name, save(net), in_chans=1, **shallow(name))(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100"])
+def test_trained_networks_see_the_same_in_grey_images_with_one_channel_and_with_three(name: str) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="CIFAR-100 is in parquet files, which need pyarrow")
+    rows = parquet.read_table(shared("cifar100/test-00000-of-00001.parquet")).slice(0, 500)["img"].to_pylist()
+    pixels = [list(Image.open(io.BytesIO(row["bytes"])).convert("L").getdata()) for row in rows]
+    x = torch.tensor(pixels).view(-1, 1, 32, 32) / 255
+    coloured, grey = timm.create_model(name, pretrained=True), timm.create_model(name, pretrained=True, in_chans=1)
+    with torch.inference_mode():
+        same = coloured.eval()(x.repeat(1, 3, 1, 1)).argmax(1) == grey.eval()(x).argmax(1)
+    assert same.double().mean() >= 0.94
+
+
 @pytest.mark.slow
 def test_strided_weights_are_adapted_to_grey_images_in_space_to_depth_networks(save: Any) -> None:
     for strided, spd in SPD_TWINS:
@@ -399,6 +455,48 @@ def test_the_shortcut_of_pyconv_spd_pools_before_an_odd_map_gets_zeros() -> None
 
 
 # timm's arguments and methods
+
+
+@pytest.mark.parametrize("name", own_networks())
+def test_every_argument_that_a_variant_sets_can_be_overridden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entrypoint: Any = timm.model_entrypoint(name)
+    monkeypatch.setattr(f"{entrypoint.__module__}._create", lambda variant, pretrained, **kwargs: kwargs)
+    own = entrypoint()
+    for keyword in own:
+        kwargs = entrypoint(**{keyword: "another"})
+        assert kwargs.keys() == own.keys() and kwargs[keyword] == "another"
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "override"),
+    [
+        ("resnet50_spd", "resnet101_spd", {"depths": (3, 4, 23, 3)}),
+        ("pyconvresnet50", "pyconvhgresnet50_spd", {"hg": True, "spd": True}),
+        ("cifar_ghostnet", "cifar_ghostnet_pfd", {"hybrid_stem": True, "downsampling": "pfd"}),
+        ("cifar_wrn40_3", "cifar_wrn40_3_pfd", {"pfd": True}),
+        ("yolov8s_spd", "yolov8s", {"spd": False}),
+        ("ssd_mobilenetv1_s1l0", "ssd_mobilenetv1_s1l0_dualpath", {"dual": True, "extras": "SSSS"}),
+    ],
+)
+def test_a_variant_with_the_arguments_of_another_is_the_other(name: str, other: str, override: dict[str, Any]) -> None:
+    nets = [timm.create_model(name, device="meta", **override), timm.create_model(other, device="meta")]
+    shapes = [{key: tensor.shape for key, tensor in net.state_dict().items()} for net in nets]
+    assert shapes[0] == shapes[1]
+    assert nets[0].pretrained_cfg["first_conv"] == nets[1].pretrained_cfg["first_conv"]
+
+
+def test_every_network_that_timm_lists_can_be_created() -> None:
+    listed = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("spd_zoo")]
+    assert listed == own_networks()
+    assert timm.is_model("spd_converted")  # to load a saved network
+
+
+@pytest.mark.parametrize("name", own_networks())
+def test_the_first_convolution_is_the_one_that_depends_on_the_image_channels(name: str) -> None:
+    nets = [timm.create_model(name, device="meta", in_chans=chans) for chans in (3, 5)]
+    shapes = [{key: tensor.shape for key, tensor in net.state_dict().items()} for net in nets]
+    differing = [key for key, shape in shapes[0].items() if shape != shapes[1][key] and len(shape) == 4]
+    assert differing == [f"{nets[0].pretrained_cfg['first_conv']}.weight"]
 
 
 @pytest.mark.slow
@@ -532,7 +630,9 @@ def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
         net = timm.create_model(name, features_only=True, device="meta", **kwargs)
         size = timm.get_pretrained_cfg(name).input_size[1:] if name in FIXED_SIZE else (64, 96)
         maps = net(torch.empty(1, 3, *size, device="meta"))
-        assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels()
+        described = timm.create_model(name, device="meta", **kwargs).feature_info
+        channels = [info["num_chs"] for info in described]
+        assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels() == channels
         reductions = net.feature_info.reduction()
         assert reductions == sorted(set(reductions) if not kwargs else reductions)
         for fmap, reduction in zip(maps, reductions, strict=True):
@@ -697,6 +797,38 @@ def test_scripts(name: str) -> None:
         for height, width in ((33, 32), (65, 79)):
             x = images(name, 2, height, width)
             assert_close(scripted(x), net(x))
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_torch_fx_and_torchvision_extract_maps_at_any_image_size(name: str) -> None:
+    net = random_network(name, num_classes=5)
+    traced = torch.fx.symbolic_trace(net)
+    extractor = create_feature_extractor(net, ["stages.0", "stages.2"])
+    with torch.inference_mode():
+        for height, width in ((64, 96), (64, 64)):
+            x = images(name, 2, height, width)
+            for actual, expected in zip(tree_leaves(traced(x)), tree_leaves(net(x)), strict=True):
+                assert_close(actual, expected)
+            if isinstance(net, Classifier):
+                named = {f"stages.{i}": fmap for i, fmap in enumerate(net.pyramid(net.stem(x)))}
+                for key, fmap in extractor(x).items():
+                    assert_close(fmap, named[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", own_networks())
+def test_torch_fx_traces_every_network(name: str) -> None:
+    net = timm.create_model(name, device="meta").eval()
+    x = torch.empty(2, *net.pretrained_cfg["input_size"], device="meta")
+    shapes = [[fmap.shape for fmap in tree_leaves(run(x))] for run in (net, torch.fx.symbolic_trace(net))]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_traced_network_of_one_image_size_refuses_another() -> None:
+    net = timm.create_model("cifar_parc_mobilenetv2", device="meta").eval()
+    for traced in (torch.fx.symbolic_trace(net), create_feature_extractor(net, ["stages.6"])):
+        with pytest.raises(ImageSizeError, match="takes images of one size"):
+            traced(torch.empty(1, 3, 48, 48, device="meta"))
 
 
 # Initialisation

@@ -77,13 +77,31 @@ def test_a_broken_image_does_not_keep_the_others_from_being_answered(saved: str,
     assert text.top == () and "no image" in text.error
 
 
+def spider(path: Path) -> Path:
+    """A SPIDER file, whatever its name says, with a header in which Pillow itself raises an AttributeError."""
+    header = np.zeros(64, ">f4")
+    for index, value in ((1, 1), (2, 8), (5, 1), (12, 8), (13, 8), (22, 256), (23, 32), (27, 1)):
+        header[index - 1] = value
+    path.write_bytes(header.tobytes() + bytes(256))
+    return path
+
+
+def test_whatever_pillow_raises_is_the_error_of_one_image(saved: str, tmp_path: Path) -> None:
+    odd, good = spider(tmp_path / "a.png"), write_image(tmp_path / "b.png")
+    with pytest.raises(AttributeError), Image.open(odd) as image:
+        image.load()
+    first, second = predict(saved, [odd, good], device="cpu")
+    assert first.top == () and first.error is not None and "cannot read this image" in first.error
+    assert len(second.top) == 3
+
+
 def test_no_more_images_are_read_than_a_batch_holds(
     saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [write_image(tmp_path / f"{i}.png") for i in range(4)]
     read = []
     monkeypatch.setattr(
-        "spd_zoo.inference.classifier.read_image", lambda path, mode: read.append(path) or read_image(path, mode)
+        "spd_zoo.inference.classifier.read_image", lambda path, mode: read.append(Path(path)) or read_image(path, mode)
     )
     next(predict(saved, paths, batch_size=2, device="cpu"))
     assert read == paths[:2]

@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import jsonschema
 import pytest
+import release_weights
 import timm
 import torch
 from drive_double import drive_double
@@ -30,9 +31,6 @@ import spd_zoo
 from spd_zoo.cli.main import main
 from spd_zoo.weights import Entry, WeightsError, default_cfgs, entries, find_entry, manifest, publish, sha256_of
 from spd_zoo.weights.manifest import manifest_path, write_manifest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import release_weights
 
 # huggingface_hub's plain LFS upload calls httpx in a way that httpx has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -96,7 +94,7 @@ class Checkout:
 
     def read(self) -> Entry:
         forget_the_manifest()
-        cfg = default_cfgs(GROUP, first_conv="stem.1.conv", classifier="head.fc")[NETWORK].cfgs["made_up"]
+        cfg = default_cfgs(GROUP, classifier="head.fc")[NETWORK].cfgs["made_up"]
         cfg = dataclasses.replace(cfg, architecture=NETWORK, tag="made_up")
         self.monkeypatch.setitem(_registry._model_pretrained_cfgs, NAME, cfg)
         entry = find_entry(NAME)
@@ -219,7 +217,7 @@ def test_several_weights_are_published_and_the_refused_are_named(
 
 @pytest.mark.slow
 def test_weights_of_the_package_stay_there_and_get_a_mirror(hub: HubDouble, checkout: Checkout) -> None:
-    checkout.monkeypatch.setattr(sys.modules["spd_zoo.weights.fetch"], "BUNDLED", checkout.file.parent)
+    checkout.monkeypatch.setattr(sys.modules["spd_zoo.weights.cache"], "BUNDLED", checkout.file.parent)
     checkout.enter(source=f"bundled:{checkout.file.name}")
     for _ in range(2):
         assert main(COMMAND) == 0

@@ -2,16 +2,12 @@
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
 import check_published
+import pytest
 from check_published import COLUMNS, PUBLISHED, RECORD, RECORDED, main, read
 
 OFF_BY_ONE = "cifar_mobilenetv3_large_w1"  # one row of its own that differs, one of BSConv's that agrees

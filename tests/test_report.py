@@ -17,10 +17,14 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from spd_zoo.cli.main import main
-from spd_zoo.data.labelled import DataError, open_data
+from spd_zoo.data.labelled import open_data
+from spd_zoo.data.reading import parse_size
+from spd_zoo.exporter import export
+from spd_zoo.inference.classifier import predict
 from spd_zoo.training.classification import report
+from spd_zoo.training.classification.metrics import Predictions
 from spd_zoo.training.config import FinetuneConfig
-from spd_zoo.training.evaluate import Predictions, evaluate, save, with_classes_of
+from spd_zoo.training.evaluate import evaluate, save
 from spd_zoo.training.finetune import finetune
 from spd_zoo.training.run import RunFolder
 
@@ -108,15 +112,80 @@ def test_evaluation_sees_what_the_network_computes(saved: Path, folders: Path) -
     assert torch.allclose(both.predictions.logits, (logits + mirrored) / 2, atol=1e-4)
 
 
-def test_classes_are_matched_by_name_or_else_by_number(folders: Path) -> None:
-    data = open_data(folders, "val")
-    assert data is not None
-    assert with_classes_of(data, ["pink", "red", "green", "blue"]).labels[0] == 3
-    assert with_classes_of(data, ["n01", "n02", "n03"]).labels == data.labels
-    with pytest.raises(DataError, match=r"the data has 3 classes .* the network 2 .* no name in common"):
-        with_classes_of(data, ["n01", "n02"])
-    with pytest.raises(DataError, match="class 'blue' that the network does not know"):
-        with_classes_of(data, ["red", "green"])
+def test_other_class_names_need_a_class_map(saved: Path, folders: Path, capsys: Capture, tmp_path: Path) -> None:
+    named = evaluate(str(saved), folders, workers=0)
+    data = tmp_path / "data"
+    for old, new in (("red", "rot"), ("green", "gruen"), ("blue", "blau")):
+        shutil.copytree(folders / "test" / old, data / "test" / new)
+    command = ["evaluate", str(saved), "--data", str(data), "--workers", "0", "--json"]
+    assert main(command) == 1
+    assert re.search(
+        r"no class 'blau'. The data has 3 classes \(blau, gruen, rot\); the network has 3", capsys.readouterr().err
+    )
+    (tmp_path / "map.yaml").write_text("rot: red\ngruen: green\nblau: blue\n")
+    assert main([*command, "--class-map", str(tmp_path / "map.yaml")]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["top1"] == pytest.approx(named[0].row["top1"], abs=1e-3) and row["notes"] == []
+    images = [str(folders / "test" / "red" / "0.png")]
+    assert main(["predict", str(saved), *images, "--class-map", str(tmp_path / "map.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "rot" in out and "gruen" in out and "blau" in out and "red\n" not in out
+
+
+def test_what_evaluation_guesses_is_printed_and_in_the_json(folders: Path, capsys: Capture, tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("cifar_resnet20", num_classes=3), str(tmp_path / "net"), safe_serialization=True)
+    command = [
+        "evaluate",
+        str(tmp_path / "net"),
+        "--data",
+        str(folders),
+        "--image-size",
+        "16x24",
+        "--workers",
+        "0",
+        "--json",
+    ]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    (row,) = json.loads(printed.out)
+    (note,) = row["notes"]
+    assert "timm's natural order: blue = 0, green = 1, red = 2" in note
+    assert printed.err.count(f"note: {note}\n") == 1 and row["img_size"] == "16x24"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["32", "24x48", "48x24"])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_a_runs_figure_is_what_evaluate_predict_and_its_description_say(
+    crop_mode: str, shape: str, capsys: Capture, tmp_path: Path
+) -> None:
+    data = make_folders(tmp_path / "data", train=6, val=6)
+    for i, file in enumerate(sorted(data.rglob("*.png"))):  # what a crop, a stretch and a border make different
+        with Image.open(file) as image:
+            marked = Image.new("RGB", (30 + 7 * (i % 3), 20 + 9 * (i % 2)), (128, 128, 128))
+            marked.paste(image, (marked.width - 16 if i % 2 else 0, 0))
+        marked.save(file)
+    run = tmp_path / "run"
+    options = {"workers": 0, "device": "cpu", "epochs": 2, "batch_size": 6, "crop_mode": crop_mode, "image_size": shape}
+    config = FinetuneConfig("cifar_resnet20", data=str(data), out=run, crop_pct=0.875, **options)  # type: ignore[arg-type]
+    result = finetune(config)
+    assert result is not None
+    figure = re.findall(r"top-1 ([\d.]+) %, top-5", capsys.readouterr().out)[-1]
+    (found,) = evaluate(str(run), data, split="val", workers=0)
+    assert f"{found.row['top1']:.2f}" == figure == f"{result.metrics['top1']:.2f}"
+    assert found.predictions.summary()["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
+    cfg = json.loads((run / "config.json").read_text())["pretrained_cfg"]
+    size = parse_size(shape)
+    assert (cfg["crop_mode"], cfg["crop_pct"], tuple(cfg["input_size"])) == (crop_mode, 0.875, (3, *size))
+    assert not {"test_input_size", "test_crop_pct"} & set(cfg)
+    files = sorted((data / "val").rglob("*.png"))
+    tops = [prediction.top[0].name for prediction in predict(str(run), files)]
+    correct = sum(name == file.parent.name for name, file in zip(tops, files, strict=True))
+    assert f"{100 * correct / len(files):.2f}" == figure
+    import onnx
+
+    described = {item.key: item.value for item in onnx.load(export(str(run), "onnx")).metadata_props}
+    assert (described["crop_mode"], described["image_size"]) == (crop_mode, shape)
 
 
 def test_the_command_prints_a_line_per_image_size(saved: Path, folders: Path, capsys: Capture, tmp_path: Path) -> None:

@@ -1,30 +1,25 @@
 """The maintainers' tools: the benchmark compares equal networks, timm's tests see one network of each architecture."""
 
 import json
-import sys
 from pathlib import Path
-
-import pytest
-import timm
-import torch
-from pictures import COLOURS, make_folders
-from PIL import Image
-from timm.models import save_for_hf
-
-from spd_zoo.data.reading import read_image
-from spd_zoo.training.config import FinetuneConfig, to_yaml
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import benchmark
 import benchmark_finetune
 import bundle_weights
 import compare_starts
 import convert_experiment
+import pytest
+import timm
 import timm_contract
+import torch
+from pictures import COLOURS, make_folders
+from PIL import Image
+from timm.models import save_for_hf
 
+from spd_zoo.data.reading import read_image
 from spd_zoo.fold import fold_batchnorm
 from spd_zoo.models._classifier import Classifier
+from spd_zoo.training.config import FinetuneConfig, to_yaml
 
 EVERY = timm_contract.own_networks(Classifier)
 STEPS = ("inference", "train")

@@ -19,16 +19,19 @@ import torch
 from pictures import make_folders
 from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
+from tqdm import tqdm
 
-from spd_zoo.data.labelled import DataError
+from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
-from spd_zoo.process import Process
-from spd_zoo.training import evaluate
+from spd_zoo.process import Process, StopSignals
 from spd_zoo.training import finetune as training
+from spd_zoo.training import memory
 from spd_zoo.training.classification import report
-from spd_zoo.training.classification import task as classification
-from spd_zoo.training.config import RECIPES, FinetuneConfig, load_config, make_config, to_yaml
+from spd_zoo.training.classification.task import LR, Classification, ClassifierTraining
+from spd_zoo.training.config import RECIPES, FinetuneConfig, Plan, load_config, make_config, to_yaml
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
+from spd_zoo.training.preprocessing import Preprocessing
+from spd_zoo.training.run import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +108,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     run(folders, tmp_path / "whole", **EVERYTHING, workers=workers)
     for epoch, step in ((0, 1), (1, 2), (2, 0)):  # within an epoch, and at its end
         stop_in(monkeypatch, epoch, step)
-        with pytest.raises(Stopped, match=f"stopped in epoch {epoch + 1} behind step {step + 1} of 3") as stopped:
+        with pytest.raises(Stopped, match=f"stopped in epoch {epoch + 1} after step {step + 1} of 3") as stopped:
             run(folders, tmp_path / "stopped", **EVERYTHING, workers=workers)
         assert stopped.value.number == signal.SIGTERM
         torch.manual_seed(epoch)  # a new process begins with generators in another state
@@ -268,14 +271,14 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint(folders: Path, tmp_path: 
 def test_data_that_vanishes_is_said_and_leaves_the_checkpoint(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = evaluate.score
+    score = Classification.score
 
     def then_unmount(*arguments: Any) -> dict[str, float]:
         figures = score(*arguments)
         folders.rename(tmp_path / "elsewhere")
         return figures
 
-    monkeypatch.setattr(classification, "score", then_unmount)
+    monkeypatch.setattr(Classification, "score", then_unmount)
     with pytest.raises(DataError, match=r"png: there is no such file.*; was the data set changed") as error:
         run(folders, tmp_path / "run", workers=1)
     assert "Traceback" not in str(error.value)
@@ -323,9 +326,7 @@ def test_a_damaged_run_is_named(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
     for content in (b"junk", b"", (tmp_path / "run" / "last.pt").read_bytes()[:5000]):
         (tmp_path / "run" / "last.pt").write_bytes(content)
-        with pytest.raises(
-            RunError, match=r"(?s)cannot read .*last\.pt: .*; where it is damaged, begin a run in another"
-        ):
+        with pytest.raises(RunError, match=r"(?s)cannot read .*last\.pt: .*; if it is damaged, begin a run in another"):
             run(folders, tmp_path / "run", epochs=1)
     (tmp_path / "run" / "run.yaml").write_text("junk: [")
     with pytest.raises(RunError, match=r"holds a run with a damaged run\.yaml or data\.json"):
@@ -406,7 +407,7 @@ def test_frozen_parts_stay_and_the_head_learns_first(folders: Path, tmp_path: Pa
     assert changed(start, weights_of(tmp_path / "head")) == {"head.fc"}
     run(folders, tmp_path / "both", epochs=2, head_epochs=1)
     assert {"stages.0", "head.fc"} <= changed(start, weights_of(tmp_path / "both"))
-    with pytest.raises(ValueError, match="freeze names 'layer1', which the network does not have; its parts are"):
+    with pytest.raises(ValueError, match="freeze names 'layer1', which the network does not have; its modules are"):
         run(folders, tmp_path / "wrong", freeze="layer1")
 
 
@@ -418,14 +419,14 @@ def weights_of_untrained() -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_early_stopping_keeps_the_best_network(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([20.0, 40.0, 30.0, 40.0, 35.0])
-    score = evaluate.score
+    score = Classification.score
     states = []
 
-    def prescribed(net: Any, *arguments: Any) -> dict[str, float]:
+    def prescribed(task: Classification, net: Any, *arguments: Any) -> dict[str, float]:
         states.append({key: value.clone() for key, value in net.state_dict().items()})
-        return score(net, *arguments) | {"top1": next(scores)}
+        return score(task, net, *arguments) | {"top1": next(scores)}
 
-    monkeypatch.setattr(classification, "score", prescribed)
+    monkeypatch.setattr(Classification, "score", prescribed)
     result = run(folders, tmp_path / "run", epochs=20, patience=3)
     assert [row["val_top1"] for row in result.history] == [20, 40, 30, 40, 35]
     kept = weights_of(tmp_path / "run")
@@ -446,7 +447,7 @@ def test_parts_of_a_step_are_one_step(folders: Path, tmp_path: Path) -> None:
 def test_a_step_is_computed_in_parts_where_memory_is_short(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "_free_memory", lambda _: 8 * 2.0**20)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 8 * 2.0**20)
     run(folders, tmp_path / "run", epochs=1, batch_size=16, image_size="32")
     assert load_config(tmp_path / "run" / "run.yaml")["accumulate"] > 1
     assert "each step is computed in" in capsys.readouterr().out
@@ -454,13 +455,13 @@ def test_a_step_is_computed_in_parts_where_memory_is_short(
 
 def test_the_memory_of_a_step_is_about_what_is_measured() -> None:
     net = timm.create_model("cifar_resnet20")
-    given = evaluate.Input((0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
-    kept = training._kept_by_an_image(net, 32, given)
+    preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    kept = memory.bytes_per_image(net, 32, preprocessing)
     maps = (
         3 * 32 * 32 * (1 + 1) + 16 * 32 * 32 * 7 * 2 + 32 * 16 * 16 * 6 * 2 + 64 * 8 * 8 * 6 * 2
     )  # in and out of convs
     assert 0.8 < kept / (4 * maps) < 2
-    assert training._kept_by_an_image(net, 32, replace(given, bf16=True)) == pytest.approx(kept / 2, rel=0.01)
+    assert memory.bytes_per_image(net, 32, replace(preprocessing, bf16=True)) == pytest.approx(kept / 2, rel=0.01)
     assert next(net.parameters()).device.type == "cpu"
 
 
@@ -473,7 +474,7 @@ def test_a_stream_that_was_stopped_goes_on_to_the_same_bits(
     datasets.disable_progress_bars()
     (tmp_path / "stream").mkdir()
     for split in ("train", "val"):
-        found = classification.open_data(str(folders), split)
+        found = open_data(str(folders), split)
         assert found is not None
         names = datasets.ClassLabel(names=found.class_names)
         features = datasets.Features({"image": datasets.Image(), "label": names})
@@ -492,19 +493,19 @@ def test_a_stream_that_was_stopped_goes_on_to_the_same_bits(
 
 
 def test_class_weights_count_the_same_in_every_batch(folders: Path) -> None:
-    data = classification.open_data(str(folders), "train")
+    data = open_data(str(folders), "train")
     assert data is not None
     few = data.subset([*range(8), 8, 16])
     net = timm.create_model("cifar_resnet20", num_classes=3)
-    cpu = Process(torch.device("cpu"))
-    task = classification.Task(net, config(folders, folders, class_weights="inv_freq"), few, cpu)
+    cpu = torch.device("cpu")
+    task = ClassifierTraining(net, config(folders, folders, class_weights="inv_freq"), few, cpu)
     logits, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 2, 2])
     weights = torch.tensor([0.125, 1.0, 1.0]) / 2.125 * 3
     smooth = torch.nn.functional.one_hot(labels, 3) * 0.9 + 0.1 / 3
     expected = -(smooth * weights * logits.log_softmax(1)).sum(1).mean()
     assert task.criterion(logits, labels) == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="class_weights must be 3 numbers"):
-        classification.Task(net, config(folders, folders, class_weights="1,2"), few, cpu)
+        ClassifierTraining(net, config(folders, folders, class_weights="1,2"), few, cpu)
 
 
 @pytest.mark.slow
@@ -603,7 +604,7 @@ def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> 
         ({"lr": None, "opt": "sgd"}, "default learning rates are for lamb and adamw; give lr with opt sgd"),
         ({"crop_scale": 0.0}, "crop_scale must be above 0"),
         ({"val_size": -1}, "val_size must not be negative"),
-        ({"val_split": 0.1, "val_size": 5}, "give one of them"),
+        ({"val_split": 0.1, "val_size": 5}, "give only one"),
         ({"mixup": 0.2, "batch_size": 3}, "even batch_size, got 3"),
         ({"mixup": 0.2, "drop_last": False}, "they need drop_last"),
         ({"sched": "multistep"}, "sched is cosine, or multistep with decay_epochs"),
@@ -635,9 +636,9 @@ def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, 
         ({"model_args": "in_chans=4"}, "takes 4 channels; images have 1 or 3"),
         ({"device": "abacus"}, "cannot use device 'abacus'"),
         ({"mean": "0.5,0.5"}, "mean has 2 numbers, but cifar_resnet20 takes 3 channels"),
-        ({"accumulate": 5}, "batch_size 8 is too small for steps in 5 parts: each needs two images"),
+        ({"accumulate": 5}, "batch_size 8 is too small for 5 micro-batches: each needs two images"),
         ({"class_weights": "many"}, "class_weights must be 3 numbers from 0 up, inv_freq or effective_num, got 'many'"),
-        ({"freeze": "head.fc", "head_epochs": 1}, "the classifier cannot learn alone, it is frozen or unknown"),
+        ({"freeze": "head.fc", "head_epochs": 1}, "the classifier cannot train alone, it is frozen or unknown"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -659,10 +660,10 @@ def test_a_yaml_file_holds_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 3", r"has an option 'epoch' that there is not; did you mean epochs\?"),
-        ("epochs: many", "epochs is 'many', not of the kind int"),
-        ("epochs: 2.5", r"epochs is 2\.5, not of the kind int"),
-        ("bf16: 1", "bf16 is 1, not of the kind bool"),
+        ("epoch: 3", r"has an unknown option 'epoch'; did you mean epochs\?"),
+        ("epochs: many", "epochs is 'many', not of the type int"),
+        ("epochs: 2.5", r"epochs is 2\.5, not of the type int"),
+        ("bf16: 1", "bf16 is 1, not of the type bool"),
         ("- 1", "must hold lines like"),
         ("a: [", "is not YAML"),
         ("momentum: unknown", "the source of .* does not say everything: give --momentum"),
@@ -728,9 +729,9 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
     assert not (tmp_path / "other").exists()
 
 
-def chosen_for(asked: FinetuneConfig, images: int) -> FinetuneConfig:
+def chosen_for(asked: FinetuneConfig, images: int) -> Plan:
     net = timm.create_model(asked.model, device="meta")
-    return training._chosen(asked, images, classification, net, training.Process(torch.device("cpu")))
+    return training.plan(asked, Classification(), net, images, 3, Process(torch.device("cpu")))
 
 
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
@@ -740,10 +741,54 @@ def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folde
         assert chosen.pretrained is expected
         assert chosen.head_epochs == int(expected)
         assert chosen.opt == ("adamw" if expected else "lamb")
-        assert chosen.lr == pytest.approx(classification.LR[chosen.opt] / 4)
+        assert chosen.lr == pytest.approx(LR[chosen.opt] / 4)
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(12, 8), (480, 16), (2_000, 64), (47_500, 128)])
 def test_small_data_sets_have_small_steps(folders: Path, images: int, batch_size: int) -> None:
     asked = config(folders, folders, batch_size=None)
     assert chosen_for(asked, images).batch_size == batch_size
+
+
+# plan(), start(), train_epoch(), end_epoch() and finish(), each alone
+
+
+def test_a_plan_leaves_nothing_open(folders: Path) -> None:
+    asked = config(folders, folders, batch_size=None, lr=None, image_size=None, warmup_epochs=None, bf16=None)
+    plan = chosen_for(replace(asked, pretrained=None, opt=None), images=480)
+    assert all(value is not None for value in vars(plan).values())
+    assert (plan.sizes, plan.batch_size, plan.micro_batches) == ([((64, 64), 0)], 16, 1)
+    assert Plan.of(plan.config) == plan
+    with pytest.raises(ValueError, match="leaves lr open"):
+        Plan.of(replace(plan.config, lr=None))
+
+
+def started(folders: Path, out: Path, **changes: Any) -> training.Run:
+    asked, process = config(folders, out, **changes), Process(torch.device("cpu"))
+    task = Classification()
+    splits = task.open_splits(asked, process, None)
+    plan = training.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, 3, process)
+    return training.start(plan, task, splits, RunFolder(out), process)
+
+
+def test_an_epoch_is_trained_evaluated_and_finished_alone(folders: Path, tmp_path: Path) -> None:
+    run = started(folders, tmp_path / "run", epochs=1)
+    before = {key: value.clone() for key, value in run.net.state_dict().items()}
+    signals = StopSignals()
+    training.train_epoch(run, signals, tqdm(disable=True))
+    assert run.done == run.steps.per_epoch == 3 and not run.history
+    assert {"stages.0", "head.fc"} <= changed(before, run.net.state_dict())
+    training.end_epoch(run, signals)
+    assert run.done == 0 and run.history[0]["epoch"] == 1 and run.history[0]["train_loss"] > 0
+    assert started(folders, tmp_path / "run", epochs=1).history == run.history  # resumed
+    result = training.finish(run)
+    assert result.metrics["images"] == 6 and (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_signal_before_the_first_step_saves_the_untrained_network(folders: Path, tmp_path: Path) -> None:
+    run = started(folders, tmp_path / "run")
+    signals = StopSignals()
+    signals.number = signal.SIGTERM
+    with pytest.raises(Stopped, match="stopped in epoch 1 after step 0 of 3"):
+        training.train_epoch(run, signals, tqdm(disable=True))
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 0

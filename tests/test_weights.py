@@ -26,7 +26,7 @@ import spd_zoo
 from spd_zoo import WeightsError
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, save_network, sha256_of
-from spd_zoo.weights.fetch import BUNDLED
+from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.fit import own_networks
 from spd_zoo.weights.manifest import Entry, manifest_path
 
@@ -119,9 +119,9 @@ def test_a_file_is_named_exactly_where_the_link_is_a_folder(entry):
 
 @pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
 def test_a_checkpoint_names_all_its_classes_or_none(entry):
-    assert entry.class_names is None or len(set(entry.class_names)) == entry.num_classes
+    assert entry.label_names is None or len(set(entry.label_names)) == entry.num_classes
     if entry.group != "timm":
-        assert timm.get_pretrained_cfg(entry.name).label_names == entry.class_names
+        assert timm.get_pretrained_cfg(entry.name).label_names == entry.label_names
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.group == "timm"], ids=lambda entry: entry.name)
@@ -240,7 +240,7 @@ def test_a_source_that_is_not_pinned_or_leads_elsewhere_is_refused(source):
 
 
 def test_a_bundled_file_is_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["spd_zoo.weights.fetch"], "BUNDLED", tmp_path)
+    monkeypatch.setattr(sys.modules["spd_zoo.weights.cache"], "BUNDLED", tmp_path)
     entry = an_entry(source="bundled:weights.safetensors")
     with pytest.raises(WeightsError, match="is missing"):
         fetch(entry)
@@ -324,6 +324,39 @@ def test_a_broken_classifier_is_refused(small, tmp_path):
     assert load(tmp_path / "a.safetensors", num_classes=7).num_classes == 7
 
 
+class Large:
+    """Takes 10 TB when it is unpickled."""
+
+    def __reduce__(self):
+        return bytearray, (10**13,)
+
+
+@pytest.mark.parametrize("features", [{}, {"features_only": True}], ids=["network", "features"])
+@pytest.mark.parametrize(
+    "wrap", [lambda net: {"model": net}, lambda net: {"state_dict": net.state_dict(), "a": Large()}]
+)
+def test_a_file_is_read_by_our_parser_alone(small, tmp_path, monkeypatch, wrap, features):
+    """Not a second time by timm, which calls what torch allows, and knows no networks pickled as a whole."""
+    torch.save(wrap(small), tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("torch.load was called"))
+    net = load(tmp_path / "a.pth", **features)
+    own = {
+        key.replace("stem_", "stem.").replace("stages_", "stages."): value for key, value in net.state_dict().items()
+    }
+    expected = small.state_dict()
+    assert own
+    assert features or own.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in own.items())
+    assert "state_dict" not in net.pretrained_cfg
+
+
+def test_numbers_that_no_network_computes_with_are_refused(small, tmp_path):
+    key = "head.fc.bias"
+    save_file(small.state_dict() | {key: torch.zeros(10).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"head\.fc\.bias holds torch\.float8_e4m3fn, the network's torch\.float32"):
+        load(tmp_path / "a.safetensors")
+
+
 class Payload:
     """Creates a file when it is unpickled."""
 
@@ -398,6 +431,13 @@ def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_p
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["num_classes"] == 3 and "num_classes" not in config["model_args"]  # transformers wants it once
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_new_class_names_replace_the_descriptions_of_the_old_ones(tmp_path):
+    net = timm.create_model("tf_efficientnet_lite0_spd.in1k", num_classes=3)
+    save_network(net, tmp_path, dict(net.pretrained_cfg, num_classes=3, label_names=["a", "b", "c"]))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert class_names(loaded.pretrained_cfg) == ["a", "b", "c"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
     python tools/benchmark.py --network pyconvresnet50 [--threads 2] [--batch 16] [--forms 'inference-fp32-*'] [--quick]
     python tools/benchmark.py --network resnet50 --convert [...]
+    python tools/benchmark.py --cli
 
 The plain way is that of the papers' code: space-to-depth by slices and concatenation, every level of a pyramid its own
 convolution. "/ plain" compares with it as the papers run it (contiguous, eager, BatchNorm as it is, same precision),
@@ -13,6 +14,9 @@ A detector is compared with itself the plain way alone, at the size of its input
 space-to-depth is the plain one, so only the layout can make a difference. A last row has the milliseconds for an image
 that decoding and suppression take where 300, 3000 and 30000 scores are above the threshold: a random network's scores,
 whose boxes overlap more than a trained one's.
+
+With --cli none of this is measured, but the CPU seconds of the commands that must start at once, beside those of
+`python -c pass`; the exit status is 1 if one takes more than it may.
 
 With --convert the network may be any: "ours" is what `convert_to_spd` makes of it, with new weights that have learnt
 something; folded, it is what `fold_spd` makes of that. "/ as it was" compares with the network itself in the same form.
@@ -40,6 +44,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from benchmark_cli import LIMIT, measure
 from convert_report import train_a_little
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -307,6 +312,29 @@ def _compare(
     return row
 
 
+def benchmark_cli(args: argparse.Namespace) -> int:
+    """Prints the CPU seconds of every quick command; returns 1 if one is too slow."""
+    slow = False
+    for command, ours, python in measure(args.rounds):
+        slow |= ours - python > LIMIT
+        row = {
+            "command": f"spd-zoo {command}",
+            "seconds": ours,
+            "python": python,
+            "more": ours - python,
+            "limit": LIMIT,
+        }
+        if args.json:
+            print(json.dumps(row), flush=True)
+        else:
+            print(
+                f"spd-zoo {command:20} {ours:.3f} s | python -c pass {python:.3f} s | {ours - python:+.3f} s of "
+                f"{LIMIT} s | x{ours / python:.1f}",
+                flush=True,
+            )
+    return int(slow)
+
+
 def main(argv: list[str]) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -320,7 +348,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help=f"the forms {', '.join(QUICK)}; no memory")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--cli", action="store_true", help="measure how fast `spd-zoo` starts, and nothing else")
     args = parser.parse_args(argv)
+    if args.cli:
+        return benchmark_cli(args)
     if args.quick:
         args.forms, args.memory = QUICK, False
     forms = [form for form in FORMS if any(fnmatch.fnmatch(str(form), pattern) for pattern in args.forms)]

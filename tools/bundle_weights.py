@@ -19,36 +19,37 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spd_zoo.complexity import count_macs, count_params
-from spd_zoo.data.labelled import DataError, LabelledImages, eval_loader, eval_transform, open_data
+from spd_zoo.data.labelled import DataError, LabelledImages, open_data
+from spd_zoo.files import whole
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import Process
-from spd_zoo.training.classification.task import open_splits
+from spd_zoo.training.classification.task import Classification
 from spd_zoo.training.config import FinetuneConfig, load_config
-from spd_zoo.training.detection.metrics import evaluate_boxes
-from spd_zoo.training.evaluate import Input, score
+from spd_zoo.training.evaluate import evaluate_network
+from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.weights import sha256_of
-from spd_zoo.weights.fetch import BUNDLED
+from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.manifest import manifest_path, write_manifest
 
 
 def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: dict[str, Any]) -> float:
     """Top-1 in per cent at `image_size`."""
-    given = Input(tuple(cfg["mean"]), tuple(cfg["std"]), torch.device("cpu"))
-    batches = eval_loader(data, eval_transform(image_size, 1.0, cfg["interpolation"]), 250, 2)
-    return score(net, batches, given, Process(given.device))["top1"]
+    cpu = torch.device("cpu")
+    preprocessing = Preprocessing(tuple(cfg["mean"]), tuple(cfg["std"]), cpu, interpolation=cfg["interpolation"])
+    task, process = Classification(), Process(cpu)
+    batches = task.eval_batches(net, data, (image_size, image_size), 250, 2, preprocessing, process)
+    return task.score(net, batches, preprocessing, process)["top1"]
 
 
 def save_fp16(run: Path, target: Path) -> None:
-    """Writes the run's weights as fp16, counters as they are, through a temporary file."""
+    """Writes the run's weights as fp16, counters as they are."""
     state_dict = load_file(run / "model.safetensors")
     halves = {key: value.half() if value.is_floating_point() else value for key, value in state_dict.items()}
     if not all(value.isfinite().all() for value in halves.values()):
         raise SystemExit(f"{run}: a weight does not fit into fp16")
     target.parent.mkdir(exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    save_file(halves, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # which safetensors does not do
-    temporary.replace(target)
+    with whole(target) as temporary:
+        save_file(halves, temporary, metadata={"format": "pt"})
 
 
 def recipe_of(run: Path) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def classification(
     """Figures on the held-out images at the best of `options.image_sizes`, those on the test images, and that size."""
     about = options.run / "data.json"
     began_with = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-    _, val, _ = open_splits(config, Process(torch.device("cpu")), began_with)
+    val = Classification().open_splits(config, Process(torch.device("cpu")), began_with).val
     test = open_data(config.data, "test", config.image_column, config.label_column)
     if test is None or not isinstance(val, LabelledImages):
         raise DataError(f"{config.data} has no test split, or was streamed")
@@ -79,8 +80,8 @@ def detection(
     size = cfg["input_size"][-1]
     found = []
     for split in ("val", "test"):
-        given = (net, options.name, config.data, split, (size,), 8, 2, torch.device("cpu"), False)
-        (evaluation,) = evaluate_boxes(*given)
+        cpu = torch.device("cpu")
+        (evaluation,) = evaluate_network(net, options.name, config.data, split, (size,), False, 8, 2, cpu)
         print(evaluation.in_words())
         found.append({metric: round(evaluation.row[metric], 2) for metric in ("ap", "ap50")})
     return found[0], found[1], size

@@ -26,6 +26,7 @@ import timm
 
 import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo import complexity
+from spd_zoo.files import whole
 from spd_zoo.weights import entries
 from spd_zoo.weights.fit import own_networks
 
@@ -172,10 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in options.networks if not timm.is_model(name)]:
         parser.error(f"there is no network {' and no '.join(unknown)}")
     if options.record:
-        temporary = RECORD.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with whole(RECORD) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             write([cost(name) for name in own], RECORDED, file)
-        temporary.replace(RECORD)
     try:
         rows, recorded = check_published(options.networks), read(RECORD, RECORDED)
     except (OSError, ValueError) as error:

@@ -22,7 +22,8 @@ from PIL import Image
 
 from spd_zoo.convert import convert_checkpoint
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data, train_val_split
-from spd_zoo.training.evaluate import evaluate, write_csv
+from spd_zoo.files import whole, write_csv
+from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import FinetuneConfig, finetune
 
 COLUMNS = ("image_size", "start", "lr", "epochs", "train_images", "seed", "val_top1", "test_top1")
@@ -34,23 +35,23 @@ def make_images(options: argparse.Namespace, target: Path) -> None:
     """Writes the data set with images of `--pixels`, and some of the training images, evenly over the classes."""
     import datasets
 
-    whole, test = (open_data(options.data, split, label_column=options.label_column) for split in ("train", "test"))
-    if whole is None or test is None:
+    original, test = (open_data(options.data, split, label_column=options.label_column) for split in ("train", "test"))
+    if original is None or test is None:
         raise DataError(f"{options.data} lacks a split train or test")
-    train, val = train_val_split(whole, options.held_out, seed=0)
+    train, val = train_val_split(original, options.held_out, seed=0)
     _, train = train_val_split(train, options.train_images, seed=0)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=whole.class_names))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=original.class_names))
     size = (options.pixels, options.pixels)
 
     def rows(data: LabelledImages) -> dict[str, list[Any]]:
         small = [data.image(i).resize(size, Image.Resampling.BOX) for i in range(len(data))]
         return {"image": small, "label": [data.label(i) for i in range(len(data))]}
 
-    temporary = target.with_name(f"{target.name}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    for name, data in (("train", train), ("val", val), ("test", test)):
-        datasets.Dataset.from_dict(rows(data), features).to_parquet(temporary / f"{name}-00000.parquet")
-    temporary.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole(target) as temporary:
+        temporary.mkdir()
+        for name, data in (("train", train), ("val", val), ("test", test)):
+            datasets.Dataset.from_dict(rows(data), features).to_parquet(temporary / f"{name}-00000.parquet")
 
 
 def top1(model: str, data: Path, split: str, image_size: int) -> float:
@@ -209,10 +210,9 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    temporary = file.with_name(f"tmp-{file.name}")
-    figure.savefig(temporary)
+    with whole(file) as temporary:
+        figure.savefig(temporary)
     pyplot.close(figure)
-    temporary.replace(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spd_zoo import convert_to_spd, fold_spd
-from spd_zoo.convert import TOLERANCE, SPDReport
+from spd_zoo.convert import SPDReport
+from spd_zoo.rewrite import TOLERANCE, max_difference, tensors_in
 
 RECORD = Path(__file__).parent / "conversions.jsonl"  # what --json printed
 SIZES = {"even": (64, 64), "not square": (64, 96), "odd": (65, 63)}  # of images
@@ -70,7 +71,7 @@ def smallest_of_each_family(module: str) -> list[str]:
 def downsampling_layers(name: str) -> int:
     """How many layers or operators of a network downsample."""
     report = report_of(convert_to_spd(timm.create_model(name, device="meta")))
-    return len(report.replaced) + len(report.left)
+    return len(report.replaced) + len(report.unchanged)
 
 
 def report_of(net: Any) -> SPDReport:
@@ -86,7 +87,7 @@ def noise(*shape: int) -> Tensor:
 
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, in standard deviations of what is expected."""
-    return float((actual - expected).abs().max() / expected.std())
+    return max_difference([actual], [expected])
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def compare(name: str) -> dict[str, Any]:
         "params": report.params,
         "macs": report.macs,
         "replaced": dict(Counter(f"{row.old} -> {row.new}" for row in report.replaced)),
-        "left": [f"{left.module}, {left.what}: {left.reason}" for left in report.left],
+        "unchanged": [f"{layer.module}, {layer.layer}: {layer.reason}" for layer in report.unchanged],
     }
     for kind, x in images.items():
         row[kind] = {"size": list(x.shape[2:]), "difference": difference(converted(x), expected[kind])}
@@ -141,6 +142,26 @@ def compare(name: str) -> dict[str, Any]:
         trained = converted(x)
         row[kind] |= {"moved": difference(trained, expected[kind]), "folded": difference(folded(x), trained)}
     return row
+
+
+@torch.no_grad()
+def compare_folded(name: str, features_only: bool) -> dict[str, Any]:
+    """Folds a network as timm makes it: the numbers of BatchNorms, and the largest difference at each size.
+
+    Args:
+        name: The network.
+        features_only: Take its maps instead of its classes.
+
+    Returns:
+        "norms": BatchNorms before and after; "folded": of each size, the largest difference between the outputs.
+    """
+    torch.manual_seed(0)
+    net = randomise(timm.create_model(name, features_only=features_only))
+    images = images_for(net)
+    folded = fold_spd(net, next(iter(images.values())))
+    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in other.modules()) for other in (net, folded)]
+    differences = {size: max_difference(tensors_in(folded(x)), tensors_in(net(x))) for size, x in images.items()}
+    return {"network": name, "norms": norms, "folded": differences}
 
 
 def rows(modules: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -177,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for values in measured
                 for height, width in [values["size"]]
             )
-            counts = f"replaced {sum(row['replaced'].values()):3}, left {len(row['left']):2}"
+            counts = f"replaced {sum(row['replaced'].values()):3}, unchanged {len(row['unchanged']):2}"
             tqdm.write(f"{row['module']:20} {row['network']:26} {counts}; {found}")
     print(f"largest difference: {worst:.1e} of the outputs' standard deviation", file=sys.stderr)
     return int(not worst <= TOLERANCE)

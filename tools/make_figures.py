@@ -32,6 +32,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image
 
+from spd_zoo.files import whole
 from spd_zoo.weights import entries
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +62,7 @@ BLUE, ORANGE, GREEN, PURPLE, RED, GREY = (
     "#d64f4f",
     "#7d8590",
 )  # on any ground
-FAMILIES = {  # part of a network's name: the family, and its colour
+SERIES = {  # part of a network's name: label and colour of its points
     "resnet20": ("ResNet-20", BLUE),
     "resnet110": ("ResNet-110, BSConv", BLUE),
     "wrn40_3": ("WideResNet-40-3", ORANGE),
@@ -170,8 +171,8 @@ def twins() -> dict[str, list[dict[str, Any]]]:
     return {"padding-free": free, "spd": spd}
 
 
-def _family(network: str) -> tuple[str, str]:
-    return next(family for part, family in FAMILIES.items() if part in network)
+def _series(network: str) -> tuple[str, str]:
+    return next(series for part, series in SERIES.items() if part in network)
 
 
 def _span(values: Sequence[float], form: str) -> str:
@@ -205,7 +206,7 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
         panels = part.subplots(1, 2, sharey=True)
         for axes, what, label in zip(panels, ("params", "macs"), ("parameters", "MACs for one image"), strict=True):
             for pair in pairs:
-                _, colour = _family(pair["network"])
+                _, colour = _series(pair["network"])
                 x, y = ([point[key] for point in pair["twins"]] for key in (what, "top1"))
                 axes.plot(x, y, color=colour, linewidth=1.2)
                 for i, marker in enumerate("o^"):
@@ -238,7 +239,7 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
 
 def _name(axes: Any, pair: dict[str, Any]) -> None:
     """Writes the name of a pair beside its markers."""
-    name, colour = _family(pair["network"])
+    name, colour = _series(pair["network"])
     if depth := re.fullmatch(r"pyconv\D*(\d+)", pair["network"]):
         name = f"{name}-{depth[1]}{' +augment' if pair['tag'].startswith('aug') else ''}"
     if pair["ours"]:
@@ -279,15 +280,15 @@ def draw_latency(data: dict[str, Any]) -> Figure:
         rows = {row["network"]: row for row in data["times"] if row["runtime"] == runtime}
         ratios[runtime] = [row["ratio"] for row in rows.values()]
         for y, name in enumerate(names):
-            row, (_, colour) = rows[name], _family(name)
+            row, (_, colour) = rows[name], _series(name)
             _twins_in_row(axes, y, (row["padded_ms"], row["padding_free_ms"]), colour, colour)
             end = max(row["padded_ms"], row["padding_free_ms"])
             axes.annotate(f"x{row['ratio']:.2f}", (end, y), (8, -3), textcoords="offset points")
         axes.set(xlabel=f"ms for an image of {size} px, one thread", title=f"{title}, measured here", xlim=(0, 56))
     for y, name in enumerate(names):
-        _twins_in_row(right, y, data["top1"][name], _family(name)[1], "none")
+        _twins_in_row(right, y, data["top1"][name], _series(name)[1], "none")
     right.set(xlabel="top-1, %", title="VegFru-292 (hollow: the authors' figures)")
-    left.set_yticks(range(len(names)), [_family(name)[0] for name in names])
+    left.set_yticks(range(len(names)), [_series(name)[0] for name in names])
     left.set_ylim(len(names) - 0.5, -0.5)
     for axes in panels:
         axes.grid(axis="x")
@@ -583,9 +584,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if not options.check:
                 FIGURES.mkdir(exist_ok=True)
-                temporary = file.with_name(f"tmp-{file.name}")
-                temporary.write_text(render(drawing), encoding="utf-8")
-                temporary.replace(file)
+                with whole(file) as temporary:
+                    temporary.write_text(render(drawing), encoding="utf-8")
             elif not file.exists() or digest(drawing) not in file.read_text(encoding="utf-8"):
                 stale = True
                 print(f"docs/figures/{file.name} is not current: run python tools/make_figures.py", file=sys.stderr)

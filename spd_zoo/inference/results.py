@@ -1,9 +1,9 @@
-"""Many images in, one file of results out, in bounded memory: what `--results` of predict and detect runs.
+"""Any number of images in, one file of results out, in bounded memory: what `--results` of predict and detect runs.
 
-The images are cut into parts of `save_every`. What is found in a part appears in the folder `<results>.parts` at once
-and whole, so whatever ends the command, even SIGKILL, the same command goes on behind the finished parts. Of several
-processes (torchrun) each computes every n-th part, and whichever finds all parts there makes one file of them. The
-first process keeps the others' commands out, by a lock, until all processes are done.
+The images are cut into parts of `save_every`. The rows of a finished part are written atomically to the folder
+`<results>.parts`. Whatever ends the command, even SIGKILL, the same command resumes after the finished parts. Of N
+processes (torchrun) each computes every Nth part, and the one that finds all parts finished merges them into one file.
+The first process holds a lock against other commands until all processes are done.
 """
 
 import copy
@@ -13,97 +13,52 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from spd_zoo import __version__
-from spd_zoo.data.labelled import DataError, LabelledImages, leave_ctrl_c_to_parent, open_data
+from spd_zoo.data.labelled import DataError, LabelledImages, open_data
+from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import read_image
-from spd_zoo.inference.classifier import Predictor, transform_errors
+from spd_zoo.files import is_leftover, remove_leftovers, whole
+from spd_zoo.inference.classifier import Classifier, ClassProbability, transform_errors
 from spd_zoo.inference.detector import Detections, Detector, Placement
-from spd_zoo.process import Process
+from spd_zoo.inference.loop import ImageFile, Images, Task, batches, run
+from spd_zoo.process import Process, Stopped, StopSignals
+from spd_zoo.version import __version__
 
-__all__ = [
-    "FORMATS",
-    "Files",
-    "ManyError",
-    "Stopped",
-    "Summary",
-    "Task",
-    "detection",
-    "open_any",
-    "prediction",
-    "write",
-]
+__all__ = ["FORMATS", "Job", "ResultsError", "Summary", "classification", "detection", "open_split", "write_results"]
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 
 Row: TypeAlias = "dict[str, Any]"
-File: TypeAlias = "str | BytesIO"  # a path or the bytes
+Detected: TypeAlias = "tuple[tuple[int, int], Detections]"  # width and height of the image, and its objects
 
-_GOES_ON = "finished parts are kept, and the same command goes on from there"
-
-
-class ManyError(ValueError):
-    """Results that cannot be written; the message says why and what to do. Finished parts stay."""
+_RESUMES = "finished parts are kept, and the same command resumes"
 
 
-class Stopped(KeyboardInterrupt):
-    """The command was asked to stop by the signal `number`; finished parts stay."""
-
-    def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message)
-        self.number = number
+class ResultsError(ValueError):
+    """Results that cannot be written; the message says why and what to do. Finished parts are kept."""
 
 
-class Images(Protocol):
-    """Images that are read by number; `LabelledImages` are some."""
+def open_split(data: str, split: str = "", image_column: str = "", label_column: str = "") -> LabelledImages:
+    """Opens a split of a data set that `spd_zoo.data.labelled.open_data` reads.
 
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What the image is called in the results."""
-
-    def file(self, index: int) -> File:
-        """Its path or its bytes."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """Image files by their paths."""
-
-    paths: list[str]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        """The path."""
-        return self.paths[index]
-
-    file = name
-
-
-def open_any(data: str, split: str = "", image_column: str = "", label_column: str = "") -> LabelledImages:
-    """A split of a data set that `spd_zoo.data.labelled.open_data` reads; without `split` the only one there is.
+    Args:
+        data: The data set, as for `open_data`.
+        split: The split; by default the only one.
+        image_column: The column with the images, as for `open_data`.
+        label_column: The column with the labels, as for `open_data`.
 
     Raises:
         DataError: If there is no such data set or split, or there are several and none is asked for.
@@ -118,92 +73,98 @@ def open_any(data: str, split: str = "", image_column: str = "", label_column: s
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is computed of every image.
+class Job:
+    """What is computed of every image, and how it becomes a row of a results file.
 
     Attributes:
-        read: Makes the input of an image file, in a reading process; raises ValueError if it cannot be read.
-        join: Makes one object, which is quick to pass on, of several inputs.
-        compute: Makes a row, a dict with the keys of `columns`, of each of the inputs so joined.
-        columns: The types of a row's values; in a list, of all its elements.
-        at_once: Images that are computed together.
-        about: All that the results depend on besides the images, as JSON has it.
+        task: What the loop over images runs.
+        row: Makes the row of an image from its result: a dict with the keys of `columns`.
+        columns: The types of a row's values; of a list, the type of its elements.
+        settings: All that the results depend on besides the images, as JSON.
     """
 
-    read: Callable[[File], Any]
-    join: Callable[[list[Any]], Any]
-    compute: Callable[[Any], list[Row]]
+    task: Task[Any]
+    row: Callable[[Any], Row]
     columns: dict[str, Any]
-    at_once: int
-    about: dict[str, Any]
+    settings: dict[str, Any]
 
 
-def prediction(model: str, top_k: int = 5, batch_size: int = 32, device: str | None = None) -> Task:
-    """The most probable classes, in the column `top`.
+def classification(
+    model: str,
+    top_k: int = 5,
+    batch_size: int = 32,
+    device: str | None = None,
+    class_map: Mapping[str, str] | None = None,
+) -> Job:
+    """The most probable classes of every image, in the column `top`; arguments as for `predict`.
 
     Raises:
+        DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights cannot be had or must not be used.
     """
-    predictor = Predictor(model, top_k, device)
+    classifier = Classifier(model, top_k, device, class_map)
 
-    def compute(inputs: Tensor) -> list[Row]:
-        return [
-            {"top": [{"index": g.index, "name": g.name, "probability": round(g.probability, 6)} for g in top]}
-            for top in predictor(inputs)
-        ]
+    def row(top: tuple[ClassProbability, ...]) -> Row:
+        return {"top": [asdict(each) | {"probability": round(each.probability, 6)} for each in top]}
 
     columns = {"top": [{"index": int, "name": str, "probability": float}]}
-    about = _about(predictor.net, model, batch_size) | {"top_k": top_k}
-    return Task(predictor.reader, torch.stack, compute, columns, batch_size, about)
+    settings = _settings(classifier.net, model, batch_size) | {"top_k": top_k}
+    if class_map:
+        settings |= {"class_map": dict(class_map)}
+    return Job(classifier.task(batch_size), row, columns, settings)
 
 
-def detection(detector: Detector, model: str) -> Task:
-    """The objects, in the column `objects`, and `width` and `height` of the upright image.
+def detection(detector: Detector, model: str) -> Job:
+    """The objects in every image, in the column `objects`, and the upright image's `width` and `height`.
 
     Args:
-        detector: What finds the objects; if it has tiles, each reading process has two whole images in memory.
-        model: What it is called.
+        detector: The detector; if it has tiles, each reading process has two whole images in memory.
+        model: The name of the detector in the settings.
     """
     columns = {"width": int, "height": int, "objects": [{"label": int, "name": str, "score": float, "box": [float]}]}
     options = ("score_threshold", "iou_threshold", "max_detections", "image_size", "tile", "overlap", "whole_image")
-    about = _about(detector.net, model, detector.batch_size) | {name: getattr(detector, name) for name in options}
+    settings = _settings(detector.net, model, detector.batch_size) | {name: getattr(detector, name) for name in options}
+    if detector.class_map:
+        settings |= {"class_map": dict(detector.class_map)}
 
-    def in_tiles(images: list[Image.Image]) -> list[Row]:
-        return [_row(image.size, one) for image, one in zip(images, detector(images), strict=True)]
+    def of_images(images: list[Image.Image]) -> list[Detected]:
+        return [(image.size, found) for image, found in zip(images, detector(images), strict=True)]
 
-    def in_views(inputs: tuple[Tensor, list[Placement]]) -> list[Row]:
+    def of_views(inputs: tuple[Tensor, list[Placement]]) -> list[Detected]:
         found = detector.find(zip(itertools.count(), *inputs, strict=False))
-        return [_row(place.size[::-1], one) for place, one in zip(inputs[1], found, strict=True)]
+        return [((place.size[1], place.size[0]), each) for place, each in zip(inputs[1], found, strict=True)]
 
-    if detector.tile:  # all tiles of an image at once would be too many
-        return Task(read_image, list, in_tiles, columns, 1, about)
+    if detector.tile:  # all tiles of an image at once would need too much memory
+        return Job(Task(read_image, list, of_images, 1), _objects_row, columns, settings)
     reader = copy.copy(detector)
     reader.net = copy.deepcopy(detector.net).to("meta")  # the network's properties without its weights
-    return Task(partial(_read_view, reader), _join_views, in_views, columns, detector.batch_size, about)
+    task = Task(partial(_read_view, reader), _collate_views, of_views, detector.batch_size)
+    return Job(task, _objects_row, columns, settings)
 
 
-def _row(size: tuple[int, ...], found: Detections) -> Row:
+def _objects_row(detected: Detected) -> Row:
+    (width, height), found = detected
     each = zip(found.labels.tolist(), found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
     objects = [
         {"label": label, "name": name, "score": round(score, 5), "box": [round(x, 2) for x in box]}
         for label, name, score, box in each
     ]
-    return {"width": size[0], "height": size[1], "objects": objects}
+    return {"width": width, "height": height, "objects": objects}
 
 
-def _read_view(detector: Detector, file: File) -> tuple[Tensor, Placement]:
+def _read_view(detector: Detector, file: ImageFile) -> tuple[Tensor, Placement]:
     image = read_image(file)
     with transform_errors(image):
         (view,) = detector.views(image)
     return view
 
 
-def _join_views(views: list[tuple[Tensor, Placement]]) -> tuple[Tensor, list[Placement]]:
+def _collate_views(views: list[tuple[Tensor, Placement]]) -> tuple[Tensor, list[Placement]]:
     return torch.stack([pixels for pixels, _ in views]), [placement for _, placement in views]
 
 
-def _about(net: nn.Module, model: str, batch_size: int) -> dict[str, Any]:
+def _settings(net: nn.Module, model: str, batch_size: int) -> dict[str, Any]:
     cfg = vars(net)["pretrained_cfg"]
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "label_names", "label_descriptions")
     digest = hashlib.blake2b(repr([cfg.get(key) for key in keys]).encode(), digest_size=16)
@@ -216,130 +177,118 @@ def _about(net: nn.Module, model: str, batch_size: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """How many images a finished file has, and how many of them could not be read."""
+    """What a finished file holds.
+
+    Attributes:
+        images: The number of images.
+        failed: How many of them could not be read.
+        notes: What was guessed or left out by this process, a line for each.
+    """
 
     images: int
     failed: int
+    notes: tuple[str, ...] = ()
 
 
-def write(
+def write_results(
     images: Images,
-    task: Task,
+    job: Job,
     results: Path,
     process: Process,
     workers: int = 2,
     save_every: int = 512,
     overwrite: bool = False,
 ) -> Summary | None:
-    """Writes a row per image, in the order of the images, into a new file; goes on where the same call once ended.
+    """Writes a row per image, in the order of the images, to a new file; resumes where the same call was interrupted.
 
-    A row has the columns `path`, `error` (None, or why the image cannot be read, which leaves the others None) and
-    those of the task. CSV has lists as JSON; parquet has `save_every` rows in a group.
+    A row has the columns `path`, `error` and those of the job. `error` is None, or the reason why the image could not
+    be read; then the job's columns are None. CSV has lists as JSON; parquet has `save_every` rows in a group.
 
     Args:
-        images: What is read.
-        task: What is computed.
+        images: The images.
+        job: What is computed.
         results: The file; its suffix is one of `FORMATS`.
-        process: This process and how many there are; each calls this function with the same arguments.
+        process: This process; all processes call this function with the same arguments.
         workers: Processes that read images for this one; 0: it reads them itself.
-        save_every: Images whose results are saved together: what an interruption costs at most.
-        overwrite: Whether a file that is there is replaced at the end.
+        save_every: Images per part: an interruption loses at most so many.
+        overwrite: Whether to replace an existing file at the end.
 
     Returns:
-        What the file has; None if another process, the last that finished its parts, made the file.
+        The number of images; None if another process, the last one to finish its parts, wrote the file.
 
     Raises:
-        ManyError: If the file is there, something else is in its way, it cannot be written, or a process died.
-        Stopped: If SIGINT or SIGTERM came.
+        ResultsError: If the file exists, something else is in its way, it cannot be written, or a process died.
+        Stopped: If SIGINT or SIGTERM came; finished parts are kept.
     """
-    parts = _Parts(results, len(images), save_every, task.columns, overwrite)
-    job = {"images": _digest(images), "save_every": save_every, "version": __version__} | task.about
-    job = json.loads(json.dumps(job))
+    parts = _Parts(results, len(images), save_every, job.columns, overwrite)
+    settings = {"images": _digest(images), "save_every": save_every, "version": __version__} | job.settings
+    settings = json.loads(json.dumps(settings))  # as they will be read again
+    notes = Notes(images.notes if isinstance(images, LabelledImages) else ())
     lock = FileLock(parts.folder.with_name(f".{results.name}.lock"))
     try:
         complaint, missing = "", []
         if process.first:
             try:
-                parts.begin(job, lock)
+                parts.begin(settings, lock)
                 missing = parts.missing()
-            except (ManyError, OSError) as error:
+            except (ResultsError, OSError) as error:
                 complaint = str(error)
-        complaint, missing, firsts_job = process.from_first((complaint, missing, job))
+        complaint, missing, settings_of_first = process.broadcast((complaint, missing, settings))
         if complaint:
-            raise ManyError(complaint)
-        if job != firsts_job:
-            raise ManyError(f"the processes differ in {_differences(job, firsts_job)}; give all the same command")
+            raise ResultsError(complaint)
+        if settings != settings_of_first:
+            difference = _differences(settings, settings_of_first)
+            raise ResultsError(f"the processes differ in {difference}; start all with the same command")
         todo = [part for part in missing if part % process.world == process.rank]
         share = range(process.rank, parts.count, process.world)
         total = sum(len(parts.rows(part)) for part in share)
         done = total - sum(len(parts.rows(part)) for part in todo)
         with (
-            _signals_stop() as signals,
+            StopSignals(interrupt=True) as signals,
             tqdm(total=total, initial=done, unit="image", leave=False, disable=None if process.first else True) as bar,
         ):
             try:
-                for part, rows in _computed(images, task, parts, todo, workers, bar):
+                for part, rows in _finished(images, job, parts, todo, workers, bar, notes):
                     parts.save(part, rows)
                     done += len(rows)
                 summary = parts.merge()
                 _wait_for_all(process)
-                return summary
+                return summary and replace(summary, notes=tuple(notes.lines()))
             except (Stopped, RuntimeError) as error:
-                if signals:  # the reading processes may have got the signal, too, and then torch raises of them
-                    raise Stopped(signals[0], f"stopped with {done:,} of {total:,} images done") from error
+                if signals.number:  # loader workers may have got the signal, too; then torch raises RuntimeError
+                    raise Stopped(signals.number, f"stopped with {done:,} of {total:,} images done") from error
                 reason = str(error).strip().partition("\n")[0]
                 if not reason.startswith("DataLoader worker (pid"):
                     raise
-                raise ManyError(
-                    f"a process that reads images ended: {reason}; where memory was short, give fewer --workers; "
-                    + _GOES_ON
+                raise ResultsError(
+                    f"a process that reads images ended: {reason}; if memory ran out, use fewer --workers; " + _RESUMES
                 ) from error
     finally:
-        lock.release()  # and leave the file: who deletes it parts those that hold it from those that come
+        lock.release()  # never delete the lock file: a newcomer would lock a different inode
 
 
 def _wait_for_all(process: Process) -> None:
-    """Returns when all processes are done, so that the first one's lock holds until then."""
+    """Waits for all processes, so that the first one holds the lock until then."""
     try:
-        process.together(None)
-    except RuntimeError as error:  # torch's, at once when one of them has ended
-        raise ManyError(f"another of the {process.world} processes ended before it was done; {_GOES_ON}") from error
+        process.all_gather(None)
+    except RuntimeError as error:  # torch raises it as soon as one of them has ended
+        raise ResultsError(f"another of the {process.world} processes ended before it was done; {_RESUMES}") from error
 
 
-@contextmanager
-def _signals_stop() -> Iterator[list[int]]:
-    """Raises `Stopped` where SIGINT or SIGTERM comes; gives the list of those that came."""
-    came: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        came.append(number)
-        raise Stopped(number)
-
-    here = threading.current_thread() is threading.main_thread()  # where alone Python lets one ask for signals
-    usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if here}
-    try:
-        yield came
-    finally:
-        for number, action in usual.items():
-            signal.signal(number, action)
-
-
-def _computed(
-    images: Images, task: Task, parts: "_Parts", todo: Sequence[int], workers: int, bar: Any
+def _finished(
+    images: Images, job: Job, parts: "_Parts", todo: Sequence[int], workers: int, bar: Any, notes: Notes
 ) -> Iterator[tuple[int, list[Row]]]:
-    """The parts in `todo` and their rows."""
-    batches = [rows[i : i + task.at_once] for rows in map(parts.rows, todo) for i in range(0, len(rows), task.at_once)]
-    reading = _Reading(images, task)
-    loader: DataLoader[Any] = DataLoader(
-        reading, batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=leave_ctrl_c_to_parent
-    )
-    empty = dict.fromkeys(task.columns)
+    """Computes the parts in `todo`; yields each with its rows."""
+    todo_batches = [batch for part in todo for batch in batches(parts.rows(part), job.task.batch_size)]
+    empty = dict.fromkeys(job.columns)
     rows: list[Row] = []
-    for batch, (inputs, errors) in zip(batches, loader, strict=True):
-        computed = iter(task.compute(inputs) if inputs is not None else [])
-        for index, error in zip(batch, errors, strict=True):
+    for batch, outcomes in run(images, job.task, todo_batches, workers):
+        for index, outcome in zip(batch, outcomes, strict=True):
             path = images.name(index).encode(errors="backslashreplace").decode()  # file names need not be text
-            rows.append({"path": path, "error": error} | (next(computed) if error is None else empty))
+            values = empty if outcome.error is not None else job.row(outcome.result)
+            rows.append({"path": path, "error": outcome.error} | values)
+            for note in outcome.notes:
+                notes.add(note, path)
         bar.update(len(batch))
         part = batch[0] // parts.size
         if batch.stop == parts.rows(part).stop:
@@ -347,26 +296,8 @@ def _computed(
             rows = []
 
 
-class _Reading(Dataset[Any]):
-    """Batches of images, by their numbers: the inputs of those that can be read, and each one's error or None."""
-
-    def __init__(self, images: Images, task: Task) -> None:
-        self.images, self.read, self.join = images, task.read, task.join
-
-    def __getitem__(self, batch: range) -> tuple[Any, list[str | None]]:
-        inputs: list[Any] = []
-        errors: list[str | None] = []
-        for index in batch:
-            try:
-                inputs.append(self.read(self.images.file(index)))
-                errors.append(None)
-            except ValueError as error:
-                errors.append(str(error))
-        return (self.join(inputs) if inputs else None), errors
-
-
 def _digest(images: Images) -> str:
-    """How many images there are, and a digest of their names, and labels if they have any."""
+    """The number of images and a digest of their names, and of their labels if they have any."""
     digest = hashlib.blake2b(digest_size=16)
     for i in range(len(images)):
         digest.update(f"{images.name(i)}\0".encode(errors="backslashreplace"))
@@ -375,24 +306,23 @@ def _digest(images: Images) -> str:
     return f"{len(images)} {digest.hexdigest()}"
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> str:
-    names = [name for name in one | other if one.get(name) != other.get(name)]
-    return ", ".join(f"{name} ({other.get(name)}, now {one.get(name)})" for name in names)
+def _differences(now: dict[str, Any], before: dict[str, Any]) -> str:
+    names = [name for name in now | before if now.get(name) != before.get(name)]
+    return ", ".join(f"{name} ({before.get(name)}, now {now.get(name)})" for name in names)
 
 
 class _Parts:
     """The folder of finished parts, `<results>.parts`; while they are merged it is called `<results>.merging`.
 
-    Every file appears in it whole: it is written under another name, flushed to the disk, and renamed. `job.json` is
-    the first one; nothing in a folder without it counts. `whole.json` is the last one, and says how large and how old
-    the file of results will be that is about to appear.
+    Every file in it is written atomically. `job.json` comes first; a folder without it counts as empty. `whole.json`
+    comes last, with the size and time of the results file that is renamed next.
     """
 
     def __init__(self, results: Path, images: int, size: int, columns: dict[str, Any], overwrite: bool) -> None:
         if results.suffix not in FORMATS:
-            raise ManyError(f"{results} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+            raise ResultsError(f"{results} must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
         if results.suffix == ".parquet":
-            import pyarrow.parquet  # noqa: F401  (where it is missing, this says so now and not at the end)
+            import pyarrow.parquet  # noqa: F401  (if it is missing, fail now and not at the end)
         self.results, self.images, self.size = results, images, size
         self.columns, self.overwrite = columns, overwrite
         self.folder = results.with_name(f"{results.name}.parts")
@@ -403,20 +333,22 @@ class _Parts:
         """The numbers of the part's images."""
         return range(part * self.size, min((part + 1) * self.size, self.images))
 
-    def begin(self, job: dict[str, Any], lock: FileLock) -> None:
-        """Makes the folder, or makes sure that what is in it belongs to the same `job`."""
+    def begin(self, settings: dict[str, Any], lock: FileLock) -> None:
+        """Makes the folder, or checks that its contents belong to a job with the same settings."""
         self.results.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ManyError(f"another command is writing {self.results}; wait for it, or give another file") from None
+            raise ResultsError(
+                f"another command is writing {self.results}; wait for it or choose another file"
+            ) from None
         self._refuse_foreign_files()
         if self.merging.exists():
             if self.folder.exists():
-                raise ManyError(f"{self.merging} and {self.folder} are both there; delete one of them")
+                raise ResultsError(f"{self.merging} and {self.folder} are both there; delete one of them")
             self.merging.rename(self.folder)
         begun = self._begun()
-        if begun is not None and self._is_whole():  # stopped when the results were whole
+        if begun is not None and self._is_whole():  # killed between the last rename and this removal
             shutil.rmtree(self.folder)
             begun = None
         self._refuse_results()
@@ -424,35 +356,35 @@ class _Parts:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir()
-            self._write("job.json", lambda file: file.write(json.dumps(job, indent=1).encode()))
+            self._write("job.json", lambda file: file.write(json.dumps(settings, indent=1).encode()))
             return
-        if begun != job:
-            raise ManyError(
-                f"{self.folder} holds unfinished results that differ in {_differences(job, begun)}; finish them with "
-                "the command that began them, delete that folder, or give another file"
+        if begun != settings:
+            raise ResultsError(
+                f"{self.folder} holds unfinished results that differ in {_differences(settings, begun)}; finish them "
+                "with the command that began them, delete that folder, or choose another file"
             )
-        for file in self.folder.glob("*.tmp"):  # of processes that were killed
-            file.unlink()
+        remove_leftovers(self.folder)
 
     def _refuse_foreign_files(self) -> None:
-        """Raises ManyError if a folder of parts holds anything that is not written here."""
-        ours = re.compile(rf"(job\.json|whole\.json|\d{{8}}\.jsonl|{re.escape(self.results.name)})(\..+\.tmp)?")
+        """Raises ResultsError if a folder of parts holds anything that is not ours."""
+        ours = re.compile(r"(job|whole)\.json|\d{8}\.jsonl")
         for folder in (self.folder, self.merging):
-            names = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
-            foreign = next((name for name in names if not ours.fullmatch(name) or name == self.results.name), None)
+            files = sorted(folder.iterdir()) if folder.exists() else []
+            foreign = next(
+                (file.name for file in files if not ours.fullmatch(file.name) and not is_leftover(file)), None
+            )
             if foreign is not None:
-                raise ManyError(
-                    f"{folder} is where unfinished results go, but it holds {foreign}, which is none; move that away, "
-                    "or give another file"
+                raise ResultsError(
+                    f"{folder} is for unfinished results, but it holds {foreign}; move that away or choose another file"
                 )
 
     def _refuse_results(self) -> None:
-        """Raises ManyError if there are results that must stay."""
+        """Raises ResultsError if there are results that must not be replaced."""
         if self.results.exists() and not self.overwrite:
-            raise ManyError(f"{self.results} is there already; give another file, or --overwrite to replace it")
+            raise ResultsError(f"{self.results} exists already; choose another file, or --overwrite to replace it")
 
     def _is_whole(self) -> bool:
-        """Whether the results that are there are those of the folder."""
+        """Whether the existing results are those of this folder."""
         try:
             expected = json.loads((self.folder / "whole.json").read_text(encoding="utf-8"))
             found = self.results.stat()
@@ -466,7 +398,7 @@ class _Parts:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ManyError(f"{self.folder}/job.json is damaged; delete that folder to begin again") from error
+            raise ResultsError(f"{self.folder}/job.json is damaged; delete that folder to begin again") from error
         return begun
 
     def missing(self) -> list[int]:
@@ -475,17 +407,17 @@ class _Parts:
         return [part for part in range(self.count) if f"{part:08}.jsonl" not in finished]
 
     def save(self, part: int, rows: list[Row]) -> None:
-        """Finishes a part."""
+        """Writes the rows of a finished part."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         self._write(f"{part:08}.jsonl", lambda file: file.write(text))
 
     def merge(self) -> Summary | None:
-        """Makes the file of results if all parts are there and no other process is about to."""
+        """Merges the parts into the results file if all are finished and no other process does it."""
         try:
             if self.missing():
                 return None
-            self._refuse_results()  # others may have made some meanwhile
-            self.folder.rename(self.merging)  # only one process can
+            self._refuse_results()  # another command may have written some meanwhile
+            self.folder.rename(self.merging)  # succeeds in one process only
         except FileNotFoundError:
             return None
         self.folder = self.merging
@@ -519,31 +451,23 @@ class _Parts:
         target: Path | None = None,
         before: Callable[[Path], None] | None = None,
     ) -> None:
-        """Writes the file `name` of the folder, or `target`, whole or not at all.
+        """Writes the file `name` of the folder, or `target`, atomically.
 
         Args:
-            name: What the file is called in the folder.
+            name: The name of the file in the folder.
             write_to: Writes its content.
             target: Where it goes, if not into the folder.
-            before: Is called with the finished file before it goes there.
+            before: Called with the finished file before it is renamed.
         """
-        temporary = self.folder / f"{name}.{socket.gethostname()}.{os.getpid()}.tmp"
         target = target or self.folder / name
         try:
-            with temporary.open("wb") as file:
-                write_to(file)
-                file.flush()
-                os.fsync(file.fileno())
-            if before is not None:
-                before(temporary)
-            temporary.replace(target)
+            with whole(target, within=self.folder) as temporary:
+                with temporary.open("wb") as file:
+                    write_to(file)
+                if before is not None:
+                    before(temporary)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ManyError(f"cannot write {target}: {error.strerror or error}; {_GOES_ON}") from error
-        if os.name == "posix":  # the new name, too, outlives a power failure
-            folder = os.open(target.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            raise ResultsError(f"cannot write {target}: {error.strerror or error}; {_RESUMES}") from error
 
 
 def _write_jsonl(file: BinaryIO, parts: Iterator[list[Row]], _: dict[str, Any]) -> None:
@@ -559,21 +483,21 @@ def _write_csv(file: BinaryIO, parts: Iterator[list[Row]], columns: dict[str, An
         for row in rows:
             lists = {name: json.dumps(row[name], ensure_ascii=False) for name in row if isinstance(row[name], list)}
             writer.writerow(row | lists)
-    text.detach()  # written out; the file stays open
+    text.detach()  # flushes; the file stays open
 
 
 def _write_parquet(file: BinaryIO, parts: Iterator[list[Row]], columns: dict[str, Any]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    def arrow(kind: Any) -> Any:
-        if isinstance(kind, list):
-            return pyarrow.list_(arrow(kind[0]))
-        if isinstance(kind, dict):
-            return pyarrow.struct([(name, arrow(inner)) for name, inner in kind.items()])
-        return {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}[kind]
+    def arrow(type_: Any) -> Any:
+        if isinstance(type_, list):
+            return pyarrow.list_(arrow(type_[0]))
+        if isinstance(type_, dict):
+            return pyarrow.struct([(name, arrow(inner)) for name, inner in type_.items()])
+        return {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}[type_]
 
-    schema = pyarrow.schema([(name, arrow(kind)) for name, kind in columns.items()])
+    schema = pyarrow.schema([(name, arrow(type_)) for name, type_ in columns.items()])
     with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         for rows in parts:
             writer.write_table(pyarrow.Table.from_pylist(rows, schema))

@@ -1,4 +1,4 @@
-"""What timm expects of a network's first part, of a classifier's as of a detector's: a stem and stages."""
+"""The backbone of classifiers and detectors: a stem and stages, with timm's interface."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ __all__ = ["Backbone"]
 
 
 class Backbone(nn.Module):
-    """stem -> stages, with timm's contract for feature backbones; a subclass adds what reads the maps.
+    """stem -> stages, with timm's interface of feature backbones; subclasses add a head.
 
     Args:
         stem: The first layers.
-        stages: One module per stage, each an `nn.Sequential` of blocks.
-        feature_info: timm's description of the maps that `features_only` offers: those behind stages, the last stage
-            among them, and first, if its module is the stem's last, that behind the stem.
-        num_classes: What the network tells apart.
+        stages: One `nn.Sequential` of blocks per stage.
+        feature_info: timm's description of the maps that `features_only` returns: outputs of stages, among them the
+            last stage, and optionally the output of the stem first.
+        num_classes: Number of classes.
         in_chans: Image channels.
     """
 
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.grad_checkpointing = False
         self.feature_info = feature_info
-        # of each map, how many stages lie in front of it
+        # For each map, the number of stages that compute it.
         self.map_depths = [
             int(info["module"].removeprefix("stages.")) + 1 if info["module"].startswith("stages.") else 0
             for info in feature_info
@@ -48,11 +48,11 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory in training: the inner maps of every stage are computed again for the gradient."""
+        """Saves memory in training: the maps inside a stage are computed again in the backward pass."""
         self.grad_checkpointing = enable
 
     def pyramid(self, x: Tensor, count: int | None = None) -> list[Tensor]:
-        """The stem's map -> the map behind each stage, or each of the first `count` stages."""
+        """The stem's output -> the output of each stage, or of the first `count` stages."""
         maps = []
         for i, stage in enumerate(self.stages):
             if i == count:
@@ -70,15 +70,18 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps that `feature_info` describes, as timm's networks give them.
+        """Returns the maps that `feature_info` describes, as timm's networks do.
 
         Args:
             x: Images, (N, in_chans, H, W).
-            indices: Which maps: the last n if an int, all if None.
+            indices: Indices of the maps; an int selects the last n, None all.
             norm: Has no effect; there is no final norm.
-            stop_early: Leave out the stages behind the last map asked for.
+            stop_early: Skip the stages after the last selected map.
             output_fmt: Only "NCHW".
-            intermediates_only: Return the list alone, without the last map.
+            intermediates_only: Return the maps without the output of the last stage.
+
+        Returns:
+            The maps, or the output of the last stage that ran and the maps.
 
         Raises:
             ValueError: If `output_fmt` is not "NCHW".
@@ -88,6 +91,6 @@ class Backbone(nn.Module):
         take, last = feature_take_indices(len(self.feature_info), indices)
         depths = [self.map_depths[i] for i in take]
         x = self.stem(x)
-        behind = [x, *self.pyramid(x, self.map_depths[last] if stop_early else None)]
-        maps = [fmap for depth, fmap in enumerate(behind) if depth in depths]
-        return maps if intermediates_only else (behind[-1], maps)
+        outputs = [x, *self.pyramid(x, self.map_depths[last] if stop_early else None)]
+        maps = [fmap for depth, fmap in enumerate(outputs) if depth in depths]
+        return maps if intermediates_only else (outputs[-1], maps)

@@ -1,14 +1,21 @@
-"""What the networks of the BSConv library share: their initialisation, and the BatchNorm on the image."""
+"""Shared by the networks of the BSConv library: their initialisation, and the BatchNorm on the image."""
 
+import torch
+from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from spd_zoo.blocks import HybridStem
 from spd_zoo.models._classifier import Classifier
+from spd_zoo.spd import SPDConv2d, adapt_image_channels
+from spd_zoo.weights.fit import first_conv_name
 
 __all__ = ["fit_image_norm", "init_weights"]
 
+_STATISTICS = ("weight", "bias", "running_mean", "running_var")
+
 
 def init_weights(net: nn.Module) -> None:
-    """As the authors': convolutions uniform by their fan-in, the classifier's weight Xavier-normal."""
+    """Initialises as the authors do: convolutions uniform by their fan-in, the classifier's weight Xavier-normal."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
@@ -19,15 +26,89 @@ def init_weights(net: nn.Module) -> None:
 
 
 def fit_image_norm(state_dict: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:
-    """A checkpoint whose BatchNorm on the image has the network's channels, and whose classifier is a matrix.
+    """Adapts a checkpoint to the network's image channels, and its classifier to a matrix.
 
-    One channel gets the mean of the checkpoint's; more than it has repeat them in order.
+    Grey images get what the network computes for three equal colours, except near the border (`_fold_colours`). Any
+    other number of channels repeats the BatchNorm's in order, and the kernels as timm does.
+
+    Args:
+        state_dict: The checkpoint under the network's own keys.
+        model: The network.
     """
-    for key in ("stem.0.weight", "stem.0.bias", "stem.0.running_mean", "stem.0.running_var"):
-        if key in state_dict and state_dict[key].ndim == 1 and len(state_dict[key]) != model.in_chans:
-            channels = state_dict[key].mean(0, keepdim=True) if model.in_chans == 1 else state_dict[key]
-            state_dict[key] = channels.repeat(-(-model.in_chans // len(channels)))[: model.in_chans]
+    name = first_conv_name(model)
+    body = [key for key in model.state_dict() if not key.startswith("head.")]
+    if state_dict.keys() >= set(body):  # else loading fails with the missing keys
+        norm = [state_dict[f"stem.0.{statistic}"] for statistic in _STATISTICS]
+        if len({tensor.shape for tensor in norm}) == 1 and norm[0].shape != (model.in_chans,):
+            if model.in_chans == 1:
+                _fold_colours(state_dict, model, name, norm)
+            else:
+                _repeat_colours(state_dict, model, name, norm)
     classifier = state_dict.get("head.fc.weight")
     if classifier is not None and classifier.ndim == 4:
         state_dict["head.fc.weight"] = classifier.flatten(1)
     return state_dict
+
+
+def _repeat_colours(state_dict: dict[str, Tensor], model: Classifier, name: str, norm: list[Tensor]) -> None:
+    """Repeats the channels of the BatchNorm in order, and those of the first kernel as timm does."""
+    for statistic, tensor in zip(_STATISTICS, norm, strict=True):
+        state_dict[f"stem.0.{statistic}"] = tensor.repeat(-(-model.in_chans // len(tensor)))[: model.in_chans]
+    conv = model.get_submodule(name)
+    cell = conv.cell if isinstance(conv, SPDConv2d) else 1
+    state_dict[f"{name}.weight"] = adapt_image_channels(state_dict[f"{name}.weight"], model.in_chans, cell)
+
+
+def _fold_colours(state_dict: dict[str, Tensor], model: Classifier, name: str, norm: list[Tensor]) -> None:
+    """Replaces the BatchNorm's and the first kernel's colours by one channel that computes the same for grey images.
+
+    The BatchNorm maps each colour to `scale * x + shift`. The scales go into the kernel. One channel cannot have all
+    shifts: it gets the one that fits best, and the rest is a constant per output channel, which moves the running means
+    of the BatchNorms that read the map. At the border, where zeros take part, this is an approximation.
+
+    Args:
+        state_dict: The checkpoint; changed in place.
+        model: The network, with one image channel.
+        name: The first convolution.
+        norm: The BatchNorm's weight, bias, mean and variance, one number per colour.
+    """
+    eps = model.get_submodule("stem.0").eps
+    weight, bias, mean, var = (tensor.double() for tensor in norm)
+    scale = weight / (var + eps).sqrt()
+    shift = bias - mean * scale
+    power = scale.square().mean()
+    grey_scale = power.sqrt() if power > 0 else power.new_ones(())
+    ratio = (scale * shift).mean() / grey_scale.square()  # least squares: shift = ratio * scale
+    grey_mean, grey_var = mean.mean(), var.mean()
+    grey = (grey_scale * (grey_var + eps).sqrt(), grey_scale * (ratio + grey_mean), grey_mean, grey_var)
+    for statistic, old, new in zip(_STATISTICS, norm, grey, strict=True):
+        state_dict[f"stem.0.{statistic}"] = new.to(old.dtype).reshape(1)
+
+    kernel = state_dict[f"{name}.weight"]
+    colours = kernel.double().unflatten(1, (len(scale), -1))  # with space-to-depth, each has its phases
+    folded = (colours * (scale / grey_scale)[:, None, None, None]).sum(1)
+    state_dict[f"{name}.weight"] = folded.to(kernel.dtype)
+    rest = (colours * (shift - ratio * scale)[:, None, None, None]).sum((1, 2, 3, 4))
+    if name.endswith(".pw"):  # of a BSConvU2d, whose depthwise kernel follows
+        rest = rest * state_dict[f"{name.removesuffix('pw')}dw.weight"].double().sum((1, 2, 3))
+    for reader in _readers(model):
+        old = state_dict[f"{reader}.running_mean"]
+        shifted = [*old[: -len(rest)].double(), *(old[-len(rest) :].double() - rest)]
+        state_dict[f"{reader}.running_mean"] = torch.stack(shifted).to(old.dtype)
+
+
+def _readers(model: Classifier) -> list[str]:
+    """The BatchNorms that read the first convolution's map, among their channels last."""
+    first: nn.Module = model.stem[1]
+    hybrid = isinstance(first, HybridStem)
+    place = "stem.1.conv" if hybrid else "stem.1"
+    if isinstance(model.get_submodule(place), ConvNormAct):
+        return [f"{place}.bn"]
+    # Pre-activation: the map runs on through shortcuts, until one projects the output of a BatchNorm.
+    readers = ["stem.1.branch.bn", "stem.1.fuse.bn"] if hybrid else []
+    for name, unit in model.stages.named_modules():
+        if hasattr(unit, "projects"):
+            readers.append(f"stages.{name}.bn")
+            if unit.projects:
+                break
+    return readers

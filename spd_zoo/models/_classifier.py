@@ -1,4 +1,4 @@
-"""What timm expects of a classification network, written once: a stem, stages and a head."""
+"""Classification networks: a backbone and a head, with timm's interface."""
 
 import copy
 from collections.abc import Sequence
@@ -17,11 +17,14 @@ __all__ = ["Classifier", "HiddenLayerHead", "last_of_each_reduction"]
 
 
 def last_of_each_reduction(chs: Sequence[int], reductions: Sequence[int]) -> list[dict[str, Any]]:
-    """timm's description of the maps behind the stages, of each reduction the last one.
+    """timm's `feature_info` for the last stage of each resolution.
 
     Args:
-        chs: Channels of each stage's map.
-        reductions: Image pixels per pixel of each stage's map.
+        chs: Output channels of each stage.
+        reductions: Total stride of each stage's output.
+
+    Returns:
+        One description per resolution, from fine to coarse.
     """
     return [
         {"num_chs": chs[i], "reduction": reduction, "module": f"stages.{i}"}
@@ -31,16 +34,18 @@ def last_of_each_reduction(chs: Sequence[int], reductions: Sequence[int]) -> lis
 
 
 class HiddenLayerHead(nn.Module):
-    """Pooling, a hidden 1x1 convolution, its activation, dropout and the classifier; used as timm's heads are.
+    """Pooling, a hidden 1x1 convolution, its activation, dropout and a linear classifier; used as timm's heads are.
 
     Args:
-        in_features: Channels of the map.
-        num_classes: Outputs of the classifier; 0 leaves it out.
+        in_features: Input channels.
+        num_classes: Number of classes; 0 leaves the classifier out.
         hidden_size: Channels of the hidden layer.
-        act_layer: Its activation.
+        act_layer: Activation of the hidden layer.
         pool_type: timm's pooling type; "" leaves the map unpooled.
-        drop_rate: Dropout in front of the classifier.
-        bias: Whether the hidden layer has one.
+        drop_rate: Dropout rate before the classifier.
+        bias: Whether the hidden layer has a bias.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
     """
 
     def __init__(
@@ -76,11 +81,19 @@ class HiddenLayerHead(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """A new classifier; `reset_other` takes the hidden layer away, `in_features` is then the map's channels.
+        """Replaces the classifier by a new, untrained one.
+
+        Args:
+            num_classes: Number of classes; 0 leaves the classifier out.
+            pool_type: timm's pooling type; None keeps the present one.
+            reset_other: Remove the hidden layer.
+            in_features: New number of input channels, with `reset_other`.
+            device: Device of the new parameters.
+            dtype: Data type of the new parameters.
 
         Raises:
-            AssertionError: If `pool_type` gives another number of features than the hidden layer reads, or leaves a map
-                for a classifier; as timm's heads do.
+            AssertionError: If the hidden layer cannot read the output of `pool_type`, or if that is "" and there are
+                classes; as timm's heads do.
         """
         if num_classes and pool_type == "":
             raise AssertionError('a map without pooling has no classifier: global_pool="" needs num_classes=0')
@@ -99,24 +112,25 @@ class HiddenLayerHead(nn.Module):
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, in_features, H, W) -> logits (N, num_classes), or with `pre_logits` what the classifier reads."""
+        """(N, in_features, H, W) -> logits (N, num_classes), or with `pre_logits` the input of the classifier."""
         x = self.drop(self.flatten(self.act(self.hidden(self.global_pool(x)))))
         return x if pre_logits else self.fc(x)
 
 
 class Classifier(Backbone):
-    """stem -> stages -> head, with timm's contract for classification networks and feature backbones.
+    """stem -> stages -> head, with timm's interface of classification networks and feature backbones.
 
     Args:
         stem: The first layers.
-        stages: One module per stage, each an `nn.Sequential` of blocks.
-        feature_info: timm's description of the maps that `features_only` offers: those behind stages, the last stage
-            among them, and first, if its module is the stem's last, that behind the stem.
-        num_classes: Outputs of the classifier; 0 leaves it out.
+        stages: One `nn.Sequential` of blocks per stage.
+        feature_info: As in `Backbone`.
+        num_classes: Number of classes; 0 leaves the classifier out.
         in_chans: Image channels.
         global_pool: timm's pooling type; "" leaves the map unpooled.
-        drop_rate: Dropout in front of the classifier.
-        head: What reads the last map, if it is not timm's `ClassifierHead`.
+        drop_rate: Dropout rate before the classifier.
+        head: The head; None: timm's `ClassifierHead`.
+        device: Device of the parameters of that head.
+        dtype: Data type of the parameters of that head.
     """
 
     def __init__(
@@ -149,15 +163,15 @@ class Classifier(Backbone):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resamples what depends on the image size for another one; most networks have no such part, and take any.
+        """Resamples the parameters that depend on the image size; most networks have none and take any size.
 
-        The resampled parameters are new ones: make the optimiser afterwards.
+        The resampled parameters are new objects, so create the optimizer afterwards.
 
         Args:
             img_size: Height and width in pixels.
 
         Raises:
-            ValueError: If `img_size` is not positive or too small for the network, which then stays as it is.
+            ValueError: If `img_size` is not positive or too small for the network. The network then stays unchanged.
         """
         height, width = to_2tuple(img_size)
         if height < 1 or width < 1:
@@ -178,11 +192,16 @@ class Classifier(Backbone):
         for name, size in sizes.items():
             if modules[name].size != size:
                 modules[name].set_size(size)
-        if sizes:  # then the size belongs to what a saved network is made again from
+        if sizes:  # a saved network is created with its size
             update_model_input_size(self, (height, width))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, untrained classifier of `num_classes` outputs (0: none); the pooling stays unless given."""
+        """Replaces the classifier by a new, untrained one.
+
+        Args:
+            num_classes: Number of classes; 0 leaves the classifier out.
+            global_pool: timm's pooling type; None keeps the present one.
+        """
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.num_classes = num_classes
         self.head_hidden_size = self.head.num_features
@@ -195,7 +214,7 @@ class Classifier(Backbone):
         return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map -> logits (N, num_classes), or what the classifier reads."""
+        """The last map -> logits (N, num_classes), or with `pre_logits` the input of the classifier."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +224,7 @@ class Classifier(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops what the maps `indices` do not need; returns their indices."""
+        """Removes the stages that the maps `indices` do not need, and by default the head; returns the indices."""
         take, last = feature_take_indices(len(self.feature_info), indices)
         cut = last + 1 < len(self.feature_info)
         if cut:

@@ -1,4 +1,4 @@
-"""What every detector of the zoo does alike: raw maps in training and evaluation, `decode` and `loss` beside them."""
+"""Base classes of the detectors: raw maps in training and evaluation, and `decode` and `loss` to process them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ __all__ = ["DetectionNet", "YoloHead", "YoloNet", "check_num_classes"]
 
 
 def check_num_classes(num_classes: int) -> None:
-    """Raises ValueError if a detector cannot have so many classes."""
+    """Raises ValueError if `num_classes` is less than one."""
     if num_classes < 1:
         raise ValueError(f"a detector has at least one class of objects, got num_classes={num_classes}")
 
 
 class DetectionNet(Backbone, ABC):
-    """stem -> stages -> maps for the head -> raw predictions, with timm's contract as far as a detector can keep it.
+    """stem -> stages -> neck -> raw predictions, with timm's interface as far as it applies to detectors.
 
     Raw predictions are a list of maps, or for SSD a pair of tensors. `image_size` is the height and width of the images
-    that they belong to: SSD needs it, YOLO takes it from the maps, so code for any detector gives it.
+    that were predicted on. SSD needs it and YOLO does not, so code for any detector should pass it.
 
     Attributes:
-        channel_order: In what order the network takes the colours of an image.
-        keeps_aspect: Whether images are scaled alike in both directions and padded with grey, or stretched.
-        iou_threshold: By how much boxes of a class may overlap; the authors' value in evaluation.
+        channel_order: Order of the image's colour channels.
+        keeps_aspect: Whether images keep their aspect ratio and are padded with grey; else they are stretched.
+        iou_threshold: IoU threshold of non-maximum suppression in the authors' evaluation.
     """
 
     channel_order = "RGB"
@@ -48,11 +48,11 @@ class DetectionNet(Backbone, ABC):
 
     @abstractmethod
     def get_classifier(self) -> nn.ModuleList:
-        """The last layers whose outputs are scores of classes, one for each map."""
+        """The layers that output class scores, one per map."""
 
     @abstractmethod
     def reset_classifier(self, num_classes: int) -> None:
-        """New, untrained layers for `num_classes` classes of objects; all that does not depend on their number stays.
+        """Replaces the layers that depend on the number of classes by new, untrained ones.
 
         Raises:
             ValueError: If there is not at least one class.
@@ -60,11 +60,11 @@ class DetectionNet(Backbone, ABC):
 
     @abstractmethod
     def num_classes_of(self, outputs: int) -> int:
-        """How many classes of objects a network of this kind has whose first classifier has so many outputs."""
+        """The number of classes of a network whose first class layer has `outputs` output channels."""
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """(N, in_chans, H, W) -> the maps that the head reads, from fine to coarse."""
+        """(N, in_chans, H, W) -> the input maps of the head, from fine to coarse."""
 
     @abstractmethod
     def forward_head(self, maps: list[Tensor]) -> Any:
@@ -83,11 +83,11 @@ class DetectionNet(Backbone, ABC):
         """Raw predictions -> boxes as centre and size in input pixels, and probabilities, (N, boxes, 4 + ...)."""
 
     def class_scores(self, decoded: Tensor) -> Tensor:
-        """What `decode` gives -> the score of every class for every box, (N, boxes, classes)."""
+        """The output of `decode` -> the score of every class for every box, (N, boxes, classes)."""
         return decoded[..., 4:]
 
     def overlap_boxes(self, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Boxes (P, 4), x1 y1 x2 y2 in input pixels -> those whose overlap decides which ones are dropped."""
+        """Boxes (P, 4), x1 y1 x2 y2 in input pixels -> the boxes that non-maximum suppression compares."""
         return boxes
 
     def detections(
@@ -99,17 +99,19 @@ class DetectionNet(Backbone, ABC):
         max_detections: int | None = 300,
         max_candidates: int | None = 30000,
     ) -> list[dict[str, Tensor]]:
-        """What is found in each image: `boxes` (D, 4), x1 y1 x2 y2 in input pixels, `scores` and `labels` (D,).
-
-        The best score comes first. A box may stand for several classes; boxes are not clipped to the image.
+        """Decodes raw predictions and applies non-maximum suppression per class.
 
         Args:
-            raw: What `forward` gives.
+            raw: Output of `forward`.
             image_size: Height and width of the images.
-            score_threshold: Scores above it are looked at.
-            iou_threshold: Boxes that overlap a better one of their class by more are dropped; None: the authors' value.
-            max_detections: At most so many per image; None: all.
-            max_candidates: At most so many of an image's best scores are looked at; None: all.
+            score_threshold: Minimum score, exclusive.
+            iou_threshold: IoU above which the box with the lower score is dropped; None: the authors' value.
+            max_detections: Maximum number of detections per image; None: no limit.
+            max_candidates: Maximum number of scores per image that enter suppression; None: no limit.
+
+        Returns:
+            For each image `boxes` (D, 4), x1 y1 x2 y2 in input pixels, `scores` and `labels` (D,), the best score
+            first. A box may occur with several labels, and boxes are not clipped to the image.
         """
         iou_threshold = self.iou_threshold if iou_threshold is None else iou_threshold
         found = []
@@ -124,41 +126,52 @@ class DetectionNet(Backbone, ABC):
 
     @abstractmethod
     def loss(self, raw: Any, targets: list[Target], image_size: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """The terms that the authors' training minimises the sum of, each a scalar, gains included.
+        """The terms of the authors' training loss, each a scalar and weighted; the loss is their sum.
 
         Args:
-            raw: What `forward` gives.
+            raw: Output of `forward`.
             targets: For each image `boxes` (M, 4), x1 y1 x2 y2 in input pixels, and `labels` (M,) from 0, as
                 torchvision's detectors take them; M may be 0.
             image_size: Height and width of the images.
 
+        Returns:
+            The terms by name.
+
         Raises:
-            ValueError: If the targets are not what they must be.
+            ValueError: If the targets are invalid.
         """
 
 
 class YoloHead(nn.Module, ABC):
-    """What makes a raw map out of each of three maps."""
+    """Turns each of three maps into a raw map."""
 
     @abstractmethod
     def classifiers(self) -> nn.ModuleList:
-        """The last layers whose outputs are scores of classes, one for each map."""
+        """The layers that output class scores, one per map."""
 
     @abstractmethod
     def reset_classes(self, num_classes: int, **dd: Any) -> None:
-        """New, untrained layers for so many classes, with `device` and `dtype`; raises ValueError without any class."""
+        """Replaces the layers that depend on the number of classes.
+
+        Args:
+            num_classes: New number of classes.
+            dd: `device` and `dtype` of the new parameters.
+
+        Raises:
+            ValueError: If there is not at least one class.
+        """
 
 
 class YoloNet(DetectionNet):
-    """A detector of three levels, strides 8, 16 and 32: a stem, four stages, a neck over the last three, a head.
+    """A detector with maps of strides 8, 16 and 32: a stem, four stages, a neck over the last three, and a head.
 
     Args:
-        stem: The first layers, stride 2.
-        stages: Four, each of stride 2.
-        neck: What makes the three maps for the head out of the last three stages' maps.
-        head: What makes raw predictions out of them.
-        chs: Channels of the stem and of the stages.
-        num_classes: Classes of objects.
+        stem: The first layers, of stride 2.
+        stages: Four stages of stride 2.
+        neck: Fuses the outputs of the last three stages into three maps for the head.
+        head: Turns these maps into raw predictions.
+        chs: Output channels of the stem and of the stages.
+        num_classes: Number of classes.
         in_chans: Image channels.
     """
 
@@ -184,7 +197,7 @@ class YoloNet(DetectionNet):
         self.head = head
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """(N, in_chans, H, W) -> the maps that the head reads, of strides 8, 16 and 32.
+        """(N, in_chans, H, W) -> the input maps of the head, of strides 8, 16 and 32.
 
         Raises:
             ImageSizeError: If H and W are not multiples of 32.
@@ -197,15 +210,15 @@ class YoloNet(DetectionNet):
         return self.neck(*self.pyramid(self.stem(x))[1:])
 
     def forward_head(self, maps: list[Tensor]) -> list[Tensor]:
-        """The maps of `forward_features` -> a raw map for each."""
+        """The maps of `forward_features` -> one raw map per input map."""
         return self.head(maps)
 
     def get_classifier(self) -> nn.ModuleList:
-        """The last layers whose outputs are scores of classes, one for each map."""
+        """The layers that output class scores, one per map."""
         return self.head.classifiers()
 
     def reset_classifier(self, num_classes: int) -> None:
-        """New, untrained layers for `num_classes` classes of objects; all that does not depend on their number stays.
+        """Replaces the layers that depend on the number of classes by new, untrained ones.
 
         Raises:
             ValueError: If there is not at least one class.

@@ -1,7 +1,9 @@
-"""What the padding-free mobile networks share: their stem, their strided parts, and the names in their checkpoints."""
+"""Shared by the padding-free mobile networks: stem, stages, strided layers, and how the authors name their tensors."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from spd_zoo import weights
@@ -13,25 +15,85 @@ from spd_zoo.blocks import (
     conv_norm_act,
     resample_to_fit,
 )
-from spd_zoo.models._classifier import Classifier
+from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 
-__all__ = ["Downsampling", "block_names", "depthwise", "first_conv", "halved", "rename_shared", "stem"]
+__all__ = ["Downsampling", "block_names", "build_stages", "depthwise", "halved", "rename_shared", "stem"]
 
-Downsampling = Literal["padded", "pfd", "attention"]  # the authors' baseline, theirs, and EfficientFormerV2's
+# The baseline of the paper, its padding-free downsampling, and EfficientFormerV2's, to which it is compared.
+Downsampling = Literal["padded", "pfd", "attention"]
 
 
 def stem(
     hybrid: bool, in_chans: int, chs: int, stride: int, act_layer: type[nn.Module], norm_kwargs: Any, dd: dict[str, Any]
 ) -> nn.Module:
-    """The hybrid stem, or a 3x3 convolution. The hybrid one keeps BatchNorm's defaults, as the authors' does."""
+    """The hybrid stem, or a 3x3 convolution with BatchNorm and activation.
+
+    `norm_kwargs` does not apply to the hybrid stem: in the authors' code its BatchNorms have torch's defaults.
+    """
     if hybrid:
         return HybridStem(in_chans, chs, stride, act_layer=act_layer, **dd)
     return conv_norm_act(in_chans, chs, 3, stride, act_layer=act_layer, norm_kwargs=norm_kwargs, **dd)
 
 
-def first_conv(variant: str) -> str:
-    """The name of a network's first convolution."""
-    return "stem.0.conv.conv" if variant.endswith(("_stem", "_pfd")) else "stem.0.conv"
+def build_stages(
+    widths: Sequence[Sequence[int]],
+    strided: Sequence[int],
+    block: Callable[[int, int, int, int, tuple[int, int], float], nn.Module],
+    in_chs: int,
+    head_chs: int,
+    act_layer: type[nn.Module],
+    small: bool,
+    downsampling: Downsampling,
+    img_size: int | tuple[int, int] | None,
+    drop_path_rate: float,
+    dd: dict[str, Any],
+    norm_kwargs: dict[str, Any] | None = None,
+) -> tuple[nn.Sequential, list[dict[str, Any]]]:
+    """Builds the stages of a network and the 1x1 convolution after them.
+
+    Args:
+        widths: Output channels of every block of every stage.
+        strided: Stages whose first block has stride 2; the first of them has stride 1 in a `small` network.
+        block: Builds one block from its stage, its index in the stage, input channels, stride, height and width of its
+            input, and drop-path rate.
+        in_chs: Output channels of the stem.
+        head_chs: Output channels of the 1x1 convolution.
+        act_layer: Activation of the 1x1 convolution.
+        small: Whether the stem has stride 1, else 2.
+        downsampling: Kind of the strided blocks; `AttentionDownsample` replaces them for "attention".
+        img_size: Height and width of the images in pixels; None: 32 for a `small` network, else 224.
+        drop_path_rate: Drop-path rate of the last block.
+        dd: `device` and `dtype` of the parameters.
+        norm_kwargs: `eps` and `momentum` of the BatchNorms.
+
+    Returns:
+        The stages and timm's `feature_info` for them.
+
+    Raises:
+        ImageSizeError: If `img_size` is too small.
+    """
+    size, reduction = to_2tuple(img_size or (32 if small else 224)), 1
+    if not small:
+        size, reduction = halved(size, "padded"), 2
+    drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(map(len, widths)), stagewise=True)
+    stages, reductions = nn.Sequential(), []
+    for i, stage_widths in enumerate(widths):
+        stage = nn.Sequential()
+        for j, out_chs in enumerate(stage_widths):
+            stride = 2 if i in strided and j == 0 and not (small and i == strided[0]) else 1
+            if stride == 2 and downsampling == "attention":
+                attention = i not in strided[:2]  # the two with the largest maps have none
+                stage.append(AttentionDownsample(in_chs, out_chs, size, attention, norm_kwargs, **dd))
+            else:
+                stage.append(block(i, j, in_chs, stride, size, drop_paths[i][j]))
+            if stride == 2:
+                size, reduction = halved(size, downsampling), 2 * reduction
+            in_chs = out_chs
+        stages.append(stage)
+        reductions.append(reduction)
+    stages.append(nn.Sequential(conv_norm_act(in_chs, head_chs, act_layer=act_layer, norm_kwargs=norm_kwargs, **dd)))
+    chs = [*(stage_widths[-1] for stage_widths in widths), head_chs]
+    return stages, last_of_each_reduction(chs, [*reductions, reduction])
 
 
 def depthwise(
@@ -44,7 +106,7 @@ def depthwise(
     pool_size: int = 3,
     norm_kwargs: Any = None,
 ) -> nn.Module:
-    """A depthwise convolution, BatchNorm and activation; padding-free where it has a stride and the network is."""
+    """A depthwise convolution, BatchNorm and activation; at stride 2 padding-free if `downsampling` is "pfd"."""
     kwargs = {"groups": chs, "act_layer": act_layer, "norm_kwargs": norm_kwargs} | dd
     if stride == 2 and downsampling == "pfd":
         return PaddingFreeDownsample(chs, chs, kernel_size, pool_size=pool_size, **kwargs)
@@ -52,7 +114,11 @@ def depthwise(
 
 
 def halved(size: tuple[int, int], downsampling: Downsampling) -> tuple[int, int]:
-    """Height and width behind a downsampling; raises ImageSizeError if nothing would be left."""
+    """Height and width after a downsampling layer.
+
+    Raises:
+        ImageSizeError: If nothing would be left.
+    """
     height, width = size
     if min(size) < (3 if downsampling == "pfd" else 1):
         raise ImageSizeError(f"img_size is too small: a map of {height}x{width} pixels cannot be halved")
@@ -62,7 +128,7 @@ def halved(size: tuple[int, int], downsampling: Downsampling) -> tuple[int, int]
 
 
 def block_names(net: Classifier) -> list[str]:
-    """The beginnings of our keys for the blocks in their order, which the authors number through from 1."""
+    """Key prefixes of all blocks in order; the authors number the blocks consecutively from 1."""
     return [f"stages.{i}.{j}." for i, stage in enumerate(net.stages.children()) for j, _ in enumerate(stage.children())]
 
 
@@ -87,9 +153,9 @@ _ATTENTION = (
 
 
 def rename_shared(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Ours for the authors' keys inside the stem and the attention, whose parts are resampled to the network's size.
+    """Renames the authors' keys inside the stem and the attention, and resamples to the network's image size.
 
-    The stem and the blocks themselves must have our names already.
+    The keys of the stem and of the blocks must have our prefixes already.
     """
     state_dict = weights.rename(state_dict, _STEM)
     for name, module in model.named_modules():

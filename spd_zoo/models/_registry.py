@@ -1,16 +1,23 @@
-"""timm's `register_model`, which here never takes a name away from timm."""
+"""timm's registry of networks, without taking a name away from timm."""
 
 from collections.abc import Callable
 from typing import Any
 
 import timm
 from timm.models import register_model as timm_register_model
+from timm.models._registry import _deprecated_models
 
-__all__ = ["register_model"]
+__all__ = ["register_model", "register_unlisted_model"]
 
 
 def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers the function with timm under its name.
+    """Registers a function that builds a network with timm, under the function's name.
+
+    Args:
+        fn: Builds the network.
+
+    Returns:
+        The function.
 
     Raises:
         RuntimeError: If timm knows that name from elsewhere; timm itself would only warn and replace its network.
@@ -20,3 +27,22 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
         if owner != fn.__module__:
             raise RuntimeError(f"{fn.__module__} cannot register {fn.__name__}: {owner} has a network of that name")
     return timm_register_model(fn)
+
+
+def register_unlisted_model(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers a function that `timm.create_model` needs to load saved networks and cannot call by its name alone.
+
+    `timm.list_models` leaves it out, so that every listed name can be created.
+
+    Args:
+        fn: Builds the network from its saved config.
+
+    Returns:
+        The function.
+
+    Raises:
+        RuntimeError: As `register_model`.
+    """
+    register_model(fn)
+    _deprecated_models[fn.__name__] = None  # timm's only way to keep a name out of its lists
+    return fn

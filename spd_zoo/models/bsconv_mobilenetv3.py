@@ -139,6 +139,7 @@ class BSConvMobileNetV3(Classifier):
             **dd,
         )
         self.regularization = regularization
+        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
         init_weights(self)
 
     @torch.jit.ignore
@@ -167,46 +168,43 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BSConvMobileNetV3) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     return fit_image_norm(weights.rename(state_dict, _RENAMES), model)
 
 
-def _first_conv(variant: str) -> str:
-    return "stem.1.conv.conv" if "pfd" in variant else "stem.1.conv"
-
-
-default_cfgs = weights.default_cfgs("bsconv_mobilenetv3", first_conv=_first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("bsconv_mobilenetv3", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> BSConvMobileNetV3:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(BSConvMobileNetV3, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_mobilenetv3_large_w1(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large for CIFAR."""
-    return _create("cifar_mobilenetv3_large_w1", pretrained, small=True, **kwargs)
+    model_args = dict(small=True)
+    return _create("cifar_mobilenetv3_large_w1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_w1_pfd(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large for CIFAR, with padding-free downsampling and a hybrid stem."""
-    return _create("cifar_mobilenetv3_large_w1_pfd", pretrained, small=True, pfd=True, **kwargs)
+    model_args = dict(small=True, pfd=True)
+    return _create("cifar_mobilenetv3_large_w1_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_w1_bsconvs(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large for CIFAR, a BSConv-S network."""
-    return _create("cifar_mobilenetv3_large_w1_bsconvs", pretrained, small=True, regularization=0.1, **kwargs)
+    model_args = dict(small=True, regularization=0.1)
+    return _create("cifar_mobilenetv3_large_w1_bsconvs", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_w1_bsconvs_pfd(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large for CIFAR, a BSConv-S network, with padding-free downsampling and a hybrid stem."""
-    return _create(
-        "cifar_mobilenetv3_large_w1_bsconvs_pfd", pretrained, small=True, regularization=0.1, pfd=True, **kwargs
-    )
+    model_args = dict(small=True, regularization=0.1, pfd=True)
+    return _create("cifar_mobilenetv3_large_w1_bsconvs_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -218,28 +216,33 @@ def mobilenetv3_large_w1(pretrained: bool = False, **kwargs: Any) -> BSConvMobil
 @register_model
 def mobilenetv3_large_w1_pfd(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large with a light head, with padding-free downsampling and a hybrid stem."""
-    return _create("mobilenetv3_large_w1_pfd", pretrained, pfd=True, **kwargs)
+    model_args = dict(pfd=True)
+    return _create("mobilenetv3_large_w1_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv3_large_w1_bsconvs(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large with a light head, a BSConv-S network."""
-    return _create("mobilenetv3_large_w1_bsconvs", pretrained, regularization=0.1, **kwargs)
+    model_args = dict(regularization=0.1)
+    return _create("mobilenetv3_large_w1_bsconvs", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv3_large_w1_bsconvs_pfd(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large with a light head, a BSConv-S network, with padding-free downsampling and a hybrid stem."""
-    return _create("mobilenetv3_large_w1_bsconvs_pfd", pretrained, regularization=0.1, pfd=True, **kwargs)
+    model_args = dict(regularization=0.1, pfd=True)
+    return _create("mobilenetv3_large_w1_bsconvs_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv3_large_w1_fullhead(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large with a full head."""
-    return _create("mobilenetv3_large_w1_fullhead", pretrained, full_head=True, **kwargs)
+    model_args = dict(full_head=True)
+    return _create("mobilenetv3_large_w1_fullhead", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv3_large_w1_fullhead_pfd(pretrained: bool = False, **kwargs: Any) -> BSConvMobileNetV3:
     """MobileNetV3-large with a full head, with padding-free downsampling and a hybrid stem."""
-    return _create("mobilenetv3_large_w1_fullhead_pfd", pretrained, full_head=True, pfd=True, **kwargs)
+    model_args = dict(full_head=True, pfd=True)
+    return _create("mobilenetv3_large_w1_fullhead_pfd", pretrained, **dict(model_args, **kwargs))

@@ -162,6 +162,7 @@ class CifarResNet(Classifier):
             **dd,
         )
         self.pre_activation = pre_activation
+        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
         init_weights(self)
         if bsconvu:
             use_bsconvu(self)
@@ -199,7 +200,7 @@ _PRE_ACTIVATION_STEM = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: CifarResNet) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     state_dict = weights.rename(state_dict, _RENAMES)
     state_dict = weights.rename(state_dict, _PRE_ACTIVATION_STEM if model.pre_activation else _PLAIN_STEM)
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | BSConvU2d)]
@@ -207,74 +208,64 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: CifarResNet) -> d
     return fit_image_norm(weights.rename(state_dict, bare), model)
 
 
-def _first_conv(variant: str) -> str:
-    conv = "stem.1" if "wrn" in variant else "stem.1.conv"
-    hybrid = ".conv" if "pfd" in variant else ""
-    return f"{conv}{hybrid}{'.pw' if 'bsconvu' in variant else ''}"
-
-
-default_cfgs = weights.default_cfgs("bsconv_resnet", first_conv=_first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("bsconv_resnet", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2), "flatten_sequential": True})
     return weights.build(CifarResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-20 for CIFAR."""
-    return _create("cifar_resnet20", pretrained, depth=3, **kwargs)
+    model_args = dict(depth=3)
+    return _create("cifar_resnet20", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet20_pfd(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-20 for CIFAR, with padding-free downsampling and a hybrid stem."""
-    return _create("cifar_resnet20_pfd", pretrained, depth=3, pfd=True, **kwargs)
+    model_args = dict(depth=3, pfd=True)
+    return _create("cifar_resnet20_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet110_bsconvu(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-110 for CIFAR with BSConv-U."""
-    return _create("cifar_resnet110_bsconvu", pretrained, depth=18, bsconvu=True, **kwargs)
+    model_args = dict(depth=18, bsconvu=True)
+    return _create("cifar_resnet110_bsconvu", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_resnet110_bsconvu_pfd(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """ResNet-110 for CIFAR with BSConv-U and padding-free downsampling and a hybrid stem."""
-    return _create("cifar_resnet110_bsconvu_pfd", pretrained, depth=18, bsconvu=True, pfd=True, **kwargs)
+    model_args = dict(depth=18, bsconvu=True, pfd=True)
+    return _create("cifar_resnet110_bsconvu_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_wrn40_3(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """WRN-40-3 for CIFAR."""
-    return _create("cifar_wrn40_3", pretrained, depth=6, chs=(48, 96, 192), pre_activation=True, **kwargs)
+    model_args = dict(depth=6, chs=(48, 96, 192), pre_activation=True)
+    return _create("cifar_wrn40_3", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_wrn40_3_pfd(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """WRN-40-3 for CIFAR, with padding-free downsampling and a hybrid stem."""
-    return _create("cifar_wrn40_3_pfd", pretrained, depth=6, chs=(48, 96, 192), pre_activation=True, pfd=True, **kwargs)
+    model_args = dict(depth=6, chs=(48, 96, 192), pre_activation=True, pfd=True)
+    return _create("cifar_wrn40_3_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_wrn40_8_bsconvu(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """WRN-40-8 for CIFAR with BSConv-U."""
-    return _create(
-        "cifar_wrn40_8_bsconvu", pretrained, depth=6, chs=(128, 256, 512), pre_activation=True, bsconvu=True, **kwargs
-    )
+    model_args = dict(depth=6, chs=(128, 256, 512), pre_activation=True, bsconvu=True)
+    return _create("cifar_wrn40_8_bsconvu", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_wrn40_8_bsconvu_pfd(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """WRN-40-8 for CIFAR with BSConv-U and padding-free downsampling and a hybrid stem."""
-    return _create(
-        "cifar_wrn40_8_bsconvu_pfd",
-        pretrained,
-        depth=6,
-        chs=(128, 256, 512),
-        pre_activation=True,
-        bsconvu=True,
-        pfd=True,
-        **kwargs,
-    )
+    model_args = dict(depth=6, chs=(128, 256, 512), pre_activation=True, bsconvu=True, pfd=True)
+    return _create("cifar_wrn40_8_bsconvu_pfd", pretrained, **dict(model_args, **kwargs))

@@ -135,11 +135,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EfficientNetLiteS
     return state_dict
 
 
-default_cfgs = weights.default_cfgs("efficientnet_lite_spd", first_conv="conv_stem", classifier="classifier")
+default_cfgs = weights.default_cfgs("efficientnet_lite_spd", classifier="classifier")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> EfficientNetLiteSPD:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
     kwargs.setdefault("bn_eps", BN_EPS_TF_DEFAULT)
     kwargs.setdefault("pad_type", "same")
     act_layer = resolve_act_layer(kwargs, "relu6")
@@ -165,16 +164,19 @@ def tf_efficientnet_lite0_spd(pretrained: bool = False, **kwargs: Any) -> Effici
 @register_model
 def tf_efficientnet_lite1_spd(pretrained: bool = False, **kwargs: Any) -> EfficientNetLiteSPD:
     """EfficientNet-Lite1 with space-to-depth in place of every stride."""
-    return _create("tf_efficientnet_lite1_spd", pretrained, **{"depth": 1.1, **kwargs})
+    model_args = dict(depth=1.1)
+    return _create("tf_efficientnet_lite1_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def tf_efficientnet_lite2_spd(pretrained: bool = False, **kwargs: Any) -> EfficientNetLiteSPD:
     """EfficientNet-Lite2 with space-to-depth in place of every stride."""
-    return _create("tf_efficientnet_lite2_spd", pretrained, **{"width": 1.1, "depth": 1.2, **kwargs})
+    model_args = dict(width=1.1, depth=1.2)
+    return _create("tf_efficientnet_lite2_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def tf_efficientnet_lite0_spd_lowres(pretrained: bool = False, **kwargs: Any) -> EfficientNetLiteSPD:
     """EfficientNet-Lite0 for small images: no stride in the stem, space-to-depth in place of every other stride."""
-    return _create("tf_efficientnet_lite0_spd_lowres", pretrained, **{"stem_stride": 1, "output_stride": 16, **kwargs})
+    model_args = dict(stem_stride=1, output_stride=16)
+    return _create("tf_efficientnet_lite0_spd_lowres", pretrained, **dict(model_args, **kwargs))

@@ -9,21 +9,19 @@ Deliberate difference: networks with attention take any image size that they are
 
 from typing import Any
 
-from timm.layers import DropPath, calculate_drop_path_rates, make_divisible, to_2tuple
+from timm.layers import DropPath, make_divisible
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models.ghostnet import GhostModule
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.blocks import AttentionDownsample, conv_norm_act
-from spd_zoo.models._classifier import Classifier, HiddenLayerHead, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, depthwise, first_conv, halved, rename_shared, stem
+from spd_zoo.models._classifier import Classifier, HiddenLayerHead
+from spd_zoo.models._pfd import Downsampling, build_stages, depthwise, rename_shared, stem
 from spd_zoo.models._registry import register_model
 
 __all__ = ["PFDGhostNet"]  # register_model adds the entry points
 
-# Stages of blocks: kernel size, hidden channels, output channels, squeeze-and-excitation; the first block of the stages
-# STRIDED has a stride (paper, table 1).
+# For each block of each stage: kernel size, hidden channels, output channels, squeeze-and-excitation (paper, table 1).
 STAGES = (
     ((3, 16, 16, False),),
     ((3, 48, 24, False),),
@@ -35,7 +33,7 @@ STAGES = (
     ((5, 672, 160, True),),
     ((5, 960, 160, False), (5, 960, 160, True), (5, 960, 160, False), (5, 960, 160, True)),
 )
-STRIDED = (1, 3, 5, 7)
+STRIDED = (1, 3, 5, 7)  # stages whose first block has stride 2
 
 
 class Uncalled(nn.BatchNorm2d):
@@ -112,29 +110,25 @@ class PFDGhostNet(Classifier):
         dtype: Any = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        first_stride = 1 if small else 2
-        stages, chs, reductions = nn.Sequential(), 16, []
-        size, reduction = to_2tuple(img_size or (32 if small else 224)), first_stride
-        size = size if small else halved(size, "padded")
-        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, [len(stage) for stage in STAGES], stagewise=True)
-        for i, blocks in enumerate(STAGES):
-            stage = nn.Sequential()
-            for j, (kernel_size, hidden_chs, out_chs, se) in enumerate(blocks):
-                stride = 1 if i not in STRIDED else first_stride if i == STRIDED[0] else 2
-                if stride == 2 and downsampling == "attention":
-                    stage.append(AttentionDownsample(chs, out_chs, size, attention=i > STRIDED[1], **dd))
-                else:
-                    drop_path = drop_paths[i][j]
-                    block = Bottleneck(chs, hidden_chs, out_chs, kernel_size, stride, se, downsampling, drop_path, dd)
-                    stage.append(block)
-                chs = out_chs
-                if stride == 2:
-                    size, reduction = halved(size, downsampling), 2 * reduction
-            stages.append(stage)
-            reductions.append(reduction)
-        stages.append(nn.Sequential(conv_norm_act(chs, 960, act_layer=nn.ReLU, **dd)))
-        feature_info = last_of_each_reduction([*(blocks[-1][2] for blocks in STAGES), 960], [*reductions, reduction])
-        first = nn.Sequential(stem(hybrid_stem, in_chans, 16, first_stride, nn.ReLU, None, dd))
+
+        def block(i: int, j: int, in_chs: int, stride: int, size: tuple[int, int], drop_path: float) -> nn.Module:
+            kernel_size, hidden_chs, out_chs, se = STAGES[i][j]
+            return Bottleneck(in_chs, hidden_chs, out_chs, kernel_size, stride, se, downsampling, drop_path, dd)
+
+        stages, feature_info = build_stages(
+            [[out_chs for _, _, out_chs, _ in stage] for stage in STAGES],
+            STRIDED,
+            block,
+            in_chs=16,
+            head_chs=960,
+            act_layer=nn.ReLU,
+            small=small,
+            downsampling=downsampling,
+            img_size=img_size,
+            drop_path_rate=drop_path_rate,
+            dd=dd,
+        )
+        first = nn.Sequential(stem(hybrid_stem, in_chans, 16, 1 if small else 2, nn.ReLU, None, dd))
         if hybrid_stem:
             first.append(Uncalled(16, **dd))
         super().__init__(
@@ -160,47 +154,51 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDGhostNet) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     norm = (r"^bn1\.", "stem.1." if len(model.stem) > 1 else "stem.0.bn.")
     return rename_shared(weights.rename(state_dict, (norm, *_RENAMES)), model)
 
 
-default_cfgs = weights.default_cfgs("pfd_ghostnet", first_conv=first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("pfd_ghostnet", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PFDGhostNet:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(PFDGhostNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_ghostnet(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR."""
-    return _create("cifar_ghostnet", pretrained, small=True, **kwargs)
+    model_args = dict(small=True)
+    return _create("cifar_ghostnet", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_ghostnet_stem(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR with a hybrid stem."""
-    return _create("cifar_ghostnet_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+    model_args = dict(small=True, hybrid_stem=True)
+    return _create("cifar_ghostnet_stem", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_ghostnet_down(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR with padding-free downsampling."""
-    return _create("cifar_ghostnet_down", pretrained, small=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, downsampling="pfd")
+    return _create("cifar_ghostnet_down", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_ghostnet_pfd(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR with padding-free downsampling and a hybrid stem."""
-    return _create("cifar_ghostnet_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, hybrid_stem=True, downsampling="pfd")
+    return _create("cifar_ghostnet_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_ghostnet_effdown(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet for CIFAR with EfficientFormerV2's downsampling."""
-    return _create("cifar_ghostnet_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+    model_args = dict(small=True, downsampling="attention")
+    return _create("cifar_ghostnet_effdown", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -212,4 +210,5 @@ def ghostnet(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
 @register_model
 def ghostnet_pfd(pretrained: bool = False, **kwargs: Any) -> PFDGhostNet:
     """GhostNet with padding-free downsampling and a hybrid stem."""
-    return _create("ghostnet_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(hybrid_stem=True, downsampling="pfd")
+    return _create("ghostnet_pfd", pretrained, **dict(model_args, **kwargs))

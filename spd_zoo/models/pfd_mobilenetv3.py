@@ -8,19 +8,19 @@ The first set's MobileNetV3, another network, is in `bsconv_mobilenetv3`.
 
 from typing import Any
 
-from timm.layers import DropPath, SEModule, calculate_drop_path_rates, make_divisible, to_2tuple
+from timm.layers import DropPath, SEModule, make_divisible
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.blocks import AttentionDownsample, conv_norm_act
-from spd_zoo.models._classifier import Classifier, HiddenLayerHead, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, block_names, depthwise, first_conv, halved, rename_shared, stem
+from spd_zoo.blocks import conv_norm_act
+from spd_zoo.models._classifier import Classifier, HiddenLayerHead
+from spd_zoo.models._pfd import Downsampling, block_names, build_stages, depthwise, rename_shared, stem
 from spd_zoo.models._registry import register_model
 
 __all__ = ["PFDMobileNetV3"]  # register_model adds the entry points
 
-# Stages of units: kernel size, hidden channels, output channels, squeeze-and-excitation, hard-swish; the first unit of
-# the stages STRIDED has a stride (paper, table 1).
+# For each unit of each stage: kernel size, hidden channels, output channels, squeeze-and-excitation, hard-swish
+# (paper, table 1).
 STAGES = (
     ((3, 16, 16, False, False),),
     ((3, 64, 24, False, False), (3, 72, 24, False, False)),
@@ -29,7 +29,7 @@ STAGES = (
     ((3, 480, 112, True, True), (3, 672, 112, True, True)),
     ((5, 672, 160, True, True), (5, 960, 160, True, True), (5, 960, 160, True, True)),
 )
-STRIDED = (1, 2, 3, 5)
+STRIDED = (1, 2, 3, 5)  # stages whose first unit has stride 2
 NORM = {"eps": 1e-3, "momentum": 0.01}
 
 
@@ -92,33 +92,30 @@ class PFDMobileNetV3(Classifier):
         dtype: Any = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        first_stride = 1 if small else 2
-        stages, chs, reductions = nn.Sequential(), 16, []
-        size, reduction = to_2tuple(img_size or (32 if small else 224)), first_stride
-        size = size if small else halved(size, "padded")
-        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, [len(stage) for stage in STAGES], stagewise=True)
-        for i, units in enumerate(STAGES):
-            stage = nn.Sequential()
-            for j, (kernel_size, hidden_chs, out_chs, se, hard_swish) in enumerate(units):
-                stride = 1 if i not in STRIDED or j > 0 else first_stride if i == STRIDED[0] else 2
-                act_layer: type[nn.Module] = nn.Hardswish if hard_swish else nn.ReLU
-                if stride == 2 and downsampling == "attention":
-                    attention = i > STRIDED[1]
-                    stage.append(AttentionDownsample(chs, out_chs, size, attention, norm_kwargs=NORM, **dd))
-                else:
-                    unit = InvertedResidual(
-                        chs, hidden_chs, out_chs, kernel_size, stride, se, act_layer, downsampling, drop_paths[i][j], dd
-                    )
-                    stage.append(unit)
-                chs = out_chs
-                if stride == 2:
-                    size, reduction = halved(size, downsampling), 2 * reduction
-            stages.append(stage)
-            reductions.append(reduction)
-        stages.append(nn.Sequential(conv_norm_act(chs, 960, act_layer=nn.Hardswish, norm_kwargs=NORM, **dd)))
-        feature_info = last_of_each_reduction([*(units[-1][2] for units in STAGES), 960], [*reductions, reduction])
+
+        def unit(i: int, j: int, in_chs: int, stride: int, size: tuple[int, int], drop_path: float) -> nn.Module:
+            kernel_size, hidden_chs, out_chs, se, hard_swish = STAGES[i][j]
+            act_layer = nn.Hardswish if hard_swish else nn.ReLU
+            return InvertedResidual(
+                in_chs, hidden_chs, out_chs, kernel_size, stride, se, act_layer, downsampling, drop_path, dd
+            )
+
+        stages, feature_info = build_stages(
+            [[out_chs for _, _, out_chs, _, _ in stage] for stage in STAGES],
+            STRIDED,
+            unit,
+            in_chs=16,
+            head_chs=960,
+            act_layer=nn.Hardswish,
+            small=small,
+            downsampling=downsampling,
+            img_size=img_size,
+            drop_path_rate=drop_path_rate,
+            dd=dd,
+            norm_kwargs=NORM,
+        )
         super().__init__(
-            nn.Sequential(stem(hybrid_stem, in_chans, 16, first_stride, nn.Hardswish, NORM, dd)),
+            nn.Sequential(stem(hybrid_stem, in_chans, 16, 1 if small else 2, nn.Hardswish, NORM, dd)),
             stages,
             feature_info,
             num_classes,
@@ -151,7 +148,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDMobileNetV3) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     flat = tuple((rf"^features\.{i}\.", name) for i, name in enumerate(block_names(model), 1))
     state_dict = rename_shared(weights.rename(state_dict, (*flat, *_RENAMES)), model)
     hidden = state_dict.get("head.hidden.weight")
@@ -160,44 +157,46 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDMobileNetV3) -
     return state_dict
 
 
-default_cfgs = weights.default_cfgs("pfd_mobilenetv3", first_conv=first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("pfd_mobilenetv3", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PFDMobileNetV3:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(PFDMobileNetV3, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_mobilenetv3_large(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR."""
-    return _create("cifar_mobilenetv3_large", pretrained, small=True, **kwargs)
+    model_args = dict(small=True)
+    return _create("cifar_mobilenetv3_large", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_stem(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR with a hybrid stem."""
-    return _create("cifar_mobilenetv3_large_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+    model_args = dict(small=True, hybrid_stem=True)
+    return _create("cifar_mobilenetv3_large_stem", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_down(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR with padding-free downsampling."""
-    return _create("cifar_mobilenetv3_large_down", pretrained, small=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, downsampling="pfd")
+    return _create("cifar_mobilenetv3_large_down", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_pfd(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR with padding-free downsampling and a hybrid stem."""
-    return _create(
-        "cifar_mobilenetv3_large_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs
-    )
+    model_args = dict(small=True, hybrid_stem=True, downsampling="pfd")
+    return _create("cifar_mobilenetv3_large_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_mobilenetv3_large_effdown(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large for CIFAR with EfficientFormerV2's downsampling."""
-    return _create("cifar_mobilenetv3_large_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+    model_args = dict(small=True, downsampling="attention")
+    return _create("cifar_mobilenetv3_large_effdown", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -209,4 +208,5 @@ def mobilenetv3_large(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3
 @register_model
 def mobilenetv3_large_pfd(pretrained: bool = False, **kwargs: Any) -> PFDMobileNetV3:
     """MobileNetV3-large with padding-free downsampling and a hybrid stem."""
-    return _create("mobilenetv3_large_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(hybrid_stem=True, downsampling="pfd")
+    return _create("mobilenetv3_large_pfd", pretrained, **dict(model_args, **kwargs))

@@ -10,21 +10,20 @@ Deliberate difference: a network can be created for any image size, and its weig
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from spd_zoo import weights
-from spd_zoo.blocks import AttentionDownsample, PositionAwareCircularConv2d, conv_norm_act
-from spd_zoo.models._classifier import Classifier, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, block_names, depthwise, first_conv, halved, rename_shared, stem
+from spd_zoo.blocks import PositionAwareCircularConv2d, conv_norm_act
+from spd_zoo.models._classifier import Classifier
+from spd_zoo.models._pfd import Downsampling, block_names, build_stages, depthwise, rename_shared, stem
 from spd_zoo.models._registry import register_model
 
 __all__ = ["ParCMobileNetV2"]  # register_model adds the entry points
 
-# Stages: expansion, output channels, units, and how many of these are plain ones of MobileNetV2; the first unit of the
-# stages STRIDED has a stride.
+# For each stage: expansion, output channels, number of units, and how many of these, the first ones, are MobileNetV2's.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 3), (6, 64, 4, 2), (6, 96, 3, 2), (6, 160, 3, 2), (6, 320, 1, 1))
-STRIDED = (1, 2, 3, 5)
+STRIDED = (1, 2, 3, 5)  # stages whose first unit has stride 2
 
 
 class PlainUnit(nn.Module):
@@ -114,32 +113,30 @@ class ParCMobileNetV2(Classifier):
         dtype: Any = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        first_stride = 1 if small else 2
-        stages, chs, reductions = nn.Sequential(), 32, []
-        size, reduction = to_2tuple(img_size or (32 if small else 224)), first_stride
-        size = size if small else halved(size, "padded")
-        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, [stage[2] for stage in STAGES], stagewise=True)
-        for i, (expansion, out_chs, depth, plain) in enumerate(STAGES):
-            stage = nn.Sequential()
-            for j in range(depth):
-                stride = 1 if i not in STRIDED or j > 0 else first_stride if i == STRIDED[0] else 2
-                drop_path = drop_paths[i][j]
-                if stride == 2 and downsampling == "attention":
-                    stage.append(AttentionDownsample(chs, out_chs, size, attention=i > STRIDED[1], **dd))
-                elif j < plain:
-                    stage.append(PlainUnit(chs, expansion, out_chs, stride, downsampling, drop_path, dd))
-                else:
-                    stage.append(ParCUnit(chs, expansion, out_chs, size, j == plain, drop_path, dd))
-                chs = out_chs
-                if stride == 2:
-                    size, reduction = halved(size, downsampling), 2 * reduction
-            stages.append(stage)
-            reductions.append(reduction)
-        stages.append(nn.Sequential(conv_norm_act(chs, 1280, act_layer=nn.ReLU6, **dd)))
+
+        def unit(i: int, j: int, in_chs: int, stride: int, size: tuple[int, int], drop_path: float) -> nn.Module:
+            expansion, out_chs, _, plain = STAGES[i]
+            if j < plain:
+                return PlainUnit(in_chs, expansion, out_chs, stride, downsampling, drop_path, dd)
+            return ParCUnit(in_chs, expansion, out_chs, size, j == plain, drop_path, dd)
+
+        stages, feature_info = build_stages(
+            [[out_chs] * depth for _, out_chs, depth, _ in STAGES],
+            STRIDED,
+            unit,
+            in_chs=32,
+            head_chs=1280,
+            act_layer=nn.ReLU6,
+            small=small,
+            downsampling=downsampling,
+            img_size=img_size,
+            drop_path_rate=drop_path_rate,
+            dd=dd,
+        )
         super().__init__(
-            nn.Sequential(stem(hybrid_stem, in_chans, 32, first_stride, nn.ReLU6, None, dd)),
+            nn.Sequential(stem(hybrid_stem, in_chans, 32, 1 if small else 2, nn.ReLU6, None, dd)),
             stages,
-            last_of_each_reduction([*(stage[1] for stage in STAGES), 1280], [*reductions, reduction]),
+            feature_info,
             num_classes,
             in_chans,
             global_pool,
@@ -174,48 +171,52 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ParCMobileNetV2) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay. Weights for another image size are resampled."""
+    """Renames the authors' keys and resamples weights for another image size; our own keys stay."""
     units = [(rf"^features\.{i}\.conv\.(?=\d)", f"{name}branch.") for i, name in enumerate(block_names(model), 1)]
     others = [(rf"^features\.{i}\.", name) for i, name in enumerate(block_names(model), 1)]
     return rename_shared(weights.rename(state_dict, (*units, *others, *_RENAMES)), model)
 
 
-default_cfgs = weights.default_cfgs("pfd_parc_mobilenetv2", first_conv=first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("pfd_parc_mobilenetv2", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> ParCMobileNetV2:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(ParCMobileNetV2, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_parc_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR."""
-    return _create("cifar_parc_mobilenetv2", pretrained, small=True, **kwargs)
+    model_args = dict(small=True)
+    return _create("cifar_parc_mobilenetv2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_parc_mobilenetv2_stem(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR with a hybrid stem."""
-    return _create("cifar_parc_mobilenetv2_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+    model_args = dict(small=True, hybrid_stem=True)
+    return _create("cifar_parc_mobilenetv2_stem", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_parc_mobilenetv2_down(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR with padding-free downsampling."""
-    return _create("cifar_parc_mobilenetv2_down", pretrained, small=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, downsampling="pfd")
+    return _create("cifar_parc_mobilenetv2_down", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_parc_mobilenetv2_pfd(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR with padding-free downsampling and a hybrid stem."""
-    return _create("cifar_parc_mobilenetv2_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, hybrid_stem=True, downsampling="pfd")
+    return _create("cifar_parc_mobilenetv2_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_parc_mobilenetv2_effdown(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 for CIFAR with EfficientFormerV2's downsampling."""
-    return _create("cifar_parc_mobilenetv2_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+    model_args = dict(small=True, downsampling="attention")
+    return _create("cifar_parc_mobilenetv2_effdown", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -227,4 +228,5 @@ def parc_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2
 @register_model
 def parc_mobilenetv2_pfd(pretrained: bool = False, **kwargs: Any) -> ParCMobileNetV2:
     """ParC-MobileNetV2 with padding-free downsampling and a hybrid stem."""
-    return _create("parc_mobilenetv2_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(hybrid_stem=True, downsampling="pfd")
+    return _create("parc_mobilenetv2_pfd", pretrained, **dict(model_args, **kwargs))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spd_zoo import weights
 from spd_zoo.blocks import AttentionDownsample, HybridStem, PaddingFreeDownsample, conv_norm_act
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, first_conv, halved, rename_shared
+from spd_zoo.models._pfd import Downsampling, halved, rename_shared
 from spd_zoo.models._registry import register_model
 
 __all__ = ["PFDShuffleNetV2"]  # register_model adds the entry points
@@ -120,46 +120,50 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PFDShuffleNetV2) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     return rename_shared(weights.rename(state_dict, _RENAMES), model)
 
 
-default_cfgs = weights.default_cfgs("pfd_shufflenetv2", first_conv=first_conv, classifier="head.fc")
+default_cfgs = weights.default_cfgs("pfd_shufflenetv2", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PFDShuffleNetV2:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(PFDShuffleNetV2, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> PFDShuffleNetV2:
     """ShuffleNetV2 x1.0 for CIFAR."""
-    return _create("cifar_shufflenetv2", pretrained, small=True, **kwargs)
+    model_args = dict(small=True)
+    return _create("cifar_shufflenetv2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_shufflenetv2_stem(pretrained: bool = False, **kwargs: Any) -> PFDShuffleNetV2:
     """ShuffleNetV2 x1.0 for CIFAR with a hybrid stem."""
-    return _create("cifar_shufflenetv2_stem", pretrained, small=True, hybrid_stem=True, **kwargs)
+    model_args = dict(small=True, hybrid_stem=True)
+    return _create("cifar_shufflenetv2_stem", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_shufflenetv2_down(pretrained: bool = False, **kwargs: Any) -> PFDShuffleNetV2:
     """ShuffleNetV2 x1.0 for CIFAR with padding-free downsampling."""
-    return _create("cifar_shufflenetv2_down", pretrained, small=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, downsampling="pfd")
+    return _create("cifar_shufflenetv2_down", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_shufflenetv2_pfd(pretrained: bool = False, **kwargs: Any) -> PFDShuffleNetV2:
     """ShuffleNetV2 x1.0 for CIFAR with padding-free downsampling and a hybrid stem."""
-    return _create("cifar_shufflenetv2_pfd", pretrained, small=True, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(small=True, hybrid_stem=True, downsampling="pfd")
+    return _create("cifar_shufflenetv2_pfd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def cifar_shufflenetv2_effdown(pretrained: bool = False, **kwargs: Any) -> PFDShuffleNetV2:
     """ShuffleNetV2 x1.0 for CIFAR with EfficientFormerV2's downsampling."""
-    return _create("cifar_shufflenetv2_effdown", pretrained, small=True, downsampling="attention", **kwargs)
+    model_args = dict(small=True, downsampling="attention")
+    return _create("cifar_shufflenetv2_effdown", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -171,4 +175,5 @@ def shufflenetv2(pretrained: bool = False, **kwargs: Any) -> PFDShuffleNetV2:
 @register_model
 def shufflenetv2_pfd(pretrained: bool = False, **kwargs: Any) -> PFDShuffleNetV2:
     """ShuffleNetV2 x1.0 with padding-free downsampling and a hybrid stem."""
-    return _create("shufflenetv2_pfd", pretrained, hybrid_stem=True, downsampling="pfd", **kwargs)
+    model_args = dict(hybrid_stem=True, downsampling="pfd")
+    return _create("shufflenetv2_pfd", pretrained, **dict(model_args, **kwargs))

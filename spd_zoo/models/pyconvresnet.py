@@ -4,9 +4,10 @@ Paper: Pyramidal Convolution: Rethinking Convolutional Neural Networks for Visua
 https://arxiv.org/abs/2006.11538
 Original code: https://github.com/iduta/pyconv (MIT); output strides 8 and 16: https://github.com/iduta/pyconvsegnet
 
-The `_spd` networks are ours: every downsampling is a space-to-depth and a convolution of stride 1, built so that the
-strided network's weights give the same function (`spd_zoo.spd.spd_weight`). Where the authors pool the shortcut with
-a stride, these pool without one and mix the four phases (`PhaseMix`), which starts as the phase that the stride keeps.
+The `_spd` networks are ours: every downsampling is space-to-depth and a convolution of stride 1, and with the converted
+weights of the strided network (`spd_zoo.spd.spd_weight`) they compute the same. Where the authors pool the shortcut
+with a stride, these pool with stride 1 and mix the four phases of each 2x2 cell (`PhaseMix`). The mix starts as the
+phase that the stride keeps.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from spd_zoo.spd import PhaseMix, SPDConv2d, adapt_image_channels
 
 __all__ = ["PyConvResNet"]  # register_model adds the entry points
 
-# The pyramids of stages 1 to 4: kernel sizes, shares of the output channels, groups (paper, tables 1 and 2).
+# Pyramids of stages 1 to 4: kernel sizes, shares of the output channels, groups (paper, tables 1 and 2).
 KERNEL_SIZES = ((3, 5, 7, 9), (3, 5, 7), (3, 5), (3,))
 SHARES = ((1 / 4, 1 / 4, 1 / 4, 1 / 4), (1 / 4, 1 / 4, 1 / 2), (1 / 2, 1 / 2), (1,))
 GROUPS = ((1, 4, 8, 16), (1, 4, 8), (1, 4), (1,))
@@ -39,24 +40,24 @@ DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 
 def pyramid(stage: int, hg: bool, in_chs: int, width: int, **conv: Any) -> nn.Module:
-    """The pyramid of a stage; in stage 4, whose pyramid has one level, that level alone (as the authors name it)."""
+    """The pyramid of a stage; in stage 4, which has one level, that level itself, as in the authors' code."""
     out_chs = [int(width * share) for share in SHARES[stage]]
     levels = PyConv2d(in_chs, out_chs, KERNEL_SIZES[stage], (GROUPS_HG if hg else GROUPS)[stage], **conv)
     return levels if len(levels) > 1 else next(iter(levels.values()))
 
 
 def shortcut(in_chs: int, out_chs: int, stride: int, spd: bool, dd: dict[str, Any]) -> nn.Sequential:
-    """Max-pool (with `spd`: and phase mix), 1x1 convolution, BatchNorm; the first part alone where channels stay."""
+    """Max-pooling (with `spd`, followed by a phase mix), and unless channels stay a 1x1 convolution and BatchNorm."""
     pool: nn.Module = nn.MaxPool2d(3, stride, padding=1)
     if spd and stride == 2:
-        pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), PhaseMix(in_chs, **dd))  # pool first, then pad an odd size
+        pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), PhaseMix(in_chs, **dd))  # pads odd sizes after pooling
     if in_chs == out_chs:
         return nn.Sequential(pool)
     return nn.Sequential(pool, nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd))
 
 
 class BasicBlock(nn.Module):
-    """A pyramid, then a 1x1 convolution or (`second_pyramid`) another one, plus a shortcut."""
+    """A pyramid, then a 1x1 convolution or with `second_pyramid` another pyramid, plus a shortcut."""
 
     def __init__(
         self,
@@ -120,19 +121,26 @@ class Bottleneck(nn.Module):
 
 
 class PyConvResNet(Classifier):
-    """A 7x7 stem of stride 2 and four stages, each of which starts with stride 2; no max-pool in the stem.
+    """A 7x7 stem of stride 2 without max-pooling, and four stages that start with stride 2.
 
     Args:
         block: `Bottleneck` or `BasicBlock`.
-        depths: Blocks of each stage.
-        hg: The "HG" network: twice the width, more groups.
-        spd: Space-to-depth in place of every stride and strided pool.
-        zero_init_residual: Start the last BatchNorm of every bottleneck at zero.
-        weight_init: "skip" leaves torch's own initialisation, for weights that are loaded next (as in timm's ViT).
-        output_stride: 32, 16 or 8; below 32 the last stages keep their size and dilate instead.
+        depths: Number of blocks per stage.
+        hg: Whether it is the "HG" network, with twice the width and more groups.
+        spd: Whether space-to-depth replaces every stride and strided pooling.
+        num_classes: Number of classes.
+        in_chans: Image channels.
+        global_pool: timm's pooling type.
+        output_stride: 32, 16 or 8; below 32 the last stages have dilation instead of strides.
+        zero_init_residual: Whether the last BatchNorm of every bottleneck starts at zero.
+        weight_init: "skip" keeps torch's initialisation, for weights that are loaded next (as in timm's ViT).
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Drop-path rate of the last block.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If `output_stride` is none of 8, 16, 32.
+        ValueError: If `output_stride` is not 8, 16 or 32.
     """
 
     def __init__(
@@ -183,7 +191,7 @@ class PyConvResNet(Classifier):
 
     @torch.no_grad()
     def init_weights(self, zero_init_residual: bool = False) -> None:
-        """The authors' initialisation; what stands for a strided convolution starts as that convolution would."""
+        """Initialises as the authors do; an SPD convolution starts as the strided convolution that it replaces."""
         for module in self.modules():
             if isinstance(module, SPDConv2d):
                 strided = module.new_strided_weight()
@@ -204,7 +212,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyConvResNet) -> dict[str, Tensor]:
-    """The authors' keys as ours, and for `_spd` networks strided kernels as SPD kernels; ours stay as they are."""
+    """Renames the authors' keys, and converts strided kernels for networks with space-to-depth; our own keys stay."""
     state_dict = weights.rename(state_dict, _RENAMES)
     spd_convs = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, SPDConv2d)}
     if all(conv.is_strided_weight(state_dict.get(key)) for key, conv in spd_convs.items()):
@@ -219,114 +227,123 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyConvResNet) -> 
     return state_dict
 
 
-default_cfgs = weights.default_cfgs("pyconvresnet", first_conv="stem.0", classifier="head.fc")
+default_cfgs = weights.default_cfgs("pyconvresnet", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PyConvResNet:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
     kwargs.setdefault("weight_init", "skip" if pretrained else "")
     return weights.build(PyConvResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def pyconvresnet18(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvResNet-18 as the authors' constructor builds it: blocks of a pyramid and a 1x1 convolution."""
-    return _create("pyconvresnet18", pretrained, block=BasicBlock, depths=(2, 2, 2, 2), **kwargs)
+    """PyConvResNet-18 as the authors' constructor builds it: blocks with a pyramid and a 1x1 convolution."""
+    model_args = dict(block=BasicBlock, depths=(2, 2, 2, 2))
+    return _create("pyconvresnet18", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet34(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvResNet-34 as the authors' constructor builds it: blocks of a pyramid and a 1x1 convolution."""
-    return _create("pyconvresnet34", pretrained, block=BasicBlock, depths=(3, 4, 6, 3), **kwargs)
+    """PyConvResNet-34 as the authors' constructor builds it: blocks with a pyramid and a 1x1 convolution."""
+    model_args = dict(block=BasicBlock, depths=(3, 4, 6, 3))
+    return _create("pyconvresnet34", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet18_basicblock1(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvResNet-18 with blocks of two pyramids, which stands commented out in the authors' code."""
+    """PyConvResNet-18 with blocks of two pyramids, which are commented out in the authors' code."""
     block = partial(BasicBlock, second_pyramid=True)
-    return _create("pyconvresnet18_basicblock1", pretrained, block=block, depths=(2, 2, 2, 2), **kwargs)
+    model_args = dict(block=block, depths=(2, 2, 2, 2))
+    return _create("pyconvresnet18_basicblock1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet34_basicblock1(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvResNet-34 with blocks of two pyramids, which stands commented out in the authors' code."""
+    """PyConvResNet-34 with blocks of two pyramids, which are commented out in the authors' code."""
     block = partial(BasicBlock, second_pyramid=True)
-    return _create("pyconvresnet34_basicblock1", pretrained, block=block, depths=(3, 4, 6, 3), **kwargs)
+    model_args = dict(block=block, depths=(3, 4, 6, 3))
+    return _create("pyconvresnet34_basicblock1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet50(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-50 of the paper."""
-    return _create("pyconvresnet50", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 6, 3))
+    return _create("pyconvresnet50", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet101(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-101 of the paper."""
-    return _create("pyconvresnet101", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 23, 3))
+    return _create("pyconvresnet101", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet152(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvResNet-152 of the paper."""
-    return _create("pyconvresnet152", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 8, 36, 3))
+    return _create("pyconvresnet152", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet50(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-50 of the paper."""
-    return _create("pyconvhgresnet50", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), hg=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 6, 3), hg=True)
+    return _create("pyconvhgresnet50", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet101(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-101 of the paper."""
-    return _create("pyconvhgresnet101", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), hg=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 4, 23, 3), hg=True)
+    return _create("pyconvhgresnet101", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet152(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
     """PyConvHGResNet-152 of the paper."""
-    return _create("pyconvhgresnet152", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), hg=True, **kwargs)
+    model_args = dict(block=Bottleneck, depths=(3, 8, 36, 3), hg=True)
+    return _create("pyconvhgresnet152", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet50_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvResNet-50 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvresnet50_spd", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), spd=True, **kwargs)
+    """PyConvResNet-50 with space-to-depth instead of every stride and strided pooling."""
+    model_args = dict(block=Bottleneck, depths=(3, 4, 6, 3), spd=True)
+    return _create("pyconvresnet50_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet101_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvResNet-101 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvresnet101_spd", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), spd=True, **kwargs)
+    """PyConvResNet-101 with space-to-depth instead of every stride and strided pooling."""
+    model_args = dict(block=Bottleneck, depths=(3, 4, 23, 3), spd=True)
+    return _create("pyconvresnet101_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvresnet152_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvResNet-152 with space-to-depth in place of every stride and strided pool."""
-    return _create("pyconvresnet152_spd", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), spd=True, **kwargs)
+    """PyConvResNet-152 with space-to-depth instead of every stride and strided pooling."""
+    model_args = dict(block=Bottleneck, depths=(3, 8, 36, 3), spd=True)
+    return _create("pyconvresnet152_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet50_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvHGResNet-50 with space-to-depth in place of every stride and strided pool."""
-    return _create(
-        "pyconvhgresnet50_spd", pretrained, block=Bottleneck, depths=(3, 4, 6, 3), hg=True, spd=True, **kwargs
-    )
+    """PyConvHGResNet-50 with space-to-depth instead of every stride and strided pooling."""
+    model_args = dict(block=Bottleneck, depths=(3, 4, 6, 3), hg=True, spd=True)
+    return _create("pyconvhgresnet50_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet101_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvHGResNet-101 with space-to-depth in place of every stride and strided pool."""
-    return _create(
-        "pyconvhgresnet101_spd", pretrained, block=Bottleneck, depths=(3, 4, 23, 3), hg=True, spd=True, **kwargs
-    )
+    """PyConvHGResNet-101 with space-to-depth instead of every stride and strided pooling."""
+    model_args = dict(block=Bottleneck, depths=(3, 4, 23, 3), hg=True, spd=True)
+    return _create("pyconvhgresnet101_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def pyconvhgresnet152_spd(pretrained: bool = False, **kwargs: Any) -> PyConvResNet:
-    """PyConvHGResNet-152 with space-to-depth in place of every stride and strided pool."""
-    return _create(
-        "pyconvhgresnet152_spd", pretrained, block=Bottleneck, depths=(3, 8, 36, 3), hg=True, spd=True, **kwargs
-    )
+    """PyConvHGResNet-152 with space-to-depth instead of every stride and strided pooling."""
+    model_args = dict(block=Bottleneck, depths=(3, 8, 36, 3), hg=True, spd=True)
+    return _create("pyconvhgresnet152_spd", pretrained, **dict(model_args, **kwargs))

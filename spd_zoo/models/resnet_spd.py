@@ -1,12 +1,12 @@
-"""SPD-ResNet: every strided 3x3 convolution is a plain one followed by space-to-depth.
+"""SPD-ResNet: ResNet whose strided 3x3 convolutions have stride 1 and are followed by space-to-depth.
 
 Paper: No More Strided Convolutions or Pooling: A New CNN Building Block for Low-Resolution Images and Small Objects,
 https://arxiv.org/abs/2208.03641
-Original code: https://github.com/LabSAINT/SPD-Conv (MIT). As there, and unlike the paper's text, space-to-depth stands
-behind the 3x3 convolution of a block, the stem's convolution is 1x1, and shortcuts keep their strided 1x1.
+Original code: https://github.com/LabSAINT/SPD-Conv (MIT). As there, and unlike the paper's text, space-to-depth follows
+the 3x3 convolution of a block, the stem's convolution is 1x1, and shortcuts keep their strided 1x1 convolution.
 
-Deliberate differences: any image size works (an odd size gets a row or column of zeros in front of space-to-depth; the
-original fails), and a name says what is inside (the authors' `resnet18_spd` command builds `resnet50_spd`).
+Deliberate differences: any image size works (odd sizes are padded with a row or column of zeros before space-to-depth;
+the original fails), and names match the architecture (the authors' `resnet18_spd` command builds `resnet50_spd`).
 """
 
 from collections.abc import Sequence
@@ -71,9 +71,16 @@ class SPDResNet(Classifier):
     """A space-to-depth stem and four stages of `depths` blocks, at strides 2, 4, 8 and 16.
 
     Args:
-        depths: Blocks of each stage.
-        bottleneck: Bottleneck blocks with four times the width as output; else basic blocks.
+        depths: Number of blocks per stage.
+        bottleneck: Whether blocks are bottlenecks, whose output has four times the width; else basic blocks.
+        num_classes: Number of classes.
+        in_chans: Image channels.
+        global_pool: timm's pooling type.
         output_stride: Only 16: the network has no dilated form.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Drop-path rate of the last block.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
 
     Raises:
         ValueError: If `output_stride` is not 16.
@@ -125,7 +132,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay. Image channels are adapted phase by phase."""
+    """Renames the authors' keys and adapts the image channels phase by phase; our own keys stay."""
     state_dict = weights.rename(state_dict, _RENAMES)
     if "stem.1.weight" in state_dict:
         stem = state_dict["stem.1.weight"]
@@ -133,39 +140,43 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dic
     return state_dict
 
 
-default_cfgs = weights.default_cfgs("resnet_spd", first_conv="stem.1", classifier="head.fc")
+default_cfgs = weights.default_cfgs("resnet_spd", classifier="head.fc")
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SPDResNet:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3), "flatten_sequential": True})
     return weights.build(SPDResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def resnet18_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
-    """SPD-ResNet-18 of the paper's name: basic blocks. (The authors' `resnet18_spd` command builds `resnet50_spd`.)"""
-    return _create("resnet18_spd", pretrained, depths=(2, 2, 2, 2), bottleneck=False, **kwargs)
+    """SPD-ResNet-18: basic blocks. (The authors' command of this name builds `resnet50_spd`.)"""
+    model_args = dict(depths=(2, 2, 2, 2), bottleneck=False)
+    return _create("resnet18_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet34_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-34: basic blocks."""
-    return _create("resnet34_spd", pretrained, depths=(3, 4, 6, 3), bottleneck=False, **kwargs)
+    model_args = dict(depths=(3, 4, 6, 3), bottleneck=False)
+    return _create("resnet34_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet50_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-50 of the paper: bottlenecks."""
-    return _create("resnet50_spd", pretrained, depths=(3, 4, 6, 3), bottleneck=True, **kwargs)
+    model_args = dict(depths=(3, 4, 6, 3), bottleneck=True)
+    return _create("resnet50_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet101_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-101: bottlenecks."""
-    return _create("resnet101_spd", pretrained, depths=(3, 4, 23, 3), bottleneck=True, **kwargs)
+    model_args = dict(depths=(3, 4, 23, 3), bottleneck=True)
+    return _create("resnet101_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet152_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
     """SPD-ResNet-152: bottlenecks."""
-    return _create("resnet152_spd", pretrained, depths=(3, 8, 36, 3), bottleneck=True, **kwargs)
+    model_args = dict(depths=(3, 8, 36, 3), bottleneck=True)
+    return _create("resnet152_spd", pretrained, **dict(model_args, **kwargs))

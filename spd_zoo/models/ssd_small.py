@@ -1,12 +1,13 @@
-"""SSD for small objects: one early stride removed, and a subsampled second path for the large objects.
+"""SSD for small objects: one early stride removed, and a second path at half resolution for large objects.
 
 Paper: Mudassar and Mukhopadhyay, Rethinking Convolutional Feature Extraction for Small Object Detection, BMVC 2019.
 Original code: https://github.com/burhanmudassar/small_object_detection (MIT). "S1L0" removes the stride of the stem's
 convolution, "S1L2" the first pooling; in a "dual path" network every later layer of the backbone runs twice with the
 same weights, at full and at half resolution, and only the first two heads see the full one.
 
-As the authors' weights expect, images are BGR, 0..255, less a mean and not divided by a deviation. Deliberate
-differences: the background is no class of `num_classes`, and images too small for a network are refused by name.
+As the authors' weights expect, images are BGR with values 0 to 255, minus a mean and not divided by a standard
+deviation. Deliberate differences: `num_classes` does not count the background, and images that are too small raise an
+error.
 """
 
 import itertools
@@ -29,13 +30,19 @@ __all__ = ["SSD"]  # register_model adds the entry points
 
 Layers = list[nn.Sequential]  # the stem, then the stages
 HEAD_CHS = {"vgg16": (512, 1024, 512, 256, 256, 256), "mobilenetv1": (512, 1024, 512, 256, 256, 128)}
-EXTRA_KINDS = {"S": (2, 1), "P": (2, 0), "V": (1, 0)}  # stride and padding of an extra stage's 3x3 convolution
+EXTRA_CONVS = {"S": (2, 1), "P": (2, 0), "V": (1, 0)}  # stride and padding of an extra stage's 3x3 convolution
 
 
 def vgg16(in_chans: int, removed: bool, dd: dict[str, Any]) -> tuple[Layers, list[int], list[int]]:
-    """VGG16's stem (with the pooling that may be `removed`) and stages, their channels and their reductions.
+    """VGG16's stem and stages, the stages' output channels and their total strides.
 
-    A stage begins with the pooling in front of it and ends where a head reads; the order is the authors'.
+    A stage starts with a pooling; the last two end at the maps of the first two heads. The order of layers is the
+    authors'.
+
+    Args:
+        in_chans: Image channels.
+        removed: Whether the first pooling is removed.
+        dd: `device` and `dtype` of the parameters.
     """
     first = nn.MaxPool2d(1 if removed else 2)
     pools: list[list[nn.Module]] = [[], [nn.MaxPool2d(2)], [nn.MaxPool2d(2, ceil_mode=True)], [nn.MaxPool2d(2)]]
@@ -58,7 +65,7 @@ def vgg16(in_chans: int, removed: bool, dd: dict[str, Any]) -> tuple[Layers, lis
 
 
 def convs3x3(in_chs: int, widths: Sequence[int], dd: dict[str, Any]) -> list[nn.Module]:
-    """3x3 convolutions, each with a ReLU behind it."""
+    """3x3 convolutions, each followed by a ReLU."""
     layers: list[nn.Module] = []
     for width in widths:
         layers += [nn.Conv2d(in_chs, width, 3, padding=1, **dd), nn.ReLU(inplace=True)]
@@ -67,7 +74,13 @@ def convs3x3(in_chs: int, widths: Sequence[int], dd: dict[str, Any]) -> list[nn.
 
 
 def mobilenetv1(in_chans: int, removed: bool, dd: dict[str, Any]) -> tuple[Layers, list[int], list[int]]:
-    """MobileNetV1's stem (whose stride may be `removed`) and stages, their channels and their reductions."""
+    """MobileNetV1's stem and stages, the stages' output channels and their total strides.
+
+    Args:
+        in_chans: Image channels.
+        removed: Whether the stride of the stem is removed.
+        dd: `device` and `dtype` of the parameters.
+    """
     stem = nn.Conv2d(in_chans, 32, 3, 1 if removed else 2, 1, bias=False, **dd)
     layers, chs = [nn.Sequential(stem, nn.BatchNorm2d(32, **dd), nn.ReLU(inplace=True))], 32
     for width, depth in ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2)):
@@ -91,20 +104,20 @@ def separable(in_chs: int, out_chs: int, stride: int, dd: dict[str, Any]) -> nn.
     )
 
 
-def vgg16_extra(in_chs: int, out_chs: int, kind: str, dd: dict[str, Any]) -> nn.Sequential:
-    """A 1x1 convolution to half the channels and a 3x3 one of the kind, each with a ReLU."""
+def vgg16_extra(in_chs: int, out_chs: int, extra: str, dd: dict[str, Any]) -> nn.Sequential:
+    """A 1x1 convolution to half the channels and a 3x3 convolution as in `EXTRA_CONVS`, each with a ReLU."""
     narrow = nn.Conv2d(in_chs, out_chs // 2, 1, **dd)
-    down = nn.Conv2d(out_chs // 2, out_chs, 3, *EXTRA_KINDS[kind], **dd)
+    down = nn.Conv2d(out_chs // 2, out_chs, 3, *EXTRA_CONVS[extra], **dd)
     return nn.Sequential(narrow, nn.ReLU(inplace=True), down, nn.ReLU(inplace=True))
 
 
-def mobilenetv1_extra(in_chs: int, out_chs: int, kind: str, dd: dict[str, Any]) -> nn.Sequential:
-    """A 1x1, a depthwise 3x3 of the kind and a 1x1 convolution, each with BatchNorm, ReLU6 twice, and a ReLU."""
+def mobilenetv1_extra(in_chs: int, out_chs: int, extra: str, dd: dict[str, Any]) -> nn.Sequential:
+    """1x1, depthwise 3x3 as in `EXTRA_CONVS`, and 1x1 convolution, each with BatchNorm; ReLU6 twice, then ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd),
         nn.BatchNorm2d(out_chs, **dd),
         nn.ReLU6(inplace=True),
-        nn.Conv2d(out_chs, out_chs, 3, *EXTRA_KINDS[kind], groups=out_chs, bias=False, **dd),
+        nn.Conv2d(out_chs, out_chs, 3, *EXTRA_CONVS[extra], groups=out_chs, bias=False, **dd),
         nn.BatchNorm2d(out_chs, **dd),
         nn.ReLU6(inplace=True),
         nn.Conv2d(out_chs, out_chs, 1, bias=False, **dd),
@@ -114,7 +127,10 @@ def mobilenetv1_extra(in_chs: int, out_chs: int, kind: str, dd: dict[str, Any]) 
 
 
 class L2Norm(nn.Module):
-    """Every pixel's channels divided by their Euclidean length, times a learnt scale for each channel."""
+    """Divides the channels of every pixel by their Euclidean norm and scales them by a learnt factor per channel.
+
+    Computed in float32 at least: in float16 the norm of large maps overflows.
+    """
 
     def __init__(self, chs: int, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -122,7 +138,11 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> the same shape."""
-        return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) * self.weight[:, None, None]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        # Not norm + 1e-10, as the authors have it: that is zero in float16, and torch's ONNX exporter drops it.
+        wide = wide / torch.where(norm > 0, norm, 1.0)
+        return wide.to(x.dtype) * self.weight[:, None, None]
 
 
 class SSD(DetectionNet):
@@ -130,13 +150,13 @@ class SSD(DetectionNet):
 
     Args:
         backbone: "vgg16" or "mobilenetv1".
-        extras: Kinds of the four stages behind the backbone.
-        steps: Image pixels between the cells of each head's map.
-        sizes: Side of each map's square prior in pixels, and one more.
+        extras: The four stages after the backbone, as keys of `EXTRA_CONVS`.
+        steps: Distance of the cells of each head's map, in image pixels.
+        sizes: Side of each map's square prior box in pixels, and one more for the last map's larger box.
         boxes: Prior boxes per cell of each map: 4 or 6.
-        removed: The first stride of the backbone is removed.
-        dual: A second, subsampled path for all heads but the first two.
-        num_classes: Classes of objects.
+        removed: Whether the first stride of the backbone is removed.
+        dual: Whether all heads but the first two read a second path at half resolution.
+        num_classes: Number of classes, without the background.
         in_chans: Image channels.
     """
 
@@ -173,7 +193,7 @@ class SSD(DetectionNet):
         head_chs = HEAD_CHS[backbone]
         self.norm = L2Norm(head_chs[0], dd)
         self.extras = nn.ModuleList(
-            make_extra(c, out, kind, dd) for c, out, kind in zip(head_chs[1:5], head_chs[2:], extras, strict=True)
+            make_extra(c, out, extra, dd) for c, out, extra in zip(head_chs[1:5], head_chs[2:], extras, strict=True)
         )
         self.loc = nn.ModuleList(nn.Conv2d(c, 4 * b, 3, padding=1, **dd) for c, b in zip(head_chs, boxes, strict=True))
         self.conf = self._new_classifier(num_classes, dd)
@@ -184,11 +204,11 @@ class SSD(DetectionNet):
         return nn.ModuleList(nn.Conv2d(c, b * (1 + num_classes), 3, padding=1, **dd) for c, b in heads)
 
     def get_classifier(self) -> nn.ModuleList:
-        """The convolutions that give class logits, one for each map."""
+        """The convolutions that output class logits, one per map."""
         return self.conf
 
     def reset_classifier(self, num_classes: int) -> None:
-        """New, untrained convolutions for the logits of `num_classes` classes of objects and of the background.
+        """Replaces the convolutions for class logits by new, untrained ones.
 
         Raises:
             ValueError: If there is not at least one class.
@@ -197,11 +217,11 @@ class SSD(DetectionNet):
         self.num_classes = num_classes
 
     def num_classes_of(self, outputs: int) -> int:
-        """How many classes of objects a network of this kind has whose first classifier has so many outputs."""
+        """The number of classes of a network whose first class layer has `outputs` output channels."""
         return max(outputs // self.boxes[0] - 1, 1)
 
     def map_sizes(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Height and width of the heads' maps for images of a height and width.
+        """Height and width of the heads' maps for images of height and width `image_size`.
 
         Raises:
             ImageSizeError: If the images are too small.
@@ -215,21 +235,21 @@ class SSD(DetectionNet):
         return sizes
 
     def _map_sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        size = coarse = size_behind(self.stem, size)
+        size = coarse = output_size(self.stem, size)
         if self.dual:
             coarse = (-(-size[0] // 2), -(-size[1] // 2))
         sizes = []
         for i, stage in enumerate(self.stages):
-            size, coarse = size_behind(stage, size), size_behind(stage, coarse)
+            size, coarse = output_size(stage, size), output_size(stage, coarse)
             if i >= len(self.stages) - 2:
                 sizes.append(size)
         for extra in self.extras:
-            coarse = size_behind(extra, coarse)
+            coarse = output_size(extra, coarse)
             sizes.append(coarse)
         return sizes
 
     def priors(self, image_size: tuple[int, int]) -> Tensor:
-        """The prior boxes for images of a height and width, (P, 4): centre and size in fractions, 0..1.
+        """The prior boxes for images of height and width `image_size`, (P, 4): centre and size, as shares of the image.
 
         Raises:
             ImageSizeError: If the images are too small.
@@ -238,7 +258,7 @@ class SSD(DetectionNet):
         return priors.to(self.norm.weight.device)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """(N, in_chans, H, W) -> the six maps that the heads read, from fine to coarse.
+        """(N, in_chans, H, W) -> the input maps of the six heads, from fine to coarse.
 
         Raises:
             ImageSizeError: If the images are too small.
@@ -276,10 +296,10 @@ class SSD(DetectionNet):
     def decode(self, raw: tuple[Tensor, Tensor], image_size: tuple[int, int] | None = None) -> Tensor:
         """Raw predictions -> (N, P, 4 + classes): centre and size in input pixels, class probabilities.
 
-        Boxes are not clipped to the image; the background is among the classes of the softmax, and then left out.
+        Boxes are not clipped to the image. The softmax includes the background, which is then left out.
 
         Raises:
-            ValueError: If `image_size` is not given, or not that of the images.
+            ValueError: If `image_size` is None, or not the size of the images.
         """
         loc, logits = raw
         priors, (height, width) = self._priors_of(loc, image_size)
@@ -287,7 +307,7 @@ class SSD(DetectionNet):
         return torch.cat([boxes, logits.float().softmax(-1)[..., 1:]], -1)
 
     def overlap_boxes(self, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Boxes (P, 4) in input pixels -> in an image of 300x300, whatever `image_size` is, and a pixel larger."""
+        """Boxes (P, 4) in input pixels -> boxes in a 300x300 image, one pixel larger, as the authors compare them."""
         sides = torch.tensor([image_size[1], image_size[0]] * 2, device=boxes.device)
         return 300 * boxes / sides + torch.tensor([0, 0, 1, 1], device=boxes.device)
 
@@ -299,8 +319,8 @@ class SSD(DetectionNet):
         return ssd_loss(*raw, targets, priors, image_size)
 
 
-def size_behind(layers: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the map that convolutions and poolings, one after the other, make of one of `size`."""
+def output_size(layers: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the output of successive convolutions and poolings for an input of `size`."""
     for layer in layers.modules():
         if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
             kernel, stride, padding, dilation = (
@@ -313,7 +333,7 @@ def size_behind(layers: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSD) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay."""
+    """Renames the authors' keys to ours; our own keys stay."""
     stem = [f"stem.{j}" for j in range(len(model.stem))] if model.backbone == "vgg16" else ["stem"]
     places = [*stem, *(f"stages.{i}.{j}" for i, stage in enumerate(model.stages) for j, _ in stage.named_children())]
     base = {f"base.{i}": place for i, place in enumerate(places)}
@@ -327,16 +347,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSD) -> dict[str,
 
 
 def _pair(number: int) -> str:
-    """The authors' number of an entry, of which a stage has two, as ours: stage and place in it."""
+    """The authors' index of a layer, with two layers per stage, as our index: stage and place in it."""
     return f"{number // 2}.{number % 2 * 2}"
 
 
-default_cfgs = weights.default_cfgs("ssd_small", first_conv="stem.0", classifier=tuple(f"conf.{i}" for i in range(6)))
+default_cfgs = weights.default_cfgs("ssd_small", classifier=tuple(f"conf.{i}" for i in range(6)))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SSD:
-    stages = 4 if kwargs["backbone"] == "vgg16" else 5
-    kwargs.setdefault("feature_cfg", {"out_indices": tuple(range(stages)), "flatten_sequential": True})
     return weights.build(SSD, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
@@ -344,47 +362,47 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SSD:
 def ssd_vgg16(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16, the baseline."""
     steps, sizes, boxes = (8, 16, 32, 64, 100, 300), (30, 60, 111, 162, 213, 264, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSVV", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16", pretrained, backbone="vgg16", **layout, **kwargs)
+    model_args = dict(backbone="vgg16", extras="SSVV", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_vgg16_s1l2(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16 without its first pooling."""
     steps, sizes, boxes = (4, 8, 16, 32, 64, 100), (15, 30, 60, 111, 162, 213, 264), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16_s1l2", pretrained, backbone="vgg16", removed=True, **layout, **kwargs)
+    model_args = dict(backbone="vgg16", removed=True, extras="SSSS", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16_s1l2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_vgg16_s1l2_dualpath(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with VGG16 without its first pooling, dual path."""
     steps, sizes, boxes = (4, 8, 32, 64, 100, 300), (15, 30, 111, 162, 213, 264, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSVV", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_vgg16_s1l2_dualpath", pretrained, backbone="vgg16", removed=True, dual=True, **layout, **kwargs)
+    model_args = dict(backbone="vgg16", removed=True, dual=True, extras="SSVV", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_vgg16_s1l2_dualpath", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1, the baseline."""
     steps, sizes, boxes = (16, 32, 64, 100, 150, 300), (45, 90, 135, 180, 225, 270, 315), (6, 6, 6, 6, 4, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_mobilenetv1", pretrained, backbone="mobilenetv1", **layout, **kwargs)
+    model_args = dict(backbone="mobilenetv1", extras="SSSS", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_mobilenetv1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1_s1l0(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1 without the stem's stride."""
     steps, sizes, boxes = (8, 16, 32, 64, 100, 300), (10, 45, 90, 135, 180, 225, 270), (6, 6, 6, 6, 6, 4)
-    layout = {"extras": "SSSP", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create("ssd_mobilenetv1_s1l0", pretrained, backbone="mobilenetv1", removed=True, **layout, **kwargs)
+    model_args = dict(backbone="mobilenetv1", removed=True, extras="SSSP", steps=steps, sizes=sizes, boxes=boxes)
+    return _create("ssd_mobilenetv1_s1l0", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ssd_mobilenetv1_s1l0_dualpath(pretrained: bool = False, **kwargs: Any) -> SSD:
     """SSD with MobileNetV1 without the stem's stride, dual path."""
     steps, sizes, boxes = (8, 16, 64, 100, 150, 300), (10, 45, 135, 180, 225, 270, 315), (6, 6, 6, 6, 6, 4)
-    layout = {"extras": "SSSS", "steps": steps, "sizes": sizes, "boxes": boxes}
-    return _create(
-        "ssd_mobilenetv1_s1l0_dualpath", pretrained, backbone="mobilenetv1", removed=True, dual=True, **layout, **kwargs
+    model_args = dict(
+        backbone="mobilenetv1", removed=True, dual=True, extras="SSSS", steps=steps, sizes=sizes, boxes=boxes
     )
+    return _create("ssd_mobilenetv1_s1l0_dualpath", pretrained, **dict(model_args, **kwargs))

@@ -1,11 +1,11 @@
-"""YOLOv5-SPD: YOLOv5 in which space-to-depth takes the place of every stride.
+"""YOLOv5-SPD: YOLOv5 with space-to-depth instead of strides.
 
 Paper: No More Strided Convolutions or Pooling: A New CNN Building Block for Low-Resolution Images and Small Objects,
 https://arxiv.org/abs/2208.03641
-Original code: https://github.com/LabSAINT/SPD-Conv, folder YOLOv5-SPD (GPL-3.0, as YOLOv5 v6.0 that it is made of).
+Original code: https://github.com/LabSAINT/SPD-Conv, folder YOLOv5-SPD (GPL-3.0, based on YOLOv5 v6.0).
 Written from a specification in words and from recorded outputs; nothing is taken from that code. As there, and unlike
-the paper's text, space-to-depth stands behind the 3x3 convolution, which so runs at full resolution; only in the stem
-it stands in front.
+the paper's text, space-to-depth follows the 3x3 convolution, which therefore runs at full resolution; only in the stem
+it comes first.
 """
 
 import math
@@ -25,7 +25,7 @@ from spd_zoo.spd import SpaceToDepth, adapt_image_channels
 
 __all__ = ["YOLOv5SPD"]  # register_model adds the entry points
 
-ANCHORS = (  # width and height in pixels, three for each level
+ANCHORS = (  # width and height in pixels, three per level
     ((10, 13), (16, 30), (33, 23)),
     ((30, 61), (62, 45), (59, 119)),
     ((116, 90), (156, 198), (373, 326)),
@@ -38,13 +38,13 @@ def downsample(in_chs: int, out_chs: int, **dd: Any) -> nn.Sequential:
 
 
 class C3(nn.Module):
-    """Bottlenecks behind a 1x1 convolution, another 1x1 convolution beside them, and one over both.
+    """Two parallel branches, a 1x1 convolution with bottlenecks and a 1x1 convolution alone, and a 1x1 convolution.
 
     Args:
         in_chs: Input channels.
         out_chs: Output channels.
-        depth: Bottlenecks.
-        add: Whether they have shortcuts.
+        depth: Number of bottlenecks.
+        add: Whether the bottlenecks have shortcuts.
     """
 
     def __init__(self, in_chs: int, out_chs: int, depth: int, add: bool, **dd: Any) -> None:
@@ -61,7 +61,7 @@ class C3(nn.Module):
 
 
 class Neck(nn.Module):
-    """From the coarsest map up to the finest and down again, each step joined with the map of the same size."""
+    """Path aggregation: from the coarsest map to the finest and back; each step adds the channels of an earlier map."""
 
     def __init__(self, chs: Sequence[int], depth: int, **dd: Any) -> None:
         super().__init__()
@@ -87,12 +87,12 @@ class Neck(nn.Module):
 
 
 class Head(YoloHead):
-    """A 1x1 convolution for each map; its outputs are box, objectness and classes, three times.
+    """A 1x1 convolution per map, which outputs box, objectness and class logits for three anchors.
 
     Args:
         chs: Channels of the maps.
-        strides: Pixels per cell of the maps.
-        num_classes: Classes of objects.
+        strides: Strides of the maps in pixels.
+        num_classes: Number of classes.
     """
 
     def __init__(self, chs: Sequence[int], strides: Sequence[int], num_classes: int, **dd: Any) -> None:
@@ -104,7 +104,7 @@ class Head(YoloHead):
         ]
         self.anchors: Tensor  # width and height in cells, (levels, 3, 2)
         self.register_buffer("anchors", torch.tensor(cells, **dd))
-        self.m: Any = nn.ModuleList()  # Any because a ModuleList does not say of what
+        self.m: Any = nn.ModuleList()  # typed Any, for the attributes of its elements
         self.reset_classes(num_classes, **dd)
 
     def classifiers(self) -> nn.ModuleList:
@@ -112,7 +112,7 @@ class Head(YoloHead):
         return self.m
 
     def reset_classes(self, num_classes: int, **dd: Any) -> None:
-        """New convolutions; raises ValueError without any class."""
+        """Replaces the convolutions; raises ValueError if there is not at least one class."""
         check_num_classes(num_classes)
         self.m = nn.ModuleList(nn.Conv2d(c, 3 * (5 + num_classes), 1, **dd) for c in self.chs)
         with torch.no_grad():
@@ -132,8 +132,8 @@ class YOLOv5SPD(YoloNet):
 
     Args:
         chs: Channels of the stem and of the stages.
-        repeats: Bottlenecks in the C3 of the first and last stage and of the neck, of the second and of the third.
-        num_classes: Classes of objects.
+        repeats: Bottlenecks per C3 in the first and last stage and the neck, in the second, and in the third stage.
+        num_classes: Number of classes.
         in_chans: Image channels.
     """
 
@@ -150,26 +150,26 @@ class YOLOv5SPD(YoloNet):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        few, more, many = repeats
+        outer, second, third = repeats
         stem = nn.Sequential(SpaceToDepth("rows_first"), yolo_conv(4 * in_chans, chs[0], 3, **dd))
         stages = nn.Sequential()
-        for in_chs, out_chs, depth in zip(chs, chs[1:], (few, more, many, few), strict=False):
+        for in_chs, out_chs, depth in zip(chs, chs[1:], (outer, second, third, outer), strict=False):
             down, mix = downsample(in_chs, out_chs, **dd), C3(4 * out_chs, out_chs, depth, add=True, **dd)
             stages.append(stage := nn.Sequential(*down, mix))
         stage.append(SPPF(chs[4], **dd))
-        neck = Neck(chs[2:], few, **dd)
+        neck = Neck(chs[2:], outer, **dd)
         head = Head(chs[2:], self.strides, num_classes, **dd)
         super().__init__(stem, stages, neck, head, chs, num_classes, in_chans)
         self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
 
     def num_classes_of(self, outputs: int) -> int:
-        """How many classes of objects a network of this kind has whose first classifier has so many outputs."""
+        """The number of classes of a network whose first class layer has `outputs` output channels."""
         return max(outputs // 3 - 5, 1)
 
     def decode(self, raw: list[Tensor], image_size: tuple[int, int] | None = None) -> Tensor:
         """Raw maps -> (N, boxes, 5 + classes): centre and size in input pixels, objectness, class probabilities.
 
-        Boxes run over level, anchor, row and column. The score of a class is objectness times its probability.
+        Boxes are ordered by level, anchor, row and column. The score of a class is objectness times its probability.
         """
         levels = []
         for level, stride, anchors in zip(raw, self.strides, self.head.anchors.float(), strict=True):
@@ -182,20 +182,20 @@ class YOLOv5SPD(YoloNet):
         return torch.cat(levels, 1)
 
     def class_scores(self, decoded: Tensor) -> Tensor:
-        """What `decode` gives -> objectness times class probability, (N, boxes, classes)."""
+        """The output of `decode` -> objectness times class probability, (N, boxes, classes)."""
         return decoded[..., 4:5] * decoded[..., 5:]
 
     def loss(
         self, raw: list[Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, gains included; see `DetectionNet.loss` for the arguments.
+        """`box`, `objectness` and `class`, weighted; see `DetectionNet.loss` for the arguments.
 
-        The longer side of `image_size`, of the maps unless given, weighs objectness; the authors' is that of training.
+        The longer side of `image_size` weights objectness; None: the size of the maps times their stride.
         """
         return yolov5_loss(raw, targets, self.head.anchors, self.strides, image_size)
 
 
-_LAYERS = {  # the authors' number of a layer with tensors -> our module
+_LAYERS = {  # the authors' layer number -> our module
     1: "stages.0.0",
     3: "stages.0.2",
     4: "stages.1.0",
@@ -222,7 +222,7 @@ _RENAMES = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv5SPD) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay. Image channels are adapted phase by phase."""
+    """Renames the authors' keys and adapts the image channels phase by phase; our own keys stay."""
     state_dict = weights.rename(state_dict, _RENAMES)
     if "stem.1.conv.weight" in state_dict:
         stem = state_dict["stem.1.conv.weight"]
@@ -230,35 +230,36 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv5SPD) -> dic
     return state_dict
 
 
-default_cfgs = weights.default_cfgs(
-    "yolov5_spd", first_conv="stem.1.conv", classifier=("head.m.0", "head.m.1", "head.m.2")
-)
+default_cfgs = weights.default_cfgs("yolov5_spd", classifier=("head.m.0", "head.m.1", "head.m.2"))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> YOLOv5SPD:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
     return weights.build(YOLOv5SPD, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def yolov5n_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv5SPD:
     """YOLOv5-SPD, nano."""
-    return _create("yolov5n_spd", pretrained, chs=(16, 32, 64, 128, 256), repeats=(1, 2, 3), **kwargs)
+    model_args = dict(chs=(16, 32, 64, 128, 256), repeats=(1, 2, 3))
+    return _create("yolov5n_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov5s_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv5SPD:
     """YOLOv5-SPD, small."""
-    return _create("yolov5s_spd", pretrained, chs=(32, 64, 128, 256, 512), repeats=(1, 2, 3), **kwargs)
+    model_args = dict(chs=(32, 64, 128, 256, 512), repeats=(1, 2, 3))
+    return _create("yolov5s_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov5m_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv5SPD:
     """YOLOv5-SPD, medium."""
-    return _create("yolov5m_spd", pretrained, chs=(48, 96, 192, 384, 768), repeats=(2, 4, 6), **kwargs)
+    model_args = dict(chs=(48, 96, 192, 384, 768), repeats=(2, 4, 6))
+    return _create("yolov5m_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov5l_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv5SPD:
     """YOLOv5-SPD, large."""
-    return _create("yolov5l_spd", pretrained, chs=(64, 128, 256, 512, 1024), repeats=(3, 6, 9), **kwargs)
+    model_args = dict(chs=(64, 128, 256, 512, 1024), repeats=(3, 6, 9))
+    return _create("yolov5l_spd", pretrained, **dict(model_args, **kwargs))

@@ -1,6 +1,6 @@
-"""YOLOv8 with space-to-depth instead of strides, and the strided YOLOv8 that it is compared with.
+"""YOLOv8 with space-to-depth instead of strides, and the strided YOLOv8 for comparison.
 
-Idea: No More Strided Convolutions or Pooling, https://arxiv.org/abs/2208.03641, here put into YOLOv8 (Jocher et al.,
+Idea: No More Strided Convolutions or Pooling, https://arxiv.org/abs/2208.03641, applied to YOLOv8 (Jocher et al.,
 2023, no paper): six of its seven strided 3x3 convolutions become space-to-depth and a 1x1 convolution; the first stays.
 Written from a specification in words and from recorded outputs; nothing is taken from ultralytics' code (AGPL-3.0).
 """
@@ -24,11 +24,11 @@ from spd_zoo.spd import space_to_depth
 
 __all__ = ["YOLOv8"]  # register_model adds the entry points
 
-BINS = 16  # of each side's distribution
+BINS = 16  # of the distribution of each side's distance
 
 
 class SPDConv(ConvNormAct):
-    """Space-to-depth, then a 1x1 convolution, BatchNorm and SiLU; takes the place of a strided `yolo_conv`."""
+    """Space-to-depth, 1x1 convolution, BatchNorm and SiLU; replaces a strided `yolo_conv`."""
 
     def __init__(self, in_chs: int, out_chs: int, **dd: Any) -> None:
         super().__init__(4 * in_chs, out_chs, 1, act_layer=nn.SiLU, norm_kwargs={"eps": 1e-3, "momentum": 0.03}, **dd)
@@ -39,18 +39,18 @@ class SPDConv(ConvNormAct):
 
 
 def downsample(in_chs: int, out_chs: int, spd: bool, **dd: Any) -> ConvNormAct:
-    """What halves a map: space-to-depth and a 1x1 convolution, or a strided 3x3 one."""
+    """Downsamples by 2: space-to-depth and a 1x1 convolution, or a strided 3x3 convolution."""
     return SPDConv(in_chs, out_chs, **dd) if spd else yolo_conv(in_chs, out_chs, 3, 2, **dd)
 
 
 class C2f(nn.Module):
-    """A convolution whose output is cut in two, bottlenecks one after the other, and a convolution over all of them.
+    """A 1x1 convolution split in two, a chain of bottlenecks on one half, and a 1x1 convolution over all outputs.
 
     Args:
         in_chs: Input channels.
         out_chs: Output channels.
-        depth: Bottlenecks.
-        add: Whether they have shortcuts.
+        depth: Number of bottlenecks.
+        add: Whether the bottlenecks have shortcuts.
     """
 
     def __init__(self, in_chs: int, out_chs: int, depth: int, add: bool, **dd: Any) -> None:
@@ -62,14 +62,15 @@ class C2f(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, H, W)."""
-        parts = list(self.cv1(x).chunk(2, 1))
+        first, second = self.cv1(x).chunk(2, 1)
+        maps = [first, second]
         for block in self.m:
-            parts.append(block(parts[-1]))
-        return self.cv2(torch.cat(parts, 1))
+            maps.append(block(maps[-1]))
+        return self.cv2(torch.cat(maps, 1))
 
 
 class Neck(nn.Module):
-    """From the coarsest map up to the finest and down again, each step joined with the map of the same size."""
+    """Path aggregation: from the coarsest map to the finest and back; each step adds the channels of an earlier map."""
 
     def __init__(self, chs: Sequence[int], depth: int, spd: bool, **dd: Any) -> None:
         super().__init__()
@@ -92,12 +93,12 @@ class Neck(nn.Module):
 
 
 class Head(YoloHead):
-    """For each map a branch for the four sides of boxes and one for classes, with the authors' names.
+    """Two branches per map, for the four sides of boxes and for class logits. The attributes have the authors' names.
 
     Args:
         chs: Channels of the maps.
-        strides: Pixels per cell of the maps.
-        num_classes: Classes of objects.
+        strides: Strides of the maps in pixels.
+        num_classes: Number of classes.
     """
 
     def __init__(self, chs: Sequence[int], strides: Sequence[int], num_classes: int, **dd: Any) -> None:
@@ -105,8 +106,8 @@ class Head(YoloHead):
         self.chs, self.strides = chs, strides
         width = max(16, chs[0] // 4, 4 * BINS)
         self.cv2: Any = nn.ModuleList(self.branch(c, width, 4 * BINS, dd) for c in chs)  # sides
-        self.cv3: Any = nn.ModuleList()  # classes; Any because a ModuleList does not say of what
-        self.dfl = nn.Conv2d(BINS, 1, 1, bias=False, **dd).requires_grad_(False)  # the distance of each bin, fixed
+        self.cv3: Any = nn.ModuleList()  # classes; typed Any, for the attributes of its elements
+        self.dfl = nn.Conv2d(BINS, 1, 1, bias=False, **dd).requires_grad_(False)  # distance of each bin, not trained
         self.reset_classes(num_classes, **dd)
         with torch.no_grad():
             self.dfl.weight.copy_(torch.arange(BINS).view(1, BINS, 1, 1))
@@ -120,7 +121,7 @@ class Head(YoloHead):
         return nn.Sequential(*convs, nn.Conv2d(width, outputs, 1, **dd))
 
     def class_width(self, num_classes: int) -> int:
-        """Channels inside the branches for so many classes."""
+        """Channels inside the class branches, which depend on the number of classes."""
         return max(self.chs[0], min(num_classes, 100))
 
     def classifiers(self) -> nn.ModuleList:
@@ -128,7 +129,11 @@ class Head(YoloHead):
         return nn.ModuleList(branch[-1] for branch in self.cv3)
 
     def reset_classes(self, num_classes: int, **dd: Any) -> None:
-        """New last convolutions of the class branches, or new branches if their width is another.
+        """Replaces the last convolutions of the class branches, or the whole branches if their width changes.
+
+        Args:
+            num_classes: New number of classes.
+            dd: `device` and `dtype` of the new parameters.
 
         Raises:
             ValueError: If there is not at least one class.
@@ -149,13 +154,13 @@ class Head(YoloHead):
 
 
 class YOLOv8(YoloNet):
-    """YOLOv8: raw maps (N, 64 + classes, H / s, W / s) for s = 8, 16, 32; 16 bins for each side, then class logits.
+    """YOLOv8: raw maps (N, 64 + classes, H / s, W / s) for s = 8, 16, 32; 16 bins per side, then class logits.
 
     Args:
         chs: Channels of the stem and of the stages.
-        repeats: Bottlenecks in the C2f of the first and last stage and of the neck, and of the stages between.
-        spd: Space-to-depth instead of all strides but the first.
-        num_classes: Classes of objects.
+        repeats: Bottlenecks per C2f in the first and last stage and the neck, and in the two stages between.
+        spd: Whether space-to-depth replaces all strides but the first.
+        num_classes: Number of classes.
         in_chans: Image channels.
     """
 
@@ -173,25 +178,25 @@ class YOLOv8(YoloNet):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        few, many = repeats
+        outer, inner = repeats
         stem = nn.Sequential(yolo_conv(in_chans, chs[0], 3, 2, **dd))
         stages = nn.Sequential()
-        for in_chs, out_chs, depth in zip(chs, chs[1:], (few, many, many, few), strict=False):
+        for in_chs, out_chs, depth in zip(chs, chs[1:], (outer, inner, inner, outer), strict=False):
             down, mix = downsample(in_chs, out_chs, spd, **dd), C2f(out_chs, out_chs, depth, add=True, **dd)
             stages.append(stage := nn.Sequential(down, mix))
         stage.append(SPPF(chs[4], **dd))
-        neck = Neck(chs[2:], few, spd, **dd)
+        neck = Neck(chs[2:], outer, spd, **dd)
         head = Head(chs[2:], self.strides, num_classes, **dd)
         super().__init__(stem, stages, neck, head, chs, num_classes, in_chans)
 
     def num_classes_of(self, outputs: int) -> int:
-        """How many classes of objects a network of this kind has whose first classifier has so many outputs."""
+        """The number of classes of a network whose first class layer has `outputs` output channels."""
         return outputs
 
     def decode(self, raw: list[Tensor], image_size: tuple[int, int] | None = None) -> Tensor:
         """Raw maps -> (N, boxes, 4 + classes): centre and size in input pixels, class probabilities.
 
-        Boxes run over level, row and column.
+        Boxes are ordered by level, row and column.
         """
         sides, logits, centres, stride = yolov8_predictions(raw, self.strides, BINS)
         distances = expected_distances(sides, self.head.dfl.weight)
@@ -201,11 +206,11 @@ class YOLOv8(YoloNet):
     def loss(
         self, raw: list[Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """`box`, `class` and `dfl`, gains included; see `DetectionNet.loss` for the arguments."""
+        """`box`, `class` and `dfl`, weighted; see `DetectionNet.loss` for the arguments."""
         return yolov8_loss(raw, targets, self.strides, self.head.dfl.weight)
 
 
-_LAYERS = {  # the authors' number of a layer with tensors -> our module
+_LAYERS = {  # the authors' layer number -> our module
     0: "stem.0",
     1: "stages.0.0",
     2: "stages.0.1",
@@ -231,10 +236,10 @@ _RENAMES = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv8) -> dict[str, Tensor]:
-    """The authors' keys as ours; keys that are ours already stay.
+    """Renames the authors' keys to ours; our own keys stay.
 
-    The width of the class branches depends on the number of classes. Where that differs, the network's own, untrained
-    branches take the place of the checkpoint's.
+    The width of the class branches depends on the number of classes. If it differs, the network keeps its own,
+    untrained branches.
     """
     state_dict = weights.rename(state_dict, _RENAMES)
     last = state_dict.get("head.cv3.0.2.weight")
@@ -246,71 +251,78 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv8) -> dict[s
     return state_dict
 
 
-default_cfgs = weights.default_cfgs(
-    "yolov8_spd", first_conv="stem.0.conv", classifier=("head.cv3.0.2", "head.cv3.1.2", "head.cv3.2.2")
-)
+default_cfgs = weights.default_cfgs("yolov8_spd", classifier=("head.cv3.0.2", "head.cv3.1.2", "head.cv3.2.2"))
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> YOLOv8:
-    kwargs.setdefault("feature_cfg", {"out_indices": (0, 1, 2, 3, 4), "flatten_sequential": True})
     return weights.build(YOLOv8, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def yolov8n_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, nano, with space-to-depth."""
-    return _create("yolov8n_spd", pretrained, chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=True, **kwargs)
+    model_args = dict(chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=True)
+    return _create("yolov8n_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8s_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, small, with space-to-depth."""
-    return _create("yolov8s_spd", pretrained, chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=True, **kwargs)
+    model_args = dict(chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=True)
+    return _create("yolov8s_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8m_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, medium, with space-to-depth."""
-    return _create("yolov8m_spd", pretrained, chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=True, **kwargs)
+    model_args = dict(chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=True)
+    return _create("yolov8m_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8l_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, large, with space-to-depth."""
-    return _create("yolov8l_spd", pretrained, chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=True, **kwargs)
+    model_args = dict(chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=True)
+    return _create("yolov8l_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8x_spd(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, extra large, with space-to-depth."""
-    return _create("yolov8x_spd", pretrained, chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=True, **kwargs)
+    model_args = dict(chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=True)
+    return _create("yolov8x_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8n(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, nano, strided."""
-    return _create("yolov8n", pretrained, chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=False, **kwargs)
+    model_args = dict(chs=(16, 32, 64, 128, 256), repeats=(1, 2), spd=False)
+    return _create("yolov8n", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8s(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, small, strided."""
-    return _create("yolov8s", pretrained, chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=False, **kwargs)
+    model_args = dict(chs=(32, 64, 128, 256, 512), repeats=(1, 2), spd=False)
+    return _create("yolov8s", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8m(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, medium, strided."""
-    return _create("yolov8m", pretrained, chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=False, **kwargs)
+    model_args = dict(chs=(48, 96, 192, 384, 576), repeats=(2, 4), spd=False)
+    return _create("yolov8m", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8l(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, large, strided."""
-    return _create("yolov8l", pretrained, chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=False, **kwargs)
+    model_args = dict(chs=(64, 128, 256, 512, 512), repeats=(3, 6), spd=False)
+    return _create("yolov8l", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def yolov8x(pretrained: bool = False, **kwargs: Any) -> YOLOv8:
     """YOLOv8, extra large, strided."""
-    return _create("yolov8x", pretrained, chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=False, **kwargs)
+    model_args = dict(chs=(80, 160, 320, 640, 640), repeats=(3, 6), spd=False)
+    return _create("yolov8x", pretrained, **dict(model_args, **kwargs))

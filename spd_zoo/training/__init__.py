@@ -1,1 +1,1 @@
-"""Training and evaluating a classifier on one's own images."""
+"""Training and evaluating networks on your own images."""

@@ -1,4 +1,4 @@
-"""What to train, on what, and how: a dataclass whose fields are the command's options and the keys of a YAML file."""
+"""The request for a run, whose fields are the command's options and the keys of a YAML file; and what is planned."""
 
 import dataclasses
 import difflib
@@ -13,8 +13,11 @@ from typing import Any
 import yaml
 from timm.data import create_transform
 
+from spd_zoo.data.reading import parse_size
+
 __all__ = [
     "FinetuneConfig",
+    "Plan",
     "load_config",
     "make_config",
     "merged",
@@ -27,19 +30,19 @@ __all__ = [
 ]
 
 RECIPES = Path(__file__).parent / "recipes"
-UNKNOWN = "unknown"  # in a recipe: its source does not say
+UNKNOWN = "unknown"  # in a recipe: its source does not give the value
 
 
 def _option(default: Any, text: str, free: bool = False, only: str = "") -> Any:
-    """A field; one that is `free` may differ when a stopped run goes on, one for `only` some networks says so."""
+    """A field: `free` ones may change when a run is resumed, and some are for `only` classifiers or detectors."""
     return field(default=default, metadata={"help": f"{only}: {text}" if only else text, "free": free, "only": only})
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What to train, on what, and how; each field is an option of `spd-zoo finetune`.
+    """What to train, on which data, with which settings; each field is an option of `spd-zoo finetune`.
 
-    None stands for a value that the run finds by itself and writes into its `run.yaml`.
+    None stands for a value that the run chooses and writes into its `run.yaml`.
     """
 
     model: str = field(metadata={"help": "network, with or without a tag"})
@@ -47,125 +50,133 @@ class FinetuneConfig:
         metadata={
             "help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME; for detectors a "
             "folder in the form of COCO, YOLO or Pascal VOC",
-            "free": True,  # it may move; a run knows its images again
+            "free": True,  # it may move; a run recognises its images by their fingerprint
         }
     )
-    out: Path = field(metadata={"help": "folder of the run; a run in it goes on where it stopped", "free": True})
+    out: Path = field(metadata={"help": "folder of the run; an interrupted run in it is resumed", "free": True})
     # data
-    val_name: str = _option("val", "the split that is evaluated after every epoch")
+    val_name: str = _option("val", "split to evaluate after every epoch")
     val_split: float | None = _option(
-        None, "share of the training images to hold out (default: 0.2 if there is no val split)"
+        None, "share of the training images to hold out for validation (default: 0.2 if there is no val split)"
     )
-    val_size: int = _option(0, "instead of a share, how many images to hold out")
-    check: bool = _option(True, "read all images before the training and leave out what cannot be read")
-    image_column: str = _option("", "column with the images, where the data set has several", only="classifiers")
-    label_column: str = _option("", "column with the classes, where the data set has several", only="classifiers")
-    stream: bool = _option(
-        False, "read a Hugging Face data set from front to back in every epoch, without a copy", only="classifiers"
-    )
-    stream_length: int = _option(0, "its training images, where it does not say", only="classifiers")
+    val_size: int = _option(0, "number of images to hold out, instead of a share")
+    check: bool = _option(True, "read all images before training and leave out unreadable ones")
+    image_column: str = _option("", "column with the images, if the data set has several", only="classifiers")
+    label_column: str = _option("", "column with the classes, if the data set has several", only="classifiers")
+    stream: bool = _option(False, "stream a Hugging Face data set instead of copying it", only="classifiers")
+    stream_length: int = _option(0, "its number of training images, if it does not declare them", only="classifiers")
     # network
-    pretrained: bool | None = _option(None, "start from pretrained weights (default: where there are verified ones)")
+    pretrained: bool | None = _option(None, "start from pretrained weights (default: if there are verified ones)")
     model_args: str = _option("", "arguments of the network, for example zero_init_residual=true,drop_path_rate=0.1")
-    freeze: str = _option("", "parts that do not learn, for example stem,stages.0")
-    head_epochs: int | None = _option(None, "epochs in which the classifier learns alone (default: 1 if pretrained)")
+    freeze: str = _option("", "modules that are not trained, for example stem,stages.0")
+    head_epochs: int | None = _option(None, "epochs in which only the classifier is trained (default: 1 if pretrained)")
     # steps
     epochs: int = _option(20, "passes over the training images")
-    batch_size: int | None = _option(None, "images per step, all processes together (default: 8 to 128, by the data)")
-    accumulate: int | None = _option(None, "parts that a step is computed in (default: as few as the memory allows)")
-    drop_last: bool = _option(True, "leave images that do not fill a step out of the epoch")
+    batch_size: int | None = _option(
+        None, "images per step, summed over all processes (default: 8 to 128, depending on the data)"
+    )
+    accumulate: int | None = _option(
+        None, "micro-batches of gradient accumulation (default: as few as fit into memory)"
+    )
+    drop_last: bool = _option(True, "leave out the last images of an epoch if they do not fill a step")
     image_size: str | None = _option(
         None,
-        "pixels; 32,48@11 means 32, and 48 from epoch 11 (counted from 0) on (default: 64; detectors: the network's)",
+        "pixels, 48x96 is height by width; 32,48@11 means 32, then 48 from epoch 11 on, counted from 0 (default: 64; "
+        "detectors: the network's)",
     )
     patience: int = _option(
-        0, "stop after so many epochs without a better val top-1 or AP, and keep the best (0: never)"
+        0, "stop after this many epochs without a better val top-1 or AP, and keep the best network (0: never)"
     )
     # optimiser
-    opt: str | None = _option(None, "timm's name of the optimiser (default: adamw; lamb for classifiers from scratch)")
-    momentum: float = _option(0.9, "momentum, for optimisers that have one")
-    lr: float | None = _option(None, "largest learning rate (default: for lamb and adamw alone, by the batch size)")
+    opt: str | None = _option(None, "optimiser, by timm's name (default: adamw; lamb for classifiers from scratch)")
+    momentum: float = _option(0.9, "momentum, for optimisers that have it")
+    lr: float | None = _option(None, "peak learning rate (default, for lamb and adamw only: depends on the batch size)")
     layer_decay: float | None = _option(
         None,
-        "factor on the rate from each layer to the one in front of it (default: 1; pretrained classifiers: 0.8)",
+        "factor on the learning rate from each layer to the one before it (default: 1; pretrained classifiers: 0.8)",
     )
     weight_decay: float | None = _option(
-        None, "weight decay; none on biases and normalisation layers (default: 0.02, for detectors 0.0005)"
+        None, "weight decay; biases and normalisation layers have none (default: 0.02; detectors: 0.0005)"
     )
-    decay_all: bool = _option(False, "weight decay on biases and normalisation layers too")
-    clip_grad: float = _option(0.0, "largest norm of the gradient (0: any)")
+    decay_all: bool = _option(False, "apply weight decay to biases and normalisation layers, too")
+    clip_grad: float = _option(0.0, "maximum norm of the gradient (0: no clipping)")
     sched: str = _option(
-        "cosine", "how the learning rate falls: cosine, or multistep: by --decay-rate at --decay-epochs"
+        "cosine", "learning rate schedule: cosine, or multistep, which multiplies it by --decay-rate at --decay-epochs"
     )
-    sched_epochs: bool = _option(False, "change the learning rate between epochs alone, not after every step")
-    decay_epochs: str = _option("", "epochs for multistep, counted from 0, for example 100,150,180")
-    decay_rate: float = _option(0.1, "factor of each step of multistep")
-    min_lr: float = _option(0.0, "where cosine ends")
-    warmup_epochs: int | None = _option(
-        None, "epochs over which the learning rate rises (default: 2, less in short runs)"
-    )
-    warmup_lr: float | None = _option(None, "where it begins (default: a hundredth of --lr)")
+    sched_epochs: bool = _option(False, "update the learning rate once per epoch instead of every step")
+    decay_epochs: str = _option("", "epochs of multistep, counted from 0, for example 100,150,180")
+    decay_rate: float = _option(0.1, "factor of multistep")
+    min_lr: float = _option(0.0, "learning rate at the end of cosine")
+    warmup_epochs: int | None = _option(None, "epochs of linear warmup (default: 2, fewer in short runs)")
+    warmup_lr: float | None = _option(None, "learning rate at the start of warmup (default: a hundredth of --lr)")
     ema: float | None = _option(
         None,
-        "decay of the moving average of the weights, which then is the result (0: none; default: 0; detectors: 0.999)",
+        "decay of the moving average of weights, which then is the result (0: none; default: 0; detectors: 0.999)",
     )
     # loss
-    label_smoothing: float = _option(0.1, "share of the target spread over all classes", only="classifiers")
+    label_smoothing: float = _option(0.1, "label smoothing", only="classifiers")
     class_weights: str = _option(
-        "", "inv_freq or effective_num: timm's weights by frequency; or numbers, one per class", only="classifiers"
+        "",
+        "loss weights: inv_freq or effective_num (timm's, by class frequency), or one number per class",
+        only="classifiers",
     )
     # augmentation
-    crop_scale: float = _option(0.5, "smallest share of an image's area that a random crop keeps", only="classifiers")
+    crop_scale: float = _option(0.5, "smallest share of the area that a random resized crop keeps", only="classifiers")
     crop_padding: int = _option(
-        0, "instead of that, a random crop of the image with so many black pixels around it", only="classifiers"
+        0, "instead: pad each side by this many black pixels, then crop at random", only="classifiers"
     )
-    interpolation: str = _option("random", "of the random crop: random, bilinear or bicubic", only="classifiers")
-    hflip: float = _option(0.5, "how often an image is mirrored")
-    vflip: float = _option(0.0, "how often an image is turned upside down")
-    rotation: float = _option(0.0, "largest turn in degrees; the corners become black", only="classifiers")
-    color_jitter: float = _option(0.0, "largest change of brightness, contrast and saturation", only="classifiers")
+    interpolation: str = _option(
+        "random", "interpolation of the random crop: random, bilinear or bicubic", only="classifiers"
+    )
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    vflip: float = _option(0.0, "probability of a vertical flip")
+    rotation: float = _option(0.0, "largest rotation in degrees; corners become black", only="classifiers")
+    color_jitter: float = _option(0.0, "strength of changes of brightness, contrast and saturation", only="classifiers")
     auto_augment: str | None = _option(None, "timm's policy string, for example rand-m6-n2-mstd0.5", only="classifiers")
-    erase: float = _option(0.0, "how often a rectangle is erased", only="classifiers")
+    erase: float = _option(0.0, "probability of random erasing", only="classifiers")
     mixup: float = _option(0.0, "Mixup alpha", only="classifiers")
     cutmix: float = _option(0.0, "CutMix alpha", only="classifiers")
-    mix_prob: float = _option(1.0, "how often Mixup or CutMix is done", only="classifiers")
+    mix_prob: float = _option(1.0, "probability of Mixup or CutMix", only="classifiers")
     mosaic: float | None = _option(
-        None, "how often four images make one (default: 1 for YOLO, never for SSD)", only="detectors"
+        None, "probability of a mosaic of four images (default: 1 for YOLO; not for SSD)", only="detectors"
     )
     mosaic_off: int | None = _option(
-        None, "so many epochs at the end do without (default: 10, in short runs a fifth)", only="detectors"
+        None, "epochs at the end without mosaic (default: 10; in short runs a fifth)", only="detectors"
     )
     zoom: float | None = _option(
-        None, "largest change of size: 0.5 means half to one and a half times (default: 0.5 for YOLO)", only="detectors"
+        None, "largest change of scale: 0.5 means 0.5 to 1.5 times (default: 0.5 for YOLO)", only="detectors"
     )
     shift: float | None = _option(
-        None, "largest shift, as a share of the image (default: 0.1 for YOLO)", only="detectors"
+        None, "largest shift as a share of the image (default: 0.1 for YOLO)", only="detectors"
     )
     hsv: str | None = _option(
         None, "largest change of hue, saturation and brightness (default: 0.015,0.7,0.4 for YOLO)", only="detectors"
     )
     # input of the network
     mean: str = _option(
-        "", "of the colours from 0 to 1, for example 0.5,0.5,0.5 (default: the network's)", only="classifiers"
+        "", "mean of each channel, from 0 to 1, for example 0.5,0.5,0.5 (default: the network's)", only="classifiers"
     )
-    std: str = _option("", "of the colours (default: the network's)", only="classifiers")
-    crop_pct: float = _option(1.0, "share of an image's shorter side that evaluation sees", only="classifiers")
-    auto_anchors: bool = _option(True, "YOLOv5: fit the anchors to the boxes where they fit badly", only="detectors")
+    std: str = _option("", "standard deviation of each channel (default: the network's)", only="classifiers")
+    crop_mode: str = _option(
+        "center",
+        "how evaluation makes an image fit: center cuts it, squash stretches it, border pads it",
+        only="classifiers",
+    )
+    crop_pct: float = _option(1.0, "share of the shorter side that evaluation keeps", only="classifiers")
+    auto_anchors: bool = _option(True, "YOLOv5: fit the anchors to the data if too few boxes fit", only="detectors")
     # computing
-    bf16: bool | None = _option(
-        None, "compute in bfloat16 where autocast allows it (default: where the device is made for it)"
-    )
+    bf16: bool | None = _option(None, "mixed precision with bfloat16 (default: if the hardware supports it)")
     compile: bool = _option(False, "torch.compile the network")
-    seed: int = _option(0, "seed of initial weights, order, augmentation and held-out images")
-    workers: int = _option(2, "processes that read and augment images", free=True)
-    device: str | None = _option(None, "torch device (default: cuda if there is one, else cpu)", free=True)
+    seed: int = _option(0, "seed of initial weights, data order, augmentation and held-out images")
+    workers: int = _option(2, "worker processes that read and augment images", free=True)
+    device: str | None = _option(None, "torch device (default: cuda if available, else cpu)", free=True)
     # the run
     resume: str = _option(
-        "auto", "auto: a run of the same configuration in --out goes on; never: that is an error", free=True
+        "auto", "auto: resume a run of the same configuration in --out; never: a run there is an error", free=True
     )
-    save_minutes: float = _option(10.0, "save within an epoch, too, when so much time has passed", free=True)
-    tensorboard: bool = _option(False, "write events for TensorBoard", free=True)
-    dry_run: bool = _option(False, "stop behind the check of the data; write nothing", free=True)
+    save_minutes: float = _option(10.0, "minutes after which the state is saved within an epoch, too", free=True)
+    tensorboard: bool = _option(False, "write TensorBoard events", free=True)
+    dry_run: bool = _option(False, "check the data and exit; write nothing", free=True)
 
     def __post_init__(self) -> None:
         """Refuses values without meaning."""
@@ -192,7 +203,7 @@ class FinetuneConfig:
             if (getattr(self, name) or 0) > 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         if self.val_split and self.val_size:
-            raise ValueError("val_split and val_size both say how much to hold out; give one of them")
+            raise ValueError("val_split and val_size both set how much to hold out; give only one")
         if self.sched not in ("cosine", "multistep") or (self.sched == "multistep") != bool(self.decay_epochs):
             raise ValueError(
                 "sched is cosine, or multistep with decay_epochs, "
@@ -200,6 +211,8 @@ class FinetuneConfig:
             )
         if self.resume not in ("auto", "never"):
             raise ValueError(f"resume is auto or never, got {self.resume!r}")
+        if self.crop_mode not in ("center", "squash", "border"):
+            raise ValueError(f"crop_mode is center, squash or border, got {self.crop_mode!r}")
         if self.interpolation not in ("random", "bilinear", "bicubic"):
             raise ValueError(f"interpolation is random, bilinear or bicubic, got {self.interpolation!r}")
         try:
@@ -221,26 +234,82 @@ class FinetuneConfig:
             raise ValueError(f"Mixup and CutMix need an even batch_size, got {self.batch_size}")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a request comes to on its data and hardware; no value is open.
+
+    Attributes:
+        config: The request with these values filled in, as `run.yaml` has it.
+        pretrained: Whether training starts from pretrained weights.
+        head_epochs: Epochs in which only the classifier is trained.
+        sizes: Heights and widths of images in pixels, each with its first epoch.
+        batch_size: Images per step, summed over all processes.
+        micro_batches: Batches that each process computes per step, one after the other.
+        opt: timm's name of the optimiser.
+        lr: Peak learning rate.
+        layer_decay: Factor on the learning rate from each layer to the one before it.
+        weight_decay: Weight decay.
+        warmup_epochs: Epochs of linear warmup.
+        warmup_lr: Learning rate at the start of warmup.
+        ema: Decay of the moving average of the weights; 0: no average.
+        bf16: Whether autocast computes in bfloat16.
+    """
+
+    config: FinetuneConfig
+    pretrained: bool
+    head_epochs: int
+    sizes: list[tuple[tuple[int, int], int]]
+    batch_size: int
+    micro_batches: int
+    opt: str
+    lr: float
+    layer_decay: float
+    weight_decay: float
+    warmup_epochs: int
+    warmup_lr: float
+    ema: float
+    bf16: bool
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> "Plan":
+        """The plan of a request that leaves nothing open.
+
+        Raises:
+            ValueError: If it leaves something open.
+        """
+        values: dict[str, Any] = {item.name: getattr(config, item.name, None) for item in fields(cls)}
+        values |= {"config": config, "sizes": parse_sizes(config.image_size or ""), "micro_batches": config.accumulate}
+        missing = [name for name, value in values.items() if value is None]
+        if missing:
+            raise ValueError(f"the configuration leaves {', '.join(missing)} open")
+        return cls(**values)
+
+
 def refuse_others(config: FinetuneConfig, networks: str) -> None:
-    """Refuses options that only other networks have; `networks` is "classifiers" or "detectors".
+    """Refuses options that the run's network does not have.
+
+    Args:
+        config: The request.
+        networks: "classifiers" or "detectors".
 
     Raises:
-        ValueError: If such an option was given.
+        ValueError: If an option of other networks was given.
     """
     for item in fields(config):
         only = item.metadata.get("only")
         if only and only != networks and getattr(config, item.name) != item.default:
-            raise ValueError(f"{item.name} is an option for {only}, and {config.model} is another kind; leave it out")
+            raise ValueError(f"{item.name} is an option for {only}, and {config.model} is none of them; leave it out")
 
 
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """ "32,48@11" -> [(32, 0), (48, 11)]: pixels and the first epoch with that size."""
+def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
+    """ "32,32x48@11" -> [((32, 32), 0), ((32, 48), 11)]: height and width, and the first epoch with that size."""
     sizes = []
-    for part in text.split(","):
-        pixels, _, first = part.partition("@")
-        if not pixels.strip().isdigit() or not int(pixels) or not (first or "0").isdigit():
-            raise ValueError(f"image_size {text!r} is not like 64 or 32,48@11")
-        sizes.append((int(pixels), int(first or 0)))
+    for item in text.split(","):
+        pixels, _, first = item.partition("@")
+        try:
+            sizes.append((parse_size(pixels), int(first or 0)))
+        except ValueError as error:
+            raise ValueError(f"image_size {text!r} is not like 64, 32x48 or 32,48@11") from error
     epochs = [first for _, first in sizes]
     if epochs[0] != 0 or epochs != sorted(set(epochs)):
         raise ValueError(f"image_size {text!r} must begin with a size for epoch 0, then sizes with rising epochs")
@@ -259,7 +328,7 @@ def parse_epochs(text: str) -> list[int]:
 def parse_numbers(text: str) -> tuple[float, ...]:
     """ "0.5,0.4" -> (0.5, 0.4)."""
     try:
-        return tuple(float(part) for part in text.split(",") if text)
+        return tuple(float(number) for number in text.split(",") if text)
     except ValueError as error:
         raise ValueError(f"{text!r} is not like 0.5,0.5,0.5") from error
 
@@ -267,12 +336,12 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 def parse_model_args(text: str) -> dict[str, Any]:
     """ "zero_init_residual=true,drop_path_rate=0.1" -> {"zero_init_residual": True, "drop_path_rate": 0.1}."""
     arguments = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.partition("=")
+    for argument in filter(None, text.split(",")):
+        name, _, value = argument.partition("=")
         try:
             arguments[name.strip()] = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"model_args {part!r} is not like zero_init_residual=true or drop_rate=0.1") from error
+            raise ValueError(f"model_args {argument!r} is not like zero_init_residual=true or drop_rate=0.1") from error
     return arguments
 
 
@@ -280,7 +349,7 @@ def load_config(file: str | Path) -> dict[str, Any]:
     """The options in a YAML file, or in the recipe of that name that comes with the package.
 
     Raises:
-        ValueError: If there is no such file or recipe, or it has an option that there is not.
+        ValueError: If there is no such file or recipe, or it has an unknown option.
     """
     path = Path(file)
     recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
@@ -299,19 +368,19 @@ def load_config(file: str | Path) -> dict[str, Any]:
         if name not in hints:
             nearest = difflib.get_close_matches(str(name), hints, n=1)
             advice = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{path} has an option {name!r} that there is not{advice}")
+            raise ValueError(f"{path} has an unknown option {name!r}{advice}")
     return {
         name: value if value == UNKNOWN else _as(hints[name], value, f"{path}: {name}") for name, value in found.items()
     }
 
 
-def make_config(given: dict[str, Any], file: str | Path | None = None) -> FinetuneConfig:
-    """The configuration of `given` options, and of a YAML file or recipe for those that are not given.
+def make_config(options: dict[str, Any], file: str | Path | None = None) -> FinetuneConfig:
+    """The configuration of `options`, which take precedence, and of a YAML file or recipe.
 
     Raises:
-        ValueError: If an option has no meaning, or one that is needed is neither given nor in the file.
+        ValueError: If an option has no meaning, or a required one is missing.
     """
-    values = (load_config(file) if file is not None else {}) | given
+    values = (load_config(file) if file is not None else {}) | options
     unknown = [f"--{name.replace('_', '-')}" for name, value in values.items() if value == UNKNOWN]
     if unknown:
         raise ValueError(f"the source of {file} does not say everything: give {', '.join(unknown)}")
@@ -323,21 +392,21 @@ def make_config(given: dict[str, Any], file: str | Path | None = None) -> Finetu
 
 def _as(hint: Any, value: Any, where: str) -> Any:
     """A value of YAML as the field's type."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in kinds:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in allowed:
         return None
-    kind = kinds[0]
+    wanted = allowed[0]
     fits = (
         isinstance(value, bool)
-        if kind is bool
+        if wanted is bool
         else isinstance(value, int | float | str) and not isinstance(value, bool)
     )
     try:
-        if not fits or (kind is int and int(value) != float(value)):
+        if not fits or (wanted is int and int(value) != float(value)):
             raise ValueError
-        return kind(value)
+        return wanted(value)
     except ValueError as error:
-        raise ValueError(f"{where} is {value!r}, not of the kind {kind.__name__}") from error
+        raise ValueError(f"{where} is {value!r}, not of the type {wanted.__name__}") from error
 
 
 def to_yaml(config: FinetuneConfig) -> str:
@@ -346,21 +415,23 @@ def to_yaml(config: FinetuneConfig) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def merged(stored: dict[str, Any], given: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with which a run goes on: as it began, but for the fields that are free.
+def merged(stored: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with which a run is resumed: `stored`, except for the fields that may change.
 
     Raises:
-        ValueError: If `given` asks for something else.
+        ValueError: If `config` asks for something else.
     """
     values = {}
     for item in dataclasses.fields(FinetuneConfig):
-        old, new = stored.get(item.name, item.default), getattr(given, item.name)
-        if item.metadata.get("free") and not (item.name == "workers" and stored.get("stream")):  # they share a stream
+        old, new = stored.get(item.name, item.default), getattr(config, item.name)
+        if item.metadata.get("free") and not (
+            item.name == "workers" and stored.get("stream")
+        ):  # workers share a stream
             values[item.name] = new
         elif new is None or new == old:
             values[item.name] = old
         else:
             raise ValueError(
-                f"{given.out} holds a run with {item.name}={old}, not {new}; give another folder with --out"
+                f"{config.out} holds a run with {item.name}={old}, not {new}; give another folder with --out"
             )
     return FinetuneConfig(**values)

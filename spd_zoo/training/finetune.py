@@ -1,41 +1,34 @@
-"""Training a network: data, network, optimiser, epochs, result; one function that reads from top to bottom."""
+"""Training a network: plan the run, train epoch by epoch, write the result."""
 
 import copy
-import importlib
 import itertools
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.layers import convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm, to_2tuple
 from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from spd_zoo.data.check import in_words
-from spd_zoo.data.labelled import Batches, DataError, Steps, read, seed_everything
-from spd_zoo.models._detector import DetectionNet
-from spd_zoo.process import Process, join
-from spd_zoo.training.classification import task as classification
+from spd_zoo.data.labelled import DataError
+from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
+from spd_zoo.process import Process, Stopped, StopSignals, join
 from spd_zoo.training.config import (
     FinetuneConfig,
+    Plan,
     merged,
     parse_epochs,
     parse_model_args,
@@ -43,26 +36,29 @@ from spd_zoo.training.config import (
     parse_sizes,
     refuse_others,
 )
-from spd_zoo.training.evaluate import Input
+from spd_zoo.training.layers import classifier_of, frozen_layers, lies_in, set_trainable, set_training_mode
+from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
+from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunError, RunFolder
+from spd_zoo.training.splits import Splits
+from spd_zoo.training.steps import Batches, Steps, read, seed_everything
+from spd_zoo.training.task import Task, task_of
 from spd_zoo.weights import WeightsError
 
-__all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune"]
+__all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
 
-FUSED = ("adam", "adamw")  # computed in one pass over the weights; torch's fused SGD cannot begin with the head alone
-
-
-class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop by the signal `number`, and has saved its state."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
+FUSED = ("adam", "adamw")  # torch's fused SGD fails when some weights get their first gradient later than others
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to: its folder, a dict per epoch, and the figures of the network that it left."""
+    """A finished run.
+
+    Attributes:
+        folder: What it wrote.
+        history: The metrics of each epoch.
+        metrics: The metrics of the network that it wrote.
+    """
 
     folder: Path
     history: list[dict[str, Any]]
@@ -70,290 +66,146 @@ class Result:
 
 
 def finetune(config: FinetuneConfig) -> Result | None:
-    """Trains `config.model` on `config.data`; returns None if it is a dry run.
+    """Trains `config.model` on `config.data`.
 
     `config.out` then holds
 
     - `model.safetensors` and `config.json`, which `timm.create_model("local-dir:OUT")` loads,
     - `report.html`, `metrics.csv`, `per_class.csv`, `confusion.csv` and `figures/`,
     - `run.yaml` (the configuration), `environment.json`, `data.json` (what the check of the data found), `log.txt`,
-    - `last.pt`, from which a run that was stopped goes on, to the same bits, when it is called again with the same
-      configuration. Every random choice is drawn from (seed, epoch, step), so no generator's state belongs to it.
+    - `last.pt`, from which the same call resumes a stopped run, to the same bits. Every random draw depends on
+      (seed, epoch, step) only, so the state of no generator has to be saved.
 
     Under torchrun the processes share every step's images.
 
+    Args:
+        config: What to train, on which data, with which settings.
+
+    Returns:
+        The result; None after a dry run.
+
     Raises:
         DataError: If the data set cannot be used.
-        RunError: If the run cannot go on: the loss is not finite, or the disk is full.
-        Stopped: After SIGINT or SIGTERM, when the step in hand is done and saved.
+        RunError: If the run cannot continue: the loss is not finite, or the disk is full.
+        Stopped: After SIGINT or SIGTERM, when the current step is done and the state is saved.
         ValueError: If an option has no meaning, or `config.out` holds a run of another configuration.
+        WeightsError: If pretrained weights cannot be had or must not be used.
     """
     if config.tensorboard:
-        importlib.import_module("torch.utils.tensorboard")  # an error now, not behind the first epoch
+        from torch.utils import tensorboard  # noqa: F401  (if it is missing: an error now, not after the first epoch)
     process = join(config.device)
     folder = RunFolder(config.out)
-    began = process.from_first(folder.beginning(config) if process.first else None)
+    began = process.broadcast(folder.beginning(config) if process.first else None)
     if began is not None:
         config = merged(began.config, config)
-    with torch.device("meta"):  # a network without numbers, to see what it is
-        blank = _made(config.model, pretrained=False)
-    kind = _kind(blank)
-    refuse_others(config, kind.NETWORKS)
+    blank = _blank(config.model)
+    task = task_of(blank)
+    refuse_others(config, task.networks)
 
-    # data
-    train, val, about = kind.open_splits(config, process, began.about_data if began is not None else None)
-    for line in in_words(about) if "train" in about else ["the images are not checked"]:
-        process.say(line)
+    splits = task.open_splits(config, process, began.about_data if began is not None else None)
+    if "train" not in splits.about:
+        process.print("the images are not checked")
+    for line in in_words(splits.about):
+        process.print(line)
     if config.dry_run:
         return None
 
-    # network
-    config = _chosen(config, len(train), kind, blank, process)
-    sizes = parse_sizes(config.image_size or "")
-    seed_everything(config.seed)
-    net = _create(config, len(train.class_names), sizes, process)
-    given = _input(net, config, process.device)
-    config = replace(config, accumulate=_parts(net, sizes, config, given, process))
-    assert config.batch_size and config.accumulate and config.opt  # nothing is open any more
-    assert config.warmup_epochs is not None and config.warmup_lr is not None and config.head_epochs is not None
-    assert config.weight_decay is not None
-    frozen = _named(net, config.freeze)
-    if config.head_epochs and (not _classifier(net) or any(_inside(part, frozen) for part in _classifier(net))):
-        raise ValueError("the classifier cannot learn alone, it is frozen or unknown; give --head-epochs 0")
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad = not _inside(name, frozen)
-    task: Any = kind.Task(net, config, train, process)
-    if config.ema:
-        task.setup_ema(config.ema, use_warmup=True)
-    trained: Any = task.trainable_module_ema.module if config.ema else net  # what is evaluated and kept
-    prepare = kind.preparation(config, given, len(train.class_names))
-
-    # optimiser and learning rate
-    fused: dict[str, Any] = {"fused": True} if config.opt in FUSED else {}
-    optimizer = create_optimizer_v2(
-        net,
-        config.opt,
-        config.lr,
-        config.weight_decay,
-        momentum=config.momentum,
-        filter_bias_and_bn=not config.decay_all,
-        layer_decay=None if config.layer_decay == 1 else config.layer_decay,
-        **fused,
-    )
-    steps = Steps(
-        len(train), config.batch_size, config.accumulate, process.rank, process.world, config.drop_last, config.seed
-    )
-    updates = 1 if config.sched_epochs else steps.per_epoch
-    # timm looks one step ahead: half a step behind the beginning of an epoch, its first step has the new rate
-    milestones: Any = [epoch + 0.5 / updates for epoch in parse_epochs(config.decay_epochs)]
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        config.sched,
-        num_epochs=config.epochs,
-        decay_milestones=milestones,
-        decay_rate=config.decay_rate,
-        min_lr=config.min_lr,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        step_on_epochs=config.sched_epochs,
-        updates_per_epoch=updates,
-    )
-
-    # state: where a stopped run goes on
-    if process.first:
-        folder.begin(config, about)
-    history: list[dict[str, Any]] = []
-    best: dict[str, Any] = {}  # the network of the best epoch, for early stopping
-    done, sums = 0, _Sums()  # of the epoch in hand: its steps, and their loss with its terms
-    state = process.from_first(folder.load() if process.first else None)
-    if state is not None:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        if config.ema:
-            trained.load_state_dict(state["ema"])
-        history, best, done = state["history"], state["best"], state["step"]
-        for losses in state["losses"][process.rank :: process.world]:  # another number of processes may go on
-            sums.add({name: torch.tensor(value, device=process.device) for name, value in losses.items()}, 1.0)
-
-    def save() -> None:
-        losses = _finite(process.together(sums.numbers()))
-        if process.first:
-            now = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "best": best}
-            now |= {"ema": trained.state_dict() if config.ema else None, "step": done, "losses": losses}
-            folder.save(now | {"class_names": train.class_names})
-
-    # epochs
-    learning: Sequence[str] | None = None
-    size = 0
-    saved = time.monotonic()
-    with _Signals() as signals, _progress(config, steps, len(history), done, process) as bar:
-        for epoch in range(len(history), config.epochs):
-            if _stagnates([row[kind.BEST] for row in history], config.patience):
-                break
-            started, first = time.monotonic(), done
-            if size != _size_in(epoch, sizes):
-                size = _size_in(epoch, sizes)
-                batches = kind.train_batches(net, train, size, steps, config, given)
-                val_batches = kind.val_batches(net, val, size, config, given, process)
-            bar.set_description(f"epoch {epoch + 1}/{config.epochs} at {size} px")
-
-            # first the classifier learns alone, then all that is not frozen
-            now_learning = _classifier(net) if epoch < config.head_epochs else [""]
-            if now_learning != learning:
-                learning = now_learning
-                _let_learn(task, net, learning, frozen, config, process)
-            net.train()
-            for name, module in net.named_modules():
-                if name and (_inside(name, frozen) or not (_inside(name, learning) or _around(name, learning))):
-                    module.eval()
-
-            scheduler.step(epoch)
-            reading = _reading(batches, epoch, done, steps)
-            for step in range(done, steps.per_epoch):
-                shares = _next(reading, steps.parts, signals)
-                late = time.monotonic() - saved > 60 * config.save_minutes
-                asked, overdue = process.largest(signals.number, late)
-                if shares is None or asked:
-                    break
-                if overdue:
-                    save()
-                    saved = time.monotonic()
-                scheduler.step_update(epoch * steps.per_epoch + step)
-                for part, (pixels, targets) in enumerate(shares):
-                    seed_everything(config.seed, epoch, step, process.rank + process.world * part)
-                    images, targets = prepare(pixels, targets)
-                    share = len(images) / steps.size(step)
-                    with task.no_sync() if part + 1 < len(shares) else nullcontext():
-                        with given.autocast():
-                            result = task(images, targets)
-                        loss = result["loss"]
-                        if not part:
-                            optimizer.zero_grad()  # not before: the backward pass writes where the old gradients lay
-                        (loss * (share * process.world)).backward()  # torch takes the mean over processes
-                    sums.add({"loss": loss, **result.get("terms", {})}, share)
-                if config.clip_grad:
-                    dispatch_clip_grad(task.get_clip_parameters(), config.clip_grad)
-                optimizer.step()
-                task.update_ema(epoch * steps.per_epoch + step + 1)
-                done = step + 1
-                bar.update(steps.size(step))
-            train_seconds = time.monotonic() - started
-            asked = process.largest(signals.number)[0]
-            if asked:
-                save()
-                raise Stopped(int(asked), f"stopped in epoch {epoch + 1} behind step {done} of {steps.per_epoch}")
-
-            if process.world > 1:  # where BatchNorm is not synchronised, that of the first process counts
-                distribute_bn(net, process.world)
-                distribute_bn(trained, process.world)
-            try:
-                metrics = kind.score(trained, val_batches, given, process)
-            except RuntimeError as error:
-                if not signals.number or process.world > 1:
-                    raise
-                save()  # the processes that read the images were stopped together with this one
-                raise Stopped(signals.number, f"stopped behind the last step of epoch {epoch + 1}") from error
-            row = {
-                "epoch": epoch + 1,
-                "image_size": size,
-                "lr": max(group["lr"] for group in optimizer.param_groups),
-                **_means(_finite(process.together(sums.numbers())), steps.per_epoch),
-                **{f"val_{name}": value for name, value in metrics.items()},
-            }
-            if config.patience and row[kind.BEST] > max((old[kind.BEST] for old in history), default=-math.inf):
-                best = {"net": copy.deepcopy(trained.state_dict()), "image_size": size}
-            history.append(row)
-            done = 0
-            sums.clear()
-            if process.first:
-                folder.write_history(history)
-            save()
-            saved = time.monotonic()
-            speed = (steps.per_epoch - first) * steps.batch_size / train_seconds
-            minutes = (config.epochs - epoch - 1) * (saved - started) / 60
-            line = (
-                f"epoch {epoch + 1}/{config.epochs} at {size} px: train loss {row['train_loss']:.3f}, "
-                f"{kind.in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
-            )
-            process.say(line)
-            if process.first:
-                folder.log(line)
-                if config.tensorboard:
-                    folder.to_tensorboard(row)
-            asked = process.largest(signals.number)[0]
-            if asked:
-                raise Stopped(int(asked), f"stopped behind epoch {epoch + 1}")
-
-    # result
-    if best:
-        trained.load_state_dict(best["net"])
-    size = best["image_size"] if best else history[-1]["image_size"]
-    figures = kind.finish(folder, trained, history, size, val, config, given, process)
-    return Result(config.out, history, figures)
+    chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process)
+    run = start(chosen, task, splits, folder, process)
+    with StopSignals() as signals, _progress_bar(run) as bar:
+        while len(run.history) < config.epochs and not _stagnates(run):
+            train_epoch(run, signals, bar)
+            end_epoch(run, signals)
+    return finish(run)
 
 
-def _kind(net: nn.Module) -> Any:
-    """The module with what is special about the network: `classification` or `detection`, with the same functions."""
-    if isinstance(net, DetectionNet):
-        return importlib.import_module("spd_zoo.training.detection.task")  # which needs packages that others do not
-    return classification
+def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes: int, process: Process) -> Plan:
+    """Decides everything that the request leaves open.
+
+    Args:
+        config: The request.
+        task: The task of its network.
+        net: The network, on the meta device.
+        images: Number of training images.
+        classes: Number of classes.
+        process: This process, whose device and memory count.
+
+    Raises:
+        DataError: If there are too few images.
+        ValueError: If an option has no meaning for the network or the data.
+    """
+    known = get_pretrained_cfg(config.model)
+    verified = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
+    pretrained = verified if config.pretrained is None else config.pretrained
+    batch_size = _batch_size(config, images, process)
+    defaults = task.defaults(config, net, batch_size, pretrained)
+    defaults |= {"pretrained": pretrained, "head_epochs": int(pretrained), "bf16": _has_bf16(process.device)}
+    defaults |= {"warmup_epochs": min(2, config.epochs // 4)}
+    options = {name: value if (asked := getattr(config, name)) is None else asked for name, value in defaults.items()}
+    options |= {"batch_size": batch_size}  # Mixup may have made it smaller than what was asked for
+    if config.warmup_lr is None:
+        options["warmup_lr"] = options["lr"] / 100
+    config = replace(config, **options)
+
+    sizes = parse_sizes(options["image_size"])
+    net = _blank(config.model, **_model_args(config, classes, sizes))
+    largest = max((size for size, _ in sizes), key=math.prod)
+    try:
+        per_image = bytes_per_image(net, largest, _preprocessing(net, config, process.device))
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{config.model} cannot compute images of {size_text(largest)} pixels: {reason}") from error
+    weights, pairs = sum(parameter.nbytes for parameter in net.parameters()), bool(config.mixup or config.cutmix)
+    accumulate = config.accumulate or choose_micro_batches(weights, per_image, batch_size, pairs, process)
+    return Plan.of(replace(config, accumulate=accumulate))
 
 
-def _chosen(config: FinetuneConfig, images: int, kind: Any, net: nn.Module, process: Process) -> FinetuneConfig:
-    """The configuration with a value for what is left to the run, but for `accumulate`."""
-    pretrained = config.pretrained
-    if pretrained is None:
-        known = get_pretrained_cfg(config.model)
-        pretrained = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
-    batch_size = config.batch_size
+def _batch_size(config: FinetuneConfig, images: int, process: Process) -> int:
+    """Images per step: as asked for, or a power of two with which an epoch has about 20 steps."""
     shares = process.world * (config.accumulate or 1)
     if images < 2 * shares:
-        raise DataError(f"{images} training images are too few for steps in {shares} parts: each needs two")
-    if batch_size is None:  # a power of two that gives an epoch 20 steps, so that small data sets take enough of them
+        raise DataError(f"{images} training images are too few for {shares} micro-batches of a step: each needs two")
+    batch_size = config.batch_size
+    if batch_size is None:
         batch_size = max(8, min(128, 2 ** int(math.log2(max(1, images / 20)))))
         batch_size += -batch_size % (2 * shares)
     if batch_size < 2 * shares:
-        raise ValueError(f"batch_size {batch_size} is too small for steps in {shares} parts: each needs two images")
+        raise ValueError(f"batch_size {batch_size} is too small for {shares} micro-batches: each needs two images")
     if config.mixup or config.cutmix:
         batch_size = min(batch_size, images - images % (2 * shares))
         if batch_size % (2 * shares):
-            raise ValueError(f"Mixup and CutMix need an even batch_size in each of {shares} parts, got {batch_size}")
-    config = replace(config, pretrained=pretrained, batch_size=batch_size)
-    values = kind.defaults(config, net)
-    config = replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
-    assert config.lr is not None
-    return replace(
-        config,
-        warmup_epochs=min(2, config.epochs // 4) if config.warmup_epochs is None else config.warmup_epochs,
-        warmup_lr=config.lr / 100 if config.warmup_lr is None else config.warmup_lr,
-        head_epochs=int(pretrained) if config.head_epochs is None else config.head_epochs,
-        bf16=_made_for_bf16(process.device) if config.bf16 is None else config.bf16,
-    )
+            raise ValueError(
+                f"Mixup and CutMix need an even size of all {shares} micro-batches, got batch_size {batch_size}"
+            )
+    return batch_size
 
 
-def _made_for_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 rather than imitating it."""
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; without them it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _create(config: FinetuneConfig, classes: int, sizes: list[tuple[int, int]], process: Process) -> Any:
-    """The network, on its device."""
+def _model_args(config: FinetuneConfig, classes: int, sizes: list[tuple[tuple[int, int], int]]) -> dict[str, Any]:
+    """Arguments of `timm.create_model` for the network."""
     arguments = parse_model_args(config.model_args) | {"num_classes": classes}
     known = get_pretrained_cfg(config.model.partition(".")[0])
     fixed_size = known is not None and known.fixed_input_size
-    if fixed_size and (len(sizes) > 1 or arguments.setdefault("img_size", sizes[0][0]) != sizes[0][0]):
+    size = sizes[0][0]
+    if fixed_size and (len(sizes) > 1 or to_2tuple(arguments.setdefault("img_size", size)) != size):
         raise ValueError(f"{config.model} takes images of one size: give one --image-size, and no other img_size")
-    net = _made(config.model, pretrained=bool(config.pretrained), **arguments)
-    net = net.to(process.device).to(memory_format=torch.channels_last)
-    if process.world > 1 and process.device.type == "cuda":
-        net = convert_sync_batchnorm(net)
-    return net
+    return arguments
 
 
-def _made(model: str, **arguments: Any) -> Any:
+def _blank(model: str, **arguments: Any) -> Any:
+    """The network on torch's meta device: its structure without any numbers."""
+    with torch.device("meta"):
+        return _create(model, pretrained=False, **arguments)
+
+
+def _create(model: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(model, **arguments)
     except TypeError as error:
@@ -364,10 +216,9 @@ def _made(model: str, **arguments: Any) -> Any:
         raise ValueError(f"cannot make {model}: {error}") from error
 
 
-def _input(net: Any, config: FinetuneConfig, device: torch.device) -> Input:
-    """What images the network takes."""
-    if net.in_chans not in (1, 3):
-        raise ValueError(f"{config.model} takes {net.in_chans} channels; images have 1 or 3")
+def _preprocessing(net: Any, config: FinetuneConfig, device: torch.device) -> Preprocessing:
+    """What the network's config and the request say of its input."""
+    channel_mode(net.in_chans, config.model)
     cfg = resolve_data_config(model=net)
     colours = []
     for name in ("mean", "std"):
@@ -376,185 +227,396 @@ def _input(net: Any, config: FinetuneConfig, device: torch.device) -> Input:
             raise ValueError(f"{name} has {len(asked)} numbers, but {config.model} takes {net.in_chans} channels")
         values = asked or tuple(cfg[name])
         colours.append(values if len(values) == net.in_chans else (sum(values) / len(values),) * net.in_chans)
-    return Input(colours[0], colours[1], device, bool(config.bf16))
+    mean, std = colours
+    return Preprocessing(mean, std, device, bool(config.bf16), config.crop_pct, crop_mode=config.crop_mode)
 
 
-def _parts(net: nn.Module, sizes: list[tuple[int, int]], config: FinetuneConfig, given: Input, process: Process) -> int:
-    """In how many parts a step is computed: as asked for, or so that its images fit into the memory that is free."""
-    largest = max(size for size, _ in sizes)
-    try:
-        per_image = 1.5 * _kept_by_an_image(net, largest, given)  # the backward pass needs some, too
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{config.model} cannot compute images of {largest} pixels: {reason}") from error
-    free = _free_memory(process.device)
-    if config.accumulate is not None or free is None:
-        return config.accumulate or 1
-    fixed = 4 * sum(parameter.nbytes for parameter in net.parameters())  # gradients, optimiser, moving average
-    share = math.ceil((config.batch_size or 1) / process.world)
-    parts, unit = 1, 2 if config.mixup or config.cutmix else 1  # Mixup needs pairs
-    while fixed + per_image * share / parts > 0.8 * free and share % (2 * parts * unit) == 0 and share >= 4 * parts:
-        parts *= 2
-    parts = int(process.largest(parts)[0])
-    if parts > 1:
-        process.say(
-            f"each step is computed in {parts} parts: {share} images need {per_image * share / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free"
-        )
-    return parts
+@dataclass
+class Run:
+    """A run in progress.
 
+    Attributes:
+        plan: What it does.
+        task: Classification or detection.
+        splits: Its images.
+        folder: Where it writes.
+        process: This process.
+        preprocessing: How pixels become the network's input.
+        net: The network.
+        training: timm's task: the network with its loss and its moving average, perhaps compiled or distributed.
+        eval_net: What is evaluated and written: the moving average of the network if there is one, else the network.
+        prepare: Makes a batch the network's input, on its device.
+        frozen: The modules that never train.
+        optimizer: torch's.
+        scheduler: timm's.
+        steps: The images of each step.
+        history: The metrics of each finished epoch.
+        best: For early stopping, the network of the best epoch and its image size.
+        done: Finished steps of the current epoch.
+        losses: The sums of the loss and its terms over these steps.
+        began: When the current epoch began, in seconds of the monotonic clock.
+        began_at: The step with which the current epoch began or was resumed.
+        saved: When the state was last saved.
+        trained: The modules that train in the current epoch.
+        image_size: Height and width in pixels, in the current epoch.
+        train_batches: The training images at this size.
+        val_batches: The validation images at this size.
+    """
 
-def _kept_by_an_image(net: nn.Module, image_size: int, given: Input) -> float:
-    """Bytes that the forward pass over one image leaves for the backward pass, the weights not counted."""
-    kept: dict[int, int] = {}  # of storages without memory, their bytes
-    dtype = torch.bfloat16 if given.bf16 else torch.float32
-    trial = copy.deepcopy(net).train().to("meta", dtype)
+    plan: Plan
+    task: Task[Any]
+    splits: Splits[Any]
+    folder: RunFolder
+    process: Process
+    preprocessing: Preprocessing
+    net: Any
+    training: Any
+    eval_net: Any
+    prepare: Callable[[Tensor, Any], tuple[Tensor, Any]]
+    frozen: list[str]
+    optimizer: Any
+    scheduler: Any
+    steps: Steps
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    done: int = 0
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    began: float = 0.0
+    began_at: int = 0
+    saved: float = field(default_factory=time.monotonic)
+    trained: list[str] = field(default_factory=list)
+    image_size: tuple[int, int] = (0, 0)
+    train_batches: Any = None
+    val_batches: Any = None
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
+    def save(self) -> None:
+        """Writes `last.pt`.
 
-    images = torch.zeros(2, len(given.mean), image_size, image_size, device="meta", dtype=dtype)
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        left = trial(images.to(memory_format=torch.channels_last))
-    weights = {parameter.untyped_storage()._cdata for parameter in trial.parameters()}
-    del left  # which kept all storages, and so their addresses, apart
-    return sum(size for where, size in kept.items() if where not in weights) / 2
+        Raises:
+            RunError: If the loss is not finite, or the file cannot be written.
+        """
+        losses = self.gathered_losses()
+        if self.process.first:
+            averaged = self.eval_net.state_dict() if self.plan.ema else None
+            state = {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history}
+            state |= {"best": self.best, "ema": averaged, "step": self.done, "losses": losses}
+            self.folder.save(state | {"class_names": self.splits.train.class_names})
+        self.saved = time.monotonic()
 
+    def resume(self) -> None:
+        """Continues from `last.pt` if it exists."""
+        state = self.process.broadcast(self.folder.load() if self.process.first else None)
+        if state is None:
+            return
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.plan.ema:
+            self.eval_net.load_state_dict(state["ema"])
+        self.history, self.best, self.done = state["history"], state["best"], state["step"]
+        mine = state["losses"][self.process.rank :: self.process.world]  # the number of processes may have changed
+        for losses in mine:
+            self.add_losses({name: torch.tensor(value, device=self.process.device) for name, value in losses.items()})
 
-def _free_memory(device: torch.device) -> float | None:
-    """Bytes that this process may take on the device; None where that cannot be known."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
-    return 1024 * float(lines["MemAvailable"].split()[0]) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _named(net: nn.Module, text: str) -> list[str]:
-    """The parts of the network that `freeze` names."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    names = [name for name, _ in net.named_modules()]
-    for part in parts:
-        if part not in names:
-            children = ", ".join(name for name, _ in net.named_children())
-            raise ValueError(f"freeze names {part!r}, which the network does not have; its parts are {children}")
-    return parts
-
-
-def _classifier(net: Any) -> list[str]:
-    """The names of the network's last layers."""
-    names = net.pretrained_cfg["classifier"]
-    return [names] if isinstance(names, str) else list(names or ())
-
-
-def _inside(name: str, parts: Sequence[str]) -> bool:
-    """Whether a parameter or module belongs to one of the parts; the part "" is everything."""
-    return any(not part or name == part or name.startswith(f"{part}.") for part in parts)
-
-
-def _around(name: str, parts: Sequence[str]) -> bool:
-    """Whether one of the parts lies in the module `name`."""
-    return any(part.startswith(f"{name}.") for part in parts)
-
-
-def _let_learn(
-    task: TrainingTask, net: nn.Module, learning: list[str], frozen: list[str], config: FinetuneConfig, process: Process
-) -> None:
-    """Lets the parts `learning` but for `frozen` learn, and wraps the network anew, as torch's wrappers need it."""
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad = _inside(name, learning) and not _inside(name, frozen)
-    task.trainable_module = net
-    if config.compile:
-        task.compile()
-    if process.world > 1:
-        task.prepare_distributed(device_ids=[process.device] if process.device.type == "cuda" else None)
-
-
-def _size_in(epoch: int, sizes: list[tuple[int, int]]) -> int:
-    return next(pixels for pixels, first in reversed(sizes) if epoch >= first)
-
-
-def _stagnates(scores: list[float], patience: int) -> bool:
-    """Whether the last `patience` epochs brought nothing better."""
-    return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
-
-
-class _Sums(dict[str, Tensor]):
-    """The loss of some steps and its terms, summed up where they were computed."""
-
-    def add(self, losses: dict[str, Tensor], weight: float) -> None:
+    def add_losses(self, losses: dict[str, Tensor], weight: float = 1.0) -> None:
+        """Adds `weight` times the loss and its terms to the sums, without waiting for the device."""
         for name, value in losses.items():
-            self[name] = self.get(name, 0) + value.detach() * weight
+            self.losses[name] = self.losses.get(name, 0) + value.detach() * weight
 
-    def numbers(self) -> dict[str, float]:
-        return {name: value.item() for name, value in self.items()}
+    def gathered_losses(self) -> list[dict[str, float]]:
+        """The sums of each process.
 
-
-def _finite(losses: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The losses of each process, if they are numbers to go on with."""
-    if not all(math.isfinite(value) for part in losses for value in part.values()):
-        raise RunError("the loss is not finite any more; begin another run with a smaller --lr")
-    return losses
-
-
-def _means(losses: list[dict[str, float]], steps: int) -> dict[str, float]:
-    """The mean of each term over an epoch's steps, of all processes together."""
-    return {f"train_{name}": sum(part[name] for part in losses) / steps for name in losses[0]}
+        Raises:
+            RunError: If one is not finite.
+        """
+        gathered = self.process.all_gather({name: value.item() for name, value in self.losses.items()})
+        if not all(math.isfinite(value) for losses in gathered for value in losses.values()):
+            raise RunError("the loss is not finite any more; begin another run with a smaller --lr")
+        return gathered
 
 
-def _reading(batches: Batches, epoch: int, done: int, steps: Steps) -> Iterator[Any]:
-    """The batches of an epoch from step `done` on."""
-    steps.epoch, steps.first = epoch, done
+def start(plan: Plan, task: Task[Any], splits: Splits[Any], folder: RunFolder, process: Process) -> Run:
+    """Makes everything that trains, claims the folder, and loads the state of a run that is resumed.
+
+    Raises:
+        RunError: If the folder cannot be written, or its state is damaged.
+        ValueError: If `freeze` names no module, or leaves nothing to train.
+        WeightsError: If pretrained weights cannot be had or must not be used.
+    """
+    config, classes = plan.config, len(splits.train.class_names)
+    seed_everything(config.seed)
+    net = _create(config.model, pretrained=plan.pretrained, **_model_args(config, classes, plan.sizes))
+    net = net.to(process.device).to(memory_format=torch.channels_last)
+    if process.world > 1 and process.device.type == "cuda":
+        net = convert_sync_batchnorm(net)
+    preprocessing = _preprocessing(net, config, process.device)
+    frozen = frozen_layers(net, config.freeze)
+    if plan.head_epochs and (not classifier_of(net) or any(lies_in(name, frozen) for name in classifier_of(net))):
+        raise ValueError("the classifier cannot train alone, it is frozen or unknown; give --head-epochs 0")
+    set_trainable(net, [""], frozen)
+    training: Any = task.training(net, plan, splits.train, process)
+    if plan.ema:
+        training.setup_ema(plan.ema, use_warmup=True)
+    eval_net = training.trainable_module_ema.module if plan.ema else net
+    batch_size, micro_batches = plan.batch_size, plan.micro_batches
+    drop_last, rank, world = config.drop_last, process.rank, process.world
+    steps = Steps(len(splits.train), batch_size, micro_batches, rank, world, drop_last, config.seed)
+    optimizer = _optimizer(net, plan)
+    scheduler = _scheduler(optimizer, plan, steps.per_epoch)
+    prepare = task.preparation(config, preprocessing, classes)
+    run = Run(
+        plan, task, splits, folder, process, preprocessing, net, training, eval_net, prepare, frozen,
+        optimizer, scheduler, steps,
+    )  # fmt: skip
+    if process.first:
+        folder.begin(config, splits.about)
+    run.resume()
+    return run
+
+
+def _optimizer(net: nn.Module, plan: Plan) -> Any:
+    fused: dict[str, Any] = {"fused": True} if plan.opt in FUSED else {}
+    return create_optimizer_v2(
+        net,
+        plan.opt,
+        plan.lr,
+        plan.weight_decay,
+        momentum=plan.config.momentum,
+        filter_bias_and_bn=not plan.config.decay_all,
+        layer_decay=None if plan.layer_decay == 1 else plan.layer_decay,
+        **fused,
+    )
+
+
+def _scheduler(optimizer: Any, plan: Plan, steps_per_epoch: int) -> Any:
+    config = plan.config
+    updates = 1 if config.sched_epochs else steps_per_epoch
+    # timm looks one update ahead: half an update later, the first step of an epoch gets the new rate.
+    milestones: Any = [epoch + 0.5 / updates for epoch in parse_epochs(config.decay_epochs)]
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        config.sched,
+        num_epochs=config.epochs,
+        decay_milestones=milestones,
+        decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_epochs=plan.warmup_epochs,
+        warmup_lr=plan.warmup_lr,
+        step_on_epochs=config.sched_epochs,
+        updates_per_epoch=updates,
+    )
+    return scheduler
+
+
+def train_epoch(run: Run, signals: StopSignals, bar: "tqdm[Any]") -> None:
+    """Trains for one epoch, or for what is left of it.
+
+    Args:
+        run: The run; its epoch is the one after those of its history.
+        signals: After one, the epoch ends after the current step.
+        bar: Counts images.
+
+    Raises:
+        DataError: If an image cannot be read.
+        RunError: If the loss is not finite, or the state cannot be saved.
+        Stopped: After a signal, when the state is saved.
+    """
+    epoch, steps, process = len(run.history), run.steps, run.process
+    run.began, run.began_at = time.monotonic(), run.done
+    _set_image_size(run, epoch)
+    _set_trained(run, epoch)
+    bar.set_description(f"epoch {epoch + 1}/{run.plan.config.epochs} at {size_text(run.image_size)} px")
+    run.scheduler.step(epoch)
+    batches = _batches_of_epoch(run.train_batches, epoch, run.done, steps)
+    for step in range(run.done, steps.per_epoch):
+        micro_batches = _next_micro_batches(batches, steps.micro_batches, signals)
+        late = time.monotonic() - run.saved > 60 * run.plan.config.save_minutes
+        stop, save = process.all_reduce_max(signals.number, late)
+        if micro_batches is None or stop:
+            break
+        if save:
+            run.save()
+        run.scheduler.step_update(epoch * steps.per_epoch + step)
+        _train_step(run, epoch, step, micro_batches)
+        run.done = step + 1
+        bar.update(steps.size(step))
+    _stop_if_asked(run, signals, f"stopped in epoch {epoch + 1} after step {run.done} of {steps.per_epoch}")
+
+
+def _train_step(run: Run, epoch: int, step: int, micro_batches: list[Any]) -> None:
+    """One update of the weights."""
+    process = run.process
+    for i, (pixels, targets) in enumerate(micro_batches):
+        seed_everything(run.plan.config.seed, epoch, step, process.rank + process.world * i)
+        images, targets = run.prepare(pixels, targets)
+        share = len(images) / run.steps.size(step)
+        with run.training.no_sync() if i + 1 < len(micro_batches) else nullcontext():
+            with run.preprocessing.autocast():
+                outputs = run.training(images, targets)
+            loss = outputs["loss"]
+            if i == 0:
+                run.optimizer.zero_grad()  # as late as this, so that the backward pass reuses the memory
+            (loss * (share * process.world)).backward()  # torch averages gradients over the processes
+        run.add_losses({"loss": loss, **outputs.get("terms", {})}, share)
+    if run.plan.config.clip_grad:
+        dispatch_clip_grad(run.training.get_clip_parameters(), run.plan.config.clip_grad)
+    run.optimizer.step()
+    run.training.update_ema(epoch * run.steps.per_epoch + step + 1)
+
+
+def end_epoch(run: Run, signals: StopSignals) -> None:
+    """Evaluates the network after an epoch, adds a row to the history, saves and reports.
+
+    Raises:
+        DataError: If an image cannot be read.
+        RunError: If the loss is not finite, or a file cannot be written.
+        Stopped: After a signal, when the state is saved.
+    """
+    epoch, task, process, epochs = len(run.history), run.task, run.process, run.plan.config.epochs
+    train_seconds = time.monotonic() - run.began
+    if process.world > 1:  # unsynchronised BatchNorm: the statistics of the first process count
+        distribute_bn(run.net, process.world)
+        distribute_bn(run.eval_net, process.world)
+    try:
+        metrics = task.score(run.eval_net, run.val_batches, run.preprocessing, process)
+    except RuntimeError as error:
+        if not signals.number or process.world > 1:
+            raise
+        run.save()  # the signal reached the loader workers, too
+        raise Stopped(signals.number, f"stopped after the last step of epoch {epoch + 1}") from error
+    losses = run.gathered_losses()
+    row: dict[str, Any] = {"epoch": epoch + 1, "image_size": size_value(run.image_size)}
+    row |= {"lr": max(group["lr"] for group in run.optimizer.param_groups)}
+    row |= {f"train_{name}": sum(sums[name] for sums in losses) / run.steps.per_epoch for name in losses[0]}
+    row |= {f"val_{name}": value for name, value in metrics.items()}
+    if run.plan.config.patience and row[task.metric] > max(
+        (old[task.metric] for old in run.history), default=-math.inf
+    ):
+        run.best = {"net": copy.deepcopy(run.eval_net.state_dict()), "image_size": size_value(run.image_size)}
+    run.history.append(row)
+    run.done, run.losses = 0, {}
+    if process.first:
+        run.folder.write_history(run.history)
+    run.save()
+    speed = (run.steps.per_epoch - run.began_at) * run.steps.batch_size / train_seconds
+    minutes = (epochs - epoch - 1) * (run.saved - run.began) / 60
+    line = (
+        f"epoch {epoch + 1}/{epochs} at {size_text(run.image_size)} px: train loss {row['train_loss']:.3f}, "
+        f"{task.epoch_in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
+    )
+    process.print(line)
+    if process.first:
+        run.folder.log(line)
+        if run.plan.config.tensorboard:
+            run.folder.to_tensorboard(row)
+    number = int(process.all_reduce_max(signals.number)[0])
+    if number:
+        raise Stopped(number, f"stopped after epoch {epoch + 1}")
+
+
+def finish(run: Run) -> Result:
+    """Evaluates the network that training leaves, and writes it and its report.
+
+    Raises:
+        DataError: If an image cannot be read.
+        RunError: If a file cannot be written.
+    """
+    config, process, net, val = run.plan.config, run.process, run.eval_net, run.splits.val
+    if run.best:
+        net.load_state_dict(run.best["net"])
+    size = parse_size(run.best["image_size"] if run.best else run.history[-1]["image_size"])
+    preprocessing = replace(run.preprocessing, bf16=False)  # the precision in which the network is used
+    predictions = run.task.predict(net, _val_batches(run, size), val, size, preprocessing, process)
+    figures = predictions.summary()
+    if process.first:
+        own = net.pretrained_cfg.items()
+        cfg = {
+            **{key: value for key, value in own if key not in ("test_input_size", "test_crop_pct")},
+            "input_size": (len(run.preprocessing.mean), *size),
+            "num_classes": len(val.class_names),
+            **run.task.pretrained_cfg(run.preprocessing),
+            "label_names": val.class_names,
+        }
+        run.folder.write_network(net, cfg, parse_model_args(config.model_args))
+        run.task.write_report(run.folder, config, run.history, predictions, val, run.splits.about.get("notes", []))
+    process.print(
+        f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
+    )
+    return Result(config.out, run.history, figures | {"image_size": size_value(size)})
+
+
+def _set_image_size(run: Run, epoch: int) -> None:
+    """Makes new loaders if the image size changes with this epoch."""
+    size = next(size for size, first in reversed(run.plan.sizes) if epoch >= first)
+    if size != run.image_size:
+        run.image_size = size
+        run.train_batches = run.task.train_batches(
+            run.net, run.splits.train, size, run.steps, run.plan.config, run.preprocessing
+        )
+        run.val_batches = _val_batches(run, size)
+
+
+def _val_batches(run: Run, image_size: tuple[int, int]) -> Batches:
+    batch_size = max(1, run.plan.batch_size // run.plan.micro_batches)
+    workers = run.plan.config.workers
+    return run.task.eval_batches(
+        run.net, run.splits.val, image_size, batch_size, workers, run.preprocessing, run.process
+    )
+
+
+def _set_trained(run: Run, epoch: int) -> None:
+    """Lets the classifier train alone at first, then everything that is not frozen."""
+    trained = classifier_of(run.net) if epoch < run.plan.head_epochs else [""]
+    if trained != run.trained:
+        run.trained = trained
+        set_trainable(run.net, trained, run.frozen)
+        run.training.trainable_module = run.net  # torch's wrappers must be made anew when requires_grad changes
+        if run.plan.config.compile:
+            run.training.compile()
+        if run.process.world > 1:
+            device = run.process.device
+            run.training.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
+    set_training_mode(run.net, trained, run.frozen)
+
+
+def _batches_of_epoch(batches: Batches, epoch: int, first: int, steps: Steps) -> Iterator[Any]:
+    """The batches of an epoch from step `first` on."""
+    steps.epoch, steps.first = epoch, first
     if not isinstance(batches.dataset, IterableDataset):
         return read(batches)
     batches.dataset.epoch = epoch  # type: ignore[attr-defined]
-    return itertools.islice(read(batches), done * steps.parts, None)
+    return itertools.islice(read(batches), first * steps.micro_batches, None)
 
 
-def _next(reading: Iterator[Any], parts: int, signals: "_Signals") -> list[Any] | None:
-    """The batches of a step; None if the processes that read them were asked to stop together with this one."""
+def _next_micro_batches(batches: Iterator[Any], count: int, signals: StopSignals) -> list[Any] | None:
+    """The batches of a step; None if a signal has ended the loader workers."""
     try:
-        return [next(reading) for _ in range(parts)]
+        return [next(batches) for _ in range(count)]
     except RuntimeError:
         if signals.number:
             return None
         raise
 
 
-def _progress(config: FinetuneConfig, steps: Steps, epochs: int, done: int, process: Process) -> "tqdm[Any]":
+def _stop_if_asked(run: Run, signals: StopSignals, message: str) -> None:
+    """Saves the state and raises Stopped if any process got a signal."""
+    number = int(run.process.all_reduce_max(signals.number)[0])
+    if number:
+        run.save()
+        raise Stopped(number, message)
+
+
+def _stagnates(run: Run) -> bool:
+    """Whether the last `patience` epochs brought nothing better."""
+    patience, scores = run.plan.config.patience, [row[run.task.metric] for row in run.history]
+    return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+
+
+def _progress_bar(run: Run) -> "tqdm[Any]":
     """One line on a terminal: epoch, images per second, time left."""
+    steps = run.steps
     return tqdm(
-        total=config.epochs * steps.images,
-        initial=epochs * steps.images + done * steps.batch_size,
+        total=run.plan.config.epochs * steps.images,
+        initial=len(run.history) * steps.images + run.done * steps.batch_size,
         unit=" images",
-        disable=None if process.first else True,
+        disable=None if run.process.first else True,
     )
-
-
-class _Signals(AbstractContextManager["_Signals"]):
-    """Notes SIGINT and SIGTERM in `number` instead of dying of them; a second one acts as usual."""
-
-    number = 0
-
-    def __enter__(self) -> "_Signals":
-        here = threading.current_thread() is threading.main_thread()  # where alone Python lets one ask for signals
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) if here else ()
-        self.usual: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
-        for number in numbers[:2]:
-            signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.__exit__()
-        self.number = number
-        # reading processes that got the signal, too, die now or later; torch would raise an error of that anywhere
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        del self.usual[signal.SIGCHLD]
-
-    def __exit__(self, *_: object) -> None:
-        for number, action in self.usual.items():
-            signal.signal(number, action)

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and how it is written so that nothing is lost."""
+"""The folder of a run; every file in it is written atomically."""
 
 import json
 import os
@@ -20,26 +20,22 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
+from spd_zoo.files import is_leftover, remove_leftovers, whole, write_csv
 from spd_zoo.training.config import FinetuneConfig, to_yaml
-from spd_zoo.training.evaluate import write_csv
 from spd_zoo.weights import save_network
 
 __all__ = ["Beginning", "RunError", "RunFolder"]
 
-_FIRST_FILES = {
-    "data.json",
-    "environment.json",
-    *(f"{name}.tmp" for name in ("data.json", "environment.json", "run.yaml")),
-}
+_FIRST_FILES = {"data.json", "environment.json"}  # written before run.yaml, which makes it a run
 
 
 class RunError(ValueError):
-    """A run that cannot go on; its last checkpoint is as it was."""
+    """A run that cannot continue; its last checkpoint is unchanged."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """With which configuration a run began, and what was known about its data."""
+    """The configuration of a run when it began, and what was known about its data."""
 
     config: dict[str, Any]
     about_data: dict[str, Any]
@@ -52,10 +48,10 @@ class RunFolder:
         self.path = path
 
     def beginning(self, config: FinetuneConfig) -> "Beginning | None":
-        """How the run in the folder began, which now goes on; None if there is none, or for a dry run.
+        """The beginning of the run in the folder, which is resumed; None without a run, or for a dry run.
 
         Raises:
-            ValueError: If the folder holds something else, or a run that is not to go on.
+            ValueError: If the folder holds something else, or a run although `config.resume` is "never".
         """
         if config.dry_run:
             return None
@@ -69,15 +65,17 @@ class RunFolder:
             except (ValueError, OSError, yaml.YAMLError) as error:
                 raise RunError(f"{self.path} holds a run with a damaged run.yaml or data.json: {error}") from error
         if self.path.exists() and (
-            not self.path.is_dir() or {file.name for file in self.path.iterdir()} - _FIRST_FILES
+            not self.path.is_dir()
+            or {file.name for file in self.path.iterdir() if not is_leftover(file)} - _FIRST_FILES
         ):
             raise ValueError(f"{self.path} is not empty and holds no run; give a new folder with --out")
         return None
 
     def begin(self, config: FinetuneConfig, about_data: dict[str, Any]) -> None:
-        """Claims the folder for a run, or notes another start of the run in it."""
+        """Makes the folder a run's, or adds this start to `environment.json` of the run in it."""
         with self.writing("run.yaml"):
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
         if not (self.path / "run.yaml").exists():
             self.write("data.json", json.dumps(about_data, indent=2))
         file = self.path / "environment.json"
@@ -88,10 +86,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Writes a file of text."""
-        temporary = self.path / f"{name}.tmp"
-        with self.writing(name):
+        with self.writing(name), whole(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
 
     def log(self, line: str) -> None:
         """Adds a line to `log.txt`, with the time."""
@@ -99,11 +95,11 @@ class RunFolder:
             file.write(f"{_now()} {line}\n")
 
     def to_tensorboard(self, row: dict[str, Any]) -> None:
-        """Writes the figures of an epoch where TensorBoard looks for them."""
+        """Writes the metrics of an epoch as TensorBoard events."""
         from torch.utils.tensorboard import SummaryWriter
 
         with self.writing("tensorboard"), SummaryWriter(self.path / "tensorboard") as writer:
-            for name in row.keys() - {"epoch"}:
+            for name in row.keys() - {"epoch", *(name for name in row if isinstance(row[name], str))}:
                 writer.add_scalar(name, row[name], row["epoch"])
 
     def write_history(self, history: Sequence[dict[str, Any]]) -> None:
@@ -112,14 +108,9 @@ class RunFolder:
             write_csv(self.path / "metrics.csv", history[0], [row.values() for row in history])
 
     def save(self, state: dict[str, Any]) -> None:
-        """Writes `last.pt`, from which the run goes on."""
-        temporary = self.path / "last.pt.tmp"
-        with self.writing("last.pt"):
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / "last.pt")
+        """Writes `last.pt`, from which the run is resumed."""
+        with self.writing("last.pt"), whole(self.path / "last.pt") as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     def load(self) -> dict[str, Any] | None:
         """The state of the run, on the CPU; None if nothing was saved yet.
@@ -133,7 +124,7 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, UnpicklingError, struct.error) as error:
-            raise RunError(f"cannot read {file}: {error}; where it is damaged, begin a run in another --out") from error
+            raise RunError(f"cannot read {file}: {error}; if it is damaged, begin a run in another --out") from error
         return state
 
     def write_network(self, net: nn.Module, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:
@@ -143,7 +134,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Takes half-written files away if `name` cannot be written, and says why.
+        """Says why `name` cannot be written.
 
         Raises:
             RunError: If the disk is full, or refuses to be written.
@@ -154,15 +145,13 @@ class RunFolder:
             reason = _reason(error)
             if reason is None:
                 raise
-            for leftover in self.path.glob("*.tmp"):
-                leftover.unlink()
-            kept = "the last checkpoint is intact, and the same command goes on from there"
+            kept = "the last checkpoint is intact, and the same command resumes from it"
             advice = kept if (self.path / "last.pt").exists() else "there is no checkpoint yet"
             raise RunError(f"cannot write {self.path / name}: {reason}; {advice}") from error
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """What the operating system said; torch raises a RuntimeError while it handles that."""
+    """The reason of the operating system, which torch hides in the context of a RuntimeError."""
     while error is not None and not isinstance(error, OSError | SafetensorError):
         error = error.__context__
     return getattr(error, "strerror", None) or (str(error) if error is not None else None)

@@ -1,18 +1,18 @@
 """Pretrained weights: the manifest, the files behind it, and loading them into a network only when they are right.
 
-`manifest` says what there is, `download` gets files, `checkpoint` reads those of others, `fit` compares them with a
-network, `originals` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands between a
-variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
+`manifest` says what there is, `cache` where it is on this machine, `catalogue` what the user is shown of both; these
+need no torch. `download` gets files, `checkpoint` reads those of others (by `archive` and `unpickle`), `fit` compares
+them with a network, `originals` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands
+between a variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
 """
 
 from spd_zoo.weights.build import build, create, default_cfgs, use_manifest
+from spd_zoo.weights.cache import find, imported_names, is_right, origin_of, original_of, sha256_of
 from spd_zoo.weights.checkpoint import read_original
-from spd_zoo.weights.download import sha256_of
-from spd_zoo.weights.fetch import fetch, find, import_weights, is_right, original_of, remove
+from spd_zoo.weights.fetch import fetch, import_weights, remove
 from spd_zoo.weights.fit import rename
 from spd_zoo.weights.folder import save_network
 from spd_zoo.weights.manifest import Entry, WeightsError, entries, find_entry
-from spd_zoo.weights.originals import imported_names, origin_of
 
 __all__ = [
     "Entry",

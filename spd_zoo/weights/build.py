@@ -3,58 +3,77 @@
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import timm
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
+from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
 from spd_zoo.weights.checkpoint import read_original
-from spd_zoo.weights.download import sha256_of
-from spd_zoo.weights.fetch import fetch, is_right
-from spd_zoo.weights.fit import FilterFn, StateDict, cfg_of, checked_tensors, facts, misfit, own_networks, which_fits
-from spd_zoo.weights.manifest import Entry, WeightsError, entries, entries_for_import, find_entry, set_private
-from spd_zoo.weights.originals import UNTAGGED, find_imported, sha256_in_name
+from spd_zoo.weights.fetch import fetch
+from spd_zoo.weights.fit import (
+    FilterFn,
+    StateDict,
+    cfg_of,
+    checked_tensors,
+    facts,
+    first_conv_name,
+    misfit,
+    own_networks,
+    which_fits,
+)
+from spd_zoo.weights.manifest import (
+    Entry,
+    WeightsError,
+    default_checkpoints,
+    entries,
+    entries_for_import,
+    find_entry,
+    set_private,
+)
+from spd_zoo.weights.originals import UNTAGGED
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def default_cfgs(
-    group: str, first_conv: str | Callable[[str], str], classifier: str | tuple[str, ...]
-) -> dict[str, Any]:
+def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any]:
     """timm's configurations of all networks and checkpoints in a group of the manifest.
 
-    `first_conv` and `classifier` name the network's first convolution, or say it for a network's name, and its last
-    layer, or a detector's, one for each map.
+    `classifier` names the last layer; detectors have one per map. `first_conv` depends on arguments of the network, so
+    `build` fills it in.
 
     A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known. One that
     says `"default": false` is never meant by the network's name alone.
     """
     cfgs: dict[str, Any] = {}
-    for entry in entries_for_import().values():
+    found = entries_for_import()
+    verified = {entry.network for entry in found.values() if entry.verified}
+    default = dict.fromkeys(verified) | default_checkpoints(found)
+    for entry in found.values():
         if entry.group != group:
             continue
-        cfgs[entry.name] = _input_of(entry) | {
+        key = entry.name
+        if key == default.get(entry.network):
+            key += "*"  # timm's mark
+        elif not entry.tag and entry.network in default and default[entry.network] is None:
+            key += ".*"  # without a default checkpoint, the name alone means the network without weights
+        cfgs[key] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
             "num_classes": entry.num_classes,
-            "label_names": entry.class_names,
-            "label_descriptions": entry.class_descriptions,
+            "label_names": entry.label_names,
+            "label_descriptions": entry.label_descriptions,
             "license": entry.license,
             "origin_url": entry.origin_url,
-            "first_conv": first_conv if isinstance(first_conv, str) else first_conv(entry.network),
             "classifier": classifier,
         }
-    verified = [entry for entry in entries_for_import().values() if entry.name in cfgs and entry.verified]
-    with_default = {entry.network for entry in verified if entry.default}
-    for entry in verified:
-        if entry.network not in with_default and entry.network in cfgs:  # timm's default is the network without weights
-            cfgs[f"{entry.network}.*"] = cfgs.pop(entry.network)
-    return generate_default_cfgs(cfgs)
+    return generate_default_cfgs(
+        dict(sorted(cfgs.items(), key=lambda item: item[0].endswith("*")))
+    )  # the last one wins
 
 
 def _input_of(entry: Entry) -> dict[str, Any]:
@@ -76,13 +95,8 @@ def use_manifest(path: str | Path | None) -> None:
     entrypoints = [timm.model_entrypoint(name) for name in own_networks()]
     for module_name in {entrypoint.__module__ for entrypoint in entrypoints}:
         module: Any = sys.modules[module_name]
-        before: dict[str, Any] = {network: cfgs.default for network, cfgs in module.default_cfgs.items()}
-        first_convs = {network: cfg.first_conv for network, cfg in before.items()}
-        module.default_cfgs = default_cfgs(
-            module_name.rpartition(".")[2],
-            first_conv=first_convs.__getitem__,
-            classifier=next(iter(before.values())).classifier,
-        )
+        classifier = next(iter(module.default_cfgs.values())).default.classifier
+        module.default_cfgs = default_cfgs(module_name.rpartition(".")[2], classifier)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # timm's, that a name is registered again
         for entrypoint in entrypoints:
@@ -103,20 +117,24 @@ def build(
 
     The weights of a tag are fetched and their SHA-256 checked before timm reads them. Whatever is loaded must fit the
     network outside the classifier, also when the number of classes changes. A `file` of the caller's, given by
-    `pretrained_cfg_overlay`, brings its own number of classes unless `num_classes` says otherwise.
+    `pretrained_cfg_overlay`, brings its own number of classes unless `num_classes` says otherwise. `features_only`
+    returns every map that the network's `feature_info` describes unless `out_indices` selects some.
 
     Raises:
         WeightsError: If there are no such weights, they cannot be had, are not what the manifest pins or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
+    read: StateDict | None = None
     ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; anything else is the caller's own source
     if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
         tag = pretrained_cfg
         if overlay.get("file"):
             _check_tag(variant, tag, Path(overlay["file"]))
-            described = _described(variant, tag, Path(overlay["file"]), pretrained_filter_fn)
+            read = read_original(Path(overlay["file"]))
+            described = _described(variant, tag, read, pretrained_filter_fn)
         elif mine := _imported_by_user(variant, tag, cache_dir):
-            described = _described(variant, None, mine, pretrained_filter_fn)
+            read = read_original(mine)
+            described = _described(variant, None, read, pretrained_filter_fn)
             described |= {"file": str(mine), "tag": tag or UNTAGGED}
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
         else:
@@ -125,14 +143,29 @@ def build(
             kwargs.setdefault("num_classes", overlay.get("num_classes", described["num_classes"]))
             overlay["num_classes"] = described["num_classes"]
         overlay = described | overlay
+    if read is not None:  # timm opens no file where it has a state dict; it copies this one, so the tensors come later
+        overlay["state_dict"] = {"": ""}
+    feature_cfg: dict[str, Any] = {"flatten_sequential": True}
+    first_conv = ""
+
+    def make(**model_args: Any) -> Network:
+        nonlocal first_conv
+        net: Any = cls(**model_args)
+        first_conv = first_conv_name(net)
+        net._traits = {"first_conv": first_conv} | getattr(net, "_traits", {})
+        if "out_indices" not in kwargs:  # timm reads `feature_cfg` only after this
+            feature_cfg["out_indices"] = tuple(range(len(net.feature_info)))
+        return cast("Network", net)
+
     try:
-        return build_model_with_cfg(
-            cls,
+        built = build_model_with_cfg(
+            make,
             variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False)),
+            pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False), read),
+            feature_cfg=feature_cfg,
             cache_dir=cache_dir,
             **kwargs,
         )
@@ -147,6 +180,10 @@ def build(
             f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
             f"spd-zoo weights import {variant} {file}"
         ) from error
+    if read is not None:
+        del cfg_of(built)["state_dict"]
+    cfg_of(built)["first_conv"] = first_conv
+    return built
 
 
 def create(entry: Entry, file: Path) -> nn.Module:
@@ -184,15 +221,15 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
     return found
 
 
-def _described(variant: str, tag: str | None, file: Path, filter_fn: FilterFn) -> dict[str, Any]:
-    """What timm's configuration must say about a file: its classes, and what images it takes.
+def _described(variant: str, tag: str | None, read: StateDict, filter_fn: FilterFn) -> dict[str, Any]:
+    """What timm's configuration must say about the tensors of a file: its classes, and what images it takes.
 
     Without a tag that is the network's own input, not that of the default weights.
     """
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
     meta = timm.create_model(f"{variant}.{tag}" if tag else variant, device="meta")
     chans, *size = entry.input_size if entry is not None else cfg_of(meta)["input_size"]
-    found = facts(filter_fn(read_original(file), meta), meta, chans)
+    found = facts(filter_fn(read, meta), meta, chans)
     described: dict[str, Any] = {}
     if entry is not None:
         if not tag:
@@ -200,7 +237,7 @@ def _described(variant: str, tag: str | None, file: Path, filter_fn: FilterFn) -
             unknown += ("label_names", "label_descriptions")
             described = dict.fromkeys(unknown) | _input_of(entry)
         elif found["num_classes"] != entry.num_classes:
-            described = {"label_names": None}
+            described = {"label_names": None, "label_descriptions": None}
         described["input_size"] = (found["in_chans"], *size)
     return described | {"num_classes": found["num_classes"]}
 
@@ -222,14 +259,16 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     return entry
 
 
-def _checked(filter_fn: FilterFn, features_only: bool) -> FilterFn:
+def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None) -> FilterFn:
     """`filter_fn`, and an error if what it returns does not fit the network.
 
-    The classifier may differ where timm leaves the checkpoint's out.
+    The classifier may differ where timm leaves the checkpoint's out. If a file was `read` already, its tensors take the
+    place of the state dict: timm would read it again, with another parser.
     """
 
     def checked(state_dict: StateDict, model: nn.Module) -> StateDict:
         cfg = cfg_of(model)
+        state_dict = state_dict if read is None else read
         name = cfg.get("file") or "the checkpoint"
         renamed = filter_fn(checked_tensors(state_dict, name), model)
         same_classes = model.num_classes == cfg["num_classes"] and not features_only

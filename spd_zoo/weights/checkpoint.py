@@ -1,40 +1,36 @@
 """Checkpoints as others wrote them, read without running anything in them: safetensors, and what `torch.save` writes.
 
-A pickle is a program: it names functions and has them called. Here it finds under every name either what rebuilds a
-tensor or a container, or `_Record`, which takes everything and does nothing.
+Files are told apart by their first bytes, and each format has one parser here. None is passed on to another that might
+see something else in it, least of all to `torch.load`, which also runs TorchScript and unpacks tar files.
 """
 
-import pickle
-import struct
-import tarfile
-import types
-import warnings
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+import os
+import sys
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from spd_zoo.weights.archive import Archive, FormatError
 from spd_zoo.weights.download import page_or_pointer
-from spd_zoo.weights.fit import StateDict, checked_tensors
+from spd_zoo.weights.fit import MOST_DIMENSIONS, MOST_TENSORS, StateDict, checked_tensors
 from spd_zoo.weights.manifest import WeightsError
+from spd_zoo.weights.unpickle import Unknown, Unpickler
 
 __all__ = ["read_original"]
 
 _KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # the first one counts
-_LARGEST_INDEX = 8 * 2**20  # bytes of the pickle in a checkpoint: names and shapes, no numbers
-_MOST_OPERATIONS = 300_000  # of a pickle; a network of 500 modules needs 50,000
-_MOST_PARTS, _LONGEST_NAME = 100_000, 1_000  # modules and tensors of a network; characters in the name of one
-_UNREADABLE = (  # what broken files have been seen to raise in torch's and safetensors' readers
-    *(RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, OSError, RecursionError),
-    *(pickle.UnpicklingError, struct.error, SafetensorError, zipfile.BadZipFile, NotImplementedError, MemoryError),
-    *(AssertionError, ImportError),
+_LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle, or safetensors' header: names and shapes, no numbers
+_LARGEST_NETWORK = 10_000_000  # characters of the names of its parts, and 50 more for each
+_LARGEST_NUMBER = 2**62
+_LONGEST_KEY = 100  # characters of a storage's name, which is a number
+_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6
+_UNREADABLE = (  # what parsers raise at damaged files
+    *(ValueError, LookupError, TypeError, OverflowError, RuntimeError, MemoryError, SafetensorError),
 )
 
 
@@ -55,239 +51,282 @@ def read_original(file: Path, called: str = "") -> StateDict:
     called = called or str(file)
     if not file.is_file():
         raise WeightsError(f"{called} does not exist or is no file; give the path of a checkpoint")
-    with file.open("rb") as content:
-        start = content.read(512)
+    try:
+        with file.open("rb") as content:
+            start = content.read(512)
+            what = page_or_pointer(start)
+            found = _state_dict_in(_read(content, start, file)) if start and not what else None
+    except OSError as error:
+        raise WeightsError(f"{called} cannot be read: {error.strerror or error}") from error
+    except _UNREADABLE as error:
+        raise WeightsError(
+            f"{called} is no checkpoint that can be read safely: {_reason(error)}. It must be a file of tensors: "
+            "safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
+        ) from error
     if not start:
         raise WeightsError(f"{called} is empty; get it again")
-    if what := page_or_pointer(start):
+    if what:
         raise WeightsError(f"{called} is {what}, not a checkpoint. Open the link in a browser and get the file itself")
-    try:
-        found = _state_dict_in(load_file(file) if start[8:9] == b"{" else _unpickle(file))
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"{called} is no checkpoint that can be read safely ({type(error).__name__}: {reason}); it must be "
-            "a file of tensors: safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
-        ) from error
-    return clean_state_dict(checked_tensors(found, called))
+    checked = checked_tensors(found, called)
+    tensors: StateDict = clean_state_dict(checked)
+    if len(tensors) != len(checked):
+        raise WeightsError(f"{called} holds two tensors of one name, with and without `module.`; take one of them out")
+    return tensors
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FormatError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "it does not fit into the memory"
+    text = "".join(char if char.isprintable() else " " for char in str(error)[:200])
+    return f"it is damaged ({type(error).__name__}: {' '.join(text.split())})"
+
+
+def _read(content: BufferedReader, start: bytes, file: Path) -> Any:
+    """What a file holds that begins with `start`."""
+    size = os.fstat(content.fileno()).st_size
+    if start.startswith(b"PK\3\4"):
+        return _read_archive(Archive(content, size))
+    if start[8:9] == b"{":
+        if int.from_bytes(start[:8], "little") > _LARGEST_INDEX:
+            raise FormatError("safetensors with a header that is larger than names and shapes need")
+        return _read_safetensors(file)
+    if start.startswith(b"\x80"):
+        return _read_stream(content, size)
+    if start[257:262] == b"ustar" or start.startswith(b"sys_info\0"):
+        raise FormatError("a tar file, which only torch before 0.1.10 wrote")
+    raise FormatError("it begins like no checkpoint")
 
 
 def _state_dict_in(found: Any, depth: int = 0) -> Any:
     """The state dict in what a checkpoint holds."""
-    if isinstance(found, _Record):
-        if "_modules" in found.fields:
+    if isinstance(found, Unknown):
+        if found.attributes is not None and "_modules" in found.attributes:
             return _tensors_of_module(found)
-        found = found.entries
+        found = found.items
     if isinstance(found, dict) and depth < 10:
-        inner = next((found[key] for key in _KEYS if isinstance(found.get(key), dict | _Record)), None)
+        inner = next((found[key] for key in _KEYS if isinstance(found.get(key), dict | Unknown)), None)
         if inner is not None:
             return _state_dict_in(inner, depth + 1)
     return found
 
 
-def _tensors_of_module(module: "_Record") -> StateDict:
+def _tensors_of_module(module: Unknown) -> StateDict:
     """What `module.state_dict()` would give, by its parameters, persistent buffers and modules."""
     tensors: StateDict = {}
     waiting: list[tuple[str, Any]] = [("", module)]
-    parts = 0
+    room = _LARGEST_NETWORK
     while waiting:
         prefix, part = waiting.pop()
-        parts += 1
-        if parts > _MOST_PARTS or len(prefix) > _LONGEST_NAME:
-            raise ValueError("the network has no end: its modules hold each other")
         if isinstance(part, Tensor):
             tensors[prefix.removesuffix(".")] = part
-        if not isinstance(part, _Record):
+        attributes = part.attributes if isinstance(part, Unknown) else None
+        if attributes is None:
             continue
-        transient = part.fields.get("_non_persistent_buffers_set")
-        transient = transient if isinstance(transient, set | list | tuple) else ()
-        for kind in ("_modules", "_buffers", "_parameters"):  # taken from the end of the list, so in reverse
-            inner = part.fields.get(kind)
-            inner = inner.entries if isinstance(inner, _Record) else inner
-            if isinstance(inner, dict):
-                waiting += [(f"{prefix}{name}.", inner[name]) for name in reversed(inner) if name not in transient]
+        transient = attributes.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, dict) else {}
+        for group in ("_modules", "_buffers", "_parameters"):  # taken from the end of the list, so in reverse
+            inner = attributes.get(group)
+            inner = inner.items if isinstance(inner, Unknown) else inner
+            if not isinstance(inner, dict):
+                continue
+            for name in reversed(inner):
+                if name is None:
+                    raise FormatError("a network with a part whose name is no name")
+                room -= 50 + len(prefix) + len(name)
+                if room < 0:
+                    raise FormatError("a network without an end: its modules hold each other")
+                if name not in transient:
+                    waiting.append((f"{prefix}{name}.", inner[name]))
     return tensors
 
 
-# Unpickling
+def _read_safetensors(file: Path) -> StateDict:
+    with safe_open(file, "pt") as content:
+        names = content.offset_keys()
+        if len(names) > MOST_TENSORS:
+            raise FormatError(f"{len(names)} tensors, more than any network has")
+        return {name: content.get_tensor(name) for name in names}
 
 
-class _Record:
-    """Stands for an object of a class that is not here: takes whatever the file says of it, and does nothing."""
-
-    dump_patches = False  # what torch asks a network's class in old files
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Record":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.fields: dict[Any, Any] = {}  # an object's attributes
-        self.entries: dict[Any, Any] = {}  # what stands in it, if it is some kind of dict
-
-    def __setstate__(self, state: Any) -> None:
-        self.__init__()  # type: ignore[misc]  # unpickled objects are made without it
-        state = state[0] if isinstance(state, tuple) and state else state  # a tuple has slots, too
-        self.fields = state if isinstance(state, dict) else {}
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        vars(self).setdefault("entries", {})[key] = value
-
-    def append(self, *items: Any) -> None:
-        """Nothing, as `extend` and `add`: lists and sets of unknown classes hold no weights."""
-
-    extend = add = append
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("fields", "entries"):
-            return {}
-        raise AttributeError(name)
+# What torch.save writes
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, *others: Any) -> Tensor:
+class _Storage:
+    """Numbers that tensors share."""
+
+    __slots__ = ("dtype", "numbers")
+
+    def __init__(self, content: bytearray | memoryview, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.numbers = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> Tensor:
     """A tensor that lies inside its storage; `others` are hooks and the like, and in files of new types the dtype."""
+    if not (isinstance(storage, _Storage) and isinstance(size, tuple) and isinstance(stride, tuple)):
+        raise FormatError("a tensor without numbers or a shape")
+    if len(size) > MOST_DIMENSIONS or len(size) != len(stride):
+        raise FormatError("a tensor with too many dimensions, or not one stride for each")
+    if not all(type(n) is int and 0 <= n < _LARGEST_NUMBER for n in (offset, *size, *stride)):
+        raise FormatError("a tensor whose shape is no numbers")
     dtype = next((other for other in others if isinstance(other, torch.dtype)), storage.dtype)
+    if dtype in _WITH_SCALE:
+        raise FormatError("a quantised tensor without its scale")
+    room = len(storage.numbers) // dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    room = storage._untyped_storage.nbytes() // dtype.itemsize
-    if min((offset, *size, *stride), default=0) < 0 or (0 not in size and last >= room):
-        raise ValueError("a tensor that is larger than its numbers")
+    if 0 not in size and last >= room:
+        raise FormatError("a tensor that is larger than its numbers")
     count = 1
     for n in size:
         count *= n
     if count > room:
-        raise ValueError("a tensor that repeats its numbers")
-    empty = torch.empty(0, dtype=dtype)
-    return empty.set_(storage._untyped_storage, offset, torch.Size(size), tuple(stride))
+        raise FormatError("a tensor that repeats its numbers")
+    return torch.empty(0, dtype=dtype).set_(storage.numbers.untyped_storage(), offset, size, stride)
 
 
-def _same(data: Any, *others: Any) -> Any:
+def _data(data: Any, *others: Any) -> Any:
+    """What a parameter holds."""
     return data
 
 
-def _ordered_dict(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
-    return OrderedDict((_name(key), value) for key, value in pairs)
-
-
-def _set(items: Iterable[Any] = ()) -> set[Any]:
-    return {_name(item) for item in items}
-
-
-def _subclass(rebuild: Callable[..., Any], kind: Any, arguments: Any, state: Any) -> Any:
+def _plain(rebuild: Any, subclass: Any, arguments: Any, state: Any) -> Any:
     """A tensor of a subclass, as a plain one."""
-    if rebuild not in _KNOWN.values():
-        raise pickle.UnpicklingError("a tensor that is made by something else")
+    if rebuild not in (_tensor, _data) or not isinstance(arguments, tuple):
+        raise FormatError("a tensor that is made by something else")
     return rebuild(*arguments)
 
 
-def _name(key: Any) -> Any:
-    """What may be a key: anything that is compared in a moment, which tuples of tuples of tuples are not."""
-    plain = str | bytes | int | float | None | _Record | torch.dtype
-    if isinstance(key, plain) or (isinstance(key, tuple) and all(isinstance(item, plain) for item in key)):
-        return key
-    raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
+def _shape(dimensions: Any) -> tuple[Any, ...]:
+    """A torch.Size."""
+    if not isinstance(dimensions, tuple | list):
+        raise FormatError("a tensor whose shape is no numbers")
+    return tuple(dimensions)
 
 
-_KNOWN: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor,
-    "torch._utils._rebuild_parameter": _same,
-    "torch._utils._rebuild_parameter_with_state": _same,
-    "torch._tensor._rebuild_from_type_v2": _subclass,
-    "torch.Size": tuple,
-    "collections.OrderedDict": _ordered_dict,
-    **{f"{module}.{kind}": _set for module in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QUInt8Storage": torch.quint8,
+    "QInt8Storage": torch.qint8,
+    "QInt32Storage": torch.qint32,
+    "UntypedStorage": torch.bits8,  # its tensors say their own
+}
+_WITH_SCALE = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _data,
+    ("torch._utils", "_rebuild_parameter_with_state"): _data,
+    ("torch._tensor", "_rebuild_from_type_v2"): _plain,
+    ("torch", "Size"): _shape,
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    **{(place, name): dtype for place in ("torch", "torch.cuda", "torch.storage") for name, dtype in _STORAGES.items()},
 }
 
 
-class _Metered:
-    """A file that is read only so often."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.left = _MOST_OPERATIONS
-        self.readline = file.readline
-
-    def read(self, size: int) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            raise pickle.UnpicklingError("it has no end")
-        return self.file.read(size)
+def _storage_of(persistent_id: Any) -> tuple[torch.dtype, str, int, Any]:
+    """Type, key and length of the storage that a persistent id means, and where it lies in another, if it does."""
+    if not isinstance(persistent_id, tuple) or not 5 <= len(persistent_id) <= 6 or type(persistent_id[0]) is not str:
+        raise FormatError("a persistent id that means no storage")
+    name, dtype, key, _, length, view = (*persistent_id, None)[:6]
+    if name != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str or len(key) > _LONGEST_KEY:
+        raise FormatError("a storage without a type or a name")
+    if type(length) is not int or not 0 <= length < _LARGEST_NUMBER:
+        raise FormatError("a storage without a length")
+    return dtype, key, length, view
 
 
-class _Unpickler(pickle._Unpickler):
-    """The standard library's, in Python, whose operations can be looked at; it finds nothing that does anything."""
+def _read_archive(archive: Archive) -> Any:
+    """What a zip file of `torch.save` holds."""
+    if "data.pkl" not in archive.names:
+        raise FormatError("a zip file that torch.save did not write")
+    if any(name == "constants.pkl" or name.startswith("code/") for name in archive.names):
+        raise FormatError("a TorchScript archive, which is a program")
+    if archive.size("data.pkl") > _LARGEST_INDEX:
+        raise FormatError(f"its data.pkl has {archive.size('data.pkl')} bytes, more than names and shapes need")
+    order = bytes(archive.read("byteorder")) if "byteorder" in archive.names else b"little"
+    if order not in (b"little", b"big"):
+        raise FormatError("numbers of an unknown byte order")
+    storages: dict[str, _Storage] = {}
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    def storage(persistent_id: Any) -> _Storage:
+        dtype, key, length, _ = _storage_of(persistent_id)
+        name = f"data/{key}"
+        if name not in archive.names or archive.size(name) != length * dtype.itemsize:
+            raise FormatError("a storage whose numbers are not in the file")
+        if key not in storages or (length == 0 and storages[key].dtype != dtype):
+            storages[key] = _Storage(archive.read(name), dtype)
+            if order.decode() != sys.byteorder and dtype.itemsize > 1 and length:
+                storages[key].numbers.untyped_storage().byteswap(dtype)
+        if storages[key].dtype != dtype or (order.decode() != sys.byteorder and dtype == torch.bits8):
+            raise FormatError("a storage of two types, or of an unknown one")
+        return storages[key]
 
-    def __init__(self, file: Any, **options: Any) -> None:
-        super().__init__(_Metered(file), **options)
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What stands under a name."""
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        return dtype if isinstance(dtype, torch.dtype) else _KNOWN.get(f"{module}.{name}", _Record)
-
-
-def _before(operation: bytes, check: Callable[[list[Any]], None]) -> None:
-    """Has the unpickler look at its stack before an operation."""
-    plain = _Unpickler.dispatch[operation[0]]
-
-    def checked(unpickler: Any) -> None:
-        check(unpickler.stack)
-        plain(unpickler)
-
-    _Unpickler.dispatch[operation[0]] = checked
+    return Unpickler(archive.read("data.pkl"), _KNOWN, storage).load()
 
 
-def _names(keys: Iterable[Any]) -> None:
+def _read_stream(content: BufferedReader, size: int) -> Any:
+    """What a file of torch before 1.6 holds: five pickles, then the numbers of all storages."""
+    storages: dict[str, tuple[bytearray, _Storage]] = {}
+    left = size
+
+    def storage(persistent_id: Any) -> Any:
+        nonlocal left
+        if isinstance(persistent_id, tuple) and len(persistent_id) == 4:  # "module", a class, its file and source
+            return persistent_id[1]
+        dtype, key, length, view = _storage_of(persistent_id)
+        if key not in storages:
+            left -= length * dtype.itemsize
+            if left < 0:
+                raise FormatError("a storage whose numbers are not in the file")
+            buffer = bytearray(length * dtype.itemsize)  # filled when the pickle is read
+            storages[key] = buffer, _Storage(buffer, dtype)
+        buffer, whole = storages[key]
+        if (whole.dtype, len(buffer)) != (dtype, length * dtype.itemsize):
+            raise FormatError("a storage of two types or lengths")
+        if view is None:
+            return whole
+        if not (
+            isinstance(view, tuple) and len(view) == 3 and all(type(n) is int and 0 <= n <= length for n in view[1:])
+        ):
+            raise FormatError("a storage outside the one that it is a part of")
+        begin, count = view[1] * dtype.itemsize, view[2] * dtype.itemsize
+        if begin + count > len(buffer):
+            raise FormatError("a storage outside the one that it is a part of")
+        return _Storage(memoryview(buffer)[begin : begin + count], dtype)
+
+    content.seek(0)
+    unpickler = Unpickler(content.read(_LARGEST_INDEX), _KNOWN, storage)
+    magic = unpickler.load()
+    if type(magic) is not int or magic != _MAGIC:
+        raise FormatError("a pickle that torch.save did not write")
+    _version, _system, found, keys = (unpickler.load() for _ in range(4))
+    if not isinstance(keys, list) or not all(type(key) is str for key in keys):
+        raise FormatError("a file that does not list its storages")
+    if len(keys) != len(storages) or set(keys) != storages.keys():
+        raise FormatError("a storage whose numbers are not in the file")
+    content.seek(unpickler.position)
     for key in keys:
-        _name(key)
-
-
-def _takes_state(stack: list[Any]) -> None:
-    if not isinstance(stack[-2], _Record | OrderedDict):
-        raise pickle.UnpicklingError(f"a {type(stack[-2]).__name__} that is given a state")
-
-
-def _load_bytearray(unpickler: Any) -> None:
-    """Without making room for as many bytes as the file says before they are there."""
-    (size,) = struct.unpack("<Q", unpickler.read(8))
-    unpickler.append(unpickler.read(min(size, _LARGEST_INDEX)))
-
-
-_before(pickle.SETITEM, lambda stack: _names([stack[-2]]))
-_before(pickle.SETITEMS, lambda stack: _names(stack[::2]))
-_before(pickle.DICT, lambda stack: _names(stack[::2]))
-_before(pickle.ADDITEMS, _names)
-_before(pickle.FROZENSET, _names)
-_before(pickle.BUILD, _takes_state)
-_Unpickler.dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray
-
-
-def _load(file: Any, **options: Any) -> Any:
-    return _Unpickler(file, **options).load()
-
-
-def _unpickle(file: Path) -> Any:
-    """What `torch.save` wrote, with records in place of objects of unknown classes."""
-    if zipfile.is_zipfile(file):
-        _check_archive(file)
-    elif tarfile.is_tarfile(file):
-        raise tarfile.ReadError("the format before torch 0.1.10, a tar file")
-    module: Any = types.SimpleNamespace(__name__="unpickling", Unpickler=_Unpickler, load=_load)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that the source of an unknown class is not there
-        return torch.load(file, map_location="cpu", pickle_module=module, weights_only=False)
-
-
-def _check_archive(file: Path) -> None:
-    """Refuses what is no zip file of `torch.save`, or would be larger in memory than it is."""
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    index = [member for member in members if member.filename.endswith("/data.pkl")]
-    if len(index) != 1 or any(member.filename.endswith("/constants.pkl") for member in members):
-        raise zipfile.BadZipFile("a zip file that torch.save did not write")
-    if index[0].file_size > _LARGEST_INDEX:
-        raise zipfile.BadZipFile(f"its data.pkl has {index[0].file_size} bytes")
-    if sum(member.file_size for member in members) > file.stat().st_size:
-        raise zipfile.BadZipFile("its parts are larger than the whole")
+        buffer, whole = storages[key]
+        length = int.from_bytes(content.read(8), "little")
+        if length * whole.dtype.itemsize != len(buffer) or content.readinto(buffer) != len(buffer):
+            raise FormatError("a file that ends too early, or a storage of another length than it says")
+        if sys.byteorder != "little" and whole.dtype.itemsize > 1:
+            whole.numbers.untyped_storage().byteswap(whole.dtype)
+    if content.tell() != size:
+        raise FormatError("a file that goes on where its last storage ends")
+    return found

@@ -3,7 +3,6 @@
 What may pass at the next try (a broken connection, an overloaded server) is tried again a few times.
 """
 
-import hashlib
 import os
 import re
 import sys
@@ -18,19 +17,14 @@ from huggingface_hub import (
     get_session,
     hf_hub_download,
     hf_hub_url,
-    try_to_load_from_cache,
 )
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of the Hub's client, httpx or httpx2
 from tqdm import tqdm
 
 from spd_zoo.weights.manifest import WeightsError
 
-__all__ = ["HUB_SOURCE", "DownloadError", "download", "download_from_hub", "find_in_hub_cache", "hub_url", "sha256_of"]
+__all__ = ["DownloadError", "download", "download_from_hub", "hub_url", "page_or_pointer"]
 
-_NAME = r"\w[\w.-]*"  # neither "..", nor hidden, nor absolute
-HUB_SOURCE = re.compile(
-    rf"hf://(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}}):(?P<file>{_NAME}(/{_NAME})*)", re.A
-)
 _TRIES = 4
 _PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 4))  # seconds to wait for a server's first answer
 _LONGEST_PAUSE = 30.0  # seconds, if the server asks for one
@@ -42,15 +36,6 @@ class DownloadError(WeightsError):
     """A file that cannot be downloaded now; the message is the reason alone."""
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def page_or_pointer(start: bytes) -> str | None:
     """What a file is that begins so, if it is what servers send instead of a file."""
     text = start.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").lstrip()
@@ -59,12 +44,6 @@ def page_or_pointer(start: bytes) -> str | None:
     if text.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, the address of a file"
     return None
-
-
-def find_in_hub_cache(source: re.Match[str], cache_dir: str | Path | None) -> Path | None:
-    """The file of a `HUB_SOURCE` in the Hugging Face cache; opens no socket."""
-    found = try_to_load_from_cache(source["repo"], source["file"], cache_dir, source["commit"])
-    return Path(found) if isinstance(found, str) else None
 
 
 def hub_url(source: re.Match[str]) -> str:

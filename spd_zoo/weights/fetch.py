@@ -2,61 +2,14 @@
 
 import re
 import warnings
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from spd_zoo.weights.download import (
-    HUB_SOURCE,
-    DownloadError,
-    download,
-    download_from_hub,
-    find_in_hub_cache,
-    hub_url,
-    sha256_of,
-)
-from spd_zoo.weights.manifest import Entry, WeightsError, entries, find_entry
-from spd_zoo.weights.originals import find_imported, import_original, locked, origin_of, sha256_in_name, tagged
+from spd_zoo.weights.cache import BUNDLED, HUB_SOURCE, find, is_right, original_of, sha256_of, sources
+from spd_zoo.weights.download import DownloadError, download, download_from_hub, hub_url
+from spd_zoo.weights.manifest import Entry, WeightsError, find_entry
+from spd_zoo.weights.originals import import_original, locked, tagged
 
-__all__ = ["BUNDLED", "fetch", "find", "import_weights", "is_right", "original_of", "remove"]
-
-BUNDLED = Path(__file__).parent / "bundled"
-_NAME = r"\w[\w.-]*"  # neither "..", nor hidden, nor absolute
-_BUNDLED_SOURCE = re.compile(rf"bundled:(?P<file>{_NAME})", re.ASCII)
-_PACKAGE_SOURCE = re.compile(rf"package:(?P<package>{_NAME}):(?P<file>{_NAME}(/{_NAME})*)", re.ASCII)
-
-
-def original_of(entry: Entry) -> Entry:
-    """The entry whose file is loaded: `entry`, or that which it is derived from."""
-    return entry if entry.derived_from is None else entries()[entry.derived_from]
-
-
-def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
-    """The file of `entry` on this machine, unchecked: in a package, imported, or in the Hugging Face cache."""
-    entry = original_of(entry)
-    installed, hub = _places(entry)
-    if installed:
-        path = _installed_file(installed)
-        return path if path is not None and path.is_file() else None
-    imported = find_imported(entry.name, cache_dir)
-    if imported and (hub is None or sha256_in_name(imported) == entry.sha256):
-        return imported
-    return find_in_hub_cache(hub, cache_dir) if hub else None
-
-
-def is_right(entry: Entry, path: Path) -> bool | None:
-    """Whether a file that `find` or `fetch` gave has the bytes that it must have; None if nobody knows them."""
-    entry = original_of(entry)
-    if not path.is_file():
-        return False
-    imported = sha256_in_name(path)
-    expected = imported or entry.sha256
-    if expected is None:
-        return None
-    if sha256_of(path) != expected:
-        return False
-    if imported and entry.source is None and entry.sha256 is not None:
-        return origin_of(path).get("original_sha256") == entry.sha256
-    return True
+__all__ = ["fetch", "import_weights", "remove"]
 
 
 def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
@@ -73,7 +26,7 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
         WeightsError: If the file cannot be had, or is not the one that the manifest pins.
     """
     entry = original_of(entry)
-    installed, hub = _places(entry)
+    installed, hub = sources(entry)
     path = find(entry, cache_dir)
     right = None if path is None else is_right(entry, path)
     if path is None and installed:
@@ -94,31 +47,6 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
             stacklevel=2,
         )
     return path
-
-
-def _places(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:
-    """The source of an entry, as a file that comes with this package or another one, or as one on the Hub."""
-    if entry.source is None:
-        return None, None
-    installed = _BUNDLED_SOURCE.fullmatch(entry.source) or _PACKAGE_SOURCE.fullmatch(entry.source)
-    hub = HUB_SOURCE.fullmatch(entry.source)
-    if not installed and not hub:
-        raise WeightsError(
-            f"the source of {entry.name} is {entry.source!r}; "
-            "it must be bundled:FILE, package:NAME:FILE or hf://ORG/REPO@<40-digit commit>:FILE"
-        )
-    return installed, hub
-
-
-def _installed_file(source: re.Match[str]) -> Path | None:
-    """Where the file of an installed package lies, without importing it; None if the package is not installed."""
-    package = source.groupdict().get("package")
-    if package is None:
-        return BUNDLED / source["file"]
-    try:
-        return Path(str(distribution(package).locate_file(source["file"])))
-    except PackageNotFoundError:
-        return None
 
 
 def _missing(entry: Entry, source: re.Match[str]) -> WeightsError:
@@ -231,7 +159,7 @@ def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
     """
     if entry.derived_from is not None:
         raise WeightsError(f"the weights of {entry.name} are those of {entry.derived_from}; delete these instead")
-    installed, _ = _places(entry)
+    installed, _ = sources(entry)
     if installed:
         package = installed.groupdict().get("package") or "spd-zoo"
         raise WeightsError(f"the weights of {entry.name} are part of {package} and stay; uninstall that instead")

@@ -6,18 +6,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models import get_model_traits
 from torch import Tensor, nn
 
 from spd_zoo.weights.manifest import WeightsError, entries_for_import
 
 __all__ = [
+    "MOST_DIMENSIONS",
+    "MOST_TENSORS",
     "FilterFn",
     "StateDict",
     "cfg_of",
     "checked_tensors",
     "facts",
     "filter_of",
+    "first_conv_name",
     "misfit",
     "own_networks",
     "rename",
@@ -26,6 +30,10 @@ __all__ = [
 
 StateDict = dict[str, Tensor]
 FilterFn = Callable[[StateDict, Any], StateDict]
+MOST_TENSORS, MOST_DIMENSIONS = 10_000, 64  # of a network; of a tensor, as in torch
+_LONGEST_NAME = 1_000  # characters
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_OTHERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
@@ -52,14 +60,25 @@ def cfg_of(model: nn.Module) -> dict[str, Any]:
     return cast("dict[str, Any]", model.pretrained_cfg)
 
 
+def first_conv_name(model: nn.Module) -> str:
+    """The name of a network's first convolution, which is its first one in order of construction."""
+    return next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+
+
 def checked_tensors(state_dict: Any, name: str) -> StateDict:
-    """`state_dict`, if it is one."""
+    """`state_dict`, if it is one, and can be compared with a network and printed."""
     if (
         not isinstance(state_dict, dict)
         or not state_dict
         or not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state_dict.items())
     ):
         raise WeightsError(f"{name} holds no network weights: neither a dict of tensors, nor one under 'state_dict'")
+    if len(state_dict) > MOST_TENSORS:
+        raise WeightsError(f"{name} holds {len(state_dict)} tensors, more than any network has")
+    if not all(key.isprintable() and len(key) <= _LONGEST_NAME for key in state_dict):
+        raise WeightsError(f"{name} holds a tensor whose name is too long, or has characters that cannot be printed")
+    if not all(tensor.ndim <= MOST_DIMENSIONS for tensor in state_dict.values()):
+        raise WeightsError(f"{name} holds a tensor of more than {MOST_DIMENSIONS} dimensions")
     return state_dict
 
 
@@ -105,7 +124,7 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
             return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
         if given[key] != shape and not (key == adapted and given[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
             return f"{key} has shape {given[key]}, the network's has {shape}"
-        if own[key].is_floating_point() and not state_dict[key].is_floating_point():
+        if state_dict[key].dtype not in (_FLOATS if own[key].is_floating_point() else _FLOATS | _OTHERS):
             return f"{key} holds {state_dict[key].dtype}, the network's {own[key].dtype}"
     surplus = [key for key in given if key not in expected]
     return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from spd_zoo.files import whole
+
 __all__ = ["CONFIG", "WEIGHTS", "config_of", "save_network"]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # where timm and transformers look
@@ -29,13 +31,9 @@ def save_network(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, config = folder / f"{WEIGHTS}.tmp", folder / f"{CONFIG}.tmp"
-    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, weights)
-    weights.chmod(0o644)  # which safetensors does not do
-    text = json.dumps(config_of(net, cfg, model_args), indent=2)
-    config.write_text(text, encoding="utf-8")
-    weights.replace(folder / WEIGHTS)
-    config.replace(folder / CONFIG)
+    with whole(folder / WEIGHTS) as weights, whole(folder / CONFIG) as config:
+        save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, weights)
+        config.write_text(json.dumps(config_of(net, cfg, model_args), indent=2), encoding="utf-8")
 
 
 def config_of(
@@ -47,6 +45,8 @@ def config_of(
     """
     cfg = dict(cfg or {})
     names = cfg.pop("label_names", None)
+    if names:
+        cfg.setdefault("label_descriptions", None)  # the network's own describe other names
     extra = {"pretrained_cfg": cfg} | ({"label_names": names} if names else {}) | extra
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG

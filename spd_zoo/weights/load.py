@@ -1,6 +1,5 @@
 """A network by its name, its tag or its folder, with its weights."""
 
-import difflib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,18 +12,18 @@ from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
+from spd_zoo.weights.catalogue import ModelError, unknown_network
 
-__all__ = ["ModelError", "class_names", "load_network", "timm_name"]
+__all__ = ["ModelError", "class_names", "class_synonyms", "first_line", "load_network", "pretrained_cfg", "timm_name"]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
 
-class ModelError(ValueError):
-    """A network that there is not or that cannot be used; the message says what would work."""
-
-
 def timm_name(name: str) -> str:
-    """What timm calls a network given by its name, by a source such as `local-dir:`, or by the folder of a run.
+    """timm's name for a network: `name` itself, or `local-dir:FOLDER` for the folder of a run.
+
+    Args:
+        name: A network with or without a tag, a source of timm's such as `local-dir:` or `hf-hub:`, or a run's folder.
 
     Raises:
         ModelError: If there is no such network; with the nearest names.
@@ -36,30 +35,40 @@ def timm_name(name: str) -> str:
         return name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ModelError(f"{name} is a folder without config.json; give one that a finished run left")
+            raise ModelError(f"{name} is a folder without config.json; choose the folder of a finished run")
         return f"local-dir:{name}"
-    nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
-    advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
-    raise ModelError(f"there is no network {name!r}; {advice}")
+    raise unknown_network(name)
 
 
 def class_names(cfg: dict[str, Any]) -> list[str]:
-    """What each output of the network with this `pretrained_cfg` means; its number where nobody says."""
-    names = [str(index) for index in range(cfg["num_classes"])]
-    info: DatasetInfo
-    if cfg.get("label_names"):
-        info = CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
-    elif _is_imagenet(cfg):
-        info = ImageNetInfo()
-    elif _is_coco(cfg):
-        info = CustomDatasetInfo(_coco_names())
-    else:
+    """The name of every class of a network with this `pretrained_cfg`; the class's index where no name is known."""
+    names, info = [str(index) for index in range(cfg["num_classes"])], _class_info(cfg)
+    if info is None:
         return names
     return [info.index_to_description(i) if info.has_label(i) else number for i, number in enumerate(names)]
 
 
+def class_synonyms(cfg: dict[str, Any]) -> list[list[str]] | None:
+    """Other names of every class, such as the WordNet ids of ImageNet; None if the network's classes have no names."""
+    info = _class_info(cfg)
+    if info is None:
+        return None
+    return [
+        [info.index_to_label_name(i), *info.index_to_description(i).split(", ")] if info.has_label(i) else []
+        for i in range(cfg["num_classes"])
+    ]
+
+
+def _class_info(cfg: dict[str, Any]) -> DatasetInfo | None:
+    if cfg.get("label_names"):
+        return CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
+    if _is_imagenet(cfg):
+        return ImageNetInfo()
+    return CustomDatasetInfo(_coco_names()) if _is_coco(cfg) else None
+
+
 def _is_imagenet(cfg: dict[str, Any]) -> bool:
-    """Whether the outputs are ImageNet-1k's: the manifest says so of our weights, the tag of timm's."""
+    """Whether the classes are those of ImageNet-1k, by the manifest for our weights and by the tag for timm's."""
     tag = cfg.get("tag") or ""
     entry = entries().get(f"{cfg['architecture']}.{tag}")
     dataset = tag if entry is None else entry.dataset or ""
@@ -67,19 +76,23 @@ def _is_imagenet(cfg: dict[str, Any]) -> bool:
 
 
 def _is_coco(cfg: dict[str, Any]) -> bool:
-    """Whether the outputs are COCO's 80 classes, as the manifest says."""
+    """Whether the classes are COCO's 80, by the manifest."""
     entry = entries().get(f"{cfg['architecture']}.{cfg.get('tag') or ''}")
     return cfg["num_classes"] == 80 and entry is not None and (entry.dataset or "").startswith("COCO")
 
 
 def _coco_names() -> list[str]:
-    """COCO's classes in the order of its annotations; torchvision leaves a place for those that COCO never used."""
+    """COCO's 80 classes in the order of its annotations; torchvision's list has gaps for ids that COCO never used."""
     names = SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"]
     return [name for name in names if name not in ("__background__", "N/A")]
 
 
 def load_network(model: str, device: str) -> nn.Module:
-    """A pretrained network of any kind on a torch device, channels last, ready to compute.
+    """A pretrained network on a torch device, channels last, in evaluation mode.
+
+    Args:
+        model: As for `timm_name`.
+        device: torch device.
 
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.
@@ -95,17 +108,19 @@ def load_network(model: str, device: str) -> nn.Module:
     except WeightsError:
         raise
     except _LOADING_ERRORS as error:
-        raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load {model}: {first_line(error)}") from error
     try:
         return net.to(device).to(memory_format=torch.channels_last)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot use device {device!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot use device {device!r}: {first_line(error)}") from error
 
 
-def _cfg(net: nn.Module) -> dict[str, Any]:
+def pretrained_cfg(net: nn.Module) -> dict[str, Any]:
+    """timm's configuration of a network's weights and input."""
     cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
     return cfg
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message, for use inside a sentence."""
     return type(error).__name__ + ": " + str(error).strip().partition("\n")[0]

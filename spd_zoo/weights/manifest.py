@@ -3,21 +3,21 @@
 import json
 import math
 import os
-import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-import timm
-from timm.data import ImageNetInfo
+from spd_zoo.files import whole
 
 __all__ = [
     "PACKAGE",
     "Entry",
     "WeightsError",
+    "default_checkpoints",
     "entries",
     "entries_for_import",
     "find_entry",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 PACKAGE = Path(__file__).parent.parent
-_WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
+_IMAGENET = "imagenet-1k"
 _LARGEST = 2**20  # bytes of a private manifest
 _private: str | Path | None = os.environ.get("SPD_ZOO_MANIFEST") or None
 
@@ -64,7 +64,7 @@ class Entry:
     original_file: str | None = None  # the file in it, where original_link is a folder
     derived_from: str | None = None  # the entry whose file it is: the network converts those weights when it loads them
     dataset: str | None = None
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | str | None = None  # "imagenet-1k" stands for the WordNet ids of its 1000 classes
     recipe: dict[str, Any] | None = None
     metrics: tuple[dict[str, Any], ...] = ()
     notes: str | None = None
@@ -80,12 +80,14 @@ class Entry:
         return self.name.partition(".")[2]
 
     @property
-    def class_descriptions(self) -> dict[str, str] | None:
-        """English words for each class, as timm has them, where the classes are called by ImageNet's WordNet ids."""
-        if self.class_names is None or not all(map(_WORDNET_ID.fullmatch, self.class_names)):
-            return None
-        words = _imagenet().label_descriptions(as_dict=True)
-        return {name: words[name] for name in self.class_names} if words.keys() >= set(self.class_names) else None
+    def label_names(self) -> tuple[str, ...] | None:
+        """The name of every class, written out; for ImageNet's, timm must be installed."""
+        return _imagenet()[0] if isinstance(self.class_names, str) else self.class_names
+
+    @property
+    def label_descriptions(self) -> dict[str, str] | None:
+        """English words for each class, as timm has them, where the classes are ImageNet's."""
+        return _imagenet()[1] if isinstance(self.class_names, str) else None
 
     @property
     def verified(self) -> bool:
@@ -133,6 +135,18 @@ def entries_for_import() -> dict[str, Entry]:
         return _derived(_own())
 
 
+def default_checkpoints(found: Mapping[str, Entry]) -> dict[str, str]:
+    """For every network that has one, the checkpoint that its name alone means with `pretrained=True`.
+
+    That is the first verified one that does not say `"default": false`.
+    """
+    defaults: dict[str, str] = {}
+    for entry in found.values():
+        if entry.tag and entry.verified and entry.default and entry.group != "timm":
+            defaults.setdefault(entry.network, entry.name)
+    return defaults
+
+
 def find_entry(name: str) -> Entry | None:
     """The entry of `network.tag` or `network`, if there is one.
 
@@ -168,8 +182,6 @@ def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entr
                 raise WeightsError(f"{path} has {name} twice, in {found[name].group} and in {group}; remove one")
             if "derived_from" in fields:  # the rest is the other entry's
                 fields = {"num_classes": 1, "input_size": (1, 1, 1), "pool_size": (1, 1)} | fields
-            if fields.get("class_names") == "imagenet-1k":
-                fields = fields | {"class_names": _imagenet().label_names()}
             try:
                 found[name] = Entry(name=name, group=group, **{key: _tuple(value) for key, value in fields.items()})
             except TypeError as error:
@@ -178,9 +190,12 @@ def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entr
 
 
 @cache
-def _imagenet() -> ImageNetInfo:
-    """The classes of ImageNet-1k."""
-    return ImageNetInfo()
+def _imagenet() -> tuple[tuple[str, ...], dict[str, str]]:
+    """The classes of ImageNet-1k: WordNet ids in their order, and English words for each."""
+    from timm.data import ImageNetInfo  # here, because it takes seconds and listing the manifest needs no names
+
+    info = ImageNetInfo()
+    return tuple(info.label_names()), info.label_descriptions(as_dict=True)
 
 
 def _tuple(value: Any) -> Any:
@@ -228,16 +243,23 @@ def _read_private(path: Path) -> dict[str, Entry]:
         network = _own().get(entry.network)
         if network is None and entry.group != "timm":
             refuse(f"has {entry.name}, but there is no network {entry.network} in this zoo")
-        if network is None and not timm.is_model(entry.network):
+        if network is None and not _is_timms(entry.network):
             refuse(f"has {entry.name}, but timm has no network {entry.network}")
-        if entry.class_names is not None and len(entry.class_names) != entry.num_classes:
-            refuse(f"has {len(entry.class_names)} class names for the {entry.num_classes} classes of {entry.name}")
+        named = 1000 if entry.class_names == _IMAGENET else len(entry.class_names or ())
+        if entry.class_names is not None and named != entry.num_classes:
+            refuse(f"has {named} class names for the {entry.num_classes} classes of {entry.name}")
         if network is not None and network.group != entry.group:
             refuse(f"has {entry.name} in the group {entry.group}; it belongs to {network.group}")
         original = {**_own(), **found}.get(entry.derived_from or entry.name)
         if original is None or (entry.derived_from and (original.derived_from or not original.tag)):
             refuse(f"derives {entry.name} from {entry.derived_from}, which are no weights, or derived ones themselves")
     return found
+
+
+def _is_timms(network: str) -> bool:
+    import timm  # here, because it takes seconds and few private manifests have networks of timm's
+
+    return timm.is_model(network)
 
 
 def _number(text: str) -> float:
@@ -248,11 +270,10 @@ def _number(text: str) -> float:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> bool:
-    """Writes the manifest to `path`, through a temporary file, unless it stands there already; whether it did not."""
+    """Writes the manifest to `path` atomically, unless it stands there already; whether it did not."""
     text = json.dumps(manifest, indent=2) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return True

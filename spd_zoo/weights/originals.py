@@ -15,27 +15,18 @@ from typing import Any
 import timm
 import torch
 from filelock import FileLock
-from huggingface_hub import constants
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from spd_zoo.files import whole
+from spd_zoo.weights.cache import import_folder, imported_files, sha256_of
 from spd_zoo.weights.checkpoint import read_original
-from spd_zoo.weights.download import sha256_of
 from spd_zoo.weights.fit import StateDict, cfg_of, facts, filter_of, misfit, which_fits
 from spd_zoo.weights.manifest import WeightsError, entries, find_entry
 
-__all__ = [
-    "UNTAGGED",
-    "find_imported",
-    "import_original",
-    "imported_names",
-    "locked",
-    "origin_of",
-    "sha256_in_name",
-    "tagged",
-]
+__all__ = ["UNTAGGED", "import_original", "locked", "tagged"]
 
 UNTAGGED = "imported"  # the tag of a checkpoint that was imported without one
 
@@ -143,20 +134,17 @@ def _keep(write: Callable[[Path], object], name: str, cache_dir: str | Path | No
         part = folder / f"{name}.part"
         try:
             write(part)
-            kept = part.rename(folder / f"{name}.{sha256_of(part)}.safetensors")
+            kept = folder / f"{name}.{sha256_of(part)}.safetensors"
+            with whole(kept) as temporary:
+                part.rename(temporary)
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"cannot write to {folder} ({error}); make room, or set HF_HOME elsewhere") from error
         finally:
             part.unlink(missing_ok=True)
-        for file in _imported(name, folder):
+        for file in imported_files(name, folder):
             if file != kept:
                 file.unlink(missing_ok=True)
         return kept
-
-
-def _folder(cache_dir: str | Path | None = None) -> Path:
-    """Where imported files lie: in `cache_dir`, or beside Hugging Face's other downloads."""
-    return Path(cache_dir or constants.HF_ASSETS_CACHE) / "spd_zoo"
 
 
 @contextmanager
@@ -166,7 +154,7 @@ def locked(name: str, cache_dir: str | Path | None = None) -> Iterator[Path]:
     Raises:
         WeightsError: If nothing can be written there.
     """
-    folder = _folder(cache_dir)
+    folder = import_folder(cache_dir)
     lock = FileLock(folder / f"{name}.lock", is_singleton=True)  # one per file, so that a holder may enter again
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,34 +165,3 @@ def locked(name: str, cache_dir: str | Path | None = None) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
-
-
-def sha256_in_name(file: Path) -> str | None:
-    """The SHA-256 that an imported file must have; None for any other file."""
-    found = re.search(r"\.([0-9a-f]{64})\.safetensors$", file.name)
-    return found[1] if found else None
-
-
-def imported_names(cache_dir: str | Path | None = None) -> list[str]:
-    """Every name under which a file was imported."""
-    files = _folder(cache_dir).glob("*.safetensors")
-    return sorted({file.name.rsplit(".", 2)[0] for file in files if sha256_in_name(file)})
-
-
-def find_imported(name: str, cache_dir: str | Path | None = None) -> Path | None:
-    """The file that was imported under this name last."""
-    return max(_imported(name, _folder(cache_dir)), key=lambda file: file.stat().st_mtime_ns, default=None)
-
-
-def _imported(name: str, folder: Path) -> list[Path]:
-    files = folder.glob(f"{name}.*.safetensors")
-    return [file for file in files if sha256_in_name(file) and file.name.rsplit(".", 2)[0] == name]
-
-
-def origin_of(file: Path) -> dict[str, str]:
-    """What an imported file says of itself: `origin`, `original_sha256`, `date`, `license`; empty if it is damaged."""
-    try:
-        with safe_open(file, "pt") as content:
-            return dict(content.metadata() or {})
-    except (OSError, SafetensorError):
-        return {}

@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from spd_zoo.weights.build import create
+from spd_zoo.weights.cache import sha256_of
 from spd_zoo.weights.card import model_card
-from spd_zoo.weights.download import sha256_of
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, config_of
 from spd_zoo.weights.manifest import PACKAGE, Entry, WeightsError, manifest_path, write_manifest
@@ -285,4 +285,5 @@ def _network(entry: Entry, file: Path) -> nn.Module:
 
 def _config(entry: Entry, net: nn.Module) -> bytes:
     """`config.json`."""
-    return json.dumps(config_of(net, {"label_names": entry.class_names}, note=NOTE), indent=2).encode()
+    cfg = {"label_names": entry.label_names, "label_descriptions": entry.label_descriptions}
+    return json.dumps(config_of(net, cfg, note=NOTE), indent=2).encode()

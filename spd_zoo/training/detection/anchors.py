@@ -1,19 +1,20 @@
 """YOLOv5's anchors, fitted to the boxes of a data set."""
 
 import numpy as np
+from timm.layers import to_2tuple
 
 from spd_zoo.data.boxes import BoxImages
 from spd_zoo.models.yolov5_spd import YOLOv5SPD
 
 __all__ = ["anchor_fit", "fit_anchors", "kmeans"]
 
-LARGEST_RATIO = 4  # of the sides of a box and of an anchor that predicts it
-ENOUGH = 0.98  # share of boxes that an anchor must fit
-RUNS, STEPS = 30, 1000  # of k-means, and of mutation
+MAX_RATIO = 4  # of the sides of a box and of an anchor that predicts it
+MIN_RECALL = 0.98  # share of boxes that an anchor must fit
+RUNS, STEPS = 30, 1000  # restarts of k-means, steps of the random search
 
 
 def anchor_fit(sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """How well the best anchor fits each box: the smallest ratio of its sides, 0..1.
+    """How well the best anchor fits each box: 1 if their sides are equal, 1 / r if one side is r times the other.
 
     Args:
         sizes: Width and height of each box, (M, 2).
@@ -28,7 +29,7 @@ def anchor_fit(sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 
 
 def kmeans(points: np.ndarray, count: int, generator: np.random.Generator, runs: int = RUNS) -> np.ndarray:
-    """The centres (count, D) of points (M, D): Lloyd's algorithm from random points, the best of several runs."""
+    """Cluster centres (count, D) of points (M, D): Lloyd's algorithm, the best of `runs` random starts."""
     best, least = points[:count], np.inf
     for _ in range(runs):
         centres = points[generator.choice(len(points), count, replace=False)]
@@ -44,25 +45,36 @@ def kmeans(points: np.ndarray, count: int, generator: np.random.Generator, runs:
     return best
 
 
-def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int, seed: int) -> str:
-    """Gives `net` anchors that fit the boxes of `data` at `image_size`, if its own fit too few; says what was done.
+def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int | tuple[int, int], seed: int) -> str:
+    """Gives `net` anchors that fit the boxes of `data` at `image_size`, if its own fit too few of them.
 
-    By the rules of YOLOv5 v6.0: k-means, then a random search that raises the mean fit. Drawn from `seed`.
+    By the rules of YOLOv5 v6.0: k-means, then a random search that raises the mean fit.
+
+    Args:
+        net: Its anchors are changed in place.
+        data: The training images.
+        image_size: Height and width of the input in pixels, or one number for both.
+        seed: Of all random draws.
+
+    Returns:
+        A sentence that says what was done.
     """
     generator = np.random.default_rng(seed)
     sizes, jittered = [], []
     for i in range(len(data)):
-        shown = data.shown(i)
-        boxes = shown.boxes[~shown.crowd].double().numpy()
-        scaled = (boxes[:, 2:] - boxes[:, :2]) * image_size / max(data.sizes[data.rows[i]])
+        objects = data.objects_in(i)
+        boxes = objects.boxes[~objects.crowd].double().numpy()
+        sides = zip(to_2tuple(image_size), data.sizes[data.rows[i]][::-1], strict=True)
+        there, here = min(sides, key=lambda pair: pair[0] / pair[1])  # the image fits into the input
+        scaled = (boxes[:, 2:] - boxes[:, :2]) * there / here
         sizes.append(scaled)
         jittered.append(scaled * generator.uniform(0.9, 1.1))
-    boxes, shaken = np.concatenate(sizes), np.concatenate(jittered)
+    boxes, jittered_sizes = np.concatenate(sizes), np.concatenate(jittered)
     strides = np.array(net.strides, dtype=np.float64)[:, None, None]
     old = (net.head.anchors.double().cpu().numpy() * strides).reshape(-1, 2)
-    before = _recall(shaken, old)
+    before = _recall(jittered_sizes, old)
     boxes = boxes[(boxes >= 2).any(1)]
-    if before >= ENOUGH or len(boxes) < len(old):
+    if before >= MIN_RECALL or len(boxes) < len(old):
         return f"anchors: they fit {100 * before:.1f} % of the boxes and stay"
 
     deviation = boxes.std(0) + 1e-9
@@ -75,7 +87,7 @@ def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int, seed: int) -> 
         new_fit = _mean_fit(boxes, tried)
         if new_fit > fit:
             anchors, fit = tried, new_fit
-    after = _recall(shaken, anchors)
+    after = _recall(jittered_sizes, anchors)
     if after <= before:
         return f"anchors: they fit {100 * before:.1f} % of the boxes; none that fit more were found"
     ordered = anchors[anchors.prod(1).argsort()].reshape(len(net.strides), -1, 2)
@@ -85,9 +97,9 @@ def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int, seed: int) -> 
 
 
 def _recall(sizes: np.ndarray, anchors: np.ndarray) -> float:
-    return float((anchor_fit(sizes, anchors) > 1 / LARGEST_RATIO).mean())
+    return float((anchor_fit(sizes, anchors) > 1 / MAX_RATIO).mean())
 
 
 def _mean_fit(sizes: np.ndarray, anchors: np.ndarray) -> float:
     fit = anchor_fit(sizes, anchors)
-    return float((fit * (fit > 1 / LARGEST_RATIO)).mean())
+    return float((fit * (fit > 1 / MAX_RATIO)).mean())

@@ -1,14 +1,12 @@
-"""Augmentation of images with boxes, as the authors of YOLO and SSD do it, by torchvision's transforms.
-
-Every random choice is drawn from (seed, epoch, image), so an epoch is the same whatever number of processes reads it,
-and wherever a stopped run goes on.
-"""
+"""Augmentation of images with boxes as the authors of YOLO and SSD do it, and the loaders that apply it."""
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -16,23 +14,68 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from spd_zoo.data.boxes import BoxImages
-from spd_zoo.data.labelled import Batches, Steps, leave_ctrl_c_to_parent, seed_everything
 from spd_zoo.inference.detector import GREY, Placement, prepare
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.training.config import FinetuneConfig, parse_numbers
+from spd_zoo.training.steps import Batches, Steps, seed_everything, worker_options
 
-__all__ = ["box_eval_loader", "box_train_loader", "mosaic", "scaled_to", "ssd_augment", "window", "yolo_augment"]
+__all__ = [
+    "Augmentation",
+    "box_eval_loader",
+    "box_train_loader",
+    "mosaic",
+    "scaled_to",
+    "ssd_augment",
+    "window",
+    "yolo_augment",
+]
 
-KEPT = 2**28  # bytes of scaled images that each reading process keeps
+CACHE = 2**28  # bytes of scaled images that each loader worker keeps
 Sample = dict[str, Any]  # image: tv_tensors.Image; boxes: tv_tensors.BoundingBoxes, x1 y1 x2 y2; labels: (M,)
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly images are changed; what is not YOLO's is 0 there.
+
+    Attributes:
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        mosaic: YOLO: probability of a mosaic.
+        mosaic_epochs: YOLO: the first epoch without any mosaic.
+        zoom: YOLO: largest change of size, as `window` takes it.
+        shift: YOLO: largest shift as a share of the image.
+        hsv: YOLO: largest change of hue, saturation and brightness.
+    """
+
+    hflip: float
+    vflip: float
+    mosaic: float
+    mosaic_epochs: int
+    zoom: float
+    shift: float
+    hsv: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> "Augmentation":
+        """What a configuration asks for."""
+        return cls(
+            config.hflip,
+            config.vflip,
+            config.mosaic or 0.0,
+            config.epochs - (config.mosaic_off or 0),
+            config.zoom or 0.0,
+            config.shift or 0.0,
+            parse_numbers(config.hsv or "0,0,0"),
+        )
+
+
 def read_sample(data: BoxImages, index: int, mode: str) -> Sample:
-    """The image at `index`, 8 bits, with its boxes but for crowds."""
+    """The image at `index`, uint8, with its boxes except crowds."""
     image = tv_tensors.Image(data.image(index, mode))
-    shown = data.shown(index)
-    return _sample(image, shown.boxes[~shown.crowd], shown.labels[~shown.crowd])
+    objects = data.objects_in(index)
+    return _sample(image, objects.boxes[~objects.crowd], objects.labels[~objects.crowd])
 
 
 def _sample(image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
@@ -45,27 +88,29 @@ def _sample(image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
     }
 
 
-def scaled_to(sample: Sample, size: int) -> Sample:
-    """`sample` scaled so that its longer side has `size` pixels."""
+def scaled_to(sample: Sample, size: int | tuple[int, int]) -> Sample:
+    """`sample` scaled so that it just fits into the height and width `size`, or a square of that side."""
     height, width = sample["image"].shape[-2:]
-    scale = size / max(height, width)
+    rows, columns = to_2tuple(size)
+    scale = min(rows / height, columns / width)
     sides = [max(1, round(height * scale)), max(1, round(width * scale))]
     return sample if sides == [height, width] else v2.Resize(sides)(sample)
 
 
-def mosaic(samples: Sequence[Sample], size: int) -> Sample:
-    """Four images around a random point of a grey canvas of 2 `size` pixels, each touching it with a corner.
+def mosaic(samples: Sequence[Sample], size: int | tuple[int, int]) -> Sample:
+    """Four images that meet at a random point of a grey canvas of twice the height and width `size`.
 
-    Bochkovskiy et al., YOLOv4, https://arxiv.org/abs/2004.10934, section 3.3. What reaches out of the canvas is cut.
+    Bochkovskiy et al., YOLOv4, https://arxiv.org/abs/2004.10934, section 3.3. The canvas clips them.
     """
     samples = [samples[i] for i in torch.randperm(4).tolist()]
-    x, y = torch.randint(size // 2, size + size // 2 + 1, (2,)).tolist()
-    canvas = torch.full((samples[0]["image"].shape[0], 2 * size, 2 * size), GREY, dtype=torch.uint8)
+    rows, columns = to_2tuple(size)
+    x, y = (int(torch.randint(side // 2, side + side // 2 + 1, ())) for side in (columns, rows))
+    canvas = torch.full((samples[0]["image"].shape[0], 2 * rows, 2 * columns), GREY, dtype=torch.uint8)
     boxes = []
     for i, sample in enumerate(samples):
         height, width = sample["image"].shape[-2:]
         left, top = x - width * (i % 2 == 0), y - height * (i < 2)
-        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, 2 * size), min(top + height, 2 * size)
+        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, 2 * columns), min(top + height, 2 * rows)
         canvas[:, y1:y2, x1:x2] = sample["image"][:, y1 - top : y2 - top, x1 - left : x2 - left]
         boxes.append(sample["boxes"].as_subclass(Tensor) + torch.tensor([left, top, left, top]))
     made = _sample(canvas, torch.cat(boxes), torch.cat([sample["labels"] for sample in samples]))
@@ -73,29 +118,30 @@ def mosaic(samples: Sequence[Sample], size: int) -> Sample:
 
 
 def _kept(boxes: Tensor, sample: Sample, keep: Tensor) -> Sample:
-    """`sample` with those of its new `boxes` that are to be kept and have an area."""
+    """`sample` with those of its new `boxes` for which `keep` (M,) holds and which have an area."""
     flat = boxes.as_subclass(Tensor)
     keep = keep & (flat[:, 2:] > flat[:, :2]).all(1)
     return _sample(sample["image"], flat[keep], sample["labels"][keep])
 
 
-def window(sample: Sample, size: int, zoom: float, shift: float) -> Sample:
-    """`sample` scaled about its middle by 1 +- `zoom`, moved by up to `shift` of `size`, cut to `size` pixels a side.
+def window(sample: Sample, size: int | tuple[int, int], zoom: float, shift: float) -> Sample:
+    """`sample` scaled about its centre by 1 +- `zoom`, shifted by up to `shift` of `size`, cropped to `size`.
 
-    A box stays if both its sides have more than 2 pixels, one not more than a hundred times the other, and more than a
-    tenth of it is left.
+    A box stays if both sides are above 2 pixels, their ratio is below 100, and more than a tenth of its area is left.
     """
     scale = 1 + zoom * (2 * torch.rand(()).item() - 1)
-    across, down = (size * shift * (2 * torch.rand(2) - 1)).tolist()
+    rows, columns = to_2tuple(size)
+    draws = 2 * torch.rand(2) - 1
+    across, down = (columns * shift * draws[0]).item(), (rows * shift * draws[1]).item()
     height, width = sample["image"].shape[-2:]
-    side = max(1, round(size / scale))
-    left, top = round((width - size / scale) / 2 - across / scale), round((height - size / scale) / 2 - down / scale)
-    margins = [max(0, -left), max(0, -top), max(0, left + side - width), max(0, top + side - height)]
+    high, wide = max(1, round(rows / scale)), max(1, round(columns / scale))
+    left, top = round((width - columns / scale) / 2 - across / scale), round((height - rows / scale) / 2 - down / scale)
+    margins = [max(0, -left), max(0, -top), max(0, left + wide - width), max(0, top + high - height)]
     whole = sample["boxes"].as_subclass(Tensor)
     image = F.pad(sample["image"], margins, fill=[GREY])
-    image = F.resized_crop(image, top + margins[1], left + margins[0], side, side, [size, size])
-    moved = (whole - torch.tensor([left, top, left, top])) * (size / side)
-    cut = moved.clamp(0, size)
+    image = F.resized_crop(image, top + margins[1], left + margins[0], high, wide, [rows, columns])
+    moved = (whole - torch.tensor([left, top, left, top])) * torch.tensor([columns / wide, rows / high] * 2)
+    cut = moved.clamp(torch.zeros(4), torch.tensor([columns, rows] * 2))
     sides = cut[:, 2:] - cut[:, :2]
     area = (moved[:, 2:] - moved[:, :2]).prod(1)
     keep = (sides > 2).all(1) & (sides.amax(1) < 100 * sides.amin(1)) & (sides.prod(1) > 0.1 * area)
@@ -103,35 +149,38 @@ def window(sample: Sample, size: int, zoom: float, shift: float) -> Sample:
 
 
 def yolo_augment(
-    scaled: Callable[[int], Sample], index: int, others: Sequence[int], size: int, config: FinetuneConfig
+    scaled: Callable[[int], Sample],
+    index: int,
+    others: Sequence[int],
+    size: tuple[int, int],
+    augmentation: Augmentation,
 ) -> Sample:
-    """An image as YOLO's authors augment it: mosaic or grey sides, zoom and shift, colours, mirror.
+    """YOLO's augmentation: mosaic or grey padding, zoom and shift, colours, flips.
 
-    The colours are changed by torchvision's jitter, whose brightness and saturation are not quite HSV's.
+    Colours are changed by torchvision's ColorJitter, whose brightness and saturation are not quite those of HSV.
 
     Args:
-        scaled: Gives the image of an index, its longer side of `size` pixels.
+        scaled: Returns the image of an index, which just fits into `size`.
         index: The image.
-        others: Three more for a mosaic, or none.
-        size: Pixels.
-        config: How much is changed.
+        others: Three more images for a mosaic, or none.
+        size: Height and width of the result in pixels.
+        augmentation: How strongly the image is changed.
     """
-    assert config.hsv is not None and config.zoom is not None and config.shift is not None
     sample = mosaic([scaled(i) for i in (index, *others)], size) if others else scaled(index)
-    sample = window(sample, size, config.zoom, config.shift)
-    hue, saturation, brightness = parse_numbers(config.hsv)
+    sample = window(sample, size, augmentation.zoom, augmentation.shift)
+    hue, saturation, brightness = augmentation.hsv
     jitter = v2.ColorJitter(brightness, saturation=saturation, hue=hue)
-    mirror = v2.Compose([v2.RandomHorizontalFlip(config.hflip), v2.RandomVerticalFlip(config.vflip)])
-    return mirror(sample | {"image": jitter(sample["image"])})
+    flips = v2.Compose([v2.RandomHorizontalFlip(augmentation.hflip), v2.RandomVerticalFlip(augmentation.vflip)])
+    return flips(sample | {"image": jitter(sample["image"])})
 
 
-def ssd_augment(original: Sample, size: int, fill: list[float], config: FinetuneConfig) -> Sample:
-    """An image as SSD's authors augment it: crop, colours, expansion, mirror; then stretched to a square.
+def ssd_augment(original: Sample, size: tuple[int, int], fill: list[float], augmentation: Augmentation) -> Sample:
+    """SSD's augmentation: crop, colours, expansion, flips; then stretched to `size`.
 
-    Liu et al., https://arxiv.org/abs/1512.02325, section 2.2, with the numbers of the small-object SSD. Boxes whose
-    smaller side is at most a hundredth of the image go; if none is left, the image stays as it was.
+    Liu et al., https://arxiv.org/abs/1512.02325, section 2.2, with the numbers of the small-object SSD. Boxes with a
+    side of at most a hundredth of the image are dropped; if none is left, the original image is used.
     """
-    stretch = v2.Resize([size, size])
+    stretch = v2.Resize(list(size))
     if not len(original["labels"]):
         return stretch(original)
     jitters = (
@@ -144,7 +193,7 @@ def ssd_augment(original: Sample, size: int, fill: list[float], config: Finetune
     sample = v2.RandomIoUCrop()(original)
     sample = colours(sample["image"]), sample["boxes"], sample["labels"]
     expand = v2.RandomZoomOut(fill, (1.0, 4.0), p=0.6)
-    flips = [v2.RandomHorizontalFlip(config.hflip), v2.RandomVerticalFlip(config.vflip)]
+    flips = [v2.RandomHorizontalFlip(augmentation.hflip), v2.RandomVerticalFlip(augmentation.vflip)]
     image, boxes, labels = v2.Compose([expand, *flips])(*sample)
     height, width = image.shape[-2:]
     flat = boxes.as_subclass(Tensor)
@@ -154,80 +203,89 @@ def ssd_augment(original: Sample, size: int, fill: list[float], config: Finetune
 
 
 class _TrainImages(Dataset[tuple[Tensor, Target]]):
-    """Augmented images (C, size, size) uint8 in the network's channel order, and their objects in input pixels."""
+    """Augmented images (C, height, width) uint8 in the network's channel order, and their objects in input pixels."""
 
     def __init__(
-        self, data: BoxImages, net: DetectionNet, size: int, mode: str, seed: int, config: FinetuneConfig
+        self, data: BoxImages, net: DetectionNet, size: tuple[int, int], mode: str, seed: int, config: FinetuneConfig
     ) -> None:
-        self.data, self.size, self.mode, self.seed, self.config = data, size, mode, seed, config
+        self.data, self.size, self.mode, self.seed = data, size, mode, seed
+        self.augmentation = Augmentation.of(config)
         self.keeps_aspect, self.flipped = net.keeps_aspect, net.channel_order == "BGR" and mode == "RGB"
         mean = [float(int(255 * value)) for value in net.pretrained_cfg["mean"]]
-        self.kept: dict[int, Sample] = {}  # scaled images
+        self.cache: dict[int, Sample] = {}  # scaled images
         self.fill = (mean[::-1] if self.flipped else mean) if mode == "RGB" else [float(int(sum(mean) / len(mean)))]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
         epoch, index = key
         seed_everything(self.seed, epoch, index)
         if self.keeps_aspect:
-            sample = yolo_augment(self.scaled, index, self.others(epoch), self.size, self.config)
+            sample = yolo_augment(self.scaled, index, self.others(epoch), self.size, self.augmentation)
         else:
-            sample = ssd_augment(read_sample(self.data, index, self.mode), self.size, self.fill, self.config)
+            sample = ssd_augment(read_sample(self.data, index, self.mode), self.size, self.fill, self.augmentation)
         image = sample["image"].as_subclass(Tensor)
         target: Target = {"boxes": sample["boxes"].as_subclass(Tensor), "labels": sample["labels"]}
         return image.flip(0) if self.flipped else image, target
 
     def scaled(self, index: int) -> Sample:
-        """An image with `size` pixels on its longer side; a mosaic reads four, so what fits into memory is kept."""
-        sample = self.kept.get(index)
+        """An image that just fits into `size`; cached because a mosaic reads four."""
+        sample = self.cache.get(index)
         if sample is None:
             sample = scaled_to(read_sample(self.data, index, self.mode), self.size)
-            if len(self.kept) * sample["image"].nbytes < KEPT:
-                self.kept[index] = sample
+            if len(self.cache) * sample["image"].nbytes < CACHE:
+                self.cache[index] = sample
         return sample
 
     def others(self, epoch: int) -> list[int]:
-        """The other images of a mosaic, drawn at random; none where there is to be no mosaic."""
-        assert self.config.mosaic is not None and self.config.mosaic_off is not None
-        wanted = epoch < self.config.epochs - self.config.mosaic_off and torch.rand(()) < self.config.mosaic
+        """Three random images for a mosaic; none if the draw is against one."""
+        wanted = epoch < self.augmentation.mosaic_epochs and torch.rand(()) < self.augmentation.mosaic
         return torch.randint(len(self.data), (3,)).tolist() if wanted else []
 
 
 class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int, float]]):
-    """Images as the network is fed in evaluation, where they lie in its input, and their objects in input pixels.
+    """Preprocessed images, where they lie in the input, and their objects in input pixels.
 
-    Then the place of the image in the data, and the seconds that reading and preparing it took.
+    Then the index of the image, and the seconds that reading and preprocessing it took.
     """
 
-    def __init__(self, data: BoxImages, net: DetectionNet, size: int) -> None:
+    def __init__(self, data: BoxImages, net: DetectionNet, size: tuple[int, int]) -> None:
         self.data, self.net, self.size = data, net, size
 
     def __getitem__(self, index: int) -> tuple[Tensor, Placement, Target, int, float]:
         began = time.perf_counter()
-        inputs, placement = prepare(self.data.image(index), self.net, (self.size, self.size))
+        inputs, placement = prepare(self.data.image(index), self.net, self.size)
         seconds = time.perf_counter() - began
-        shown = self.data.shown(index)
-        boxes = placement.to_input(shown.boxes[~shown.crowd])
-        return inputs, placement, {"boxes": boxes, "labels": shown.labels[~shown.crowd]}, index, seconds
+        objects = self.data.objects_in(index)
+        boxes = placement.to_input(objects.boxes[~objects.crowd])
+        return inputs, placement, {"boxes": boxes, "labels": objects.labels[~objects.crowd]}, index, seconds
 
 
-def _together(samples: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Images as one tensor, all else as lists."""
+def _collate(samples: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Images as one tensor, everything else as lists."""
     images, *rest = zip(*samples, strict=True)
     return torch.stack(images), *map(list, rest)
 
 
 def box_train_loader(
-    data: BoxImages, net: DetectionNet, size: int, steps: Steps, mode: str, config: FinetuneConfig
+    data: BoxImages, net: DetectionNet, size: int | tuple[int, int], steps: Steps, mode: str, config: FinetuneConfig
 ) -> Batches:
-    """Batches of (N, C, size, size) uint8 and a list of N targets, in the order of `steps`."""
-    how: dict[str, Any] = {"num_workers": config.workers, "worker_init_fn": leave_ctrl_c_to_parent}
-    how |= {"pin_memory": torch.cuda.is_available(), "persistent_workers": config.workers > 0, "collate_fn": _together}
-    return DataLoader(_TrainImages(data, net, size, mode, steps.seed, config), batch_sampler=steps, **how)
+    """Batches of (N, C, height, width) uint8 and a list of N targets, in the order of `steps`."""
+    images = _TrainImages(data, net, to_2tuple(size), mode, steps.seed, config)
+    options = worker_options(config.workers) | {"pin_memory": torch.cuda.is_available(), "collate_fn": _collate}
+    return DataLoader(images, batch_sampler=steps, persistent_workers=config.workers > 0, **options)
 
 
 def box_eval_loader(
-    data: BoxImages, net: DetectionNet, size: int, batch_size: int, workers: int, rank: int = 0, world: int = 1
+    data: BoxImages,
+    net: DetectionNet,
+    size: int | tuple[int, int],
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Batches:
-    """Batches of (N, C, size, size) float, placements, targets, indices and seconds; each process reads its part."""
-    how: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent, "collate_fn": _together}
-    return DataLoader(_EvalImages(data, net, size), batch_size, sampler=range(rank, len(data), world), **how)
+    """Batches of (N, C, height, width) float, placements, targets, indices and seconds, in order.
+
+    Process `rank` of `world` reads every world-th image.
+    """
+    images, options = _EvalImages(data, net, to_2tuple(size)), worker_options(workers) | {"collate_fn": _collate}
+    return DataLoader(images, batch_size, sampler=range(rank, len(data), world), **options)

@@ -1,134 +1,50 @@
-"""What is special about detection: its data, loss, score and result. `finetune` knows nothing of it."""
+"""Detection as `finetune` and `evaluate` need it: data, loss, metrics and report."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor
 
-from spd_zoo.data.boxes import BoxImages, hold_out, open_boxes, with_names
-from spd_zoo.data.check import check, defects_in_words
-from spd_zoo.data.labelled import Batches, DataError, Steps, normalize
+from spd_zoo.data.boxes import BoxImages, open_boxes, with_names
+from spd_zoo.data.boxes import hold_out as split_boxes
+from spd_zoo.data.check import check, defects_in_words, notes_on
+from spd_zoo.data.classes import without_unused
+from spd_zoo.data.labelled import DataError
+from spd_zoo.data.reading import size_text
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.models.yolov5_spd import YOLOv5SPD
 from spd_zoo.process import Process
-from spd_zoo.training.config import FinetuneConfig, parse_model_args, parse_sizes
-from spd_zoo.training.detection import report as box_report
+from spd_zoo.training.config import FinetuneConfig, Plan
+from spd_zoo.training.detection import metrics, report
 from spd_zoo.training.detection.anchors import fit_anchors
 from spd_zoo.training.detection.augment import box_eval_loader, box_train_loader
-from spd_zoo.training.detection.metrics import box_predictions, mean_terms, score
-from spd_zoo.training.evaluate import Input
+from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
+from spd_zoo.training.splits import Splits, describe, hold_out, without_unreadable
+from spd_zoo.training.steps import Batches, Steps
 
-__all__ = [
-    "Task",
-    "defaults",
-    "finish",
-    "in_words",
-    "open_splits",
-    "preparation",
-    "score",
-    "train_batches",
-    "val_batches",
-]
+__all__ = ["LR", "Detection", "DetectorTraining"]
 
-NETWORKS = "detectors"
-BEST = "val_ap"  # what early stopping watches
-LR = 2e-3  # of AdamW, at 16 images a step; it goes by the square root of the batch size
+LR = 2e-3  # of AdamW for steps of 16 images; proportional to the square root of the batch size
+YOLO_OPTIONS = ("mosaic", "mosaic_off", "zoom", "shift", "hsv")
 
 
-def defaults(config: FinetuneConfig, net: DetectionNet) -> dict[str, Any]:
-    """What options of the optimiser and of augmentation are where they are not given.
+class DetectorTraining(ClassificationTask):
+    """timm's task with the detector's own loss.
 
-    YOLO's are those of its authors; SSD augments as its authors do, without options but those of mirrors.
-
-    Raises:
-        ValueError: If an option has no meaning for the network.
-    """
-    if config.lr is None and config.opt not in (None, "adamw"):
-        raise ValueError(f"the default learning rate of detectors is for adamw; give lr with opt {config.opt}")
-    batch_size = config.batch_size or 1
-    values: dict[str, Any] = {
-        "image_size": str(net.pretrained_cfg["input_size"][-1]),
-        "opt": "adamw",
-        "lr": LR * math.sqrt(batch_size / 16),
-        "layer_decay": 1.0,
-        "weight_decay": 5e-4,
-        "ema": 0.999,
-    }
-    if isinstance(net, YoloNet):
-        off = min(10, config.epochs // 5)
-        return values | {"mosaic": 1.0, "mosaic_off": off, "zoom": 0.5, "shift": 0.1, "hsv": "0.015,0.7,0.4"}
-    for name in ("mosaic", "mosaic_off", "zoom", "shift", "hsv"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name} is an option for YOLO; SSD crops, recolours and expands as its authors do")
-    return values
-
-
-def open_splits(
-    config: FinetuneConfig, process: Process, began_with: dict[str, Any] | None
-) -> tuple[BoxImages, BoxImages, dict[str, Any]]:
-    """The images to train on and to validate with, and what is known about them.
-
-    Args:
-        config: Where the data is, and how much of it is held out.
-        process: This process.
-        began_with: What was known when the run began that now goes on: then the images are not checked again.
-
-    Raises:
-        DataError: If the data cannot be used, or is not what the run began with.
-    """
-    train, val = open_boxes(config.data, "train"), open_boxes(config.data, config.val_name)
-    if train is None:
-        raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
-    about: dict[str, Any] = {"fingerprint": train.fingerprint() + (val.fingerprint() if val is not None else "")}
-    if began_with is not None and began_with["fingerprint"] != about["fingerprint"]:
-        raise DataError(f"{config.data} is not what it was when the run in {config.out} began; begin another one")
-    if val is not None and (config.val_split or config.val_size):
-        raise DataError(f"{config.data} has a split {config.val_name}; leave --val-split and --val-size out")
-    if val is None:
-        if config.val_name != "val":
-            raise DataError(f"{config.data} has no split {config.val_name}")
-        share = 0.2 if config.val_split is None else config.val_split
-        train, val = hold_out(train, config.val_size or max(1, round(share * len(train))), config.seed)
-    val = with_names(val, train.class_names)
-    parts = {"train": train, "val": val}
-    if began_with is not None:
-        about = began_with
-    elif config.check:
-        about |= check(parts, config.workers, process)
-        for name, part in parts.items():
-            about[name]["boxes"] = part.defects
-            read = part.without(about[name]["unreadable"])
-            about[name]["without boxes"] = sum(not len(read.shown(i).labels) for i in range(len(read)))
-    else:
-        for line in (line for part in parts.values() for line in defects_in_words(part.defects)):
-            process.say(line)
-    train, val = (part.without(about.get(name, {}).get("unreadable", {})) for name, part in parts.items())
-    empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if not count]
-    if empty:
-        raise DataError(f"class {empty[0]!r} has no box to train on; add some, or take the class away")
-    if not sum(val.counts()):
-        raise DataError(f"the split {config.val_name} has no box of a class that is trained; add some")
-    return train, val, about
-
-
-class Task(ClassificationTask):
-    """timm's task with the detector's own loss, in its terms.
-
-    The sum of the terms for an image is minimised: YOLO's authors' loss is that times the images of a batch.
+    The sum of the loss terms per image is minimised; YOLO's authors minimise that times the images of a batch.
     """
 
-    def __init__(self, net: DetectionNet, config: FinetuneConfig, data: BoxImages, process: Process) -> None:
+    def __init__(self, net: DetectionNet, device: torch.device) -> None:
         def loss(raw: Any, targets: list[Target], image_size: tuple[int, int]) -> dict[str, Tensor]:
-            return mean_terms(net, net.loss(raw, targets, image_size), len(targets))
+            return metrics.mean_terms(net, net.loss(raw, targets, image_size), len(targets))
 
-        super().__init__(net, loss, device=process.device, verbose=False)
-        if isinstance(net, YOLOv5SPD) and config.auto_anchors:
-            process.say(fit_anchors(net, data, parse_sizes(config.image_size or "")[-1][0], config.seed))
+        super().__init__(net, loss, device=device, verbose=False)
 
     def forward(self, images: Tensor, targets: Any) -> dict[str, Any]:
         """(N, C, H, W) and N targets -> `loss`, a scalar, and its `terms`."""
@@ -136,66 +52,162 @@ class Task(ClassificationTask):
         return {"loss": torch.stack(list(terms.values())).sum(), "terms": terms}
 
 
-def preparation(
-    config: FinetuneConfig, given: Input, classes: int
-) -> Callable[[Tensor, list[Target]], tuple[Tensor, list[Target]]]:
-    """What is done to a batch of pixels and targets before the network sees it: normalised."""
+class Detection:
+    """The `Task` of networks that find objects."""
 
-    def prepare(pixels: Tensor, targets: list[Target]) -> tuple[Tensor, list[Target]]:
-        there: list[Target] = [
-            {"boxes": target["boxes"].to(given.device), "labels": target["labels"].to(given.device)}
-            for target in targets
-        ]
-        return normalize(pixels, given.mean, given.std, given.device), there
+    networks = "detectors"
+    metric = "val_ap"
 
-    return prepare
+    def defaults(self, config: FinetuneConfig, net: Any, batch_size: int, pretrained: bool) -> dict[str, Any]:
+        """The values of options that depend on the task.
 
+        YOLO's augmentation is that of its authors. SSD's has no options except flips.
 
-def train_batches(
-    net: DetectionNet, data: BoxImages, image_size: int, steps: Steps, config: FinetuneConfig, given: Input
-) -> Batches:
-    """The training images, augmented, in the order of `steps`."""
-    return box_train_loader(data, net, image_size, steps, given.mode, config)
-
-
-def val_batches(
-    net: DetectionNet, data: BoxImages, image_size: int, config: FinetuneConfig, given: Input, process: Process
-) -> Batches:
-    """This process's part of the validation images, in order."""
-    size = max(1, (config.batch_size or 1) // (config.accumulate or 1))
-    return box_eval_loader(data, net, image_size, size, config.workers, process.rank, process.world)
-
-
-def in_words(row: dict[str, Any]) -> str:
-    """How good an epoch was."""
-    return f"val AP {row['val_ap']:.2f} %, AP50 {row['val_ap50']:.2f} %"
-
-
-def finish(
-    folder: RunFolder,
-    net: Any,
-    history: list[dict[str, Any]],
-    image_size: int,
-    data: BoxImages,
-    config: FinetuneConfig,
-    given: Input,
-    process: Process,
-) -> dict[str, float]:
-    """Evaluates the network that training has left, and writes it and its report; returns its figures."""
-    batches = val_batches(net, data, image_size, config, given, process)
-    said = box_predictions(net, batches, data, image_size, given, process)
-    figures = said.summary()
-    if process.first:
-        cfg = {
-            **net.pretrained_cfg,
-            "input_size": (len(given.mean), image_size, image_size),
-            "num_classes": len(data.class_names),
-            "label_names": data.class_names,
+        Raises:
+            ValueError: If an option has no meaning for the network.
+        """
+        if config.lr is None and config.opt not in (None, "adamw"):
+            raise ValueError(f"the default learning rate of detectors is for adamw; give lr with opt {config.opt}")
+        values: dict[str, Any] = {
+            "image_size": size_text(net.pretrained_cfg["input_size"][1:]),
+            "opt": "adamw",
+            "lr": LR * math.sqrt(batch_size / 16),
+            "layer_decay": 1.0,
+            "weight_decay": 5e-4,
+            "ema": 0.999,
         }
-        folder.write_network(net, cfg, parse_model_args(config.model_args))
-        box_report.write(folder, config, history, said)
-    process.say(
-        f"AP {figures['ap']:.2f} %, AP50 {figures['ap50']:.2f} % on {figures['objects']} objects in "
-        f"{figures['images']} validation images; see {folder.path / 'report.html'}"
-    )
-    return figures | {"image_size": image_size}
+        if isinstance(net, YoloNet):
+            off = min(10, config.epochs // 5)
+            return values | {"mosaic": 1.0, "mosaic_off": off, "zoom": 0.5, "shift": 0.1, "hsv": "0.015,0.7,0.4"}
+        for name in YOLO_OPTIONS:
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} is an option for YOLO; SSD crops, recolours and expands as its authors do")
+        return values
+
+    def open_splits(
+        self, config: FinetuneConfig, process: Process, began_with: dict[str, Any] | None
+    ) -> Splits[BoxImages]:
+        """Opens, splits and checks the data; see `Task.open_splits`."""
+        train, val = open_boxes(config.data, "train"), open_boxes(config.data, config.val_name)
+        if train is None:
+            raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
+        about = describe(config, train, val, began_with)
+        train = without_unused(train)
+        train, val = hold_out(config, train, val, split_boxes)
+        val = with_names(val, train.class_names)
+        splits = {"train": train, "val": val}
+        if began_with is None and config.check:
+            about |= check(splits, config.workers, process)
+            for name, data in splits.items():
+                readable = data.without(about[name]["unreadable"])
+                about[name]["boxes"] = data.defects
+                about[name]["without boxes"] = sum(not len(readable.objects_in(i).labels) for i in range(len(readable)))
+        elif began_with is None:
+            about |= {"notes": notes_on(splits.values())}
+            for line in (line for data in splits.values() for line in defects_in_words(data.defects)):
+                process.print(line)
+        train, val = without_unreadable(train, val, about, "box")
+        if not sum(val.counts()):
+            raise DataError(f"the split {config.val_name} has no box of a class that is trained; add some")
+        return Splits(train, val, about)
+
+    def open_split(
+        self, data: str | Path, split: str, image_column: str = "", label_column: str = ""
+    ) -> BoxImages | None:
+        """The images of a split; None if there is none of that name. Folders with boxes have no columns."""
+        return open_boxes(data, split)
+
+    def warnings(self, data: BoxImages) -> list[str]:
+        """What is wrong with the boxes."""
+        return [line.strip() for line in defects_in_words(data.defects)]
+
+    def training(self, net: Any, plan: Plan, data: BoxImages, process: Process) -> DetectorTraining:
+        """The network with its loss; YOLOv5's anchors are fitted to the data first."""
+        if isinstance(net, YOLOv5SPD) and plan.config.auto_anchors:
+            process.print(fit_anchors(net, data, plan.sizes[-1][0], plan.config.seed))
+        return DetectorTraining(net, process.device)
+
+    def preparation(
+        self, config: FinetuneConfig, preprocessing: Preprocessing, classes: int
+    ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+        """Normalises a batch of pixels, and moves its targets to the device."""
+
+        def prepare(pixels: Tensor, targets: list[Target]) -> tuple[Tensor, list[Target]]:
+            device = preprocessing.device
+            moved: list[Target] = [
+                {"boxes": target["boxes"].to(device), "labels": target["labels"].to(device)} for target in targets
+            ]
+            return preprocessing.normalize(pixels), moved
+
+        return prepare
+
+    def train_batches(
+        self,
+        net: Any,
+        data: BoxImages,
+        image_size: tuple[int, int],
+        steps: Steps,
+        config: FinetuneConfig,
+        preprocessing: Preprocessing,
+    ) -> Batches:
+        """The training images, augmented, in the order of `steps`."""
+        return box_train_loader(data, net, image_size, steps, preprocessing.mode, config)
+
+    def eval_batches(
+        self,
+        net: Any,
+        data: BoxImages,
+        image_size: tuple[int, int],
+        batch_size: int,
+        workers: int,
+        preprocessing: Preprocessing,
+        process: Process,
+    ) -> Batches:
+        """This process's share of the images, in order, normalised as inference does it."""
+        return box_eval_loader(data, net, image_size, batch_size, workers, process.rank, process.world)
+
+    def score(self, net: Any, batches: Batches, preprocessing: Preprocessing, process: Process) -> dict[str, float]:
+        """`loss`, `ap` and `ap50` (per cent)."""
+        return metrics.score(net, batches, preprocessing, process)
+
+    def predict(
+        self,
+        net: Any,
+        batches: Batches,
+        data: BoxImages,
+        image_size: tuple[int, int],
+        preprocessing: Preprocessing,
+        process: Process,
+        flip: bool = False,
+    ) -> metrics.BoxPredictions:
+        """What the network predicts for all images; `check_evaluation` refuses `flip`."""
+        return metrics.predict(net, batches, data, image_size, preprocessing, process)
+
+    def epoch_in_words(self, row: dict[str, Any]) -> str:
+        """The most important metrics of an epoch."""
+        return f"val AP {row['val_ap']:.2f} %, AP50 {row['val_ap50']:.2f} %"
+
+    def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        """Nothing: a detector's preprocessing does not change in training."""
+        return {}
+
+    def write_report(
+        self,
+        folder: RunFolder,
+        config: FinetuneConfig,
+        history: list[dict[str, Any]],
+        predictions: metrics.BoxPredictions,
+        data: BoxImages,
+        notes: Sequence[str],
+    ) -> None:
+        """Writes the report and its tables and figures."""
+        report.write(folder, config, history, predictions, notes)
+
+    def check_evaluation(self, net: Any, model: str, only_classifiers: bool) -> None:
+        """Raises ValueError if an option is only for classifiers."""
+        if only_classifiers:
+            raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
+
+    def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        """Nothing: detectors resize whole images."""
+        return {}

@@ -1,0 +1,136 @@
+"""What several commands share: errors, types of options, tables. Imports nothing that takes long."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+__all__ = [
+    "CommandError",
+    "add_command",
+    "complain",
+    "explained",
+    "image_size",
+    "non_negative",
+    "positive",
+    "print_notes",
+    "print_table",
+]
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_EXTRAS = {
+    "datasets": "[train]",
+    "pyarrow": "[train]",
+    "faster_coco_eval": "[train]",
+    "gradio": "[demo]",
+    "onnx": "[export]",
+    "onnxscript": "[export]",
+    "onnxruntime": "[export]",
+    "shtab": "[completion]",
+}
+
+
+class CommandError(Exception):
+    """A command that cannot be carried out; the message is one sentence for the user."""
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str, networks: bool = True
+) -> argparse.ArgumentParser:
+    """Adds a command.
+
+    Args:
+        commands: Where to.
+        name: What the user types.
+        run: Carries the command out and returns its exit status.
+        text: What it does, for the help.
+        networks: Whether it needs the networks, and so torch and timm.
+    """
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run, needs_networks=networks)
+    return command
+
+
+def complain(text: str) -> None:
+    """Prints an error, above a progress bar if there is one."""
+    line = f"spd-zoo: error: {text}"
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints what was guessed or left out, a line for each, to standard error, which keeps results apart."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Height and width: 64, or 48x96.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    from spd_zoo.data.reading import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns a ValueError or a missing package into one sentence for the user."""
+    try:
+        yield
+    except ValueError as error:  # for example a DataError, a RunError, or an option without meaning
+        raise CommandError(str(error)) from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        install = package if package == "tensorboard" else f"spd-zoo{_EXTRAS.get(package, '')}"
+        raise CommandError(f"this needs the package {error.name}: pip install '{install}'") from error
+
+
+def non_negative(text: str) -> int:
+    """An integer from 0.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is negative.
+        ValueError: If it is no integer.
+    """
+    return _at_least(0, text)
+
+
+def positive(text: str) -> int:
+    """An integer from 1.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is less.
+        ValueError: If it is no integer.
+    """
+    return _at_least(1, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    number = int(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+    return number
+
+
+def print_table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], right: tuple[int, ...] = ()) -> None:
+    """Prints columns as wide as needed; `right` are the numbers of those that are right-aligned."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

@@ -1,0 +1,49 @@
+"""`spd-zoo completion`: a script with which a shell completes commands, options and names of networks."""
+
+import argparse
+from collections.abc import Iterator
+
+from spd_zoo.cli.common import Commands, add_command, explained
+from spd_zoo.weights.manifest import entries
+
+__all__ = ["add"]
+
+_NAMES = ("model", "models", "name", "names")  # arguments that take a network or a checkpoint
+_FILES = ("images", "file", "out", "results", "manifest", "config", "data")
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    text = "print a script that completes commands in a shell"
+    command = add_command(commands, "completion", _run, text, networks=False)
+    command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
+
+
+def _run(options: argparse.Namespace) -> int:
+    with explained():
+        import shtab
+    from spd_zoo.cli.main import make_parser
+
+    parser = make_parser()
+    names = " ".join(entries())
+    for action in _actions(parser):
+        if action.dest in _NAMES:
+            action.complete = {  # type: ignore[attr-defined]
+                "bash": "_spd_zoo_networks",
+                "zsh": f"\"_alternative 'networks:network:({names})' 'files:folder of a run:_files -/'\"",
+                "tcsh": f"`echo {names}`",
+            }
+        elif action.dest in _FILES:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    bash = f'_spd_zoo_networks() {{ compgen -W "{names}" -- "$1"; compgen -d -- "$1"; }}'
+    print(shtab.complete(parser, options.shell, preamble=bash if options.shell == "bash" else ""))
+    return 0
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """All actions of a parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)

@@ -1,0 +1,31 @@
+"""`spd-zoo convert`: a pretrained network without strides, with the same predictions."""
+
+import argparse
+from pathlib import Path
+
+from spd_zoo.cli.common import CommandError, Commands, add_command
+
+__all__ = ["add"]
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    text = "remove strides and pooling from a network without changing its predictions"
+    command = add_command(commands, "convert", _run, text)
+    command.add_argument(
+        "model", metavar="MODEL", help="network of this zoo or of timm, with or without a tag, or the folder of a run"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, for predict and finetune")
+    command.add_argument("--include", nargs="+", metavar="PATTERN", help="only these modules, for example 'layer4.*'")
+    command.add_argument("--exclude", nargs="+", metavar="PATTERN", default=[], help="not these modules")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from spd_zoo.convert import ConversionError, convert_checkpoint
+
+    try:
+        print(convert_checkpoint(options.model, options.out, options.include, options.exclude))
+    except (ValueError, ConversionError) as error:
+        raise CommandError(str(error)) from error
+    print(f'saved: timm.create_model("local-dir:{options.out}", pretrained=True)')
+    return 0

@@ -1,0 +1,66 @@
+"""`spd-zoo evaluate`: the accuracy of a network on labelled images."""
+
+import argparse
+import json
+from pathlib import Path
+
+from spd_zoo.cli.common import Commands, add_command, complain, explained, image_size, positive, print_notes
+
+__all__ = ["add"]
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    command = add_command(commands, "evaluate", _run, "measure a network on labelled images")
+    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
+    command.add_argument("--data", required=True, help="as for finetune")
+    command.add_argument("--split", default="", help="split of the data (default: test, else val)")
+    command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
+    command.add_argument("--flip", action="store_true", help="average over every image and its mirror image")
+    command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
+    command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (default: 64)")
+    command.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)")
+    command.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
+    command.add_argument("--bf16", action="store_true", help="compute in bfloat16 where autocast allows it")
+    command.add_argument("--image-column", default="", help="as for finetune")
+    command.add_argument("--label-column", default="", help="as for finetune")
+    command.add_argument(
+        "--class-map", metavar="FILE", help="YAML with lines like `name in the data: name in the network`"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    with explained():
+        from spd_zoo.data.classes import load_class_map
+        from spd_zoo.training.evaluate import evaluate, save
+
+        evaluations = evaluate(
+            options.model,
+            options.data,
+            split=options.split,
+            image_sizes=options.image_size,
+            flip=options.flip,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            bf16=options.bf16,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            class_map=load_class_map(options.class_map) if options.class_map is not None else None,
+        )
+        if options.out:
+            save(evaluations, options.out)
+    for line in evaluations[0].complaints():
+        complain(line)
+    print_notes(evaluations[0].notes)
+    if options.json:
+        rows = [
+            evaluation.row | evaluation.predictions.summary() | {"split": evaluation.split, "notes": evaluation.notes}
+            for evaluation in evaluations
+        ]
+        print(json.dumps(rows, indent=2))
+        return 0
+    for evaluation in evaluations:
+        print(evaluation.in_words())
+    return 0

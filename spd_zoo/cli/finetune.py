@@ -1,0 +1,55 @@
+"""`spd-zoo finetune`: trains a network; its options are the fields of `FinetuneConfig`."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import spd_zoo_cli
+from spd_zoo.cli.common import Commands, add_command, explained
+
+__all__ = ["add", "add_options"]
+
+
+def add(commands: Commands) -> None:
+    """Adds the command without its options."""
+    add_command(commands, "finetune", _run, "train a network on your images")
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options: one per field of `FinetuneConfig`, which imports torch and timm.
+
+    Raises:
+        CommandError: If a package is missing.
+    """
+    with explained():
+        spd_zoo_cli.load()
+        from spd_zoo.training.config import FinetuneConfig
+    command.add_argument("--config", metavar="FILE", help="YAML file with options, or the name of a recipe")
+    hints = typing.get_type_hints(FinetuneConfig)
+    for field in dataclasses.fields(FinetuneConfig):
+        type_ = hints[field.name]
+        if typing.get_origin(type_) in (types.UnionType, typing.Union):
+            type_ = next(option for option in typing.get_args(type_) if option is not types.NoneType)
+        default = "" if field.default in (dataclasses.MISSING, None, "") else f" (default: {field.default})"
+        text = (field.metadata.get("help", "") + default).replace("%", "%%")
+        if field.name == "model":
+            command.add_argument(field.name, metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=text)
+            continue
+        action: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if type_ is bool else {"type": type_}
+        # SUPPRESS: an option that is not on the command line is left to the configuration file and the dataclass
+        command.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **action)
+
+
+def _run(options: argparse.Namespace) -> int:
+    ours = ("run", "config", "needs_networks")
+    on_command_line = {key: value for key, value in vars(options).items() if key not in ours}
+    with explained():
+        from spd_zoo.training.config import make_config
+        from spd_zoo.training.finetune import finetune
+        from spd_zoo.weights.load import timm_name
+
+        config = make_config(on_command_line, options.config)
+        finetune(dataclasses.replace(config, model=timm_name(config.model)))
+    return 0

@@ -1,0 +1,110 @@
+"""`--results` of predict and detect: one file with a row per image."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spd_zoo.cli.common import CommandError, complain, explained, non_negative, positive, print_notes
+
+if TYPE_CHECKING:
+    from spd_zoo.data.notes import Notes
+    from spd_zoo.inference.results import Job
+
+__all__ = ["add_options", "class_map", "find_images", "write"]
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options for a file of results."""
+    command.add_argument(
+        "--class-map", metavar="FILE", help="other names for the classes: a YAML file with lines like `mine: network's`"
+    )
+    group = command.add_argument_group("many images", "one file of results, in bounded memory, that can be resumed")
+    group.add_argument(
+        "--results", type=Path, metavar="FILE", help="new .jsonl, .csv or .parquet file, one row per image"
+    )
+    group.add_argument("--data", help="a data set in place of IMAGES, as for finetune")
+    group.add_argument("--split", default="", help="split of the data set (default: the only one)")
+    group.add_argument("--image-column", default="", help="as for finetune")
+    group.add_argument("--label-column", default="", help="as for finetune; the labels are not used")
+    group.add_argument(
+        "--workers", type=non_negative, default=2, metavar="N", help="processes that read images (default: 2)"
+    )
+    group.add_argument(
+        "--save-every", type=positive, default=512, metavar="N", help="save after so many images (default: 512)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace an existing FILE at the end")
+
+
+def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:
+    """The image files of a command without `--results`.
+
+    Args:
+        options: Those of the command.
+        notes: Takes notes on files that are left out.
+
+    Raises:
+        CommandError: If there are none, or a data set instead.
+    """
+    from spd_zoo.data.reading import find_images
+
+    if options.data or not options.images:
+        raise CommandError("give IMAGES; a data set (--data) needs --results")
+    with explained():
+        return find_images(options.images, notes)
+
+
+def class_map(options: argparse.Namespace) -> dict[str, str]:
+    """What `--class-map` says; nothing without it.
+
+    Raises:
+        CommandError: If there is no such file, or it is no class map.
+    """
+    if options.class_map is None:
+        return {}
+    from spd_zoo.data.classes import load_class_map
+
+    with explained():
+        return load_class_map(options.class_map)
+
+
+def write(options: argparse.Namespace, job_for: "Callable[[str], Job]") -> int:
+    """Writes the file of results; returns the exit status.
+
+    Args:
+        options: Those of the command.
+        job_for: Makes the job for a torch device.
+
+    Raises:
+        CommandError: If options do not go together, or the file cannot be written.
+    """
+    if options.json:
+        raise CommandError("--json prints, --results writes a file; give one of them")
+    if bool(options.data) == bool(options.images):
+        raise CommandError("give either IMAGES or a data set with --data")
+    with explained():
+        from spd_zoo.data.notes import Notes
+        from spd_zoo.data.reading import find_images
+        from spd_zoo.inference.loop import Files, Images
+        from spd_zoo.inference.results import open_split, write_results
+        from spd_zoo.process import join
+
+        process = join(options.device)
+        images: Images
+        left_out = Notes()
+        if options.data:
+            images = open_split(options.data, options.split, options.image_column, options.label_column)
+        else:
+            images = Files([str(path) for path in find_images(options.images, left_out)])
+        job = job_for(str(process.device))
+        summary = write_results(
+            images, job, options.results, process, options.workers, options.save_every, options.overwrite
+        )
+    if summary is None:
+        return 0  # another process writes the file and prints the summary
+    print(f"{options.results}: {summary.images:,} images")
+    print_notes([*left_out.lines(), *summary.notes])
+    if summary.failed:
+        total = f"{summary.failed:,} of {summary.images:,} images"
+        complain(f"{total} could not be read; the column error of {options.results} says why")
+    return int(summary.failed > 0)

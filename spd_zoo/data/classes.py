@@ -1,0 +1,249 @@
+"""The classes of a data set and those of a network: matched by name, or not at all."""
+
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import yaml
+from timm.utils.misc import natural_key
+
+from spd_zoo.data.notes import count, some
+from spd_zoo.weights.load import class_names, class_synonyms
+
+__all__ = [
+    "DataError",
+    "NetworkClasses",
+    "clean_name",
+    "in_order",
+    "load_class_map",
+    "look_alikes",
+    "match_classes",
+    "network_classes",
+    "renamed",
+    "without_unused",
+]
+
+LISTED = 20  # classes of each side that an error lists
+
+
+class DataError(ValueError):
+    """A data set that cannot be used as it is; the message says what is wrong and what to do."""
+
+
+def clean_name(name: str) -> str:
+    """A class name as it is compared: Unicode in its composed form (NFC), without blanks around it."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _number(name: str) -> int | None:
+    return int(name) if name.isdecimal() and len(name) <= 18 else None
+
+
+def _numbers(names: Sequence[str]) -> list[int] | None:
+    """The names as numbers, if each is a decimal number and no two are the same one."""
+    numbers = [number for number in map(_number, names) if number is not None]
+    return numbers if len(set(numbers)) == len(names) else None
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Different names, numbers by value and others by alphabet; the same order in every process."""
+    different = sorted(set(names))
+    if all(_number(name) is not None for name in different):
+        different.sort(key=int)  # stable: 001, 01, 1 keep their alphabetical order
+    return different
+
+
+def look_alikes(names: Iterable[str]) -> list[str]:
+    """A note if classes differ in case or leading zeros alone, which may be an accident."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[name.lstrip("0") or "0" if name.isdecimal() else name.casefold()].append(name)
+    alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
+    return [f"classes that differ in case or leading zeros alone are kept apart: {some(alike)}"] if alike else []
+
+
+@dataclass(frozen=True)
+class NetworkClasses:
+    """What a network tells apart.
+
+    Attributes:
+        names: What each output is called; its number if nobody says.
+        named: Whether anybody says.
+        synonyms: Other names of each output, such as the WordNet ids of ImageNet; may be empty.
+    """
+
+    names: Sequence[str]
+    named: bool = True
+    synonyms: Sequence[Sequence[str]] = ()
+
+    def numbers(self) -> dict[str, int]:
+        """The output that each name stands for; a synonym counts where it is nobody's name and of one output alone."""
+        found: dict[str, int] = {}
+        for level in ([[name] for name in self.names], self.synonyms):
+            outputs = defaultdict(set)
+            for i, names in enumerate(level):
+                for name in map(clean_name, names):
+                    outputs[name].add(i)
+            found = {name: min(places) for name, places in outputs.items() if len(places) == 1} | found
+        return found
+
+
+def network_classes(cfg: Mapping[str, Any], num_classes: int) -> NetworkClasses:
+    """The classes of a network.
+
+    Args:
+        cfg: Its `pretrained_cfg`.
+        num_classes: Its outputs; where they are not those of `cfg`, nobody says what they mean.
+    """
+    if cfg["num_classes"] != num_classes:
+        return NetworkClasses([str(i) for i in range(num_classes)], named=False)
+    synonyms = class_synonyms(dict(cfg))
+    return NetworkClasses(class_names(dict(cfg)), synonyms is not None, synonyms or ())
+
+
+class _Images(Protocol):
+    """Images whose labels are numbers of classes: `LabelledImages` and `BoxImages`."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """What the labels mean."""
+
+    def used(self) -> set[int]:
+        """The classes that occur."""
+
+    def renumbered(self: "_T", numbers: Sequence[int], class_names: list[str], notes: Sequence[str] = ()) -> "_T":
+        """The images with class i as `numbers[i]` of `class_names`, and with more notes."""
+
+
+_T = TypeVar("_T", bound=_Images)
+
+
+def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str] | None = None) -> _T:
+    """`data` with its classes as outputs of a network: by name.
+
+    There are two guesses, and each adds a note to `data`: the names are the numbers 0 to n-1 of n outputs, or the
+    network does not name its outputs and has learned the classes in timm's natural order.
+
+    Args:
+        data: Labelled images, or images with boxes.
+        network: What the network tells apart.
+        class_map: The network's name of classes that the data names otherwise; without guesses.
+
+    Raises:
+        DataError: If a class of the data cannot be found among the network's.
+    """
+    known, outputs = network.numbers(), list(network.names)
+    wrong = next((name for name in (class_map or {}).values() if name not in known), None)
+    if wrong is not None:
+        raise DataError(f"the class map leads to {wrong!r}, which the network does not have: {_listed(outputs)}")
+    names = [clean_name(name) for name in data.class_names]
+    names = [(class_map or {}).get(name, name) for name in names]
+    used = sorted(data.used())
+    numbers, note = {i: known[name] for i, name in enumerate(names) if name in known}, ""
+    if not numbers.keys() >= set(used) and class_map is None:
+        for places in (range(len(names)), used):  # classes that do not occur may be unknown
+            guess, note = _guessed([names[i] for i in places], network)
+            if guess:
+                numbers = dict(zip(places, guess, strict=True))
+                break
+    elif not network.named and class_map is None and set(numbers.values()) != set(range(len(outputs))):
+        occurring = some([names[i] for i in used])
+        note = f"the network does not name its classes; {occurring} are taken for the numbers of its outputs"
+    missing = next((data.class_names[i] for i in used if i not in numbers), None)
+    if missing is not None:
+        raise DataError(
+            f"the network has no class {missing!r}. The data has {_listed(data.class_names)}; the network has "
+            f"{_listed(outputs)}. Give --class-map FILE with a line `NAME IN THE DATA: NAME IN THE NETWORK` for each "
+            "class that is called differently"
+        )
+    return data.renumbered([numbers.get(i, 0) for i in range(len(names))], outputs, [note] if note else [])
+
+
+def without_unused(data: _T) -> _T:
+    """`data` without the classes that no image is of, and a note that names them."""
+    used = sorted(data.used())
+    if len(used) == len(data.class_names):
+        return data
+    names = [data.class_names[i] for i in used]
+    unused = [name for i, name in enumerate(data.class_names) if i not in set(used)]
+    note = f"{count(len(unused), 'class', 'classes')} without anything to train on left out: {some(unused)}"
+    place = {label: i for i, label in enumerate(used)}
+    return data.renumbered([place.get(i, 0) for i in range(len(data.class_names))], names, [note])
+
+
+def _guessed(names: Sequence[str], network: NetworkClasses) -> tuple[Sequence[int], str]:
+    """The network's outputs for all of `names`, and what to say about that; none if no guess is good enough."""
+    values, output_values = _numbers(names), _numbers(network.names)
+    if values is not None and output_values is not None and set(values) <= set(output_values):
+        return [output_values.index(value) for value in values], (
+            f"classes are matched by their value as numbers: {_pairs(names, network.names, values, output_values)}"
+        )
+    if values is not None and output_values is None and set(values) == set(range(len(network.names))):
+        return values, (
+            "the data's class names are numbers and are taken for those of the network's outputs: "
+            f"{_pairs(names, network.names, values, range(len(network.names)))}"
+        )
+    if not network.named and len(names) == len(network.names):
+        order = sorted(names, key=lambda name: (natural_key(name), name))
+        return [order.index(name) for name in names], (
+            "the network does not name its classes; those of the data are taken in timm's natural order: "
+            + some([f"{name} = {i}" for i, name in enumerate(order)], LISTED)
+        )
+    return [], ""
+
+
+def _pairs(names: Sequence[str], outputs: Sequence[str], values: Sequence[int], output_values: Sequence[int]) -> str:
+    return some([f"{name} = {outputs[output_values.index(value)]}" for name, value in zip(names, values, strict=True)])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} classes ({some(names, LISTED)})"
+
+
+def load_class_map(file: str | Path) -> dict[str, str]:
+    """The names of classes in a network by the names that a data set has for them.
+
+    Args:
+        file: YAML or JSON, such as `healthy: negative`, a line for each class that is called differently.
+
+    Raises:
+        DataError: If there is no such file, or it holds something else.
+    """
+    try:
+        node = yaml.compose(Path(file).read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+    except OSError as error:
+        raise DataError(f"cannot read the class map {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"the class map {file} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    if not pairs or not all(isinstance(side, yaml.ScalarNode) for pair in pairs for side in pair):
+        raise DataError(
+            f"the class map {file} needs lines like `healthy: negative`: a name in the data, one in the network"
+        )
+    # the text of the nodes: YAML would make False of a class called no, and 1 of 01
+    names = [(clean_name(key.value), clean_name(value.value)) for key, value in pairs]
+    twice = next((name for name, count in Counter(name for name, _ in names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"the class map {file} names {twice!r} twice")
+    return dict(names)
+
+
+def renamed(network: NetworkClasses, class_map: Mapping[str, str]) -> list[str]:
+    """What to call each output of a network for somebody whose names `class_map` leads from.
+
+    Raises:
+        DataError: If it leads to a class that the network does not have, or from two names to the same one.
+    """
+    known, names = network.numbers(), list(network.names)
+    taken: dict[int, str] = {}
+    for name, output in class_map.items():
+        if output not in known:
+            raise DataError(f"the class map leads to {output!r}, which the network does not have: {_listed(names)}")
+        number = known[output]
+        if number in taken:
+            raise DataError(f"the class map calls {output!r} both {taken[number]!r} and {name!r}; give it one name")
+        taken[number] = names[number] = name
+    return names

@@ -1,0 +1,48 @@
+"""The splits of a data set, by any case and every usual name."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from spd_zoo.data.notes import some
+
+__all__ = ["find_split", "looks_like_split", "split_notes", "split_of"]
+
+_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLITS = {name: split for split, names in _NAMES.items() for name in names}
+_AROUND = r"(?:set|data|dataset|split|images?|imgs?)?"  # train_set, images_train, testdata
+_PATTERN = re.compile(rf"{_AROUND}[-_. ]*({'|'.join(sorted(_SPLITS, key=len)[::-1])})[-_. ]*{_AROUND}[-_. ]*\d*")
+
+
+def split_of(name: str) -> str | None:
+    """train, val or test if a folder, file or value of this name is that split; train2017 is, train_extra is not."""
+    match = _PATTERN.fullmatch(name.strip().lower())
+    return _SPLITS[match[1]] if match else None
+
+
+def looks_like_split(name: str) -> bool:
+    """Whether a split's name is one of the words of a name, as in seg_train or trainA."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    return split_of(name) is not None or any(word.lower() in _SPLITS for word in words)
+
+
+def find_split(names: Iterable[str], split: str) -> list[str]:
+    """The names that stand for `split`, the best first: the same name, the same but for case, another usual name."""
+    usual = _NAMES.get(split, ())
+
+    def rank(name: str) -> tuple[bool, bool, int]:
+        word = name.strip().lower()
+        return name != split, word != split.lower(), usual.index(word) if word in usual else len(usual)
+
+    found = [name for name in names if name.strip().lower() == split.lower() or (usual and split_of(name) == split)]
+    return sorted(found, key=lambda name: (*rank(name), name))
+
+
+def split_notes(where: object, split: str, found: Sequence[str]) -> list[str]:
+    """A note if several names stand for a split, of which the first is read."""
+    if len(found) < 2:
+        return []
+    return [f"{where} has {len(found)} names for the split {split}: {found[0]} is read, {some(found[1:])} not"]

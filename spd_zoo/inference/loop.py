@@ -1,0 +1,128 @@
+"""The loop over images that predict, detect and files of results share: read a batch, compute it, name what failed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from spd_zoo.data.reading import collect_notes
+from spd_zoo.process import leave_ctrl_c_to_parent
+
+__all__ = ["Files", "ImageFile", "Images", "Outcome", "Task", "batches", "run"]
+
+ImageFile: TypeAlias = "str | BytesIO"  # a path or the bytes
+T = TypeVar("T")
+
+
+class Images(Protocol):
+    """Images that are read by number; `LabelledImages` are some."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The image's name in the results."""
+
+    def file(self, index: int) -> ImageFile:
+        """Its path or its bytes."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files by their paths."""
+
+    paths: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return self.paths[index]
+
+    file = name
+
+
+@dataclass(frozen=True)
+class Task(Generic[T]):
+    """What is computed of every image.
+
+    Attributes:
+        read: Makes the input of an image file, in a reading process; raises ValueError if it cannot be read.
+        collate: Makes one object, which is quick to send between processes, of several inputs.
+        compute: Computes a result for each of the collated inputs.
+        batch_size: Images that are computed together.
+    """
+
+    read: Callable[[ImageFile], Any]
+    collate: Callable[[list[Any]], Any]
+    compute: Callable[[Any], list[T]]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """The result for an image, or the reason why it could not be read; and what was guessed when it was read."""
+
+    result: T | None
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def batches(images: range, size: int) -> list[range]:
+    """`images` cut into ranges of at most `size`."""
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def run(
+    images: Images, task: Task[T], todo: Sequence[range], workers: int = 0
+) -> Iterator[tuple[range, list[Outcome[T]]]]:
+    """Computes batches of images, in order.
+
+    Args:
+        images: The images.
+        task: What is computed.
+        todo: The numbers of the images of each batch, at most `task.batch_size`.
+        workers: Processes that read images; 0: this process reads them.
+
+    Yields:
+        A batch and the outcome for each of its images.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(images, task),
+        batch_size=None,
+        sampler=todo,
+        num_workers=workers,
+        worker_init_fn=leave_ctrl_c_to_parent,
+    )
+    for batch, (inputs, errors, notes) in zip(todo, loader, strict=True):
+        results = iter(task.compute(inputs) if inputs is not None else [])
+        yield (
+            batch,
+            [
+                Outcome(next(results) if error is None else None, error, of_image)
+                for error, of_image in zip(errors, notes, strict=True)
+            ],
+        )
+
+
+class _Batches(Dataset[Any]):
+    """The collated inputs of a batch's readable images, and for every image an error or None, and notes."""
+
+    def __init__(self, images: Images, task: Task[Any]) -> None:
+        self.images, self.read, self.collate = images, task.read, task.collate  # `compute` stays in the main process
+
+    def __getitem__(self, batch: range) -> tuple[Any, list[str | None], list[tuple[str, ...]]]:
+        inputs: list[Any] = []
+        errors: list[str | None] = []
+        notes: list[tuple[str, ...]] = []
+        for index in batch:
+            with collect_notes() as of_image:
+                try:
+                    inputs.append(self.read(self.images.file(index)))
+                    errors.append(None)
+                except ValueError as error:
+                    errors.append(str(error))
+            notes.append(tuple(of_image))
+        return (self.collate(inputs) if inputs else None), errors, notes

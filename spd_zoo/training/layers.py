@@ -1,0 +1,53 @@
+"""Which layers of a network train: frozen ones, and the classifier alone at first."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+__all__ = ["classifier_of", "frozen_layers", "lies_in", "set_trainable", "set_training_mode"]
+
+
+def frozen_layers(net: nn.Module, text: str) -> list[str]:
+    """The names of modules in `text`, separated by commas.
+
+    Raises:
+        ValueError: If the network has no such module.
+    """
+    frozen = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name for name, _ in net.named_modules()]
+    for name in frozen:
+        if name not in names:
+            children = ", ".join(child for child, _ in net.named_children())
+            raise ValueError(f"freeze names {name!r}, which the network does not have; its modules are {children}")
+    return frozen
+
+
+def classifier_of(net: Any) -> list[str]:
+    """The names of the network's last layers."""
+    names = net.pretrained_cfg["classifier"]
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def lies_in(name: str, modules: Sequence[str]) -> bool:
+    """Whether a parameter or module belongs to one of the `modules`; the module "" is the whole network."""
+    return any(not module or name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _contains(name: str, modules: Sequence[str]) -> bool:
+    """Whether the module `name` contains one of the `modules`."""
+    return any(module.startswith(f"{name}.") for module in modules)
+
+
+def set_trainable(net: nn.Module, trained: Sequence[str], frozen: Sequence[str]) -> None:
+    """Gives gradients to the parameters of the modules `trained` except `frozen`."""
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad = lies_in(name, trained) and not lies_in(name, frozen)
+
+
+def set_training_mode(net: nn.Module, trained: Sequence[str], frozen: Sequence[str]) -> None:
+    """Puts everything that does not train into evaluation mode, so that its BatchNorm statistics stay."""
+    net.train()
+    for name, module in net.named_modules():
+        if name and (lies_in(name, frozen) or not (lies_in(name, trained) or _contains(name, trained))):
+            module.eval()

@@ -1,0 +1,78 @@
+"""Into how many micro-batches a step is cut so that it fits into memory."""
+
+import copy
+import math
+import os
+from pathlib import Path
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from spd_zoo.process import Process
+from spd_zoo.training.preprocessing import Preprocessing
+
+__all__ = ["bytes_per_image", "choose_micro_batches", "free_memory"]
+
+
+def choose_micro_batches(weights: int, per_image: float, batch_size: int, pairs: bool, process: Process) -> int:
+    """The number of micro-batches per step with which the images of a step fit into the free memory.
+
+    Args:
+        weights: Bytes of the network's parameters.
+        per_image: Bytes that an image needs in the forward pass, as `bytes_per_image` tells.
+        batch_size: Images per step, summed over all processes.
+        pairs: Whether Mixup needs an even number of images in each micro-batch.
+        process: This process; all agree on one number.
+    """
+    free = free_memory(process.device)
+    if free is None:
+        return 1
+    fixed = 4 * weights  # and gradients, optimiser, moving average
+    per_image = 1.5 * per_image  # the backward pass needs some, too
+    share = math.ceil(batch_size / process.world)
+    count, unit = 1, 2 if pairs else 1
+    while fixed + per_image * share / count > 0.8 * free and share % (2 * count * unit) == 0 and share >= 4 * count:
+        count *= 2
+    count = int(process.all_reduce_max(count)[0])
+    if count > 1:
+        process.print(
+            f"each step is computed in {count} micro-batches: {share} images need {per_image * share / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free"
+        )
+    return count
+
+
+def bytes_per_image(net: nn.Module, image_size: int | tuple[int, int], preprocessing: Preprocessing) -> float:
+    """Bytes that the forward pass over one image saves for the backward pass, without the weights.
+
+    Raises:
+        RuntimeError: If the network cannot compute such images.
+    """
+    saved: dict[int, int] = {}  # bytes of each storage
+    dtype = torch.bfloat16 if preprocessing.bf16 else torch.float32
+    trial = copy.deepcopy(net).train().to("meta", dtype)
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros(2, len(preprocessing.mean), *to_2tuple(image_size), device="meta", dtype=dtype)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = trial(images.to(memory_format=torch.channels_last))
+    weights = {parameter.untyped_storage()._cdata for parameter in trial.parameters()}
+    del outputs  # until here it keeps the storages alive, whose addresses would be reused otherwise
+    return sum(size for address, size in saved.items() if address not in weights) / 2
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that this process may use on the device; None if that cannot be known."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
+    return 1024 * float(lines["MemAvailable"].split()[0]) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

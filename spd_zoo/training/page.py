@@ -1,0 +1,97 @@
+"""The page `report.html` of a run: text, tables and figures in one HTML file."""
+
+import base64
+import html
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from spd_zoo.training.config import FinetuneConfig, to_yaml
+
+__all__ = ["fitting", "image_png", "page", "png", "short", "table"]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .15rem .8rem; text-align: right }
+th { border-bottom: 2px solid #999 } td:first-child, th:first-child { text-align: left }
+tr:nth-child(even) { background: #f4f4f4 } img { max-width: 100%; height: auto }
+pre { background: #f4f4f4; padding: 1rem }
+"""
+
+
+def page(
+    config: FinetuneConfig,
+    history: Sequence[dict[str, Any]],
+    summary: dict[str, str],
+    titles: dict[str, str],
+    figures: dict[str, bytes],
+    classes: str,
+    notes: Sequence[str] = (),
+) -> str:
+    """An HTML page without outside resources.
+
+    Args:
+        config: What was trained; shown at the end.
+        history: The metrics of each epoch.
+        summary: Names and values of the table at the top.
+        titles: Headings of the figures, by the figures' names, in order.
+        figures: PNG files by name; those that lack are left out.
+        classes: The HTML table of the classes.
+        notes: What was guessed or left out, a line for each.
+    """
+    name = html.escape(config.model)
+    sections = [
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>",
+        f"<h1>{name}</h1><p>{len(history)} epochs on {html.escape(config.data)}; metrics on the validation images.</p>",
+        table(["", ""], list(summary.items())),
+    ]
+    if notes:
+        sections.append("<h2>Notes</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>")
+    for figure, title in titles.items():
+        if figure in figures:
+            source = base64.b64encode(figures[figure]).decode()
+            sections.append(f"<h2>{title}</h2><img alt='{figure}' src='data:image/png;base64,{source}'>")
+    sections += ["<h2>Classes, the worst first</h2>", classes]
+    epochs = [[short(value) for value in row.values()] for row in history]
+    sections += ["<h2>Epochs</h2>", table(list(history[0]), epochs)]
+    sections += [f"<h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre></html>"]
+    return "\n".join(sections)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An HTML table."""
+    lines = ["".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)]
+    lines += ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def short(value: Any) -> str:
+    """A float with four significant digits; anything else as text."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about characters that matplotlib's font lacks
+        figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def image_png(image: Image.Image) -> bytes:
+    """A Pillow image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def fitting(draw: ImageDraw.ImageDraw, text: str, width: float) -> str:
+    """`text` cut to `width` pixels; characters that Pillow's built-in font lacks become question marks."""
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    while text and draw.textlength(text) > width:
+        text = text[:-1]
+    return text

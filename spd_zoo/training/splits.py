@@ -1,0 +1,108 @@
+"""The images to train on and to validate with: what both tasks do alike once a data set is open."""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from spd_zoo.data.labelled import DataError
+from spd_zoo.training.config import FinetuneConfig
+
+__all__ = ["Data", "Splits", "describe", "hold_out", "without_unreadable"]
+
+
+class Data(Protocol):
+    """A split of a data set, with labels or boxes."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """What the labels mean."""
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """A digest by which a resumed run recognises its data."""
+
+
+class Readable(Data, Protocol):
+    """Images that can be read in any order, so that some can be left out."""
+
+    def counts(self) -> list[int]:
+        """Images or objects of each class."""
+
+    def without(self, names: Container[str]) -> Any:
+        """The images that have other names."""
+
+
+DataT = TypeVar("DataT", bound=Data)
+ReadableT = TypeVar("ReadableT", bound=Readable)
+
+
+@dataclass(frozen=True)
+class Splits(Generic[DataT]):
+    """What a run learns from.
+
+    Attributes:
+        train: The images to train on.
+        val: The images to validate with.
+        about: What is known about them, as JSON: their fingerprint, and what the check found.
+    """
+
+    train: DataT
+    val: DataT
+    about: dict[str, Any]
+
+
+def describe(config: FinetuneConfig, train: Data, val: Data | None, began_with: dict[str, Any] | None) -> Any:
+    """The fingerprint of both splits, or all that was known when the run began that is resumed.
+
+    Raises:
+        DataError: If the run began with other data, or images are to be held out although there is a validation split.
+    """
+    about: dict[str, Any] = {"fingerprint": train.fingerprint() + (val.fingerprint() if val is not None else "")}
+    if began_with is not None and began_with["fingerprint"] != about["fingerprint"]:
+        raise DataError(f"{config.data} is not what it was when the run in {config.out} began; begin another one")
+    if val is not None and (config.val_split or config.val_size):
+        raise DataError(f"{config.data} has a split {config.val_name}; leave --val-split and --val-size out")
+    return about if began_with is None else began_with
+
+
+def hold_out(
+    config: FinetuneConfig,
+    train: ReadableT,
+    val: ReadableT | None,
+    split: Callable[[ReadableT, int, int], tuple[ReadableT, ReadableT]],
+) -> tuple[ReadableT, ReadableT]:
+    """`train` and `val`; without a validation split, what `split` makes of the training images.
+
+    Args:
+        config: How many images are held out.
+        train: The training images.
+        val: The validation images, if there are any.
+        split: Holds out a number of images by a seed.
+
+    Raises:
+        DataError: If the validation split that was asked for is missing.
+    """
+    if val is not None:
+        return train, val
+    if config.val_name != "val":
+        raise DataError(f"{config.data} has no split {config.val_name}")
+    share = 0.2 if config.val_split is None else config.val_split
+    return split(train, config.val_size or max(1, round(share * len(train))), config.seed)
+
+
+def without_unreadable(
+    train: ReadableT, val: ReadableT, about: dict[str, Any], examples: str
+) -> tuple[ReadableT, ReadableT]:
+    """Both splits without the images that the check could not read.
+
+    Raises:
+        DataError: If a class has no `examples` (images, boxes) to train on.
+    """
+    train, val = (
+        data.without(about.get(name, {}).get("unreadable", {})) for name, data in (("train", train), ("val", val))
+    )
+    empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if not count]
+    if empty:
+        raise DataError(f"class {empty[0]!r} has no {examples} to train on; add some, or remove the class")
+    return train, val

@@ -1,0 +1,170 @@
+"""What training and evaluation ask of a task; classification and detection are the two that there are."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from timm.task import TrainingTask
+from torch import Tensor, nn
+
+from spd_zoo.models._detector import DetectionNet
+from spd_zoo.process import Process
+from spd_zoo.training.classification.task import Classification
+from spd_zoo.training.config import FinetuneConfig, Plan
+from spd_zoo.training.detection.task import Detection
+from spd_zoo.training.preprocessing import Preprocessing
+from spd_zoo.training.run import RunFolder
+from spd_zoo.training.splits import DataT, Splits
+from spd_zoo.training.steps import Batches, Steps
+
+__all__ = ["Predictions", "Task", "task_of"]
+
+
+class Predictions(Protocol):
+    """What a network predicts for the images of a split."""
+
+    def summary(self) -> dict[str, Any]:
+        """All figures by name; `images` is their number."""
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """The figures of each class."""
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of the results table."""
+
+    def headline(self) -> str:
+        """The most important figures."""
+
+    def in_words(self) -> str:
+        """All figures on one line."""
+
+    def write_tables(self, folder: Path, suffix: str = "") -> None:
+        """Writes the figures of each class, and for classifiers the confusion matrix, as CSV."""
+
+
+class Task(Protocol[DataT]):
+    """Everything that differs between training classifiers and training detectors.
+
+    Attributes:
+        networks: What the networks are called, in plural.
+        metric: The column of `metrics.csv` that early stopping compares; larger is better.
+    """
+
+    networks: str
+    metric: str
+
+    def defaults(self, config: FinetuneConfig, net: Any, batch_size: int, pretrained: bool) -> dict[str, Any]:
+        """The values of options that depend on the task, for those that are not given.
+
+        Args:
+            config: The request.
+            net: The network, perhaps on torch's meta device.
+            batch_size: Images per step.
+            pretrained: Whether training starts from pretrained weights.
+
+        Raises:
+            ValueError: If an option has no meaning for the network.
+        """
+
+    def open_splits(self, config: FinetuneConfig, process: Process, began_with: dict[str, Any] | None) -> Splits[DataT]:
+        """Opens, splits and checks the data of a run.
+
+        Args:
+            config: Where the data is, and how much of it is held out.
+            process: This process.
+            began_with: What was known about the data when the run began that is resumed; then it is not checked again.
+
+        Raises:
+            DataError: If the data cannot be used, or is not what the run began with.
+            ValueError: If the run's folder lies in the data.
+        """
+
+    def open_split(self, data: str | Path, split: str, image_column: str = "", label_column: str = "") -> DataT | None:
+        """The images of a split; None if there is none of that name."""
+
+    def warnings(self, data: DataT) -> list[str]:
+        """What is wrong with the labels or boxes, although they can be used."""
+
+    def training(self, net: Any, plan: Plan, data: DataT, process: Process) -> TrainingTask:
+        """The network with its loss: images and targets -> a dict with `loss` and perhaps its `terms`."""
+
+    def preparation(
+        self, config: FinetuneConfig, preprocessing: Preprocessing, classes: int
+    ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+        """A function from a batch of pixels and targets to the network's input and the loss's, on the device."""
+
+    def train_batches(
+        self,
+        net: Any,
+        data: DataT,
+        image_size: tuple[int, int],
+        steps: Steps,
+        config: FinetuneConfig,
+        preprocessing: Preprocessing,
+    ) -> Batches:
+        """The training images, augmented, in the order of `steps`."""
+
+    def eval_batches(
+        self,
+        net: Any,
+        data: DataT,
+        image_size: tuple[int, int],
+        batch_size: int,
+        workers: int,
+        preprocessing: Preprocessing,
+        process: Process,
+    ) -> Batches:
+        """This process's share of the images, in order."""
+
+    def score(self, net: Any, batches: Batches, preprocessing: Preprocessing, process: Process) -> dict[str, float]:
+        """The metrics of an epoch."""
+
+    def predict(
+        self,
+        net: Any,
+        batches: Batches,
+        data: DataT,
+        image_size: tuple[int, int],
+        preprocessing: Preprocessing,
+        process: Process,
+        flip: bool = False,
+    ) -> Any:  # `Predictions`, which `write_report` takes
+        """What the network predicts for all images; with `flip` averaged over every image and its mirror image."""
+
+    def epoch_in_words(self, row: dict[str, Any]) -> str:
+        """The most important metrics of an epoch, a row of `metrics.csv`."""
+
+    def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        """What a trained network's config says of its preprocessing."""
+
+    def write_report(
+        self,
+        folder: RunFolder,
+        config: FinetuneConfig,
+        history: list[dict[str, Any]],
+        predictions: Any,
+        data: DataT,
+        notes: Sequence[str],
+    ) -> None:
+        """Writes the report of a run and its tables and figures; `notes` say what was guessed or left out."""
+
+    def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
+        """Refuses an evaluation that has no meaning.
+
+        Args:
+            net: The network.
+            model: Its name, for the message.
+            only_classifiers: Whether options were given that only classifiers have.
+
+        Raises:
+            ModelError: If the network cannot be evaluated.
+            ValueError: If an option has no meaning.
+        """
+
+    def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
+        """The columns of the results table that tell how images were preprocessed."""
+
+
+def task_of(net: nn.Module) -> Task[Any]:
+    """The task that a network is made for."""
+    return Detection() if isinstance(net, DetectionNet) else Classification()

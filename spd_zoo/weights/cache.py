@@ -1,0 +1,171 @@
+"""Where the weights of an entry are on this machine: in a package, imported, or in the Hugging Face cache.
+
+Needs neither torch nor huggingface_hub, so that `spd-zoo weights list` starts at once.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from spd_zoo.weights.manifest import Entry, WeightsError, entries
+
+__all__ = [
+    "BUNDLED",
+    "HUB_SOURCE",
+    "find",
+    "find_imported",
+    "find_in_hub_cache",
+    "import_folder",
+    "imported_files",
+    "imported_names",
+    "is_right",
+    "origin_of",
+    "original_of",
+    "sha256_in_name",
+    "sha256_of",
+    "sources",
+]
+
+BUNDLED = Path(__file__).parent / "bundled"
+_NAME = r"\w[\w.-]*"  # neither "..", nor hidden, nor absolute
+_BUNDLED_SOURCE = re.compile(rf"bundled:(?P<file>{_NAME})", re.ASCII)
+_PACKAGE_SOURCE = re.compile(rf"package:(?P<package>{_NAME}):(?P<file>{_NAME}(/{_NAME})*)", re.ASCII)
+HUB_SOURCE = re.compile(
+    rf"hf://(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}}):(?P<file>{_NAME}(/{_NAME})*)", re.A
+)
+_LARGEST_HEADER = 100_000_000  # bytes; what safetensors itself allows
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def original_of(entry: Entry) -> Entry:
+    """The entry whose file is loaded: `entry`, or that which it is derived from."""
+    return entry if entry.derived_from is None else entries()[entry.derived_from]
+
+
+def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
+    """The file of `entry` on this machine, unchecked: in a package, imported, or in the Hugging Face cache."""
+    entry = original_of(entry)
+    installed, hub = sources(entry)
+    if installed:
+        path = _installed_file(installed)
+        return path if path is not None and path.is_file() else None
+    imported = find_imported(entry.name, cache_dir)
+    if imported and (hub is None or sha256_in_name(imported) == entry.sha256):
+        return imported
+    return find_in_hub_cache(hub, cache_dir) if hub else None
+
+
+def is_right(entry: Entry, path: Path) -> bool | None:
+    """Whether a file that `find` or `fetch` returned has the bytes that it must have; None if nobody knows them."""
+    entry = original_of(entry)
+    if not path.is_file():
+        return False
+    imported = sha256_in_name(path)
+    expected = imported or entry.sha256
+    if expected is None:
+        return None
+    if sha256_of(path) != expected:
+        return False
+    if imported and entry.source is None and entry.sha256 is not None:
+        return origin_of(path).get("original_sha256") == entry.sha256
+    return True
+
+
+def sources(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:
+    """The source of an entry: a file that this package or another one installs, or a file on the Hub.
+
+    Raises:
+        WeightsError: If it is neither.
+    """
+    if entry.source is None:
+        return None, None
+    installed = _BUNDLED_SOURCE.fullmatch(entry.source) or _PACKAGE_SOURCE.fullmatch(entry.source)
+    hub = HUB_SOURCE.fullmatch(entry.source)
+    if not installed and not hub:
+        raise WeightsError(
+            f"the source of {entry.name} is {entry.source!r}; "
+            "it must be bundled:FILE, package:NAME:FILE or hf://ORG/REPO@<40-digit commit>:FILE"
+        )
+    return installed, hub
+
+
+def _installed_file(source: re.Match[str]) -> Path | None:
+    """Where the file of an installed package lies, without importing it; None if the package is not installed."""
+    package = source.groupdict().get("package")
+    if package is None:
+        return BUNDLED / source["file"]
+    try:
+        return Path(str(distribution(package).locate_file(source["file"])))
+    except PackageNotFoundError:
+        return None
+
+
+def _hugging_face_folder(name: str) -> Path:
+    """The folder "HUB_CACHE" or "ASSETS_CACHE" of huggingface_hub, by its own rules."""
+    if constants := sys.modules.get("huggingface_hub.constants"):  # whoever changed it there means it
+        return Path(getattr(constants, f"HF_{name}"))
+    home = os.environ.get("XDG_CACHE_HOME", str(Path("~", ".cache")))
+    home = os.environ.get("HF_HOME", str(Path(home, "huggingface")))
+    default = Path(home, {"HUB_CACHE": "hub", "ASSETS_CACHE": "assets"}[name])
+    folder = os.environ.get(f"HF_{name}", os.environ.get(f"HUGGINGFACE_{name}", str(default)))
+    return Path(os.path.expandvars(folder)).expanduser()
+
+
+def find_in_hub_cache(source: re.Match[str], cache_dir: str | Path | None) -> Path | None:
+    """The file of a `HUB_SOURCE` in the Hugging Face cache."""
+    folder = Path(cache_dir or _hugging_face_folder("HUB_CACHE"), f"models--{source['repo'].replace('/', '--')}")
+    file = folder / "snapshots" / source["commit"] / source["file"]
+    return file if file.is_file() else None
+
+
+def import_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where imported files lie: in `cache_dir`, or beside Hugging Face's other downloads."""
+    return Path(cache_dir or _hugging_face_folder("ASSETS_CACHE")) / "spd_zoo"
+
+
+def sha256_in_name(file: Path) -> str | None:
+    """The SHA-256 that an imported file must have; None for any other file."""
+    found = re.search(r"\.([0-9a-f]{64})\.safetensors$", file.name)
+    return found[1] if found else None
+
+
+def imported_names(cache_dir: str | Path | None = None) -> list[str]:
+    """Every name under which a file was imported."""
+    files = import_folder(cache_dir).glob("*.safetensors")
+    return sorted({file.name.rsplit(".", 2)[0] for file in files if sha256_in_name(file)})
+
+
+def find_imported(name: str, cache_dir: str | Path | None = None) -> Path | None:
+    """The file that was imported under this name last."""
+    files = imported_files(name, import_folder(cache_dir))
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
+def imported_files(name: str, folder: Path) -> list[Path]:
+    """All files in `folder` that were imported under this name."""
+    files = folder.glob(f"{name}.*.safetensors")
+    return [file for file in files if sha256_in_name(file) and file.name.rsplit(".", 2)[0] == name]
+
+
+def origin_of(file: Path) -> dict[str, str]:
+    """An imported file's metadata: `origin`, `original_sha256`, `date`, `license`; empty if the file is damaged."""
+    try:
+        with file.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(size)) if size <= _LARGEST_HEADER else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}

@@ -1,0 +1,236 @@
+"""Pickles, read without calling anything that they name.
+
+A pickle is a program for a stack machine: it names functions and has them called. The machine here calls only those
+that its user passes in; whatever else a pickle calls or creates becomes an `Unknown`. Memory and time are bounded by
+the length of the file: each operation costs a constant beside the bytes that it takes from the file, what takes more
+is counted as many operations, and nothing is hashed, compared or printed but short strings.
+"""
+
+import pickletools
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from typing import Any
+
+from spd_zoo.weights.archive import FormatError
+
+__all__ = ["Unknown", "Unpickler", "mapping"]
+
+_MOST_STEPS = 300_000  # a network of 1,000 tensors takes 30,000, with the state of its optimiser three times as many
+_STEPS_OF_CALL = 5  # to make a tensor takes about as much memory as five other operations
+_LONGEST_KEY = 1_000  # characters
+_NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
+_STRINGS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_LITERALS = _NUMBERS | _STRINGS | _BYTES
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+
+
+class Unknown:
+    """Stands for a class or function that is not here, and for whatever it would make."""
+
+    __slots__ = ("attributes", "items")
+
+    def __init__(self) -> None:
+        self.attributes: dict[Any, Any] | None = None
+        self.items: dict[Any, Any] | None = None  # what it holds if it is some kind of dict
+
+
+def mapping(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[str | None, Any]:
+    """A dict of the pairs whose keys are short strings; of all others the last stands under None.
+
+    Weights have names. Other keys are not hashed: numbers can be chosen that take hours to put into a dict.
+    """
+    return {key if type(key) is str and len(key) <= _LONGEST_KEY else None: value for key, value in pairs}
+
+
+class Unpickler:
+    """Reads the pickles at the beginning of a file, one by one.
+
+    Args:
+        content: The pickles.
+        known: What stands under a module and a name beside dicts and sets: values, and functions that may be called.
+        persistent_load: Returns what a persistent id stands for.
+    """
+
+    def __init__(
+        self, content: bytes | bytearray, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any]
+    ) -> None:
+        self._stream = BytesIO(content)
+        self._known = _CONTAINERS | known
+        self._persistent_load = persistent_load
+        self._left = _MOST_STEPS
+
+    @property
+    def position(self) -> int:
+        """Where the next pickle begins."""
+        return self._stream.tell()
+
+    def load(self) -> Any:
+        """What the next pickle holds; sets are dicts.
+
+        Raises:
+            FormatError: If it is damaged, takes too much work, or does what checkpoints do not.
+            ValueError, LookupError, TypeError, OverflowError: If it is damaged.
+        """
+        stack: list[Any] = []
+        marks: list[int] = []  # how long the stack was at each MARK
+        memo: dict[int, Any] = {}
+
+        def from_mark() -> list[Any]:
+            start = marks.pop()
+            items = stack[start:]
+            del stack[start:]
+            return items
+
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(self._stream):
+            self._spend(1)
+            name = opcode.name
+            if name in _LITERALS:
+                stack.append(argument)
+            elif name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            else:
+                match name:
+                    case "BINPUT" | "LONG_BINPUT" | "PUT":
+                        memo[argument] = stack[-1]
+                    case "MEMOIZE":
+                        memo[len(memo)] = stack[-1]
+                    case "BINGET" | "LONG_BINGET" | "GET":
+                        stack.append(memo[argument])
+                    case "MARK":
+                        marks.append(len(stack))
+                    case "POP":
+                        stack.pop()
+                    case "POP_MARK":
+                        from_mark()
+                    case "DUP":
+                        stack.append(stack[-1])
+                    case "TUPLE":
+                        stack.append(tuple(from_mark()))
+                    case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                        length = int(name[-1])
+                        stack[-length:] = [tuple(stack[-length:])]
+                    case "EMPTY_LIST":
+                        stack.append([])
+                    case "LIST":
+                        stack.append(from_mark())
+                    case "APPEND":
+                        _extend(stack[-2], [stack.pop()])
+                    case "APPENDS":
+                        items = from_mark()
+                        _extend(stack[-1], items)
+                    case "EMPTY_DICT" | "EMPTY_SET":
+                        stack.append({})
+                    case "DICT":
+                        stack.append(_paired(from_mark()))
+                    case "SETITEM":
+                        value, key = stack.pop(), stack.pop()
+                        _update(stack[-1], mapping([(key, value)]))
+                    case "SETITEMS":
+                        items = from_mark()
+                        _update(stack[-1], _paired(items))
+                    case "FROZENSET":
+                        stack.append(mapping((item, None) for item in from_mark()))
+                    case "ADDITEMS":
+                        items = from_mark()
+                        _update(stack[-1], mapping((item, None) for item in items))
+                    case "GLOBAL":
+                        stack.append(self._global(*argument.split(" ", 1)))
+                    case "STACK_GLOBAL":
+                        function, module = stack.pop(), stack.pop()
+                        stack.append(self._global(module, function))
+                    case "REDUCE" | "NEWOBJ":
+                        arguments = stack.pop()
+                        stack.append(self._call(stack.pop(), arguments))
+                    case "NEWOBJ_EX":
+                        _, arguments = stack.pop(), stack.pop()
+                        stack.append(self._call(stack.pop(), arguments))
+                    case "OBJ":
+                        function, *arguments = from_mark()
+                        stack.append(self._call(function, tuple(arguments)))
+                    case "INST":
+                        arguments = tuple(from_mark())
+                        stack.append(self._call(self._global(*argument.split(" ", 1)), arguments))
+                    case "BUILD":
+                        state = stack.pop()
+                        _build(stack[-1], state)
+                    case "BINPERSID":
+                        self._spend(_STEPS_OF_CALL)
+                        stack.append(self._persistent_load(stack.pop()))
+                    case "PROTO" | "FRAME":
+                        pass
+                    case "STOP":
+                        return stack.pop()
+                    case _:
+                        raise FormatError(f"a pickle with the operation {name}, which checkpoints do not need")
+        raise FormatError("a file that ends too early")
+
+    def _spend(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise FormatError("a file that takes more work to read than weights do")
+
+    def _global(self, module: Any, name: Any) -> Any:
+        if type(module) is not str or type(name) is not str:
+            raise FormatError("a name that is no text")
+        found = self._known.get((module, name))
+        return Unknown() if found is None else found
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """The result of a known function; nothing else that comes onto the stack can be called."""
+        if type(arguments) is not tuple:
+            raise FormatError("a call without arguments")
+        if not callable(function):
+            return Unknown()
+        lengths = (len(argument) for argument in arguments if isinstance(argument, tuple | list | dict))
+        self._spend(_STEPS_OF_CALL + len(arguments) + sum(lengths))
+        return function(*arguments)
+
+
+def _ordered_dict(pairs: Any = ()) -> dict[str | None, Any]:
+    return mapping(_sequence(pairs))
+
+
+def _set(items: Any = ()) -> dict[str | None, Any]:
+    return mapping((item, None) for item in _sequence(items))
+
+
+def _sequence(items: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(items, list | tuple):  # whose length was counted
+        raise FormatError("a container that is made of something else than a list")
+    return items
+
+
+_CONTAINERS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    **{(module, name): _set for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
+}
+
+
+def _paired(items: list[Any]) -> dict[str | None, Any]:
+    return mapping(zip(items[::2], items[1::2], strict=True))
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target += items
+    elif not isinstance(target, Unknown):
+        raise FormatError("a pickle that appends to what is no list")
+
+
+def _update(target: Any, items: dict[str | None, Any]) -> None:
+    if isinstance(target, Unknown):
+        target.items = {} if target.items is None else target.items
+        target = target.items
+    if not isinstance(target, dict):
+        raise FormatError("a pickle that sets items of what is no dict")
+    target.update(items)
+
+
+def _build(target: Any, state: Any) -> None:
+    if isinstance(target, Unknown):
+        state = state[0] if isinstance(state, tuple) and state else state  # before the values of its __slots__
+        target.attributes = state if isinstance(state, dict) else None
+    elif not isinstance(target, dict):  # the attributes of an OrderedDict are not needed
+        raise FormatError("a pickle that gives a state to what has none")

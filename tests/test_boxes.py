@@ -1,0 +1,83 @@
+"""Functions on boxes take integers, as annotations have them, and compute what they compute for floats."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spd_zoo.boxes import anchor_boxes, class_nms, complete_iou, labelled_nms, ssd_decode, ssd_encode
+from spd_zoo.inference.detector import Placement
+from spd_zoo.losses import (
+    check_targets,
+    ssd_loss,
+    ssd_matches,
+    yolov5_loss,
+    yolov5_matches,
+    yolov8_loss,
+    yolov8_matches,
+)
+
+BOXES = torch.tensor([[20, 30, 120, 110], [22, 33, 121, 108], [0, 0, 7, 9]])
+LABELS = torch.tensor([1, 1, 0])
+PRIORS = torch.tensor([[0.5, 0.5, 1.0, 1.0], [1.0, 1.0, 1.0, 2.0], [70.0, 70.0, 100.0, 80.0]])
+PLACEMENT = Placement((200, 320), (1.6, 1.6), (0, 40), (5, 0))
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_integer_boxes_are_placed_in_the_input_and_back() -> None:
+    placement = Placement((200, 320), (1.6, 1.6), (0, 40))
+    placed = placement.to_input(BOXES[:1])
+    assert placed.tolist() == [pytest.approx([32, 88, 192, 216])]
+    assert placement.to_original(placed.round().int()).tolist() == [pytest.approx([20, 30, 120, 110])]
+
+
+def losses(boxes: Tensor, labels: Tensor) -> list[Tensor]:
+    targets: Sequence[Any] = [{"boxes": boxes, "labels": labels}]
+    maps = [noise(1, 3, side, side, 7) for side in (16, 8, 4)]
+    anchors = torch.tensor([[[4, 4], [8, 6], [12, 10]]] * 3)
+    return [
+        *yolov5_loss(maps, targets, anchors, [8, 16, 32]).values(),
+        *yolov8_loss([noise(1, 18, 16, 16)], targets, [8], torch.arange(4)).values(),
+        *ssd_loss(noise(1, 3, 4), noise(1, 3, 3), targets, PRIORS / 128, (128, 128)).values(),
+    ]
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "to_input": PLACEMENT.to_input,
+    "to_original": PLACEMENT.to_original,
+    "complete_iou": lambda boxes: complete_iou(boxes[:, None], boxes),
+    "complete_iou with floats": lambda boxes: complete_iou(boxes, BOXES.flip(0) + 0.5),
+    "anchor_boxes": lambda boxes: anchor_boxes(boxes % 3, boxes[:, :2]),
+    "ssd_encode": lambda boxes: ssd_encode(boxes, PRIORS),
+    "ssd_decode": lambda boxes: ssd_decode(boxes % 3, boxes),
+    "labelled_nms": lambda boxes: labelled_nms(boxes, torch.tensor([0.5, 0.9, 0.7]), LABELS, 0.5),
+    "labelled_nms with integer scores": lambda boxes: labelled_nms(boxes, torch.tensor([50, 90, 70]), LABELS, 0.5),
+    "class_nms": lambda boxes: class_nms(boxes, torch.tensor([[0.5, 0.1], [0.9, 0.8], [0.1, 0.7]]), 0.2, 0.5),
+    "check_targets": lambda boxes: check_targets([{"boxes": boxes, "labels": LABELS}], 1, 2, torch.device("cpu"))[0],
+    "yolov5_matches": lambda boxes: yolov5_matches(
+        16, 16, torch.tensor([[4, 4], [8, 6], [12, 10]]), boxes % 16, LABELS
+    ),
+    "yolov8_matches": lambda boxes: yolov8_matches(boxes, LABELS, 20 * noise(9, 2) + 60, boxes[[0] * 9], noise(9, 2)),
+    "ssd_matches": lambda boxes: ssd_matches(boxes, LABELS, PRIORS),
+    "losses": lambda boxes: losses(boxes, LABELS),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=list(FUNCTIONS))
+def test_integers_give_what_floats_do(function: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
+    torch.testing.assert_close(function(BOXES.to(dtype)), function(BOXES.float()))
+
+
+def test_doubles_stay_doubles() -> None:
+    assert PLACEMENT.to_input(BOXES.double()).dtype == complete_iou(BOXES.double(), BOXES).dtype == torch.float64
+
+
+def test_nothing_is_suppressed_where_there_is_nothing() -> None:
+    kept = labelled_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 0.5)
+    assert kept.dtype == torch.long and kept.shape == (0,)

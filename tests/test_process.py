@@ -1,0 +1,48 @@
+"""Signals that ask a process to stop, and the device that is picked."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from spd_zoo.process import Process, Stopped, StopSignals, join, pick_device
+
+
+def test_the_first_signal_is_noted_and_handlers_are_restored() -> None:
+    usual = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        assert signals.number == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == usual  # a second one acts as usual
+    assert signal.getsignal(signal.SIGTERM) == usual
+
+
+def test_a_signal_may_interrupt_at_once() -> None:
+    with pytest.raises(Stopped) as stopped, StopSignals(interrupt=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.number == signal.SIGTERM
+
+
+def test_systems_without_sigchld_stop_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGCHLD")
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.number == signal.SIGTERM
+
+
+def test_a_gpu_is_picked_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device() == "cuda" and pick_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device() == "cpu"
+
+
+def test_a_process_alone_exchanges_values_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    process = join("cpu")
+    assert process == Process(torch.device("cpu")) and process.first
+    assert (process.all_gather(3), process.broadcast(3), process.all_reduce_max(3, 4)) == ([3], 3, [3, 4])
+    process.print("once")
+    Process(torch.device("cpu"), rank=1, world=2).print("never")
+    assert capsys.readouterr().out == "once\n"

@@ -1,0 +1,34 @@
+"""CPU seconds of the commands that need no torch, beside those of `python -c pass`: `tools/benchmark.py --cli`."""
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["COMMANDS", "LIMIT", "measure"]
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 0.45  # seconds of CPU more than `python -c pass`
+COMMANDS = ("--help", "--version", "lisst", "list", "info pyconvresnet50", "info pyconvresnet51", "weights list")
+_START = "import sys, spd_zoo_cli; sys.exit(spd_zoo_cli.main())"
+
+
+def measure(rounds: int = 7) -> Iterator[tuple[str, float, float]]:
+    """Yields each command with its median of CPU seconds, and that of `python -c pass` from the same rounds."""
+    for command in COMMANDS:
+        seconds: list[tuple[float, float]] = []
+        for _ in range(rounds + 1):
+            seconds.append((_cpu_seconds(_START, *command.split()), _cpu_seconds("pass")))
+        ours, python = zip(*seconds[1:], strict=True)  # the first round reads the files from the disk
+        yield command, statistics.median(ours), statistics.median(python)
+
+
+def _cpu_seconds(code: str, *arguments: str) -> float:
+    """User and system time of a Python process."""
+    before = os.times()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=environment, check=False)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
