@@ -516,6 +516,7 @@ def spd_converted(
         base: The network that was converted.
         include: The modules that were replaced.
         pretrained_cfg: The saved config.
+        **kwargs: Arguments of the network that was converted.
 
     Raises:
         ValueError: Without a saved config.

@@ -1,7 +1,7 @@
 """Space-to-depth and the layers built on it, which replace strided convolutions and poolings."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -88,11 +88,6 @@ def is_exporting() -> bool:
     if not torch.jit.is_scripting():
         exporting = torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing()
     return exporting
-
-
-def _at_least_zero(n: int) -> int:
-    """`max(n, 0)` without a branch, which `torch.export` and `torch.jit.trace` would fix."""
-    return (n + abs(n)) // 2
 
 
 def spd_weight(weight: Tensor, padding: int | tuple[int, int], stride: int = 2) -> Tensor:
@@ -310,7 +305,7 @@ def same_padding(size: int, reach: int, stride: int) -> int:
         The number of zeros.
     """
     padding = (stride - size % stride) % stride + reach - stride
-    return padding if reach >= stride else _at_least_zero(padding)
+    return padding if reach >= stride else (padding + abs(padding)) // 2  # at least 0, without a branch
 
 
 @register_notrace_module
@@ -435,6 +430,11 @@ def _windows(size: int, reach: int, stride: int, padding: int, ceil_mode: bool) 
 def _missing(size: int, windows: int, reach: int, stride: int, padding: int) -> int:
     """Pixels by which the last window of a pooling exceeds the padded axis."""
     return _at_least_zero(stride * (windows - 1) + reach - size - 2 * padding)
+
+
+def _at_least_zero(n: int) -> int:
+    """`max(n, 0)`, recorded without a branch by `torch.export` and `torch.jit.trace`."""
+    return (n + abs(n)) // 2 if torch.jit.is_tracing() else cast("int", torch.sym_max(n, 0))
 
 
 @register_notrace_module

@@ -352,6 +352,7 @@ def test_finetune_leaves_what_is_not_given_to_the_configuration(configs: list[Fi
 
 
 TEXTS = {
+    "crop_mode": "border",
     "auto_augment": "rand-m6-n2-mstd0.5",
     "sched": "multistep",
     "decay_epochs": "1,2",

@@ -827,6 +827,8 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_a_converted_network_cannot_be_made_from_nothing() -> None:
     with pytest.raises(ValueError, match="spd_converted is made from a saved network alone"):
         timm.create_model("spd_converted", pretrained=True)
+    assert "spd_converted" not in timm.list_models()
+    assert all(timm.list_models(module=module) for module in timm.list_modules())
 
 
 def test_a_checkpoint_is_converted_into_a_folder(tmp_path: Path) -> None:

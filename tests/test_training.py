@@ -632,7 +632,7 @@ def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_args": "depth=3"}, "cifar_resnet20 does not take these model_args"),
+        ({"model_args": "widths=3"}, "cifar_resnet20 does not take these model_args"),
         ({"model_args": "in_chans=4"}, "takes 4 channels; images have 1 or 3"),
         ({"device": "abacus"}, "cannot use device 'abacus'"),
         ({"mean": "0.5,0.5"}, "mean has 2 numbers, but cifar_resnet20 takes 3 channels"),

@@ -1,4 +1,6 @@
-"""Names the images of a folder on all machines of a Ray cluster: python predict.py MODEL FOLDER OUT [ACTORS] [GPUS]
+"""Classifies the images of a folder on all machines of a Ray cluster.
+
+Run it as `python predict.py MODEL FOLDER OUT [ACTORS] [GPUS]`.
 
 Needs spd-zoo and ray[data]. FOLDER and OUT are paths that all machines see, or addresses such as s3://bucket/folder.
 OUT gets parquet files. ACTORS is how many networks compute at once, GPUS how many GPUs each of them has; 1 and 0.

@@ -1,7 +1,8 @@
 """`spd-zoo completion`: a script with which a shell completes commands, options and names of networks."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from spd_zoo.cli.common import Commands, add_command, explained
 from spd_zoo.weights.manifest import entries
@@ -12,18 +13,16 @@ _NAMES = ("model", "models", "name", "names")  # arguments that take a network o
 _FILES = ("images", "file", "out", "results", "manifest", "config", "data")
 
 
-def add(commands: Commands) -> None:
-    """Adds the command."""
+def add(commands: Commands, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
+    """Adds the command, which reads the parser that `make_parser` returns."""
     text = "print a script that completes commands in a shell"
-    command = add_command(commands, "completion", _run, text, networks=False)
+    command = add_command(commands, "completion", partial(_run, make_parser), text, networks=False)
     command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(make_parser: Callable[[], argparse.ArgumentParser], options: argparse.Namespace) -> int:
     with explained():
         import shtab
-    from spd_zoo.cli.main import make_parser
-
     parser = make_parser()
     names = " ".join(entries())
     for action in _actions(parser):

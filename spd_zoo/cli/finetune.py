@@ -6,8 +6,8 @@ import types
 import typing
 from typing import Any
 
-import spd_zoo_cli
 from spd_zoo.cli.common import Commands, add_command, explained
+from spd_zoo.cli.deferred import load_networks
 
 __all__ = ["add", "add_options"]
 
@@ -24,7 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         CommandError: If a package is missing.
     """
     with explained():
-        spd_zoo_cli.load()
+        load_networks()
         from spd_zoo.training.config import FinetuneConfig
     command.add_argument("--config", metavar="FILE", help="YAML file with options, or the name of a recipe")
     hints = typing.get_type_hints(FinetuneConfig)

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import spd_zoo_cli
 from spd_zoo.cli import (
     completion,
     convert,
@@ -22,13 +21,14 @@ from spd_zoo.cli import (
 )
 from spd_zoo.cli import list as list_command
 from spd_zoo.cli.common import CommandError, complain, explained
+from spd_zoo.cli.deferred import load_networks
 from spd_zoo.version import __version__
 from spd_zoo.weights.catalogue import ModelError
 from spd_zoo.weights.manifest import WeightsError
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (list_command, info, predict, detect, convert, weights, finetune, evaluate, export, demo, completion)
+_COMMANDS = (list_command, info, predict, detect, convert, weights, finetune, evaluate, export, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = make_parser("finetune" in arguments[:1]).parse_args(arguments)
         if options.needs_networks:
             with explained():
-                spd_zoo_cli.load()
+                load_networks()
         status: int = options.run(options)
         sys.stdout.flush()
         return status
@@ -70,6 +70,7 @@ def make_parser(finetune_options: bool = True) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
+    completion.add(commands, make_parser)
     if finetune_options:
         finetune.add_options(commands.choices["finetune"])
     return parser

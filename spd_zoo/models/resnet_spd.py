@@ -149,7 +149,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> SPDResNet:
 
 @register_model
 def resnet18_spd(pretrained: bool = False, **kwargs: Any) -> SPDResNet:
-    """SPD-ResNet-18: basic blocks. (The authors' command of this name builds `resnet50_spd`.)"""
+    """SPD-ResNet-18: basic blocks; the authors' command of this name builds `resnet50_spd`."""
     model_args = dict(depths=(2, 2, 2, 2), bottleneck=False)
     return _create("resnet18_spd", pretrained, **dict(model_args, **kwargs))
 

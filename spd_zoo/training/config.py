@@ -302,7 +302,11 @@ def refuse_others(config: FinetuneConfig, networks: str) -> None:
 
 
 def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
-    """ "32,32x48@11" -> [((32, 32), 0), ((32, 48), 11)]: height and width, and the first epoch with that size."""
+    """Image sizes: `"32,32x48@11"` -> `[((32, 32), 0), ((32, 48), 11)]`, height and width, and each one's first epoch.
+
+    Raises:
+        ValueError: If the text is not of that form.
+    """
     sizes = []
     for item in text.split(","):
         pixels, _, first = item.partition("@")
@@ -317,7 +321,11 @@ def parse_sizes(text: str) -> list[tuple[tuple[int, int], int]]:
 
 
 def parse_epochs(text: str) -> list[int]:
-    """ "100,150,180" -> [100, 150, 180]."""
+    """Epochs: `"100,150,180"` -> `[100, 150, 180]`.
+
+    Raises:
+        ValueError: If the text is not of that form.
+    """
     epochs = text.split(",") if text else []
     numbers = [int(epoch) for epoch in epochs if epoch.strip().isdigit()]
     if len(numbers) < len(epochs) or numbers != sorted(set(numbers)):
@@ -326,7 +334,11 @@ def parse_epochs(text: str) -> list[int]:
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """ "0.5,0.4" -> (0.5, 0.4)."""
+    """Numbers: `"0.5,0.4"` -> `(0.5, 0.4)`.
+
+    Raises:
+        ValueError: If the text is not of that form.
+    """
     try:
         return tuple(float(number) for number in text.split(",") if text)
     except ValueError as error:
@@ -334,7 +346,11 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 
 
 def parse_model_args(text: str) -> dict[str, Any]:
-    """ "zero_init_residual=true,drop_path_rate=0.1" -> {"zero_init_residual": True, "drop_path_rate": 0.1}."""
+    """Arguments of a network: `"depth=3,drop_rate=0.1"` -> `{"depth": 3, "drop_rate": 0.1}`; values are JSON.
+
+    Raises:
+        ValueError: If the text is not of that form.
+    """
     arguments = {}
     for argument in filter(None, text.split(",")):
         name, _, value = argument.partition("=")

@@ -57,7 +57,6 @@ def download_from_hub(source: re.Match[str], cache_dir: str | Path | None, again
     Raises:
         DownloadError: If it cannot be had; the reason.
     """
-
     if constants.HF_HUB_OFFLINE:
         raise DownloadError("OfflineModeIsEnabled: HF_HUB_OFFLINE is set")
 

@@ -27,13 +27,14 @@ def train_transform(
     rotation: float = 0.0,
     **options: Any,
 ) -> Transform:
-    """Augmentation: an image to (C, height, width) uint8; `options` go to timm's `create_transform`.
+    """Augmentation: an image to (C, height, width) uint8.
 
     Args:
         image_size: Height and width in pixels, or one number for both.
         crop_scale: Smallest share of the image's area that timm's random resized crop keeps.
         crop_padding: If not 0, a random crop after padding every side with so many black pixels replaces that crop.
         rotation: Largest random rotation in degrees; corners are filled with black.
+        **options: Further arguments of timm's `create_transform`.
     """
     size: tuple[int, int] = to_2tuple(image_size)
     make = create_transform(size, is_training=True, use_prefetcher=True, scale=(crop_scale, 1.0), **options)
