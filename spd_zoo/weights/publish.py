@@ -285,5 +285,4 @@ def _network(entry: Entry, file: Path) -> nn.Module:
 
 def _config(entry: Entry, net: nn.Module) -> bytes:
     """`config.json`."""
-    cfg = {"label_names": entry.label_names, "label_descriptions": entry.label_descriptions}
-    return json.dumps(config_of(net, cfg, note=NOTE), indent=2).encode()
+    return json.dumps(config_of(net, {"label_names": entry.label_names}, note=NOTE), indent=2).encode()
