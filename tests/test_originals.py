@@ -374,7 +374,7 @@ def test_removing_one_file_of_a_repository_leaves_the_others(
 
 
 def test_weights_of_the_package_are_not_imported_over(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="come with the package"):
+    with pytest.raises(WeightsError, match="come with a package"):
         import_weights("cifar_resnet20.cifar100", save(tensors, tmp_path / "a.pth"), tmp_path)
 
 

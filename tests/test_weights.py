@@ -31,6 +31,7 @@ from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, fit, save_network, sha256_of
 from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.fit import own_networks
+from spd_zoo.weights.load import class_names
 from spd_zoo.weights.manifest import Entry, manifest_path
 
 MANIFEST = json.loads(manifest_path().read_text(encoding="utf-8"))
@@ -122,9 +123,9 @@ def test_a_file_is_named_exactly_where_the_link_is_a_folder(entry: Entry) -> Non
 
 @pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
 def test_a_checkpoint_names_all_its_classes_or_none(entry: Entry) -> None:
-    assert entry.class_names is None or len(set(entry.class_names)) == entry.num_classes
+    assert entry.label_names is None or len(set(entry.label_names)) == entry.num_classes
     if entry.group != "timm":
-        assert config_of(entry.name).label_names == entry.class_names
+        assert config_of(entry.name).label_names == entry.label_names
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.group == "timm"], ids=lambda entry: entry.name)
@@ -246,7 +247,7 @@ def test_a_file_that_the_hub_does_not_have_is_reported(hub: HubDouble, tmp_path:
 
 @pytest.mark.parametrize("source", ["bundled:../manifest.py", "hf://org/repo@main:a", "https://example.org/a.pth"])
 def test_a_source_that_is_not_pinned_or_leads_elsewhere_is_refused(source: str) -> None:
-    with pytest.raises(WeightsError, match="it must be bundled:FILE or hf://"):
+    with pytest.raises(WeightsError, match="it must be bundled:FILE, package:NAME:FILE or hf://"):
         fetch(an_entry(source=source))
 
 
@@ -465,6 +466,13 @@ def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_p
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["num_classes"] == 3 and "num_classes" not in config["model_args"]  # transformers wants it once
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_new_class_names_replace_the_descriptions_of_the_old_ones(tmp_path):
+    net = timm.create_model("tf_efficientnet_lite0_spd.in1k", num_classes=3)
+    save_network(net, tmp_path, dict(net.pretrained_cfg, num_classes=3, label_names=["a", "b", "c"]))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert class_names(loaded.pretrained_cfg) == ["a", "b", "c"]
 
 
 @pytest.mark.slow

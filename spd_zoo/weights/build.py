@@ -67,7 +67,8 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
         cfgs[key] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
             "num_classes": entry.num_classes,
-            "label_names": entry.class_names,
+            "label_names": entry.label_names,
+            "label_descriptions": entry.label_descriptions,
             "license": entry.license,
             "origin_url": entry.origin_url,
             "classifier": classifier,
@@ -237,10 +238,11 @@ def _described(
     described: dict[str, Any] = {}
     if entry is not None:
         if not tag:
-            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url", "label_names")
+            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url")
+            unknown += ("label_names", "label_descriptions")
             described = dict.fromkeys(unknown) | _input_of(entry)
         elif found["num_classes"] != entry.num_classes:
-            described = {"label_names": None}
+            described = {"label_names": None, "label_descriptions": None}
         described["input_size"] = (found["in_chans"], *size)
     return described | {"num_classes": found["num_classes"]}
 

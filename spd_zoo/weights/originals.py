@@ -68,8 +68,8 @@ def import_original(name: str, file: Path, origin: str | None = None, cache_dir:
     name = tagged(name)
     network = name.partition(".")[0]
     entry = find_entry(name)
-    if entry is not None and str(entry.source).startswith("bundled:"):
-        raise WeightsError(f"the weights of {name} come with the package; give yours another tag, like {network}.mine")
+    if entry is not None and str(entry.source).startswith(("bundled:", "package:")):
+        raise WeightsError(f"the weights of {name} come with a package; give yours another tag, like {network}.mine")
     called = origin or str(file)
     original = read_original(file, called)
     original_sha256 = sha256_of(file)
