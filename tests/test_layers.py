@@ -430,7 +430,7 @@ def test_torch_compile_takes_a_pyramid_whole_and_packed(packed_pyramid: PyConv2d
 
 # Recorded computations are right at every size
 
-RECORDED = {
+RECORDED: dict[str, Any] = {
     "pyramid": lambda: PyConv2d(4, [8, 8], (3, 5), (1, 4)),
     "pyramid, stride 2": lambda: PyConv2d(4, [8, 8], (3, 5), (1, 4), 2),
     "pyramid, space-to-depth": lambda: PyConv2d(4, [8, 8], (3, 5), (1, 4), 2, spd=True),

@@ -258,8 +258,8 @@ def test_numbers_that_overflow_in_the_network_are_refused(tensors: dict[str, Ten
         import_weights(NAME, save(large, tmp_path / "a.pth"), tmp_path)
 
 
-def test_a_stem_for_more_channels_than_can_be_tried_is_refused(tmp_path):
-    net = timm.create_model("cifar_shufflenetv2")
+def test_a_stem_for_more_channels_than_can_be_tried_is_refused(tmp_path: Path) -> None:
+    net: Any = timm.create_model("cifar_shufflenetv2")
     tensors, key = net.state_dict(), f"{net.pretrained_cfg['first_conv']}.weight"
     for channels, message in (
         (40_000, r"images of 40000 channels, too many to try it on .* 32 x 32 pixels"),

@@ -337,7 +337,7 @@ def test_a_broken_classifier_is_refused(small: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_of_many_names_is_not_compared_with_every_network(monkeypatch):
+def test_a_file_of_many_names_is_not_compared_with_every_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "filter_of", lambda model: pytest.fail("its names are looked at, which takes long"))
     many = {f"{i:04d}{'a' * 990}": torch.zeros(500) for i in range(10_000)}
     assert fit.which_fits(many, "pyconvresnet18") == "it fits no other network of the zoo"
@@ -347,7 +347,9 @@ def test_a_file_of_many_names_is_not_compared_with_every_network(monkeypatch):
     ("key", "shape"),
     [("head.fc.weight", (10**9, 0)), ("head.fc.weight", (10**6, 1)), ("stem.0.weight", (64, 10**9, 7, 0))],
 )
-def test_a_tensor_that_does_not_fit_makes_no_network_for_its_classes(small, key, shape):
+def test_a_tensor_that_does_not_fit_makes_no_network_for_its_classes(
+    small: Any, key: str, shape: tuple[int, ...]
+) -> None:
     """Which would be larger than the file, and fill the memory before the tensors are compared."""
     meta = timm.create_model("pyconvresnet18", device="meta")
     assert fit.facts(small.state_dict(), meta, 3) == {"num_classes": 10, "in_chans": 3}
@@ -468,10 +470,10 @@ def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_p
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"model.safetensors", "config.json"}
 
 
-def test_new_class_names_replace_the_descriptions_of_the_old_ones(tmp_path):
-    net = timm.create_model("tf_efficientnet_lite0_spd.in1k", num_classes=3)
+def test_new_class_names_replace_the_descriptions_of_the_old_ones(tmp_path: Path) -> None:
+    net: Any = timm.create_model("tf_efficientnet_lite0_spd.in1k", num_classes=3)
     save_network(net, tmp_path, dict(net.pretrained_cfg, num_classes=3, label_names=["a", "b", "c"]))
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    loaded: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert class_names(loaded.pretrained_cfg) == ["a", "b", "c"]
 
 

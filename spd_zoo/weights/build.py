@@ -38,6 +38,7 @@ from spd_zoo.weights.originals import UNTAGGED
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
+_CLASSES = ("label_names", "label_descriptions")  # what a configuration says of the outputs
 _NOT_OF_WEIGHTS = ("num_classes", "in_chans", "features_only", "out_indices", "feature_cls")
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -238,11 +239,10 @@ def _described(
     described: dict[str, Any] = {}
     if entry is not None:
         if not tag:
-            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url")
-            unknown += ("label_names", "label_descriptions")
+            unknown = [*("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url"), *_CLASSES]
             described = dict.fromkeys(unknown) | _input_of(entry)
         elif found["num_classes"] != entry.num_classes:
-            described = {"label_names": None, "label_descriptions": None}
+            described = dict.fromkeys(_CLASSES)
         described["input_size"] = (found["in_chans"], *size)
     return described | {"num_classes": found["num_classes"]}
 

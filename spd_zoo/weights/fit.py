@@ -95,7 +95,8 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
     """
     names = classifiers(meta)[0], cfg_of(meta)["first_conv"]
     classifier, stem = (state_dict.get(f"{name}.weight") for name in names)
-    own_classifier, own_stem = (meta.get_submodule(name).weight for name in names)
+    own: list[Any] = [meta.get_submodule(name) for name in names]
+    own_classifier, own_stem = (layer.weight for layer in own)
     if stem is not None and _alike_but_in(1, stem, own_stem):
         in_chans = stem.shape[1] * in_chans // own_stem.shape[1]
     num_classes: int = meta.num_classes  # type: ignore[assignment]
