@@ -1,7 +1,6 @@
 """The authors' checkpoints: what is understood, what is refused, what is kept, and where they are downloaded from."""
 
 import argparse
-import contextlib
 import hashlib
 import json
 import sys
@@ -258,17 +257,18 @@ def test_numbers_that_overflow_in_the_network_are_refused(tensors: dict[str, Ten
         import_weights(NAME, save(large, tmp_path / "a.pth"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stem_for_more_channels_than_can_be_tried_is_refused(tmp_path: Path) -> None:
     net: Any = timm.create_model("cifar_shufflenetv2")
     tensors, key = net.state_dict(), f"{net.pretrained_cfg['first_conv']}.weight"
-    for channels, message in (
-        (40_000, r"images of 40000 channels, too many to try it on .* 32 x 32 pixels"),
-        (5, None),
-    ):
+    for channels in (5, 40_000):
         tensors[key] = torch.zeros(len(tensors[key]), channels, *tensors[key].shape[2:])
-        file = save(tensors, tmp_path / "a.pth")
-        with pytest.raises(WeightsError, match=message) if message else contextlib.nullcontext():
-            import_weights("cifar_shufflenetv2.wide", file, tmp_path)
+        save(tensors, tmp_path / f"{channels}.pth")
+    import_weights("cifar_shufflenetv2.wide", tmp_path / "5.pth", tmp_path)
+    with pytest.raises(
+        WeightsError, match="images of 40000 channels, too many to try it on an image of 32 x 32 pixels"
+    ):
+        import_weights("cifar_shufflenetv2.wide", tmp_path / "40000.pth", tmp_path)
 
 
 @pytest.mark.slow

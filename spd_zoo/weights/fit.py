@@ -97,20 +97,27 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
     classifier, stem = (state_dict.get(f"{name}.weight") for name in names)
     own: list[Any] = [meta.get_submodule(name) for name in names]
     own_classifier, own_stem = (layer.weight for layer in own)
-    if stem is not None and _alike_but_in(1, stem, own_stem):
+    if stem is not None and own_stem is not None and _alike_but_in(1, stem, own_stem):
         in_chans = stem.shape[1] * in_chans // own_stem.shape[1]
     num_classes: int = meta.num_classes  # type: ignore[assignment]
-    if classifier is None or _alike_but_in(0, classifier, own_classifier):
+    if classifier is None or own_classifier is None or _has_numbers_for_each_class(classifier, own_classifier):
         num_classes = _num_classes(classifier, meta)
     return {"num_classes": num_classes, "in_chans": in_chans}
 
 
-def _alike_but_in(dimension: int, tensor: Tensor, own: Any) -> bool:
+def _alike_but_in(dimension: int, tensor: Tensor, own: Tensor) -> bool:
     """Whether a tensor has the shape of the network's own, outside one dimension."""
-    shapes = [list(t.shape) for t in (tensor, own) if isinstance(t, Tensor) and t.ndim > dimension]
-    for shape in shapes:
-        del shape[dimension]
-    return len(shapes) == 2 and shapes[0] == shapes[1]
+    return tensor.ndim == own.ndim and all(
+        a == b for i, (a, b) in enumerate(zip(tensor.shape, own.shape, strict=True)) if i != dimension
+    )
+
+
+def _has_numbers_for_each_class(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a classifier's weight has at least half as many numbers for a class as the network's own.
+
+    Not always as many: the width in front of a YOLOv8 classifier depends on the number of classes.
+    """
+    return tensor.ndim == own.ndim and 2 * tensor[:1].numel() >= own[:1].numel()
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
