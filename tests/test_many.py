@@ -389,7 +389,7 @@ def _read_for_ever(file: Any) -> Any:
 def _stopped_in_the_middle(folder: Path, results: Path, log: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)  # so that the reading process is a child of this one
     try:
-        run(files_in(folder), dataclasses.replace(colours(log), read=_read_for_ever), results, workers=1)
+        run(files_in(folder), changed_task(colours(log), read=_read_for_ever), results, workers=1)
     except Stopped:
         sys.exit(7)
 
