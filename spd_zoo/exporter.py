@@ -13,6 +13,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 import spd_zoo
+from spd_zoo.convert import ConversionError
 from spd_zoo.data.classes import network_classes
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import channel_mode, size_text
@@ -75,7 +76,7 @@ def export(
     path = Path(out) if out is not None else (folder if folder.is_dir() else Path()) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
-        form = fold_spd(net, _images(net, 1, size)) if fold else net
+        form = _folded(net, size, model) if fold else net
         metadata = _metadata(net, size) | {
             "class_names": json.dumps(list(classes.names), ensure_ascii=False),
             "notes": json.dumps(notes.lines(), ensure_ascii=False),
@@ -83,6 +84,14 @@ def export(
         compute = FORMATS[to](form, size, metadata, temporary)
         _check(net, size, compute)
     return path
+
+
+def _folded(net: nn.Module, size: tuple[int, int], model: str) -> nn.Module:
+    """`fold_spd`, whose errors name the network and what the command can do."""
+    try:
+        return fold_spd(net, _images(net, 1, size))
+    except (ConversionError, ValueError) as error:
+        raise ExportError(f"{model} cannot be folded: {error}. --no-fold exports it as it is") from error
 
 
 def _metadata(net: Any, size: tuple[int, int]) -> dict[str, str]:

@@ -1,17 +1,20 @@
 """Exported networks: other programs compute the same with them, for any number of images, and know how to use them."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from spd_zoo import exporter as exporting
 from spd_zoo.cli.main import main
-from spd_zoo.convert import convert_checkpoint
+from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.exporter import ExportError, export
 
 
@@ -96,6 +99,33 @@ def test_a_file_that_computes_something_else_is_not_kept(
     with pytest.raises(ExportError, match="computes something else: logits differ by"):
         export(str(run), "onnx", tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def assert_cannot_be_folded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--to", "pt2", "--out", str(run / "net.pt2")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"spd-zoo: error: {run} cannot be folded: the ") and err.count("\n") == 1, err
+    assert "--no-fold" in err
+    assert not list(run.glob("*.pt2*"))
+
+
+def test_a_network_whose_outputs_cannot_be_compared_is_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    weights = load_file(run / "model.safetensors")
+    save_file(weights | {"head.fc.bias": torch.full((3,), math.nan)}, tmp_path / "run" / "model.safetensors")
+    assert_cannot_be_folded(tmp_path / "run", capsys)
+
+
+def test_a_network_that_folding_would_change_is_one_sentence(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def differ(*_: Any) -> Any:
+        raise ConversionError("the rewritten network differs")
+
+    monkeypatch.setattr(exporting, "fold_spd", differ)
+    assert_cannot_be_folded(run, capsys)
 
 
 def test_another_format_is_refused(run: Path) -> None:
