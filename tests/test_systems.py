@@ -30,9 +30,7 @@ POSIX = {
 }
 
 
-class Hiding(type(os)):
-    """A module that hides names from the package; torch and Python go by sys.platform, and need what Linux has."""
-
+class Hiding(type(os)):  # from the package alone: torch and Python go by sys.platform, and need what Linux has
     def __getattribute__(self, name):
         found = super().__getattribute__(name)
         caller = sys._getframe(1).f_globals.get("__name__", "")
