@@ -105,7 +105,7 @@ def test_import_and_list_work(elsewhere: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
 def test_a_network_is_trained_evaluated_and_used(elsewhere: dict[str, str], tmp_path: Path, workers: str) -> None:
     data, out = make_folders(tmp_path / "data", train=4, val=2), tmp_path / "run"
     one_step = ("--epochs", "1", "--batch-size", "12", "--image-size", "16", "--no-pretrained")
@@ -123,7 +123,7 @@ def test_a_network_is_trained_evaluated_and_used(elsewhere: dict[str, str], tmp_
     assert len(rows) == 6 and all(row["error"] is None for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_detector_is_trained_and_used(elsewhere: dict[str, str], tmp_path: Path) -> None:
     data, out = make_coco(tmp_path / "data", train=4, val=2), tmp_path / "run"
     one_step = ("--epochs", "1", "--batch-size", "4", "--image-size", "64", "--no-pretrained", "--workers", "1")
