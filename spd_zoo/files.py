@@ -41,6 +41,8 @@ def whole(path: str | Path, within: str | Path | None = None) -> Iterator[Path]:
             temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors and tempfile write 0600
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+        if temporary.is_dir() and path.is_dir():
+            path.rmdir()  # Windows renames nothing onto a folder, not even an empty one
         temporary.replace(path)
         _flush(path.parent)
     finally:

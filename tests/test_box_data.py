@@ -351,6 +351,14 @@ def test_splits_have_usual_names_in_any_case(make: Make, tmp_path: Path) -> None
     assert after.counts() == before.counts() and len(after) == 4
 
 
+def test_which_of_several_forms_is_read_is_said(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    (root / "Annotations").mkdir()
+    data = open_boxes(root, "val")
+    assert data is not None
+    assert data.notes == (f"{root} has boxes in the forms of YOLO and VOC: those of YOLO are read",)
+
+
 def test_images_without_a_known_suffix_are_counted(tmp_path: Path) -> None:
     folder = make_yolo(tmp_path) / "images" / "train"
     (folder / "notes.doc").write_text("no image")

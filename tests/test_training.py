@@ -135,6 +135,16 @@ def test_saving_within_an_epoch_changes_nothing(folders: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_what_is_not_as_asked_for_is_said(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes, process, name = 3, Process(torch.device("cpu")), "cifar_resnet110_bsconvu"
+    for images, batch_size, said in ((24, 64, "24 training images: a step has 24, not 64"), (24, 8, "")):
+        asked = config(folders, tmp_path / "run", batch_size=batch_size, pretrained=None, model=name)
+        training.plan(asked, Classification(), training._blank(name), images, classes, process)
+        printed = capsys.readouterr().out
+        assert said in printed and ("a step has" in printed) == bool(said)
+        assert f"{name} has no pretrained weights: all weights begin at random" in printed
+
+
 def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "one", epochs=1)
     run(folders, tmp_path / "other", epochs=1, seed=1)

@@ -162,17 +162,21 @@ def open_boxes(data: str | Path, split: str) -> BoxImages | None:
         "VOC": {file.stem: file for file in sorted(root.glob("ImageSets/Main/*.txt"))},
     }
     signs = {"COCO": bool(forms["COCO"]), "YOLO": (root / "labels").is_dir(), "VOC": (root / "Annotations").is_dir()}
-    form = next((form for form, is_there in signs.items() if is_there), None)
-    if form is None:
+    present = [form for form, is_there in signs.items() if is_there]
+    if not present:
         raise DataError(
             f"{root} is no data set with boxes: it has neither instances_train.json (COCO) nor labels/train (YOLO) "
             "nor Annotations (Pascal VOC)"
         )
+    form = present[0]
     found = find_split(forms[form], split)
     if not found:
         return None
     opened = {"COCO": _coco, "YOLO": _yolo, "VOC": _voc}[form](root, forms[form][found[0]])
-    return replace(opened, notes=(*split_notes(root, split, found), *opened.notes))
+    notes = split_notes(root, split, found)
+    if len(present) > 1:
+        notes.append(f"{root} has boxes in the forms of {' and '.join(present)}: those of {form} are read")
+    return replace(opened, notes=(*notes, *opened.notes))
 
 
 def _folders(folder: Path) -> dict[str, Path]:

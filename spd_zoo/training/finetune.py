@@ -142,7 +142,11 @@ def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes
     known = get_pretrained_cfg(config.model)
     verified = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
     pretrained = verified if config.pretrained is None else config.pretrained
+    if config.pretrained is None and not pretrained:
+        process.print(f"note: {config.model} has no pretrained weights: all weights begin at random")
     batch_size = _batch_size(config, images, process)
+    if config.batch_size is not None and min(batch_size, images) < config.batch_size:
+        process.print(f"note: {images} training images: a step has {min(batch_size, images)}, not {config.batch_size}")
     defaults = task.defaults(config, net, batch_size, pretrained)
     defaults |= {"pretrained": pretrained, "head_epochs": int(pretrained), "bf16": _has_bf16(process.device)}
     defaults |= {"warmup_epochs": min(2, config.epochs // 4)}
