@@ -645,3 +645,12 @@ def test_a_release_lists_every_checkpoint_and_fails_while_one_is_left(
     assert total.endswith(f"{len(refused)} refused, {list(outcomes.values()).count('left')} left")
     assert release_weights.main(["--org", "org", NAME]) == 0
     assert hub.requests == []
+
+
+def test_what_would_be_published_is_described_and_nothing_is_sent(hub: HubDouble, checkout: Checkout) -> None:
+    publication = publish.prepare(checkout.read(), "org", checkout.file)
+    hub.requests.clear()
+    text = publish.describe(publication, checkout.path)
+    assert f"{NAME} -> {hub.url}/{REPO}" in text and publication.sha256 in text
+    assert f'+      "source": "hf://{REPO}@<commit>:model.safetensors",' in text
+    assert hub.requests == []
