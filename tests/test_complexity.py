@@ -160,3 +160,13 @@ def test_counting_leaves_the_network_in_its_mode(training: bool) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).to("meta").train(training)
     count_macs(net, (3, 8, 8))
     assert [module.training for module in net.modules()] == [training] * 3
+
+
+def test_thop_of_2019_counts_the_last_call_of_a_shared_relu() -> None:
+    def operation(kind: str, macs: int = 0) -> Operation:
+        return Operation(kind, inputs=10, outputs=10, macs=macs, biased=0, params=0)
+
+    operations = [operation("conv", 100), operation("batch_norm"), operation("relu")]  # the stem
+    assert COUNTERS["thop_2019"](operations) == 100 + 4 * 10 + 10
+    operations += [operation("relu"), operation("add"), operation("relu")]  # a block, whose relus are one module
+    assert COUNTERS["thop_2019"](operations) == 100 + 4 * 10 + 10 + 10

@@ -592,3 +592,27 @@ def test_attention_downsampling_is_timms() -> None:
     with torch.inference_mode():
         assert ours(x).shape == (2, 24, 4, 5)
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_attention_is_resampled_to_maps_of_another_size() -> None:
+    layer: Any = AttentionDownsample(16, 24, (7, 10)).eval()
+    nn.init.constant_(layer.attn.attention_biases, 0.5)
+    layer.set_size((5, 8))
+    assert layer.attn.attention_biases.shape[-1] == 5 * 8
+    torch.testing.assert_close(layer.attn.attention_biases, torch.full_like(layer.attn.attention_biases, 0.5))
+    with torch.inference_mode():
+        assert layer(torch.randn(1, 16, 5, 8)).shape == (1, 24, 3, 4)
+        with pytest.raises(ImageSizeError, match="built for maps of 5x8 pixels and got 7x10"):
+            layer(torch.randn(1, 16, 7, 10))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_circular_kernel_keeps_its_answer_to_a_constant_map_at_another_size(axis: int) -> None:
+    torch.manual_seed(0)
+    layer = PositionAwareCircularConv2d(4, (6, 5), axis, position=False)
+    with torch.inference_mode():
+        before = layer(torch.ones(1, 4, 6, 5))
+        layer.set_size((9, 8))
+        after = layer(torch.ones(1, 4, 9, 8))
+    assert after.shape == (1, 4, 9, 8)
+    torch.testing.assert_close(after[:, :, :6, :5], before)

@@ -897,3 +897,12 @@ def test_zero_init_residual_zeroes_the_last_norm_of_bottlenecks(name: str, zero:
     }
     bottlenecks = {f"{key}.bn3" for key, module in net.named_modules() if isinstance(module, Bottleneck)}
     assert zeroed == (bottlenecks if zero else set())
+
+
+def test_pruning_leaves_the_stages_that_a_map_needs() -> None:
+    net: Any = timm.create_model("pyconvresnet18", device="meta")
+    x = torch.empty(1, 3, 64, 64, device="meta")
+    expected = net.forward_intermediates(x, indices=[2], intermediates_only=True)[0].shape
+    assert net.prune_intermediate_layers([2]) == [2]
+    assert net.forward_features(x).shape == expected
+    assert (net.num_classes, net.num_features) == (0, expected[1])

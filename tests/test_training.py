@@ -818,3 +818,13 @@ def test_a_signal_before_the_first_step_saves_the_untrained_network(folders: Pat
     with pytest.raises(Stopped, match="stopped in epoch 1 after step 0 of 3"):
         training.train_epoch(run, signals, tqdm(disable=True))
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 0
+
+
+def test_a_full_disk_is_told_with_what_is_left(tmp_path: Path) -> None:
+    full, folder = OSError(28, "No space left on device"), RunFolder(tmp_path)
+    for advice in ("there is no checkpoint yet", "the last checkpoint is intact, and the same command resumes from it"):
+        with pytest.raises(RunError, match=rf"last\.pt: No space left on device; {advice}$"), folder.writing("last.pt"):
+            raise full
+        (tmp_path / "last.pt").touch()
+    with pytest.raises(RuntimeError, match="no error of the disk"), folder.writing("last.pt"):
+        raise RuntimeError("no error of the disk")

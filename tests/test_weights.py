@@ -30,6 +30,7 @@ from spd_zoo import WeightsError
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, fit, save_network, sha256_of
 from spd_zoo.weights.cache import BUNDLED
+from spd_zoo.weights.catalogue import locate
 from spd_zoo.weights.fit import own_networks
 from spd_zoo.weights.load import class_names
 from spd_zoo.weights.manifest import Entry, manifest_path
@@ -574,3 +575,22 @@ def test_a_broken_file_in_a_folder_or_in_the_callers_configuration_is_named(tmp_
     cfg = dict(config_of("resnet18_spd").to_dict(), file=str(file))
     with pytest.raises(WeightsError, match=re.escape(str(file))):
         timm.create_model("resnet18_spd", pretrained=True, pretrained_cfg=cfg)
+
+
+def test_a_row_of_the_catalogue_says_where_the_weights_are() -> None:
+    bundled = next(entry for entry in CHECKPOINTS if "bundled:" in str(entry.source))
+    row = locate(bundled, verify=True)
+    assert (row["name"], row["here"], row["verified"]) == (bundled.name, "bundled", True)
+    assert (row["size"], row["sha256"], row["licence"]) == (bundled.size, bundled.sha256, bundled.license)
+    assert locate(bundled)["verified"] is None
+
+
+def test_a_row_of_the_catalogue_is_of_the_file_in_the_cache(
+    hub: HubDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    entry = replace(UNVERIFIED[0], source=PINNED, derived_from=None, sha256=an_entry().sha256, size=12345)
+    assert (locate(entry)["here"], locate(entry)["size"]) == ("missing", 12345)
+    fetch(entry)
+    row = locate(entry, verify=True)
+    assert (row["here"], row["size"], row["verified"]) == ("cached", len(b"the weights"), True)
