@@ -485,6 +485,23 @@ def test_a_layer_with_a_hook_on_its_weight_stays() -> None:
     assert not net[0].weight.grad.any()
 
 
+class Named(nn.Module):
+    """Calls its layers with their argument by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.mean = nn.Conv2d(3, 3, 3, 2, 1), nn.MaxPool2d(2), nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mean(input=self.pool(input=self.conv(input=x)))
+
+
+def test_a_layer_takes_its_argument_by_the_same_name() -> None:
+    net, x = Named(), images(2, 3, 16, 16)
+    converted: Any = convert_to_spd(net, example_input=x)
+    assert len(converted.spd_report.replaced) == 3 and difference(converted(x), net(x)) < 1e-6
+
+
 def test_hooks_of_every_sort_go_on_to_the_new_layer() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU())
     calls: list[str] = []
