@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from spd_zoo.blocks import PyConv2d
 from spd_zoo.rewrite import (
+    ConversionError,
     Unchanged,
     check_same,
     expected_outputs,
@@ -28,7 +29,7 @@ from spd_zoo.rewrite import (
     with_shared_parameters,
 )
 from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d
-from spd_zoo.trace import OperatorMode, copy_network, image_size, meta_copy, run_on_meta
+from spd_zoo.trace import OperatorMode, TraceError, copy_network, image_size, meta_copy, run_on_meta
 
 __all__ = ["FoldReport", "Folded", "fold_batchnorm", "fold_spd"]
 
@@ -100,7 +101,8 @@ def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module
     Raises:
         ValueError: If the size of the images is unknown, if the network's weights are on the "meta" device, or if it
             cannot run there.
-        ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation.
+        ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation, or if
+            the network's code needs attributes of a layer that is folded away.
     """
     return _fold(model, example_input, plain=True)
 
@@ -133,6 +135,10 @@ def _fold(model: nn.Module, example_input: Tensor | None, plain: bool) -> nn.Mod
     folding = _Folding(net, _trace(net, size), plain)
     net = replace_modules(net, folding.successors)
     report = folding.report()
+    try:
+        run_on_meta(meta_copy(net), size)
+    except TraceError as error:  # its code reads an attribute of a layer that is gone
+        raise ConversionError(f"the folded network cannot run, and so is not returned: {error.__cause__}") from error
     if example_input is not None:
         assert expected is not None
         advice = f"fold a part of it at a time to find the layer\n{report}"
@@ -153,7 +159,7 @@ class _Dataflow:
         inputs: The first input of each module.
         outputs: The output of each module.
         reads: How many operators, and modules with hooks, read each tensor.
-        parameters_read_elsewhere: Modules whose parameters an operator outside of them reads.
+        read_elsewhere: Modules whose parameters or buffers an operator outside of them reads.
         kept: Tensors that exist after the forward pass: the network returns or keeps them.
     """
 
@@ -162,7 +168,7 @@ class _Dataflow:
         self.inputs: dict[nn.Module, StorageWeakRef] = {}
         self.outputs: dict[nn.Module, StorageWeakRef] = {}
         self.reads: Counter[StorageWeakRef] = Counter()
-        self.parameters_read_elsewhere: set[nn.Module] = set()
+        self.read_elsewhere: set[nn.Module] = set()
         self.kept: set[StorageWeakRef] = set()
 
 
@@ -210,6 +216,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Dataflow:
     for module in meta.modules():
         if module in originals:  # a clone's activation is no module of the network
             owners |= {_storage(p): originals[module] for p in module.parameters(recurse=False)}
+            owners |= {_storage(b): originals[module] for b in module.buffers(recurse=False)}
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave)
 
@@ -219,7 +226,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Dataflow:
             if owner is None:
                 flow.reads[storage] += 1
             elif not running or running[-1] is not owner:
-                flow.parameters_read_elsewhere.add(owner)
+                flow.read_elsewhere.add(owner)
 
     def alive() -> set[StorageWeakRef]:
         return {storage for storage in flow.outputs.values() if not storage.expired()}
@@ -291,8 +298,8 @@ class _Folding:
             return "it has hooks"
         if module in self.shared:
             return "it shares a parameter with another module"
-        if module in self.flow.parameters_read_elsewhere:
-            return "its parameters are also read outside of it"
+        if module in self.flow.read_elsewhere:
+            return "its parameters or buffers are also read outside of it"
         return None
 
     def _obstacle_between(self, first: nn.Module, second: nn.Module) -> str | None:

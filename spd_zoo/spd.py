@@ -267,8 +267,9 @@ class SPDConv2d(nn.Conv2d):
         """The kernel that is applied after space-to-depth, (out_chs, stride**2 * in_chs / groups, KH, KW)."""
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, H', W'), the size of the strided convolution's output."""
+        x = input
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         weight = F.pixel_shuffle(self.spd_kernel(), self.cell)
@@ -389,8 +390,9 @@ class SPDAvgPool2d(SPDConv2d):
         """The weights that average every window, (chs, stride**2, KH, KW)."""
         return self.from_strided(torch.full_like(self.new_strided_weight(), 1 / math.prod(self.kernel_size)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, chs, H, W) -> (N, chs, H', W'), the size of the strided pooling's output."""
+        x = input
         height, width = x.shape[-2], x.shape[-1]
         if self.same:
             return super().forward(x)
@@ -519,8 +521,9 @@ class SPDMaxPool2d(nn.Module):
         self.ceil_mode = ceil_mode
         self.mix = PhaseMix(chs, stride, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, chs, H, W) -> (N, chs, H', W'), the size of the strided pooling's output."""
+        x = input
         lowest = torch.finfo(x.dtype).min
         x = x.clamp(min=lowest)  # -inf times a weight of zero is NaN
         if self.kernel_size == (1, 1) and self.padding == (0, 0):

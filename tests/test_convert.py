@@ -454,7 +454,7 @@ UNSAFE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral_norm": (lambda: attached(torch.nn.utils.spectral_norm), "it has weight_orig, weight_u, weight_v"),
     "prune": (lambda: attached(lambda conv: prune.random_unstructured(conv, "weight", 0.5)), "it has weight_mask"),
     "forward": (lambda: attached(lambda conv: setattr(conv, "forward", conv.forward)), "its forward was replaced"),
-    "read elsewhere": (Scaled, "its parameters are also read outside of it"),
+    "read elsewhere": (Scaled, "its parameters (or buffers )?are also read outside of it"),
     "shared": (Tied, "it shares a parameter with another module"),
     "list": (Listed, "by its name|by another reference to it than its name"),
 }
@@ -484,6 +484,23 @@ def test_a_layer_with_a_hook_on_its_weight_stays() -> None:
     assert "its weight has hooks" in str(net.spd_report)
     net(images(2, 3, 16, 16)).sum().backward()
     assert not net[0].weight.grad.any()
+
+
+class Named(nn.Module):
+    """Calls its layers with their argument by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.mean = nn.Conv2d(3, 3, 3, 2, 1), nn.MaxPool2d(2), nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mean(input=self.pool(input=self.conv(input=x)))
+
+
+def test_a_layer_takes_its_argument_by_the_same_name() -> None:
+    net, x = Named(), images(2, 3, 16, 16)
+    converted: Any = convert_to_spd(net, example_input=x)
+    assert len(converted.spd_report.replaced) == 3 and difference(converted(x), net(x)) < 1e-6
 
 
 def test_hooks_of_every_sort_go_on_to_the_new_layer() -> None:
@@ -1110,6 +1127,34 @@ def test_folding_compares_the_outputs_and_needs_weights() -> None:
         fold_spd(convert_report.randomise(ConvNorm(branches)), images(2, 3, 8, 8))
     with pytest.raises(ValueError, match='folding needs weights, but those of this network are on the "meta" device'):
         fold_spd(timm.create_model("test_resnet", device="meta"))
+
+
+class Reads(nn.Module):
+    """Reads an attribute of its BatchNorm beside calling it."""
+
+    def __init__(self, attribute: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.attribute = nn.Conv2d(3, 3, 3, 2, 1), nn.BatchNorm2d(3), attribute
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = getattr(self.norm, self.attribute)
+        return self.norm(self.conv(x)) * (value.sum() if isinstance(value, Tensor) else value)
+
+
+def test_a_batchnorm_whose_statistics_are_read_stays() -> None:
+    net, x = convert_report.randomise(Reads("running_var")), images(2, 3, 16, 16)
+    folded: Any = fold_spd(net, x)
+    assert type(folded.norm) is nn.BatchNorm2d and torch.equal(folded(x), net(x))
+    assert "its parameters or buffers are also read outside of it" in str(folded.fold_report)
+
+
+@pytest.mark.parametrize("attribute", ["eps", "num_features"])
+def test_a_network_that_misses_a_folded_layer_is_not_returned(attribute: str) -> None:
+    net: Any = convert_report.randomise(Reads(attribute))
+    net.pretrained_cfg = {"input_size": (3, 16, 16)}
+    for example in (None, images(2, 3, 16, 16)):
+        with pytest.raises(ConversionError, match=f"the folded network cannot run.*no attribute '{attribute}'"):
+            fold_spd(net, example)
 
 
 def test_folding_leaves_the_network_alone() -> None:

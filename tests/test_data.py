@@ -67,14 +67,16 @@ def test_folders_of_classes_are_a_data_set(folders: Path) -> None:
     assert open_data(folders, "test") is None
 
 
-@pytest.mark.parametrize("name", ["validation", "valid", "Val", "VALID", "dev", "val_set", "images-val", "val2017"])
+@pytest.mark.parametrize(
+    "name", ["validation", "valid", "Val", "VALID", "dev", "validate", "val_set", "images-val", "val2017"]
+)
 def test_the_split_val_has_other_names(folders: Path, name: str) -> None:
     (folders / "val").rename(folders / name)
     assert len(opened(folders, "val")) == 6
 
 
 @pytest.mark.parametrize(
-    "names", [("Training", "Testing"), ("TRAIN", "Eval"), ("train_set", "test_set"), ("Train", "test")]
+    "names", [("Training", "Testing"), ("TRAIN", "Eval"), ("train_set", "test_set"), ("trn", "tst")]
 )
 def test_splits_have_usual_names_in_any_case_and_are_no_classes(folders: Path, names: tuple[str, str]) -> None:
     for old, new in zip(("train", "val"), names, strict=True):
@@ -129,6 +131,25 @@ def test_images_without_a_class_and_images_in_inner_folders_are_noted(folders: P
     assert data.counts() == [8, 8, 8]
     assert any("1 image beside the class folders" in note and "stray.png" in note for note in data.notes)
     assert any("inner folders alone" in note and note.endswith("red") for note in data.notes)
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "tst")])
+def test_splits_inside_of_class_folders_are_not_mixed(folders: Path, names: tuple[str, str]) -> None:
+    for old, new in zip(("train", "val"), names, strict=True):
+        for colour in ("blue", "red"):
+            (folders / "set" / colour).mkdir(parents=True, exist_ok=True)
+            (folders / old / colour).rename(folders / "set" / colour / new)
+    with pytest.raises(DataError, match=r"hold splits in place of images, as .*blue; arrange them as"):
+        open_data(folders / "set", "train")
+
+
+def test_a_folder_around_the_splits_is_no_class(folders: Path) -> None:
+    around = folders / "around"
+    around.mkdir()
+    for split in ("train", "val"):
+        (folders / split).rename(around / split)
+    with pytest.raises(DataError, match="or give the folder with the splits"):
+        open_data(folders, "train")
 
 
 def test_names_that_differ_in_blanks_or_unicode_form_are_one_class(folders: Path) -> None:
@@ -238,6 +259,8 @@ def test_a_class_map_settles_what_is_called_differently(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text('{"a": "2", "b": "0"}')
     data = match_classes(labelled("a", "b"), NAMELESS, load_class_map(tmp_path / "map.json"))
     assert data.labels == [2, 0] and not data.notes
+    (note,) = match_classes(labelled("a", "positive"), NAMED, {"a": "positive"}).notes
+    assert note == "several classes of the data are one of the network: a and positive as positive"
     with pytest.raises(DataError, match="leads to 'neutral', which the network does not have: 2 classes"):
         match_classes(labelled("a"), NAMED, {"a": "neutral"})
     with pytest.raises(DataError, match="the network has no class 'b'"):
@@ -420,10 +443,12 @@ def test_a_folder_may_have_a_csv_file_per_split(folders: Path) -> None:
     [
         ("file,class\na,b\n", "columns path and label, got 'file, class'"),
         ("path,label\na.png,\n", "row 1 after the"),
+        ("path,label,label\na.png,1,2\n", "has the column label twice"),
+        ("path,label\na.png,red, blue\n", "row 1 after the header has more values than columns"),
         ("path,label\na.png,rëd\n", "list.csv is no CSV file in UTF-8: 'utf-8' codec can't decode"),
         (f"path,label\na.png,{'d' * 2**17}x\n", "list.csv is no CSV file in UTF-8: field larger than field limit"),
     ],
-    ids=["columns", "short row", "latin-1", "long field"],
+    ids=["columns", "short row", "column twice", "long row", "latin-1", "long field"],
 )
 def test_a_csv_file_that_lacks_something_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "list.csv").write_text(text, encoding="latin-1")

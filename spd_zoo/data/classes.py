@@ -124,8 +124,8 @@ _T = TypeVar("_T", bound=_Images)
 def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str] | None = None) -> _T:
     """`data` with its classes as outputs of a network: by name.
 
-    There are two guesses, and each adds a note to `data`: the names are the numbers 0 to n-1 of n outputs, or the
-    network does not name its outputs and has learned the classes in timm's natural order.
+    Classes that become one add a note to `data`, as do two guesses: the names are the numbers 0 to n-1 of n outputs,
+    or the network does not name its outputs and has learned the classes in timm's natural order.
 
     Args:
         data: Labelled images, or images with boxes.
@@ -159,7 +159,13 @@ def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str
             f"{_listed(outputs)}. Give --class-map FILE with a line `NAME IN THE DATA: NAME IN THE NETWORK` for each "
             "class that is called differently"
         )
-    return data.renumbered([numbers.get(i, 0) for i in range(len(names))], outputs, [note] if note else [])
+    sources = defaultdict(list)
+    for i in used:
+        sources[numbers[i]].append(data.class_names[i])
+    merged = [f"{' and '.join(same)} as {outputs[number]}" for number, same in sources.items() if len(same) > 1]
+    notes = [note] if note else []
+    notes += [f"several classes of the data are one of the network: {some(merged)}"] if merged else []
+    return data.renumbered([numbers.get(i, 0) for i in range(len(names))], outputs, notes)
 
 
 def without_unused(data: _T) -> _T:

@@ -229,7 +229,7 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
     is_image = ImageFilter()
     files: list[str] = []
     labels: list[int] = []
-    nested = []
+    nested, split_inside = [], []
     for top in classes:
         images = [
             image
@@ -242,8 +242,15 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
             raise DataError("; ".join(parts))
         if all(image.parent != top for image in images):
             nested.append(top.name)
+            inner = {image.relative_to(top).parts[0] for image in images}
+            split_inside += [top] if all(map(split_of, inner)) else []
         files += map(str, images)
         labels += [class_names.index(clean_name(top.name))] * len(images)
+    if split_inside and len(split_inside) == len(classes):
+        raise DataError(
+            f"the class folders of {folder} hold splits in place of images, as {split_inside[0]}; arrange them as "
+            "<split>/<class name>/, or give the folder with the splits"
+        )
     stray = [entry.name for entry in entries if not entry.is_dir() and is_image(entry, folder)]
     notes = [*notes, *is_image.notes(folder), *look_alikes(class_names)]
     if nested:
@@ -260,11 +267,21 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
             reader = csv.DictReader(lines, skipinitialspace=True)
             columns = [column.strip().lower() for column in reader.fieldnames or []]
             reader.fieldnames = columns
-            rows = [{name: (value or "").strip() for name, value in row.items() if name in columns} for row in reader]
+            read = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no CSV file in UTF-8: {error}") from error
     if not {"path", "label"} <= set(columns):
         raise DataError(f"{file} needs a first line with the columns path and label, got {', '.join(columns)!r}")
+    twice = next((name for name in ("path", "label", "split") if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{file} has the column {twice} twice; rename or remove one of them")
+    surplus = next((i for i, row in enumerate(read) if any(map(str.strip, row.get(None) or []))), None)
+    if surplus is not None:
+        raise DataError(
+            f"{file}: row {surplus + 1} after the header has more values than columns; put quotes around a value with "
+            "a comma"
+        )
+    rows = [{name: (value or "").strip() for name, value in row.items() if name in columns} for row in read]
     short = next((i for i, row in enumerate(rows) if not row["path"] or not row["label"]), None)
     if short is not None:
         raise DataError(f"{file}: row {short + 1} after the header lacks a path or a label")

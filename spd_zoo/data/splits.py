@@ -8,9 +8,9 @@ from spd_zoo.data.notes import some
 __all__ = ["find_split", "looks_like_split", "split_notes", "split_of"]
 
 _NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": ("train", "training", "trn"),
+    "val": ("val", "validation", "valid", "validate", "dev"),
+    "test": ("test", "tests", "testing", "tst", "eval", "evaluation"),
 }
 _SPLITS = {name: split for split, names in _NAMES.items() for name in names}
 _AROUND = r"(?:set|data|dataset|split|images?|imgs?)?"  # train_set, images_train, testdata
