@@ -204,9 +204,9 @@ def _same(module: Any, name: str) -> nn.Module:
         return AvgPool2dSame(module.kernel_size, 1, count_include_pad=module.count_include_pad)
     if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
         raise ValueError(f"{name}, a {type(module).__name__}, has an even kernel, and with stride 1 no padding fits it")
-    args = (module.in_channels, module.out_channels, module.kernel_size)
-    bias = module.bias is not None
-    return Conv2dSame(*args, dilation=module.dilation, groups=module.groups, bias=bias, device="meta")
+    kernel, dilation = to_2tuple(module.kernel_size), to_2tuple(module.dilation)
+    args = (module.in_channels, module.out_channels, kernel)
+    return Conv2dSame(*args, dilation=dilation, groups=module.groups, bias=module.bias is not None, device="meta")
 
 
 def _apply(net: nn.Module, name: str, planned: nn.Module) -> None:
@@ -257,6 +257,7 @@ def resolution_kept(
         network: The network whose first strides were taken away.
         steps: As in `keep_resolution`.
         pretrained_cfg: The saved config.
+        **kwargs: Arguments of the network.
 
     Raises:
         ValueError: Without the name of a network.

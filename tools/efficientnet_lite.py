@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from spd_zoo.models.efficientnet_lite_spd import checkpoint_filter_fn
 from spd_zoo.weights import sha256_of
-from spd_zoo.weights.fetch import BUNDLED
+from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.manifest import manifest_path, write_manifest
 
 Transform = Callable[[Image.Image], Tensor]

@@ -233,9 +233,8 @@ def _described(variant: str, tag: str | None, read: StateDict, filter_fn: Filter
     described: dict[str, Any] = {}
     if entry is not None:
         if not tag:
-            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url")
-            unknown += ("label_names", "label_descriptions")
-            described = dict.fromkeys(unknown) | _input_of(entry)
+            origin = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url")
+            described = dict.fromkeys((*origin, "label_names", "label_descriptions")) | _input_of(entry)
         elif found["num_classes"] != entry.num_classes:
             described = {"label_names": None, "label_descriptions": None}
         described["input_size"] = (found["in_chans"], *size)
