@@ -470,12 +470,16 @@ class PhaseMix(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> (N, chs, ceil(H / stride), ceil(W / stride))."""
         x = _pad_to_cells(x, self.cell)
-        weight = F.pixel_shuffle(self.weight, self.cell)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
-            # oneDNN takes twenty times as long for the bf16 gradient of a depthwise convolution as for the fp32 one.
-            with torch.autocast("cpu", enabled=False):
-                return F.conv2d(x.float(), weight.float(), None, self.cell, groups=self.groups).to(x.dtype)
-        return F.conv2d(x, weight, None, self.cell, groups=self.groups)
+        return _depthwise_conv2d(x, F.pixel_shuffle(self.weight, self.cell), self.cell)
+
+
+@torch.fx.wrap  # its branch depends on the device and the data type, which symbolic tracing does not know
+def _depthwise_conv2d(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
+        # oneDNN takes twenty times as long for the bf16 gradient of a depthwise convolution as for the fp32 one.
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x.float(), weight.float(), None, stride, groups=weight.shape[0]).to(x.dtype)
+    return F.conv2d(x, weight, None, stride, groups=weight.shape[0])
 
 
 @register_notrace_module

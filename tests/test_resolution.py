@@ -50,7 +50,7 @@ def test_smaller_images_give_maps_of_the_size_that_the_whole_ones_gave(name: str
 
 def test_the_first_convolution_computes_the_same_at_every_pixel() -> None:
     net = random_network("resnet18", num_classes=5)
-    kept = keep_resolution(net)
+    kept: Any = keep_resolution(net)
     x = noise(2, 3, 40, 56)
     with torch.inference_mode():
         full = F.conv2d(x, net.conv1.weight, padding=3)
@@ -62,7 +62,7 @@ def test_the_first_convolution_computes_the_same_at_every_pixel() -> None:
 
 
 def test_two_steps_also_take_the_stride_of_the_pooling_and_three_that_of_both_branches() -> None:
-    net = keep_resolution(timm.create_model("resnet18", device="meta"), 3)
+    net: Any = keep_resolution(timm.create_model("resnet18", device="meta"), 3)
     strides = [net.conv1.stride, net.maxpool.stride, net.layer2[0].conv1.stride, net.layer2[0].downsample[0].stride]
     assert strides == [(1, 1), 1, (1, 1), (1, 1)]
     assert net.layer3[0].conv1.stride == (2, 2)

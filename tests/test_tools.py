@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import benchmark_finetune
@@ -13,6 +14,7 @@ import pytest
 import timm
 import timm_contract
 import torch
+from networks import config_of
 from pictures import COLOURS, make_folders
 from PIL import Image
 from timm.models import save_for_hf
@@ -71,14 +73,14 @@ def test_the_plain_twin_holds_none_of_our_layers() -> None:
 
 def test_networks_that_differ_are_not_timed() -> None:
     net = timm.create_model("resnet18_spd")
-    twin = plain_networks.plain_twin(net)
+    twin: Any = plain_networks.plain_twin(net)
     with torch.no_grad():
         twin.stem[1].weight.mul_(1.1)
     with pytest.raises(AssertionError, match="twin differs from ours"):
         plain_networks.check_agreement({"ours": net, "twin": twin}, image_size=32)
 
 
-def run(capsys: pytest.CaptureFixture[str], *forms: str, memory: str = "--no-memory") -> list[dict[str, float]]:
+def run(capsys: pytest.CaptureFixture[str], *forms: str, memory: str = "--no-memory") -> list[dict[str, Any]]:
     tiny = ["--image-size", "16", "--batch", "2", "--rounds", "1", "--threads", str(torch.get_num_threads())]
     assert benchmark.main(["--network", "pyconvresnet18", *tiny, "--json", memory, "--forms", *forms]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -148,7 +150,8 @@ def test_fine_tuning_is_timed_against_timms_parts(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("old", [False, True], ids=["run.yaml", "run.json"])
 def test_the_options_of_new_and_old_runs_are_read(tmp_path: Path, old: bool) -> None:
-    stored = {"model": "resnet18_spd", "data": "d", "out": "o", "lr": 0.006, "auto_augment": None, "val_size": 2500}
+    stored: dict[str, Any] = {"model": "resnet18_spd", "data": "d", "out": "o", "lr": 0.006}
+    stored |= {"auto_augment": None, "val_size": 2500}
     if old:
         (tmp_path / "run.json").write_text(json.dumps(stored))
     else:
@@ -234,7 +237,8 @@ def test_the_experiment_with_detectors_compares_runs_of_equal_seeds(
 
 @pytest.mark.exhaustive
 def test_the_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    names = timm.create_model("cifar_resnet20.cifar100").pretrained_cfg["label_names"]
+    names = config_of("cifar_resnet20.cifar100").label_names
+    assert names
     for i, name in enumerate(names):
         for split, count in (("train", 4), ("test", 1)):
             (tmp_path / "data" / split / name).mkdir(parents=True)

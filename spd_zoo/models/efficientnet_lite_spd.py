@@ -111,8 +111,8 @@ _OTHERS = {
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EfficientNetLiteSPD) -> dict[str, Tensor]:
     """The packages' keys as timm's, which are ours, and strided kernels as space-to-depth ones; ours stay."""
-    stages: Any = model.blocks
-    places = [(stage, block) for stage, blocks in enumerate(stages) for block in range(len(blocks))]
+    depths = [len(list(blocks.children())) for blocks in model.blocks.children()]
+    places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
 
     def in_block(match: re.Match[str]) -> str:
         index, layer = int(match[1]), match[2]

@@ -50,7 +50,7 @@ def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str)
         notes: What else is to be known.
     """
     data = ModelCardData(
-        license=entry.license,
+        license=_slug(entry.license),  # the Hub knows them in lower case
         library_name="timm",
         pipeline_tag=_task(entry),
         tags=[_task(entry), "timm", *(() if _detects(entry) else ("transformers",)), "spd_zoo"],

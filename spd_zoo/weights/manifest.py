@@ -195,7 +195,8 @@ def _imagenet() -> tuple[tuple[str, ...], dict[str, str]]:
     from timm.data import ImageNetInfo  # here, because it takes seconds and listing the manifest needs no names
 
     info = ImageNetInfo()
-    return tuple(info.label_names()), info.label_descriptions(as_dict=True)
+    descriptions: Any = info.label_descriptions(as_dict=True)
+    return tuple(info.label_names()), descriptions
 
 
 def _tuple(value: Any) -> Any:
