@@ -406,7 +406,7 @@ def test_weights_that_are_not_the_networks_are_refused(hub: HubDouble, checkout:
             net, tmp_path / "a.pth"
         ),
         "does not exist|No such file": tmp_path / "missing.safetensors",
-        "has not the keys of cifar_resnet20; import the weights": tmp_path / "authors.safetensors",
+        "does not have the keys of cifar_resnet20; import the weights": tmp_path / "authors.safetensors",
         "numbers that are not finite": changed(net, tmp_path / "c.safetensors", **{"head.fc.bias": nan}),
         "has classes and image": changed(net, tmp_path / "d.safetensors", **classes),
     }

@@ -1,4 +1,4 @@
-"""From an entry of the manifest to a verified file: in the package, on the Hugging Face Hub or at the authors'."""
+"""From an entry of the manifest to a verified file: in the package, on the Hugging Face Hub or from the authors."""
 
 import re
 import warnings
@@ -13,17 +13,17 @@ __all__ = ["fetch", "import_weights", "remove"]
 
 
 def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
-    """The file of `entry`, its SHA-256 checked; what is not on this machine is downloaded once.
+    """The file of `entry`, with its SHA-256 checked; it is downloaded if it is not on this machine.
 
-    What is damaged on this machine is downloaded once more. The authors' file is converted to our keys. Warns if the
-    file is not verified, because no SHA-256 is known for it. The file of a derived entry is that of the original.
+    A damaged file is downloaded once more. The authors' file is converted to our keys. Warns if no SHA-256 is known
+    for the file. The file of a derived entry is that of the original.
 
     Args:
-        entry: Which weights.
-        cache_dir: Where to keep downloads; the Hugging Face cache unless given.
+        entry: The weights.
+        cache_dir: Where to keep downloads (default: the Hugging Face cache).
 
     Raises:
-        WeightsError: If the file cannot be had, or is not the one that the manifest pins.
+        WeightsError: If the file cannot be downloaded, or is not the one that the manifest pins.
     """
     entry = original_of(entry)
     bundled, hub = sources(entry)
@@ -40,7 +40,9 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
         path = _get(entry, hub, path, cache_dir)
         right = is_right(entry, path)
         if right is False:
-            raise _wrong(entry, path, "do not use it, and report that another file is served than the manifest pins")
+            raise _wrong(
+                entry, path, "do not use it, and report that the server sends another file than the manifest pins"
+            )
     if right is None:
         warnings.warn(
             f"the weights of {entry.name} ({path}) are not verified: no sha256 is known, and neither their accuracy "
@@ -77,10 +79,10 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
 def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = None) -> Path:
     """`import_original` for a file, or for a link (https, Google Drive, hf://ORG/REPO@COMMIT:FILE), downloaded first.
 
-    What is imported for a derived entry is the original.
+    For a derived entry, the original is imported.
 
     Raises:
-        WeightsError: If it cannot be had, cannot be read or does not fit; nothing is kept.
+        WeightsError: If it cannot be downloaded, cannot be read or does not fit; then nothing is kept.
     """
     name = tagged(name)
     entry = find_entry(name)
@@ -110,8 +112,8 @@ def _import(entry: Entry, original: Path, cache_dir: str | Path | None) -> Path:
     path = import_original(entry.name, original, origin, cache_dir)
     if entry.sha256 is None:
         warnings.warn(
-            f"the weights of {entry.name} came from {origin} and fit, but nobody here has seen the file before: "
-            "neither its sha256 nor its accuracy was checked",
+            f"the weights of {entry.name} came from {origin} and fit, but no sha256 is known for the file: "
+            "neither its contents nor its accuracy were verified",
             stacklevel=4,
         )
     return path
@@ -139,7 +141,7 @@ def _wrong(entry: Entry, path: Path, advice: str) -> WeightsError:
 
 
 def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
-    """Deletes the file of `entry` from the user's cache; returns its path, None if there was none.
+    """Deletes the file of `entry` from the user's cache; returns its path, or None if there was no file.
 
     Raises:
         WeightsError: If the file belongs to the package, or to the entry that this one is derived from.
@@ -148,11 +150,13 @@ def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
         raise WeightsError(f"the weights of {entry.name} are those of {entry.derived_from}; delete these instead")
     bundled, _ = sources(entry)
     if bundled:
-        raise WeightsError(f"the weights of {entry.name} are part of the package and stay; uninstall spd-zoo instead")
+        raise WeightsError(
+            f"the weights of {entry.name} belong to the package and cannot be removed; uninstall spd-zoo instead"
+        )
     path = find(entry, cache_dir)
     if path is None:
         return None
-    blob = path.resolve()  # in the Hugging Face cache, what a link of the snapshot leads to
+    blob = path.resolve()  # in the Hugging Face cache, the target of the snapshot's link
     path.unlink()
     if blob != path.absolute() and blob.is_file():
         snapshots = blob.parents[1] / "snapshots"
