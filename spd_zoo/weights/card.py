@@ -148,7 +148,7 @@ net = torch.hub.load("path/to/spd_zoo", "{entry.network}", source="local", **wei
 
 {wrapper}## Accuracy
 
-| dataset | metric | per cent | pixels | measured by |
+| dataset | metric | per cent | pixels | source |
 | --- | --- | --- | --- | --- |
 {_lines(figures)}
 
