@@ -1,20 +1,18 @@
 """The command `spd-zoo`. It lies beside the package, because importing `spd_zoo` takes seconds of torch and timm.
 
 `main` puts the package into `sys.modules` without running its `__init__.py`, so that `spd-zoo list` can import
-`spd_zoo.cli` alone. `load` runs the `__init__.py` when a command needs the networks.
+`spd_zoo.cli` alone. `spd_zoo.cli.deferred` runs the `__init__.py` when a command needs the networks.
 """
 
 import importlib.util
 import sys
 
-__all__ = ["load", "main"]
-
-_PUT_OFF = ("spd_zoo", "spd_zoo.weights")  # packages whose __init__.py imports torch
+__all__ = ["main"]
 
 
 def main() -> int:
     """Runs one command of `spd-zoo`; returns its exit status."""
-    for name in _PUT_OFF:
+    for name in ("spd_zoo", "spd_zoo.weights"):  # packages whose __init__.py imports torch
         if name not in sys.modules:
             spec = importlib.util.find_spec(name)
             assert spec is not None, f"{name} lies beside this file"
@@ -25,12 +23,3 @@ def main() -> int:
     from spd_zoo.cli.main import main as run
 
     return run()
-
-
-def load() -> None:
-    """Does what `import spd_zoo` does: registers every network with timm."""
-    for name in reversed(_PUT_OFF):
-        package = sys.modules[name]
-        if not hasattr(package, "__all__"):  # its __init__.py has not run
-            assert package.__spec__ is not None and package.__spec__.loader is not None
-            package.__spec__.loader.exec_module(package)

@@ -5,6 +5,7 @@ from spd_zoo.blocks import PyConv2d
 from spd_zoo.convert import convert_to_spd
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.detector import Detections, Detector
+from spd_zoo.resolution import keep_resolution
 from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d, space_to_depth
 from spd_zoo.version import __version__ as __version__
 from spd_zoo.weights import WeightsError, use_manifest
@@ -19,6 +20,7 @@ __all__ = [
     "WeightsError",
     "convert_to_spd",
     "fold_spd",
+    "keep_resolution",
     "models",
     "space_to_depth",
     "use_manifest",

@@ -527,7 +527,8 @@ def spd_converted(
             "spd_converted needs a saved network: give timm.create_model the folder, local-dir:FOLDER, "
             "or convert a network with spd_zoo.convert_to_spd"
         )
-    like: Any = timm.create_model(base, device="meta")
+    own = {key: kwargs[key] for key in ("network", "steps") if key in kwargs}  # where base is resolution_kept
+    like: Any = timm.create_model(base, device="meta", **own)
     first_convs: Any = like.pretrained_cfg.get("first_conv")
     names = [first_convs] if isinstance(first_convs, str) else list(first_convs or ())
 
@@ -538,7 +539,7 @@ def spd_converted(
         return cast("nn.Module", net)
 
     def fitting(state_dict: dict[str, Tensor], net: Any) -> dict[str, Tensor]:
-        if base in own_networks():  # it may adapt more than the first convolution to other image channels
+        if own.get("network", base) in own_networks():  # it may adapt more than the first convolution
             state_dict = filter_of(net)(state_dict, net)
         for name in names:
             conv, weight = net.get_submodule(name), state_dict.get(f"{name}.weight")

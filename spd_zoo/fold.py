@@ -400,16 +400,20 @@ def _last_conv(layer: nn.Module) -> nn.Conv2d | None:
 def _fused(convs: list[nn.Conv2d], norm: nn.BatchNorm2d) -> list[tuple[Tensor, Tensor]]:
     """Kernel and bias of each convolution together with the BatchNorm after them, rounded once."""
     assert norm.running_mean is not None and norm.running_var is not None
-    mean, var = norm.running_mean.double(), norm.running_var.double()
-    scale = torch.rsqrt(var + norm.eps) * (1 if norm.weight is None else norm.weight.double())
-    shift = (0 if norm.bias is None else norm.bias.double()) - mean * scale
+    mean, var = _double(norm.running_mean), _double(norm.running_var)
+    scale = torch.rsqrt(var + norm.eps) * (1 if norm.weight is None else _double(norm.weight))
+    shift = (0 if norm.bias is None else _double(norm.bias)) - mean * scale
     sizes = [conv.out_channels for conv in convs]
     fused = []
     for conv, factor, offset in zip(convs, scale.split(sizes), shift.split(sizes), strict=True):
-        weight = conv.weight.double() * factor[:, None, None, None]
-        bias = offset if conv.bias is None else offset + conv.bias.double() * factor
-        fused.append((weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)))
+        weight = _double(conv.weight) * factor[:, None, None, None]
+        bias = offset if conv.bias is None else offset + _double(conv.bias) * factor
+        fused.append((weight.to(conv.weight), bias.to(conv.weight)))
     return fused
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.cpu().double()  # MPS has no float64
 
 
 # Plain layers in place of ours

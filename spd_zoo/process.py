@@ -1,6 +1,8 @@
-"""This process: its device, the other processes that torchrun started, and the signals that ask it to stop."""
+"""This process: its device and memory, the other processes of torchrun, and the signals that ask it to stop."""
 
 import atexit
+import errno
+import re
 import signal
 import sys
 import threading
@@ -15,7 +17,23 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from tqdm import tqdm
 
-__all__ = ["Process", "StopSignals", "Stopped", "join", "leave_ctrl_c_to_parent", "pick_device"]
+__all__ = [
+    "Process",
+    "StopSignals",
+    "Stopped",
+    "join",
+    "leave_ctrl_c_to_parent",
+    "out_of_memory",
+    "pick_device",
+    "ran_out_of_memory",
+]
+
+# what torch says without an error type of its own: on the CPU (Linux, Windows), MPS, CUDA's libraries, ONNX Runtime
+_NO_MEMORY = re.compile(
+    "DefaultCPUAllocator|(not enough|out of|cannot allocate|failed to allocate) memory|bad[ _]alloc|ALLOC_FAILED"
+    "|Invalid buffer size",
+    re.IGNORECASE,
+)
 
 
 class Stopped(KeyboardInterrupt):
@@ -123,9 +141,44 @@ class Process:
         return tensor.tolist()
 
 
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether missing memory, on the CPU or on a GPU, caused an error or one that it was raised from."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, OSError):
+            if error.errno == errno.ENOMEM:
+                return True
+        elif not isinstance(error, ValueError) and _NO_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to say of an error that `ran_out_of_memory`: with the size of what did not fit, if the error tells it."""
+    size = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    return f"out of memory, {size[1]} more are needed" if size else "out of memory"
+
+
 def pick_device(name: str | None = None) -> str:
-    """`name`, or without one "cuda" if torch can use a GPU and else "cpu"."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """A torch device that can be used.
+
+    Args:
+        name: Such as cpu, cuda, cuda:1 or mps; by default "cuda" if torch can use a GPU and else "cpu".
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # the meta device holds no values
+    except NotImplementedError as error:
+        raise ValueError(f"cannot use device {name!r}: this build of torch does not compute on it") from error
+    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
+        raise ValueError(f"cannot use device {name!r}: {str(error).strip().partition(chr(10))[0]}") from error
+    return name
 
 
 def join(device: str | None) -> Process:
@@ -136,7 +189,6 @@ def join(device: str | None) -> Process:
     """
     name = pick_device(device)
     try:
-        torch.empty(0, device=name)
         placement = init_distributed_device_so(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot use device {name!r}: {str(error).strip().partition(chr(10))[0]}") from error

@@ -271,6 +271,7 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
     limit = torch.finfo(expected.dtype).max
+    actual, expected = actual.cpu(), expected.cpu()  # MPS has no float64
     a, b = (torch.nan_to_num(x, nan=float("nan"), posinf=limit, neginf=-limit).double() for x in (actual, expected))
     special = ~(a.abs() < limit) | ~(b.abs() < limit)  # NaN, infinities, and the lowest number, which stands for -inf
     if not torch.equal(a[special].nan_to_num(0.5), b[special].nan_to_num(0.5)):

@@ -1,7 +1,7 @@
 """Space-to-depth and the layers built on it, which replace strided convolutions and poolings."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -88,11 +88,6 @@ def is_exporting() -> bool:
     if not torch.jit.is_scripting():
         exporting = torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing()
     return exporting
-
-
-def _at_least_zero(n: int) -> int:
-    """`max(n, 0)` without a branch, which `torch.export` and `torch.jit.trace` would fix."""
-    return (n + abs(n)) // 2
 
 
 def spd_weight(weight: Tensor, padding: int | tuple[int, int], stride: int = 2) -> Tensor:
@@ -310,7 +305,7 @@ def same_padding(size: int, reach: int, stride: int) -> int:
         The number of zeros.
     """
     padding = (stride - size % stride) % stride + reach - stride
-    return padding if reach >= stride else _at_least_zero(padding)
+    return padding if reach >= stride else (padding + abs(padding)) // 2  # at least 0, without a branch
 
 
 @register_notrace_module
@@ -437,6 +432,11 @@ def _missing(size: int, windows: int, reach: int, stride: int, padding: int) -> 
     return _at_least_zero(stride * (windows - 1) + reach - size - 2 * padding)
 
 
+def _at_least_zero(n: int) -> int:
+    """`max(n, 0)`, recorded without a branch by `torch.export` and `torch.jit.trace`."""
+    return (n + abs(n)) // 2 if torch.jit.is_tracing() else cast("int", torch.sym_max(n, 0))
+
+
 @register_notrace_module
 class PhaseMix(nn.Conv2d):
     """Space-to-depth followed by a learnt weighted sum of each channel's phases; starts as the phase (0, 0).
@@ -470,12 +470,16 @@ class PhaseMix(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> (N, chs, ceil(H / stride), ceil(W / stride))."""
         x = _pad_to_cells(x, self.cell)
-        weight = F.pixel_shuffle(self.weight, self.cell)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
-            # oneDNN takes twenty times as long for the bf16 gradient of a depthwise convolution as for the fp32 one.
-            with torch.autocast("cpu", enabled=False):
-                return F.conv2d(x.float(), weight.float(), None, self.cell, groups=self.groups).to(x.dtype)
-        return F.conv2d(x, weight, None, self.cell, groups=self.groups)
+        return _depthwise_conv2d(x, F.pixel_shuffle(self.weight, self.cell), self.cell)
+
+
+@torch.fx.wrap  # its branch depends on the device and the data type, which symbolic tracing does not know
+def _depthwise_conv2d(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
+        # oneDNN takes twenty times as long for the bf16 gradient of a depthwise convolution as for the fp32 one.
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x.float(), weight.float(), None, stride, groups=weight.shape[0]).to(x.dtype)
+    return F.conv2d(x, weight, None, stride, groups=weight.shape[0])
 
 
 @register_notrace_module

@@ -1,5 +1,6 @@
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def save(tmp_path: Path) -> Any:
+def save(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Writes a network's own tensors, or given ones, to a file that lives as long as the test."""
-    written = []
+    written: list[Path] = []
 
     def save(content: Any, suffix: str = ".pth") -> Path:
         file = tmp_path / f"{len(written)}{suffix}"

@@ -87,7 +87,7 @@ def _two_directories(shown: bytes, hidden: bytes) -> bytes:
     return shown[:first_end] + hidden[:second] + bytes(moved) + end
 
 
-def _script(trace: Path) -> bytes:
+def script(trace: Path) -> bytes:
     """A TorchScript archive whose `__setstate__` writes a file."""
 
     class Program(torch.nn.Module):
@@ -118,7 +118,7 @@ def _script(trace: Path) -> bytes:
 
 def _archives(trace: Path, good: bytes) -> dict[str, bytes]:
     """Zip files that two parsers read in two ways, or that are larger than they look."""
-    script = _script(trace)
+    torchscript = script(trace)
     parts = records(good)
     bomb = zipped(
         {name: part for name, part in parts.items() if "/data/" not in name} | {"archive/data/0": bytes(10**8)}, True
@@ -145,17 +145,17 @@ def _archives(trace: Path, good: bytes) -> dict[str, bytes]:
 
     plain = zipped(parts)
     return {
-        "TorchScript": script,
-        "TorchScript, its end hidden": script + b"PK\5\6",
-        "TorchScript, its end hidden by zeros": script + bytes(100_000),
-        "TorchScript, not compressed": zipped(records(script)),
+        "TorchScript": torchscript,
+        "TorchScript, its end hidden": torchscript + b"PK\5\6",
+        "TorchScript, its end hidden by zeros": torchscript + bytes(100_000),
+        "TorchScript, not compressed": zipped(records(torchscript)),
         "TorchScript, its name another": zipped(
-            {f"x/{name.partition('/')[2]}": part for name, part in records(script).items()}
+            {f"x/{name.partition('/')[2]}": part for name, part in records(torchscript).items()}
         ),
-        "TorchScript behind weights": _two_directories(good, script),
-        "TorchScript before weights": _two_directories(script, good),
-        "TorchScript after weights": good + script,
-        "weights after TorchScript": script + good,
+        "TorchScript behind weights": _two_directories(good, torchscript),
+        "TorchScript before weights": _two_directories(torchscript, good),
+        "TorchScript after weights": good + torchscript,
+        "weights after TorchScript": torchscript + good,
         "TorchScript as an extra field": zipped(
             parts | {"archive/code/__torch__.py": b"", "archive/constants.pkl": b"\x80\x02)."}
         ),

@@ -6,6 +6,7 @@ from typing import Any
 import golden
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from spd_zoo.spd import PhaseMix
@@ -15,6 +16,13 @@ def originals(case: dict[str, Any]) -> dict[str, Tensor]:
     """The case's tensors under the authors' names."""
     arrays = golden.fill_state_dict(case["entries"], case.get("kept"))
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def config_of(name: str) -> PretrainedCfg:
+    """How timm describes a network or a checkpoint that it knows."""
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None, f"timm knows no {name}"
+    return cfg
 
 
 def load(name: str, file: Path, **kwargs: Any) -> Any:
@@ -30,10 +38,17 @@ def random_network(name: str, **kwargs: Any) -> Any:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.0)
             nn.init.normal_(module.bias, std=0.1)
+            assert module.running_mean is not None
             nn.init.normal_(module.running_mean, std=0.1)
         elif isinstance(module, PhaseMix):
             nn.init.uniform_(module.weight)
     return net.eval()
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    """What backpropagation left at a tensor."""
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def noise(*shape: int) -> Tensor:

@@ -84,9 +84,9 @@ def _record() -> None:
                 (GOLDEN / name / out).mkdir(parents=True)
                 for file in KEPT[out]:
                     shutil.copy(config.out / file, GOLDEN / name / out / file)
-            file = GOLDEN / name / "stopped" / "environment.json"
-            starts = [start | {"folder": "."} for start in json.loads(file.read_text())]
-            file.write_text(json.dumps(starts, indent=2))
+            environment = GOLDEN / name / "stopped" / "environment.json"
+            starts = [start | {"folder": "."} for start in json.loads(environment.read_text())]
+            environment.write_text(json.dumps(starts, indent=2))
 
 
 if __name__ == "__main__":

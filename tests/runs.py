@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spd_zoo.training import finetune as training
+from spd_zoo.training.steps import seed_everything
+
+USED = "spd_zoo.training.finetune.seed_everything"  # what the loop over the steps calls before each
 
 
 def same_run(one: Path, other: Path) -> bool:
@@ -23,15 +25,14 @@ def same_run(one: Path, other: Path) -> bool:
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int) -> None:
     """Sends this process SIGTERM in a step of the next run, as a job scheduler would."""
-    seed = training.seed_everything
 
     def seed_and_stop(*key: int) -> None:
-        seed(*key)
+        seed_everything(*key)
         if key[1:3] == (epoch, step):
-            monkeypatch.setattr(training, "seed_everything", seed)
+            monkeypatch.setattr(USED, seed_everything)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training, "seed_everything", seed_and_stop)
+    monkeypatch.setattr(USED, seed_and_stop)
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

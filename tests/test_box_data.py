@@ -104,8 +104,9 @@ def test_what_is_wrong_with_boxes_is_counted_and_left_out(tmp_path: Path) -> Non
 
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
-    options = {"image_size": "64", "workers": 0, "device": "cpu", "bf16": False}
-    return FinetuneConfig(**{"model": "yolov8n_spd", "data": data, "out": out} | options | changes)
+    options: dict[str, Any] = {"image_size": "64", "workers": 0, "device": "cpu", "bf16": False}
+    options |= {"model": "yolov8n_spd", "data": data, "out": out}
+    return FinetuneConfig(**options | changes)
 
 
 def test_a_dry_run_tells_what_is_wrong_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,7 +379,7 @@ YOLO = {"mosaic": 1.0, "mosaic_off": 1, "zoom": 0.5, "shift": 0.1, "hsv": "0,0,0
 
 def augmented(root: Path, model: str, epoch: int, **options: Any) -> list[tuple[torch.Tensor, Any]]:
     data = opened(root)
-    net = timm.create_model(model, num_classes=3)
+    net: Any = timm.create_model(model, num_classes=3)
     made = config(root, root / "run", model=model, epochs=3, **options)
     steps = Steps(len(data), 4)
     steps.epoch = epoch
@@ -429,7 +430,8 @@ def test_crowds_are_not_trained_on(tmp_path: Path) -> None:
     for annotation in content["annotations"]:
         annotation["iscrowd"] = 1
     file.write_text(json.dumps(content))
-    assert all(not len(target["labels"]) for _, target in augmented(tmp_path, "yolov8n_spd", 0, **YOLO))
+    targets = [target for _, target in augmented(tmp_path, "yolov8n_spd", 0, **YOLO)]
+    assert targets and not any(len(target["labels"]) for target in targets)
     assert sum(opened(tmp_path).counts()) == 0
 
 

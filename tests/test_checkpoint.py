@@ -8,11 +8,13 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hostile
 import pytest
 import torch
 from limited import Reading, opened
+from torch import Tensor
 
 from spd_zoo.weights import WeightsError, read_original
 from spd_zoo.weights.archive import Archive
@@ -45,27 +47,27 @@ def write(content: bytes, folder: Path) -> Path:
     ],
     ids=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}",
 )
-def test_types_and_strides_are_those_that_were_saved(tmp_path, tensor, options):
+def test_types_and_strides_are_those_that_were_saved(tmp_path: Path, tensor: Tensor, options: dict[str, Any]) -> None:
     found = read_original(write(hostile.saved({"a": tensor}, **options), tmp_path))["a"]
     assert torch.equal(found, tensor)
     assert (found.dtype, found.stride()) == (tensor.dtype, tensor.stride())
 
 
 @pytest.mark.parametrize("options", [{}, hostile.OLD], ids=["zip", "old"])
-def test_tensors_that_share_numbers_share_them_still(tmp_path, options):
+def test_tensors_that_share_numbers_share_them_still(tmp_path: Path, options: dict[str, Any]) -> None:
     shared = {"a": NUMBERS, "b": NUMBERS[4:]}
     found = read_original(write(hostile.saved(shared, **options), tmp_path))
     found["a"][4] = -1
     assert found["b"][0] == -1
 
 
-def test_an_old_storage_that_is_a_part_of_another_is_read(tmp_path):
+def test_an_old_storage_that_is_a_part_of_another_is_read(tmp_path: Path) -> None:
     part = b"(" + hostile.text("1") + b"K\x01K\x02t"  # two numbers from the second on
     content = hostile.stream(part, size=b"K\x00K\x02\x85K\x01\x85")
     assert read_original(write(content, tmp_path))["a"].tolist() == [2, 3]
 
 
-def test_numbers_of_the_other_byte_order_are_turned(tmp_path):
+def test_numbers_of_the_other_byte_order_are_turned(tmp_path: Path) -> None:
     parts = hostile.records(hostile.saved({"a": NUMBERS}))
     order, data = "archive/byteorder", "archive/data/0"
     assert parts[order] == sys.byteorder.encode()
@@ -75,7 +77,7 @@ def test_numbers_of_the_other_byte_order_are_turned(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_directory_of_a_file_of_more_than_4_gib_is_read(tmp_path):
+def test_the_directory_of_a_file_of_more_than_4_gib_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.pth"
     with torch.serialization.skip_data():  # leaves holes in place of numbers
         torch.save({"a": torch.empty(1_200_000_000), "b": torch.empty(3)}, file)
@@ -85,7 +87,7 @@ def test_the_directory_of_a_file_of_more_than_4_gib_is_read(tmp_path):
         assert archive.read("data/1") == bytes(12)
 
 
-def test_a_damaged_number_is_noticed(tmp_path):
+def test_a_damaged_number_is_noticed(tmp_path: Path) -> None:
     content = hostile.saved({"a": NUMBERS})
     with zipfile.ZipFile(write(content, tmp_path)) as archive:
         place = content.index(NUMBERS.numpy().tobytes(), archive.getinfo("archive/data/0").header_offset)
@@ -94,20 +96,20 @@ def test_a_damaged_number_is_noticed(tmp_path):
         read_original(tmp_path / "a.pth")
 
 
-def test_two_tensors_of_one_name_are_an_error(tmp_path):
+def test_two_tensors_of_one_name_are_an_error(tmp_path: Path) -> None:
     file = write(hostile.saved({"module.a": NUMBERS, "a": NUMBERS}), tmp_path)
     with pytest.raises(WeightsError, match=r"two tensors of one name, with and without `module\.`"):
         read_original(file)
 
 
-def test_a_tar_file_is_refused_by_its_name(tmp_path):
+def test_a_tar_file_is_refused_by_its_name(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.pth", "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
     with pytest.raises(WeightsError, match=r"safely: a tar file, which only torch before 0\.1\.10 wrote"):
         read_original(tmp_path / "a.pth")
 
 
-def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbid(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -135,7 +137,7 @@ def trace(tmp_path: Path) -> Path:
 
 @linux
 @pytest.mark.slow
-def test_what_is_made_to_do_harm_is_refused(read_all, trace):
+def test_what_is_made_to_do_harm_is_refused(read_all: Callable[..., Iterator[Reading]], trace: Path) -> None:
     contents = hostile.malicious(trace, {"a": NUMBERS})
     found = dict(zip(contents, read_all(contents.values()), strict=True))
     assert {name: reading for name, reading in found.items() if reading.result != "refused"} == {}
@@ -144,7 +146,9 @@ def test_what_is_made_to_do_harm_is_refused(read_all, trace):
 
 @linux
 @pytest.mark.slow
-def test_what_holds_weights_is_read_and_nothing_beside_them_runs(read_all, trace):
+def test_what_holds_weights_is_read_and_nothing_beside_them_runs(
+    read_all: Callable[..., Iterator[Reading]], trace: Path
+) -> None:
     contents = hostile.sound(trace) | hostile.harmless(trace, {"a": NUMBERS})
     found = dict(zip(contents, read_all(contents.values()), strict=True))
     assert {name: reading for name, reading in found.items() if reading.result != "read"} == {}
@@ -156,7 +160,9 @@ def test_what_holds_weights_is_read_and_nothing_beside_them_runs(read_all, trace
     "count", [pytest.param(500, marks=pytest.mark.slow), pytest.param(20_000, marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.timeout(3600)
-def test_changed_checkpoints_are_read_or_refused(read_all, trace, count):
+def test_changed_checkpoints_are_read_or_refused(
+    read_all: Callable[..., Iterator[Reading]], trace: Path, count: int
+) -> None:
     malicious = [content for content in hostile.malicious(trace, {"a": NUMBERS}).values() if len(content) < 20_000]
     changed = hostile.mutated(list(hostile.sound(trace).values()), malicious, count)
     results = results_of(read_all(changed, together=25))
@@ -176,7 +182,7 @@ def results_of(readings: Iterable[Reading]) -> Counter[str]:
 
 @linux
 @pytest.mark.slow
-def test_the_limits_end_a_reader_that_believes(read_all):
+def test_the_limits_end_a_reader_that_believes(read_all: Callable[..., Iterator[Reading]]) -> None:
     """On a checkpoint of 300 MB, which may be read, but not within 200 MiB."""
     (reading,) = read_all([hostile.saved({"a": torch.zeros(75_000_000)})])
     assert reading.result == "ENDED"

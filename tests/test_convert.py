@@ -69,7 +69,7 @@ def disturb(module: nn.Module) -> None:
     """What training does: no weight stays what it was."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
 
 
 @torch.no_grad()
@@ -214,7 +214,8 @@ def test_what_was_not_trained_folds_to_what_it_was(layer: Any, folded: type[nn.M
 def test_a_trained_kernel_folds_to_twice_the_kernel() -> None:
     made = convert_to_spd(nn.Conv2d(4, 6, 7, 2, 3), example_input=images(1, 4, 8, 8))
     disturb(made)
-    pad, conv = fold_spd(made, images(1, 4, 8, 8))
+    folded: Any = fold_spd(made, images(1, 4, 8, 8))
+    pad, conv = folded
     assert (type(pad), type(conv), conv.kernel_size, conv.stride) == (nn.ZeroPad2d, nn.Conv2d, (8, 8), (2, 2))
 
 
@@ -447,7 +448,7 @@ def attached(attach: Callable[[nn.Conv2d], Any]) -> nn.Sequential:
     return net
 
 
-UNSAFE = {
+UNSAFE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "parametrization": (lambda: attached(torch.nn.utils.parametrizations.weight_norm), "it has a parametrization"),
     "weight_norm": (lambda: attached(torch.nn.utils.weight_norm), "it has weight_g, weight_v"),
     "spectral_norm": (lambda: attached(torch.nn.utils.spectral_norm), "it has weight_orig, weight_u, weight_v"),
@@ -477,7 +478,7 @@ def test_a_layer_that_cannot_be_exchanged_safely_stays(name: str) -> None:
 
 
 def test_a_layer_with_a_hook_on_its_weight_stays() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1))
+    net: Any = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1))
     net[0].weight.register_hook(lambda gradient: 0 * gradient)
     convert_to_spd(net, example_input=images(2, 3, 16, 16), inplace=True)
     assert "its weight has hooks" in str(net.spd_report)
@@ -494,7 +495,7 @@ def test_hooks_of_every_sort_go_on_to_the_new_layer() -> None:
     net[0].register_full_backward_pre_hook(lambda module, gradients: calls.append("before backward"))
     handle = net[0].register_full_backward_hook(lambda module, given, gradients: calls.append("after backward"))
     x = images(2, 3, 16, 16).requires_grad_()
-    converted = convert_to_spd(net, example_input=x.detach(), inplace=True)
+    converted: Any = convert_to_spd(net, example_input=x.detach(), inplace=True)
     assert type(converted[0]) is SPDConv2d
     calls.clear()
     converted(x).sum().backward()
@@ -534,8 +535,10 @@ def test_outputs_of_every_sort_are_compared(value: Callable[[Tensor], Any], erro
 
 def test_a_single_output_number_and_none_at_all_are_equal_to_themselves() -> None:
     net = nn.Sequential(nn.Conv2d(3, 1, 3, 2, 1), nn.AdaptiveAvgPool2d(1))
-    assert fold_spd(net, images(1, 3, 8, 8)).fold_report.difference == 0
-    assert convert_to_spd(net, example_input=images(1, 3, 8, 8)).spd_report.difference < 1e-6
+    folded: Any = fold_spd(net, images(1, 3, 8, 8))
+    converted: Any = convert_to_spd(net, example_input=images(1, 3, 8, 8))
+    assert folded.fold_report.difference == 0
+    assert converted.spd_report.difference < 1e-6
     assert max_difference([torch.empty(0, 4)], [torch.empty(0, 4)]) == 0
     assert max_difference([torch.tensor([torch.nan, 1.0])], [torch.tensor([0.0, 1.0])]) == float("inf")
     assert max_difference([torch.tensor([0.0, 1.0])], [torch.tensor([0.0, torch.inf])]) == float("inf")
@@ -582,7 +585,7 @@ def test_the_original_stays_as_it_is_unless_asked_otherwise() -> None:
 
 def test_the_report_counts_and_is_a_table() -> None:
     net = small_network()
-    report = convert_to_spd(net, example_input=images(2, 3, 64, 64)).spd_report
+    report: Any = convert_to_spd(net, example_input=images(2, 3, 64, 64)).spd_report
     assert [row.module for row in report.replaced][:3] == ["conv1.0", "maxpool", "layer2.0.conv1"]
     stem, pool = report.replaced[:2]
     assert (stem.old, stem.new, stem.params) == ("Conv2d 3x3/2", "SPDConv2d 2x2", (16 * 27, 16 * 48))
@@ -604,7 +607,8 @@ def test_the_report_counts_and_is_a_table() -> None:
 def test_the_report_stays_with_copies_and_compiled_networks() -> None:
     net = convert_to_spd(small_network())
     assert copy.deepcopy(net).spd_report == net.spd_report
-    assert torch.compile(net, backend="eager").spd_report is net.spd_report
+    compiled: Any = torch.compile(net, backend="eager")
+    assert compiled.spd_report is net.spd_report
     assert not any("report" in key for key in net.state_dict())
 
 
@@ -713,7 +717,7 @@ def test_becomes_onnx_that_computes_the_same(name: str) -> None:
     x = images(2, 3, 65, 79)
     converted = convert_to_spd(small_network(name))
     for net in (converted, fold_spd(converted)):
-        program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
+        program: Any = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         with torch.no_grad():
@@ -804,10 +808,13 @@ def test_a_saved_network_is_adapted_to_other_image_channels_as_the_original_is(c
 def test_a_saved_network_gives_features(name: str, tmp_path: Path) -> None:
     net = small_network(name)
     x = images(2, 3, 65, 63)
-    for indices in ({}, {"out_indices": (1, 2)}):
-        original = timm.create_model(saved(net, tmp_path / "a"), pretrained=True, features_only=True, **indices).eval()
+    choices: tuple[dict[str, Any], ...] = ({}, {"out_indices": (1, 2)})
+    for indices in choices:
+        original: Any = timm.create_model(
+            saved(net, tmp_path / "a"), pretrained=True, features_only=True, **indices
+        ).eval()
         name = saved(convert_to_spd(net), tmp_path / "b")
-        converted = timm.create_model(name, pretrained=True, features_only=True, **indices).eval()
+        converted: Any = timm.create_model(name, pretrained=True, features_only=True, **indices).eval()
         with torch.no_grad():
             assert converted.feature_info.channels() == original.feature_info.channels()
             for actual, expected in zip(converted(x), original(x), strict=True):
@@ -819,7 +826,8 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     name = saved(convert_to_spd(net), tmp_path)
     torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    for classes in ({}, {"num_classes": 3}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"num_classes": 3})
+    for classes in choices:
         with pytest.raises(WeightsError, match=r"does not fit the converted test_resnet: conv1\.0\.weight has shape"):
             timm.create_model(name, pretrained=True, **classes)
 
@@ -827,12 +835,14 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_a_converted_network_cannot_be_made_from_nothing() -> None:
     with pytest.raises(ValueError, match="spd_converted needs a saved network"):
         timm.create_model("spd_converted", pretrained=True)
+    assert "spd_converted" not in timm.list_models()
+    assert all(timm.list_models(module=module) for module in timm.list_modules())
 
 
 def test_a_checkpoint_is_converted_into_a_folder(tmp_path: Path) -> None:
     report = convert_checkpoint("cifar_resnet20", tmp_path / "new" / "folder", exclude=["*.projection.*"])
     assert len(report.replaced) == len(report.unchanged) == 2
-    original = timm.create_model("cifar_resnet20", pretrained=True).eval()
+    original: Any = timm.create_model("cifar_resnet20", pretrained=True).eval()
     converted: Any = timm.create_model(f"local-dir:{tmp_path / 'new' / 'folder'}", pretrained=True).eval()
     x = images(2, 3, 32, 32)
     with torch.no_grad():
@@ -983,7 +993,7 @@ def plainly(net: Any, x: Tensor) -> Tensor:
     return net.norm(net.conv(x))
 
 
-NOT_FOLDED = {
+NOT_FOLDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "read": (lambda: ConvNorm(both), "the output of conv is also read by something else"),
     "view": (lambda: ConvNorm(view), "the output of conv is also read by something else"),
     "returned": (lambda: ConvNorm(returned), "the output of conv is also returned or kept"),
@@ -1067,8 +1077,8 @@ def test_small_trained_taps_of_half_precision_stay() -> None:
 @pytest.mark.parametrize("padding", ["same", "valid", 1, (0, 2)])
 @pytest.mark.parametrize("kernel", [2, 3])
 def test_space_to_depth_joins_a_convolution_of_any_padding(kernel: int, padding: Any, order: str) -> None:
-    net = nn.Sequential(SpaceToDepth(order), nn.Conv2d(12, 4, kernel, padding=padding), nn.BatchNorm2d(4))
-    net = convert_report.randomise(net)
+    layers = (SpaceToDepth(order), nn.Conv2d(12, 4, kernel, padding=padding), nn.BatchNorm2d(4))
+    net = convert_report.randomise(nn.Sequential(*layers))
     folded: Any = fold_spd(net, images(1, 3, 16, 16))
     assert folded.fold_report.unchanged == () and not any(isinstance(m, SpaceToDepth) for m in folded.modules())
     for size in ((16, 16), (13, 18), (9, 11)):

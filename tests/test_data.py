@@ -359,11 +359,8 @@ def test_of_several_pages_the_first_is_read_and_that_is_noted(folders: Path, for
     about = check({"train": data}, 0, ALONE)
     (note,) = about["notes"]
     assert note.startswith("1 image: several pages or frames, of which the first is read: ") and f"pages.{form}" in note
-    red, green, blue = (
-        data.image(next(i for i in range(len(data)) if data.name(i).endswith(f"pages.{form}")))
-        .resize((1, 1))
-        .getpixel((0, 0))
-    )
+    image = data.image(next(i for i in range(len(data)) if data.name(i).endswith(f"pages.{form}")))
+    red, green, blue = image.resize((1, 1)).tobytes()
     assert red > max(green, blue)
 
 
@@ -434,10 +431,11 @@ def test_a_csv_file_that_lacks_something_is_named(tmp_path: Path, text: str, mes
         open_data(tmp_path / "list.csv", "train")
 
 
-def dataset_of(label: object, labels: list[object]) -> object:
+def dataset_of(label: Any, labels: list[Any]) -> Any:
     import datasets
 
-    features = datasets.Features({"picture": datasets.Image(), "kind": label})
+    columns: Any = {"picture": datasets.Image(), "kind": label}
+    features = datasets.Features(columns)
     images = [picture(COLOURS["red"], i) for i in range(len(labels))]
     return datasets.Dataset.from_dict({"picture": images, "kind": labels}, features=features)
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from shared_data import shared
 
 from spd_zoo import demo
 from spd_zoo.cli.main import main
+from spd_zoo.inference.detector import Detections
 from spd_zoo.weights.catalogue import local_checkpoints
 from spd_zoo.weights.load import ModelError
 
@@ -92,15 +94,19 @@ def test_a_detector_marks_and_counts_objects_and_its_twin_finds_the_same() -> No
     assert ours == theirs == same and int(ours) >= red > 3 and float(boxes) < 0.01
 
 
-def test_the_differences_of_two_detectors_are_those_of_the_same_objects() -> None:
+def test_the_differences_of_two_detectors_are_those_of_the_same_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]])
-    ours = demo.Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), ("a", "b"))
+    ours = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), ("a", "b"))
     moved = boxes.flip(0) + torch.tensor([0, 0, 0, 2.0])
-    theirs = demo.Detections(moved, torch.tensor([0.7, 0.8, 0.5]), torch.tensor([0, 0, 0]), ("a", "b"))
-    said = demo._differences(ours, theirs)
+    theirs = Detections(moved, torch.tensor([0.7, 0.8, 0.5]), torch.tensor([0, 0, 0]), ("a", "b"))
+    net, twin = (timm.create_model("yolov8n_spd", num_classes=2, device="meta") for _ in range(2))
+    found = {net: ours, twin: theirs}
+    monkeypatch.setattr(demo, "Detector", lambda net: lambda picture: found[net])
+    _, said = demo.compare(net, twin, Image.new("RGB", (64, 64)))
     assert "3 of the network, 3 of the twin; 2 are the same" in said  # the third is of another class
     assert "scores that differ by at most 0.4 and boxes by at most 2 pixels" in said
-    assert "0 are the same (" in demo._differences(ours[:0], theirs)
+    found[net] = ours[:0]
+    assert "0 are the same (" in demo.compare(net, twin, Image.new("RGB", (64, 64)))[1]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,10 @@ def test_what_is_no_picture_is_one_sentence(tmp_path: Path, kind: str, monkeypat
 
 
 def test_names_of_classes_are_text_and_never_markup() -> None:
-    assert "<b>" not in demo._table(("class",), [("<b>",)])
+    names = {"label_names": ["<b>", "a"]}
+    net = timm.create_model("cifar_resnet20", num_classes=2, pretrained_cfg_overlay=names).eval()
+    _, said = demo.predict_html(net, Image.new("RGB", (32, 32)))
+    assert "&lt;b&gt;" in said and "<b>" not in said
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from networks import random_network
+from networks import config_of, random_network
 from PIL import Image
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -128,8 +128,10 @@ def test_grey_transparent_and_palette_images_are_seen_in_colour() -> None:
     detector = Detector(Finder())
     for mode in ("RGBA", "P", "CMYK"):
         assert detector(image.convert(mode)).names == ["red"]
-    for mode in ("L", "1", "LA", "I;16"):
+    for mode in ("L", "1", "LA"):
         assert len(detector(image.convert("L").convert(mode))) == 0
+    with pytest.warns(UserWarning, match="16 bits, of which the highest two or more are not used"):
+        assert len(detector(image.convert("L").convert("I;16"))) == 0
     net = Finder(1)
     inputs, _ = prepare(image, net, (48, 64))
     assert inputs.shape == (1, 48, 64) and inputs[0, 20, 10] == pytest.approx(76 / 255, abs=0.01)
@@ -174,7 +176,7 @@ def test_real_detectors_give_boxes_inside_the_image_best_first(name: str) -> Non
 
 
 def test_yolov5s_score_is_objectness_times_probability() -> None:
-    net = timm.create_model("yolov5n_spd", num_classes=2).eval()
+    net: Any = timm.create_model("yolov5n_spd", num_classes=2).eval()
     raw = [torch.full((1, 3, 64 // s, 64 // s, 7), -20.0) for s in net.strides]
     raw[1][0, 0, 1, 2] = torch.tensor([0.0, 0, 0, 0, 1.0, 2.0, -2.0])  # a box of the first anchor of stride 16
     (found,) = postprocess(net, raw, [Placement((64, 64), (1.0, 1.0))], (64, 64), score_threshold=0.05)
@@ -186,13 +188,15 @@ def test_yolov5s_score_is_objectness_times_probability() -> None:
 
 def test_each_family_gets_its_images_as_its_authors_feed_them() -> None:
     image = picture((30, 20), red=(0, 0, 30, 20))
-    inputs, place = prepare(image, timm.create_model("yolov8n_spd", device="meta"), (64, 64))
+    yolo: Any = timm.create_model("yolov8n_spd", device="meta")
+    inputs, place = prepare(image, yolo, (64, 64))
     assert place.offset == (0, 10)  # 64x43 in 64x64: 21 rows of grey, one more below than above
     assert inputs[:, 0, 5].tolist() == pytest.approx([114 / 255] * 3)
     assert inputs[:, 9, 5].tolist() == pytest.approx([114 / 255] * 3)
     assert inputs[:, 10, 5].tolist() == inputs[:, 52, 5].tolist() == [1, 0, 0]
     assert inputs[:, 53, 5].tolist() == pytest.approx([114 / 255] * 3)
-    inputs, _ = prepare(image, timm.create_model("ssd_vgg16", device="meta"), (300, 300))
+    ssd: Any = timm.create_model("ssd_vgg16", device="meta")
+    inputs, _ = prepare(image, ssd, (300, 300))
     expected = torch.tensor([-103.94, -116.78, 255 - 123.68])[:, None, None].expand(3, 300, 300)
     torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-3)
     boxes = torch.tensor([[1.0, 2.0, 25.0, 19.0]])
@@ -200,8 +204,8 @@ def test_each_family_gets_its_images_as_its_authors_feed_them() -> None:
 
 
 def test_names_are_those_of_the_weights_or_else_numbers() -> None:
-    cfg = timm.get_pretrained_cfg("yolov5n_spd.spd_coco").to_dict() | {"architecture": "yolov5n_spd"}
-    net = timm.create_model("yolov5n_spd", device="meta")
+    cfg = config_of("yolov5n_spd.spd_coco").to_dict() | {"architecture": "yolov5n_spd"}
+    net: Any = timm.create_model("yolov5n_spd", device="meta")
     assert Detector(net).class_names[0] == "0"
     net.pretrained_cfg = cfg | {"tag": "spd_coco"}
     names = Detector(net).class_names
@@ -419,7 +423,7 @@ def test_the_command_marks_images_and_writes_coco(
     xyxy = box_convert(torch.tensor([one["bbox"] for one in first]), "xywh", "xyxy")
     torch.testing.assert_close(xyxy, found.boxes, rtol=0, atol=0.02)
 
-    assert run_command(capsys, run, "photos/a.png", "--out", "marked")[2].endswith("give a new folder with --out\n")
+    assert run_command(capsys, run, "photos/a.png", "--out", "marked")[2].endswith("choose a new folder with --out\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["marked", "photos"]
 
 

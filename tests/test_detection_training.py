@@ -39,9 +39,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
-    options = {"epochs": 2, "batch_size": 4, "image_size": "64", "warmup_epochs": 0, "lr": 1e-3, "workers": 0}
+    options: dict[str, Any] = {
+        "epochs": 2,
+        "batch_size": 4,
+        "image_size": "64",
+        "warmup_epochs": 0,
+        "lr": 1e-3,
+        "workers": 0,
+    }
     options |= {"bf16": False, "device": "cpu"}
-    return FinetuneConfig(**{"model": "yolov8n_spd", "data": data, "out": out} | options | changes)
+    options |= {"model": "yolov8n_spd", "data": data, "out": out}
+    return FinetuneConfig(**options | changes)
 
 
 def run(data: Path, out: Path, **changes: Any) -> Result:
@@ -262,11 +270,11 @@ def test_average_precision_agrees_with_cocos_own_code() -> None:
         corners = generator.uniform(0, 300, (6, 2))
         boxes = np.concatenate([corners, corners + generator.uniform(8, 200, (6, 2))], 1)
         labels = generator.integers(0, 2, 6)
-        images.append([(int(label), *map(float, box)) for label, box in zip(labels, boxes, strict=True)])
+        images.append([(int(label), *box.tolist()) for label, box in zip(labels, boxes, strict=True)])
         near = np.concatenate([boxes + generator.normal(0, 6, boxes.shape), boxes[::-1] + 40])
         scores = generator.uniform(0, 1, 12)
         rows = zip([*labels, *labels], scores, near, strict=True)
-        detections.append(found(*((int(label), float(score), *map(float, box)) for label, score, box in rows)))
+        detections.append(found(*((int(label), float(score), *box.tolist()) for label, score, box in rows)))
     data = truth(*images)
     data.objects[3].crowd[:2] = True
     ours = coco_precision(data, detections)
@@ -375,7 +383,8 @@ def tall(count: int) -> BoxImages:
 
 
 def test_anchors_are_fitted_where_they_fit_badly() -> None:
-    net, again = (timm.create_model("yolov5n_spd", num_classes=2) for _ in range(2))
+    nets: list[Any] = [timm.create_model("yolov5n_spd", num_classes=2) for _ in range(2)]
+    net, again = nets
     before = net.head.anchors.clone()
     data = tall(60)
     assert "9 new ones fit 100.0 % of the boxes" in fit_anchors(net, data, 64, seed=0)
@@ -391,7 +400,7 @@ def test_anchors_are_fitted_where_they_fit_badly() -> None:
 
 
 def test_anchors_that_fit_stay() -> None:
-    net = timm.create_model("yolov5n_spd", num_classes=2)
+    net: Any = timm.create_model("yolov5n_spd", num_classes=2)
     before = net.head.anchors.clone()
     data = truth(*([(0, 0.0, 0.0, float(10 + i), float(12 + i))] for i in range(50)))
     assert "they fit 100.0 % of the boxes and stay" in fit_anchors(net, data, 640, seed=0)
@@ -405,10 +414,10 @@ def test_new_anchors_belong_to_the_weights(folder: Path, tmp_path: Path, monkeyp
     for annotation in content["annotations"]:
         annotation["bbox"] = [1, 1, 3, 60]
     (folder / "instances_train.json").write_text(json.dumps(content))
-    fresh = timm.create_model("yolov5n_spd").head.anchors
+    fresh = timm.create_model("yolov5n_spd").get_buffer("head.anchors")
     for auto, name in ((True, "fitted"), (False, "as they were")):
         run(folder, tmp_path / name, model="yolov5n_spd", epochs=1, auto_anchors=auto)
-        net = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
+        net: Any = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
         assert torch.equal(net.head.anchors, fresh) != auto
 
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import timm_contract
 import torch
-from networks import assert_close, load, noise, originals, random_network
+from networks import assert_close, gradient, load, noise, originals, random_network
 from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
 from torchvision.ops import box_convert, complete_box_iou, nms
@@ -89,7 +89,7 @@ def test_computes_what_the_authors_code_computes(case: dict[str, Any], save: Any
 
 @pytest.mark.parametrize("case", SSD_CASES, ids=lambda case: case["id"])
 def test_the_maps_of_ssd_have_the_recorded_sizes(case: dict[str, Any]) -> None:
-    net = timm.create_model(case["model"], device="meta").eval()
+    net: Any = timm.create_model(case["model"], device="meta").eval()
     maps = net.forward_features(torch.empty(case["input"]["shape"], device="meta"))
     assert [list(fmap.shape[2:]) for fmap in maps] == case["feature_maps"]
     assert net.map_sizes(tuple(case["input"]["shape"][2:])) == [tuple(size) for size in case["feature_maps"]]
@@ -129,7 +129,7 @@ def test_costs_what_the_authors_network_costs(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if "attributes" in case], ids=lambda case: case["id"])
 def test_a_fresh_yolo_has_the_recorded_classes_strides_and_anchors(case: dict[str, Any]) -> None:
     attributes = case["attributes"]
-    net = timm.create_model(case["model"], **case["model_args"])
+    net: Any = timm.create_model(case["model"], **case["model_args"])
     assert net.num_classes == attributes["nc"]
     assert list(net.strides) == attributes["stride"]
     if "reg_max" in attributes:
@@ -157,7 +157,7 @@ def made_up_maps(recorded: dict[str, Any], family: str) -> list[Tensor]:
     maps = []
     for i, (size, digest) in enumerate(zip(recorded["raw_shapes"], recorded["raw_digests"], strict=True)):
         made = golden.make_input(size, recorded["raw_seed"] + i)
-        made = made * np.float32(factors).reshape(shape) + np.float32(terms).reshape(shape)
+        made = made * np.array(factors, np.float32).reshape(shape) + np.array(terms, np.float32).reshape(shape)
         golden.assert_matches(made, digest)
         maps.append(torch.from_numpy(made).requires_grad_())
     return maps
@@ -174,7 +174,7 @@ def recorded_targets(recorded: dict[str, Any]) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("say_the_size", [True, False])
 def test_the_loss_of_yolo_is_the_authors(family: str, say_the_size: bool) -> None:
     (recorded,) = (case["loss"] for case in CASES if "loss" in case and case["model"].startswith(family))
-    net = timm.create_model(f"{family}n_spd", num_classes=recorded["num_classes"])
+    net: Any = timm.create_model(f"{family}n_spd", num_classes=recorded["num_classes"])
     maps, targets = made_up_maps(recorded, family), recorded_targets(recorded)
     height, width = recorded["image_size"]
     terms = net.loss(maps, targets, (height, width)) if say_the_size else net.loss(maps, targets)
@@ -183,12 +183,12 @@ def test_the_loss_of_yolo_is_the_authors(family: str, say_the_size: bool) -> Non
     assert total.item() == pytest.approx(recorded["total"], rel=1e-5)
     total.backward()
     for raw, expected in zip(maps, recorded["grad"], strict=True):
-        golden.assert_matches(raw.grad.numpy(), expected)
-    gradients = [raw.grad for raw in maps]
+        golden.assert_matches(gradient(raw).numpy(), expected)
+    gradients = [gradient(raw) for raw in maps]
     if family == "yolov5":
         matched = [gradients[i][at] for i, at in enumerate(cells_of(recorded["matches"]))]
     else:
-        flat = torch.cat([gradient.flatten(2) for gradient in gradients], 2).mT
+        flat = torch.cat([grad.flatten(2) for grad in gradients], 2).mT
         image, anchor, _ = torch.tensor(recorded["matches"]).unbind(1)
         matched = [flat[image, anchor]]
     for rows, expected in zip(matched, recorded["grad_at_matches"], strict=True):
@@ -202,20 +202,21 @@ def cells_of(matches: list[list[list[int]]]) -> list[tuple[Tensor, ...]]:
 
 def test_yolov5_matches_what_the_authors_code_matches() -> None:
     (recorded,) = (case["loss"] for case in CASES if "loss" in case and case["model"].startswith("yolov5"))
-    net = timm.create_model("yolov5n_spd")
+    net: Any = timm.create_model("yolov5n_spd")
     targets = recorded_targets(recorded)
     boxes = box_convert(torch.cat([t["boxes"] for t in targets]), "xyxy", "cxcywh")
     images = torch.tensor([i for i, t in enumerate(targets) for _ in t["labels"]])
     numbers = torch.tensor([n for t in targets for n in range(len(t["labels"]))])
     for i, (shape, expected) in enumerate(zip(recorded["raw_shapes"], recorded["matches"], strict=True)):
-        found = yolov5_matches(*shape[2:4], net.head.anchors[i], boxes / net.strides[i], images)
+        height, width = shape[2:4]
+        found = yolov5_matches(height, width, net.head.anchors[i], boxes / net.strides[i], images)
         rows = torch.stack([*found[:4], numbers[found[4]]], 1).tolist()
         assert sorted(rows) == expected
 
 
 def test_yolov8_matches_what_the_authors_code_matches() -> None:
     (recorded,) = (case["loss"] for case in CASES if "loss" in case and case["model"].startswith("yolov8"))
-    net = timm.create_model("yolov8n_spd")
+    net: Any = timm.create_model("yolov8n_spd")
     maps = [raw.detach() for raw in made_up_maps(recorded, "yolov8")]
     decoded = net.decode(maps)
     logits = torch.cat([raw[:, 64:].flatten(2) for raw in maps], 2).mT
@@ -247,7 +248,7 @@ def test_yolov8_matches_what_the_authors_code_matches() -> None:
 )
 def test_the_loss_of_ssd_is_the_authors(case: dict[str, Any], name: str) -> None:
     recorded = case[name]
-    net = timm.create_model(case["model"])
+    net: Any = timm.create_model(case["model"])
     loc, logits = (
         torch.from_numpy(golden.make_input(**recorded[part])).requires_grad_() for part in ("loc", "conf_logits")
     )
@@ -265,8 +266,8 @@ def test_the_loss_of_ssd_is_the_authors(case: dict[str, Any], name: str) -> None
     total = sum(terms.values())
     assert total.item() == pytest.approx(recorded["loss_total"], rel=1e-5)
     total.backward()
-    golden.assert_matches(loc.grad.numpy(), recorded["grad_loc"])
-    golden.assert_matches(logits.grad.numpy(), recorded["grad_logits"])
+    golden.assert_matches(gradient(loc).numpy(), recorded["grad_loc"])
+    golden.assert_matches(gradient(logits).numpy(), recorded["grad_logits"])
 
     priors = net.priors(size)
     classes, wanted = torch.zeros(logits.shape[:2], dtype=torch.long), torch.zeros_like(loc)
@@ -281,10 +282,10 @@ def test_the_loss_of_ssd_is_the_authors(case: dict[str, Any], name: str) -> None
     numbers, counts = classes[positive].unique(return_counts=True)
     assert dict(zip(map(str, numbers.tolist()), counts.tolist(), strict=True)) == recorded["positives_per_class"]
     golden.assert_matches(wanted[positive].detach().numpy(), recorded["loc_targets_of_positives"])
-    golden.assert_matches(loc.grad[positive].numpy(), recorded["grad_loc_of_positives"])
-    used = logits.grad.abs().sum(-1) > 0
+    golden.assert_matches(gradient(loc)[positive].numpy(), recorded["grad_loc_of_positives"])
+    used = gradient(logits).abs().sum(-1) > 0
     assert used.sum(1).tolist() == recorded["used_rows_per_image"]
-    golden.assert_matches(logits.grad[used].numpy(), recorded["grad_logits_of_used_rows"])
+    golden.assert_matches(gradient(logits)[used].numpy(), recorded["grad_logits_of_used_rows"])
     if "contested_priors" in recorded:
         assert classes[0, recorded["contested_priors"]].tolist() == recorded["classes_at_contested_priors"]
 
@@ -306,7 +307,7 @@ def test_images_without_objects_are_fine(name: str) -> None:
 @pytest.mark.parametrize("name", WAYS)
 def test_the_loss_falls_where_the_network_is_trained(name: str) -> None:
     torch.manual_seed(0)
-    net = timm.create_model(name, num_classes=5).train()
+    net: Any = timm.create_model(name, num_classes=5).train()
     x, targets = noise(2, 3, *SIZE), [target(*OBJECTS, labels=[0, 4, 2]), target(OBJECTS[0])]
     trained = {key: parameter for key, parameter in net.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr=1e-3)
@@ -339,7 +340,7 @@ def test_the_loss_falls_where_the_network_is_trained(name: str) -> None:
     ids=range(10),
 )
 def test_wrong_targets_are_refused_in_a_sentence(name: str, targets: Any, message: str) -> None:
-    net = timm.create_model(name, num_classes=5).eval()
+    net: Any = timm.create_model(name, num_classes=5).eval()
     with torch.no_grad():
         raw = net(noise(2, 3, *SIZE))
     with pytest.raises(ValueError, match=message):
@@ -418,7 +419,8 @@ def test_suppression_treats_each_class_by_itself(count: int) -> None:
 @pytest.mark.parametrize("case", [case for case in SSD_CASES if "postprocess" in case], ids=lambda case: case["id"])
 def test_ssd_finds_what_the_authors_post_processing_finds(case: dict[str, Any]) -> None:
     recorded = case["postprocess"]
-    net, size, count = timm.create_model(case["model"]), (300, 300), recorded["P"]
+    net: Any = timm.create_model(case["model"])
+    size, count = (300, 300), recorded["P"]
     seed, classes = recorded["seed"], 81
     coarse = golden.make_input([1, -(-count // 24), classes], seed + 1)
     logits = 2 * np.repeat(coarse, 24, 1)[:, :count] + 0.5 * golden.make_input([1, count, classes], seed + 2)
@@ -469,7 +471,7 @@ def test_the_overlap_in_ssds_post_processing_does_not_depend_on_the_size_of_the_
     ],
 )
 def test_ssd_takes_images_down_to_the_recorded_size(name: str, smallest: int) -> None:
-    net = timm.create_model(name, device="meta").eval()
+    net: Any = timm.create_model(name, device="meta").eval()
     for size in ((smallest, smallest), (smallest, smallest + 37)):
         loc, logits = net(torch.empty(1, 3, *size, device="meta"))
         assert loc.shape[:2] == logits.shape[:2] == (1, len(net.priors(size)))
@@ -487,7 +489,7 @@ def test_yolo_refuses_images_whose_sides_are_no_multiples_of_32(name: str) -> No
 
 
 def test_ssd_decodes_for_the_size_of_the_images_alone() -> None:
-    net = timm.create_model("ssd_mobilenetv1", num_classes=5).eval()
+    net: Any = timm.create_model("ssd_mobilenetv1", num_classes=5).eval()
     with torch.no_grad():
         raw = net(noise(1, 3, *SIZE))
     with pytest.raises(ValueError, match=r"give image_size=\(height, width\)"):
@@ -514,7 +516,7 @@ def test_the_dual_path_runs_the_backbone_twice_with_the_same_weights() -> None:
 
 @pytest.mark.parametrize("name", WAYS)
 def test_raw_predictions_have_the_promised_shapes_in_training_and_evaluation(name: str) -> None:
-    net = timm.create_model(name, num_classes=5)
+    net: Any = timm.create_model(name, num_classes=5)
     for training in (True, False):
         raw = net.train(training)(noise(2, 3, *SIZE))
         decoded = net.decode(raw, SIZE)
@@ -535,7 +537,7 @@ def test_raw_predictions_have_the_promised_shapes_in_training_and_evaluation(nam
 
 @pytest.mark.parametrize("name", ALL)
 def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> None:
-    net = timm.create_model(name, device="meta")
+    net: Any = timm.create_model(name, device="meta")
     names = [key for key, _ in net.named_parameters()]
     for coarse, blocks in ((True, len(net.stages)), (False, sum(map(len, net.stages)))):
         groups = [group for _, group in sorted(group_parameters(net, net.group_matcher(coarse)).items())]
@@ -546,9 +548,9 @@ def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> N
 
 @pytest.mark.parametrize("name", ALL)
 def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
-    net = timm.create_model(name, features_only=True, device="meta")
+    net: Any = timm.create_model(name, features_only=True, device="meta")
     maps = net(torch.empty(1, 3, 320, 640, device="meta"))
-    described = timm.create_model(name, device="meta").feature_info
+    described: Any = timm.create_model(name, device="meta").feature_info
     assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels() == [info["num_chs"] for info in described]
     reductions = net.feature_info.reduction()
     assert reductions == sorted(set(reductions))
@@ -593,7 +595,7 @@ def depending_on_classes(name: str, *numbers: int) -> set[str]:
 
 def test_the_layers_that_depend_on_classes_are_the_last_ones_and_narrow_branches_of_yolov8() -> None:
     for name in ("yolov5n_spd", "yolov8s_spd", "ssd_mobilenetv1"):
-        net = timm.create_model(name, device="meta")
+        net: Any = timm.create_model(name, device="meta")
         layers = {id(parameter) for parameter in net.get_classifier().parameters()}
         names = {key for key, parameter in net.named_parameters() if id(parameter) in layers}
         assert depending_on_classes(name, 80, 7) == names
@@ -611,7 +613,8 @@ def test_reset_classifier_changes_what_depends_on_the_number_of_classes_alone(na
         net.reset_classifier(new)
         assert net.num_classes == new
         assert not any(module.training for module in net.modules())
-        fresh, after = timm.create_model(name, num_classes=new), net.state_dict()
+        fresh: Any = timm.create_model(name, num_classes=new)
+        after = net.state_dict()
         assert [(k, t.shape) for k, t in after.items()] == [(k, t.shape) for k, t in fresh.state_dict().items()]
         for key in before.keys() - depending_on_classes(name, old, new):
             assert torch.equal(after[key], before[key]), key
@@ -658,7 +661,7 @@ def test_a_file_brings_its_own_number_of_classes(name: str, save: Any) -> None:
 def test_a_saved_detector_is_loaded_again(name: str, tmp_path: Path) -> None:
     net = random_network(name, num_classes=5, in_chans=1)
     save_for_hf(net, str(tmp_path), safe_serialization=True)
-    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = noise(1, 1, *SIZE)
     with torch.inference_mode():
         assert torch.equal(again.decode(again(x), SIZE), net.decode(net(x), SIZE))
@@ -714,7 +717,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
 
 
 def test_fresh_yolos_expect_few_objects() -> None:
-    net = timm.create_model("yolov8n_spd", num_classes=5)
+    net: Any = timm.create_model("yolov8n_spd", num_classes=5)
     for sides, classes, stride in zip(net.head.cv2, net.head.cv3, net.strides, strict=True):
         assert (sides[-1].bias == 1).all()
         torch.testing.assert_close(classes[-1].bias, torch.full((5,), 5 / 5 / (640 / stride) ** 2).log())
@@ -762,7 +765,7 @@ def test_runs_in_onnx_runtime(name: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     net = random_network(name, num_classes=5)
     batch = ({0: torch.export.Dim("batch", min=1)},)
-    program = torch.onnx.export(net, (noise(2, 3, *SIZE),), dynamo=True, verbose=False, dynamic_shapes=batch)
+    program: Any = torch.onnx.export(net, (noise(2, 3, *SIZE),), dynamo=True, verbose=False, dynamic_shapes=batch)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     for count in (2, 3):
         x = noise(count, 3, *SIZE)
@@ -786,7 +789,7 @@ def test_ssd_normalises_pixels_of_zero_and_large_ones_in_every_precision(dtype: 
 
 
 def test_ssd_sees_a_black_image_in_half_precision() -> None:
-    net = timm.create_model("ssd_mobilenetv1", num_classes=5).eval()
+    net: Any = timm.create_model("ssd_mobilenetv1", num_classes=5).eval()
     with torch.no_grad():
         net.stages[3][-1][4].weight.zero_(), net.stages[3][-1][4].bias.fill_(-1)  # a map of zeros for the first head
     x = torch.zeros(1, 3, *SIZE)
@@ -805,7 +808,7 @@ def test_ssd_normalises_pixels_of_zero_in_onnx_runtime(dtype: torch.dtype) -> No
     layer = L2Norm(8, {"dtype": dtype}).eval()
     x = noise(1, 8, 2, 2).to(dtype)
     x[..., 0, 0] = 0
-    program = torch.onnx.export(layer, (x,), dynamo=True, verbose=False)
+    program: Any = torch.onnx.export(layer, (x,), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), layer(x).detach(), rtol=1e-2, atol=1e-6)
@@ -817,7 +820,8 @@ def test_compiles_to_machine_code_with_its_gradients(name: str) -> None:
     torch.compiler.reset()
     net = random_network(name, num_classes=5)  # in evaluation: two pixels in a BatchNorm would magnify rounding
     totals = []
-    for run in (copy.deepcopy(net), torch.compile(copy.deepcopy(net), fullgraph=True)):
+    runs: list[Any] = [copy.deepcopy(net), torch.compile(copy.deepcopy(net), fullgraph=True)]
+    for run in runs:
         total = sum(net.loss(run(noise(2, 3, *SIZE)), [target(*OBJECTS)] * 2, SIZE).values())
         total.backward()
         totals.append((total, next(run.parameters()).grad))

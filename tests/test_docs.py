@@ -240,7 +240,7 @@ def tutorial(here: Path) -> None:
 def detector(here: Path) -> None:
     torch.manual_seed(0)
     config = {"pretrained_cfg": {"input_size": (3, 64, 64)}, "label_names": ["cell"]}
-    net = timm.create_model("yolov8n_spd", num_classes=1)
+    net: Any = timm.create_model("yolov8n_spd", num_classes=1)
     for conv in net.get_classifier():
         torch.nn.init.constant_(conv.bias, 1.0)  # it finds cells everywhere
     save_for_hf(net, str(here / "run"), config, safe_serialization=True)
@@ -358,7 +358,8 @@ def runs(page: str) -> bool:
     "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else []) for page in PAGES if runs(page)]
 )
 def test_the_page_does_what_it_says(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    PREPARE.get(page, lambda here: None)(tmp_path)
+    if page in PREPARE:
+        PREPARE[page](tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}
     printed = ""
@@ -374,4 +375,5 @@ def test_the_page_does_what_it_says(page: str, tmp_path: Path, monkeypatch: pyte
             elif block.language == "sh":
                 run_commands(block)
         printed = out.getvalue()
-    CHECK.get(page, lambda here: None)(tmp_path)
+    if page in CHECK:
+        CHECK[page](tmp_path)

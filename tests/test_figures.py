@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
+import figures_common
+import figures_detectors
 import make_figures
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from spd_zoo.weights import entries
 from spd_zoo.weights.load import load_network
 
 SVG = "{http://www.w3.org/2000/svg}"
-FILES = sorted(make_figures.FIGURES.glob("*.svg"))
+FILES = sorted(figures_common.FIGURES.glob("*.svg"))
 CHANGES = [  # a figure that a record holds, another, and what it is drawn in
     ("published.csv", "75.37%", "75.38%", ["twins"]),
     ("published.csv", "89.20%", "89.30%", ["latency"]),
@@ -30,10 +32,10 @@ CHANGES = [  # a figure that a record holds, another, and what it is drawn in
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the records that is read in their place."""
-    for file in make_figures.RECORDS.iterdir():
+    for file in figures_common.RECORDS.iterdir():
         if file.suffix in (".csv", ".json", ".jsonl"):
             shutil.copy(file, tmp_path)
-    monkeypatch.setattr(make_figures, "RECORDS", tmp_path)
+    monkeypatch.setattr(figures_common, "RECORDS", tmp_path)
     return tmp_path
 
 
@@ -56,22 +58,22 @@ def test_a_changed_record_makes_its_figures_stale(
 def test_a_figure_that_is_missing_or_of_another_script_is_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(make_figures.FIGURES, tmp_path / "figures")
-    monkeypatch.setattr(make_figures, "FIGURES", tmp_path / "figures")
+    shutil.copytree(figures_common.FIGURES, tmp_path / "figures")
+    monkeypatch.setattr(figures_common, "FIGURES", tmp_path / "figures")
     (tmp_path / "figures" / "latency.svg").unlink()
     assert make_figures.main(["--check"]) == 1
-    script = tmp_path / "make_figures.py"
-    script.write_text(Path(make_figures.__file__).read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    before = make_figures.digest(make_figures.DRAWINGS["twins"])
-    monkeypatch.setattr(make_figures, "__file__", str(script))
-    assert make_figures.digest(make_figures.DRAWINGS["twins"]) != before
+    script = tmp_path / "figures_common.py"
+    script.write_text(Path(figures_common.__file__).read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    before = figures_common.digest(make_figures.DRAWINGS["twins"])
+    monkeypatch.setattr(figures_common, "__file__", str(script))
+    assert figures_common.digest(make_figures.DRAWINGS["twins"]) != before
 
 
 def test_drawing_writes_the_committed_title_texts_and_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    committed = (make_figures.FIGURES / "latency.svg").read_text(encoding="utf-8")
+    committed = (figures_common.FIGURES / "latency.svg").read_text(encoding="utf-8")
     drawing = make_figures.DRAWINGS["latency"]
     monkeypatch.setattr(make_figures, "DRAWINGS", {"latency": drawing})
-    monkeypatch.setattr(make_figures, "FIGURES", tmp_path)
+    monkeypatch.setattr(figures_common, "FIGURES", tmp_path)
     assert make_figures.main([]) == 0
     assert make_figures.main(["--check"]) == 0
     (file,) = tmp_path.iterdir()
@@ -88,7 +90,7 @@ def test_a_figure_has_a_title_follows_the_colour_scheme_and_refers_to_nothing_ou
     root = ElementTree.fromstring(text)
     assert root.tag == f"{SVG}svg" and len(text) < 150_000 and "<!DOCTYPE" not in text
     assert len((root.findtext(f"{SVG}title") or "").split()) > 5
-    assert "prefers-color-scheme: dark" in text and make_figures.INK not in text
+    assert "prefers-color-scheme: dark" in text and figures_common.INK not in text
     assert any("currentColor" in (part.get("style") or "") for part in root.iter(f"{SVG}text"))
     addresses = [value for part in root.iter() for key, value in part.attrib.items() if key.endswith("href")]
     addresses += re.findall(r"url\(([^)]*)\)", text)
@@ -97,22 +99,24 @@ def test_a_figure_has_a_title_follows_the_colour_scheme_and_refers_to_nothing_ou
 
 
 def test_the_recorded_detector_is_the_one_whose_weights_are_in_the_package() -> None:
-    ours = [row for row in make_figures.detectors()["ours"] if row["network"] == "yolov8n_spd" and row["size"] == "all"]
+    ours = [
+        row for row in figures_detectors.detectors()["ours"] if row["network"] == "yolov8n_spd" and row["size"] == "all"
+    ]
     entry = entries()["yolov8n_spd.bccd"]
     (ap,) = (m["value"] for m in entry.metrics if (m["dataset"], m["metric"]) == (ours[0]["data"], "ap"))
     assert sum(float(row["ap"]) for row in ours) / len(ours) == pytest.approx(ap, abs=0.02)
 
 
 def test_the_recorded_picture_and_maps_are_those_of_the_script_and_of_the_bundled_detector() -> None:
-    record = make_figures.activations()
-    assert (make_figures.RECORDS / "activations.json").stat().st_size < 60_000
+    record = figures_detectors.activations()
+    assert (figures_common.RECORDS / "activations.json").stat().st_size < 60_000
     picture = Image.open(io.BytesIO(base64.b64decode(record["picture"])))
-    assert np.abs(np.asarray(picture, float) - np.asarray(make_figures.draw_cells(), float)).mean() < 3  # JPEG
+    assert np.abs(np.asarray(picture, float) - np.asarray(figures_detectors.draw_cells(), float)).mean() < 3  # JPEG
     recorded = record["networks"]["yolov8n_spd"]
-    assert recorded["weights_sha256"] == entries()[make_figures.BUNDLED].sha256
-    seen = make_figures.seen(load_network(make_figures.BUNDLED, "cpu"), picture)
+    assert recorded["weights_sha256"] == entries()[figures_detectors.BUNDLED].sha256
+    seen = figures_detectors.seen(load_network(figures_detectors.BUNDLED, "cpu"), picture)
     assert seen["found"] == recorded["found"]
-    for stride in map(str, make_figures.STRIDES):
+    for stride in map(str, figures_detectors.STRIDES):
         one, other = (
             np.frombuffer(base64.b64decode(maps[stride]["values"]), np.uint8).astype(float)
             for maps in (seen["maps"], recorded["maps"])
@@ -122,15 +126,15 @@ def test_the_recorded_picture_and_maps_are_those_of_the_script_and_of_the_bundle
 
 def test_the_recorded_boxes_are_what_the_page_says() -> None:
     found = {}
-    for name, sight in make_figures.activations()["networks"].items():
+    for name, sight in figures_detectors.activations()["networks"].items():
         boxes = [box for kind, _, *box in sight["boxes"] if kind == "Platelets"]
         found[name] = [
             width
-            for x, y, width in make_figures.PLATELETS
+            for x, y, width in figures_detectors.PLATELETS
             if any(left < x < right and top < y < bottom for left, top, right, bottom in boxes)
         ]
-    smallest = min(width for *_, width in make_figures.PLATELETS)
-    assert len(found["yolov8n"]) == len(make_figures.PLATELETS) == 9
+    smallest = min(width for *_, width in figures_detectors.PLATELETS)
+    assert len(found["yolov8n"]) == len(figures_detectors.PLATELETS) == 9
     assert sorted([*found["yolov8n_spd"], smallest]) == sorted(found["yolov8n"])
 
 

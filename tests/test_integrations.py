@@ -276,7 +276,7 @@ def test_thop_counts_what_we_count_with_the_rule_of_the_page() -> None:
 
 def test_captum_explains_a_network() -> None:
     pytest.importorskip("captum", reason=MISSING)
-    net = timm.create_model("cifar_resnet20", pretrained=True).eval()
+    net: Any = timm.create_model("cifar_resnet20", pretrained=True).eval()
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     left = run_section("captum", net=net, images=images)
     fmap = net.forward_features(images)

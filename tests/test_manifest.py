@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from hub_double import COMMIT, hub_double
+from networks import config_of
 from safetensors.torch import save
 
 import spd_zoo
@@ -44,7 +45,7 @@ def test_a_private_checkpoint_is_listed_and_becomes_the_default(write: Write) ->
     before = timm.list_pretrained("pyconvresnet18.*")
     spd_zoo.use_manifest(write("pyconvresnet18.company", "pyconvresnet"))
     assert timm.list_pretrained("pyconvresnet18.*") == ["pyconvresnet18.company"]
-    assert timm.get_pretrained_cfg("pyconvresnet18").tag == "company"
+    assert config_of("pyconvresnet18").tag == "company"
     assert timm.create_model("pyconvresnet18", device="meta").num_classes == 1000
     spd_zoo.use_manifest(None)
     assert timm.list_pretrained("pyconvresnet18.*") == before
@@ -58,7 +59,7 @@ def test_the_catalogue_and_timm_agree_on_the_default_weights(first: bool, write:
     groups["pyconvresnet"]["pyconvresnet18.second"] = groups["pyconvresnet"]["pyconvresnet18.first"] | {"default": True}
     path.write_text(json.dumps(groups))
     spd_zoo.use_manifest(path)
-    cfgs = {name: timm.get_pretrained_cfg(name) for name in own_networks()}
+    cfgs = {name: config_of(name) for name in own_networks()}
     of_timm = {name: f"{name}.{cfg.tag}" for name, cfg in cfgs.items() if cfg.has_weights}
     assert default_checkpoints(entries()) == of_timm
     assert of_timm["pyconvresnet18"] == f"pyconvresnet18.{'first' if first else 'second'}"
@@ -69,11 +70,13 @@ def test_a_private_checkpoint_takes_the_place_of_an_own_one(write: Write) -> Non
     name = "pyconvresnet50_spd.cifar100"
     spd_zoo.use_manifest(write(name, "pyconvresnet", license="proprietary"))
     assert entries()[name].license == "proprietary"
-    assert timm.get_pretrained_cfg(name).license == "proprietary"
+    assert config_of(name).license == "proprietary"
     assert set(entries()) == {key for members in OWN.values() for key in members}
 
 
-def test_a_private_checkpoint_is_loaded_from_a_mirror(write: Write, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_checkpoint_is_loaded_from_a_mirror(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = timm.create_model("cifar_resnet20")
     content = save(net.state_dict())
     (tmp_path / "a.safetensors").write_bytes(content)

@@ -176,9 +176,18 @@ def _killed(folder: Path, results: Path, log: Path, at: str) -> None:
         die(f"{path.name} deleted")
         rmtree(path, **options)
 
-    Path.replace = lambda self, target: die(target.name) or replace(self, target)  # type: ignore[method-assign]
-    Path.rename = lambda self, target: die(target.name) or rename(self, target)  # type: ignore[method-assign]
-    shutil.rmtree = die_or_delete  # type: ignore[assignment]
+    def die_or_replace(path: Path, target: Any) -> Path:
+        die(Path(target).name)
+        return replace(path, target)
+
+    def die_or_rename(path: Path, target: Any) -> Path:
+        die(Path(target).name)
+        return rename(path, target)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Path, "replace", die_or_replace)
+    patch.setattr(Path, "rename", die_or_rename)
+    patch.setattr(shutil, "rmtree", die_or_delete)
     run(files_in(folder), colours(log), results)
 
 
@@ -389,7 +398,7 @@ def _read_for_ever(file: Any) -> Any:
 def _stopped_in_the_middle(folder: Path, results: Path, log: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)  # so that the reading process is a child of this one
     try:
-        run(files_in(folder), dataclasses.replace(colours(log), read=_read_for_ever), results, workers=1)
+        run(files_in(folder), changed_task(colours(log), read=_read_for_ever), results, workers=1)
     except Stopped:
         sys.exit(7)
 
@@ -424,7 +433,8 @@ class OneOf(Process):
 
 def test_the_last_of_several_processes_makes_the_same_file(images: Files, tmp_path: Path) -> None:
     run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.jsonl")
-    first, second = (OneOf(torch.device("cpu"), rank, 2, told=told) for told in [[]] for rank in (0, 1))
+    told: list[Any] = []
+    first, second = (OneOf(torch.device("cpu"), rank, 2, told=told) for rank in (0, 1))
     job, results = colours(tmp_path / "log"), tmp_path / "results.jsonl"
     assert run(images, job, results, first) is None
     assert not results.exists()
@@ -434,7 +444,8 @@ def test_the_last_of_several_processes_makes_the_same_file(images: Files, tmp_pa
 
 
 def test_the_first_of_several_processes_keeps_others_out_until_all_are_done(images: Files, tmp_path: Path) -> None:
-    job, results, told = colours(tmp_path / "log"), tmp_path / "results.jsonl", []
+    job, results = colours(tmp_path / "log"), tmp_path / "results.jsonl"
+    told: list[Any] = []
     second = OneOf(torch.device("cpu"), 1, 2, told=told)
     summaries = []
 
@@ -459,7 +470,8 @@ def test_a_dead_process_among_several_is_one_sentence(images: Files, tmp_path: P
 
 
 def test_processes_with_other_images_are_refused(images: Files, tmp_path: Path) -> None:
-    first, second = (OneOf(torch.device("cpu"), rank, 2, told=told) for told in [[]] for rank in (0, 1))
+    told: list[Any] = []
+    first, second = (OneOf(torch.device("cpu"), rank, 2, told=told) for rank in (0, 1))
     run(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", first)
     with pytest.raises(ResultsError, match="the processes differ in images"):
         run(Files(images.paths[1:]), colours(tmp_path / "log"), tmp_path / "results.jsonl", second)
@@ -468,7 +480,7 @@ def test_processes_with_other_images_are_refused(images: Files, tmp_path: Path) 
 @pytest.mark.slow
 def test_torchrun_gives_the_bytes_that_one_process_gives(folder: Path, tmp_path: Path) -> None:
     for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
-        command = [
+        command: list[str | Path] = [
             sys.executable,
             *start,
             "-m",
@@ -560,7 +572,8 @@ def test_images_inside_parquet_files_are_named_by_their_rows(folder: Path, tmp_p
 def test_the_example_for_ray_gives_the_same_answers(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is large and no dependency; pip install 'ray[data]' to run its example")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with spd-zoo[train]")
-    command = [sys.executable, ROOT / "examples" / "ray" / "predict.py", MODEL, folder, tmp_path / "out"]
+    command: list[str | Path] = [sys.executable, ROOT / "examples" / "ray" / "predict.py", MODEL]
+    command += [folder, tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     subprocess.run(command, env=environment, check=True, timeout=500)
     rows = sorted(parquet.read_table(tmp_path / "out").to_pylist(), key=lambda row: row["path"])

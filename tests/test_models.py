@@ -14,7 +14,7 @@ import timm
 import timm_contract
 import torch
 import torch.nn.functional as F
-from networks import assert_close, load, noise, originals, random_network
+from networks import assert_close, config_of, load, noise, originals, random_network
 from PIL import Image
 from shared_data import shared
 from timm.layers import DropPath
@@ -22,6 +22,7 @@ from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.functional import to_tensor
 
 import spd_zoo
 from spd_zoo.blocks import ImageSizeError, PositionAwareCircularConv2d
@@ -37,15 +38,21 @@ CASES = [case for family in ("pyconv", "spd_resnet", "pfd_bsconv", "pfd_mobile")
 PYCONV = ["pyconvresnet18", "pyconvresnet50", "pyconvhgresnet50", "pyconvresnet50_spd"]
 SPD_TWINS = [("pyconvresnet50", "pyconvresnet50_spd"), ("pyconvhgresnet50", "pyconvhgresnet50_spd")]
 SPD_RESNETS = ["resnet18_spd", "resnet50_spd"]
-FIXED_SIZE = [name for name in NETWORKS if timm.get_pretrained_cfg(name).fixed_input_size]
+FIXED_SIZE = [name for name in NETWORKS if config_of(name).fixed_input_size]
 PADDING_FREE = ("_pfd", "_down")
 RESIDUAL = [name for name in ARCHITECTURES if "shufflenet" not in name]
 FAST = {timm.model_entrypoint(name).__module__: name for name in reversed(ARCHITECTURES)}.values()  # one per file
-SLOW = {name: pytest.mark.slow if name in ARCHITECTURES else pytest.mark.exhaustive for name in NETWORKS}
+SLOW: dict[str, Any] = {
+    name: pytest.mark.slow if name in ARCHITECTURES else pytest.mark.exhaustive for name in NETWORKS
+}
 SLOW |= dict.fromkeys(FAST, ())
 EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.exhaustive) for name in ARCHITECTURES]
 FEW = [pytest.param(name, marks=[] if "pyconv" in name else pytest.mark.exhaustive) for name in ARCHITECTURES]
-IMAGE_NORM = [name for name in NETWORKS if isinstance(timm.create_model(name, device="meta").stem[0], nn.BatchNorm2d)]
+IMAGE_NORM = [
+    name
+    for name in NETWORKS
+    if isinstance(timm.create_model(name, device="meta").get_submodule("stem.0"), nn.BatchNorm2d)
+]
 TRACED = [  # one of every way to compute
     *("pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd", "cifar_resnet20_pfd", "cifar_ghostnet_effdown"),
     *("cifar_parc_mobilenetv2_pfd", "cifar_shufflenetv2_pfd", "yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1"),
@@ -76,7 +83,7 @@ def image_size(name: str, *size: int) -> dict[str, Any]:
 def images(name: str, count: int, height: int, width: int) -> Tensor:
     """Noise of the size given, or of the one that the network takes, or not too small for it."""
     if name in FIXED_SIZE:
-        return noise(count, *timm.get_pretrained_cfg(name).input_size)
+        return noise(count, *config_of(name).input_size)
     if name.endswith("_pfd") and not name.startswith("cifar_"):
         return noise(count, 3, 2 * height, 2 * width)
     return noise(count, 3, height, width)
@@ -265,7 +272,8 @@ def test_images_too_small_for_padding_free_downsampling_are_refused(name: str) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIXED_SIZE)
 def test_images_of_another_size_than_the_network_was_created_for_are_refused(name: str) -> None:
-    for kwargs in ({}, {"features_only": True}):
+    variants: tuple[dict[str, Any], ...] = ({}, {"features_only": True})
+    for kwargs in variants:
         net = timm.create_model(name, device="meta", **kwargs)
         with pytest.raises(ImageSizeError, match=r"of one size; create it with img_size=\.\.\., or call"):
             net(torch.empty(2, 3, 48, 80, device="meta"))
@@ -356,7 +364,8 @@ def test_pretrained_weights_are_adapted_to_other_image_channels(name: str, save:
     if isinstance(coloured.stem[0], nn.BatchNorm2d):  # on the image: with equal colours the adaptation is exact
         for parameter in (*coloured.stem[0].parameters(), *coloured.stem[0].buffers()):
             nn.init.constant_(parameter, parameter.flatten()[0].item())
-        nn.init.zeros_(coloured.stem[0].running_mean), nn.init.zeros_(coloured.stem[0].bias)
+        nn.init.zeros_(coloured.get_buffer("stem.0.running_mean"))
+        nn.init.zeros_(coloured.get_parameter("stem.0.bias"))
     file = save(coloured)
     x = noise(2, 4, 65, 63)
     with torch.inference_mode():
@@ -405,9 +414,8 @@ def test_a_saved_converted_network_takes_grey_images_as_the_original_does(name: 
 @pytest.mark.parametrize("name", ["cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100"])
 def test_trained_networks_see_the_same_in_grey_images_with_one_channel_and_with_three(name: str) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="CIFAR-100 is in parquet files, which need pyarrow")
-    rows = parquet.read_table(shared("cifar100/test-00000-of-00001.parquet")).slice(0, 500)["img"].to_pylist()
-    pixels = [list(Image.open(io.BytesIO(row["bytes"])).convert("L").getdata()) for row in rows]
-    x = torch.tensor(pixels).view(-1, 1, 32, 32) / 255
+    rows = parquet.read_table(shared("cifar100/test-00000-of-00001.parquet")).slice(0, 500)["image"].to_pylist()
+    x = torch.stack([to_tensor(Image.open(io.BytesIO(row["bytes"])).convert("L")) for row in rows])
     coloured, grey = timm.create_model(name, pretrained=True), timm.create_model(name, pretrained=True, in_chans=1)
     with torch.inference_mode():
         same = coloured.eval()(x.repeat(1, 3, 1, 1)).argmax(1) == grey.eval()(x).argmax(1)
@@ -479,7 +487,7 @@ def test_every_argument_that_a_variant_sets_can_be_overridden(name: str, monkeyp
     ],
 )
 def test_a_variant_with_the_arguments_of_another_is_the_other(name: str, other: str, override: dict[str, Any]) -> None:
-    nets = [timm.create_model(name, device="meta", **override), timm.create_model(other, device="meta")]
+    nets: Any = [timm.create_model(name, device="meta", **override), timm.create_model(other, device="meta")]
     shapes = [{key: tensor.shape for key, tensor in net.state_dict().items()} for net in nets]
     assert shapes[0] == shapes[1]
     assert nets[0].pretrained_cfg["first_conv"] == nets[1].pretrained_cfg["first_conv"]
@@ -493,7 +501,7 @@ def test_every_network_that_timm_lists_can_be_created() -> None:
 
 @pytest.mark.parametrize("name", own_networks())
 def test_the_first_convolution_is_the_one_that_depends_on_the_image_channels(name: str) -> None:
-    nets = [timm.create_model(name, device="meta", in_chans=chans) for chans in (3, 5)]
+    nets: Any = [timm.create_model(name, device="meta", in_chans=chans) for chans in (3, 5)]
     shapes = [{key: tensor.shape for key, tensor in net.state_dict().items()} for net in nets]
     differing = [key for key, shape in shapes[0].items() if shape != shapes[1][key] and len(shape) == 4]
     assert differing == [f"{nets[0].pretrained_cfg['first_conv']}.weight"]
@@ -531,8 +539,8 @@ def test_global_pool_chooses_what_the_classifier_reads(name: str) -> None:
             ("catavgmax", torch.cat([last.mean((2, 3)), last.amax((2, 3))], 1)),
         ):
             if isinstance(net.head, HiddenLayerHead):
-                hidden = timm.create_model(name, num_classes=0, global_pool=pool, device="meta").head.hidden
-                assert hidden.in_channels == pooled.shape[1]
+                featureless = timm.create_model(name, num_classes=0, global_pool=pool, device="meta")
+                assert featureless.get_submodule("head.hidden").in_channels == pooled.shape[1]
                 if pool == "max":
                     net.reset_classifier(5, pool)
                     head = net.head
@@ -541,12 +549,12 @@ def test_global_pool_chooses_what_the_classifier_reads(name: str) -> None:
                 net.reset_classifier(5, pool)
                 assert net.head_hidden_size == pooled.shape[1]
                 assert_close(net(x), net.get_classifier()(pooled))
-                fresh = timm.create_model(name, num_classes=5, global_pool=pool, device="meta")
+                fresh: Any = timm.create_model(name, num_classes=5, global_pool=pool, device="meta")
                 assert fresh.get_classifier().weight.shape == (5, pooled.shape[1])
 
 
 def test_a_hidden_layer_is_not_silently_replaced_by_another_pooling() -> None:
-    net = timm.create_model("cifar_ghostnet", device="meta")
+    net: Any = timm.create_model("cifar_ghostnet", device="meta")
     with pytest.raises(AssertionError, match="cannot read pooling 'catavgmax'; give global_pool at creation"):
         net.reset_classifier(5, "catavgmax")
     with pytest.raises(AssertionError, match='global_pool="" needs num_classes=0'):
@@ -588,7 +596,7 @@ def test_dropout_and_drop_path_act_in_training_alone(name: str, rate: str) -> No
 
 @pytest.mark.parametrize("name", RESIDUAL)
 def test_drop_path_grows_to_its_rate(name: str) -> None:
-    net = timm.create_model(name, drop_path_rate=0.3, device="meta")
+    net: Any = timm.create_model(name, drop_path_rate=0.3, device="meta")
     rates = [module.drop_prob for module in net.stages.modules() if isinstance(module, DropPath)]
     assert rates == sorted(rates)
     assert 0 < rates[0] < 0.05
@@ -615,7 +623,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> None:
-    net = timm.create_model(name, device="meta")
+    net: Any = timm.create_model(name, device="meta")
     names = [key for key, _ in net.named_parameters()]
     for coarse, count in ((True, 1 + len(net.stages) + 1), (False, 1 + sum(map(len, net.stages)) + 1)):
         groups = [group for _, group in sorted(group_parameters(net, net.group_matcher(coarse)).items())]
@@ -626,11 +634,12 @@ def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> N
 
 @pytest.mark.parametrize("name", ALL)
 def test_feature_maps_have_the_declared_channels_and_sizes(name: str) -> None:
-    for kwargs in ({}, {"output_stride": 16}, {"output_stride": 8}) if "pyconv" in name else ({},):
-        net = timm.create_model(name, features_only=True, device="meta", **kwargs)
-        size = timm.get_pretrained_cfg(name).input_size[1:] if name in FIXED_SIZE else (64, 96)
+    variants: list[dict[str, Any]] = [{}, {"output_stride": 16}, {"output_stride": 8}]
+    for kwargs in variants if "pyconv" in name else variants[:1]:
+        net: Any = timm.create_model(name, features_only=True, device="meta", **kwargs)
+        size = config_of(name).input_size[1:] if name in FIXED_SIZE else (64, 96)
         maps = net(torch.empty(1, 3, *size, device="meta"))
-        described = timm.create_model(name, device="meta", **kwargs).feature_info
+        described: Any = timm.create_model(name, device="meta", **kwargs).feature_info
         channels = [info["num_chs"] for info in described]
         assert [fmap.shape[1] for fmap in maps] == net.feature_info.channels() == channels
         reductions = net.feature_info.reduction()
@@ -687,7 +696,7 @@ def test_forward_intermediates_gives_the_maps_asked_for(name: str) -> None:
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize("name", PYCONV)
 def test_output_stride_sets_the_size_of_the_last_map(name: str, output_stride: int) -> None:
-    net = timm.create_model(name, output_stride=output_stride, device="meta")
+    net: Any = timm.create_model(name, output_stride=output_stride, device="meta")
     size = 224 // output_stride
     assert net.forward_features(torch.empty(1, 3, 224, 224, device="meta")).shape[-2:] == (size, size)
 
@@ -695,7 +704,7 @@ def test_output_stride_sets_the_size_of_the_last_map(name: str, output_stride: i
 @pytest.mark.parametrize("name", PYCONV)
 @pytest.mark.parametrize(("output_stride", "dilations"), [(32, (1, 1, 1, 1)), (16, (1, 1, 1, 2)), (8, (1, 1, 2, 4))])
 def test_every_kernel_of_a_dilated_stage_is_dilated(name: str, output_stride: int, dilations: tuple[int, ...]) -> None:
-    net = timm.create_model(name, output_stride=output_stride, device="meta")
+    net: Any = timm.create_model(name, output_stride=output_stride, device="meta")
     for stage, dilation in zip(net.stages, dilations, strict=True):
         for key, module in stage.named_modules():
             if isinstance(module, nn.Conv2d) and not isinstance(module, SPDConv2d) and module.kernel_size[0] > 1:
@@ -746,7 +755,8 @@ def test_compiles_as_one_graph(name: str) -> None:
     net = random_network(name, num_classes=5)
     x = images(name, 2, 33, 32)
     with torch.inference_mode():
-        assert_close(torch.compile(net, fullgraph=True, backend="eager")(x), net(x))
+        compiled: Any = torch.compile(net, fullgraph=True, backend="eager")
+        assert_close(compiled(x), net(x))
 
 
 @pytest.mark.exhaustive
@@ -755,7 +765,8 @@ def test_compiles_to_machine_code_that_trains() -> None:
     net = random_network("pyconvresnet18", num_classes=5).train()
     x = noise(4, 3, 64, 64)
     losses = []
-    for run in (copy.deepcopy(net), torch.compile(copy.deepcopy(net), fullgraph=True)):
+    runs: list[Any] = [copy.deepcopy(net), torch.compile(copy.deepcopy(net), fullgraph=True)]
+    for run in runs:
         loss = run(x).square().sum()
         loss.backward()
         losses.append((loss, next(run.parameters()).grad))
@@ -768,7 +779,8 @@ def test_trains_compiled_in_bf16() -> None:
     torch.compiler.reset()
     net = random_network("pyconvresnet50_spd", num_classes=5).train()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.compile(net, fullgraph=True, backend="aot_eager")(noise(2, 3, 32, 32)).float().sum().backward()
+        compiled: Any = torch.compile(net, fullgraph=True, backend="aot_eager")
+        compiled(noise(2, 3, 32, 32)).float().sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
@@ -818,7 +830,7 @@ def test_torch_fx_and_torchvision_extract_maps_at_any_image_size(name: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", own_networks())
 def test_torch_fx_traces_every_network(name: str) -> None:
-    net = timm.create_model(name, device="meta").eval()
+    net: Any = timm.create_model(name, device="meta").eval()
     x = torch.empty(2, *net.pretrained_cfg["input_size"], device="meta")
     shapes = [[fmap.shape for fmap in tree_leaves(run(x))] for run in (net, torch.fx.symbolic_trace(net))]
     assert shapes[0] == shapes[1]

@@ -48,7 +48,7 @@ def computes_alike(start: dict[str, Any]) -> bool:
 def test_a_run_that_older_code_stopped_ends_as_if_it_had_not_been_stopped(name: str, tmp_path: Path) -> None:
     shutil.copytree(old_runs.GOLDEN / name / "stopped", tmp_path / "stopped")
     data, whole = old_runs.make_data(name, tmp_path / "data"), old_runs.GOLDEN / name / "whole"
-    result = finetune(FinetuneConfig(data=data, out=tmp_path / "stopped", **old_runs.RUNS[name]))
+    result = finetune(FinetuneConfig(data=str(data), out=tmp_path / "stopped", **old_runs.RUNS[name]))
     assert result is not None and [row["epoch"] for row in result.history] == [1, 2, 3]
     starts = json.loads((tmp_path / "stopped" / "environment.json").read_text())
     assert len(starts) == 2
@@ -66,7 +66,7 @@ def test_a_run_that_older_code_stopped_ends_as_if_it_had_not_been_stopped(name: 
 @pytest.mark.parametrize("name", sorted(old_runs.RUNS))
 def test_a_run_writes_what_older_code_wrote(name: str, tmp_path: Path) -> None:
     data, whole = old_runs.make_data(name, tmp_path / "data"), old_runs.GOLDEN / name / "whole"
-    finetune(FinetuneConfig(data=data, out=tmp_path / "new", **old_runs.RUNS[name]))
+    finetune(FinetuneConfig(data=str(data), out=tmp_path / "new", **old_runs.RUNS[name]))
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
     state, old = (
         torch.load(folder / "last.pt", weights_only=True)

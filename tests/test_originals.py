@@ -1,6 +1,7 @@
 """The authors' checkpoints: what is understood, what is refused, what is kept, and where they are downloaded from."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -19,6 +20,7 @@ import torch
 from drive_double import DriveDouble, drive_double
 from hub_double import COMMIT, fails, hub_double
 from huggingface_hub import constants
+from networks import config_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,17 +78,19 @@ def save(content: Any, path: Path, **options: Any) -> Path:
     ],
     ids=["state dict", "data parallel", "unknown class", "averaged"],
 )
-def test_a_checkpoint_gives_the_recorded_outputs_after_import(tensors, tmp_path, wrap, old_format):
+def test_a_checkpoint_gives_the_recorded_outputs_after_import(
+    tensors: dict[str, Tensor], tmp_path: Path, wrap: Callable[[Any], Any], old_format: bool
+) -> None:
     file = save(wrap(tensors), tmp_path / "a.pth", _use_new_zipfile_serialization=not old_format)
     import_weights(NAME, file, tmp_path)
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
 
 
-class Config(dict):  # type: ignore[type-arg]
+class Config(dict[str, Any]):
     """A kind of dict that only its author has."""
 
 
-class Ordered(OrderedDict):  # type: ignore[type-arg]
+class Ordered(OrderedDict[str, Any]):
     """Another one."""
 
 
@@ -108,7 +112,9 @@ class Ordered(OrderedDict):  # type: ignore[type-arg]
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_stands_beside_the_weights_does_not_matter(tensors, tmp_path, beside, protocol):
+def test_what_stands_beside_the_weights_does_not_matter(
+    tensors: dict[str, Tensor], tmp_path: Path, beside: object, protocol: int
+) -> None:
     file = save({"args": beside, "state_dict": tensors}, tmp_path / "a.pth", pickle_protocol=protocol)
     found = read_original(file)
     assert list(found) == list(tensors)
@@ -116,11 +122,13 @@ def test_what_stands_beside_the_weights_does_not_matter(tensors, tmp_path, besid
 
 
 @pytest.mark.parametrize("kind", [Config, Ordered, OrderedDict])
-def test_a_state_dict_of_another_kind_is_understood(tensors, tmp_path, kind):
+def test_a_state_dict_of_another_kind_is_understood(
+    tensors: dict[str, Tensor], tmp_path: Path, kind: type[Any]
+) -> None:
     assert list(read_original(save({"model": kind(tensors)}, tmp_path / "a.pth"))) == list(tensors)
 
 
-def test_tensors_that_share_numbers_are_imported(tensors, tmp_path):
+def test_tensors_that_share_numbers_are_imported(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     """In a network with tied weights, and here where a file has put all biases into one storage."""
     biases = [key for key, tensor in tensors.items() if key.endswith("bias")]
     storage = torch.cat([tensors[key] for key in biases])
@@ -130,7 +138,7 @@ def test_tensors_that_share_numbers_are_imported(tensors, tmp_path):
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
 
 
-def test_prefixes_and_missing_counters_do_not_matter(tensors, tmp_path):
+def test_prefixes_and_missing_counters_do_not_matter(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     old = {f"net.{key}": tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
     file = import_weights(NAME, save({"state_dict": old}, tmp_path / "a.pth"), tmp_path)
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
@@ -138,12 +146,12 @@ def test_prefixes_and_missing_counters_do_not_matter(tensors, tmp_path):
 
 
 @pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {(1, 2): torch.zeros(1)}, [], 3, {"a": torch.zeros(1), 5: 1}])
-def test_what_holds_no_weights_is_said(tmp_path, content):
+def test_what_holds_no_weights_is_said(tmp_path: Path, content: Any) -> None:
     with pytest.raises(WeightsError, match="holds no network weights"):
         read_original(save(content, tmp_path / "a.pth"))
 
 
-def test_safetensors_are_imported_too(tensors, tmp_path):
+def test_safetensors_are_imported_too(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     import_weights(NAME, tmp_path / "a.safetensors", tmp_path)
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
@@ -186,7 +194,14 @@ def grow(cls: type[nn.Module], tensors: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize(("averaged", "old_format"), [(False, False), (True, False), (True, True)])
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code:UserWarning")  # torch's, when it saves such a class
-def test_a_whole_network_is_imported_without_its_classes(foreign, tensors, tmp_path, monkeypatch, averaged, old_format):
+def test_a_whole_network_is_imported_without_its_classes(
+    foreign: type[nn.Module],
+    tensors: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    averaged: bool,
+    old_format: bool,
+) -> None:
     net = grow(foreign, tensors)
     other = grow(foreign, {key: torch.zeros_like(tensor) for key, tensor in tensors.items()})
     content = {
@@ -208,7 +223,7 @@ def test_a_whole_network_is_imported_without_its_classes(foreign, tensors, tmp_p
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0], rtol=5e-3)
 
 
-def test_a_network_whose_modules_hold_each_other_is_refused(foreign, tmp_path):
+def test_a_network_whose_modules_hold_each_other_is_refused(foreign: type[nn.Module], tmp_path: Path) -> None:
     net = foreign()
     net._modules["self"] = net
     with pytest.raises(WeightsError, match="hold each other"):
@@ -218,7 +233,7 @@ def test_a_network_whose_modules_hold_each_other_is_refused(foreign, tmp_path):
 # What is refused
 
 
-def test_a_web_page_is_recognised(tmp_path):
+def test_a_web_page_is_recognised(tmp_path: Path) -> None:
     for start in ("\n <!DOCTYPE html><html>Quota exceeded</html>", "\ufeff<!-- a --><HTML>", "<title>Sign in</title>"):
         (tmp_path / "a.pth").write_text(start, encoding="utf-8")
         with pytest.raises(WeightsError, match=r"a\.pth is a web page \(a quota .*\), not a checkpoint"):
@@ -229,7 +244,7 @@ def test_a_web_page_is_recognised(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_is_refused(tensors, tmp_path, value):
+def test_a_number_that_is_not_finite_is_refused(tensors: dict[str, Tensor], tmp_path: Path, value: float) -> None:
     key = next(iter(tensors))
     damaged = tensors | {key: tensors[key].clone()}
     damaged[key].view(-1)[0] = value
@@ -237,14 +252,27 @@ def test_a_number_that_is_not_finite_is_refused(tensors, tmp_path, value):
         import_weights(NAME, save(damaged, tmp_path / "a.pth"), tmp_path)
 
 
-def test_numbers_that_overflow_in_the_network_are_refused(tensors, tmp_path):
+def test_numbers_that_overflow_in_the_network_are_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     large = {key: torch.full_like(tensor, 1e38) if key.endswith("bias") else tensor for key, tensor in tensors.items()}
     with pytest.raises(WeightsError, match="computes a number that is not finite"):
         import_weights(NAME, save(large, tmp_path / "a.pth"), tmp_path)
 
 
+def test_a_stem_for_more_channels_than_can_be_tried_is_refused(tmp_path):
+    net = timm.create_model("cifar_shufflenetv2")
+    tensors, key = net.state_dict(), f"{net.pretrained_cfg['first_conv']}.weight"
+    for channels, message in (
+        (40_000, r"images of 40000 channels, too many to try it on .* 32 x 32 pixels"),
+        (5, None),
+    ):
+        tensors[key] = torch.zeros(len(tensors[key]), channels, *tensors[key].shape[2:])
+        file = save(tensors, tmp_path / "a.pth")
+        with pytest.raises(WeightsError, match=message) if message else contextlib.nullcontext():
+            import_weights("cifar_shufflenetv2.wide", file, tmp_path)
+
+
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused_with_what_it_does_fit(tensors, tmp_path):
+def test_what_does_not_fit_is_refused_with_what_it_does_fit(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"does not fit cifar_resnet20_pfd\.theirs: .*; it fits cifar_resnet20$"):
         import_weights("cifar_resnet20_pfd.theirs", save(tensors, tmp_path / "a.pth"), tmp_path)
     wrong = dict(tensors)
@@ -254,13 +282,13 @@ def test_what_does_not_fit_is_refused_with_what_it_does_fit(tensors, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no_network", "../cifar_resnet20", "cifar_resnet20.../x", "cifar_resnet20.A", ""])
-def test_a_name_that_is_none_is_refused(tensors, tmp_path, name):
+def test_a_name_that_is_none_is_refused(tensors: dict[str, Tensor], tmp_path: Path, name: str) -> None:
     with pytest.raises(WeightsError, match=r"is not NETWORK or NETWORK\.TAG"):
         import_weights(name, save(tensors, tmp_path / "a.pth"), tmp_path)
 
 
 @pytest.mark.slow
-def test_a_refused_file_leaves_nothing_behind(tensors, tmp_path):
+def test_a_refused_file_leaves_nothing_behind(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     save(tensors, tmp_path / "a.pth")
     with pytest.raises(WeightsError):
@@ -271,7 +299,7 @@ def test_a_refused_file_leaves_nothing_behind(tensors, tmp_path):
 # What is kept
 
 
-def test_an_imported_file_says_where_it_came_from(tensors, tmp_path):
+def test_an_imported_file_says_where_it_came_from(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     original = save(tensors, tmp_path / "a.pth")
     file = import_weights(NAME, original, tmp_path)
     about = origin_of(file)
@@ -282,28 +310,28 @@ def test_an_imported_file_says_where_it_came_from(tensors, tmp_path):
     assert file.name == f"{NAME}.{sha256_of(file)}.safetensors"
 
 
-def test_the_last_import_under_a_name_counts_and_brings_its_classes(tensors, tmp_path):
+def test_the_last_import_under_a_name_counts_and_brings_its_classes(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     import_weights(NAME, save(tensors, tmp_path / "a.pth"), tmp_path)
     ten = {key: tensor[:10] if tensor.shape[:1] == (100,) else tensor for key, tensor in tensors.items()}
     import_weights(NAME, save(ten, tmp_path / "b.pth"), tmp_path)
-    net = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
+    net: Any = timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
     assert (net.num_classes, net.pretrained_cfg["tag"]) == (10, "theirs")
     assert timm.create_model(NAME, pretrained=True, cache_dir=tmp_path, num_classes=3).num_classes == 3
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 @pytest.mark.slow
-def test_a_checkpoint_without_a_tag_is_found_where_there_is_no_default(tmp_path):
+def test_a_checkpoint_without_a_tag_is_found_where_there_is_no_default(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = timm.create_model("pyconvresnet18", num_classes=7).state_dict()
     import_weights("pyconvresnet18", save(theirs, tmp_path / "a.pth"), tmp_path)
     assert imported_names(tmp_path) == ["pyconvresnet18.imported"]
     for name in ("pyconvresnet18", "pyconvresnet18.imported"):
-        net = timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+        net: Any = timm.create_model(name, pretrained=True, cache_dir=tmp_path)
         assert (net.num_classes, net.pretrained_cfg["tag"]) == (7, "imported")
 
 
-def test_a_damaged_import_is_noticed(tensors, tmp_path):
+def test_a_damaged_import_is_noticed(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     file = import_weights(NAME, save(tensors, tmp_path / "a.pth"), tmp_path)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -312,7 +340,7 @@ def test_a_damaged_import_is_noticed(tensors, tmp_path):
         timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
 
 
-def test_a_file_got_by_hand_stands_for_the_pinned_one(private, tmp_path):
+def test_a_file_got_by_hand_stands_for_the_pinned_one(private: Callable[..., Entry], tmp_path: Path) -> None:
     net = timm.create_model("cifar_resnet20")
     save_file(net.state_dict(), tmp_path / "a.safetensors")
     sha256 = sha256_of(tmp_path / "a.safetensors")
@@ -327,7 +355,9 @@ def test_a_file_got_by_hand_stands_for_the_pinned_one(private, tmp_path):
     assert not file.exists()
 
 
-def test_removing_one_file_of_a_repository_leaves_the_others(private, tmp_path, monkeypatch):
+def test_removing_one_file_of_a_repository_leaves_the_others(
+    private: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with hub_double() as server, server.replace(monkeypatch):
         entries = []
         for name, content in {"a": b"a" * 99, "b": b"b" * 99, "c": b"b" * 99}.items():
@@ -343,8 +373,8 @@ def test_removing_one_file_of_a_repository_leaves_the_others(private, tmp_path, 
             assert blob.exists() == any(other.resolve() == blob for other in others)
 
 
-def test_weights_of_the_package_are_not_imported_over(tensors, tmp_path):
-    with pytest.raises(WeightsError, match="come with the package"):
+def test_weights_of_the_package_are_not_imported_over(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="come with a package"):
         import_weights("cifar_resnet20.cifar100", save(tensors, tmp_path / "a.pth"), tmp_path)
 
 
@@ -369,7 +399,7 @@ def private(tmp_path: Path) -> Iterator[Callable[..., Entry]]:
 
 
 @pytest.fixture
-def drive(monkeypatch: pytest.MonkeyPatch, tensors, tmp_path) -> Iterator[DriveDouble]:
+def drive(monkeypatch: pytest.MonkeyPatch, tensors: dict[str, Tensor], tmp_path: Path) -> Iterator[DriveDouble]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with drive_double(monkeypatch) as server:
         server.files["1" * 30] = save(tensors, tmp_path / "theirs.pth").read_bytes()
@@ -378,7 +408,9 @@ def drive(monkeypatch: pytest.MonkeyPatch, tensors, tmp_path) -> Iterator[DriveD
 
 
 @pytest.mark.slow
-def test_the_authors_file_is_downloaded_converted_and_kept(drive, private, tmp_path):
+def test_the_authors_file_is_downloaded_converted_and_kept(
+    drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
+) -> None:
     entry = private(original_link=DRIVE)
     with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         golden.assert_matches(outputs(FAR, tmp_path), CASE["outputs"][0])
@@ -388,14 +420,18 @@ def test_the_authors_file_is_downloaded_converted_and_kept(drive, private, tmp_p
     assert origin_of(fetch(entry, tmp_path))["origin"] == DRIVE
 
 
-def test_a_file_in_a_folder_is_found_by_its_name(drive, private, tmp_path):
+def test_a_file_in_a_folder_is_found_by_its_name(
+    drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
+) -> None:
     with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         fetch(private(original_link=FOLDER, original_file="resnet.pt"), tmp_path)
     with pytest.raises(WeightsError, match=r"the folder holds resnet\.pt, and no other\.pt"):
         fetch(private(original_link=FOLDER, original_file="other.pt"), tmp_path / "other")
 
 
-def test_googles_question_about_viruses_is_answered(drive, private, tmp_path):
+def test_googles_question_about_viruses_is_answered(
+    drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
+) -> None:
     drive.scanned.add("1" * 30)
     with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         fetch(private(original_link=DRIVE), tmp_path)
@@ -404,13 +440,17 @@ def test_googles_question_about_viruses_is_answered(drive, private, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_drive_that_is_busy_once_is_asked_again(drive, private, tmp_path, status):
+def test_a_drive_that_is_busy_once_is_asked_again(
+    drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path, status: int
+) -> None:
     drive.failures = [status]
     with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         fetch(private(original_link=DRIVE), tmp_path)
 
 
-def test_a_quota_is_reported_with_what_to_do(drive, private, tmp_path, monkeypatch):
+def test_a_quota_is_reported_with_what_to_do(
+    drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     drive.over_quota.add("1" * 30)
     with pytest.raises(WeightsError, match=r"Too many users.*by hand.*spd-zoo weights import cifar_resnet20\.far FILE"):
@@ -418,14 +458,18 @@ def test_a_quota_is_reported_with_what_to_do(drive, private, tmp_path, monkeypat
     assert [file.suffix for file in tmp_path.rglob("cifar_resnet20.far*")] == [".lock"]
 
 
-def test_the_authors_file_must_be_the_one_whose_sha256_is_known(drive, private, tmp_path):
+def test_the_authors_file_must_be_the_one_whose_sha256_is_known(
+    drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
+) -> None:
     with pytest.raises(WeightsError, match="it is another file"):
         fetch(private(original_link=DRIVE, sha256="0" * 64), tmp_path)
     entry = private(original_link=DRIVE, sha256=sha256_of(tmp_path / "theirs.pth"))
     assert fetch(entry, tmp_path) == fetch(entry, tmp_path)  # without a warning, which would be an error here
 
 
-def test_a_damaged_import_is_downloaded_again(drive, private, tmp_path):
+def test_a_damaged_import_is_downloaded_again(
+    drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
+) -> None:
     entry = private(original_link=DRIVE)
     with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         file = fetch(entry, tmp_path)
@@ -435,7 +479,9 @@ def test_a_damaged_import_is_downloaded_again(drive, private, tmp_path):
 
 
 @pytest.mark.parametrize("obstacle", ["no gdown", "offline"])
-def test_what_cannot_be_downloaded_is_to_be_got_by_hand(drive, private, tmp_path, monkeypatch, obstacle):
+def test_what_cannot_be_downloaded_is_to_be_got_by_hand(
+    drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
     if obstacle == "no gdown":
         monkeypatch.setitem(sys.modules, "gdown", None)
     else:
@@ -446,7 +492,9 @@ def test_what_cannot_be_downloaded_is_to_be_got_by_hand(drive, private, tmp_path
 
 
 @pytest.mark.slow
-def test_a_link_is_imported_over_http(tensors, tmp_path, monkeypatch):
+def test_a_link_is_imported_over_http(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = save(tensors, tmp_path / "a.pth").read_bytes()
     with hub_double() as server, server.replace(monkeypatch):
         server.files["org/repo/a.pth"] = content
@@ -461,11 +509,11 @@ def test_a_link_is_imported_over_http(tensors, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_timms_own_network_loads_what_is_pulled_for_it(tmp_path, monkeypatch):
-    theirs = timm.create_model("resnet50")
+def test_timms_own_network_loads_what_is_pulled_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: Any = timm.create_model("resnet50")
     content = save(theirs.state_dict(), tmp_path / "a.pth")
     file = import_weights("resnet50.pyconv_in1k", content, tmp_path)
-    net = timm.create_model("resnet50", pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    net: Any = timm.create_model("resnet50", pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     assert torch.equal(net.fc.weight, theirs.fc.weight)
 
 
@@ -487,13 +535,12 @@ def test_a_derived_checkpoint_says_of_its_weights_what_the_original_says(entry: 
     for field in ("source", "sha256", "license", "original_link", "dataset", "metrics", "input_size", "mean", "recipe"):
         assert getattr(entry, field) == getattr(original, field)
     assert entry.network == f"{original.network}_spd"
-    cfg = timm.get_pretrained_cfg(entry.name)
-    assert cfg is not None
+    cfg = config_of(entry.name)
     assert (cfg.license, cfg.num_classes) == ("mit", 1000) and not cfg.has_weights  # not verified
 
 
 @pytest.mark.slow
-def test_a_derived_checkpoint_is_the_original_converted(tmp_path) -> None:
+def test_a_derived_checkpoint_is_the_original_converted(tmp_path: Path) -> None:
     case = next(case for case in golden.cases("pyconv") if case["model"] == "pyconvresnet50" and not case["model_args"])
     theirs = {key: torch.from_numpy(value) for key, value in golden.fill_state_dict(case["entries"]).items()}
     name = "pyconvresnet50_spd.in1k"
@@ -513,15 +560,14 @@ def test_a_derived_checkpoint_is_the_original_converted(tmp_path) -> None:
         prepare(entries()[name], "org", file)
 
 
-def test_a_private_original_is_that_of_the_derived_checkpoint(tmp_path) -> None:
+def test_a_private_original_is_that_of_the_derived_checkpoint(tmp_path: Path) -> None:
     own = json.loads(manifest_path().read_text(encoding="utf-8"))["pyconvresnet"]["pyconvresnet50.in1k"]
     pinned = own | {"source": f"hf://org/repo@{COMMIT}:a.safetensors", "sha256": "0" * 64}
     (tmp_path / "private.json").write_text(json.dumps({"pyconvresnet": {"pyconvresnet50.in1k": pinned}}))
     try:
         spd_zoo.use_manifest(tmp_path / "private.json")
         assert entries()["pyconvresnet50_spd.in1k"].sha256 == "0" * 64
-        default = timm.get_pretrained_cfg("pyconvresnet50_spd")
-        assert default is not None and default.tag == "cifar100"
+        assert config_of("pyconvresnet50_spd").tag == "cifar100"
         mine = {"derived_from": "pyconvresnet50.in1k", "params": 1, "macs": 1}
         (tmp_path / "b.json").write_text(json.dumps({"pyconvresnet": {"pyconvhgresnet50_spd.mine": mine}}))
         spd_zoo.use_manifest(tmp_path / "b.json")

@@ -8,6 +8,7 @@ from typing import Any
 
 import check_published
 import pytest
+import timm
 from check_published import COLUMNS, PUBLISHED, RECORD, RECORDED, main, read
 
 OFF_BY_ONE = "cifar_mobilenetv3_large_w1"  # one row of its own that differs, one of BSConv's that agrees
@@ -108,7 +109,7 @@ def test_a_recorded_network_that_there_is_not_is_an_error(change: Any, capsys: p
 
 def test_a_record_that_is_made_anew_is_right(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     change("cifar_resnet20", {"macs": "1"})
-    monkeypatch.setattr(check_published.timm, "list_models", lambda: ["cifar_resnet20"])
+    monkeypatch.setattr(timm, "list_models", lambda: ["cifar_resnet20"])
     assert main(["cifar_resnet20", "--record"]) == 0
     assert main(["cifar_resnet20"]) == 0
     assert sorted(path.name for path in check_published.RECORD.parent.iterdir()) == ["PUBLISHED.csv", "RECORD.csv"]

@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import benchmark_finetune
 import bundle_weights
 import compare_starts
 import convert_experiment
+import plain_networks
 import pytest
 import timm
 import timm_contract
 import torch
+from networks import config_of
 from pictures import COLOURS, make_folders
 from PIL import Image
 from timm.models import save_for_hf
@@ -23,7 +26,7 @@ from spd_zoo.training.config import FinetuneConfig, to_yaml
 
 EVERY = timm_contract.own_networks(Classifier)
 STEPS = ("inference", "train")
-NETWORKS = benchmark.with_a_plain_way(timm_contract.one_per_architecture(EVERY))
+NETWORKS = plain_networks.with_a_plain_way(timm_contract.one_per_architecture(EVERY))
 
 
 @pytest.mark.slow
@@ -38,14 +41,14 @@ def test_one_per_architecture_has_every_layer_and_no_depth_twice() -> None:
 
 def test_networks_without_layers_of_ours_to_write_otherwise_have_no_plain_way() -> None:
     names = ["cifar_ghostnet_pfd", "pyconvresnet18", "resnet18_spd", "cifar_resnet20", "yolov5n_spd"]
-    assert benchmark.with_a_plain_way(names) == ["pyconvresnet18", "resnet18_spd"]
+    assert plain_networks.with_a_plain_way(names) == ["pyconvresnet18", "resnet18_spd"]
 
 
 @pytest.mark.parametrize("network", ["cifar_resnet20_pfd", "cifar_mobilenetv3_large", "cifar_shufflenetv2_pfd"])
 def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks(network: str) -> None:
     net = benchmark.build(network, "ours")
     folded = fold_batchnorm(net)
-    benchmark.check_agreement({"ours": net, "folded": folded}, image_size=49)
+    plain_networks.check_agreement({"ours": net, "folded": folded}, image_size=49)
     norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in other.modules()) for other in (net, folded)]
     assert norms[1] < norms[0] // 2
 
@@ -55,7 +58,7 @@ def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks
 def test_the_plain_twin_and_the_folded_networks_compute_the_same(network: str) -> None:
     nets = {"ours": benchmark.build(network, "ours"), "plain": benchmark.build(network, "plain")}
     folded = {f"{way}, folded": fold_batchnorm(net) for way, net in nets.items()}
-    benchmark.check_agreement({**nets, **folded}, image_size=49)
+    plain_networks.check_agreement({**nets, **folded}, image_size=49)
     norms = [
         [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)] for net in (nets["ours"], *folded.values())
     ]
@@ -64,20 +67,20 @@ def test_the_plain_twin_and_the_folded_networks_compute_the_same(network: str) -
 
 def test_the_plain_twin_holds_none_of_our_layers() -> None:
     for network in NETWORKS:
-        twin = benchmark.plain_twin(timm.create_model(network, device="meta"))
+        twin = plain_networks.plain_twin(timm.create_model(network, device="meta"))
         assert not [name for name, m in twin.named_modules() if type(m).__module__ == "spd_zoo.spd"]
 
 
 def test_networks_that_differ_are_not_timed() -> None:
     net = timm.create_model("resnet18_spd")
-    twin = benchmark.plain_twin(net)
+    twin: Any = plain_networks.plain_twin(net)
     with torch.no_grad():
         twin.stem[1].weight.mul_(1.1)
     with pytest.raises(AssertionError, match="twin differs from ours"):
-        benchmark.check_agreement({"ours": net, "twin": twin}, image_size=32)
+        plain_networks.check_agreement({"ours": net, "twin": twin}, image_size=32)
 
 
-def run(capsys: pytest.CaptureFixture[str], *forms: str, memory: str = "--no-memory") -> list[dict[str, float]]:
+def run(capsys: pytest.CaptureFixture[str], *forms: str, memory: str = "--no-memory") -> list[dict[str, Any]]:
     tiny = ["--image-size", "16", "--batch", "2", "--rounds", "1", "--threads", str(torch.get_num_threads())]
     assert benchmark.main(["--network", "pyconvresnet18", *tiny, "--json", memory, "--forms", *forms]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -147,7 +150,8 @@ def test_fine_tuning_is_timed_against_timms_parts(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("old", [False, True], ids=["run.yaml", "run.json"])
 def test_the_options_of_new_and_old_runs_are_read(tmp_path: Path, old: bool) -> None:
-    stored = {"model": "resnet18_spd", "data": "d", "out": "o", "lr": 0.006, "auto_augment": None, "val_size": 2500}
+    stored: dict[str, Any] = {"model": "resnet18_spd", "data": "d", "out": "o", "lr": 0.006}
+    stored |= {"auto_augment": None, "val_size": 2500}
     if old:
         (tmp_path / "run.json").write_text(json.dumps(stored))
     else:
@@ -233,7 +237,8 @@ def test_the_experiment_with_detectors_compares_runs_of_equal_seeds(
 
 @pytest.mark.exhaustive
 def test_the_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    names = timm.create_model("cifar_resnet20.cifar100").pretrained_cfg["label_names"]
+    names = config_of("cifar_resnet20.cifar100").label_names
+    assert names
     for i, name in enumerate(names):
         for split, count in (("train", 4), ("test", 1)):
             (tmp_path / "data" / split / name).mkdir(parents=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
 import timm
 import torch
@@ -32,6 +33,7 @@ from spd_zoo.training.config import RECIPES, FinetuneConfig, Plan, load_config, 
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
+from spd_zoo.training.steps import seed_everything
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +48,17 @@ def folders(tmp_path: Path) -> Path:
 
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
-    options = {"epochs": 2, "batch_size": 8, "image_size": "16", "warmup_epochs": 0, "lr": 1e-3, "workers": 0}
+    options: dict[str, Any] = {
+        "epochs": 2,
+        "batch_size": 8,
+        "image_size": "16",
+        "warmup_epochs": 0,
+        "lr": 1e-3,
+        "workers": 0,
+    }
     options |= {"bf16": False, "device": "cpu", "pretrained": False}
-    return FinetuneConfig(**{"model": "cifar_resnet20", "data": str(data), "out": out} | options | changes)
+    options |= {"model": "cifar_resnet20", "data": str(data), "out": out}
+    return FinetuneConfig(**options | changes)
 
 
 def run(data: Path, out: Path, **changes: Any) -> Result:
@@ -142,13 +152,13 @@ def _train(config: FinetuneConfig, killed_at: str = "", after: int = 0) -> None:
     sys.stdout = sys.stderr = (config.out.parent / "printed.txt").open("w")
     replace, seen = Path.replace, []
 
-    def replace_or_die(self: Path, target: Path) -> Path:
+    def replace_or_die(self: Path, target: Any) -> Path:
         seen.append(Path(target).name)
         if seen.count(killed_at) > after:
             os.killpg(0, signal.SIGKILL)
         return replace(self, target)
 
-    Path.replace = replace_or_die  # type: ignore[method-assign]
+    pytest.MonkeyPatch().setattr(Path, "replace", replace_or_die)
     try:
         finetune(config)
     except Stopped as stopped:
@@ -324,10 +334,16 @@ def test_a_run_among_the_class_folders_is_refused(folders: Path) -> None:
 
 def test_a_damaged_run_is_named(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
-    for content in (b"junk", b"", (tmp_path / "run" / "last.pt").read_bytes()[:5000]):
+    whole = (tmp_path / "run" / "last.pt").read_bytes()
+    program = hostile.script(tmp_path / "trace")
+    for content in (b"junk", b"", whole[:5000], whole + b"PK\5\6", program, program + b"PK\5\6"):
         (tmp_path / "run" / "last.pt").write_bytes(content)
         with pytest.raises(RunError, match=r"(?s)cannot read .*last\.pt: .*; if it is damaged, begin a run in another"):
             run(folders, tmp_path / "run", epochs=1)
+    torch.save({"net": {}, "step": Path("a")}, tmp_path / "run" / "last.pt")
+    with pytest.raises(RunError, match=r"last\.pt does not hold the state of a run; begin a run in another --out"):
+        run(folders, tmp_path / "run", epochs=1)
+    assert not (tmp_path / "trace").exists()
     (tmp_path / "run" / "run.yaml").write_text("junk: [")
     with pytest.raises(RunError, match=r"holds a run with a damaged run\.yaml or data\.json"):
         run(folders, tmp_path / "run", epochs=1)
@@ -412,7 +428,7 @@ def test_frozen_parts_stay_and_the_head_learns_first(folders: Path, tmp_path: Pa
 
 
 def weights_of_untrained() -> dict[str, torch.Tensor]:
-    training.seed_everything(0)
+    seed_everything(0)
     return timm.create_model("cifar_resnet20", num_classes=3).state_dict()
 
 
@@ -632,7 +648,7 @@ def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_args": "depth=3"}, "cifar_resnet20 does not take these model_args"),
+        ({"model_args": "widths=3"}, "cifar_resnet20 does not take these model_args"),
         ({"model_args": "in_chans=4"}, "takes 4 channels; images have 1 or 3"),
         ({"device": "abacus"}, "cannot use device 'abacus'"),
         ({"mean": "0.5,0.5"}, "mean has 2 numbers, but cifar_resnet20 takes 3 channels"),

@@ -9,25 +9,29 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import huggingface_hub
 import jsonschema
 import pytest
 import timm
 import torch
-from hub_double import COMMIT, hub_double
+from hub_double import COMMIT, HubDouble, hub_double
 from huggingface_hub import constants
+from networks import config_of
 from safetensors.torch import load_file, save_file
 from timm.models import load_checkpoint, save_for_hf
 
 import spd_zoo
 from spd_zoo import WeightsError
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.weights import entries, fetch, save_network, sha256_of
+from spd_zoo.weights import entries, fetch, fit, save_network, sha256_of
 from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.fit import own_networks
+from spd_zoo.weights.load import class_names
 from spd_zoo.weights.manifest import Entry, manifest_path
 
 MANIFEST = json.loads(manifest_path().read_text(encoding="utf-8"))
@@ -43,9 +47,9 @@ MIB = 2**20
 # The manifest
 
 
-def test_the_manifest_follows_its_schema():
+def test_the_manifest_follows_its_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    jsonschema.validate(MANIFEST, SCHEMA)
+    assert list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(MANIFEST)) == []
 
 
 @pytest.mark.parametrize(
@@ -67,15 +71,15 @@ def test_the_manifest_follows_its_schema():
     ],
     ids=str,
 )
-def test_the_schema_refuses(change):
+def test_the_schema_refuses(change: dict[str, Any]) -> None:
     manifest = copy.deepcopy(MANIFEST)
     manifest[UNVERIFIED[0].group][UNVERIFIED[0].name].update(change)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(manifest, SCHEMA)
 
 
-def test_no_name_or_field_occurs_twice():
-    def unique(pairs):
+def test_no_name_or_field_occurs_twice() -> None:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         assert sorted(set(keys)) == sorted(keys)
         return dict(pairs)
@@ -84,15 +88,15 @@ def test_no_name_or_field_occurs_twice():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_every_network_has_an_entry_in_the_group_of_its_file(network):
+def test_every_network_has_an_entry_in_the_group_of_its_file(network: str) -> None:
     assert network in MANIFEST[timm.model_entrypoint(network).__module__.rpartition(".")[2]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.group != "timm"], ids=lambda entry: entry.name)
-def test_an_entry_describes_the_network_that_is_built(entry):
-    net = timm.create_model(entry.name, device="meta", num_classes=entry.num_classes).eval()
-    cfg = net.pretrained_cfg
+def test_an_entry_describes_the_network_that_is_built(entry: Entry) -> None:
+    net: Any = timm.create_model(entry.name, device="meta", num_classes=entry.num_classes).eval()
+    cfg: dict[str, Any] = net.pretrained_cfg
     if cfg.get("tag", "") == entry.tag:  # else another entry is the network's default
         for field in ("num_classes", "input_size", "pool_size", "mean", "std", "crop_pct", "interpolation"):
             assert cfg[field] == getattr(entry, field)
@@ -102,7 +106,7 @@ def test_an_entry_describes_the_network_that_is_built(entry):
     assert first_conv is next(module for module in net.modules() if isinstance(module, torch.nn.Conv2d))
     maps = net.forward_features(torch.empty(1, *entry.input_size, device="meta"))
     if isinstance(net, DetectionNet):
-        classifiers = [net.get_submodule(name) for name in cfg["classifier"]]
+        classifiers: list[Any] = [net.get_submodule(name) for name in cfg["classifier"]]
         assert classifiers == list(net.get_classifier())
         assert net.num_classes_of(classifiers[0].out_channels) == entry.num_classes
         assert len(maps) == len(classifiers)
@@ -113,26 +117,28 @@ def test_an_entry_describes_the_network_that_is_built(entry):
 
 
 @pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
-def test_a_file_is_named_exactly_where_the_link_is_a_folder(entry):
+def test_a_file_is_named_exactly_where_the_link_is_a_folder(entry: Entry) -> None:
     assert bool(entry.original_file) == ("/folders/" in str(entry.original_link))
 
 
 @pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
-def test_a_checkpoint_names_all_its_classes_or_none(entry):
-    assert entry.class_names is None or len(set(entry.class_names)) == entry.num_classes
+def test_a_checkpoint_names_all_its_classes_or_none(entry: Entry) -> None:
+    assert entry.label_names is None or len(set(entry.label_names)) == entry.num_classes
     if entry.group != "timm":
-        assert timm.get_pretrained_cfg(entry.name).label_names == entry.class_names
+        assert config_of(entry.name).label_names == entry.label_names
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.group == "timm"], ids=lambda entry: entry.name)
-def test_a_checkpoint_for_a_network_of_timms_describes_that(entry):
-    net = timm.create_model(entry.network, device="meta")
+def test_a_checkpoint_for_a_network_of_timms_describes_that(entry: Entry) -> None:
+    net: Any = timm.create_model(entry.network, device="meta")
     assert sum(parameter.numel() for parameter in net.parameters()) == entry.params
     assert (net.num_classes, net.pretrained_cfg["pool_size"]) == (entry.num_classes, entry.pool_size)
 
 
-def test_the_bundled_files_are_those_of_the_manifest_and_small():
-    bundled = {entry.source.removeprefix("bundled:"): entry for entry in CHECKPOINTS if "bundled:" in str(entry.source)}
+def test_the_bundled_files_are_those_of_the_manifest_and_small() -> None:
+    bundled = {
+        str(entry.source).removeprefix("bundled:"): entry for entry in CHECKPOINTS if "bundled:" in str(entry.source)
+    }
     files = {path.name: path for path in BUNDLED.glob("*") if not path.name.startswith(".")}
     assert files.keys() == bundled.keys()
     for name, path in files.items():
@@ -142,8 +148,8 @@ def test_the_bundled_files_are_those_of_the_manifest_and_small():
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_only_verified_weights_are_a_default(network):
-    tag = timm.get_pretrained_cfg(network).tag
+def test_only_verified_weights_are_a_default(network: str) -> None:
+    tag = config_of(network).tag
     verified = {entry.name: entry.default for entry in CHECKPOINTS if entry.network == network and entry.verified}
     assert timm.list_pretrained(f"{network}.*") == sorted(verified)
     if any(verified.values()):
@@ -158,23 +164,26 @@ def test_only_verified_weights_are_a_default(network):
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
     with hub_double() as server, server.replace(monkeypatch):
         server.files["org/repo/weights.safetensors"] = b"the weights"
         yield server
 
 
-def an_entry(content=b"the weights", **fields):
+def an_entry(content: bytes = b"the weights", **fields: Any) -> Entry:
     entry = Entry("network.tag", "group", 10, (3, 32, 32), params=1, macs=1)
-    return replace(entry, **{"source": PINNED, "sha256": hashlib.sha256(content).hexdigest()} | fields)
+    pinned: dict[str, Any] = {"source": PINNED, "sha256": hashlib.sha256(content).hexdigest()}
+    return replace(entry, **pinned | fields)
 
 
-def test_a_pinned_file_is_downloaded_once_and_then_no_socket_is_opened(hub, tmp_path, monkeypatch):
+def test_a_pinned_file_is_downloaded_once_and_then_no_socket_is_opened(
+    hub: HubDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = fetch(an_entry(), tmp_path)
     assert path.read_bytes() == b"the weights"
     assert path.is_relative_to(tmp_path)
 
-    def refuse(*args, **kwargs):
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise AssertionError("a warm load opened a socket")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
@@ -185,7 +194,7 @@ def test_a_pinned_file_is_downloaded_once_and_then_no_socket_is_opened(hub, tmp_
 
 
 @pytest.mark.parametrize("damaged", [b"the veights", b"the wei", b""], ids=["one bit", "truncated", "empty"])
-def test_a_damaged_file_in_the_cache_is_downloaded_once_more(hub, tmp_path, damaged):
+def test_a_damaged_file_in_the_cache_is_downloaded_once_more(hub: HubDouble, tmp_path: Path, damaged: bytes) -> None:
     path = fetch(an_entry(), tmp_path)
     path.write_bytes(damaged)
     hub.requests.clear()
@@ -193,15 +202,18 @@ def test_a_damaged_file_in_the_cache_is_downloaded_once_more(hub, tmp_path, dama
     assert hub.requests.count(f"GET /org/repo/resolve/{COMMIT}/weights.safetensors") == 1
 
 
-def test_a_hub_that_serves_other_bytes_is_not_believed(hub, tmp_path):
+def test_a_hub_that_serves_other_bytes_is_not_believed(hub: HubDouble, tmp_path: Path) -> None:
     hub.files["org/repo/weights.safetensors"] = b"other weights"
     with pytest.raises(WeightsError) as error:
         fetch(an_entry(), tmp_path)
-    for part in ("weights.safetensors", an_entry().sha256, hashlib.sha256(b"other weights").hexdigest(), "What to do"):
+    expected, found = (hashlib.sha256(content).hexdigest() for content in (b"the weights", b"other weights"))
+    for part in ("weights.safetensors", expected, found, "What to do"):
         assert part in str(error.value)
 
 
-def test_a_damaged_file_is_refused_where_the_hub_cannot_be_asked(hub, tmp_path, monkeypatch):
+def test_a_damaged_file_is_refused_where_the_hub_cannot_be_asked(
+    hub: HubDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetch(an_entry(), tmp_path).write_bytes(b"the veights")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
@@ -210,7 +222,7 @@ def test_a_damaged_file_is_refused_where_the_hub_cannot_be_asked(hub, tmp_path, 
 
 
 @pytest.mark.slow
-def test_without_a_hub_a_cold_cache_is_reported_soon(hub, tmp_path):
+def test_without_a_hub_a_cold_cache_is_reported_soon(hub: HubDouble, tmp_path: Path) -> None:
     hub.shutdown()
     hub.server_close()
     started = time.monotonic()
@@ -219,7 +231,7 @@ def test_without_a_hub_a_cold_cache_is_reported_soon(hub, tmp_path):
     assert time.monotonic() - started < 10
 
 
-def test_offline_mode_is_honoured(hub, tmp_path, monkeypatch):
+def test_offline_mode_is_honoured(hub: HubDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     with pytest.raises(WeightsError, match="OfflineModeIsEnabled"):
@@ -228,18 +240,18 @@ def test_offline_mode_is_honoured(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", [PINNED.replace("weights", "others"), PINNED.replace(COMMIT, "f" * 40)])
-def test_a_file_that_the_hub_does_not_have_is_reported(hub, tmp_path, source):
+def test_a_file_that_the_hub_does_not_have_is_reported(hub: HubDouble, tmp_path: Path, source: str) -> None:
     with pytest.raises(WeightsError, match=r"cannot get the weights of network\.tag"):
         fetch(an_entry(source=source), tmp_path)
 
 
 @pytest.mark.parametrize("source", ["bundled:../manifest.py", "hf://org/repo@main:a", "https://example.org/a.pth"])
-def test_a_source_that_is_not_pinned_or_leads_elsewhere_is_refused(source):
-    with pytest.raises(WeightsError, match="it must be bundled:FILE or hf://"):
+def test_a_source_that_is_not_pinned_or_leads_elsewhere_is_refused(source: str) -> None:
+    with pytest.raises(WeightsError, match="it must be bundled:FILE, package:NAME:FILE or hf://"):
         fetch(an_entry(source=source))
 
 
-def test_a_bundled_file_is_checked(tmp_path, monkeypatch):
+def test_a_bundled_file_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["spd_zoo.weights.cache"], "BUNDLED", tmp_path)
     entry = an_entry(source="bundled:weights.safetensors")
     with pytest.raises(WeightsError, match="is missing"):
@@ -251,7 +263,7 @@ def test_a_bundled_file_is_checked(tmp_path, monkeypatch):
         fetch(entry)
 
 
-def test_a_hub_file_without_a_known_sha256_loads_with_a_warning(hub, tmp_path):
+def test_a_hub_file_without_a_known_sha256_loads_with_a_warning(hub: HubDouble, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="not verified"):
         assert fetch(an_entry(sha256=None), tmp_path).read_bytes() == b"the weights"
 
@@ -260,37 +272,37 @@ def test_a_hub_file_without_a_known_sha256_loads_with_a_warning(hub, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def small():
+def small() -> Any:
     """The smallest network, untrained, with ten classes."""
     torch.manual_seed(0)
     return timm.create_model("pyconvresnet18", num_classes=10).eval()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(small, tmp_path_factory):
+def checkpoint(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     save_file(small.state_dict(), path)
     return path
 
 
-def load(file, name="pyconvresnet18", **kwargs):
+def load(file: Path, name: str = "pyconvresnet18", **kwargs: Any) -> Any:
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs).eval()
 
 
-def test_a_number_of_classes_in_the_overlay_means_the_same(checkpoint):
+def test_a_number_of_classes_in_the_overlay_means_the_same(checkpoint: Path) -> None:
     overlay = {"file": str(checkpoint), "num_classes": 7}
-    net = timm.create_model("pyconvresnet18", pretrained=True, pretrained_cfg_overlay=overlay)
+    net: Any = timm.create_model("pyconvresnet18", pretrained=True, pretrained_cfg_overlay=overlay)
     assert (net.num_classes, net.pretrained_cfg["num_classes"]) == (7, 10)
 
 
-def test_a_file_without_a_classifier_makes_a_network_without_one(small, tmp_path):
+def test_a_file_without_a_classifier_makes_a_network_without_one(small: Any, tmp_path: Path) -> None:
     body = {key: tensor for key, tensor in small.state_dict().items() if not key.startswith("head.fc")}
     save_file(body, tmp_path / "body.safetensors")
     assert load(tmp_path / "body.safetensors").num_classes == 0
     assert load(tmp_path / "body.safetensors", num_classes=7).num_classes == 7
 
 
-def test_features_load_the_same_weights(small, checkpoint):
+def test_features_load_the_same_weights(small: Any, checkpoint: Path) -> None:
     image = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         maps = load(checkpoint, features_only=True, out_indices=(1, 4))(image)
@@ -300,7 +312,7 @@ def test_features_load_the_same_weights(small, checkpoint):
 
 
 @pytest.mark.slow
-def test_features_are_refused_a_checkpoint_that_does_not_fit(small, tmp_path):
+def test_features_are_refused_a_checkpoint_that_does_not_fit(small: Any, tmp_path: Path) -> None:
     tensors = dict(small.state_dict())
     del tensors["stages.2.1.bn1.weight"]
     save_file(tensors, tmp_path / "a.safetensors")
@@ -311,23 +323,42 @@ def test_features_are_refused_a_checkpoint_that_does_not_fit(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_family_is_refused(checkpoint):
+def test_a_checkpoint_of_another_family_is_refused(checkpoint: Path) -> None:
     with pytest.raises(WeightsError, match=r"does not fit resnet18_spd: .*it fits pyconvresnet18$"):
         load(checkpoint, "resnet18_spd")
 
 
 @pytest.mark.slow
-def test_a_broken_classifier_is_refused(small, tmp_path):
+def test_a_broken_classifier_is_refused(small: Any, tmp_path: Path) -> None:
     save_file(small.state_dict() | {"head.fc.weight": torch.zeros(10, 3)}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match=r"head\.fc\.weight has shape"):
         load(tmp_path / "a.safetensors")
     assert load(tmp_path / "a.safetensors", num_classes=7).num_classes == 7
 
 
+@pytest.mark.slow
+def test_a_file_of_many_names_is_not_compared_with_every_network(monkeypatch):
+    monkeypatch.setattr(fit, "filter_of", lambda model: pytest.fail("its names are looked at, which takes long"))
+    many = {f"{i:04d}{'a' * 990}": torch.zeros(500) for i in range(10_000)}
+    assert fit.which_fits(many, "pyconvresnet18") == "it fits no other network of the zoo"
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("head.fc.weight", (10**9, 0)), ("head.fc.weight", (10**6, 1)), ("stem.0.weight", (64, 10**9, 7, 0))],
+)
+def test_a_tensor_that_does_not_fit_makes_no_network_for_its_classes(small, key, shape):
+    """Which would be larger than the file, and fill the memory before the tensors are compared."""
+    meta = timm.create_model("pyconvresnet18", device="meta")
+    assert fit.facts(small.state_dict(), meta, 3) == {"num_classes": 10, "in_chans": 3}
+    found = fit.facts(small.state_dict() | {key: torch.zeros(shape)}, meta, 3)
+    assert found == {"num_classes": 10 if key.startswith("stem") else meta.num_classes, "in_chans": 3}
+
+
 class Large:
     """Takes 10 TB when it is unpickled."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[bytearray], tuple[int]]:
         return bytearray, (10**13,)
 
 
@@ -335,7 +366,9 @@ class Large:
 @pytest.mark.parametrize(
     "wrap", [lambda net: {"model": net}, lambda net: {"state_dict": net.state_dict(), "a": Large()}]
 )
-def test_a_file_is_read_by_our_parser_alone(small, tmp_path, monkeypatch, wrap, features):
+def test_a_file_is_read_by_our_parser_alone(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], Any], features: dict[str, Any]
+) -> None:
     """Not a second time by timm, which calls what torch allows, and knows no networks pickled as a whole."""
     torch.save(wrap(small), tmp_path / "a.pth")
     monkeypatch.setattr(torch, "load", lambda *arguments, **options: pytest.fail("torch.load was called"))
@@ -350,7 +383,7 @@ def test_a_file_is_read_by_our_parser_alone(small, tmp_path, monkeypatch, wrap, 
     assert "state_dict" not in net.pretrained_cfg
 
 
-def test_numbers_that_no_network_computes_with_are_refused(small, tmp_path):
+def test_numbers_that_no_network_computes_with_are_refused(small: Any, tmp_path: Path) -> None:
     key = "head.fc.bias"
     save_file(small.state_dict() | {key: torch.zeros(10).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match=r"head\.fc\.bias holds torch\.float8_e4m3fn, the network's torch\.float32"):
@@ -360,14 +393,14 @@ def test_numbers_that_no_network_computes_with_are_refused(small, tmp_path):
 class Payload:
     """Creates a file when it is unpickled."""
 
-    def __init__(self, trace):
+    def __init__(self, trace: Path) -> None:
         self.trace = trace
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
         return Path.touch, (self.trace,)
 
 
-def broken_files(small, checkpoint, folder):
+def broken_files(small: Any, checkpoint: Path, folder: Path) -> list[str]:
     torch.save(small.state_dict(), folder / "whole.pth")
     contents = {
         "truncated.safetensors": checkpoint.read_bytes()[:-1000],
@@ -387,7 +420,7 @@ def broken_files(small, checkpoint, folder):
     return [*contents, "no tensors.pth", "zipped payload.pth", "list.pth", "nothing.pth", "missing.pth", "."]
 
 
-def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(small, checkpoint, tmp_path):
+def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(small: Any, checkpoint: Path, tmp_path: Path) -> None:
     for name in broken_files(small, checkpoint, tmp_path):
         with pytest.raises(WeightsError) as error:
             load(tmp_path / name)
@@ -398,7 +431,7 @@ def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(small, checkpoi
     assert (tmp_path / "trace").exists()
 
 
-def warnings_of_loading(caplog):
+def warnings_of_loading(caplog: pytest.LogCaptureFixture) -> list[str]:
     builder = [record for record in caplog.records if record.name == "timm.models._builder"]
     return [record.message for record in builder if record.levelno >= logging.WARNING]
 
@@ -406,7 +439,9 @@ def warnings_of_loading(caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
 @pytest.mark.parametrize("in_chans", [3, 1])
-def test_a_saved_network_is_loaded_again(tmp_path, caplog, name, in_chans):
+def test_a_saved_network_is_loaded_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, in_chans: int
+) -> None:
     net = timm.create_model(name, num_classes=10, in_chans=in_chans).eval()
     save_for_hf(net, str(tmp_path), safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
@@ -420,10 +455,10 @@ def test_a_saved_network_is_loaded_again(tmp_path, caplog, name, in_chans):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar_resnet20", "yolov8n_spd"])
-def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_path, name):
+def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_path: Path, name: str) -> None:
     net = timm.create_model(name, num_classes=3)
     save_network(net, tmp_path / "new", {"input_size": (3, 64, 64), "label_names": ["a", "b", "c"]})
-    loaded = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+    loaded: Any = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
     assert (loaded.num_classes, loaded.pretrained_cfg["input_size"]) == (3, (3, 64, 64))
     assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
     for key, tensor in net.state_dict().items():
@@ -433,10 +468,19 @@ def test_save_network_writes_a_folder_that_timm_loads_with_its_class_names(tmp_p
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"model.safetensors", "config.json"}
 
 
+def test_new_class_names_replace_the_descriptions_of_the_old_ones(tmp_path):
+    net = timm.create_model("tf_efficientnet_lite0_spd.in1k", num_classes=3)
+    save_network(net, tmp_path, dict(net.pretrained_cfg, num_classes=3, label_names=["a", "b", "c"]))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert class_names(loaded.pretrained_cfg) == ["a", "b", "c"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["local-dir", "file"])
 @pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
-def test_a_network_for_grey_images_computes_what_it_did_for_the_three_channels(tmp_path, caplog, name, how):
+def test_a_network_for_grey_images_computes_what_it_did_for_the_three_channels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, how: str
+) -> None:
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=10).eval()
     save_for_hf(net, str(tmp_path), safe_serialization=True)
@@ -465,8 +509,8 @@ print(spd_zoo.__file__, net.pretrained_cfg["tag"], net.num_classes, float(net.he
 
 
 @pytest.mark.slow
-def test_an_entry_that_moves_to_the_hub_is_loaded_from_there_and_is_a_default(tmp_path):
-    net = timm.create_model("resnet50_spd", num_classes=100)
+def test_an_entry_that_moves_to_the_hub_is_loaded_from_there_and_is_a_default(tmp_path: Path) -> None:
+    net: Any = timm.create_model("resnet50_spd", num_classes=100)
     torch.nn.init.constant_(net.head.fc.bias, 0.25)
     save_file({key: tensor.half() for key, tensor in net.state_dict().items()}, tmp_path / "weights.safetensors")
     manifest = copy.deepcopy(MANIFEST)
@@ -487,12 +531,12 @@ def test_an_entry_that_moves_to_the_hub_is_loaded_from_there_and_is_a_default(tm
     assert list((tmp_path / "hf").rglob("weights.safetensors"))
 
 
-def test_the_error_for_an_unknown_tag_names_those_that_exist():
+def test_the_error_for_an_unknown_tag_names_those_that_exist() -> None:
     with pytest.raises(WeightsError, match=r"no weights called resnet50_spd\.nonsense; .*resnet50_spd\.spd_cifar10"):
         timm.create_model("resnet50_spd.nonsense", pretrained=True)
 
 
-def test_a_file_got_by_hand_is_loaded_under_its_tag(tmp_path):
+def test_a_file_got_by_hand_is_loaded_under_its_tag(tmp_path: Path) -> None:
     net = timm.create_model("resnet50_spd", num_classes=100)
     save_file(net.state_dict(), tmp_path / "a.safetensors")
     loaded = load(tmp_path / "a.safetensors", "resnet50_spd.spd_cifar10")
@@ -501,21 +545,21 @@ def test_a_file_got_by_hand_is_loaded_under_its_tag(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_without_a_tag_is_not_taken_for_the_default_weights(tmp_path):
+def test_a_file_without_a_tag_is_not_taken_for_the_default_weights(tmp_path: Path) -> None:
     """Here resnet50_spd.spd_tiny_in200 stands for a default whose input differs from the network's own."""
     net = timm.create_model("resnet50_spd", num_classes=7)
     save_file(net.state_dict(), tmp_path / "mine.safetensors")
     overlay = {"file": str(tmp_path / "mine.safetensors")}
-    plain = timm.create_model("resnet50_spd", pretrained=True, pretrained_cfg_overlay=overlay).pretrained_cfg
+    plain: Any = timm.create_model("resnet50_spd", pretrained=True, pretrained_cfg_overlay=overlay).pretrained_cfg
     assert (plain["input_size"], plain["num_classes"]) == ((3, 32, 32), 7)
     assert not plain.keys() & {"tag", "license", "origin_url", "url"}
-    tagged = timm.create_model("resnet50_spd.spd_tiny_in200", pretrained=True, pretrained_cfg_overlay=overlay)
+    tagged: Any = timm.create_model("resnet50_spd.spd_tiny_in200", pretrained=True, pretrained_cfg_overlay=overlay)
     assert (tagged.pretrained_cfg["input_size"], tagged.pretrained_cfg["tag"]) == ((3, 64, 64), "spd_tiny_in200")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["truncated", "missing"])
-def test_a_broken_file_in_a_folder_or_in_the_callers_configuration_is_named(tmp_path, broken):
+def test_a_broken_file_in_a_folder_or_in_the_callers_configuration_is_named(tmp_path: Path, broken: str) -> None:
     net = timm.create_model("resnet18_spd", num_classes=7)
     timm.models.save_for_hf(net, str(tmp_path), safe_serialization=True)
     file = tmp_path / "model.safetensors"
@@ -525,6 +569,6 @@ def test_a_broken_file_in_a_folder_or_in_the_callers_configuration_is_named(tmp_
         file.write_bytes(content)
     with pytest.raises(RuntimeError, match=re.escape(str(tmp_path))):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    cfg = dict(timm.get_pretrained_cfg("resnet18_spd").to_dict(), file=str(file))
+    cfg = dict(config_of("resnet18_spd").to_dict(), file=str(file))
     with pytest.raises(WeightsError, match=re.escape(str(file))):
         timm.create_model("resnet18_spd", pretrained=True, pretrained_cfg=cfg)

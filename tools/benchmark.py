@@ -46,16 +46,13 @@ import torch
 import torch.nn.functional as F
 from benchmark_cli import LIMIT, measure
 from convert_report import train_a_little
-from timm.models import register_notrace_module
+from plain_networks import check_agreement, plain_twin, with_a_plain_way
 from torch import Tensor, nn
 
 from spd_zoo import convert_to_spd, fold_spd
-from spd_zoo.blocks import PyConv2d
 from spd_zoo.fold import fold_batchnorm
 from spd_zoo.losses import Target
-from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d
 from spd_zoo.weights.fit import own_networks
 
 QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # patterns of forms
@@ -83,87 +80,6 @@ FORMS = [
     )
     if parts[0] == "inference" or not parts[-1]
 ]
-
-
-@register_notrace_module
-class PlainSpaceToDepth(nn.Module):
-    """`SpaceToDepth` by slices and concatenation."""
-
-    def __init__(self, order: str) -> None:
-        super().__init__()
-        self.order = order
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 4C, ceil(H / 2), ceil(W / 2))."""
-        x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
-        if self.order == "rows_first":
-            return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
-        phases = [x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]]
-        return torch.stack(phases, 2).flatten(1, 2)  # stack is a concatenation that keeps a group's channels together
-
-
-class PlainPyConv(PyConv2d):
-    """`PyConv2d` with one convolution per level."""
-
-    def __init__(self, levels: dict[str, nn.Module]) -> None:
-        nn.ModuleDict.__init__(self, levels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the concatenated outputs of the levels."""
-        return torch.cat([level(x) for level in self.values()], 1)
-
-
-def plain(module: nn.Module) -> nn.Module:
-    """One of our layers written the plain way, with the same weights; any other module with its children so."""
-    if isinstance(module, SpaceToDepth):
-        return PlainSpaceToDepth(module.order)
-    if isinstance(module, SPDConv2d | PhaseMix):
-        out_chs, in_chs, kernel, _ = module.weight.shape
-        conv = nn.Conv2d(in_chs * module.groups, out_chs, kernel, groups=module.groups, bias=False)
-        conv.weight = module.weight
-        down = PlainSpaceToDepth("channels_first")
-        if isinstance(module, PhaseMix) or kernel == 1:
-            return nn.Sequential(down, conv)
-        before, after = module.pad_before[0] // 2, module.pad_after[0] // 2
-        return nn.Sequential(down, nn.ZeroPad2d((before, after, before, after)), conv)
-    if isinstance(module, PyConv2d):
-        return PlainPyConv({name: plain(level) for name, level in module.items()})
-    for name, child in module.named_children():
-        setattr(module, name, plain(child))
-    return module
-
-
-def plain_twin(net: nn.Module) -> nn.Module:
-    """The same network, with equal weights, written the plain way."""
-    return plain(copy.deepcopy(net))
-
-
-def with_a_plain_way(names: Iterable[str]) -> list[str]:
-    """Those of the networks that are classifiers and hold a layer which the plain way writes otherwise."""
-    ours = (SpaceToDepth, SPDConv2d, PhaseMix, PyConv2d)
-    nets = {name: timm.create_model(name, device="meta") for name in names}
-    return [
-        name
-        for name, net in nets.items()
-        if isinstance(net, Classifier) and any(isinstance(module, ours) for module in net.modules())
-    ]
-
-
-def check_agreement(nets: dict[str, nn.Module], image_size: int) -> None:
-    """Raises if networks that must give the same result do not."""
-    x = torch.randn(2, 3, image_size, image_size)
-    with torch.inference_mode():
-        results = {name: _joined(net.eval()(x)) for name, net in nets.items()}
-    first, *others = results
-    for name in others:
-        error = (results[name] - results[first]).abs().max() / results[first].std()
-        if not error < 1e-3:
-            raise AssertionError(f"{name} differs from {first} by {error:.2g} of the results' standard deviation")
-
-
-def _joined(result: Any) -> Tensor:
-    """What a network gives as one tensor; a detector gives several."""
-    return result if isinstance(result, Tensor) else torch.cat([part.flatten(1) for part in result], 1)
 
 
 def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callable[[], None]:

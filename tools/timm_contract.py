@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import timm
+from timm.models import EfficientNet
 from torch import nn
 
 from spd_zoo.models._classifier import Classifier
@@ -47,8 +48,12 @@ ANY_NETWORK: dict[str, tuple[Any, ...]] = {
 # Tests that cannot apply to some of our networks: pattern of the test's id -> reason. All other tests that are left out
 # are about timm's own networks or layers; their names are printed.
 NOT_APPLICABLE = {
-    r"test_model_features_output_stride\[(?!.*pyconv).*": "only PyConvResNet has a dilated form, others refuse it",
-    r"test_resnetv2_stem_feature_odd_size\[(cifar_|shufflenet).*": "it expects a stem of stride 2, not 1 or 4",
+    r"test_model_features_output_stride\[(?!.*(pyconv|efficientnet)).*": (
+        "only PyConvResNet and EfficientNet-Lite have a dilated form, others refuse it"
+    ),
+    r"test_resnetv2_stem_feature_odd_size\[(cifar_|shufflenet|\w+_lowres).*": (
+        "it expects a stem of stride 2, not 1 or 4"
+    ),
     r"test_reset_classifier_keeps_pool\[(?!cifar_)\w+_pfd\]": "its images leave a last map of one pixel",
     r"test_reset_classifier_keeps_pool\[(cifar_)?mobilenetv3_large(_stem)?\]": (
         "before training the features are smaller than the tolerance with which it compares"
@@ -67,8 +72,8 @@ def _made(name: str) -> nn.Module:
 
 
 @cache
-def own_networks(cls: type[nn.Module]) -> list[str]:
-    """The names of our `Classifier` or `DetectionNet` networks; each architecture's from shallow to deep."""
+def own_networks(cls: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
+    """The names of our networks of some classes; each architecture's from shallow to deep."""
     return [name for name in fit.own_networks() if isinstance(_made(name), cls)]
 
 
@@ -187,7 +192,7 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:
         print(f"nothing was tested: {error}", file=sys.stderr)
         return 2
-    names = own_networks(Classifier)
+    names = own_networks((Classifier, EfficientNet))
     plugin = OnlyOurs(names if args.all else one_per_architecture(names))
     plugin.patch()
     own = ["-c", str(tests.parent.parent / "pyproject.toml"), "-p", "no:cacheprovider", "--disable-warnings", "-q"]

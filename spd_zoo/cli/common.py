@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from spd_zoo.weights.manifest import WeightsError
+
 __all__ = [
+    "DEVICE",
     "CommandError",
     "add_command",
     "complain",
@@ -17,6 +20,8 @@ __all__ = [
     "print_notes",
     "print_table",
 ]
+
+DEVICE = "torch device, such as cpu, cuda:1 or mps (default: cuda if available, else cpu)"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -85,16 +90,40 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turns a ValueError or a missing package into one sentence for the user."""
+def explained(lower: str = "") -> Iterator[None]:
+    """Turns a ValueError, a missing package or missing memory into one sentence for the user.
+
+    Args:
+        lower: What needs less memory: the advice after "out of memory".
+    """
     try:
         yield
-    except ValueError as error:  # for example a DataError, a RunError, or an option without meaning
-        raise CommandError(str(error)) from error
-    except ModuleNotFoundError as error:
+    except (CommandError, WeightsError):
+        raise
+    except Exception as error:  # also those that a library made of missing memory
+        sentence = _sentence(error, lower)
+        if not sentence:
+            raise
+        raise CommandError(sentence) from error
+
+
+def _sentence(error: Exception, lower: str) -> str:
+    """What to tell the user about an error; nothing if it is a fault of the program."""
+    if "torch" in sys.modules:
+        from spd_zoo.process import out_of_memory, ran_out_of_memory
+
+        if ran_out_of_memory(error):
+            return "; ".join(filter(None, (out_of_memory(error), lower)))
+    if isinstance(error, ValueError):  # for example a DataError, a RunError, or an option without meaning
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         install = package if package == "tensorboard" else f"spd-zoo{_EXTRAS.get(package, '')}"
-        raise CommandError(f"this needs the package {error.name}: pip install '{install}'") from error
+        return f"this needs the package {error.name}: pip install '{install}'"
+    first_line = str(error).strip().partition("\n")[0]
+    if isinstance(error, RuntimeError) and first_line.startswith("DataLoader worker (pid"):  # ended by the system
+        return f"a process that reads images ended: {first_line}; if memory ran out, use fewer --workers"
+    return ""
 
 
 def non_negative(text: str) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from spd_zoo.cli import results
 from spd_zoo.cli.common import (
+    DEVICE,
     CommandError,
     Commands,
     add_command,
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from spd_zoo.inference.detector import Detector
 
 __all__ = ["add"]
+
+_LOWER = "use a smaller --batch-size or --image-size; with --tile, small objects are still found at a small one"
 
 
 def add(commands: Commands) -> None:
@@ -37,7 +40,7 @@ def add(commands: Commands) -> None:
         "--overlap", type=float, default=0.2, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)"
     )
     command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images per batch (default: 8)")
-    command.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
+    command.add_argument("--device", help=DEVICE)
     command.add_argument("--json", action="store_true", help="print JSON, as in detections.json")
     results.add_options(command)
 
@@ -48,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
             raise CommandError("--out draws into every image, --results writes one file; give one of them")
         from spd_zoo.inference.results import detection
 
-        return results.write(options, lambda device: detection(_detector(options, device), options.model))
+        return results.write(options, lambda device: detection(_detector(options, device), options.model), _LOWER)
     from tqdm import tqdm
 
     from spd_zoo.data.notes import Notes
@@ -57,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     notes = Notes()
     paths = results.find_images(options, notes)
     done = []
-    with explained():
+    with explained(_LOWER):
         detector = _detector(options, options.device)
         few = len(paths) <= options.batch_size
         detected = detect(detector, paths, options.out)

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from spd_zoo.cli.common import Commands, add_command, complain, explained, image_size, positive, print_notes
+from spd_zoo.cli.common import DEVICE, Commands, add_command, complain, explained, image_size, positive, print_notes
 
 __all__ = ["add"]
 
@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
     command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (default: 64)")
     command.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)")
-    command.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
+    command.add_argument("--device", help=DEVICE)
     command.add_argument("--bf16", action="store_true", help="compute in bfloat16 where autocast allows it")
     command.add_argument("--image-column", default="", help="as for finetune")
     command.add_argument("--label-column", default="", help="as for finetune")
@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    with explained():
+    with explained("use a smaller --batch-size or --image-size, or fewer --workers"):
         from spd_zoo.data.classes import load_class_map
         from spd_zoo.training.evaluate import evaluate, save
 

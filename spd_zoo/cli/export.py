@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    with explained():
+    with explained("use a smaller --image-size, or a machine with more memory"):
         from spd_zoo.data.notes import Notes
         from spd_zoo.exporter import export
 

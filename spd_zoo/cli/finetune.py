@@ -6,8 +6,8 @@ import types
 import typing
 from typing import Any
 
-import spd_zoo_cli
 from spd_zoo.cli.common import Commands, add_command, explained
+from spd_zoo.cli.deferred import load_networks
 
 __all__ = ["add", "add_options"]
 
@@ -24,7 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         CommandError: If a package is missing.
     """
     with explained():
-        spd_zoo_cli.load()
+        load_networks()
         from spd_zoo.training.config import FinetuneConfig
     command.add_argument("--config", metavar="FILE", help="YAML file with options, or the name of a recipe")
     hints = typing.get_type_hints(FinetuneConfig)
@@ -44,8 +44,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     ours = ("run", "config", "needs_networks")
+    lower = "use a smaller --batch-size or --image-size, a larger --accumulate, or fewer --workers"
+    lower += "; where the run has saved its state, also another --out"
     on_command_line = {key: value for key, value in vars(options).items() if key not in ours}
-    with explained():
+    with explained(lower):
         from spd_zoo.training.config import make_config
         from spd_zoo.training.finetune import finetune
         from spd_zoo.weights.load import timm_name

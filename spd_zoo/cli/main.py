@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import spd_zoo_cli
 from spd_zoo.cli import (
     completion,
     convert,
@@ -22,6 +21,7 @@ from spd_zoo.cli import (
 )
 from spd_zoo.cli import list as list_command
 from spd_zoo.cli.common import CommandError, complain, explained
+from spd_zoo.cli.deferred import load_networks
 from spd_zoo.version import __version__
 from spd_zoo.weights.catalogue import ModelError
 from spd_zoo.weights.manifest import WeightsError
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = make_parser("finetune" in arguments[:1]).parse_args(arguments)
         if options.needs_networks:
             with explained():
-                spd_zoo_cli.load()
+                load_networks()
         status: int = options.run(options)
         sys.stdout.flush()
         return status

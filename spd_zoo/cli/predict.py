@@ -6,12 +6,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from spd_zoo.cli import results
-from spd_zoo.cli.common import Commands, add_command, complain, explained, positive, print_notes
+from spd_zoo.cli.common import DEVICE, Commands, add_command, complain, explained, positive, print_notes
 
 if TYPE_CHECKING:
     from spd_zoo.inference.classifier import Prediction
 
 __all__ = ["add"]
+
+_LOWER = "use a smaller --batch-size"
 
 
 def add(commands: Commands) -> None:
@@ -21,7 +23,7 @@ def add(commands: Commands) -> None:
     command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
     command.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes per image (default: 5)")
     command.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: 32)")
-    command.add_argument("--device", help="torch device (default: cuda if available, else cpu)")
+    command.add_argument("--device", help=DEVICE)
     command.add_argument("--json", action="store_true", help="print JSON")
     results.add_options(command)
 
@@ -34,6 +36,7 @@ def _run(options: argparse.Namespace) -> int:
         return results.write(
             options,
             lambda device: classification(options.model, options.top_k, options.batch_size, device, class_map),
+            _LOWER,
         )
     from tqdm import tqdm
 
@@ -46,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     few = len(paths) <= options.batch_size
     failed = False
     separator = "[\n"
-    with explained():
+    with explained(_LOWER):
         for prediction in tqdm(predictions, total=len(paths), unit="image", leave=False, disable=True if few else None):
             for note in prediction.notes:
                 notes.add(note, str(prediction.path))

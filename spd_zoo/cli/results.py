@@ -68,12 +68,13 @@ def class_map(options: argparse.Namespace) -> dict[str, str]:
         return load_class_map(options.class_map)
 
 
-def write(options: argparse.Namespace, job_for: "Callable[[str], Job]") -> int:
+def write(options: argparse.Namespace, job_for: "Callable[[str], Job]", lower: str) -> int:
     """Writes the file of results; returns the exit status.
 
     Args:
         options: Those of the command.
         job_for: Makes the job for a torch device.
+        lower: What needs less memory, if it runs out.
 
     Raises:
         CommandError: If options do not go together, or the file cannot be written.
@@ -82,7 +83,7 @@ def write(options: argparse.Namespace, job_for: "Callable[[str], Job]") -> int:
         raise CommandError("--json prints, --results writes a file; give one of them")
     if bool(options.data) == bool(options.images):
         raise CommandError("give either IMAGES or a data set with --data")
-    with explained():
+    with explained(lower):
         from spd_zoo.data.notes import Notes
         from spd_zoo.data.reading import find_images
         from spd_zoo.inference.loop import Files, Images

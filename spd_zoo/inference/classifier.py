@@ -105,6 +105,7 @@ class Classifier:
     Raises:
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
+        ValueError: If there is no such device.
         WeightsError: If its weights cannot be had or must not be used.
     """
 
@@ -158,6 +159,7 @@ def predict(
     Raises:
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
+        ValueError: If there is no such device.
         WeightsError: If its weights cannot be had or must not be used.
     """
     task = Classifier(model, top_k, device, class_map).task(batch_size)

@@ -235,7 +235,7 @@ class Detector:
     Raises:
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, it is no detector, or it cannot be used.
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or there is no such device.
         WeightsError: If the weights cannot be had or must not be used.
     """
 
@@ -267,7 +267,7 @@ class Detector:
         if not isinstance(net, DetectionNet):
             raise ModelError(f"{name} is no detector; `spd-zoo predict` names what images show with it")
         if device is not None:
-            net.to(device)
+            net.to(pick_device(device))
         net.eval()
         self.net = net
         channel_mode(net.in_chans, name)  # an error now, not at the first image

@@ -352,6 +352,8 @@ class _Parts:
             shutil.rmtree(self.folder)
             begun = None
         self._refuse_results()
+        if begun is not None and begun != settings and len(self.missing()) == self.count:
+            begun = None  # nothing is finished, so that other settings lose nothing
         if begun is None:
             if self.folder.exists():
                 shutil.rmtree(self.folder)

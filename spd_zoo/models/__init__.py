@@ -2,6 +2,7 @@
 
 from spd_zoo.models.bsconv_mobilenetv3 import *
 from spd_zoo.models.bsconv_resnet import *
+from spd_zoo.models.efficientnet_lite_spd import *
 from spd_zoo.models.pfd_ghostnet import *
 from spd_zoo.models.pfd_mobilenetv3 import *
 from spd_zoo.models.pfd_parc_mobilenetv2 import *

@@ -1,5 +1,7 @@
 """Shared by the networks of the BSConv library: their initialisation, and the BatchNorm on the image."""
 
+from typing import cast
+
 import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ def _fold_colours(state_dict: dict[str, Tensor], model: Classifier, name: str, n
         name: The first convolution.
         norm: The BatchNorm's weight, bias, mean and variance, one number per colour.
     """
-    eps = model.get_submodule("stem.0").eps
+    eps = cast("nn.BatchNorm2d", model.get_submodule("stem.0")).eps
     weight, bias, mean, var = (tensor.double() for tensor in norm)
     scale = weight / (var + eps).sqrt()
     shift = bias - mean * scale

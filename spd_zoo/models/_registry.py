@@ -5,7 +5,7 @@ from typing import Any
 
 import timm
 from timm.models import register_model as timm_register_model
-from timm.models._registry import _deprecated_models
+from timm.models._registry import _deprecated_models, _module_to_models
 
 __all__ = ["register_model", "register_unlisted_model"]
 
@@ -32,7 +32,8 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
 def register_unlisted_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Registers a function that `timm.create_model` needs to load saved networks and cannot call by its name alone.
 
-    `timm.list_models` leaves it out, so that every listed name can be created.
+    `timm.list_models` leaves it out, so that every listed name can be created, and `timm.list_modules` leaves out a
+    module without listed networks.
 
     Args:
         fn: Builds the network from its saved config.
@@ -45,4 +46,8 @@ def register_unlisted_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     register_model(fn)
     _deprecated_models[fn.__name__] = None  # timm's only way to keep a name out of its lists
+    module = fn.__module__.rpartition(".")[2]
+    _module_to_models[module].discard(fn.__name__)
+    if not _module_to_models[module]:
+        del _module_to_models[module]
     return fn

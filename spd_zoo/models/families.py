@@ -30,6 +30,11 @@ FAMILIES = {  # name of the page in docs/families: family
         "space-to-depth in the place of strided 3x3 convolutions and of pooling",
         ("resnet_spd",),
     ),
+    "efficientnet_lite": Family(
+        "EfficientNet-Lite-SPD",
+        "small ImageNet networks with space-to-depth in the place of every stride, and one for images of 64 pixels",
+        ("efficientnet_lite_spd",),
+    ),
     "padding_free": Family(
         "Padding-free downsampling",
         "MobileNetV3, GhostNet, ShuffleNetV2, ParC-MobileNetV2, ResNet and Wide ResNet, with BSConv, padded and not",

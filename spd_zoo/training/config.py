@@ -169,7 +169,9 @@ class FinetuneConfig:
     compile: bool = _option(False, "torch.compile the network")
     seed: int = _option(0, "seed of initial weights, data order, augmentation and held-out images")
     workers: int = _option(2, "worker processes that read and augment images", free=True)
-    device: str | None = _option(None, "torch device (default: cuda if available, else cpu)", free=True)
+    device: str | None = _option(
+        None, "torch device, such as cpu, cuda:1 or mps (default: cuda if available, else cpu)", free=True
+    )
     # the run
     resume: str = _option(
         "auto", "auto: resume a run of the same configuration in --out; never: a run there is an error", free=True

@@ -88,7 +88,7 @@ def evaluate(
     Raises:
         DataError: If the data set cannot be used, or its classes are not the network's.
         ModelError: If there is no such network, or it cannot be used.
-        ValueError: If an option has no meaning for a detector.
+        ValueError: If an option has no meaning for a detector, or there is no such device.
         WeightsError: If the weights cannot be had or must not be used.
     """
     name = pick_device(device)

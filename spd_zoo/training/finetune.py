@@ -25,7 +25,7 @@ from tqdm import tqdm
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
-from spd_zoo.process import Process, Stopped, StopSignals, join
+from spd_zoo.process import Process, Stopped, StopSignals, join, ran_out_of_memory
 from spd_zoo.training.config import (
     FinetuneConfig,
     Plan,
@@ -112,11 +112,16 @@ def finetune(config: FinetuneConfig) -> Result | None:
 
     chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process)
     run = start(chosen, task, splits, folder, process)
-    with StopSignals() as signals, _progress_bar(run) as bar:
-        while len(run.history) < config.epochs and not _stagnates(run):
-            train_epoch(run, signals, bar)
-            end_epoch(run, signals)
-    return finish(run)
+    try:
+        with StopSignals() as signals, _progress_bar(run) as bar:
+            while len(run.history) < config.epochs and not _stagnates(run):
+                train_epoch(run, signals, bar)
+                end_epoch(run, signals)
+        return finish(run)
+    except (MemoryError, RuntimeError) as error:
+        if process.first and ran_out_of_memory(error):
+            folder.abandon()
+        raise
 
 
 def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes: int, process: Process) -> Plan:

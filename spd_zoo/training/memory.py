@@ -28,6 +28,10 @@ def choose_micro_batches(weights: int, per_image: float, batch_size: int, pairs:
     """
     free = free_memory(process.device)
     if free is None:
+        process.print(
+            f"how much memory is free on {process.device} is not known: each step is computed at once; if memory runs "
+            "out, give --accumulate"
+        )
         return 1
     fixed = 4 * weights  # and gradients, optimiser, moving average
     per_image = 1.5 * per_image  # the backward pass needs some, too

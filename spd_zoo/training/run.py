@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,11 +20,13 @@ from torch import nn
 
 from spd_zoo.files import is_leftover, remove_leftovers, whole, write_csv
 from spd_zoo.training.config import FinetuneConfig, to_yaml
-from spd_zoo.weights import save_network
+from spd_zoo.weights import WeightsError, save_network
+from spd_zoo.weights.checkpoint import read_saved
 
 __all__ = ["Beginning", "RunError", "RunFolder"]
 
 _FIRST_FILES = {"data.json", "environment.json"}  # written before run.yaml, which makes it a run
+_STATE = {"net", "optimizer", "history", "best", "ema", "step", "losses"}  # what a run is resumed from
 
 
 class RunError(ValueError):
@@ -84,6 +84,12 @@ class RunFolder:
         if not (self.path / "run.yaml").exists():  # last: from now on the folder holds a run
             self.write("run.yaml", to_yaml(config))
 
+    def abandon(self) -> None:
+        """Undoes `begin` if nothing is saved yet, so that a run with other options can begin here."""
+        if not (self.path / "last.pt").exists():
+            for name in ("run.yaml", "metrics.csv", *_FIRST_FILES):  # without run.yaml, it is no run any more
+                (self.path / name).unlink(missing_ok=True)
+
     def write(self, name: str, text: str) -> None:
         """Writes a file of text."""
         with self.writing(name), whole(self.path / name) as temporary:
@@ -115,16 +121,20 @@ class RunFolder:
     def load(self) -> dict[str, Any] | None:
         """The state of the run, on the CPU; None if nothing was saved yet.
 
+        No code in the file runs, whoever wrote it.
+
         Raises:
-            RunError: If the file is damaged.
+            RunError: If the file is damaged, or is none of a run.
         """
         file = self.path / "last.pt"
         if not file.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, UnpicklingError, struct.error) as error:
+            state = read_saved(file)
+        except WeightsError as error:
             raise RunError(f"cannot read {file}: {error}; if it is damaged, begin a run in another --out") from error
+        if not isinstance(state, dict) or not state.keys() >= _STATE:
+            raise RunError(f"{file} does not hold the state of a run; begin a run in another --out")
         return state
 
     def write_network(self, net: nn.Module, cfg: dict[str, Any], model_args: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ def seed_everything(*key: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+    if torch.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 def _hash(*key: int) -> int:

@@ -38,6 +38,8 @@ from spd_zoo.weights.originals import UNTAGGED
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
+_NOT_OF_WEIGHTS = ("num_classes", "in_chans", "features_only", "out_indices", "feature_cls")
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -65,7 +67,8 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
         cfgs[key] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
             "num_classes": entry.num_classes,
-            "label_names": entry.class_names,
+            "label_names": entry.label_names,
+            "label_descriptions": entry.label_descriptions,
             "license": entry.license,
             "origin_url": entry.origin_url,
             "classifier": classifier,
@@ -129,10 +132,10 @@ def build(
         if overlay.get("file"):
             _check_tag(variant, tag, Path(overlay["file"]))
             read = read_original(Path(overlay["file"]))
-            described = _described(variant, tag, read, pretrained_filter_fn)
+            described = _described(variant, tag, read, pretrained_filter_fn, kwargs)
         elif mine := _imported_by_user(variant, tag, cache_dir):
             read = read_original(mine)
-            described = _described(variant, None, read, pretrained_filter_fn)
+            described = _described(variant, None, read, pretrained_filter_fn, kwargs)
             described |= {"file": str(mine), "tag": tag or UNTAGGED}
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
         else:
@@ -219,22 +222,26 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
     return found
 
 
-def _described(variant: str, tag: str | None, read: StateDict, filter_fn: FilterFn) -> dict[str, Any]:
+def _described(
+    variant: str, tag: str | None, read: StateDict, filter_fn: FilterFn, model_args: dict[str, Any]
+) -> dict[str, Any]:
     """The fields of timm's configuration that depend on a file's tensors: its classes and its input.
 
     Without a tag that is the network's own input, not that of the default weights.
     """
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
-    meta = timm.create_model(f"{variant}.{tag}" if tag else variant, device="meta")
+    model_args = {name: value for name, value in model_args.items() if name not in _NOT_OF_WEIGHTS} | {"device": "meta"}
+    meta = timm.create_model(f"{variant}.{tag}" if tag else variant, **model_args)
     chans, *size = entry.input_size if entry is not None else cfg_of(meta)["input_size"]
     found = facts(filter_fn(read, meta), meta, chans)
     described: dict[str, Any] = {}
     if entry is not None:
         if not tag:
-            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url", "label_names")
+            unknown = ("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url")
+            unknown += ("label_names", "label_descriptions")
             described = dict.fromkeys(unknown) | _input_of(entry)
         elif found["num_classes"] != entry.num_classes:
-            described = {"label_names": None}
+            described = {"label_names": None, "label_descriptions": None}
         described["input_size"] = (found["in_chans"], *size)
     return described | {"num_classes": found["num_classes"]}
 

@@ -1,4 +1,4 @@
-"""Where the weights of an entry are on this machine: in the package, imported, or in the Hugging Face cache.
+"""Where the weights of an entry are on this machine: in a package, imported, or in the Hugging Face cache.
 
 Needs neither torch nor huggingface_hub, so that `spd-zoo weights list` starts at once.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from spd_zoo.weights.manifest import Entry, WeightsError, entries
@@ -30,8 +31,9 @@ __all__ = [
 ]
 
 BUNDLED = Path(__file__).parent / "bundled"
-_BUNDLED_SOURCE = re.compile(r"bundled:(?P<file>\w[\w.-]*)", re.ASCII)
 _NAME = r"\w[\w.-]*"  # neither "..", nor hidden, nor absolute
+_BUNDLED_SOURCE = re.compile(rf"bundled:(?P<file>{_NAME})", re.ASCII)
+_PACKAGE_SOURCE = re.compile(rf"package:(?P<package>{_NAME}):(?P<file>{_NAME}(/{_NAME})*)", re.ASCII)
 HUB_SOURCE = re.compile(
     rf"hf://(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}}):(?P<file>{_NAME}(/{_NAME})*)", re.A
 )
@@ -53,12 +55,13 @@ def original_of(entry: Entry) -> Entry:
 
 
 def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
-    """The file of `entry` on this machine, unchecked: in the package, imported, or in the Hugging Face cache."""
+    """The file of `entry` on this machine, unchecked: in a package, imported, or in the Hugging Face cache."""
     entry = original_of(entry)
-    bundled, hub = sources(entry)
+    installed, hub = sources(entry)
+    if installed:
+        path = _installed_file(installed)
+        return path if path is not None and path.is_file() else None
     imported = find_imported(entry.name, cache_dir)
-    if bundled:
-        return BUNDLED / bundled["file"] if (BUNDLED / bundled["file"]).is_file() else None
     if imported and (hub is None or sha256_in_name(imported) == entry.sha256):
         return imported
     return find_in_hub_cache(hub, cache_dir) if hub else None
@@ -81,20 +84,32 @@ def is_right(entry: Entry, path: Path) -> bool | None:
 
 
 def sources(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:
-    """The source of an entry, as a bundled file or as one on the Hub.
+    """The source of an entry: a file that this package or another one installs, or a file on the Hub.
 
     Raises:
         WeightsError: If it is neither.
     """
     if entry.source is None:
         return None, None
-    bundled, hub = _BUNDLED_SOURCE.fullmatch(entry.source), HUB_SOURCE.fullmatch(entry.source)
-    if not bundled and not hub:
+    installed = _BUNDLED_SOURCE.fullmatch(entry.source) or _PACKAGE_SOURCE.fullmatch(entry.source)
+    hub = HUB_SOURCE.fullmatch(entry.source)
+    if not installed and not hub:
         raise WeightsError(
             f"the source of {entry.name} is {entry.source!r}; "
-            "it must be bundled:FILE or hf://ORG/REPO@<40-digit commit>:FILE"
+            "it must be bundled:FILE, package:NAME:FILE or hf://ORG/REPO@<40-digit commit>:FILE"
         )
-    return bundled, hub
+    return installed, hub
+
+
+def _installed_file(source: re.Match[str]) -> Path | None:
+    """Where the file of an installed package lies, without importing it; None if the package is not installed."""
+    package = source.groupdict().get("package")
+    if package is None:
+        return BUNDLED / source["file"]
+    try:
+        return Path(str(distribution(package).locate_file(source["file"])))
+    except PackageNotFoundError:
+        return None
 
 
 def _hugging_face_folder(name: str) -> Path:

@@ -16,6 +16,7 @@ __all__ = ["model_card"]
 _METRICS = {  # the manifest's -> the Hub's, ours
     "top1": ("accuracy", "top-1"),
     "top5": ("top_5_accuracy", "top-5"),
+    "agreement": ("agreement", "same class as the original network"),
     "ap": ("mAP", "AP"),
     "ap50": ("AP50", "AP50"),
     "ap_small": ("AP_small", "AP of small objects"),
@@ -49,7 +50,7 @@ def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str)
         notes: Further remarks.
     """
     data = ModelCardData(
-        license=entry.license,
+        license=_slug(entry.license),  # the Hub knows them in lower case
         library_name="timm",
         pipeline_tag=_task(entry),
         tags=[_task(entry), "timm", *(() if _detects(entry) else ("transformers",)), "spd_zoo"],
@@ -80,9 +81,15 @@ def _result(entry: Entry, metric: dict[str, Any]) -> EvalResult:
         dataset_name=metric["dataset"],
         dataset_split=metric["dataset"].removeprefix(entry.dataset or "").strip() or None,
         metric_type=kind,
-        metric_name=f"{words} in per cent at {metric['input_size']} pixels, {_WHO[metric['measured_by']]}",
+        metric_name=(
+            f"{words} in per cent at {metric['input_size']} pixels{_note(metric)}, {_WHO[metric['measured_by']]}"
+        ),
         metric_value=metric["value"],
     )
+
+
+def _note(metric: dict[str, Any]) -> str:
+    return f", {metric['notes']}" if metric.get("notes") else ""
 
 
 def _lines(lines: Iterable[str]) -> str:
@@ -97,8 +104,8 @@ def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> s
         about = "\n\n".join([inspect.getdoc(timm.model_entrypoint(entry.network)) or "", summary, *more])
     pixels = "x".join(map(str, entry.input_size))
     figures = [
-        f"| {metric['dataset']} | {_METRICS[metric['metric']][1]} | {metric['value']} | {metric['input_size']} | "
-        f"{_WHO[metric['measured_by']]} |"
+        f"| {metric['dataset']}{_note(metric)} | {_METRICS[metric['metric']][1]} | {metric['value']} "
+        f"| {metric['input_size']} | {_WHO[metric['measured_by']]} |"
         for metric in entry.metrics
     ]
     recipe = [

@@ -89,7 +89,8 @@ def top1(entry: Entry) -> dict[str, Any] | None:
 
 def _availability(entry: Entry) -> str:
     if entry.verified:
-        return "bundled" if str(entry.source).startswith("bundled:") else "hub"
+        place = str(entry.source).partition(":")[0]
+        return place if place in ("bundled", "package") else "hub"
     return "unverified" if entry.tag else "none"
 
 
@@ -173,6 +174,8 @@ def locate(entry: Entry, verify: bool = False) -> dict[str, Any]:
         here, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
     elif str(entry.source).startswith("bundled:"):
         here, origin = "bundled", "spd-zoo"
+    elif str(entry.source).startswith("package:"):
+        here, origin = "package", str(entry.source).split(":")[1]
     elif original_of(entry).name in imported_names():
         here, origin = "imported", origin_of(file).get("origin", "")
     else:

@@ -6,6 +6,7 @@ see something else in it, least of all to `torch.load`, which also runs TorchScr
 
 import os
 import sys
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from spd_zoo.weights.fit import MOST_DIMENSIONS, MOST_TENSORS, StateDict, checke
 from spd_zoo.weights.manifest import WeightsError
 from spd_zoo.weights.unpickle import Unknown, Unpickler
 
-__all__ = ["read_original"]
+__all__ = ["read_original", "read_saved"]
 
 _KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # the first one counts
 _LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle, or safetensors' header: names and shapes, no numbers
@@ -49,13 +50,33 @@ def read_original(file: Path, called: str = "") -> StateDict:
         WeightsError: If the file is none of these, is truncated or damaged, or asks for more than tensors.
     """
     called = called or str(file)
+    checked = checked_tensors(_found(file, called, _state_dict_in), called)
+    tensors: StateDict = clean_state_dict(checked)
+    if len(tensors) != len(checked):
+        raise WeightsError(f"{called} holds two tensors of one name, with and without `module.`; take one of them out")
+    return tensors
+
+
+def read_saved(file: Path) -> Any:
+    """What a checkpoint holds: tensors, numbers and strings, in dicts, lists and tuples; no code in it runs.
+
+    What is of another class is an `Unknown`, and a key that is neither short text nor a small number is None.
+
+    Raises:
+        WeightsError: If the file is no checkpoint, is truncated or damaged, or takes more than its tensors to read.
+    """
+    return _found(file, str(file), lambda content: content)
+
+
+def _found(file: Path, called: str, take: Callable[[Any], Any]) -> Any:
+    """What `take` makes of a checkpoint's content."""
     if not file.is_file():
         raise WeightsError(f"{called} does not exist or is no file; give the path of a checkpoint")
     try:
         with file.open("rb") as content:
             start = content.read(512)
             what = page_or_pointer(start)
-            found = _state_dict_in(_read(content, start, file)) if start and not what else None
+            found = take(_read(content, start, file)) if start and not what else None
     except OSError as error:
         raise WeightsError(f"{called} cannot be read: {error.strerror or error}") from error
     except _UNREADABLE as error:
@@ -67,11 +88,7 @@ def read_original(file: Path, called: str = "") -> StateDict:
         raise WeightsError(f"{called} is empty; get it again")
     if what:
         raise WeightsError(f"{called} is {what}, not a checkpoint. Open the link in a browser and get the file itself")
-    checked = checked_tensors(found, called)
-    tensors: StateDict = clean_state_dict(checked)
-    if len(tensors) != len(checked):
-        raise WeightsError(f"{called} holds two tensors of one name, with and without `module.`; take one of them out")
-    return tensors
+    return found
 
 
 def _reason(error: Exception) -> str:
@@ -87,7 +104,7 @@ def _read(content: BufferedReader, start: bytes, file: Path) -> Any:
     """What a file holds that begins with `start`."""
     size = os.fstat(content.fileno()).st_size
     if start.startswith(b"PK\3\4"):
-        return _read_archive(Archive(content, size))
+        return _read_archive(Archive(content, size), size)
     if start[8:9] == b"{":
         if int.from_bytes(start[:8], "little") > _LARGEST_INDEX:
             raise FormatError("safetensors with a header that is larger than names and shapes need")
@@ -132,7 +149,7 @@ def _tensors_of_module(module: Unknown) -> StateDict:
             if not isinstance(inner, dict):
                 continue
             for name in reversed(inner):
-                if name is None:
+                if not isinstance(name, str):
                     raise FormatError("a network with a part whose name is no name")
                 room -= 50 + len(prefix) + len(name)
                 if room < 0:
@@ -250,8 +267,8 @@ def _storage_of(persistent_id: Any) -> tuple[torch.dtype, str, int, Any]:
     return dtype, key, length, view
 
 
-def _read_archive(archive: Archive) -> Any:
-    """What a zip file of `torch.save` holds."""
+def _read_archive(archive: Archive, size: int) -> Any:
+    """What a zip file of `torch.save`, of `size` bytes, holds."""
     if "data.pkl" not in archive.names:
         raise FormatError("a zip file that torch.save did not write")
     if any(name == "constants.pkl" or name.startswith("code/") for name in archive.names):
@@ -276,7 +293,7 @@ def _read_archive(archive: Archive) -> Any:
             raise FormatError("a storage of two types, or of an unknown one")
         return storages[key]
 
-    return Unpickler(archive.read("data.pkl"), _KNOWN, storage).load()
+    return Unpickler(archive.read("data.pkl"), _KNOWN, storage, size).load()
 
 
 def _read_stream(content: BufferedReader, size: int) -> Any:
@@ -310,7 +327,7 @@ def _read_stream(content: BufferedReader, size: int) -> Any:
         return _Storage(memoryview(buffer)[begin : begin + count], dtype)
 
     content.seek(0)
-    unpickler = Unpickler(content.read(_LARGEST_INDEX), _KNOWN, storage)
+    unpickler = Unpickler(content.read(_LARGEST_INDEX), _KNOWN, storage, size)
     magic = unpickler.load()
     if type(magic) is not int or magic != _MAGIC:
         raise FormatError("a pickle that torch.save did not write")

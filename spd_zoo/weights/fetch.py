@@ -1,4 +1,4 @@
-"""From an entry of the manifest to a verified file: in the package, on the Hugging Face Hub or from the authors."""
+"""From an entry of the manifest to a verified file: in a package, on the Hugging Face Hub or from the authors."""
 
 import re
 import warnings
@@ -26,16 +26,15 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
         WeightsError: If the file cannot be downloaded, or is not the one that the manifest pins.
     """
     entry = original_of(entry)
-    bundled, hub = sources(entry)
+    installed, hub = sources(entry)
     path = find(entry, cache_dir)
     right = None if path is None else is_right(entry, path)
-    if path is None and bundled:
-        raise WeightsError(
-            f"{BUNDLED / bundled['file']}, the weights of {entry.name}, is missing (expected sha256 {entry.sha256}). "
-            "What to do: install spd-zoo again"
-        )
-    if path is not None and bundled and not right:
-        raise _wrong(entry, path, "install spd-zoo again")
+    if path is None and installed:
+        raise _missing(entry, installed)
+    if path is not None and installed and not right:
+        package = installed.groupdict().get("package")
+        again = f"run: pip install --force-reinstall --no-deps {package}" if package else "install spd-zoo again"
+        raise _wrong(entry, path, again)
     if path is None or right is False:
         path = _get(entry, hub, path, cache_dir)
         right = is_right(entry, path)
@@ -50,6 +49,20 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
             stacklevel=2,
         )
     return path
+
+
+def _missing(entry: Entry, source: re.Match[str]) -> WeightsError:
+    package = source.groupdict().get("package")
+    if package is None:
+        return WeightsError(
+            f"{BUNDLED / source['file']}, the weights of {entry.name}, is missing (expected sha256 {entry.sha256}). "
+            "What to do: install spd-zoo again"
+        )
+    install = f"'spd-zoo[{entry.extra}]'" if entry.extra else package
+    return WeightsError(
+        f"the weights of {entry.name} come with the package {package}, which is not installed or lacks "
+        f"{source['file']}. What to do: pip install {install}"
+    )
 
 
 def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_dir: str | Path | None) -> Path:
@@ -144,14 +157,15 @@ def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
     """Deletes the file of `entry` from the user's cache; returns its path, or None if there was no file.
 
     Raises:
-        WeightsError: If the file belongs to the package, or to the entry that this one is derived from.
+        WeightsError: If the file belongs to a package, or to the entry that this one is derived from.
     """
     if entry.derived_from is not None:
         raise WeightsError(f"the weights of {entry.name} are those of {entry.derived_from}; delete these instead")
-    bundled, _ = sources(entry)
-    if bundled:
+    installed, _ = sources(entry)
+    if installed:
+        package = installed.groupdict().get("package") or "spd-zoo"
         raise WeightsError(
-            f"the weights of {entry.name} belong to the package and cannot be removed; uninstall spd-zoo instead"
+            f"the weights of {entry.name} belong to {package} and cannot be removed; uninstall that instead"
         )
     path = find(entry, cache_dir)
     if path is None:

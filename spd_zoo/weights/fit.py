@@ -85,16 +85,31 @@ def checked_tensors(state_dict: Any, name: str) -> StateDict:
 def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, Any]:
     """The number of classes and of image channels that a checkpoint was made for.
 
+    A tensor that does not fit `meta` in its other dimensions says nothing: networks made for what it says could be
+    many times as large as the file.
+
     Args:
         state_dict: The tensors under the network's own keys.
         meta: The network, with `in_chans` image channels.
         in_chans: Image channels of `meta`.
     """
-    classifier, stem = (state_dict.get(f"{name}.weight") for name in (classifiers(meta)[0], cfg_of(meta)["first_conv"]))
-    own = meta.get_submodule(cfg_of(meta)["first_conv"]).weight
-    if isinstance(own, Tensor) and stem is not None and stem.ndim == 4:
-        in_chans = stem.shape[1] * in_chans // own.shape[1]
-    return {"num_classes": _num_classes(classifier, meta), "in_chans": in_chans}
+    names = classifiers(meta)[0], cfg_of(meta)["first_conv"]
+    classifier, stem = (state_dict.get(f"{name}.weight") for name in names)
+    own_classifier, own_stem = (meta.get_submodule(name).weight for name in names)
+    if stem is not None and _alike_but_in(1, stem, own_stem):
+        in_chans = stem.shape[1] * in_chans // own_stem.shape[1]
+    num_classes: int = meta.num_classes  # type: ignore[assignment]
+    if classifier is None or _alike_but_in(0, classifier, own_classifier):
+        num_classes = _num_classes(classifier, meta)
+    return {"num_classes": num_classes, "in_chans": in_chans}
+
+
+def _alike_but_in(dimension: int, tensor: Tensor, own: Any) -> bool:
+    """Whether a tensor has the shape of the network's own, outside one dimension."""
+    shapes = [list(t.shape) for t in (tensor, own) if isinstance(t, Tensor) and t.ndim > dimension]
+    for shape in shapes:
+        del shape[dimension]
+    return len(shapes) == 2 and shapes[0] == shapes[1]
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
@@ -149,4 +164,6 @@ def own_networks() -> list[str]:
 
 def _fits(state_dict: StateDict, name: str) -> bool:
     meta = timm.create_model(name, device="meta")
+    if len(state_dict) > 3 * len(meta.state_dict()):  # 10,000 names take long to compare
+        return False
     return misfit(filter_of(meta)(state_dict, meta), meta) is None

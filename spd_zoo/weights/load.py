@@ -13,6 +13,7 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 from spd_zoo.weights.catalogue import ModelError, unknown_network
+from spd_zoo.weights.folder import CONFIG, WEIGHTS
 
 __all__ = ["ModelError", "class_names", "class_synonyms", "first_line", "load_network", "pretrained_cfg", "timm_name"]
 
@@ -26,18 +27,32 @@ def timm_name(name: str) -> str:
         name: A network with or without a tag, a source of timm's such as `local-dir:` or `hf-hub:`, or a run's folder.
 
     Raises:
-        ModelError: If there is no such network; with the nearest names.
+        ModelError: If there is no such network, with the nearest names; or the folder has no weights in safetensors.
     """
     network = name.partition(".")[0]
     ours = {entry.network for entry in entries().values()}
     known = name in entries() or (network in ours and name in imported_names())
+    if name.startswith("local-dir:"):
+        _check_folder(Path(name.removeprefix("local-dir:")))
     if known or ":" in name or (network not in ours and timm.is_model(network)):
         return name
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise ModelError(f"{name} is a folder without config.json; choose the folder of a finished run")
+        _check_folder(Path(name))
         return f"local-dir:{name}"
     raise unknown_network(name)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises a ModelError unless timm reads safetensors in the folder: it reads what else there is by `torch.load`."""
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}")
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder} is a folder without {CONFIG}; choose the folder of a finished run")
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(
+            f"{folder} holds no {WEIGHTS}, and nothing else is read from a folder; save the network as safetensors, as "
+            "timm's save_for_hf does, or import its checkpoint: spd-zoo weights import NETWORK FILE"
+        )
 
 
 def class_names(cfg: dict[str, Any]) -> list[str]:
@@ -92,7 +107,7 @@ def load_network(model: str, device: str) -> nn.Module:
 
     Args:
         model: As for `timm_name`.
-        device: torch device.
+        device: torch device, as `pick_device` returns it.
 
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.
@@ -109,10 +124,7 @@ def load_network(model: str, device: str) -> nn.Module:
         raise
     except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {model}: {first_line(error)}") from error
-    try:
-        return net.to(device).to(memory_format=torch.channels_last)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot use device {device!r}: {first_line(error)}") from error
+    return net.to(device).to(memory_format=torch.channels_last)
 
 
 def pretrained_cfg(net: nn.Module) -> dict[str, Any]:

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 PACKAGE = Path(__file__).parent.parent
+_IMAGENET = "imagenet-1k"
 _LARGEST = 2**20  # bytes of a private manifest
 _private: str | Path | None = os.environ.get("SPD_ZOO_MANIFEST") or None
 
@@ -52,6 +53,7 @@ class Entry:
     interpolation: str = "bilinear"
     fixed_input_size: bool = False  # whether the network only takes images of the size that it was created for
     source: str | None = None
+    extra: str | None = None  # the extra of spd-zoo that installs the package of a source package:NAME:FILE
     default: bool = True  # whether these may be the network's default weights
     mirror: str | None = None
     sha256: str | None = None
@@ -62,7 +64,7 @@ class Entry:
     original_file: str | None = None  # the file's name, if original_link is a folder
     derived_from: str | None = None  # the entry whose weights this network converts when it loads them
     dataset: str | None = None
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | str | None = None  # "imagenet-1k" stands for the WordNet ids of its 1000 classes
     recipe: dict[str, Any] | None = None
     metrics: tuple[dict[str, Any], ...] = ()
     notes: str | None = None
@@ -76,6 +78,16 @@ class Entry:
     def tag(self) -> str:
         """The name after the network's; empty for the network itself."""
         return self.name.partition(".")[2]
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The name of every class, written out; for ImageNet's, timm must be installed."""
+        return _imagenet()[0] if isinstance(self.class_names, str) else self.class_names
+
+    @property
+    def label_descriptions(self) -> dict[str, str] | None:
+        """timm's English description of each class, if the classes are ImageNet's."""
+        return _imagenet()[1] if isinstance(self.class_names, str) else None
 
     @property
     def verified(self) -> bool:
@@ -177,6 +189,15 @@ def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entr
     return found
 
 
+@cache
+def _imagenet() -> tuple[tuple[str, ...], dict[str, str]]:
+    """The classes of ImageNet-1k: WordNet ids in their order, and English words for each."""
+    from timm.data import ImageNetInfo  # here, because it takes seconds and listing the manifest needs no names
+
+    info = ImageNetInfo()
+    return tuple(info.label_names()), info.label_descriptions(as_dict=True)
+
+
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -224,8 +245,9 @@ def _read_private(path: Path) -> dict[str, Entry]:
             refuse(f"has {entry.name}, but there is no network {entry.network} in this zoo")
         if network is None and not _is_timms(entry.network):
             refuse(f"has {entry.name}, but timm has no network {entry.network}")
-        if entry.class_names is not None and len(entry.class_names) != entry.num_classes:
-            refuse(f"has {len(entry.class_names)} class names for the {entry.num_classes} classes of {entry.name}")
+        named = 1000 if entry.class_names == _IMAGENET else len(entry.class_names or ())
+        if entry.class_names is not None and named != entry.num_classes:
+            refuse(f"has {named} class names for the {entry.num_classes} classes of {entry.name}")
         if network is not None and network.group != entry.group:
             refuse(f"has {entry.name} in the group {entry.group}; it belongs to {network.group}")
         original = {**_own(), **found}.get(entry.derived_from or entry.name)

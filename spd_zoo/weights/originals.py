@@ -5,6 +5,7 @@ atomically. Its metadata says where it came from.
 """
 
 import datetime
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from spd_zoo.weights.manifest import WeightsError, entries, find_entry
 
 __all__ = ["UNTAGGED", "import_original", "locked", "tagged"]
 
+_LARGEST_IMAGE = 2**25  # numbers; at 224 px that is 668 channels
 UNTAGGED = "imported"  # the tag of a checkpoint that was imported without one
 
 
@@ -66,8 +68,8 @@ def import_original(name: str, file: Path, origin: str | None = None, cache_dir:
     name = tagged(name)
     network = name.partition(".")[0]
     entry = find_entry(name)
-    if entry is not None and str(entry.source).startswith("bundled:"):
-        raise WeightsError(f"the weights of {name} come with the package; give yours another tag, like {network}.mine")
+    if entry is not None and str(entry.source).startswith(("bundled:", "package:")):
+        raise WeightsError(f"the weights of {name} come with a package; give yours another tag, like {network}.mine")
     called = origin or str(file)
     original = read_original(file, called)
     original_sha256 = sha256_of(file)
@@ -86,8 +88,14 @@ def import_original(name: str, file: Path, origin: str | None = None, cache_dir:
         raise WeightsError(f"{called} is damaged: {wild} holds a number that is not finite. Get it again")
     net = timm.create_model(network, **made_for).eval()
     net.load_state_dict(converted)
+    image = (made_for["in_chans"], *cfg_of(net)["input_size"][1:])
+    if math.prod(image) > _LARGEST_IMAGE:
+        raise WeightsError(
+            f"{called} is made for images of {image[0]} channels, too many to try it on an image of "
+            f"{image[1]} x {image[2]} pixels; give a file for fewer channels"
+        )
     with torch.inference_mode():
-        outputs = tree_leaves(net(torch.zeros(1, made_for["in_chans"], *cfg_of(net)["input_size"][1:])))
+        outputs = tree_leaves(net(torch.zeros(1, *image)))
     if not all(output.isfinite().all() for output in outputs):
         raise WeightsError(f"{called} is damaged: {network} computes a number that is not finite with it. Get it again")
     metadata = {

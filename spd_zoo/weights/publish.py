@@ -115,6 +115,8 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
         raise WeightsError(
             f"{entry.name} has no file of its own: loading it converts {entry.derived_from}; publish that"
         )
+    if file is None and str(entry.source).startswith("package:"):
+        raise WeightsError(f"{entry.name} is published already, as a package: {entry.source}; publish your own file")
     check_license(entry)
     if file is None:
         file = _fetch_offline(entry) if offline else fetch(entry)
@@ -283,4 +285,4 @@ def _network(entry: Entry, file: Path) -> nn.Module:
 
 def _config(entry: Entry, net: nn.Module) -> bytes:
     """`config.json`."""
-    return json.dumps(config_of(net, {"label_names": entry.class_names}, note=NOTE), indent=2).encode()
+    return json.dumps(config_of(net, {"label_names": entry.label_names}, note=NOTE), indent=2).encode()

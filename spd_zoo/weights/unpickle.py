@@ -3,7 +3,7 @@
 A pickle is a program for a stack machine: it names functions and has them called. The machine here calls only those
 that its user passes in; whatever else a pickle calls or creates becomes an `Unknown`. Memory and time are bounded by
 the length of the file: each operation costs a constant beside the bytes that it takes from the file, what takes more
-is counted as many operations, and nothing is hashed, compared or printed but short strings.
+is counted as many operations, and nothing is hashed, compared or printed but short strings and small numbers.
 """
 
 import pickletools
@@ -16,8 +16,10 @@ from spd_zoo.weights.archive import FormatError
 __all__ = ["Unknown", "Unpickler", "mapping"]
 
 _MOST_STEPS = 300_000  # a network of 1,000 tensors takes 30,000, with the state of its optimiser three times as many
+_BYTES_OF_STEP = 100  # of numbers beside the pickle, which allow a step more each
 _STEPS_OF_CALL = 5  # to make a tensor takes about as much memory as five other operations
 _LONGEST_KEY = 1_000  # characters
+_LARGEST_KEY = 10**6  # too small for many numbers of one hash
 _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 _STRINGS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
@@ -35,12 +37,17 @@ class Unknown:
         self.items: dict[Any, Any] | None = None  # what it holds if it is some kind of dict
 
 
-def mapping(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[str | None, Any]:
-    """A dict of the pairs whose keys are short strings; of all others the last stands under None.
+def mapping(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[str | int | None, Any]:
+    """A dict of the pairs whose keys are short strings or small numbers; of all others the last stands under None.
 
-    Weights have names. Other keys are not hashed: numbers can be chosen that take hours to put into a dict.
+    Weights have names, the states of an optimiser have indices. Other keys are not hashed: numbers can be chosen that
+    take hours to put into a dict.
     """
-    return {key if type(key) is str and len(key) <= _LONGEST_KEY else None: value for key, value in pairs}
+    return {key if _is_key(key) else None: value for key, value in pairs}
+
+
+def _is_key(key: Any) -> bool:
+    return len(key) <= _LONGEST_KEY if type(key) is str else type(key) is int and 0 <= key < _LARGEST_KEY
 
 
 class Unpickler:
@@ -50,15 +57,20 @@ class Unpickler:
         content: The pickles.
         known: What stands under a module and a name beside dicts and sets: values, and functions that may be called.
         persistent_load: Returns what a persistent id stands for.
+        size: Length of the whole file in bytes; a larger one may have more operations.
     """
 
     def __init__(
-        self, content: bytes | bytearray, known: dict[tuple[str, str], Any], persistent_load: Callable[[Any], Any]
+        self,
+        content: bytes | bytearray,
+        known: dict[tuple[str, str], Any],
+        persistent_load: Callable[[Any], Any],
+        size: int,
     ) -> None:
         self._stream = BytesIO(content)
         self._known = _CONTAINERS | known
         self._persistent_load = persistent_load
-        self._left = _MOST_STEPS
+        self._left = _MOST_STEPS + size // _BYTES_OF_STEP
 
     @property
     def position(self) -> int:
@@ -188,11 +200,11 @@ class Unpickler:
         return function(*arguments)
 
 
-def _ordered_dict(pairs: Any = ()) -> dict[str | None, Any]:
+def _ordered_dict(pairs: Any = ()) -> dict[str | int | None, Any]:
     return mapping(_sequence(pairs))
 
 
-def _set(items: Any = ()) -> dict[str | None, Any]:
+def _set(items: Any = ()) -> dict[str | int | None, Any]:
     return mapping((item, None) for item in _sequence(items))
 
 
@@ -208,7 +220,7 @@ _CONTAINERS: dict[tuple[str, str], Any] = {
 }
 
 
-def _paired(items: list[Any]) -> dict[str | None, Any]:
+def _paired(items: list[Any]) -> dict[str | int | None, Any]:
     return mapping(zip(items[::2], items[1::2], strict=True))
 
 
@@ -219,7 +231,7 @@ def _extend(target: Any, items: list[Any]) -> None:
         raise FormatError("a pickle that appends to what is no list")
 
 
-def _update(target: Any, items: dict[str | None, Any]) -> None:
+def _update(target: Any, items: dict[str | int | None, Any]) -> None:
     if isinstance(target, Unknown):
         target.items = {} if target.items is None else target.items
         target = target.items

@@ -71,7 +71,7 @@ def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int | tuple[int, in
         jittered.append(scaled * generator.uniform(0.9, 1.1))
     boxes, jittered_sizes = np.concatenate(sizes), np.concatenate(jittered)
     strides = np.array(net.strides, dtype=np.float64)[:, None, None]
-    old = (net.head.anchors.double().cpu().numpy() * strides).reshape(-1, 2)
+    old = (net.head.anchors.cpu().double().numpy() * strides).reshape(-1, 2)
     before = _recall(jittered_sizes, old)
     boxes = boxes[(boxes >= 2).any(1)]
     if before >= MIN_RECALL or len(boxes) < len(old):

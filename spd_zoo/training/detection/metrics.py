@@ -225,12 +225,12 @@ def mean_terms(net: DetectionNet, terms: dict[str, Tensor], images: int) -> dict
 @contextlib.contextmanager
 def _timed(clock: dict[str, float], stage: str, device: torch.device) -> Iterator[None]:
     """Adds the duration of the block to `clock`, in seconds, after synchronising with the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     began = time.perf_counter()
     yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     clock[stage] += time.perf_counter() - began
 
 

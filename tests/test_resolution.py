@@ -1,0 +1,176 @@
+"""Without its first strides a network takes smaller images, with the weights that it has."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from networks import noise, random_network
+from torch import Tensor, nn
+
+from spd_zoo import convert_to_spd, keep_resolution
+from spd_zoo.spd import SPDConv2d
+from spd_zoo.weights import save_network
+
+STEMS = {  # network -> what its first downsampling is
+    "resnet18": "a 7x7 convolution, then max-pooling",
+    "resnet10t": "a stem of three convolutions",
+    "tf_efficientnet_lite0": "a convolution with TensorFlow's padding",
+    "vgg11": "a 2x2 max-pooling",
+    "convnext_atto": "a 4x4 convolution of stride 4",
+    "test_nfnet": "weight-standardised convolutions",
+    "resnetblur18": "a blur pooling at the second step",
+    "skresnet18": "a selective-kernel network",
+    "test_resnet": "a small network",
+}
+
+
+def size_of(net: Any) -> tuple[int, int, int]:
+    return tuple(net.pretrained_cfg["input_size"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", STEMS)
+def test_smaller_images_give_maps_of_the_size_that_the_whole_ones_gave(name: str, steps: int) -> None:
+    net: Any = timm.create_model(name, device="meta").eval()
+    kept: Any = keep_resolution(net, steps)
+    channels, height, width = size_of(net)
+    assert size_of(kept) == (channels, height // 2**steps, width // 2**steps)
+    images, small = (torch.empty(1, *size_of(one), device="meta") for one in (net, kept))
+    assert kept.forward_features(small).shape == net.forward_features(images).shape
+    maps = kept.forward_intermediates(small, intermediates_only=True)
+    for fmap, info in zip(maps, kept.feature_info, strict=True):
+        assert fmap.shape[-2] == -(-small.shape[-2] // info["reduction"])
+    assert kept.state_dict().keys() == net.state_dict().keys()
+
+
+def test_the_first_convolution_computes_the_same_at_every_pixel() -> None:
+    net = random_network("resnet18", num_classes=5)
+    kept = keep_resolution(net)
+    x = noise(2, 3, 40, 56)
+    with torch.inference_mode():
+        full = F.conv2d(x, net.conv1.weight, padding=3)
+        assert torch.equal(kept.conv1(x), full)
+        torch.testing.assert_close(net.conv1(x), full[..., ::2, ::2])
+        assert torch.equal(kept.maxpool(full), net.maxpool(full))  # steps=1 leaves the second one
+    for key, tensor in kept.state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[key])
+
+
+def test_two_steps_also_take_the_stride_of_the_pooling_and_three_that_of_both_branches() -> None:
+    net = keep_resolution(timm.create_model("resnet18", device="meta"), 3)
+    strides = [net.conv1.stride, net.maxpool.stride, net.layer2[0].conv1.stride, net.layer2[0].downsample[0].stride]
+    assert strides == [(1, 1), 1, (1, 1), (1, 1)]
+    assert net.layer3[0].conv1.stride == (2, 2)
+    dilations = {m.dilation for m in net.modules() if isinstance(m, nn.Conv2d)}
+    assert dilations == {(1, 1)}
+
+
+def test_a_copy_is_changed_unless_in_place() -> None:
+    net: Any = timm.create_model("test_resnet", num_classes=3)
+    before = copy.deepcopy(net)
+    kept = keep_resolution(net)
+    assert kept is not net and repr(net) == repr(before) and size_of(net) == size_of(before)
+    assert net.feature_info == before.feature_info and net.pretrained_cfg == before.pretrained_cfg
+    convs = {name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
+    assert keep_resolution(net, inplace=True) is net
+    assert repr(net) == repr(kept)
+    assert all(net.get_submodule(name) is module for name, module in convs.items())
+
+
+class Plain(nn.Sequential):
+    """No network of timm's."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+
+
+@pytest.mark.parametrize(
+    ("layer", "small"),
+    [
+        (nn.Conv2d(3, 4, 3, 2, 1), 1),
+        (nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect"), 1),
+        (nn.Conv2d(3, 4, 5, 2, 4, dilation=2), 1),
+        (nn.Conv2d(3, 4, 2, 2), 1),
+        (nn.Conv2d(3, 4, 8, 8), 4),
+        (nn.Conv2d(3, 4, 1, 2), 1),
+        (nn.MaxPool2d(3, 2, 1), 1),
+        (nn.MaxPool2d(3, 2, ceil_mode=True), 1),
+        (nn.AvgPool2d(2, 2), 1),
+        (nn.AvgPool2d(4, 4), 2),
+    ],
+    ids=str,
+)
+def test_every_convolution_and_pooling_keeps_the_size_of_its_map(layer: Any, small: int) -> None:
+    net = Plain(layer, nn.Conv2d(3 if not isinstance(layer, nn.Conv2d) else 4, 2, 3, 2, 1))
+    kept: Any = keep_resolution(net, example_input=noise(1, 3, 64, 48))
+    expected = net(noise(1, 3, 64, 48)).shape
+    assert kept(noise(1, 3, 32, 24)).shape == expected
+    assert kept[0].stride in (small, (small, small))
+
+
+class Sliced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.max_pool2d(x, 2))
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (Sliced(), r"max_pool2d_with_indices, which downsamples first, is called in the forward of Sliced"),
+        (Plain(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3, 2, 1)), "pixel_unshuffle, which downsamples first"),
+        (Plain(nn.Conv2d(3, 4, 3, (2, 1), 1)), r"0 has stride \(2, 1\), which cannot be halved"),
+        (Plain(nn.Conv2d(3, 4, 3, 3, 1)), r"0 has stride \(3, 3\), which cannot be halved"),
+        (
+            Plain(nn.Conv2d(3, 4, 3, 1, 1)),
+            "there is no stride to take away",
+        ),
+        (Plain(SPDConv2d(3, 4, 3)), "call keep_resolution first, and convert_to_spd after it"),
+    ],
+    ids=["function", "space-to-depth", "rows", "three", "none", "converted"],
+)
+def test_what_cannot_be_done_is_refused_in_a_sentence(net: nn.Module, why: str) -> None:
+    before = repr(net)
+    with pytest.raises(ValueError, match=why):
+        keep_resolution(net, inplace=True, example_input=noise(1, 3, 36, 36))
+    assert repr(net) == before
+
+
+def test_what_depends_on_the_size_of_the_images_is_refused() -> None:
+    net = timm.create_model("vit_tiny_patch16_224", device="meta")
+    with pytest.raises(ValueError, match="VisionTransformer does not take images of 112x112 pixels"):
+        keep_resolution(net)
+    with pytest.raises(ValueError, match="places its boxes by the strides of its maps"):
+        keep_resolution(timm.create_model("yolov8n", device="meta"))
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        keep_resolution(net, 0)
+    with pytest.raises(ValueError, match="example_input"):
+        keep_resolution(Plain(nn.Conv2d(3, 4, 3, 2, 1)))
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["kept", "then converted"])
+def test_a_saved_network_is_what_it_was(convert: bool, tmp_path: Path) -> None:
+    net: Any = keep_resolution(keep_resolution(random_network("test_resnet", num_classes=3)), 1)
+    if convert:
+        net = convert_to_spd(net)
+    save_network(net, tmp_path)
+    again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = noise(2, 3, 40, 40)
+    with torch.inference_mode():
+        assert torch.equal(again(x), net(x))
+        maps = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()(x)
+        assert torch.equal(maps[-1], net.forward_intermediates(x, intermediates_only=True)[-1])
+    assert size_of(again) == size_of(net) and again._model_args["steps"] == 2
+
+
+def test_the_name_of_saved_networks_is_for_these_alone() -> None:
+    with pytest.raises(ValueError, match="resolution_kept is made from a saved network alone"):
+        timm.create_model("resolution_kept")
