@@ -295,16 +295,16 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
             """All outputs for a picture; only a message if there is nothing to show."""
             try:
                 picture, net = read_picture(path), load(model)
-                shown: list[Any] = [*predict_html(net, picture)]
+                outputs: list[Any] = [*predict_html(net, picture)]
                 for size in SIZES:
-                    shown += _or_reason(predict_html, net, picture, size)
+                    outputs += _or_reason(predict_html, net, picture, size)
                 for twin in twins(model):
-                    shown += [gr.Column(visible=True), twin.description, *_or_reason(compare, net, twin.net, picture)]
+                    outputs += [gr.Column(visible=True), twin.description, *_or_reason(compare, net, twin.net, picture)]
             except (ValueError, WeightsError) as error:
                 return [str(error), gr.Column(visible=False), None, "", *[gr.skip() for _ in outputs[4:]]]
             for i in range(len(twins(model)), TWINS):
-                shown += [gr.Column(visible=i == 0), _NO_TWIN if i == 0 else "", None, ""]
-            return [_summary(model, net, picture), gr.Column(visible=True), *shown]
+                outputs += [gr.Column(visible=i == 0), _NO_TWIN if i == 0 else "", None, ""]
+            return [_summary(model, net, picture), gr.Column(visible=True), *outputs]
 
         changed = [file.upload, file.clear, chosen.change]
         gr.on(changed, show, [file, chosen], outputs, trigger_mode="always_last", api_visibility="private")

@@ -269,6 +269,7 @@ PREPARE: dict[str, Callable[[Path], None]] = {
     "docs/finetuning.md": tutorial,
     "docs/detectors.md": detector,
     "docs/many_images.md": many,
+    "docs/families/efficientnet_lite.md": examples,
     "docs/families/yolov8.md": blood,
     "docs/weights.md": weights,
 }

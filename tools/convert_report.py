@@ -94,14 +94,14 @@ def images_for(net: nn.Module) -> dict[str, Tensor]:
     """Two images of each size, times 1, 2 or 4, as the network needs; without sizes that it refuses."""
     for factor in (1, 2, 4):
         images = {}
-        for kind, (height, width) in SIZES.items():
-            odd = factor - 1 if kind == "odd" else 0
+        for shape, (height, width) in SIZES.items():
+            odd = factor - 1 if shape == "odd" else 0
             x = noise(2, 3, factor * height - odd, factor * width + odd)
             try:
                 net(x)
             except (RuntimeError, ValueError, AssertionError):
                 continue
-            images[kind] = x
+            images[shape] = x
         if images:
             return images
     return {}
@@ -123,7 +123,7 @@ def compare(name: str) -> dict[str, Any]:
     images = images_for(net)
     if not images:
         return {"network": name, "left_out": "it takes none of the sizes"}
-    expected = {kind: net(x) for kind, x in images.items()}
+    expected = {shape: net(x) for shape, x in images.items()}
     converted = convert_to_spd(net, inplace=True)
     report = report_of(converted)
     row: dict[str, Any] = {
@@ -133,13 +133,13 @@ def compare(name: str) -> dict[str, Any]:
         "replaced": dict(Counter(f"{row.old} -> {row.new}" for row in report.replaced)),
         "unchanged": [f"{layer.module}, {layer.layer}: {layer.reason}" for layer in report.unchanged],
     }
-    for kind, x in images.items():
-        row[kind] = {"size": list(x.shape[2:]), "difference": difference(converted(x), expected[kind])}
+    for shape, x in images.items():
+        row[shape] = {"size": list(x.shape[2:]), "difference": difference(converted(x), expected[shape])}
     train_a_little(converted)
     folded = fold_spd(converted)
-    for kind, x in images.items():
+    for shape, x in images.items():
         trained = converted(x)
-        row[kind] |= {"moved": difference(trained, expected[kind]), "folded": difference(folded(x), trained)}
+        row[shape] |= {"moved": difference(trained, expected[shape]), "folded": difference(folded(x), trained)}
     return row
 
 
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"timm has no model file called {', '.join(sorted(unknown))}")
     worst = 0.0
     for row in rows(options.modules or timms_modules()):
-        measured = [row[kind] for kind in SIZES if kind in row]
+        measured = [row[shape] for shape in SIZES if shape in row]
         worst = max([worst, *(size[what] for size in measured for what in ("difference", "folded"))])
         if options.json:
             tqdm.write(json.dumps(row))

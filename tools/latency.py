@@ -51,11 +51,11 @@ def contenders(name: str, image_size: int) -> dict[str, Callable[[], Any]]:
     """The padded and the padding-free network, in both runtimes."""
     x = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     runs: dict[str, Callable[[], Any]] = {}
-    for kind, network in (("padded", name), ("padding-free", f"{name}_pfd")):
+    for variant, network in (("padded", name), ("padding-free", f"{name}_pfd")):
         size: dict[str, Any] = {"img_size": image_size} if "parc" in name else {}
         net = timm.create_model(network, **size).eval()
-        runs[f"eager {kind}"] = partial(net, x)
-        runs[f"onnx {kind}"] = onnx_session(net, x)
+        runs[f"eager {variant}"] = partial(net, x)
+        runs[f"onnx {variant}"] = onnx_session(net, x)
     return runs
 
 

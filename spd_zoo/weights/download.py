@@ -82,20 +82,20 @@ def download(link: str, file: str | None, path: Path) -> None:
         _download_from_drive(link, file, path)
     else:
         _patiently(lambda: _download_from_server(link, path))
-    with path.open("rb") as part:
-        what = page_or_pointer(part.read(512))
+    with path.open("rb") as content:
+        what = page_or_pointer(content.read(512))
     if what:
         raise DownloadError(f"{link} answered with {what}, instead of the file")
 
 
 def _download_from_server(link: str, path: Path) -> None:
     pauses = (_PATIENCE, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _PATIENCE)  # connect, read, write, pool
-    with get_session().stream("GET", link, timeout=pauses, follow_redirects=True) as response, path.open("wb") as part:
+    with get_session().stream("GET", link, timeout=pauses, follow_redirects=True) as response, path.open("wb") as out:
         response.raise_for_status()
         size = int(response.headers.get("Content-Length", 0)) or None
         with tqdm(desc=path.stem, total=size, unit="B", unit_scale=True, leave=False, disable=None) as progress:
             for block in response.iter_bytes(2**20):
-                progress.update(part.write(block))
+                progress.update(out.write(block))
 
 
 def _download_from_drive(link: str, file: str | None, path: Path) -> None:

@@ -75,18 +75,18 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
         path = find(entry, cache_dir)
         if path is not None and is_right(entry, path) is not False:
             return path
-        part = folder / f"{entry.name}.original"
+        downloaded = folder / f"{entry.name}.original"
         try:
             if hub:
                 if path is None:
                     path = download_from_hub(hub, cache_dir)
                 return path if is_right(entry, path) is not False else download_from_hub(hub, cache_dir, again=True)
-            download(str(entry.original_link), entry.original_file, part)
-            return _import(entry, part, cache_dir)
+            download(str(entry.original_link), entry.original_file, downloaded)
+            return _import(entry, downloaded, cache_dir)
         except DownloadError as error:
             raise _unavailable(entry, hub, damaged, error) from error
         finally:
-            part.unlink(missing_ok=True)
+            downloaded.unlink(missing_ok=True)
 
 
 def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = None) -> Path:
@@ -104,19 +104,19 @@ def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = N
     if hub is None and not re.match("https?://", str(file)):
         return import_original(name, Path(file), cache_dir=cache_dir)
     with locked(name, cache_dir) as folder:
-        part = folder / f"{name}.original"
+        downloaded = folder / f"{name}.original"
         try:
             if hub:
                 return import_original(name, download_from_hub(hub, cache_dir), str(file), cache_dir)
-            download(str(file), None, part)
-            return import_original(name, part, str(file), cache_dir)
+            download(str(file), None, downloaded)
+            return import_original(name, downloaded, str(file), cache_dir)
         except DownloadError as error:
             raise WeightsError(
                 f"cannot download {file} ({error}). What to do: try again online, or get the file by hand and run: "
                 f"spd-zoo weights import {name} FILE"
             ) from error
         finally:
-            part.unlink(missing_ok=True)
+            downloaded.unlink(missing_ok=True)
 
 
 def _import(entry: Entry, original: Path, cache_dir: str | Path | None) -> Path:

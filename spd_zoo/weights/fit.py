@@ -131,17 +131,17 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
     cfg, own = cfg_of(model), model.state_dict()
     other = () if with_classifier else tuple(f"{name}." for name in classifiers(model))
     expected = {key: list(tensor.shape) for key, tensor in own.items() if not key.startswith(other)}
-    given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
+    found = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
     adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels
     for key, shape in expected.items():
-        if key not in given:
-            missing = len(expected.keys() - given.keys())
+        if key not in found:
+            missing = len(expected.keys() - found.keys())
             return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
-        if given[key] != shape and not (key == adapted and given[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
-            return f"{key} has shape {given[key]}, the network's has {shape}"
+        if found[key] != shape and not (key == adapted and found[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
+            return f"{key} has shape {found[key]}, the network's has {shape}"
         if state_dict[key].dtype not in (_FLOATS if own[key].is_floating_point() else _FLOATS | _OTHERS):
             return f"{key} holds {state_dict[key].dtype}, the network's {own[key].dtype}"
-    surplus = [key for key in given if key not in expected]
+    surplus = [key for key in found if key not in expected]
     return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
 
 
