@@ -1,7 +1,7 @@
-"""What a network costs: parameters and operations, counted on the real network without computing it.
+"""Complexity of networks: parameters and operations, counted on the real network without computing its outputs.
 
-`trace` lists the operators that a network runs, and every count is a sum over that list. Papers print what their tools
-count, so a printed figure compares with nothing but the same rule; `COUNTERS` has each rule once.
+`trace` lists the operators that a network runs, and every count is a sum over that list. Published figures depend on
+the counting rule of the authors' tool, so they can only be compared by the same rule; `COUNTERS` has all rules.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +36,7 @@ class Operation:
         kind: One of the values of `KINDS`, "global_pool" (`nn.AdaptiveAvgPool2d(1)`), "global_mean" (a mean over the
             pixels in other words), or torch's name of the operator.
         inputs: Elements of the map that it reads.
-        outputs: Elements that it gives.
+        outputs: Elements of its output.
         macs: Multiply-accumulates of a convolution, linear layer or matrix product.
         biased: Elements that a convolution or linear layer adds a bias to.
         params: Elements of the parameters that a convolution, linear layer or BatchNorm is the first to read.
@@ -58,7 +58,7 @@ class _Recorder:
         self.unread = {_storage(parameter): parameter.numel() for parameter in parameters}
 
     def record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Adds an operator to the list, unless it reads or gives no tensor."""
+        """Adds an operator to the list, unless it reads or returns no tensor."""
         output = result[0] if isinstance(result, (tuple, list)) else result
         if isinstance(output, Tensor) and any(isinstance(arg, Tensor) for arg in args):
             self.operations.append(self._describe(name, args, output))
@@ -66,7 +66,7 @@ class _Recorder:
     def _describe(self, name: str, args: tuple[Any, ...], output: Tensor) -> Operation:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         kind = KINDS.get(name, name)
-        x = tensors[1] if name == "addmm" else tensors[0]  # the bias stands first there
+        x = tensors[1] if name == "addmm" else tensors[0]  # the bias is the first argument
         macs = biased = params = 0
         if kind == "conv":
             positions = (x if args[6] else output).shape[2:].numel()  # args[6]: transposed
@@ -83,14 +83,14 @@ class _Recorder:
 
 
 def _storage(tensor: Tensor) -> int:
-    """What a parameter shares with its views: a linear layer reads its weight transposed."""
+    """A key that a parameter shares with its views, because a linear layer reads its weight transposed."""
     return tensor.untyped_storage()._cdata
 
 
 def trace(net: nn.Module, input_size: tuple[int, int, int]) -> list[Operation]:
     """The operators that `net` runs in evaluation for one image of `input_size` (C, H, W), in their order.
 
-    A detector's decoding of what it predicts is among them.
+    For a detector they include the decoding of its predictions.
 
     Only `net` on the "meta" device is counted exactly: on a CPU, pyramids are computed packed, with more operations.
 
@@ -115,10 +115,10 @@ def count_params(net: nn.Module) -> int:
 
 
 def count_layer_params(operations: Iterable[Operation]) -> int:
-    """Parameters that convolutions, linear layers and BatchNorms read, which is what thop sees of a network.
+    """Parameters that convolutions, linear layers and BatchNorms read, as thop counts them.
 
-    thop looks at modules without children that run: it misses position encodings, attention biases and unused layers.
-    (A kernel that is computed from parameters, as `SPDConv2d`'s, is missed here; no figure of thop's is about those.)
+    thop counts modules without children that run: it misses position encodings, attention biases and unused layers.
+    (This function also misses kernels computed from parameters, as in `SPDConv2d`; thop has no figures of those.)
     """
     return sum(operation.params for operation in operations)
 
@@ -135,7 +135,7 @@ def count_macs(net: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def count_activations(operations: Iterable[Operation]) -> int:
-    """Elements that convolutions, linear layers and matrix products give, as fvcore counts activations."""
+    """Output elements of convolutions, linear layers and matrix products, as fvcore counts activations."""
     return _total(operations, dict.fromkeys(("conv", "linear", "matmul"), lambda op: op.outputs))
 
 
@@ -144,14 +144,14 @@ def _total(operations: Iterable[Operation], costs: dict[str, Callable[[Operation
 
 
 def macs(operations: Sequence[Operation]) -> int:
-    """Multiply-accumulates of convolutions and linear layers: what this project quotes."""
+    """Multiply-accumulates of convolutions and linear layers: the MACs on this project's pages."""
     return _total(operations, {"conv": lambda op: op.macs, "linear": lambda op: op.macs})
 
 
 def fvcore(operations: Sequence[Operation]) -> int:
     """fvcore 0.1.5: MACs, of matrix products too, 2 for each element into a BatchNorm, 1 into `nn.AdaptiveAvgPool2d`.
 
-    fvcore itself gives the same, but cannot trace on the "meta" device, and where it can, pyramids are packed.
+    fvcore itself gives the same counts, but cannot trace on the "meta" device, and on a CPU pyramids are packed.
     """
     costs: dict[str, Callable[[Operation], int]] = {
         **dict.fromkeys(("conv", "linear", "matmul"), lambda op: op.macs),
@@ -182,8 +182,8 @@ def thop_2019(operations: Sequence[Operation]) -> int:
     """thop 0.0.22 to 0.0.23.post1907, which made PyConvResNet's tables.
 
     Convolutions, 4 for each element into a BatchNorm, 3 (not 9) out of a 3x3 max-pool, h * w + 1 out of the average
-    pool, 2 * inputs - 1 out of a linear layer. A ReLU module counts its last call only: the stem's, and of a block,
-    whose calls share one module, that behind the addition.
+    pool, 2 * inputs - 1 out of a linear layer. Of a ReLU module only the last call counts: the stem's, and in a block,
+    whose calls share one module, the call after the addition.
     """
     costs: dict[str, Callable[[Operation], int]] = {
         "conv": lambda op: op.macs,
@@ -206,8 +206,8 @@ def thop_2020(operations: Sequence[Operation], pools: str = "none") -> int:
     Args:
         operations: What `trace` gives.
         pools: Which global pools are modules there. "all", GhostNet: those of squeeze-and-excitation and of the head.
-            "head", MobileNetV3: the last one; the layer behind it, ours a 1x1 convolution, is linear there. "none":
-            the functions that ParC-MobileNetV2 and ShuffleNetV2 call.
+            "head", MobileNetV3: the last one; the layer after it is linear there, but a 1x1 convolution in ours.
+            "none", ParC-MobileNetV2 and ShuffleNetV2, which call functions.
     """
     found = [i for i, operation in enumerate(operations) if operation.kind in ("global_pool", "global_mean")]
     modules = {"all": found, "head": found[-1:], "none": []}[pools]
@@ -231,7 +231,7 @@ def ssd(operations: Sequence[Operation]) -> int:
     """The profiler of small_object_detection, for its SSD networks.
 
     Convolutions with their bias, 2 for each element into a BatchNorm, 1 into a max-pool, a ReLU6 and a ReLU of the
-    backbone. It does not see functions, which the ReLUs behind the L2 normalisation are there.
+    backbone. It does not count functions, such as the ReLUs after the L2 normalisation there.
     """
     costs: dict[str, Callable[[Operation], int]] = {
         "conv": lambda op: op.macs + op.biased,

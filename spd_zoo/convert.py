@@ -1,8 +1,8 @@
-"""Any convolutional network without strided or pooling downsampling, computing the same as before; and the way back.
+"""Removes strided and pooling downsampling from any convolutional network without changing what it computes.
 
-`convert_to_spd` puts a space-to-depth layer of `spd_zoo.spd` in the place of every convolution and pooling with a
-stride, with weights that give the same function (docs/convert.md). What it replaced, and what it could not, is in the
-`spd_report` of the network that it returns. `spd_zoo.fold` is the way back, for deployment.
+`convert_to_spd` replaces every convolution and pooling with a stride by a space-to-depth layer of `spd_zoo.spd` whose
+weights give the same function (docs/convert.md). The `spd_report` of the returned network lists what was replaced and
+what was not. `spd_zoo.fold` is the way back, for deployment.
 
 Space-to-depth: Sunkara and Luo, No More Strided Convolutions or Pooling, https://arxiv.org/abs/2208.03641. Weights that
 keep the function: Chen, Goodfellow and Shlens, Net2Net, https://arxiv.org/abs/1511.05641.
@@ -126,23 +126,23 @@ def convert_to_spd(
     inplace: bool = False,
     example_input: Tensor | None = None,
 ) -> nn.Module:
-    """The same network with space-to-depth layers in place of strides and poolings; not one prediction changes.
+    """Replaces strides and pooling in a network by space-to-depth layers, without changing its predictions.
 
-    Replaced are convolutions of any kernel, padding (also TensorFlow's "same"), dilation, groups and bias, weight
-    standardised ones too; max-pooling, average pooling and timm's BlurPool2d; at any stride that is the same for rows
-    and columns. The new layers read every pixel in front of them: `spd_zoo.spd` says how. Downsampling that is no
-    module of its own (a function called in some `forward`, a slice with a step) stays, and is in the report.
+    It replaces convolutions of any kernel, padding (also TensorFlow's "same"), dilation, groups and bias, also with
+    weight standardisation; max-pooling, average pooling and timm's BlurPool2d; at any stride that is the same for rows
+    and columns. The new layers read every pixel of their input (see `spd_zoo.spd`). Downsampling that is not a module
+    (a function called in a `forward`, a slice with a step) is left unchanged, and the report lists it.
 
-    A network of timm's remembers in its config what was done: `spd_zoo.weights.save_network` writes it, and
-    `timm.create_model("local-dir:...")` makes the converted network again.
+    The config of a timm network records the conversion: `spd_zoo.weights.save_network` writes it, and
+    `timm.create_model("local-dir:...")` creates the converted network again.
 
     Args:
-        model: The network; the layers' hooks go on to their successors.
-        include: Patterns of module names, as `layer4.*`; None: all.
-        exclude: Patterns of module names that stay as they are.
-        inplace: Change `model` itself, and return it, instead of a copy.
-        example_input: Images as the network takes them, (N, C, H, W), with which to compare the outputs before and
-            after, in fp32. Networks that are not timm's need them, because no `pretrained_cfg` says their size.
+        model: The network; hooks of replaced layers move to the new layers.
+        include: Patterns of module names, such as `layer4.*`; None: all.
+        exclude: Patterns of module names to leave unchanged.
+        inplace: Change and return `model` itself instead of a copy.
+        example_input: Preprocessed images, (N, C, H, W), for which the outputs before and after are compared in fp32.
+            Required for networks that are not timm's, whose image size is unknown without a `pretrained_cfg`.
 
     Returns:
         The network, with an `SPDReport` in its attribute `spd_report`.
@@ -150,7 +150,7 @@ def convert_to_spd(
     Raises:
         ValueError: If the size of the images is unknown, or a pattern in `include` names nothing that downsamples.
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation;
-            `model` then is as it was.
+            `model` then is unchanged.
     """
     size = image_size(model, example_input)
     include = [include] if isinstance(include, str) else include
@@ -204,8 +204,8 @@ def convert_to_spd(
         if example_input is not None:
             assert expected is not None
             advice = (
-                "find the layer by converting a part at a time, with include=..., and leave it out with exclude=...\n"
-                f"{report}"
+                "find the layer by converting a few modules at a time with include=..., "
+                f"and leave it out with exclude=...\n{report}"
             )
             report = replace(report, difference=check_same(converted, example_input, expected, advice))
         _remember(converted, list(successors))
@@ -225,7 +225,7 @@ def _report(
     new: dict[str, nn.Module],
     reasons: dict[str, str],
 ) -> SPDReport:
-    """What was replaced, and what downsamples still and why."""
+    """The replaced layers, and what still downsamples and why."""
     replaced = [
         Replaced(
             name,
@@ -253,13 +253,13 @@ def _report(
 
 @dataclass
 class _Trace:
-    """What a network does with an image.
+    """Operations of a network on an image.
 
     Attributes:
         params: Parameters.
         macs: Multiply-accumulates of convolutions and linear layers.
         channels: For each module that was called, the numbers of channels of its input maps.
-        conv_macs: Multiply-accumulates of the convolutions that ran right in a module.
+        conv_macs: Multiply-accumulates of the convolutions that a module runs itself, not in a submodule.
         downsampling: Everything that downsampled outside of our layers.
         parameters_read_elsewhere: Modules whose parameters an operator outside of them reads.
     """
@@ -332,7 +332,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Trace:
     return trace
 
 
-# operators that resample a map: whether they downsample is seen from the sizes
+# operators that resample a map; the sizes tell whether they downsample
 _RESAMPLING = (
     *("adaptive_avg_pool2d", "adaptive_max_pool2d", "fractional_max_pool2d", "upsample_", "grid_sampler"),
     *("index_select", "gather", "take_along_dim", "roi_align"),
@@ -342,7 +342,7 @@ _RESAMPLING = (
 def _downsamples_by(name: str, args: tuple[Any, ...], output: Tensor) -> bool:
     """Whether an operator downsamples: by a stride, or to a smaller number of pixels.
 
-    Pooling of the whole map to one pixel is a classifier's or an attention's, and no downsampling.
+    Pooling of the whole map to one pixel, as in a classifier or in attention, does not count as downsampling.
     """
     name, x = name.lstrip("_"), args[0]
     if name == "convolution":
@@ -365,7 +365,7 @@ def _downsamples_by(name: str, args: tuple[Any, ...], output: Tensor) -> bool:
 
 
 def _downsamples(module: nn.Module) -> bool:
-    """Whether a module is a convolution or pooling with a stride, and none of ours."""
+    """Whether a module is a convolution or pooling with a stride, and not one of our layers."""
     if isinstance(module, SPDConv2d | PhaseMix):
         return False
     layers = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
@@ -391,7 +391,7 @@ def _describe(module: nn.Module) -> str:
 
 
 def _replace(net: nn.Module, successors: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The network with other modules in the place of some; hooks and modes go on to them."""
+    """The network with some modules replaced; their hooks and modes move to the new modules."""
     for old, new in successors.items():
         new.train(old.training)
         move_hooks(old, new)
@@ -400,12 +400,12 @@ def _replace(net: nn.Module, successors: dict[nn.Module, nn.Module]) -> nn.Modul
 
 @torch.no_grad()
 def _successor(module: Any, chs: int, like: Tensor) -> nn.Module | str:
-    """Our layer that computes what a convolution or pooling with a stride does, or why there is none.
+    """Our layer that computes the same as a convolution or pooling with a stride, or the reason why there is none.
 
     Args:
         module: The convolution or pooling.
-        chs: Channels of the map that it is given.
-        like: A tensor whose device and type a new parameter has where `module` has none.
+        chs: Channels of its input.
+        like: A tensor with the device and type for a new parameter if `module` has no parameters.
     """
     strides = to_2tuple(module.stride)
     if strides[0] != strides[1]:
@@ -491,7 +491,7 @@ def _blur_successor(blur: BlurPool2d, chs: int, like: Tensor) -> nn.Module | str
 
 
 def _remember(net: Any, names: list[str]) -> None:
-    """Says in the config of a classifier of timm's from which network it was made, and what was replaced."""
+    """Records in the config of a timm classifier from which network it was converted, and what was replaced."""
     cfg: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
     if not names or not cfg.get("architecture") or not hasattr(net, "num_classes"):
         return
@@ -512,7 +512,7 @@ def spd_converted(
     """A converted network, as its saved config describes it: what `timm.create_model("local-dir:...")` calls.
 
     Args:
-        pretrained: Load the weights beside the config.
+        pretrained: Load the weights in the config's folder.
         base: The network that was converted.
         include: The modules that were replaced.
         pretrained_cfg: The saved config.
@@ -524,7 +524,7 @@ def spd_converted(
     """
     if not base or not pretrained_cfg:
         raise ValueError(
-            "spd_converted is made from a saved network alone: give timm.create_model the folder, local-dir:FOLDER, "
+            "spd_converted needs a saved network: give timm.create_model the folder, local-dir:FOLDER, "
             "or convert a network with spd_zoo.convert_to_spd"
         )
     own = {key: kwargs[key] for key in ("network", "steps") if key in kwargs}  # where base is resolution_kept
@@ -539,7 +539,7 @@ def spd_converted(
         return cast("nn.Module", net)
 
     def fitting(state_dict: dict[str, Tensor], net: Any) -> dict[str, Tensor]:
-        if own.get("network", base) in own_networks():  # which may adapt more than the first convolution
+        if own.get("network", base) in own_networks():  # it may adapt more than the first convolution
             state_dict = filter_of(net)(state_dict, net)
         for name in names:
             conv, weight = net.get_submodule(name), state_dict.get(f"{name}.weight")

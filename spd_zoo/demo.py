@@ -47,15 +47,15 @@ SAME_OBJECT = 0.5  # IoU of boxes of two detectors
 
 _SPD_LAYERS = (PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d)
 _ABOUT = """# spd_zoo: small pictures, small objects
-Drop a picture and choose a network: a classifier names what it shows, a detector finds objects in it. All is computed
-by the machine that serves this page."""
+Drop a picture and choose a network: a classifier predicts its class, a detector finds objects in it. Everything is
+computed on the machine that serves this page."""
 _SMALLER = """## The effect of image size
-The same network, given the picture at fewer (or more) pixels. Shown is what it gets, enlarged. No network has been
-trained at every size, so an answer can get worse in both directions from its own."""
+The same network gets the picture at fewer (or more) pixels; its input is shown enlarged. No network was trained at
+every size, so predictions can get worse at smaller and at larger sizes than its own."""
 _TWINS = """## Strided against space-to-depth
-The chosen network beside its twins, at its own size: the same weights with the other type of layers, and the other
+The chosen network next to its twins, at its own size: the same weights with the other type of layers, and the other
 network of a pair."""
-_NO_TWIN = "There is nothing to compare with: the network has no layer that `convert_to_spd` or `fold_spd` exchanges."
+_NO_TWIN = "There is nothing to compare with: the network has no layer that `convert_to_spd` or `fold_spd` replaces."
 _CSS = ".answer table { width: 100%; margin-left: 0 } .answer td + td { text-align: right }"
 
 
@@ -70,7 +70,7 @@ def read_picture(file: str | None) -> Image.Image:
     try:
         picture = read_image(file)
     except ValueError as error:
-        raise ValueError(f"This file cannot be used: {error}. Try another, or save it anew as PNG or JPEG.") from error
+        raise ValueError(f"This file cannot be used: {error}. Try another, or save it again as PNG or JPEG.") from error
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture
 
@@ -110,7 +110,7 @@ def predict_html(net: nn.Module, picture: Image.Image, size: int | None = None) 
         ValueError,
         AssertionError,
     ) as error:  # a size that the network does not take
-        raise ModelError(f"no answer at {size or 'its own number of'} pixels: {error}") from error
+        raise ModelError(f"no prediction at {size or 'its own number of'} pixels: {error}") from error
     names = class_names(pretrained_cfg(net))
     best = probabilities.argsort(descending=True)[:TOP].tolist()
     return seen, _table(("class", "probability"), [(names[i], _percent(probabilities[i])) for i in best])
@@ -185,7 +185,7 @@ def twins(model: str) -> tuple[Twin, ...]:
         bare = network.removesuffix(suffix)
         other, variant = (f"{bare}.{tag}", without) if bare != network else (f"{bare}{suffix}.{tag}", having)
         if model in here and other in here and not _same_file(model, other):
-            return (*found, Twin(load(other), f"**{other}**, the {variant} network, with weights of its own."))
+            return (*found, Twin(load(other), f"**{other}**, the {variant} network, which has its own weights."))
     return tuple(found)
 
 
@@ -196,7 +196,7 @@ def _same_file(model: str, other: str) -> bool:
 
 
 def compare(net: nn.Module, twin: nn.Module, picture: Image.Image) -> tuple[Image.Image, str]:
-    """What the twin is given (a detector's boxes in it), and both answers with their differences, as HTML.
+    """The twin's input (with a detector's boxes), and both networks' predictions with their differences, as HTML.
 
     Raises:
         ModelError: If the networks cannot be compared, or do not take the picture.
@@ -295,16 +295,16 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
             """All outputs for a picture; only a message if there is nothing to show."""
             try:
                 picture, net = read_picture(path), load(model)
-                shown: list[Any] = [*predict_html(net, picture)]
+                outputs: list[Any] = [*predict_html(net, picture)]
                 for size in SIZES:
-                    shown += _or_reason(predict_html, net, picture, size)
+                    outputs += _or_reason(predict_html, net, picture, size)
                 for twin in twins(model):
-                    shown += [gr.Column(visible=True), twin.description, *_or_reason(compare, net, twin.net, picture)]
+                    outputs += [gr.Column(visible=True), twin.description, *_or_reason(compare, net, twin.net, picture)]
             except (ValueError, WeightsError) as error:
                 return [str(error), gr.Column(visible=False), None, "", *[gr.skip() for _ in outputs[4:]]]
             for i in range(len(twins(model)), TWINS):
-                shown += [gr.Column(visible=i == 0), _NO_TWIN if i == 0 else "", None, ""]
-            return [_summary(model, net, picture), gr.Column(visible=True), *shown]
+                outputs += [gr.Column(visible=i == 0), _NO_TWIN if i == 0 else "", None, ""]
+            return [_summary(model, net, picture), gr.Column(visible=True), *outputs]
 
         changed = [file.upload, file.clear, chosen.change]
         gr.on(changed, show, [file, chosen], outputs, trigger_mode="always_last", api_visibility="private")
@@ -340,7 +340,7 @@ def serve(
 
     Args:
         models: As for `build`.
-        host: The address to listen on: only this machine's, or 0.0.0.0 for everybody who can reach it.
+        host: The address to listen on: that of this machine only, or 0.0.0.0 for everyone who can reach it.
         port: The port.
         allow_hosts: Other host names of the page, for example the public one behind a proxy.
 

@@ -77,7 +77,7 @@ def check_targets(
 
 
 def _described(target: object) -> str:
-    return f"one with {', '.join(map(str, target)) or 'nothing'}" if isinstance(target, dict) else repr(type(target))
+    return f"a dict with {', '.join(map(str, target)) or 'nothing'}" if isinstance(target, dict) else repr(type(target))
 
 
 def _last_writer(cells: Tensor, count: int) -> Tensor:

@@ -245,7 +245,7 @@ def test_pull_gives_the_default_weights_of_a_network(capsys: Capture) -> None:
         (["pull", "nonsense"], "there are no weights called nonsense; `spd-zoo weights list` shows all"),
         (["pull", "pyconvresnet101"], "there are pyconvresnet101.in1k, pyconvresnet101.aug_in1k"),
         (["list", "nonsense*"], "there are no weights called nonsense*"),
-        (["rm", "pyconvresnet50_spd.cifar100"], "are part of spd-zoo and stay"),
+        (["rm", "pyconvresnet50_spd.cifar100"], "belong to spd-zoo and cannot be removed"),
         (["rm", "pyconvresnet50.in1k"], "are not on this machine"),
         (["import", "cifar_resnet20", "missing.pth"], "missing.pth does not exist or is no file"),
         (["import", "nonsense", "missing.pth"], "nonsense is not NETWORK or NETWORK.TAG"),

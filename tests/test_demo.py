@@ -64,7 +64,7 @@ def test_a_smaller_input_is_shown_pixel_by_pixel_and_has_an_answer_of_its_own() 
 
 
 def test_a_size_that_a_network_does_not_take_is_a_sentence() -> None:
-    with pytest.raises(ModelError, match=r"no answer at 48 pixels: .* multiples of 32, got 48x48"):
+    with pytest.raises(ModelError, match=r"no prediction at 48 pixels: .* multiples of 32, got 48x48"):
         demo.predict_html(demo.load("yolov8n_spd.bccd"), demo.read_picture(ROCKET), 48)
 
 

@@ -412,7 +412,7 @@ def test_the_authors_file_is_downloaded_converted_and_kept(
     drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
 ) -> None:
     entry = private(original_link=DRIVE)
-    with pytest.warns(UserWarning, match="nobody here has seen the file before"):
+    with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         golden.assert_matches(outputs(FAR, tmp_path), CASE["outputs"][0])
     asked = len(drive.requests)
     golden.assert_matches(outputs(FAR, tmp_path), CASE["outputs"][0])
@@ -423,7 +423,7 @@ def test_the_authors_file_is_downloaded_converted_and_kept(
 def test_a_file_in_a_folder_is_found_by_its_name(
     drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning, match="nobody here has seen"):
+    with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         fetch(private(original_link=FOLDER, original_file="resnet.pt"), tmp_path)
     with pytest.raises(WeightsError, match=r"the folder holds resnet\.pt, and no other\.pt"):
         fetch(private(original_link=FOLDER, original_file="other.pt"), tmp_path / "other")
@@ -433,7 +433,7 @@ def test_googles_question_about_viruses_is_answered(
     drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
 ) -> None:
     drive.scanned.add("1" * 30)
-    with pytest.warns(UserWarning, match="nobody here has seen"):
+    with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         fetch(private(original_link=DRIVE), tmp_path)
     assert any("confirm=t" in request for request in drive.requests)
 
@@ -444,7 +444,7 @@ def test_a_drive_that_is_busy_once_is_asked_again(
     drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path, status: int
 ) -> None:
     drive.failures = [status]
-    with pytest.warns(UserWarning, match="nobody here has seen"):
+    with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         fetch(private(original_link=DRIVE), tmp_path)
 
 
@@ -471,10 +471,10 @@ def test_a_damaged_import_is_downloaded_again(
     drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path
 ) -> None:
     entry = private(original_link=DRIVE)
-    with pytest.warns(UserWarning, match="nobody here has seen"):
+    with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         file = fetch(entry, tmp_path)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match="nobody here has seen"):
+    with pytest.warns(UserWarning, match="no sha256 is known for the file"):
         assert sha256_of(fetch(entry, tmp_path)) in fetch(entry, tmp_path).name
 
 
@@ -578,7 +578,7 @@ def test_a_private_original_is_that_of_the_derived_checkpoint(tmp_path: Path) ->
                 spd_zoo.use_manifest(tmp_path / "c.json")
             named = {"pyconvresnet50_spd.b": mine | {"derived_from": wrong}}
             (tmp_path / "c.json").write_text(json.dumps({"pyconvresnet": named}))
-            with pytest.raises(WeightsError, match=f"derives pyconvresnet50_spd.b from {wrong}, which are no weights"):
+            with pytest.raises(WeightsError, match=f"derives pyconvresnet50_spd.b from {wrong}, which has no weights"):
                 spd_zoo.use_manifest(tmp_path / "c.json")
     finally:
         spd_zoo.use_manifest(None)

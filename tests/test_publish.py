@@ -415,8 +415,8 @@ def test_weights_that_are_not_the_networks_are_refused(hub: HubDouble, checkout:
             net, tmp_path / "a.pth"
         ),
         "does not exist|No such file": tmp_path / "missing.safetensors",
-        "has not the keys of cifar_resnet20; import the weights": tmp_path / "authors.safetensors",
-        "numbers that are not finite": changed(net, tmp_path / "c.safetensors", **{"head.fc.bias": nan}),
+        "does not have the keys of cifar_resnet20; import the weights": tmp_path / "authors.safetensors",
+        "are not finite": changed(net, tmp_path / "c.safetensors", **{"head.fc.bias": nan}),
         "has classes and image": changed(net, tmp_path / "d.safetensors", **classes),
     }
     for reason, file in files.items():
@@ -537,10 +537,10 @@ def test_a_model_card_says_how_good_who_says_so_how_to_use_it_and_what_it_cannot
     metrics = [metric for result in index["results"] for metric in result["metrics"]]
     assert [metric["value"] for metric in metrics] == [12.5, 50.25]
     assert "measured by the authors of spd_zoo" in metrics[0]["name"]
-    assert "reported by the authors, not checked here" in metrics[1]["name"]
+    assert "reported by the authors, not verified" in metrics[1]["name"]
     for part in (
         "| CIFAR-100 test | top-1 | 12.5 | 32 | measured by the authors of spd_zoo |",
-        "| CIFAR-100 test | top-5 | 50.25 | 32 | reported by the authors, not checked here |",
+        "| CIFAR-100 test | top-5 | 50.25 | 32 | reported by the authors, not verified |",
         "`import spd_zoo` first",
         f'timm.create_model("hf-hub:org/{entry.name}", pretrained=True)',
         f'AutoModelForImageClassification.from_pretrained("org/{entry.name}")',

@@ -1,4 +1,4 @@
-"""How fast `spd-zoo finetune` trains, and in how much memory, against a loop of timm's parts on the same data.
+"""Measures speed and memory of `spd-zoo finetune` against a loop of timm's components on the same data.
 
     python tools/benchmark_finetune.py --data DIR [--model pyconvresnet50_spd] [--image-size 48] [--rounds 3] [--json]
 
@@ -7,10 +7,10 @@ optimiser, schedule, crops, batch size, precision, threads and reading processes
 and alternate, each run in a process of its own. An epoch's time is that between the ends of two epochs, so that imports
 and the first epoch do not count. Peak memory is the training process's largest resident set.
 
-timm's own train.py is not part of timm's package, nor of its source archive on PyPI. The loop here is made of the same
-parts in the same order: `create_dataset`, `create_loader` (which prefetches and normalises), `ClassificationTask`,
-`create_optimizer_v2`, `create_scheduler_v2`, `ClassificationEvaluator`, `CheckpointSaver`. Ours computes AdamW in
-torch's fused form, which the parts leave to an option; all else is the same.
+timm's own train.py is neither in timm's package nor in its source archive on PyPI. The loop here has the same
+components in the same order: `create_dataset`, `create_loader` (which prefetches and normalises), `ClassificationTask`,
+`create_optimizer_v2`, `create_scheduler_v2`, `ClassificationEvaluator`, `CheckpointSaver`. Ours uses torch's fused
+AdamW, which timm does not by default; everything else is the same.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def ours(options: argparse.Namespace, out: Path) -> list[float]:
 
 
 def timms(options: argparse.Namespace, out: Path) -> list[float]:
-    """Trains with timm's parts; returns when each epoch ended, in seconds."""
+    """Trains with timm's components; returns when each epoch ended, in seconds."""
     device = torch.device("cpu")
     root = str(Path(options.data).resolve())
     parquet = any(Path(root).glob("*.parquet"))

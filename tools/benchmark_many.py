@@ -1,4 +1,4 @@
-"""How fast `spd-zoo predict --results` names many images, and in how much memory, against a plain PyTorch loop.
+"""Measures speed and memory of `spd-zoo predict --results` against a plain PyTorch loop.
 
     python tools/benchmark_many.py [--model cifar_resnet20.cifar100] [--images 10000] [--rounds 3] [--json]
 
@@ -42,7 +42,7 @@ def generate(folder: Path, count: int) -> None:
 
 
 def plain(model: str, folder: str, out: str, workers: int) -> None:
-    """The loop that one writes oneself."""
+    """The plain PyTorch loop."""
     import timm
     import torch
     from torch.utils.data import DataLoader
@@ -84,7 +84,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def _peak(pid: int) -> float:
-    """The largest resident set that a running process has had, in MiB, as Linux says."""
+    """The peak resident memory of a running process in MiB, as Linux reports it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def _peak(pid: int) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of all processes that this one has waited for."""
+    """CPU seconds of all finished child processes."""
     times = os.times()
     return times.children_user + times.children_system
 

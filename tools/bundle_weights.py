@@ -1,4 +1,4 @@
-"""Puts the network of a finished run into the package, with its accuracy measured, and enters it in the manifest.
+"""Adds the network of a finished run to the package, measures its accuracy, and enters it in the manifest.
 
     python tools/bundle_weights.py RUN pyconvresnet50_spd.cifar100 --dataset CIFAR-100 --hardware "2 CPU cores"
 
@@ -61,7 +61,7 @@ def recipe_of(run: Path) -> dict[str, Any]:
 def classification(
     net: torch.nn.Module, config: FinetuneConfig, options: argparse.Namespace, cfg: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, float], int]:
-    """Figures on the held-out images at the best of `options.image_sizes`, those on the test images, and that size."""
+    """Metrics on the held-out images at the best of `options.image_sizes`, those on the test images, and that size."""
     about = options.run / "data.json"
     began_with = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
     val = Classification().open_splits(config, Process(torch.device("cpu")), began_with).val

@@ -1,13 +1,13 @@
-"""Checks what papers print about the networks, and what every network costs, against the networks themselves.
+"""Checks published figures and the recorded complexity of every network against the networks themselves.
 
     python tools/check_published.py [NETWORK ...] [--json | --csv] [--record]
 
-`published.csv` has a row for every row of the authors' tables: the figures as printed (their unit may stand in the
-table's head), the rule that counted them (`spd_zoo.complexity.COUNTERS`) and a verdict. "match": counted by that rule
-and rounded to the printed digits, the network has these figures. "differs: reason": it has not, or the same source
-prints another accuracy further up; once the two agree, the row is an error. "uncounted": there are neither parameters
-nor FLOPs. `complexity.csv` is the record of what every network costs; --record writes it anew, without it a network
-that costs something else is an error. Exit status: 1 if there is an error, 2 if a table cannot be read.
+`published.csv` has a row for every row of the authors' tables: the figures as printed (the unit may be in the table's
+head), the rule that counted them (`spd_zoo.complexity.COUNTERS`) and a verdict. "match": our count by that rule,
+rounded to the printed digits, has these figures. "differs: reason": it does not, or an earlier row of the same source
+states another accuracy; the row is an error as soon as they agree. "uncounted": neither parameters nor FLOPs are
+printed. `complexity.csv` records the complexity of every network. --record writes it again; otherwise a difference is
+an error. Exit status: 1 if there is an error, 2 if a table cannot be read.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from spd_zoo.weights import entries
 from spd_zoo.weights.fit import own_networks
 
 PUBLISHED, RECORD = (Path(__file__).parent / name for name in ("published.csv", "complexity.csv"))
-COLUMNS = {  # of published.csv, and what may stand there
+COLUMNS = {  # of published.csv, and their allowed values
     "model": r"\w*",  # a name that timm knows
     "input": r"(3(x[1-9]\d*){2})?",
     "classes": r"\d*",
@@ -106,16 +106,16 @@ def as_printed(count: str, printed: str) -> str:
     return f"{(Decimal(count) / unit).quantize(Decimal(printed[:-1]), ROUND_HALF_UP)}{printed[-1]}"
 
 
-def contradict(one: str, other: str) -> bool:
+def contradict(first: str, second: str) -> bool:
     """Whether two accuracies, like 76.0% and 74.00%, differ in the digits that both have."""
-    if not all(re.fullmatch(r"\d+\.\d+%", accuracy) for accuracy in (one, other)):
+    if not all(re.fullmatch(r"\d+\.\d+%", accuracy) for accuracy in (first, second)):
         return False
-    short, long = sorted((one[:-1], other[:-1]), key=len)
+    short, long = sorted((first[:-1], second[:-1]), key=len)
     return Decimal(long).quantize(Decimal(short), ROUND_HALF_UP) != Decimal(short)
 
 
 def check(row: dict[str, str], above: Sequence[dict[str, str]]) -> dict[str, str]:
-    """A row of `published.csv` with what is counted, and what differs: from that, or from the rows above it."""
+    """A row of `published.csv` with our counts, and its differences from these or from the rows above it."""
     row, found = {**row, **dict.fromkeys(COUNTED, "")}, []
     if row["model"]:
         cost, run = measure(row["model"], row["input"], int(row["classes"]))
@@ -164,10 +164,10 @@ def cost(network: str) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the rows and what is wrong; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="check these alone, not all")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="check only these (default: all)")
     parser.add_argument("--json", action="store_true", help="print every row as JSON")
     parser.add_argument("--csv", action="store_true", help="print every row as CSV")
-    parser.add_argument("--record", action="store_true", help="write complexity.csv anew, for all networks")
+    parser.add_argument("--record", action="store_true", help="write complexity.csv again, for all networks")
     options = parser.parse_args(argv)
     own = own_networks()
     if unknown := [name for name in options.networks if not timm.is_model(name)]:

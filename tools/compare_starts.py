@@ -1,11 +1,11 @@
-"""What pretrained weights are worth on a data set of your own: three starts, the same budget, the same options.
+"""Compares pretrained and random initial weights on your own data set, with the same options and number of epochs.
 
     python tools/compare_starts.py --data DIR --out RUNS [--epochs 20] [--seeds 3] [--image-size 48]
     python tools/compare_starts.py --coco BCCD --out RUNS --largest-class 300
 
 Trains, with the defaults of `spd-zoo finetune` and the same number of epochs, `--model` from its pretrained weights and
 from scratch, and timm's resnet50 from scratch (or, with `--timm-pretrained`, from its weights on the Hub), each with
-several seeds, and evaluates the result on the split test, or val if there is none. A run that is stopped goes on. With
+several seeds, and evaluates the result on the split test, or val if there is none. Interrupted runs are resumed. With
 `--coco`, a folder with `images/` and `instances_{train,val,test}.json`, every annotated box becomes an image.
 """
 
@@ -28,7 +28,7 @@ from spd_zoo.training.finetune import FinetuneConfig, finetune
 
 
 def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
-    """Makes class folders of the boxes in COCO files; in train and val at most `largest_class` of a class, if not 0."""
+    """Crops COCO boxes into class folders; in train and val at most `largest_class` images per class, if not 0."""
     for split in ("train", "val", "test"):
         found = json.loads((coco / f"instances_{split}.json").read_text(encoding="utf-8"))
         names = {category["id"]: category["name"] for category in found["categories"]}
@@ -47,7 +47,7 @@ def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
 
 
 def minutes_of(run: Path) -> float:
-    """Between the ends of the first and the last epoch, extended to all epochs; only for a run that was not stopped."""
+    """Time between the ends of the first and last epoch, scaled to all epochs; only for an uninterrupted run."""
     lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
     ends = [datetime.fromisoformat(line.split()[0]).timestamp() for line in lines]
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * len(ends) / 60

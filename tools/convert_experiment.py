@@ -7,7 +7,7 @@ after `convert_to_spd` are evaluated on them, then fine-tuned by `spd-zoo finetu
 the same order and with the same augmentation, number of epochs and learning rate, at each of `--image-sizes`.
 Validation images are those that the network was not pretrained on either; nothing is chosen by the test images.
 
-DIR then holds `results.csv`, a line per run, and `results.svg`. A run that is stopped goes on.
+DIR then holds `results.csv`, with a line per run, and `results.svg`. Interrupted runs are resumed.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def detectors() -> list[dict[str, Any]]:
-    """What `tools/convert_detectors.csv` says of each figure, as in `summary`: as it was and converted."""
+    """The figures in `tools/convert_detectors.csv`, as in `summary`, for the strided and the converted detector."""
     with DETECTORS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     lines = []

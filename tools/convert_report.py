@@ -1,17 +1,16 @@
-"""Converts one network of every family in timm with `convert_to_spd` and compares what they compute.
+"""Converts one network of every family in timm with `convert_to_spd` and compares the outputs.
 
     python tools/convert_report.py [--json] [MODULE ...]
 
-A family is what a file in timm/models has under names that begin with the same letters, as `resnet`, `seresnet` and
-`resnetblur` in resnet.py; of each the smallest network by parameters is taken that takes images of any size. Left out
-are families whose smallest network has fewer than two layers that downsample by a stride or pooling: transformers and
-mixers, which only cut the image into patches. Everything that an untrained network leaves at zero or one is random:
-statistics, scales and shifts of normalisation layers, layer scales, gains. The images are noise of even, odd and
-non-square sizes; where a network does not take the smallest ones, twice or four times as large.
+A family is all networks in a file of timm/models whose names begin with the same letters, such as `resnet`, `seresnet`
+and `resnetblur` in resnet.py. The report converts the smallest network of each family, by parameters, that accepts
+several image sizes. Families are left out if this network has fewer than two layers that downsample by a stride or
+pooling: transformers and mixers, which only cut the image into patches. Values that are zero or one in an untrained
+network are random: statistics, scales and shifts of normalisation layers, layer scales, gains. The images are noise of
+even, odd and non-square sizes; if a network refuses the smallest ones, they are twice or four times as large.
 
-After that, noise is added to every weight of the new layers, by which the outputs change ("moved"), and that network
-is compared with what `fold_spd` makes of it ("folded"). All differences are the largest ones, in standard deviations of
-the outputs, in fp32.
+Then noise is added to every weight of the new layers, which changes the outputs ("moved"), and that network is compared
+with its folded form ("folded"). All differences are the largest ones, in standard deviations of the outputs, in fp32.
 Exit status 1 if one is above 1e-4.
 """
 
@@ -39,7 +38,7 @@ SIZES = {"even": (64, 64), "not square": (64, 96), "odd": (65, 63)}  # of images
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every scale, shift and statistic a random value: no branch is silent then, and no channel like another."""
+    """Gives every scale, shift and statistic a random value, so that no branch is zero and all channels differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in (*net.named_parameters(), *net.named_buffers()):
@@ -57,7 +56,7 @@ def timms_modules() -> list[str]:
 
 
 def smallest_of_each_family(module: str) -> list[str]:
-    """Of every family in one of timm's model files the smallest network that takes images of any size."""
+    """The smallest network of every family in one of timm's model files that takes images of any size."""
     families: dict[str, list[tuple[int, str]]] = {}
     for name in timm.list_models(module=module):
         cfg = timm.get_pretrained_cfg(name)
@@ -69,7 +68,7 @@ def smallest_of_each_family(module: str) -> list[str]:
 
 
 def downsampling_layers(name: str) -> int:
-    """How many layers or operators of a network downsample."""
+    """The number of layers or operators of a network that downsample."""
     report = report_of(convert_to_spd(timm.create_model(name, device="meta")))
     return len(report.replaced) + len(report.unchanged)
 
@@ -95,14 +94,14 @@ def images_for(net: nn.Module) -> dict[str, Tensor]:
     """Two images of each size, times 1, 2 or 4, as the network needs; without sizes that it refuses."""
     for factor in (1, 2, 4):
         images = {}
-        for kind, (height, width) in SIZES.items():
-            odd = factor - 1 if kind == "odd" else 0
+        for shape, (height, width) in SIZES.items():
+            odd = factor - 1 if shape == "odd" else 0
             x = noise(2, 3, factor * height - odd, factor * width + odd)
             try:
                 net(x)
             except (RuntimeError, ValueError, AssertionError):
                 continue
-            images[kind] = x
+            images[shape] = x
         if images:
             return images
     return {}
@@ -110,7 +109,7 @@ def images_for(net: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def train_a_little(converted: nn.Module) -> None:
-    """What training does to the new layers: no weight of theirs stays what it was."""
+    """Changes every weight of the new layers, as training does."""
     for replaced in report_of(converted).replaced:
         for parameter in converted.get_submodule(replaced.module).parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1 * parameter.square().mean().sqrt())
@@ -124,7 +123,7 @@ def compare(name: str) -> dict[str, Any]:
     images = images_for(net)
     if not images:
         return {"network": name, "left_out": "it takes none of the sizes"}
-    expected = {kind: net(x) for kind, x in images.items()}
+    expected = {shape: net(x) for shape, x in images.items()}
     converted = convert_to_spd(net, inplace=True)
     report = report_of(converted)
     row: dict[str, Any] = {
@@ -134,13 +133,13 @@ def compare(name: str) -> dict[str, Any]:
         "replaced": dict(Counter(f"{row.old} -> {row.new}" for row in report.replaced)),
         "unchanged": [f"{layer.module}, {layer.layer}: {layer.reason}" for layer in report.unchanged],
     }
-    for kind, x in images.items():
-        row[kind] = {"size": list(x.shape[2:]), "difference": difference(converted(x), expected[kind])}
+    for shape, x in images.items():
+        row[shape] = {"size": list(x.shape[2:]), "difference": difference(converted(x), expected[shape])}
     train_a_little(converted)
     folded = fold_spd(converted)
-    for kind, x in images.items():
+    for shape, x in images.items():
         trained = converted(x)
-        row[kind] |= {"moved": difference(trained, expected[kind]), "folded": difference(folded(x), trained)}
+        row[shape] |= {"moved": difference(trained, expected[shape]), "folded": difference(folded(x), trained)}
     return row
 
 
@@ -186,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"timm has no model file called {', '.join(sorted(unknown))}")
     worst = 0.0
     for row in rows(options.modules or timms_modules()):
-        measured = [row[kind] for kind in SIZES if kind in row]
+        measured = [row[shape] for shape in SIZES if shape in row]
         worst = max([worst, *(size[what] for size in measured for what in ("difference", "folded"))])
         if options.json:
             tqdm.write(json.dumps(row))

@@ -1,8 +1,8 @@
-"""How long padded and padding-free networks take for one image: the four pairs of the authors' latency table.
+"""Measures the latency of padded and padding-free networks for one image: the four pairs of the authors' table.
 
     pip install '.[bench]' && python tools/latency.py [--image-size 224] [--rounds 30] [--json]
 
-One image at a time, fp32, one thread, BatchNorm as it is; eager torch and ONNX Runtime (on its CPU provider). The two
+One image at a time, fp32, one thread, BatchNorm not folded; eager torch and ONNX Runtime (CPU provider). The two
 networks of a pair and both runtimes alternate in one run; times are medians over the rounds, ratios are medians of the
 ratios of each round. The authors print 8.5 to 11.4 ms for the padded and 9.0 to 11.7 ms for the padding-free networks
 on an AMD Ryzen 5 5600H; neither image size nor runtime are stated. (`tools/published.csv` has their figures.)
@@ -51,11 +51,11 @@ def contenders(name: str, image_size: int) -> dict[str, Callable[[], Any]]:
     """The padded and the padding-free network, in both runtimes."""
     x = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     runs: dict[str, Callable[[], Any]] = {}
-    for kind, network in (("padded", name), ("padding-free", f"{name}_pfd")):
+    for variant, network in (("padded", name), ("padding-free", f"{name}_pfd")):
         size: dict[str, Any] = {"img_size": image_size} if "parc" in name else {}
         net = timm.create_model(network, **size).eval()
-        runs[f"eager {kind}"] = partial(net, x)
-        runs[f"onnx {kind}"] = onnx_session(net, x)
+        runs[f"eager {variant}"] = partial(net, x)
+        runs[f"onnx {variant}"] = onnx_session(net, x)
     return runs
 
 

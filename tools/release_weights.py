@@ -2,9 +2,9 @@
 
     python tools/release_weights.py --org ORG [--manifest FILE] [network.tag ...]
 
-Each is fetched, checked with its network, published and pinned, as by `spd-zoo weights publish`. After a failure run
-it again: what is pinned stays as it is. Exit status 1 if any is left; those whose licence forbids it are only listed,
-and those that are derived from others are left out: they have no file of their own.
+Each is downloaded, checked with its network, published and pinned, as by `spd-zoo weights publish`. After a failure run
+it again: pinned checkpoints are skipped. Exit status 1 if any is missing. Checkpoints whose licence forbids publishing
+are only listed, and derived ones are left out, because they have no file of their own.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from spd_zoo.weights.publish import LicenseError, checkout_manifest, prepare, pu
 
 
 def release(entry: Entry, org: str, manifest: Path) -> tuple[str, str]:
-    """Publishes and pins one checkpoint; returns what became of it (pinned, released, refused or left), and details."""
+    """Publishes and pins one checkpoint; returns the outcome (pinned, released, refused or left) and details."""
     if entry.verified:
         return "pinned", str(entry.source)
     try:
@@ -31,7 +31,7 @@ def release(entry: Entry, org: str, manifest: Path) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line per checkpoint; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", metavar="network.tag", nargs="*", help="these alone (default: all)")
+    parser.add_argument("names", metavar="network.tag", nargs="*", help="only these (default: all)")
     parser.add_argument("--org", required=True, help="organisation or user on the Hub")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="manifest to write (default: the checkout's)")
     options = parser.parse_args(argv)

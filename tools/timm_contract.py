@@ -2,9 +2,9 @@
 
     python tools/timm_contract.py [--all] [-m MARKERS] [any other option of pytest's]
 
-Without --all only as few networks are tested as have all the layers. The tests come from timm's source distribution
-on the package registry and are kept in the user's cache directory. Exit status: pytest's; 1 also if a test of one of
-our networks was skipped; 2 if timm's tests cannot be had.
+Without --all only the fewest networks that together contain all layers are tested. The tests come from timm's source
+distribution on the package registry and are kept in the user's cache directory. Exit status: pytest's; also 1 if a test
+of one of our networks was skipped; 2 if timm's tests cannot be downloaded.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from torch import nn
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.weights import fit
 
-# Tests that timm runs on a few networks of its own, given by name, but that hold for any: here they run on ours.
-# The values go to the arguments besides the network's name. test_feature_getter_stage_ends_torchscript is not among
-# them: it scripts forward_intermediates, which timm's own ResNet cannot either; torch deprecates TorchScript.
+# Tests that timm runs on a fixed list of its own networks, but that apply to any: here they run on ours. The values are
+# their arguments other than the network's name. test_feature_getter_stage_ends_torchscript is missing: it scripts
+# forward_intermediates, which fails for timm's own ResNet, too; torch deprecates TorchScript.
 ANY_NETWORK: dict[str, tuple[Any, ...]] = {
     "test_reset_classifier_keeps_pool": (),
     "test_features_only_grad_checkpointing_backward": (),
@@ -45,8 +45,8 @@ ANY_NETWORK: dict[str, tuple[Any, ...]] = {
     "test_resnetv2_stem_feature_odd_size": ({},),
 }
 
-# What cannot apply to some of our networks: pattern of the test's id -> reason. Every other test that is left out names
-# networks or layers of timm's own; their names are printed.
+# Tests that cannot apply to some of our networks: pattern of the test's id -> reason. All other tests that are left out
+# are about timm's own networks or layers; their names are printed.
 NOT_APPLICABLE = {
     r"test_model_features_output_stride\[(?!.*(pyconv|efficientnet)).*": (
         "only PyConvResNet and EfficientNet-Lite have a dilated form, others refuse it"
@@ -59,26 +59,26 @@ NOT_APPLICABLE = {
         "before training the features are smaller than the tolerance with which it compares"
     ),
     r"(?!test_model_).*\[(?:\w+-)?(?:\w*parc_\w+|\w+_effdown)(?:-\w+)?\]": (
-        "it gives images of a fixed size to networks that take the size alone that they were created for"
+        "its images have a fixed size, but the networks only take the size that they were created for"
     ),
 }
 
 
 @cache
 def _made(name: str) -> nn.Module:
-    """A network without numbers, to see what it is made of."""
+    """A network on the "meta" device, to inspect its modules."""
     made: nn.Module = timm.create_model(name, device="meta")
     return made
 
 
 @cache
-def own_networks(kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
-    """Our networks of a kind, `Classifier` or `DetectionNet`, by name, each architecture's from shallow to deep."""
-    return [name for name in fit.own_networks() if isinstance(_made(name), kind)]
+def own_networks(cls: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
+    """The names of our networks of some classes; each architecture's from shallow to deep."""
+    return [name for name in fit.own_networks() if isinstance(_made(name), cls)]
 
 
 def one_per_architecture(names: Sequence[str]) -> list[str]:
-    """Of every class of networks the few, and of these the shallowest, that together have all its parts."""
+    """The fewest and shallowest networks of each class that together contain all its modules."""
     parts: dict[str, set[Any]] = {}
     depth: dict[str, int] = {}
     for name in names:
@@ -92,7 +92,7 @@ def one_per_architecture(names: Sequence[str]) -> list[str]:
 
 
 def get_timms_tests(cache: Path) -> Path:
-    """timm's test file in `cache`, beside timm's pytest configuration; downloaded if it is not there.
+    """timm's test file in `cache`, with timm's pytest configuration; downloaded if it is missing.
 
     Raises:
         RuntimeError: If the registry does not give timm's source distribution.
@@ -117,7 +117,7 @@ def get_timms_tests(cache: Path) -> Path:
 
 
 class OnlyOurs:
-    """A pytest plugin: timm's tests see our networks alone."""
+    """A pytest plugin that runs timm's tests with our networks only."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -149,7 +149,7 @@ class OnlyOurs:
                     marks[i] = pytest.mark.parametrize(mark.args[0], values).mark
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leaves out the tests of timm's own networks, and what cannot apply to ours."""
+        """Deselects the tests of timm's own networks, and those that cannot apply to ours."""
         if self.generic:
             raise pytest.UsageError(f"timm {timm.__version__} has no tests called {', '.join(self.generic)} any more")
         kept: list[pytest.Item] = []
@@ -173,7 +173,7 @@ class OnlyOurs:
             self.skipped.append(report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Says what was left out, and why."""
+        """Prints which tests were left out, and why."""
         terminalreporter.write_line(f"\nnetworks: {', '.join(self.names)}")
         for reason, tests in self.left_out.items():
             terminalreporter.write_line(f"left out, {reason}: {', '.join(sorted(tests))}")
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="all networks, not one per architecture")
     args, pytest_args = parser.parse_known_args(argv)
-    os.environ.pop("GITHUB_ACTIONS", None)  # there timm would leave out tests and networks
+    os.environ.pop("GITHUB_ACTIONS", None)  # timm would skip tests and networks there
     try:
         tests = get_timms_tests(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spd-zoo")
     except RuntimeError as error:

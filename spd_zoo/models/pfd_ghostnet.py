@@ -37,7 +37,7 @@ STRIDED = (1, 3, 5, 7)  # stages whose first block has stride 2
 
 
 class Uncalled(nn.BatchNorm2d):
-    """A BatchNorm that does nothing, as behind the original's hybrid stem; it holds what checkpoints have."""
+    """An unused BatchNorm, as after the original's hybrid stem; it holds tensors of the checkpoints."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> `x` itself; in training the parameters get gradients of zero, which distributed runs need.

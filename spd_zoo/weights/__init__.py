@@ -1,4 +1,4 @@
-"""Pretrained weights: the manifest, the files behind it, and loading them into a network only when they are right.
+"""Pretrained weights: the manifest, its files, and loading them into a network after verifying them.
 
 `manifest` says what there is, `cache` where it is on this machine, `catalogue` what the user is shown of both; these
 need no torch. `download` gets files, `checkpoint` reads those of others (by `archive` and `unpickle`), `fit` compares

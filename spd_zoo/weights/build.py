@@ -1,4 +1,4 @@
-"""Between a variant and timm: the configurations of the manifest, and a network whose weights were checked."""
+"""Builds networks with timm: the manifest's entries as timm configurations, and weights that are verified first."""
 
 import pickle
 import sys
@@ -50,8 +50,8 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
     `classifier` names the last layer; detectors have one per map. `first_conv` depends on arguments of the network, so
     `build` fills it in.
 
-    A checkpoint counts as pretrained weights for timm, and can be the default, only if its sha256 is known. One that
-    says `"default": false` is never meant by the network's name alone.
+    timm sees a checkpoint as pretrained weights, and it can be the default, only if its SHA-256 is known. An entry
+    with `"default": false` is never the default.
     """
     cfgs: dict[str, Any] = {}
     found = entries_for_import()
@@ -74,19 +74,18 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
             "origin_url": entry.origin_url,
             "classifier": classifier,
         }
-    return generate_default_cfgs(
-        dict(sorted(cfgs.items(), key=lambda item: item[0].endswith("*")))
-    )  # the last one wins
+    # timm takes the last of several defaults
+    return generate_default_cfgs(dict(sorted(cfgs.items(), key=lambda item: item[0].endswith("*"))))
 
 
 def _input_of(entry: Entry) -> dict[str, Any]:
-    """What images the network takes, in timm's words."""
+    """The input of a network, as fields of timm's configuration."""
     names = ("input_size", "fixed_input_size", "pool_size", "mean", "std", "crop_pct", "interpolation")
     return {name: getattr(entry, name) for name in names}
 
 
 def use_manifest(path: str | Path | None) -> None:
-    """Adds the entries of a private manifest to the package's own, or puts them in their place; None: takes them away.
+    """Adds the entries of a private manifest; entries of the same name replace the package's own. None removes them.
 
     The environment variable `SPD_ZOO_MANIFEST=FILE` does the same at import. `spd_zoo/weights/manifest.schema.json`
     describes the format. timm lists the new tags, and the first verified checkpoint of a network is its default.
@@ -101,7 +100,7 @@ def use_manifest(path: str | Path | None) -> None:
         classifier = next(iter(module.default_cfgs.values())).default.classifier
         module.default_cfgs = default_cfgs(module_name.rpartition(".")[2], classifier)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # timm's, that a name is registered again
+        warnings.simplefilter("ignore", UserWarning)  # timm warns when a name is registered again
         for entrypoint in entrypoints:
             register_model(entrypoint)
 
@@ -118,13 +117,13 @@ def build(
 ) -> Network:
     """timm's `build_model_with_cfg` for the networks of the manifest.
 
-    The weights of a tag are fetched and their SHA-256 checked before timm reads them. Whatever is loaded must fit the
-    network outside the classifier, also when the number of classes changes. A `file` of the caller's, given by
-    `pretrained_cfg_overlay`, brings its own number of classes unless `num_classes` says otherwise. `features_only`
+    The weights of a tag are fetched and their SHA-256 checked before timm reads them. All tensors except the
+    classifier's must fit the network, even if the number of classes changes. With a `file` in
+    `pretrained_cfg_overlay`, the number of classes is that of the file unless `num_classes` is set. `features_only`
     returns every map that the network's `feature_info` describes unless `out_indices` selects some.
 
     Raises:
-        WeightsError: If there are no such weights, they cannot be had, are not what the manifest pins or do not fit.
+        WeightsError: If the weights do not exist, cannot be downloaded, differ from the manifest's, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     read: StateDict | None = None
@@ -146,7 +145,7 @@ def build(
             kwargs.setdefault("num_classes", overlay.get("num_classes", described["num_classes"]))
             overlay["num_classes"] = described["num_classes"]
         overlay = described | overlay
-    if read is not None:  # timm opens no file where it has a state dict; it copies this one, so the tensors come later
+    if read is not None:  # timm copies a state dict instead of opening the file; `fitting` adds the tensors
         overlay["state_dict"] = {"": ""}
     feature_cfg: dict[str, Any] = {"flatten_sequential": True}
     first_conv = ""
@@ -200,7 +199,7 @@ def create(entry: Entry, file: Path) -> nn.Module:
 
 
 def _check_tag(variant: str, tag: str | None, file: Path) -> None:
-    """Refuses a file that is given for a tag but is not the one that the manifest pins."""
+    """Refuses a file for a tag whose SHA-256 is not the manifest's."""
     entry = find_entry(f"{variant}.{tag}") if tag else None
     if entry is not None and entry.sha256 is not None and file.is_file() and not is_right(entry, file):
         raise WeightsError(
@@ -210,7 +209,7 @@ def _check_tag(variant: str, tag: str | None, file: Path) -> None:
 
 
 def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | None) -> Path | None:
-    """The file that a user imported under a tag of their own, or without one where the network has no default.
+    """The file that a user imported under a tag of their own, or without a tag if the network has no default.
 
     Raises:
         WeightsError: If it is damaged.
@@ -227,7 +226,7 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
 def _described(
     variant: str, tag: str | None, read: StateDict, filter_fn: FilterFn, model_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """What timm's configuration must say about the tensors of a file: its classes, and what images it takes.
+    """The fields of timm's configuration that depend on a file's tensors: its classes and its input.
 
     Without a tag that is the network's own input, not that of the default weights.
     """
@@ -260,15 +259,15 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     if entry is None:
         raise WeightsError(f"there are no weights called {variant}.{tag}; there are: {', '.join(tags) or 'none'}")
     if not tag and not entry.verified and (tags or entry.source):
-        raise WeightsError(f"{variant} has no default weights; to be asked for by name: {', '.join(tags) or 'none'}")
+        raise WeightsError(f"{variant} has no default weights; select some by name: {', '.join(tags) or 'none'}")
     return entry
 
 
 def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None) -> FilterFn:
     """`filter_fn`, and an error if what it returns does not fit the network.
 
-    The classifier may differ where timm leaves the checkpoint's out. If a file was `read` already, its tensors take the
-    place of the state dict: timm would read it again, with another parser.
+    The classifier may differ if timm drops the checkpoint's. If a file was already `read`, its tensors replace the
+    state dict, because timm would read the file again with another parser.
     """
 
     def checked(state_dict: StateDict, model: nn.Module) -> StateDict:

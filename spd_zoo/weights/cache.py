@@ -50,7 +50,7 @@ def sha256_of(path: Path) -> str:
 
 
 def original_of(entry: Entry) -> Entry:
-    """The entry whose file is loaded: `entry`, or that which it is derived from."""
+    """The entry whose file is loaded: `entry`, or the one that it is derived from."""
     return entry if entry.derived_from is None else entries()[entry.derived_from]
 
 
@@ -68,7 +68,7 @@ def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
 
 
 def is_right(entry: Entry, path: Path) -> bool | None:
-    """Whether a file that `find` or `fetch` returned has the bytes that it must have; None if nobody knows them."""
+    """Whether the SHA-256 of a file that `find` or `fetch` returned is right; None if it is not known."""
     entry = original_of(entry)
     if not path.is_file():
         return False
@@ -114,7 +114,7 @@ def _installed_file(source: re.Match[str]) -> Path | None:
 
 def _hugging_face_folder(name: str) -> Path:
     """The folder "HUB_CACHE" or "ASSETS_CACHE" of huggingface_hub, by its own rules."""
-    if constants := sys.modules.get("huggingface_hub.constants"):  # whoever changed it there means it
+    if constants := sys.modules.get("huggingface_hub.constants"):  # a program may have changed it there
         return Path(getattr(constants, f"HF_{name}"))
     home = os.environ.get("XDG_CACHE_HOME", str(Path("~", ".cache")))
     home = os.environ.get("HF_HOME", str(Path(home, "huggingface")))
@@ -131,7 +131,7 @@ def find_in_hub_cache(source: re.Match[str], cache_dir: str | Path | None) -> Pa
 
 
 def import_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where imported files lie: in `cache_dir`, or beside Hugging Face's other downloads."""
+    """The folder of imported files: in `cache_dir`, or next to Hugging Face's other downloads."""
     return Path(cache_dir or _hugging_face_folder("ASSETS_CACHE")) / "spd_zoo"
 
 

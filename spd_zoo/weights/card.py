@@ -1,4 +1,4 @@
-"""The model card of published weights: what they are, how good, who says so, how to use them and what they cannot."""
+"""The model card of published weights: description, use, accuracy and who measured it, training, limits, licence."""
 
 import inspect
 import sys
@@ -23,7 +23,7 @@ _METRICS = {  # the manifest's -> the Hub's, ours
     "ap_medium": ("AP_medium", "AP of medium objects"),
     "ap_large": ("AP_large", "AP of large objects"),
 }
-_WHO = {"us": "measured by the authors of spd_zoo", "authors": "reported by the authors, not checked here"}
+_WHO = {"us": "measured by the authors of spd_zoo", "authors": "reported by the authors, not verified"}
 
 
 _TRANSFORMERS = """With the timm wrapper of transformers:
@@ -44,10 +44,10 @@ def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str)
 
     Args:
         entry: The weights.
-        net: Their network, whose docstrings say what it is; that of its file names the papers.
+        net: Their network; its docstring describes it, and its module's docstring lists the papers.
         repo: ORG/NAME on the Hub.
         sha256: Of the weights' file.
-        notes: What else is to be known.
+        notes: Further remarks.
     """
     data = ModelCardData(
         license=_slug(entry.license),  # the Hub knows them in lower case
@@ -112,13 +112,13 @@ def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> s
         f"- {name.replace('_', ' ')}: {value}" for name, value in (entry.recipe or {}).items() if value is not None
     ]
     limits = [
-        f"- It takes images of {pixels} alone, unless it is created for other ones."
+        f"- It only takes images of {pixels}, unless it is created for another size."
         if entry.fixed_input_size
         else f"- Its images are resized to {pixels}; the figures hold for the sizes in the table above.",
-        f"- It knows {entry.num_classes} classes of objects, and takes other things for them at times."
+        f"- It knows {entry.num_classes} classes of objects, and may mistake other things for them."
         if _detects(entry)
-        else f"- It answers with one of its {entry.num_classes} classes also where an image shows none of them.",
-        "- Beyond that table nothing was measured: no other data, no damaged images, no bias.",
+        else f"- It predicts one of its {entry.num_classes} classes even if an image shows none of them.",
+        "- Nothing else was measured: no other data, no damaged images, no bias.",
     ]
     if notes:
         limits.append(f"- {notes}")
@@ -134,7 +134,7 @@ def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> s
 
 ## Use
 
-Install the package `spd-zoo`, and `import spd_zoo` first: that registers the network, which timm does not have.
+Install the package `spd-zoo`, and `import spd_zoo` first, which registers the network with timm.
 
 With timm:
 
@@ -144,7 +144,7 @@ import spd_zoo, timm
 net = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 ```
 
-With `torch.hub`, from a checkout of spd_zoo whose manifest names these weights; their sha256 is checked on every load:
+With `torch.hub`, from a checkout of spd_zoo whose manifest has these weights; their SHA-256 is checked on every load:
 
 ```python
 import torch
@@ -155,7 +155,7 @@ net = torch.hub.load("path/to/spd_zoo", "{entry.network}", source="local", **wei
 
 {wrapper}## Accuracy
 
-| dataset | metric | per cent | pixels | who says so |
+| dataset | metric | per cent | pixels | source |
 | --- | --- | --- | --- | --- |
 {_lines(figures)}
 

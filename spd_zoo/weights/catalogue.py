@@ -1,4 +1,4 @@
-"""What there is: networks, their checkpoints, and which of these are on this machine. Needs no torch."""
+"""Lists of networks and checkpoints, and which of these are on this machine. Needs no torch."""
 
 import difflib
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class ModelError(ValueError):
 
 
 def unknown_network(name: str) -> ModelError:
-    """The error for a name that means no network, with the nearest names."""
+    """The error for an unknown network, with the nearest names."""
     nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
     advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
     return ModelError(f"there is no network {name!r}; {advice}")
@@ -95,7 +95,7 @@ def _availability(entry: Entry) -> str:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """All that the manifest says about a network or a checkpoint, `weights` and `default` as in `summarize`.
+    """All fields of the manifest about a network or a checkpoint, with `weights` and `default` as in `summarize`.
 
     A network also has its `checkpoints`.
 
@@ -135,7 +135,7 @@ def checkpoints(filters: Sequence[str] = ()) -> list[Entry]:
 
 
 def _imported(name: str, network: Entry) -> Entry:
-    """An entry for what the user imported: the network's size and input, and nothing about any other file."""
+    """An entry for an imported checkpoint, with the network's size and input, but no facts about other files."""
     of_network = ("group", "num_classes", "input_size", "params", "macs", "pool_size", "mean", "std", "crop_pct")
     fields = {field: getattr(network, field) for field in (*of_network, "interpolation", "fixed_input_size")}
     return Entry(name=name, **fields)

@@ -1,6 +1,6 @@
 """Files from the Hugging Face Hub and from the authors' links; the only code that uses the network to read.
 
-What may pass at the next try (a broken connection, an overloaded server) is tried again a few times.
+Temporary failures (a broken connection, an overloaded server) are retried a few times.
 """
 
 import os
@@ -33,11 +33,11 @@ T = TypeVar("T")
 
 
 class DownloadError(WeightsError):
-    """A file that cannot be downloaded now; the message is the reason alone."""
+    """A file that cannot be downloaded now; the message is only the reason."""
 
 
 def page_or_pointer(start: bytes) -> str | None:
-    """What a file is that begins so, if it is what servers send instead of a file."""
+    """Describes the web page or git-lfs pointer that begins with these bytes; None for any other file."""
     text = start.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").lstrip()
     if text.startswith(b"<"):
         return "a web page (a quota that is used up, a login, a question)"
@@ -47,15 +47,15 @@ def page_or_pointer(start: bytes) -> str | None:
 
 
 def hub_url(source: re.Match[str]) -> str:
-    """Where a browser gets the file of a `HUB_SOURCE`."""
+    """The address at which a browser downloads the file of a `HUB_SOURCE`."""
     return hf_hub_url(source["repo"], source["file"], revision=source["commit"])
 
 
 def download_from_hub(source: re.Match[str], cache_dir: str | Path | None, again: bool = False) -> Path:
-    """The file of a `HUB_SOURCE` in the Hugging Face cache, downloaded unless it is there and not wanted `again`.
+    """The file of a `HUB_SOURCE` in the Hugging Face cache, downloaded if it is missing or with `again`.
 
     Raises:
-        DownloadError: If it cannot be had; the reason.
+        DownloadError: If it cannot be downloaded; with the reason.
     """
     if constants.HF_HUB_OFFLINE:
         raise DownloadError("OfflineModeIsEnabled: HF_HUB_OFFLINE is set")
@@ -71,10 +71,10 @@ def download_from_hub(source: re.Match[str], cache_dir: str | Path | None, again
 
 
 def download(link: str, file: str | None, path: Path) -> None:
-    """Writes what lies behind a link to `path`: a file on Google Drive, `file` in a folder there, or any HTTPS file.
+    """Downloads a link to `path`: a file on Google Drive, `file` in a folder there, or any HTTPS file.
 
     Raises:
-        DownloadError: If it cannot be had, with the reason, or is a web page.
+        DownloadError: If it cannot be downloaded, with the reason, or is a web page.
     """
     if constants.HF_HUB_OFFLINE:
         raise DownloadError("OfflineModeIsEnabled: HF_HUB_OFFLINE is set")
@@ -82,20 +82,20 @@ def download(link: str, file: str | None, path: Path) -> None:
         _download_from_drive(link, file, path)
     else:
         _patiently(lambda: _download_from_server(link, path))
-    with path.open("rb") as part:
-        what = page_or_pointer(part.read(512))
+    with path.open("rb") as content:
+        what = page_or_pointer(content.read(512))
     if what:
         raise DownloadError(f"{link} answered with {what}, instead of the file")
 
 
 def _download_from_server(link: str, path: Path) -> None:
-    pauses = (_PATIENCE, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _PATIENCE)  # connect, read, write, free line
-    with get_session().stream("GET", link, timeout=pauses, follow_redirects=True) as response, path.open("wb") as part:
+    pauses = (_PATIENCE, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _PATIENCE)  # connect, read, write, pool
+    with get_session().stream("GET", link, timeout=pauses, follow_redirects=True) as response, path.open("wb") as out:
         response.raise_for_status()
         size = int(response.headers.get("Content-Length", 0)) or None
         with tqdm(desc=path.stem, total=size, unit="B", unit_scale=True, leave=False, disable=None) as progress:
             for block in response.iter_bytes(2**20):
-                progress.update(part.write(block))
+                progress.update(out.write(block))
 
 
 def _download_from_drive(link: str, file: str | None, path: Path) -> None:
@@ -118,9 +118,9 @@ def _download_from_drive(link: str, file: str | None, path: Path) -> None:
 
 
 def _patiently(get: Callable[[], T], vague: type[Exception] = ConnectionError) -> T:
-    """What `get` returns, tried again while it fails in a way that may pass.
+    """The result of `get`, which is retried after temporary errors.
 
-    `vague` errors do not say why; they are tried again, too.
+    `vague` errors do not state a reason; they are retried, too.
     """
     attempt = 0
     while True:
@@ -135,7 +135,7 @@ def _patiently(get: Callable[[], T], vague: type[Exception] = ConnectionError) -
 
 
 def _pause(error: Exception, attempt: int) -> float | None:
-    """Seconds after which another try may succeed; None if it would not."""
+    """Seconds to wait before a retry; None if a retry cannot succeed."""
     response = getattr(error, "response", None)
     if response is not None:
         if response.status_code not in (408, 429) and response.status_code < 500:

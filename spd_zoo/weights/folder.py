@@ -25,9 +25,9 @@ def save_network(
 
     Args:
         net: A network that timm created.
-        folder: Made if it is not there.
-        cfg: What differs from `net.pretrained_cfg`: input, normalisation, `label_names`, ...
-        model_args: Arguments of `timm.create_model` that the network was made with, where timm does not know them.
+        folder: Created if it does not exist.
+        cfg: Fields that differ from `net.pretrained_cfg`: input, normalisation, `label_names`, ...
+        model_args: Arguments of `timm.create_model` for this network, if its `pretrained_cfg` does not have them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def config_of(
 ) -> dict[str, Any]:
     """timm's `config.json`, in a form that transformers reads, too; the arguments are those of `save_network`.
 
-    `extra` is what else is to be in it.
+    `extra` holds further fields.
     """
     cfg = dict(cfg or {})
     names = cfg.pop("label_names", None)
@@ -53,8 +53,8 @@ def config_of(
         path = Path(folder) / CONFIG
         save_config_for_hf(net, str(path), extra, model_args)
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    config.get("model_args", {}).pop("num_classes", None)  # also at the top; transformers hands timm both, and fails
-    names = config["pretrained_cfg"].pop("label_names", None)  # transformers looks at the top alone
+    config.get("model_args", {}).pop("num_classes", None)  # transformers would pass it to timm twice
+    names = config["pretrained_cfg"].pop("label_names", None)  # transformers only reads the top level
     if names:
         config.setdefault("label_names", names)
     return config

@@ -56,7 +56,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def class_names(cfg: dict[str, Any]) -> list[str]:
-    """The name of every class of a network with this `pretrained_cfg`; the class's index where no name is known."""
+    """The name of every class of a network with this `pretrained_cfg`, or its index if no name is known."""
     names, info = [str(index) for index in range(cfg["num_classes"])], _class_info(cfg)
     if info is None:
         return names
@@ -111,7 +111,7 @@ def load_network(model: str, device: str) -> nn.Module:
 
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights cannot be downloaded or must not be used.
     """
     name = timm_name(model)
     entry = entries().get(name)

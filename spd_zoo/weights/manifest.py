@@ -1,4 +1,4 @@
-"""The manifest: one entry per network and checkpoint, from `weights_manifest.json` and from a private one beside it."""
+"""The manifest: one entry per network and checkpoint, from `weights_manifest.json` and a private manifest, if any."""
 
 import json
 import math
@@ -33,7 +33,7 @@ _private: str | Path | None = os.environ.get("SPD_ZOO_MANIFEST") or None
 
 
 class WeightsError(RuntimeError):
-    """Weights that cannot be had or must not be used; the message says what is wrong and what to do."""
+    """Weights that are unavailable or must not be used; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,23 @@ class Entry:
     input_size: tuple[int, int, int]
     params: int  # of the network with num_classes outputs
     macs: int  # convolutions and linear layers, one image of input_size
-    pool_size: tuple[int, int] | None = None  # of the last map at input_size; detectors pool none
+    pool_size: tuple[int, int] | None = None  # size of the last map at input_size; detectors do not pool it
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
-    fixed_input_size: bool = False  # whether the network takes images of the size alone that it was created for
+    fixed_input_size: bool = False  # whether the network only takes images of the size that it was created for
     source: str | None = None
     extra: str | None = None  # the extra of spd-zoo that installs the package of a source package:NAME:FILE
-    default: bool = True  # whether the network's name alone may mean these weights
+    default: bool = True  # whether these may be the network's default weights
     mirror: str | None = None
     sha256: str | None = None
     size: int | None = None
     license: str | None = None
     origin_url: str | None = None
     original_link: str | None = None
-    original_file: str | None = None  # the file in it, where original_link is a folder
-    derived_from: str | None = None  # the entry whose file it is: the network converts those weights when it loads them
+    original_file: str | None = None  # the file's name, if original_link is a folder
+    derived_from: str | None = None  # the entry whose weights this network converts when it loads them
     dataset: str | None = None
     class_names: tuple[str, ...] | str | None = None  # "imagenet-1k" stands for the WordNet ids of its 1000 classes
     recipe: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class Entry:
 
     @property
     def tag(self) -> str:
-        """What stands behind the network's name; empty for the network itself."""
+        """The name after the network's; empty for the network itself."""
         return self.name.partition(".")[2]
 
     @property
@@ -86,7 +86,7 @@ class Entry:
 
     @property
     def label_descriptions(self) -> dict[str, str] | None:
-        """English words for each class, as timm has them, where the classes are ImageNet's."""
+        """timm's English description of each class, if the classes are ImageNet's."""
         return _imagenet()[1] if isinstance(self.class_names, str) else None
 
     @property
@@ -102,7 +102,7 @@ def manifest_path() -> Path:
 
 
 def set_private(path: str | Path | None) -> None:
-    """Reads `path` beside the package's own manifest from now on; None: the own one alone.
+    """Reads `path` in addition to the package's own manifest from now on; None: only the package's own.
 
     Raises:
         WeightsError: If `path` is no valid manifest; then nothing changes.
@@ -116,7 +116,7 @@ def set_private(path: str | Path | None) -> None:
 
 @cache
 def entries() -> dict[str, Entry]:
-    """All entries by name; those of a private manifest take the place of the package's own.
+    """All entries by name; those of a private manifest replace the package's own of the same name.
 
     Raises:
         WeightsError: If a manifest is invalid.
@@ -125,9 +125,9 @@ def entries() -> dict[str, Entry]:
 
 
 def entries_for_import() -> dict[str, Entry]:
-    """`entries`, or the package's own where the private manifest is invalid, so that `import spd_zoo` always works.
+    """`entries`, or only the package's own if the private manifest is invalid, so that `import spd_zoo` always works.
 
-    Whatever asks for weights asks `entries` and gets the error then.
+    Loading weights calls `entries`, which then raises the error.
     """
     try:
         return entries()
@@ -136,9 +136,9 @@ def entries_for_import() -> dict[str, Entry]:
 
 
 def default_checkpoints(found: Mapping[str, Entry]) -> dict[str, str]:
-    """For every network that has one, the checkpoint that its name alone means with `pretrained=True`.
+    """The default checkpoint of every network that has one, loaded by `pretrained=True` without a tag.
 
-    That is the first verified one that does not say `"default": false`.
+    It is the first verified checkpoint without `"default": false`.
     """
     defaults: dict[str, str] = {}
     for entry in found.values():
@@ -162,7 +162,7 @@ def _own() -> dict[str, Entry]:
 
 
 def _derived(found: dict[str, Entry]) -> dict[str, Entry]:
-    """The entries, those that are derived from others with all that these say of the weights."""
+    """The entries; derived ones with the original's facts about the weights."""
     return {
         name: entry
         if entry.derived_from is None
@@ -253,7 +253,7 @@ def _read_private(path: Path) -> dict[str, Entry]:
             refuse(f"has {entry.name} in the group {entry.group}; it belongs to {network.group}")
         original = {**_own(), **found}.get(entry.derived_from or entry.name)
         if original is None or (entry.derived_from and (original.derived_from or not original.tag)):
-            refuse(f"derives {entry.name} from {entry.derived_from}, which are no weights, or derived ones themselves")
+            refuse(f"derives {entry.name} from {entry.derived_from}, which has no weights or is itself derived")
     return found
 
 
@@ -271,7 +271,7 @@ def _number(text: str) -> float:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> bool:
-    """Writes the manifest to `path` atomically, unless it stands there already; whether it did not."""
+    """Writes the manifest to `path` atomically if its content changes; returns whether it did."""
     text = json.dumps(manifest, indent=2) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False

@@ -1,7 +1,7 @@
 """The authors' checkpoints in the user's cache: converted, checked, kept, found again.
 
-A converted file lies there under `network.tag.<sha256 of the file>.safetensors`: it appears by one rename and its name
-says what must be in it. Where it came from stands in its metadata.
+A converted file is named `network.tag.<sha256 of the file>.safetensors`, so that it can be verified, and is written
+atomically. Its metadata says where it came from.
 """
 
 import datetime
@@ -49,15 +49,15 @@ def tagged(name: str) -> str:
 
 
 def import_original(name: str, file: Path, origin: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """Converts a checkpoint to our keys, checks it, and keeps it where `pretrained=True` with this name finds it.
+    """Converts a checkpoint to our keys, checks it, and keeps it in the cache for `pretrained=True` with this name.
 
-    Checked are all keys and shapes, that every number is finite, and that the network computes finite outputs.
+    All keys and shapes must match, every number must be finite, and so must the network's outputs.
 
     Args:
         name: `network.tag`, a tag of the manifest or any other; without one it is "imported".
         file: The checkpoint, in any form that `read_original` understands.
         origin: Where it came from, if not from `file`.
-        cache_dir: The user's cache; Hugging Face's unless given.
+        cache_dir: The user's cache (default: Hugging Face's).
 
     Returns:
         The converted file.
@@ -113,10 +113,10 @@ def import_original(name: str, file: Path, origin: str | None = None, cache_dir:
 
 
 def _converted(network: str, original: StateDict, classes: dict[str, Any]) -> tuple[dict[str, Any], StateDict]:
-    """What the network must be made with for a checkpoint, and its tensors under the network's own keys.
+    """The arguments to create the network for a checkpoint, and its tensors under the network's own keys.
 
-    A prefix that all keys have is taken off if they fit without it. Counters of normalisation layers, which torch did
-    not always write, are 0 where they are missing.
+    A prefix of all keys is removed if they fit without it. Missing counters of normalisation layers, which old
+    versions of torch did not write, become 0.
     """
     prefix = next(iter(original)).partition(".")[0] + "."
     forms = [original]
@@ -137,7 +137,7 @@ def _converted(network: str, original: StateDict, classes: dict[str, Any]) -> tu
 
 
 def _keep(write: Callable[[Path], object], name: str, cache_dir: str | Path | None) -> Path:
-    """Writes the file and takes away those that were imported under this name before."""
+    """Writes the file and deletes those that were imported under this name before."""
     with locked(name, cache_dir) as folder:
         part = folder / f"{name}.part"
         try:
@@ -157,13 +157,13 @@ def _keep(write: Callable[[Path], object], name: str, cache_dir: str | Path | No
 
 @contextmanager
 def locked(name: str, cache_dir: str | Path | None = None) -> Iterator[Path]:
-    """The folder of imported files, while no other process of this user's works on `name`.
+    """The folder of imported files, locked so that no other process of this user works on `name`.
 
     Raises:
         WeightsError: If nothing can be written there.
     """
     folder = import_folder(cache_dir)
-    lock = FileLock(folder / f"{name}.lock", is_singleton=True)  # one per file, so that a holder may enter again
+    lock = FileLock(folder / f"{name}.lock", is_singleton=True)  # a singleton per file is reentrant
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

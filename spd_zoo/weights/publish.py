@@ -53,12 +53,12 @@ FREE = (  # licences (SPDX) under which anybody may pass weights on with their n
 
 
 class LicenseError(WeightsError):
-    """Weights that may not be passed on; the message says what their licence is."""
+    """Weights that may not be redistributed; the message says what their licence is."""
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What is to stand on the Hub for an entry: `file` as model.safetensors, and `texts` under their names."""
+    """The files on the Hub for an entry: `file` as model.safetensors, and `texts` by name."""
 
     entry: Entry
     repo: str  # ORG/network.tag
@@ -68,10 +68,10 @@ class Publication:
 
 
 def check_license(entry: Entry) -> None:
-    """Lets those weights pass that anybody may pass on.
+    """Checks that anybody may redistribute the weights.
 
     Raises:
-        LicenseError: For all others.
+        LicenseError: If not.
     """
     name, origin = (entry.license or "none").lower(), entry.origin_url or "their source"
     if name in FREE:
@@ -86,7 +86,7 @@ def check_license(entry: Entry) -> None:
 
 
 def checkout_manifest() -> Path:
-    """The manifest in use, to be written.
+    """The manifest in use, which must be writable.
 
     Raises:
         WeightsError: If it is that of the installed package, where an address would be lost with the next installation.
@@ -98,18 +98,18 @@ def checkout_manifest() -> Path:
 
 
 def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = False) -> Publication:
-    """What `publish` puts on the Hub; nothing is sent.
+    """Prepares what `publish` puts on the Hub, without sending anything.
 
     Args:
-        entry: Which weights.
+        entry: The weights.
         org: Organisation or user on the Hub.
-        file: The weights under the network's own keys; fetched unless given.
-        offline: Fetch only what is on this machine already.
+        file: The weights under the network's own keys (default: the entry's file, fetched).
+        offline: Only use files on this machine.
 
     Raises:
-        LicenseError: If they may not be passed on.
-        WeightsError: If they are derived from others, cannot be had, do not fit the network, or it computes no finite
-            numbers with them.
+        LicenseError: If they may not be redistributed.
+        WeightsError: If they are derived from others, unavailable, do not fit the network, or give outputs that are
+            not finite.
     """
     if entry.derived_from is not None:
         raise WeightsError(
@@ -126,16 +126,16 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
 
 
 def publish(publication: Publication, manifest: Path) -> str:
-    """Creates the repository, uploads in one commit, and enters the address in `manifest`; what is there is left.
+    """Creates the repository, uploads in one commit, and enters the address in `manifest`; skips what is already done.
 
-    The address is entered only after the Hub said that it serves the same bytes there.
+    The address is entered only after the Hub has confirmed that it serves the same bytes.
 
     Returns:
-        What was done.
+        A summary of what was done.
 
     Raises:
-        WeightsError: If the manifest cannot be written, or the Hub cannot be asked, refuses or serves something else.
-            What was uploaded until then is found again by the next call.
+        WeightsError: If the manifest cannot be written, or the Hub cannot be reached, refuses or serves other bytes.
+            The next call continues with what was uploaded until then.
     """
     entry, repo = publication.entry, publication.repo
     content = _read(manifest, entry)
@@ -159,7 +159,7 @@ def publish(publication: Publication, manifest: Path) -> str:
 
 
 def describe(publication: Publication, manifest: Path) -> str:
-    """All that `publish` would do: address, licence, files, their texts, and the change to `manifest`.
+    """Describes everything that `publish` would do: address, licence, files, texts, and the change to `manifest`.
 
     Raises:
         WeightsError: If the manifest cannot be written.
@@ -213,11 +213,11 @@ def _upload(publication: Publication, api: HfApi) -> tuple[str, bool]:
 
 @contextmanager
 def _explained(publication: Publication) -> Iterator[None]:
-    """Turns what the Hub's client raises into one sentence with what to do."""
+    """Turns exceptions of the Hub's client into one sentence that says what to do."""
     try:
         yield
     except (HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
-        cause = error.__cause__ or error if type(error) is RuntimeError else error  # one upload's, wrapped
+        cause = error.__cause__ or error if type(error) is RuntimeError else error  # a wrapped error of one upload
         org = publication.repo.partition("/")[0]
         advice = {
             401: "log in with a token that may write: `hf auth login`, or HF_TOKEN",
@@ -257,12 +257,12 @@ def _pinned(content: dict[str, Any], publication: Publication, commit: str) -> d
 
 
 def _still_true(notes: str | None) -> str:
-    """`notes` without the one that publishing refutes."""
+    """`notes` without the note that publishing makes untrue."""
     return (notes or "").replace(UNSEEN, "").strip()
 
 
 def _network(entry: Entry, file: Path) -> nn.Module:
-    """The network with the weights of `file`, which must be its own and give numbers."""
+    """The network with the weights of `file`, which must fit it and give finite outputs."""
     advice = f"import the weights of {entry.name} first"
     try:
         with safe_open(file, "pt") as tensors:
@@ -271,7 +271,7 @@ def _network(entry: Entry, file: Path) -> nn.Module:
         raise WeightsError(f"{file} is no safetensors file ({error}); {advice}") from error
     net = create(entry, file).eval()
     if keys != net.state_dict().keys():
-        raise WeightsError(f"{file} has not the keys of {entry.network}; {advice}")
+        raise WeightsError(f"{file} does not have the keys of {entry.network}; {advice}")
     cfg = cast("dict[str, Any]", net.pretrained_cfg)
     has, entered = (cfg["num_classes"], cfg["input_size"]), (entry.num_classes, entry.input_size)
     if has != entered:
@@ -279,7 +279,7 @@ def _network(entry: Entry, file: Path) -> nn.Module:
     with torch.inference_mode():
         outputs = net(torch.rand(1, *entry.input_size, generator=torch.Generator().manual_seed(0)))
     if not all(output.isfinite().all() for output in tree_leaves(outputs)):
-        raise WeightsError(f"{entry.network} computes numbers that are not finite with {file}")
+        raise WeightsError(f"the outputs of {entry.network} with {file} are not finite")
     return net
 
 
