@@ -612,7 +612,7 @@ def test_a_release_goes_from_the_authors_link_to_a_pinned_manifest(
         theirs = io.BytesIO()
         torch.save({"state_dict": {f"module.{k}": v for k, v in checkout.net.state_dict().items()}}, theirs)
         drive.files["1" * 30] = theirs.getvalue()
-        with pytest.warns(UserWarning, match="nobody here has seen the file before"):
+        with pytest.warns(UserWarning, match="no sha256 is known for the file"):
             assert release_weights.main(["--org", "org", NAME]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "0 pinned, 1 released, 0 refused, 0 left"
     fields = checkout.fields

@@ -90,7 +90,9 @@ class EfficientNetLiteSPD(EfficientNet):
             **kwargs,
         )
         if stem_stride == 1:
-            self.conv_stem.stride = (1, 1)
+            stem = self.conv_stem  # a padding of 1 is what TensorFlow's rule gives at stride 1
+            self.conv_stem = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False, device="meta")
+            self.conv_stem.weight = stem.weight
             for info in self.feature_info:
                 info["reduction"] //= 2
         for name, module in list(self.named_modules()):

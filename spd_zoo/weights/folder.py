@@ -46,7 +46,7 @@ def config_of(
     cfg = dict(cfg or {})
     names = cfg.pop("label_names", None)
     described = vars(net)["pretrained_cfg"].get("label_descriptions") or {}
-    if names and not described.keys() >= set(names):
+    if names and described and not described.keys() >= set(names):
         cfg["label_descriptions"] = None  # those of a pretrained network, whose classes were others
     extra = {"pretrained_cfg": cfg} | ({"label_names": names} if names else {}) | extra
     with tempfile.TemporaryDirectory() as folder:
