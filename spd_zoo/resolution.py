@@ -133,24 +133,29 @@ def _run(net: nn.Module, size: tuple[int, int, int]) -> tuple[list[_Downsampling
     meta: Any = copy_network(net)
     if hasattr(meta, "forward_features"):
         meta.forward = meta.forward_features  # classifiers take maps of many sizes
-    running: list[tuple[str, Tensor | None]] = [("", None)]  # modules, and of layers the map that they were given
+    running = [("", False)]  # the modules that run, and whether each is a layer
     found: list[_Downsampling] = []
 
-    def enter(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: running.append((name, args[0] if isinstance(module, _LAYERS) else None))
+    def enter(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: running.append((name, isinstance(module, _LAYERS)))
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop()
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        name, is_layer = running.pop()
+        if is_layer:  # as a whole: inside, it may also compute its weights, which are no maps
+            compare(name, type(module).__name__, next(iter((*args, *kwargs.values()))), output)
 
     for name, module in meta.named_modules():
         module.register_forward_pre_hook(enter(name))
-        module.register_forward_hook(leave)
+        module.register_forward_hook(leave, with_kwargs=True)
 
     def ran(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        name, source = running[-1]
+        name, is_layer = running[-1]
+        if args and not is_layer:
+            compare(name, operator, args[0], result)
+
+    def compare(name: str, operator: str, source: Any, result: Any) -> None:
         output = result[0] if isinstance(result, tuple | list) and result else result
-        source = args[0] if source is None and args and isinstance(args[0], Tensor) else source
-        if source is None or source.ndim != 4 or not isinstance(output, Tensor) or output.ndim != 4:
+        if not all(isinstance(tensor, Tensor) and tensor.ndim == 4 for tensor in (source, output)):
             return
         if output.shape[2:].numel() == 1:
             return
