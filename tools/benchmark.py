@@ -83,10 +83,9 @@ FORMS = [
 
 
 def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callable[[], None]:
-    """A function that runs one batch through a copy of `net` in the given form; warmed up."""
+    """A function that runs one batch through a copy of `net`, which is folded already if it is to be; warmed up."""
     layout = torch.channels_last if form.layout == "channels_last" else torch.contiguous_format
-    net = fold_batchnorm(net) if form.folded else copy.deepcopy(net)
-    net = net.train(form.step == "train").to(memory_format=layout)
+    net = copy.deepcopy(net).train(form.step == "train").to(memory_format=layout)
     size = (image_size, image_size)
     x = torch.randn(batch, 3, *size).to(memory_format=layout)
     bf16 = form.precision == "bf16"
@@ -129,8 +128,11 @@ def time_steps(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     return seconds
 
 
-def build(network: str, way: str) -> nn.Module:
-    """A network with reproducible random weights and BatchNorm statistics, as it is or written the plain way."""
+def build(network: str, way: str, folded: bool = False) -> nn.Module:
+    """A network with reproducible random weights and BatchNorm statistics, as it is or written the plain way.
+
+    It is folded before it is written the plain way, because `fold_batchnorm` knows our layers alone.
+    """
     torch.manual_seed(0)
     net = timm.create_model(network)
     for module in net.modules():
@@ -140,13 +142,14 @@ def build(network: str, way: str) -> nn.Module:
                     nn.init.uniform_(tensor, 0.5, 1.5)
                 elif name in ("bias", "running_mean"):
                     nn.init.normal_(tensor, std=0.1)
+    net = fold_batchnorm(net) if folded else net
     return plain_twin(net) if way == "plain" else net
 
 
 def _peak_mib(network: str, way: str, form: Form, batch: int, image_size: int, threads: int) -> float:
     torch.set_num_threads(threads)
     start = _high_water_mib()
-    make_step(build(network, way), form, batch, image_size)()
+    make_step(build(network, way, bool(form.folded)), form, batch, image_size)()
     return _high_water_mib() - start
 
 
@@ -165,18 +168,20 @@ def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> 
     """One row per form: images/s, ratios (above 1: ours is faster) and memory; and a detector's suppression."""
     nets = {"ours": build(network, "ours"), "plain": build(network, "plain")}
     detector = nets["ours"] if isinstance(nets["ours"], DetectionNet) else None
-    folded = {} if detector else {f"{way}, folded": fold_batchnorm(net) for way, net in nets.items()}
-    check_agreement({**nets, **folded}, args.image_size)
-    rival = {} if detector else {"resnet50": build("resnet50", "ours")}
+    folded = {} if detector else {way: build(network, way, folded=True) for way in nets}
+    check_agreement({**nets, **{f"{way}, folded": net for way, net in folded.items()}}, args.image_size)
+    rivals = {} if detector else {is_folded: build("resnet50", "ours", is_folded) for is_folded in (False, True)}
     for form in forms:
         if detector and form.folded:
             continue
+        in_form = folded if form.folded else nets
         contenders = {
-            "ours": (nets["ours"], form),
+            "ours": (in_form["ours"], form),
             "plain": (nets["plain"], Form(form.step, form.precision)),
-            "plain, same form": (nets["plain"], form),
-            **{name: (net, form) for name, net in rival.items()},
+            "plain, same form": (in_form["plain"], form),
         }
+        if rivals:
+            contenders["resnet50"] = rivals[bool(form.folded)], form
         row = _compare(network, form, contenders, args)
         if args.memory and form.mode == "eager":
             row["MiB"] = measure_memory(network, "ours", form, args)
@@ -208,8 +213,10 @@ def benchmark_converted(network: str, forms: Iterable[Form], args: argparse.Name
     train_a_little(converted)
     folded = fold_spd(converted)
     check_agreement({"converted": converted, "folded": folded}, args.image_size)
+    folded_original = fold_batchnorm(original)
     for form in forms:
-        contenders = {"ours": (folded if form.folded else converted, form), "as it was": (original, form)}
+        ours, before = (folded, folded_original) if form.folded else (converted, original)
+        contenders = {"ours": (ours, form), "as it was": (before, form)}
         yield _compare(network, form, contenders, args)
 
 

@@ -52,7 +52,7 @@ def plain(module: nn.Module) -> nn.Module:
     if isinstance(module, SPDConv2d | PhaseMix):
         out_chs, in_chs, kernel, _ = module.weight.shape
         conv = nn.Conv2d(in_chs * module.groups, out_chs, kernel, groups=module.groups, bias=False)
-        conv.weight = module.weight
+        conv.weight, conv.bias = module.weight, module.bias  # folding gives it a bias
         down = PlainSpaceToDepth("channels_first")
         if isinstance(module, PhaseMix) or kernel == 1:
             return nn.Sequential(down, conv)
