@@ -733,7 +733,10 @@ def test_exports_for_any_image_size(name: str, form: Callable[[nn.Module], nn.Mo
 @pytest.mark.filterwarnings("ignore")  # of torch about its own exporter
 @pytest.mark.parametrize("name", FIRST_OF_SMALL)
 def test_becomes_onnx_that_computes_the_same(name: str) -> None:
-    onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    onnxruntime, _ = (
+        pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`"),
+        pytest.importorskip("onnxscript", reason="ONNX needs the extra `export`"),
+    )
     x = images(2, 3, 65, 79)
     converted = convert_to_spd(small_network(name))
     for net in (converted, fold_spd(converted)):

@@ -761,8 +761,8 @@ def test_exports_for_any_number_of_images(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
 @pytest.mark.parametrize("name", SMALLEST)
 def test_runs_in_onnx_runtime(name: str) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript", reason="ONNX needs the extra `export`")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
     net = random_network(name, num_classes=5)
     batch = ({0: torch.export.Dim("batch", min=1)},)
     program: Any = torch.onnx.export(net, (noise(2, 3, *SIZE),), dynamo=True, verbose=False, dynamic_shapes=batch)
@@ -803,8 +803,8 @@ def test_ssd_sees_a_black_image_in_half_precision() -> None:
 @pytest.mark.filterwarnings("ignore")  # torch's exporter warns about itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_ssd_normalises_pixels_of_zero_in_onnx_runtime(dtype: torch.dtype) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript", reason="ONNX needs the extra `export`")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
     layer = L2Norm(8, {"dtype": dtype}).eval()
     x = noise(1, 8, 2, 2).to(dtype)
     x[..., 0, 0] = 0
