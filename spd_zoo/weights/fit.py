@@ -99,7 +99,7 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
     own_classifier, own_stem = (layer.weight for layer in own)
     if stem is not None and own_stem is not None and _alike_but_in(1, stem, own_stem):
         in_chans = stem.shape[1] * in_chans // own_stem.shape[1]
-    num_classes: int = meta.num_classes  # type: ignore[assignment]
+    num_classes = cast("int", meta.num_classes)
     if classifier is None or own_classifier is None or _has_numbers_for_each_class(classifier, own_classifier):
         num_classes = _num_classes(classifier, meta)
     return {"num_classes": num_classes, "in_chans": in_chans}
