@@ -98,7 +98,8 @@ def host_name(name: str) -> str:
     Raises:
         ValueError: If it is something else, for example a URL.
     """
-    host = _host_and_port(f"//[{name}]" if ":" in name else f"//{name}")
+    is_ipv6 = getattr(_address(name), "version", None) == 6  # older Pythons let anything stand in brackets
+    host = _host_and_port(f"//[{name}]" if is_ipv6 else f"//{name}")
     if host is None or host[1] is not None:
         raise ValueError(f"{name!r} is no host name; write it as in demo.example.org, without scheme and port")
     return host[0]

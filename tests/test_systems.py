@@ -65,6 +65,10 @@ os.symlink, os.replace = symlink, replace
 os.stat, builtins.open = hides_proc(os.stat), hides_proc(open)
 import io
 io.open = builtins.open
+accessor = getattr(pathlib, "_NormalAccessor", None)  # of Python 3.10, which has taken these functions already
+if accessor is not None:
+    for name, function in {"stat": os.stat, "open": io.open, "replace": replace, "symlink": symlink}.items():
+        setattr(accessor, name, staticmethod(function))
 """
 
 
