@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
+from spd_zoo.errors import first_line
 from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
 from spd_zoo.weights.checkpoint import read_original
 from spd_zoo.weights.fetch import fetch
@@ -177,7 +178,7 @@ def build(
         ):  # torch's, for a broken zip file
             raise
         file = overlay.get("file") or (pretrained_cfg or {}).get("file")
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        reason = first_line(error)[:200]
         raise WeightsError(
             f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
             f"spd-zoo weights import {variant} {file}"
