@@ -13,7 +13,7 @@ from torch import nn
 
 from spd_zoo.errors import first_line
 from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
-from spd_zoo.weights.checkpoint import read_original
+from spd_zoo.weights.checkpoint import read_checkpoint
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.fit import (
     FilterFn,
@@ -26,6 +26,7 @@ from spd_zoo.weights.fit import (
     own_networks,
     which_fits,
 )
+from spd_zoo.weights.imported import UNTAGGED
 from spd_zoo.weights.manifest import (
     Entry,
     WeightsError,
@@ -35,7 +36,6 @@ from spd_zoo.weights.manifest import (
     find_entry,
     set_private,
 )
-from spd_zoo.weights.originals import UNTAGGED
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
@@ -133,10 +133,10 @@ def build(
         tag = pretrained_cfg
         if overlay.get("file"):
             _check_tag(variant, tag, Path(overlay["file"]))
-            read = read_original(Path(overlay["file"]))
+            read = read_checkpoint(Path(overlay["file"]))
             described = _described(variant, tag, read, pretrained_filter_fn, kwargs)
         elif mine := _imported_by_user(variant, tag, cache_dir):
-            read = read_original(mine)
+            read = read_checkpoint(mine)
             described = _described(variant, None, read, pretrained_filter_fn, kwargs)
             described |= {"file": str(mine), "tag": tag or UNTAGGED}
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
