@@ -125,7 +125,7 @@ def test_weights_are_adapted_to_other_image_channels(name: str, save: Any) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [LITE0, LOWRES])
+@pytest.mark.parametrize("name", [pytest.param(LITE0, marks=pytest.mark.exhaustive), LOWRES])
 def test_trains_exports_and_takes_any_image_size(name: str) -> None:
     net = random_network(name, num_classes=5)
     with torch.inference_mode():
