@@ -1,6 +1,7 @@
 """The authors' checkpoints: what is understood, what is refused, what is kept, and where they are downloaded from."""
 
 import argparse
+import errno
 import hashlib
 import json
 import sys
@@ -20,6 +21,7 @@ from drive_double import DriveDouble, drive_double
 from hub_double import COMMIT, fails, hub_double
 from huggingface_hub import constants
 from networks import config_of
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -61,6 +63,34 @@ def outputs(name: str, cache: Path) -> np.ndarray:
 def save(content: Any, path: Path, **options: Any) -> Path:
     torch.save(content, path, **options)
     return path
+
+
+# Where it is kept
+
+
+def test_a_cache_that_is_a_file_is_refused_in_a_sentence(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.write_text("a file where the cache should be")
+    with pytest.raises(WeightsError, match=rf"cannot write to {cache}.*; make room, or set HF_HOME to another place"):
+        import_weights(NAME, save(tensors, tmp_path / "a.pth"), cache)
+    assert cache.read_text() == "a file where the cache should be"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("IoError")], ids=str)
+def test_a_full_disk_leaves_the_weights_that_were_imported_before(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    file = save(tensors, tmp_path / "a.pth")
+    before = import_weights(NAME, file, tmp_path)
+
+    def full(_: object, path: Path, __: object) -> None:
+        path.write_bytes(b"the first bytes")
+        raise error
+
+    monkeypatch.setattr("spd_zoo.weights.imported.save_file", full)
+    with pytest.raises(WeightsError, match=r"cannot write to .*(No space left|IoError).*; make room"):
+        import_weights(NAME, file, tmp_path)
+    assert [path for path in before.parent.iterdir() if path.suffix != ".lock"] == [before]
 
 
 # Forms of checkpoints
