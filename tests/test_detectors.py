@@ -24,11 +24,11 @@ from spd_zoo.losses import ssd_matches, yolov5_matches, yolov8_matches
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.models.ssd_small import L2Norm
 
-CASES = [case for family in ("yolov5_spd", "yolov8_spd", "ssd_small") for case in golden.cases(family)]
+CASES = [case for family in ("yolov5_spd", "yolov8_spd", "yolov8_p2", "ssd_small") for case in golden.cases(family)]
 SSD_CASES = [case for case in CASES if case["model"].startswith("ssd_")]
 NETWORKS = timm_contract.own_networks(DetectionNet)
 SMALLEST = ["yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1"]
-WAYS = [*SMALLEST, "yolov8n", "ssd_mobilenetv1_s1l0_dualpath"]  # one of every way to compute
+WAYS = [*SMALLEST, "yolov8n", "yolov8n_spd_p2", "ssd_mobilenetv1_s1l0_dualpath"]  # one of every way to compute
 ALL = [pytest.param(name, marks=[] if name in WAYS else pytest.mark.slow) for name in NETWORKS]
 OBJECTS = [[10.0, 20.0, 60.0, 50.0], [5.0, 5.0, 14.0, 12.0], [30.0, 8.0, 62.0, 63.0]]
 SIZE = (64, 96)  # of images that every one of WAYS takes
@@ -100,7 +100,9 @@ def test_the_maps_of_ssd_have_the_recorded_sizes(case: dict[str, Any]) -> None:
 def test_costs_what_the_authors_network_costs(case: dict[str, Any]) -> None:
     net = timm.create_model(case["model"], device="meta", **case["model_args"])
     run = complexity.trace(net, tuple(case["macs_input"][1:]))
-    assert (complexity.macs(run), complexity.fvcore(run)) == (case["macs"], case["fvcore_flops"])
+    assert complexity.macs(run) == case["macs"]
+    if "fvcore_flops" in case:
+        assert complexity.fvcore(run) == case["fvcore_flops"]
     if "params" in case:
         assert complexity.count_params(net) == case["params"]
         everything = sum(parameter.numel() for parameter in net.parameters())
@@ -525,7 +527,7 @@ def test_raw_predictions_have_the_promised_shapes_in_training_and_evaluation(nam
             assert isinstance(raw, tuple)
             assert [tuple(part.shape) for part in raw] == [(2, count, 4), (2, count, 6)]
         else:
-            cells = [(SIZE[0] // stride, SIZE[1] // stride) for stride in (8, 16, 32)]
+            cells = [(SIZE[0] // stride, SIZE[1] // stride) for stride in net.strides]
             anchors = 3 if name.startswith("yolov5") else 1
             count = sum(anchors * h * w for h, w in cells)
             expected = [(2, 3, h, w, 10) if anchors == 3 else (2, 69, h, w) for h, w in cells]
