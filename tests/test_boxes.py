@@ -88,10 +88,8 @@ def test_nothing_is_suppressed_where_there_is_nothing() -> None:
 def crowd(count: int, spread: float, largest: float) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes in clusters, with sides from 0.01 to `largest` pixels, their scores, and labels of three classes."""
     generator = torch.Generator().manual_seed(count)
-    centres = (
-        spread
-        * torch.rand(count // 4, 2, generator=generator)[torch.randint(count // 4, (count,), generator=generator)]
-    )
+    cluster = torch.randint(count // 4, (count,), generator=generator)
+    centres = spread * torch.rand(count // 4, 2, generator=generator)[cluster]
     centres = centres + torch.randn(count, 2, generator=generator)
     sides = 0.01 * (100 * largest) ** torch.rand(count, 2, generator=generator)
     scores, labels = torch.rand(count, generator=generator), torch.randint(3, (count,), generator=generator)
