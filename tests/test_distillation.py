@@ -174,15 +174,13 @@ def test_half_precision_compares_probabilities_in_float32(folders: Path, colour_
         loss = task(images, labels)["loss"]
         logits, of_teacher = net(images), teacher(teacher.normalize_input(images, task.student_mean, task.student_std))
     assert logits.dtype == of_teacher.dtype == torch.bfloat16  # the teacher computes in it, too
-    probabilities = [(values.detach().float() / 4).log_softmax(1) for values in (logits, of_teacher)]
-    expected = 16 * F.kl_div(*probabilities, reduction="batchmean", log_target=True)
+    of_student, of_teacher = ((values.detach().float() / 4).log_softmax(1) for values in (logits, of_teacher))
+    expected = 16 * F.kl_div(of_student, of_teacher, reduction="batchmean", log_target=True)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "mixed", [{"mixup": 5.0}, {"cutmix": 1.0}, {"erase": 1.0}], ids=lambda value: next(iter(value))
-)
+@pytest.mark.parametrize("mixed", [{"mixup": 5.0}, {"cutmix": 1.0}, {"erase": 1.0}], ids=["mixup", "cutmix", "erase"])
 def test_the_teacher_sees_what_the_student_sees(folders: Path, colour_net: ColourNet, mixed: dict[str, float]) -> None:
     asked = config(folders, folders, teacher="colour", teacher_size="16", **mixed)
     task, preprocessing = started(folders, student(), load_teacher(asked, list(COLOURS), 3, CPU), **mixed)
@@ -236,7 +234,7 @@ def test_classes_are_found_by_name_or_wordnet_id(names: list[str], outputs: list
         (
             ["cat", "yak"],
             NetworkClasses(["dog", "cat", "cow"]),
-            "the teacher has no class 'yak'. The data has 2 classes (cat, yak); the teacher has 3 classes (dog, cat, co",
+            "has no class 'yak'. The data has 2 classes (cat, yak); the teacher has 3 classes (dog, cat, cow)",
         ),
         (["tabby", "n02123045", "tiger cat"], IMAGENET, "'tabby' and 'n02123045' are one class of the teacher"),
         (["cat", "dog"], NetworkClasses(["0", "1", "2"], named=False), "the teacher has no class 'cat'"),
@@ -325,7 +323,6 @@ def test_a_file_of_another_network_is_refused(save: Any, network: str) -> None:
         ({"teacher": "taught", "teacher_model": "cifar_resnet20"}, "teacher_model is for a teacher that is a file"),
         ({"teacher": "taught", "model_args": "in_chans=1"}, "takes images of 3 channels, cifar_resnet20 of 1"),
         ({"teacher": "taught", "teacher_digest": "00"}, "is not what it was when the run began"),
-        ({"teacher": "fixed", "teacher_size": "48"}, "the teacher fixed takes images of 32 pixels alone"),
         (
             {"teacher": "vit.pth", "teacher_model": "test_vit", "teacher_size": "50"},
             "cannot compute images of 50 pixels",
@@ -344,9 +341,6 @@ def test_what_cannot_teach_is_refused_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     write_teacher(tmp_path / "taught", seed=1)
     write_teacher(tmp_path / "other", seed=1, label_names=["a", "b", "c", "d"])
-    if options["teacher"] == "fixed":
-        net = timm.create_model("cifar_parc_mobilenetv2_pfd", num_classes=3)
-        save_network(net, tmp_path / "fixed", {"label_names": list(COLOURS), "num_classes": 3})
     if options["teacher"] == "vit.pth":
         torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), "vit.pth")
     if options["teacher"] == "detector":

@@ -124,29 +124,28 @@ class FinetuneConfig:
     # distillation
     teacher: str = _option(
         "",
-        "network to learn from as well: a pretrained one, the folder of a run, or a file of weights with "
-        "--teacher-model; each class of the data must be one of its classes",
+        "learn from the outputs of this network, too: a pretrained one, the folder of a run, or a file of weights with "
+        "--teacher-model; it must know every class of the data",
         only="classifiers",
     )
     teacher_model: str = _option(
         "",
-        "network that the file of --teacher is of; with a tag, its outputs are the classes of the tag",
+        "network to which the weights in the file of --teacher belong; a tag says that its classes are those of the tag",
         only="classifiers",
     )
     teacher_size: str | None = _option(
-        None, "pixels of the images that the teacher sees (default: its own)", only="classifiers"
+        None, "pixels of the images that the teacher sees (default: its own size)", only="classifiers"
     )
     teacher_digest: str | None = _option(
         None,
-        "digest of the teacher, without which no run goes on (default: that of the first start)",
+        "refuse a teacher whose weights, normalisation and classes have another digest (default: recorded when a run "
+        "begins)",
         only="classifiers",
     )
     distill_weight: float = _option(
-        0.9, "share of the teacher's loss in the whole; the rest is that of the labels", only="classifiers"
+        0.9, "weight of the teacher's loss, at most 1; the loss of the labels has the rest", only="classifiers"
     )
-    distill_temperature: float = _option(
-        4.0, "temperature of the probabilities of teacher and student", only="classifiers"
-    )
+    distill_temperature: float = _option(4.0, "softmax temperature of teacher and student", only="classifiers")
     # augmentation
     crop_scale: float = _option(0.5, "smallest share of the area that a random resized crop keeps", only="classifiers")
     crop_padding: int = _option(

@@ -67,7 +67,7 @@ class Result:
 
 
 def finetune(config: FinetuneConfig) -> Result | None:
-    """Trains `config.model` on `config.data`.
+    """Trains `config.model` on `config.data`, and on what `config.teacher` says of its images if there is one.
 
     `config.out` then holds
 
@@ -86,7 +86,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
         The result; None after a dry run.
 
     Raises:
-        DataError: If the data set cannot be used.
+        DataError: If the data set cannot be used, or has classes that the teacher does not know.
+        ModelError: If the teacher is no classifier.
         RunError: If the run cannot continue: the loss is not finite, or the disk is full.
         Stopped: After SIGINT or SIGTERM, when the current step is done and the state is saved.
         ValueError: If an option has no meaning, or `config.out` holds a run of another configuration.

@@ -173,12 +173,9 @@ def load_teacher(config: FinetuneConfig, class_names: Sequence[str], channels: i
     outputs, note = outputs_of(class_names, classes, called)
     own: tuple[int, int] = tuple(resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][1:])
     size = own if config.teacher_size is None else parse_size(config.teacher_size)
-    adapts = hasattr(net, "set_input_size")
-    if size != own and net.pretrained_cfg.get("fixed_input_size") and not adapts:
-        raise ValueError(f"{called} takes images of {size_text(own)} pixels alone; leave --teacher-size out")
     notes = [f"{called}: {note}"] if note else []
     try:
-        if size != own and adapts:
+        if size != own and hasattr(net, "set_input_size"):
             net.set_input_size(size)
         return Teacher(net, size, outputs, digest, notes, device)
     except (RuntimeError, AssertionError) as error:
