@@ -165,6 +165,21 @@ def test_the_teacher_stays_as_it_is(folders: Path, colour_net: ColourNet) -> Non
     assert {id(p) for p in task.get_clip_parameters()}.isdisjoint(map(id, teacher.parameters()))
 
 
+def test_a_task_that_is_compiled_again_computes_the_same(folders: Path, colour_net: ColourNet) -> None:
+    task, _ = started(
+        folders, student(), load_teacher(config(folders, folders, teacher="colour"), list(COLOURS), 3, CPU)
+    )
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 1])
+    expected = task(images, labels)["loss"]
+    net = task.trainable_module
+    for _ in range(2):  # as a run does when other layers begin to train
+        task.trainable_module = net
+        task.compile(backend="eager")
+    torch.testing.assert_close(task(images, labels)["loss"], expected)
+    compiled: Any = task.teacher.model
+    assert compiled._orig_mod is colour_net
+
+
 def test_half_precision_compares_probabilities_in_float32(folders: Path, colour_net: ColourNet) -> None:
     teacher = load_teacher(config(folders, folders, teacher="colour"), list(COLOURS), 3, CPU)
     net = student()

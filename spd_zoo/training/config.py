@@ -16,6 +16,7 @@ from timm.data import create_transform
 from spd_zoo.data.reading import parse_size
 
 __all__ = [
+    "DISTILLATION",
     "FinetuneConfig",
     "Plan",
     "load_config",
@@ -130,7 +131,7 @@ class FinetuneConfig:
     )
     teacher_model: str = _option(
         "",
-        "network to which the weights in the file of --teacher belong; a tag says that its classes are those of the tag",
+        "network that the weights in the file of --teacher are of; a tag says that its classes are those of the tag",
         only="classifiers",
     )
     teacher_size: str | None = _option(
