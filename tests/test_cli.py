@@ -20,7 +20,7 @@ from timm.models import save_for_hf
 import spd_zoo
 from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError
-from spd_zoo.training.finetune import FinetuneConfig
+from spd_zoo.training.config import DISTILLATION, FinetuneConfig
 from spd_zoo.weights import Entry, entries
 from spd_zoo.weights.fit import own_networks
 
@@ -366,6 +366,7 @@ TEXTS = {
     "hsv": "0.1,0.2,0.3",
     "interpolation": "bicubic",
     "resume": "never",
+    "teacher_size": "96",
 }
 OPTIONAL = [field for field in dataclasses.fields(FinetuneConfig) if field.default is not dataclasses.MISSING]
 
@@ -383,6 +384,7 @@ def test_finetune_has_an_option_for_every_field(
     else:
         arguments = [option, str(value)]
     both = {"sched": ["--decay-epochs", "1,2"], "decay_epochs": ["--sched", "multistep"], "opt": ["--lr", "1"]}
+    both |= {name: ["--teacher", "run"] for name in DISTILLATION}
     assert main(["finetune", *REQUIRED, *arguments, *both.get(field.name, [])]) == 0
     assert getattr(configs[0], field.name) == value
 

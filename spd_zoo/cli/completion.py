@@ -9,7 +9,14 @@ from spd_zoo.weights.manifest import entries
 
 __all__ = ["add"]
 
-_NAMES = ("model", "models", "name", "names")  # arguments that take a network or a checkpoint
+_NAMES = (
+    "model",
+    "models",
+    "name",
+    "names",
+    "teacher",
+    "teacher_model",
+)  # arguments that take a network or a checkpoint
 _FILES = ("images", "file", "out", "results", "manifest", "config", "data")
 
 

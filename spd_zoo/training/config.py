@@ -16,6 +16,7 @@ from timm.data import create_transform
 from spd_zoo.data.reading import parse_size
 
 __all__ = [
+    "DISTILLATION",
     "FinetuneConfig",
     "Plan",
     "load_config",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 RECIPES = Path(__file__).parent / "recipes"
+DISTILLATION = ("teacher_model", "teacher_size", "teacher_digest", "distill_weight", "distill_temperature")
 UNKNOWN = "unknown"  # in a recipe: its source does not give the value
 
 
@@ -120,6 +122,31 @@ class FinetuneConfig:
         "loss weights: inv_freq or effective_num (timm's, by class frequency), or one number per class",
         only="classifiers",
     )
+    # distillation
+    teacher: str = _option(
+        "",
+        "learn from the outputs of this network, too: a pretrained one, the folder of a run, or a file of weights with "
+        "--teacher-model; it must know every class of the data",
+        only="classifiers",
+    )
+    teacher_model: str = _option(
+        "",
+        "network that the weights in the file of --teacher are of; a tag says that its classes are those of the tag",
+        only="classifiers",
+    )
+    teacher_size: str | None = _option(
+        None, "pixels of the images that the teacher sees (default: its own size)", only="classifiers"
+    )
+    teacher_digest: str | None = _option(
+        None,
+        "refuse a teacher whose weights, normalisation and classes have another digest (default: recorded when a run "
+        "begins)",
+        only="classifiers",
+    )
+    distill_weight: float = _option(
+        0.9, "weight of the teacher's loss, at most 1; the loss of the labels has the rest", only="classifiers"
+    )
+    distill_temperature: float = _option(4.0, "softmax temperature of teacher and student", only="classifiers")
     # augmentation
     crop_scale: float = _option(0.5, "smallest share of the area that a random resized crop keeps", only="classifiers")
     crop_padding: int = _option(
@@ -184,6 +211,7 @@ class FinetuneConfig:
         """Refuses values without meaning."""
         object.__setattr__(self, "data", os.fspath(self.data))
         object.__setattr__(self, "out", Path(self.out))
+        object.__setattr__(self, "teacher", os.fspath(self.teacher))
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -195,7 +223,12 @@ class FinetuneConfig:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.lr is None and self.opt not in (None, "lamb", "adamw"):
             raise ValueError(f"the default learning rates are for lamb and adamw; give lr with opt {self.opt}")
-        for name in ("crop_scale", "layer_decay", "crop_pct", "decay_rate"):
+        for item in fields(self):
+            if item.name in DISTILLATION and not self.teacher and getattr(self, item.name) != item.default:
+                raise ValueError(f"{item.name} is for a teacher; give --teacher, too")
+        if not self.distill_temperature > 0:
+            raise ValueError(f"distill_temperature must be positive, got {self.distill_temperature}")
+        for name in ("crop_scale", "layer_decay", "crop_pct", "decay_rate", "distill_weight"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
         for name in ("ema", "val_split", "label_smoothing"):
@@ -224,6 +257,8 @@ class FinetuneConfig:
                 f"auto_augment {self.auto_augment!r} is no policy of timm's; give one like rand-m6-n2-mstd0.5"
             ) from error
         parse_sizes("64" if self.image_size is None else self.image_size)
+        if self.teacher_size is not None:
+            parse_size(self.teacher_size)
         parse_epochs(self.decay_epochs), parse_model_args(self.model_args)
         parse_numbers(self.mean)
         if not all(value > 0 for value in parse_numbers(self.std)):

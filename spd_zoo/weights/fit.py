@@ -93,7 +93,11 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
         meta: The network, with `in_chans` image channels.
         in_chans: Image channels of `meta`.
     """
-    names = classifiers(meta)[0], cfg_of(meta)["first_conv"]
+    first_conv = cfg_of(meta)["first_conv"]
+    names = (
+        classifiers(meta)[0],
+        first_conv if isinstance(first_conv, str) else first_conv[0],
+    )  # of timm's, some have several
     classifier, stem = (state_dict.get(f"{name}.weight") for name in names)
     own: list[Any] = [meta.get_submodule(name) for name in names]
     own_classifier, own_stem = (layer.weight for layer in own)

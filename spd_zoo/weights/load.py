@@ -12,11 +12,20 @@ from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from spd_zoo.errors import first_line
-from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
+from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names, read_checkpoint
 from spd_zoo.weights.catalogue import ModelError, unknown_network
 from spd_zoo.weights.folder import CONFIG, WEIGHTS
+from spd_zoo.weights.imported import converted
 
-__all__ = ["ModelError", "class_names", "class_synonyms", "load_network", "pretrained_cfg", "timm_name"]
+__all__ = [
+    "ModelError",
+    "class_names",
+    "class_synonyms",
+    "load_file",
+    "load_network",
+    "pretrained_cfg",
+    "timm_name",
+]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
@@ -126,6 +135,38 @@ def load_network(model: str, device: str) -> nn.Module:
     except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {model}: {first_line(error, with_type=True)}") from error
     return net.to(device).to(memory_format=torch.channels_last)
+
+
+def load_file(network: str, file: str | Path, device: str) -> nn.Module:
+    """A network with the weights of a checkpoint, in evaluation mode; no code in the file runs.
+
+    Args:
+        network: A network of this zoo or of timm. With a tag, its outputs are taken for the classes of the tag, if the
+            file has as many; otherwise nobody says what they are.
+        file: The checkpoint, in any form that `read_checkpoint` understands.
+        device: torch device, as `pick_device` returns it.
+
+    Raises:
+        ModelError: If there is no such network, or it is one by its folder.
+        WeightsError: If the file cannot be read, or does not fit the network.
+    """
+    name = timm_name(network)
+    if ":" in name:
+        raise ModelError(f"{network} has weights of its own; give a network's name for the file {file}")
+    entry = entries().get(name.partition(".")[0])
+    net: Any
+    if entry is not None and entry.group != "timm":
+        net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    else:
+        try:
+            made_for, tensors = converted(name, read_checkpoint(Path(file)), {})
+        except WeightsError as error:
+            raise WeightsError(f"{file} does not fit {name}: {error}") from error
+        net = timm.create_model(name, **made_for)
+        net.load_state_dict(tensors)
+        if "." not in name:  # timm describes the classes of its default tag
+            net.pretrained_cfg = net.pretrained_cfg | {"tag": None, "label_names": None}
+    return net.eval().to(device).to(memory_format=torch.channels_last)
 
 
 def pretrained_cfg(net: nn.Module) -> dict[str, Any]:

@@ -64,9 +64,12 @@ class ClassifierTraining(ClassificationTask):
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Any]:
         """(N, C, H, W) and (N,) classes or (N, classes) probabilities -> `loss`, a scalar, and `output`."""
-        result: dict[str, Any] = super().forward(images, targets)
+        return self.regularize(super().forward(images, targets))
+
+    def regularize(self, result: dict[str, Any]) -> dict[str, Any]:
+        """`result` with the regularisation loss of BSConv-S networks added to its `loss`."""
         if self.regularized is not None:
-            with torch.autocast(images.device.type, enabled=False):
+            with torch.autocast(self.device.type, enabled=False):
                 result["loss"] = result["loss"] + self.regularized.regularization_loss()
         return result
 
