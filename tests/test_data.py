@@ -307,6 +307,23 @@ def test_csv_rows_of_no_known_split_are_counted(folders: Path) -> None:
     assert opened(folders / "list.csv", "holdout").counts() == [0, 0, 2]
 
 
+@pytest.mark.parametrize(
+    ("rows", "split", "message"),
+    [
+        (("a.png,a,", "b.png,b,"), "train", "no row of the split train: 2 rows of .* without a split left out; write"),
+        (("a.png,a,", "b.png,b, "), "val", "no row of the split val: 2 rows of .* without a split left out; write"),
+        (("a.png,a,x", "b.png,b,y"), "test", r"2 rows of .* left out, of other splits .*: x \(1\), y \(1\); write"),
+        (("a.png,a,val", "b.png,b,x"), "train", r"no row of the split train: 1 row of .*: x \(1\); write"),
+    ],
+)
+def test_what_was_left_out_is_in_the_error_if_nothing_remains(
+    tmp_path: Path, rows: tuple[str, ...], split: str, message: str
+) -> None:
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    with pytest.raises(DataError, match=message):
+        open_data(tmp_path / "list.csv", split)
+
+
 @pytest.mark.slow
 def test_labels_with_leading_zeros_have_one_order_in_every_process(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text(

@@ -300,10 +300,16 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
             notes.append(f"{left_out} of {file} left out, of other splits than train, val and test: {values}")
         rows = [row for row in known if row["split"]]
     class_names = in_order(clean_name(row["label"]) for row in rows)
+    known_splits = {row.get("split", "train") for row in rows}
     if split is not None:
-        chosen = find_split({row.get("split", "train") for row in rows}, split)
+        chosen = find_split(known_splits, split)
         rows = [row for row in rows if row.get("split", "train") in chosen]
     if not rows:
+        if notes and (split == "train" or not known_splits):  # nobody else would say what was left out
+            raise DataError(
+                f"{file} has no row of the split {split}: {'; '.join(notes)}; write train, val or test into the column "
+                "split, or remove the column"
+            )
         return None
     number = {name: i for i, name in enumerate(class_names)}
     paths = [row["path"] if is_url(row["path"]) else str(file.parent / row["path"]) for row in rows]
@@ -345,7 +351,7 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     splits = _load_hugging_face(name)
     found = find_split(splits, split)
     if not found:
-        return None
+        return _without(name, split, splits)
     dataset = splits[found[0]]
     image_column, label_column = _columns(name, dataset.features, image_column, label_column)
     values = list(dataset.select_columns([label_column])[:][label_column])
@@ -363,6 +369,16 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     labels = [number[text] for text in texts]
     notes += look_alikes(class_names)
     return LabelledImages(_EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)), tuple(notes))
+
+
+def _without(name: str, split: str, splits: Iterable[Any]) -> None:
+    """Nothing, for a data set without a split; one to train on must exist.
+
+    Raises:
+        DataError: If that is the split train.
+    """
+    if split == "train":
+        raise DataError(f"{name} has no split train, but {some(sorted(map(str, splits)))}; call one of them train")
 
 
 def _columns(name: str, features: Any, image_column: str, label_column: str) -> tuple[str, str]:
@@ -416,7 +432,7 @@ def open_stream(
         )
     found = find_split(map(str, splits), split)
     if not found:
-        return None
+        return _without(name, split, splits)
     known = found[0]
     stream: Any = splits[known]
     image_column, label_column = _columns(name, stream.features or {}, image_column, label_column)

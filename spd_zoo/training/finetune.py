@@ -38,6 +38,7 @@ from spd_zoo.training.config import (
 )
 from spd_zoo.training.layers import classifier_of, frozen_layers, lies_in, set_trainable, set_training_mode
 from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
+from spd_zoo.training.page import plot_notes
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
@@ -109,6 +110,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
         process.print(line)
     if config.dry_run:
         return None
+    for note in plot_notes():
+        process.print(f"note: {note}")
 
     chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process)
     run = start(chosen, task, splits, folder, process)
@@ -546,7 +549,8 @@ def finish(run: Run) -> Result:
             "label_names": val.class_names,
         }
         run.folder.write_network(net, cfg, parse_model_args(config.model_args))
-        run.task.write_report(run.folder, config, run.history, predictions, val, run.splits.about.get("notes", []))
+        notes = [*run.splits.about.get("notes", []), *plot_notes()]
+        run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )

@@ -21,6 +21,7 @@ __all__ = [
     "checked_tensors",
     "facts",
     "filter_of",
+    "fit_image_channels",
     "first_conv_name",
     "misfit",
     "own_networks",
@@ -58,6 +59,12 @@ def filter_of(model: nn.Module) -> FilterFn:
 def cfg_of(model: nn.Module) -> dict[str, Any]:
     """timm's configuration of the network."""
     return cast("dict[str, Any]", model.pretrained_cfg)
+
+
+def fit_image_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """A checkpoint under the network's own keys, adapted to its image channels where timm's way would be wrong."""
+    fit: Callable[[StateDict], StateDict] | None = getattr(model, "fit_image_channels", None)
+    return state_dict if fit is None else fit(state_dict)
 
 
 def first_conv_name(model: nn.Module) -> str:
