@@ -12,6 +12,8 @@ from networks import config_of
 from PIL import Image
 from timm.models import save_for_hf
 
+from spd_zoo.data.labelled import open_data
+from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import find_images, read_image
 from spd_zoo.inference.classifier import predict
 from spd_zoo.weights import WeightsError
@@ -193,7 +195,28 @@ def test_a_folder_without_images_beside_others_is_left_out(tmp_path: Path) -> No
     for name in ("empty", "full"):
         (tmp_path / name).mkdir()
     image = write_image(tmp_path / "full" / "a.png")
-    assert find_images([str(tmp_path / "empty"), str(tmp_path / "full")]) == [image]
+    notes = Notes()
+    assert find_images([str(tmp_path / "empty"), str(tmp_path / "full")], notes) == [image]
+    assert notes.lines() == [f"the folder {tmp_path / 'empty'} holds no image"]
+
+
+def test_linked_folders_are_read_once_around_a_circle_and_broken_links_are_named(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "1.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a" / "2.png")
+    try:
+        (tmp_path / "in" / "a" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in" / "a", target_is_directory=True)
+        (tmp_path / "in" / "a" / "3.png").symlink_to(tmp_path / "nowhere.png")
+    except (OSError, NotImplementedError):
+        pytest.skip("this system or user makes no symbolic links")
+    found = [file.relative_to(tmp_path / "in" / "a").as_posix() for file in find_images([str(tmp_path / "in")])]
+    assert found == ["2.png", "3.png", "link/1.png"]
+    data = open_data(tmp_path / "in", "train")
+    assert data is not None and len(data) == 3
+    with pytest.raises(ValueError, match="this link leads to no file"):
+        read_image(tmp_path / "in" / "a" / "3.png")
 
 
 def test_a_glob_that_fits_nothing_says_so(tmp_path: Path) -> None:
