@@ -87,12 +87,12 @@ class FoldReport:
 def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
     """A copy for inference: plain strided layers in place of space-to-depth ones, BatchNorm folded in.
 
-    A space-to-depth with its convolution becomes one convolution of a larger kernel with a stride, without outer rows
-    and columns of weights that are all zero: what was converted and not trained since becomes what it was. The
-    function of each layer stays the same at every image size. A BatchNorm is folded only if it alone reads what a convolution
-    gives: a map that the network also returns or keeps stays as it is. So do layers whose classes are not exactly the
-    known ones, or that have hooks or computed weights, and what no plain layer computes: trained layers where
-    TensorFlow's padding, `ceil_mode` or a divisor that varies at the border depends on the image size.
+    A space-to-depth with its convolution becomes one convolution of a larger kernel with a stride, without outer
+    rows and columns of weights that are all zero: what was converted and not trained since becomes what it was. The
+    function of each layer stays the same at every image size. A BatchNorm is folded only if it alone reads what a
+    convolution gives: a map that the network also returns or keeps stays as it is. So do layers whose classes are
+    not exactly the known ones, or that have hooks or computed weights, and what no plain layer computes: trained
+    layers where TensorFlow's padding, `ceil_mode` or a divisor that varies at the border depends on the image size.
 
     Which layer reads which map is found by running the network once, at the size of `example_input` or of its
     `pretrained_cfg`. If its code takes another way at another size, the result is right only at sizes that go this way.

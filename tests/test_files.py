@@ -1,3 +1,4 @@
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_what_a_killed_process_left_can_be_told_apart_and_deleted(tmp_path: Path
 def nested_aliases(line: str) -> str:
     """Nine aliases of nine aliases of ...: 9^25 elements, too many to load, to merge or to print."""
     names = [f"k{i}" for i in range(26)]
-    lines = (line.format(name, ", ".join([f"*{before}"] * 9)) for before, name in zip(names, names[1:], strict=False))
+    lines = (line.format(name, ", ".join([f"*{before}"] * 9)) for before, name in itertools.pairwise(names))
     return "\n".join(["k0: &k0 {x: 1}", *lines])
 
 

@@ -588,8 +588,17 @@ def test_a_private_original_is_that_of_the_derived_checkpoint(tmp_path: Path) ->
 @pytest.mark.parametrize("chans", [1, 4])
 @pytest.mark.parametrize(
     "name",
-    ["cifar_resnet20", "cifar_wrn40_3_pfd", "cifar_mobilenetv3_large_w1", "resnet18_spd", "pyconvresnet50_spd"]
-    + ["ghostnet", "tf_efficientnet_lite0_spd", "yolov5n_spd", "yolov8n_spd"],
+    [
+        "cifar_resnet20",
+        "cifar_wrn40_3_pfd",
+        "cifar_mobilenetv3_large_w1",
+        "resnet18_spd",
+        "pyconvresnet50_spd",
+        "ghostnet",
+        "tf_efficientnet_lite0_spd",
+        "yolov5n_spd",
+        "yolov8n_spd",
+    ],
 )
 def test_a_checkpoint_for_other_image_channels_keeps_them(name: str, chans: int, tmp_path: Path) -> None:
     net: Any = timm.create_model(name, in_chans=chans).eval()

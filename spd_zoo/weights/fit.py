@@ -21,8 +21,8 @@ __all__ = [
     "checked_tensors",
     "facts",
     "filter_of",
-    "fit_image_channels",
     "first_conv_name",
+    "fit_image_channels",
     "misfit",
     "own_networks",
     "rename",
@@ -181,4 +181,4 @@ def _fits(state_dict: StateDict, name: str) -> bool:
     meta = timm.create_model(name, device="meta")
     if len(state_dict) > 3 * len(meta.state_dict()):  # 10,000 names take long to compare
         return False
-    return misfit(filter_of(meta)(state_dict, meta), meta) is None
+    return misfit(fit_image_channels(filter_of(meta)(state_dict, meta), meta), meta) is None
