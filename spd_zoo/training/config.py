@@ -360,8 +360,10 @@ def parse_model_args(text: str) -> dict[str, Any]:
         name, _, value = argument.partition("=")
         try:
             arguments[name.strip()] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"model_args {argument!r} is not like zero_init_residual=true or drop_rate=0.1") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"model_args {argument[:80]!r} is not like zero_init_residual=true or drop_rate=0.1"
+            ) from error
     return arguments
 
 

@@ -45,6 +45,7 @@ from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, task_of
 from spd_zoo.weights import WeightsError
+from spd_zoo.weights.load import timm_name
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
 
@@ -99,6 +100,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
     began = process.broadcast(folder.beginning(config) if process.first else None)
     if began is not None:
         config = merged(began.config, config)
+    if config.model.startswith("local-dir:"):
+        timm_name(config.model)  # checks the folder
     blank = _blank(config.model)
     task = task_of(blank)
     refuse_others(config, task.networks)
