@@ -912,7 +912,13 @@ def test_pruning_leaves_the_stages_that_a_map_needs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", {timm.model_entrypoint(name).__module__: name for name in own_networks()}.values())
 def test_a_network_takes_timms_usual_arguments_or_names_those_that_it_does_not_have(name: str) -> None:
-    usual = {"output_stride": 16, "norm_layer": nn.BatchNorm2d, "act_layer": nn.ReLU, "img_size": 64, "bn_eps": 1e-3}
+    usual: dict[str, Any] = {
+        "output_stride": 16,
+        "norm_layer": nn.BatchNorm2d,
+        "act_layer": nn.ReLU,
+        "img_size": 64,
+        "bn_eps": 1e-3,
+    }
     usual |= {"drop_rate": 0.1, "drop_path_rate": 0.1, "global_pool": "max", "depths": (1, 1, 1, 1)}
     for argument, value in usual.items():
         try:

@@ -348,7 +348,8 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     splits = _load_hugging_face(name)
     found = find_split(splits, split)
     if not found:
-        return _without(name, split, splits)
+        _refuse_without_train(name, split, splits)
+        return None
     dataset = splits[found[0]]
     image_column, label_column = _columns(name, dataset.features, image_column, label_column)
     values = list(dataset.select_columns([label_column])[:][label_column])
@@ -377,12 +378,8 @@ def _class_name(value: Any, declared: Sequence[str] | None) -> str:
     return clean_name(str(int(value) if whole else value))
 
 
-def _without(name: str, split: str, splits: Iterable[Any]) -> None:
-    """Nothing, for a data set without a split; one to train on must exist.
-
-    Raises:
-        DataError: If that is the split train.
-    """
+def _refuse_without_train(name: str, split: str, splits: Iterable[Any]) -> None:
+    """Raises DataError if the split that a data set lacks is the one to train on."""
     if split == "train":
         raise DataError(f"{name} has no split train, but {some(sorted(map(str, splits)))}; call one of them train")
 
@@ -438,7 +435,8 @@ def open_stream(
         )
     found = find_split(map(str, splits), split)
     if not found:
-        return _without(name, split, splits)
+        _refuse_without_train(name, split, splits)
+        return None
     known = found[0]
     stream: Any = splits[known]
     image_column, label_column = _columns(name, stream.features or {}, image_column, label_column)
