@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 
 from spd_zoo.access import SameOrigin, host_name
 from spd_zoo.convert import SPDReport, convert_to_spd
-from spd_zoo.data.reading import read_image
+from spd_zoo.data.reading import channel_mode, read_image
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.inference.detector import Detections, Detector
@@ -84,6 +84,7 @@ def load(model: str) -> nn.Module:
         WeightsError: If its weights cannot be had or must not be used.
     """
     net = load_network(model, pick_device())
+    channel_mode(pretrained_cfg(net)["input_size"][0], model)
     if not isinstance(net, DetectionNet):
         check_classifier(net, model)
     return net
@@ -121,10 +122,9 @@ def _classify(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[I
     """A classifier's input as an enlarged image, and the probability of each class, (num_classes,)."""
     cfg = pretrained_cfg(net)
     channels = cfg["input_size"][0]
-    if channels not in (1, 3):
-        raise ModelError(f"it takes {channels} channels; images have 1 or 3")
+    mode = channel_mode(channels, str(cfg["architecture"]))
     config = resolve_data_config({"input_size": (channels, size, size)} if size else {}, pretrained_cfg=cfg)
-    pixels = create_transform(**config)(picture.convert("L" if channels == 1 else "RGB"))
+    pixels = create_transform(**config)(picture.convert(mode))
     probabilities = net(pixels[None].to(next(net.parameters()))).float().softmax(1)[0].cpu()
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     colours = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -410,6 +411,39 @@ def test_images_are_held_out_where_there_is_no_val_split(folders: Path, tmp_path
     assert run(folders, tmp_path / "share", epochs=1, val_split=0.5).metrics["images"] == 12
     assert run(folders, tmp_path / "count", epochs=1, val_size=3).metrics["images"] == 3
     assert run(folders, tmp_path / "named", epochs=1, val_name="test").metrics["images"] == 6
+
+
+def test_how_many_images_are_held_out_by_which_seed_is_printed(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folders / "val").rename(folders / "test")
+    for check in (True, False):
+        finetune(config(folders, tmp_path / "run", dry_run=True, seed=7, check=check))
+        note = "has no split val: 6 of 24 training images are held out for validation, drawn by the seed 7"
+        assert capsys.readouterr().out.count(note) == 1
+
+
+def test_missing_plots_are_a_note_before_training(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="few"):
+        finetune(config(folders, tmp_path / "run", batch_size=None, accumulate=30))
+    assert "no plots, because matplotlib is not installed: pip install 'spd-zoo[train]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("run.yaml", "- 1"), ("run.yaml", "epochs: [1]"), ("data.json", "[1]"), ("data.json", "[" * 100_000)],
+)
+def test_a_damaged_file_of_a_run_is_named(folders: Path, tmp_path: Path, name: str, text: str) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.yaml").write_text(to_yaml(config(folders, out)))
+    (out / "data.json").write_text('{"fingerprint": ""}')
+    (out / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(out))):
+        finetune(config(folders, out))
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:

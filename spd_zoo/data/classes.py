@@ -11,6 +11,7 @@ import yaml
 from timm.utils.misc import natural_key
 
 from spd_zoo.data.notes import count, some
+from spd_zoo.files import compose_yaml
 from spd_zoo.weights.load import class_names, class_synonyms
 
 __all__ = [
@@ -255,11 +256,11 @@ def load_class_map(file: str | Path) -> dict[str, str]:
         DataError: If there is no such file, or it holds something else.
     """
     try:
-        node = yaml.compose(Path(file).read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+        node = compose_yaml(Path(file))
     except OSError as error:
         raise DataError(f"cannot read the class map {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"the class map {file} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise DataError(f"the class map {error}") from error
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     if not pairs or not all(isinstance(side, yaml.ScalarNode) for pair in pairs for side in pair):
         raise DataError(

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
+import reprlib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +15,7 @@ import yaml
 from timm.data import create_transform
 
 from spd_zoo.data.reading import parse_size
+from spd_zoo.files import read_yaml
 
 __all__ = [
     "DISTILLATION",
@@ -393,8 +395,10 @@ def parse_model_args(text: str) -> dict[str, Any]:
         name, _, value = argument.partition("=")
         try:
             arguments[name.strip()] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"model_args {argument!r} is not like zero_init_residual=true or drop_rate=0.1") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"model_args {argument[:80]!r} is not like zero_init_residual=true or drop_rate=0.1"
+            ) from error
     return arguments
 
 
@@ -410,10 +414,7 @@ def load_config(file: str | Path) -> dict[str, Any]:
         if str(file) not in recipes:
             raise ValueError(f"there is no file {file}, nor a recipe of that name; recipes: {', '.join(recipes)}")
         path = recipes[str(file)]
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold lines like `epochs: 20`")
     hints = typing.get_type_hints(FinetuneConfig)
@@ -421,7 +422,7 @@ def load_config(file: str | Path) -> dict[str, Any]:
         if name not in hints:
             nearest = difflib.get_close_matches(str(name), hints, n=1)
             advice = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{path} has an unknown option {name!r}{advice}")
+            raise ValueError(f"{path} has an unknown option {reprlib.repr(name)}{advice}")
     return {
         name: value if value == UNKNOWN else _as(hints[name], value, f"{path}: {name}") for name, value in found.items()
     }
@@ -459,7 +460,7 @@ def _as(hint: Any, value: Any, where: str) -> Any:
             raise ValueError
         return wanted(value)
     except ValueError as error:
-        raise ValueError(f"{where} is {value!r}, not of the type {wanted.__name__}") from error
+        raise ValueError(f"{where} is {reprlib.repr(value)}, not of the type {wanted.__name__}") from error
 
 
 def to_yaml(config: FinetuneConfig) -> str:
@@ -474,9 +475,11 @@ def merged(stored: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
     Raises:
         ValueError: If `config` asks for something else.
     """
-    values = {}
+    values, hints = {}, typing.get_type_hints(FinetuneConfig)
     for item in dataclasses.fields(FinetuneConfig):
-        old, new = stored.get(item.name, item.default), getattr(config, item.name)
+        old, new = item.default, getattr(config, item.name)
+        if item.name in stored:
+            old = _as(hints[item.name], stored[item.name], f"{config.out / 'run.yaml'}: {item.name}")
         if item.metadata.get("free") and not (
             item.name == "workers" and stored.get("stream")
         ):  # workers share a stream

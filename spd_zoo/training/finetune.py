@@ -40,12 +40,14 @@ from spd_zoo.training.config import (
 )
 from spd_zoo.training.layers import classifier_of, frozen_layers, lies_in, set_trainable, set_training_mode
 from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
+from spd_zoo.training.page import plot_notes
 from spd_zoo.training.preprocessing import Preprocessing, per_channel
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, task_of
 from spd_zoo.weights import WeightsError
+from spd_zoo.weights.load import timm_name
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
 
@@ -101,6 +103,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
     began = process.broadcast(folder.beginning(config) if process.first else None)
     if began is not None:
         config = merged(began.config, config)
+    if config.model.startswith("local-dir:"):
+        timm_name(config.model)  # checks the folder
     blank = _blank(config.model)
     task = task_of(blank)
     refuse_others(config, task.networks)
@@ -121,6 +125,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
         process.print(teacher.in_words(config))
     if config.dry_run:
         return None
+    for note in plot_notes():
+        process.print(f"note: {note}")
 
     chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process, teacher)
     run = start(chosen, task, splits, folder, process, teacher)
@@ -585,7 +591,8 @@ def finish(run: Run) -> Result:
             "label_names": val.class_names,
         }
         run.folder.write_network(net, cfg, parse_model_args(config.model_args))
-        run.task.write_report(run.folder, config, run.history, predictions, val, run.splits.about.get("notes", []))
+        notes = [*run.splits.about.get("notes", []), *plot_notes()]
+        run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )

@@ -22,6 +22,7 @@ __all__ = [
     "facts",
     "filter_of",
     "first_conv_name",
+    "fit_image_channels",
     "misfit",
     "own_networks",
     "rename",
@@ -58,6 +59,12 @@ def filter_of(model: nn.Module) -> FilterFn:
 def cfg_of(model: nn.Module) -> dict[str, Any]:
     """timm's configuration of the network."""
     return cast("dict[str, Any]", model.pretrained_cfg)
+
+
+def fit_image_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """A checkpoint under the network's own keys, adapted to its image channels where timm's way would be wrong."""
+    fit: Callable[[StateDict], StateDict] | None = getattr(model, "fit_image_channels", None)
+    return state_dict if fit is None else fit(state_dict)
 
 
 def first_conv_name(model: nn.Module) -> str:
@@ -179,4 +186,4 @@ def _fits(state_dict: StateDict, name: str) -> bool:
     meta = timm.create_model(name, device="meta")
     if len(state_dict) > 3 * len(meta.state_dict()):  # 10,000 names take long to compare
         return False
-    return misfit(filter_of(meta)(state_dict, meta), meta) is None
+    return misfit(fit_image_channels(filter_of(meta)(state_dict, meta), meta), meta) is None

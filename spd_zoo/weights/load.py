@@ -14,7 +14,7 @@ from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 from spd_zoo.errors import first_line
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names, read_checkpoint
 from spd_zoo.weights.catalogue import ModelError, unknown_network
-from spd_zoo.weights.folder import CONFIG, WEIGHTS
+from spd_zoo.weights.folder import CONFIG, WEIGHTS, check_config
 from spd_zoo.weights.imported import converted
 
 __all__ = [
@@ -53,7 +53,12 @@ def timm_name(name: str) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises a ModelError unless timm reads safetensors in the folder: it reads what else there is by `torch.load`."""
+    """Checks that a folder holds a network that can be loaded.
+
+    Raises:
+        ModelError: Unless it holds safetensors: what else there is, timm reads by `torch.load`.
+        WeightsError: If its `config.json` is invalid.
+    """
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}")
     if not (folder / CONFIG).is_file():
@@ -63,6 +68,7 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds no {WEIGHTS}, and nothing else is read from a folder; save the network as safetensors, as "
             "timm's save_for_hf does, or import its checkpoint: spd-zoo weights import NETWORK FILE"
         )
+    check_config(folder)
 
 
 def class_names(cfg: dict[str, Any]) -> list[str]:
