@@ -1,6 +1,7 @@
 """Training: what options do, runs that go on to the same bits wherever they stopped, results that timm loads."""
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -35,6 +36,7 @@ from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
 from spd_zoo.training.steps import seed_everything
+from spd_zoo.weights import save_network
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +82,17 @@ def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders: Pa
     assert state["class_names"] == ["blue", "green", "red"]
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 9
     assert result.history[-1]["val_top1"] == result.metrics["top1"]
+
+
+def test_a_new_classifier_on_pretrained_layers_starts_with_equal_probabilities(folders: Path, tmp_path: Path) -> None:
+    still = {"epochs": 1, "lr": 1e-9, "label_smoothing": 0.0, "pretrained": True}
+    begun = run(folders, tmp_path / "new", model="cifar_resnet20.cifar100", **still)
+    assert begun.history[0]["train_loss"] == pytest.approx(math.log(3), abs=1e-3)
+    net: Any = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+    net.get_classifier().bias.data[0] = 9
+    save_network(net, tmp_path / "known")
+    kept = run(folders, tmp_path / "kept", model=f"local-dir:{tmp_path / 'known'}", **still)
+    assert kept.history[0]["train_loss"] > 5
 
 
 def test_a_run_says_how_it_was_made(folders: Path, tmp_path: Path) -> None:

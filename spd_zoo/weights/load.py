@@ -1,5 +1,6 @@
 """A network by its name, its tag or its folder, with its weights."""
 
+import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "ModelError",
     "class_names",
     "class_synonyms",
+    "is_network",
     "load_file",
     "load_network",
     "pretrained_cfg",
@@ -28,6 +30,18 @@ __all__ = [
 ]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
+
+
+def is_network(name: str) -> bool:
+    """Whether this names a network of the zoo or of timm, with or without a tag, or is a source such as `local-dir:`.
+
+    timm's own tags are checked when the network is created. A path that exists is no source, even with a drive letter.
+    """
+    network = name.partition(".")[0]
+    ours = {entry.network for entry in entries().values()}
+    known = name in entries() or (network in ours and name in imported_names())
+    source = ":" in name and not os.path.exists(name)  # noqa: PTH110  (which raises for names that are too long)
+    return known or source or (network not in ours and timm.is_model(network))
 
 
 def timm_name(name: str) -> str:
@@ -39,12 +53,9 @@ def timm_name(name: str) -> str:
     Raises:
         ModelError: If there is no such network, with the nearest names; or the folder has no weights in safetensors.
     """
-    network = name.partition(".")[0]
-    ours = {entry.network for entry in entries().values()}
-    known = name in entries() or (network in ours and name in imported_names())
     if name.startswith("local-dir:"):
         _check_folder(Path(name.removeprefix("local-dir:")))
-    if known or ":" in name or (network not in ours and timm.is_model(network)):
+    if is_network(name):
         return name
     if Path(name).is_dir():
         _check_folder(Path(name))
