@@ -1,4 +1,4 @@
-"""The demo page: what stands behind it, and the page itself in a browser."""
+"""The demo page: its functions, and the page itself in a browser."""
 
 import json
 import os
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from shared_data import shared
 
@@ -252,6 +253,14 @@ def test_uploads_come_from_the_pages_own_hosts(served: tuple[str, Path], headers
         with error:
             found = error.code
     assert found == status
+
+
+def test_the_settings_of_the_space_are_yaml_that_names_the_app() -> None:
+    folder = Path(__file__).parents[1] / "docs" / "space"
+    start, settings, _ = (folder / "README.md").read_text().split("---\n", 2)
+    assert start == ""
+    config = yaml.safe_load(settings)
+    assert config["sdk"] == "gradio" and (folder / config["app_file"]).is_file()
 
 
 def test_the_space_allows_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
