@@ -343,13 +343,13 @@ def test_everything_that_cannot_be_replaced_is_reported_with_a_reason() -> None:
     reasons = {(layer.module, layer.layer): layer.reason for layer in net.spd_report.unchanged}
     assert {key: reason for key, reason in reasons.items() if key[0]} == {
         ("lengthwise", "Conv2d 3x3/2"): "its stride differs between rows and columns: (2, 1)",
-        ("kind", "Mine 3x3/2"): "a convolution of a class of its own, Mine",
-        ("pool", "MyPool 2x2/2"): "a pooling of a class of its own, MyPool",
+        ("kind", "Mine 3x3/2"): "a convolution of an unknown class, Mine",
+        ("pool", "MyPool 2x2/2"): "a pooling of an unknown class, MyPool",
         ("indices", "MaxPool2d 2x2/2"): "it returns indices",
         ("divisor", "AvgPool2d 2x2/2"): "it has a divisor_override",
-        ("shared", "MaxPool2d 1x1/2"): "called with maps of different numbers of channels",
+        ("shared", "MaxPool2d 1x1/2"): "called with maps that differ in their number of channels",
         ("idle", "Conv2d 3x3/2"): "not called in evaluation, so nothing could be compared",
-        ("fixed", "adaptive_avg_pool2d"): "there is nothing to put in the place of AdaptiveAvgPool2d",
+        ("fixed", "adaptive_avg_pool2d"): "there is no replacement for AdaptiveAvgPool2d",
     }
     assert [layer for module, layer in reasons if not module] == [
         *("slice", "avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d_aa", "fractional_max_pool2d"),
@@ -456,7 +456,7 @@ UNSAFE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "forward": (lambda: attached(lambda conv: setattr(conv, "forward", conv.forward)), "its forward was replaced"),
     "read elsewhere": (Scaled, "its parameters (or buffers )?are also read outside of it"),
     "shared": (Tied, "it shares a parameter with another module"),
-    "list": (Listed, "by its name|by another reference to it than its name"),
+    "list": (Listed, "by its name|through another reference than its name"),
 }
 
 
@@ -1030,7 +1030,7 @@ NOT_FOLDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "own convolution": (
         lambda: ConvNorm(plainly, conv=type("Mine", (nn.Conv2d,), {})(3, 3, 1)),
-        "the convolution before it, conv, stays: Mine is not one of the classes that can be folded",
+        "the convolution before it, conv, is left unchanged: Mine is not one of the classes that can be folded",
     ),
 }
 
@@ -1129,7 +1129,7 @@ def test_folding_compares_the_outputs_and_needs_weights() -> None:
         y = net.norm(net.conv(x))
         return y if type(net.norm) is nn.BatchNorm2d else 2 * y
 
-    with pytest.raises(ConversionError, match=r"the rewritten network differs by .* standard deviation; fold a part"):
+    with pytest.raises(ConversionError, match=r"the rewritten network differs by .*; fold its modules"):
         fold_spd(convert_report.randomise(ConvNorm(branches)), images(2, 3, 8, 8))
     with pytest.raises(ValueError, match='folding needs weights, but those of this network are on the "meta" device'):
         fold_spd(timm.create_model("test_resnet", device="meta"))

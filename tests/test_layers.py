@@ -523,7 +523,7 @@ def test_padding_free_downsampling_adds_a_pool_of_the_same_windows(kernel_size: 
 def test_padding_free_downsampling_refuses_what_it_cannot_add() -> None:
     with pytest.raises(ValueError, match="6 pooled channels cannot be added to 8 without project=True"):
         PaddingFreeDownsample(6, 8)
-    with pytest.raises(ValueError, match="kernels of 3 or 5, got 7 and 3"):
+    with pytest.raises(ValueError, match="must be 3 or 5, got 7 and 3"):
         PaddingFreeDownsample(6, 6, 7)
     with pytest.raises(ImageSizeError, match="at least 3x3 pixels, got 2x9: give larger images"):
         PaddingFreeDownsample(6, 6)(torch.zeros(1, 6, 2, 9))
@@ -545,7 +545,7 @@ def test_a_residual_hybrid_stem_adds_its_first_convolution() -> None:
     x = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
         torch.testing.assert_close(stem(x), plain(x) + stem.conv(x))
-    with pytest.raises(ValueError, match="inner_stride 1, got 2"):
+    with pytest.raises(ValueError, match="inner_stride=1, got 2"):
         HybridStem(3, 8, inner_stride=2, residual=True)
 
 

@@ -131,9 +131,9 @@ class Sliced(nn.Module):
         (Plain(nn.Conv2d(3, 4, 3, 3, 1)), r"0 has stride \(3, 3\), which cannot be halved"),
         (
             Plain(nn.Conv2d(3, 4, 3, 1, 1)),
-            "there is no stride to take away",
+            "there is no stride to remove",
         ),
-        (Plain(SPDConv2d(3, 4, 3)), "call keep_resolution first, and convert_to_spd after it"),
+        (Plain(SPDConv2d(3, 4, 3)), "call keep_resolution before convert_to_spd"),
     ],
     ids=["function", "space-to-depth", "rows", "three", "none", "converted"],
 )
@@ -146,7 +146,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(net: nn.Module, why: str) 
 
 def test_what_depends_on_the_size_of_the_images_is_refused() -> None:
     net = timm.create_model("vit_tiny_patch16_224", device="meta")
-    with pytest.raises(ValueError, match="VisionTransformer does not take images of 112x112 pixels"):
+    with pytest.raises(ValueError, match="VisionTransformer does not accept images of 112x112 pixels"):
         keep_resolution(net)
     with pytest.raises(ValueError, match="places its boxes by the strides of its maps"):
         keep_resolution(timm.create_model("yolov8n", device="meta"))
@@ -172,5 +172,5 @@ def test_a_saved_network_is_what_it_was(convert: bool, tmp_path: Path) -> None:
 
 
 def test_the_name_of_saved_networks_is_for_these_alone() -> None:
-    with pytest.raises(ValueError, match="resolution_kept is made from a saved network alone"):
+    with pytest.raises(ValueError, match="resolution_kept needs a saved network"):
         timm.create_model("resolution_kept")
