@@ -167,7 +167,7 @@ def test_without_gradio_the_command_says_what_to_install(capsys: Capture, monkey
         (["--port", "{taken}"], "cannot serve at 127.0.0.1, port {taken}: Address already in use"),
         (["--port", "100000"], "there is no port 100000"),
         (["--host", "no.host.invalid"], "cannot serve at no.host.invalid, port 7860: "),
-        (["--allow-host", "https://a.example"], "'https://a.example' is no host name"),
+        (["--allow-host", "https://a.example"], "'https://a.example' is not a host name"),
         (["--host", "127.0.0.2", "--models", "cifar_resnet21"], "there is no network 'cifar_resnet21'"),
     ],
 )

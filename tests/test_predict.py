@@ -257,7 +257,7 @@ def test_a_folder_without_safetensors_is_refused_unread(saved: str, tmp_path: Pa
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / file).write_bytes(b"what timm would hand to torch.load")
     for name in (str(tmp_path), f"local-dir:{tmp_path}"):
-        with pytest.raises(ModelError, match=r"holds no model\.safetensors, and nothing else is read from a folder"):
+        with pytest.raises(ModelError, match=r"has no model\.safetensors, and no other file is read from a folder"):
             next(predict(name, [tmp_path]))
 
 

@@ -306,7 +306,7 @@ def test_what_passes_soon_does_not_stop_an_upload(
 
 @pytest.mark.parametrize(
     ("status", "advice"),
-    [(401, "hf auth login"), (403, "a token that may write to org"), (404, "the Hub has org"), (503, "again later")],
+    [(401, "hf auth login"), (403, "a token with write access to org"), (404, "the Hub has org"), (503, "again later")],
 )
 def test_an_error_says_what_to_do(
     hub: HubDouble, checkout: Checkout, capsys: Capture, status: int, advice: str
@@ -369,12 +369,12 @@ def test_a_hub_that_serves_something_else_is_not_pinned(
 @pytest.mark.parametrize(
     ("license", "reason"),
     [
-        ("gpl-3.0", "has them under gpl-3.0, and this Apache-2.0 project passes no GPL weights on"),
-        ("AGPL-3.0-only", "passes no GPL weights on"),
+        ("gpl-3.0", "has them under gpl-3.0, and this Apache-2.0 project redistributes no GPL weights"),
+        ("AGPL-3.0-only", "redistributes no GPL weights"),
         ("none", "https://example.org/original gives no licence for them, so nobody but the authors"),
         (None, "gives no licence"),
         ("unknown", "gives no licence"),
-        ("cc-by-nc-4.0", "under cc-by-nc-4.0, which is not among the licences to pass weights on (apache-2.0, mit,"),
+        ("cc-by-nc-4.0", "under cc-by-nc-4.0; weights are only redistributed under apache-2.0, mit,"),
     ],
 )
 def test_weights_that_may_not_be_passed_on_are_refused_before_anything_is_asked(
@@ -430,7 +430,7 @@ def test_a_manifest_that_cannot_take_the_address_is_refused_before_anything_is_s
     hub: HubDouble, checkout: Checkout, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other.json"
-    for text, reason in (("{}", f"has no entry {NAME}"), ("{", "no manifest that can be read")):
+    for text, reason in (("{}", f"has no entry {NAME}"), ("{", "cannot be read as a manifest")):
         other.write_text(text)
         assert reason in error_of(capsys, *COMMAND, "--manifest", str(other))
     assert "No such file" in error_of(capsys, *COMMAND, "--manifest", str(tmp_path / "missing.json"))

@@ -1,4 +1,4 @@
-"""A network by its name, its tag or its folder, with its weights."""
+"""Loads networks with their weights, by name, by tag or from a folder."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,10 +24,15 @@ def timm_name(name: str) -> str:
     """timm's name for a network: `name` itself, or `local-dir:FOLDER` for the folder of a run.
 
     Args:
-        name: A network with or without a tag, a source of timm's such as `local-dir:` or `hf-hub:`, or a run's folder.
+        name: A network with or without a tag, one of timm's sources such as `local-dir:` or `hf-hub:`, or a run's
+            folder.
+
+    Returns:
+        The name for `timm.create_model`.
 
     Raises:
-        ModelError: If there is no such network, with the nearest names; or the folder has no weights in safetensors.
+        ModelError: If there is no such network (the message lists the nearest names), or the folder has no weights in
+            safetensors.
     """
     network = name.partition(".")[0]
     ours = {entry.network for entry in entries().values()}
@@ -43,14 +48,14 @@ def timm_name(name: str) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises a ModelError unless timm reads safetensors in the folder: it reads what else there is by `torch.load`."""
+    """Raises a ModelError unless the folder has safetensors; timm would read other files with `torch.load`."""
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}")
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} is a folder without {CONFIG}; choose the folder of a finished run")
     if not (folder / WEIGHTS).is_file():
         raise ModelError(
-            f"{folder} holds no {WEIGHTS}, and nothing else is read from a folder; save the network as safetensors, as "
+            f"{folder} has no {WEIGHTS}, and no other file is read from a folder; save the network as safetensors, as "
             "timm's save_for_hf does, or import its checkpoint: spd-zoo weights import NETWORK FILE"
         )
 
@@ -103,11 +108,14 @@ def _coco_names() -> list[str]:
 
 
 def load_network(model: str, device: str) -> nn.Module:
-    """A pretrained network on a torch device, channels last, in evaluation mode.
+    """Loads a pretrained network onto a device, in channels-last memory format and evaluation mode.
 
     Args:
         model: As for `timm_name`.
         device: torch device, as `pick_device` returns it.
+
+    Returns:
+        The network.
 
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.
