@@ -102,6 +102,6 @@ def test_a_post_from_another_site_is_refused_without_an_origin_too(site: str) ->
 
 
 @pytest.mark.parametrize("name", ["", "https://a.example", "a.example:80", "a.example/b", "u@a.example"])
-def test_what_is_no_host_name_is_refused(name: str) -> None:
+def test_invalid_host_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is not a host name; write it like"):
         host_name(name)

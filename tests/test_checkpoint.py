@@ -54,7 +54,7 @@ def test_types_and_strides_are_those_that_were_saved(tmp_path: Path, tensor: Ten
 
 
 @pytest.mark.parametrize("options", [{}, hostile.OLD], ids=["zip", "old"])
-def test_tensors_that_share_numbers_share_them_still(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_tensors_that_share_numbers_still_share_them(tmp_path: Path, options: dict[str, Any]) -> None:
     shared = {"a": NUMBERS, "b": NUMBERS[4:]}
     found = read_original(write(hostile.saved(shared, **options), tmp_path))
     found["a"][4] = -1
@@ -67,7 +67,7 @@ def test_an_old_storage_that_is_a_part_of_another_is_read(tmp_path: Path) -> Non
     assert read_original(write(content, tmp_path))["a"].tolist() == [2, 3]
 
 
-def test_numbers_of_the_other_byte_order_are_turned(tmp_path: Path) -> None:
+def test_numbers_of_the_other_byte_order_are_swapped(tmp_path: Path) -> None:
     parts = hostile.records(hostile.saved({"a": NUMBERS}))
     order, data = "archive/byteorder", "archive/data/0"
     assert parts[order] == sys.byteorder.encode()
@@ -109,7 +109,7 @@ def test_a_tar_file_is_refused_by_its_name(tmp_path: Path) -> None:
         read_original(tmp_path / "a.pth")
 
 
-def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_gives_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbid(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -137,7 +137,7 @@ def trace(tmp_path: Path) -> Path:
 
 @linux
 @pytest.mark.slow
-def test_what_is_made_to_do_harm_is_refused(read_all: Callable[..., Iterator[Reading]], trace: Path) -> None:
+def test_malicious_checkpoints_are_refused(read_all: Callable[..., Iterator[Reading]], trace: Path) -> None:
     contents = hostile.malicious(trace, {"a": NUMBERS})
     found = dict(zip(contents, read_all(contents.values()), strict=True))
     assert {name: reading for name, reading in found.items() if reading.result != "refused"} == {}
@@ -146,7 +146,7 @@ def test_what_is_made_to_do_harm_is_refused(read_all: Callable[..., Iterator[Rea
 
 @linux
 @pytest.mark.slow
-def test_what_holds_weights_is_read_and_nothing_beside_them_runs(
+def test_weights_are_read_and_nothing_else_in_the_file_runs(
     read_all: Callable[..., Iterator[Reading]], trace: Path
 ) -> None:
     contents = hostile.sound(trace) | hostile.harmless(trace, {"a": NUMBERS})
@@ -182,7 +182,7 @@ def results_of(readings: Iterable[Reading]) -> Counter[str]:
 
 @linux
 @pytest.mark.slow
-def test_the_limits_end_a_reader_that_believes(read_all: Callable[..., Iterator[Reading]]) -> None:
+def test_the_limits_end_a_reader_without_checks(read_all: Callable[..., Iterator[Reading]]) -> None:
     """On a checkpoint of 300 MB, which may be read, but not within 200 MiB."""
     (reading,) = read_all([hostile.saved({"a": torch.zeros(75_000_000)})])
     assert reading.result == "ENDED"

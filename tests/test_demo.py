@@ -44,7 +44,7 @@ def test_the_bundled_weights_are_offered() -> None:
     assert {STRIDED, PADDING_FREE, "pyconvresnet50_spd.cifar100", "yolov8n_spd.bccd"} <= {*local_checkpoints()}
 
 
-def test_the_answer_is_that_of_predict(capsys: Capture) -> None:
+def test_the_page_predicts_like_the_command(capsys: Capture) -> None:
     _, table = demo.predict_html(demo.load(STRIDED), demo.read_picture(ROCKET))
     assert main(["predict", STRIDED, ROCKET, "--json"]) == 0
     top = json.loads(capsys.readouterr().out)[0]["top"]
@@ -127,7 +127,7 @@ def test_pictures_are_upright_and_not_larger_than_needed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["none", "text", "torn", "bomb"])
-def test_what_is_no_picture_is_one_sentence(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_picture_gives_one_sentence(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.png"
     Image.new("RGB", (64, 64), "red").save(file)
     if kind == "text":
@@ -171,7 +171,7 @@ def test_without_gradio_the_command_says_what_to_install(capsys: Capture, monkey
         (["--host", "127.0.0.2", "--models", "cifar_resnet21"], "there is no network 'cifar_resnet21'"),
     ],
 )
-def test_what_stops_the_command_is_one_sentence(port: int, options: list[str], sentence: str, capsys: Capture) -> None:
+def test_errors_of_the_command_are_one_sentence(port: int, options: list[str], sentence: str, capsys: Capture) -> None:
     assert main(["demo", *(option.format(taken=port) for option in options)]) == 1
     said = capsys.readouterr().err
     assert sentence.format(taken=port) in said and said.count("\n") == 1

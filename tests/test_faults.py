@@ -43,7 +43,7 @@ def believe(file: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_report_notices_what_is_believed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_notices_a_missing_check(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fault_report.FILE_TASKS, "timm", believe)
     outcomes = fault_report.run(bench, ["headers"], lambda case: case.fault in ("nothing", "a list"))
     results = {(outcome.entry_point, outcome.result) for outcome in outcomes}

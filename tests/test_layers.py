@@ -124,7 +124,7 @@ def test_an_spd_convolution_stands_for_a_strided_one(kernel: int, groups: int, s
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("kernel", "before", "after"), [(1, 0, 0), (3, 1, 0), (5, 1, 1), (7, 2, 1), (9, 2, 2)])
-def test_an_spd_convolution_is_a_plain_one_behind_space_to_depth(
+def test_an_spd_convolution_is_a_plain_one_after_space_to_depth(
     kernel: int, before: int, after: int, size: tuple[int, int]
 ) -> None:
     layer = SPDConv2d(4, 6, kernel, groups=2, dtype=torch.float64)

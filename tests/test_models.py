@@ -211,7 +211,7 @@ def test_the_error_for_another_networks_checkpoint_names_the_one_it_fits(num_cla
         load("resnet18_spd", save(originals(case)), **kwargs)
 
 
-def test_a_checkpoint_of_no_network_is_said_to_fit_none(save: Any) -> None:
+def test_the_error_for_a_checkpoint_of_no_network_says_that_it_fits_none(save: Any) -> None:
     with pytest.raises(spd_zoo.WeightsError, match="it fits no other network of the zoo"):
         load("resnet18_spd", save({"features.0.weight": torch.zeros(8, 3, 3, 3)}))
 
@@ -431,7 +431,7 @@ def test_strided_weights_are_adapted_to_grey_images_in_space_to_depth_networks(s
             assert_close(load(spd, save(net), in_chans=1)(x), net(x.repeat(1, 3, 1, 1)))
 
 
-def test_an_odd_map_of_resnet_spd_gets_zeros_behind_the_3x3_convolution() -> None:
+def test_an_odd_map_of_resnet_spd_gets_zeros_after_the_3x3_convolution() -> None:
     for name in SPD_RESNETS:
         branch = random_network(name).stages[1][0].residual
         at = next(i for i, module in enumerate(branch) if isinstance(module, SpaceToDepth))

@@ -35,7 +35,7 @@ def size_of(net: Any) -> tuple[int, int, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", STEMS)
-def test_smaller_images_give_maps_of_the_size_that_the_whole_ones_gave(name: str, steps: int) -> None:
+def test_smaller_images_give_maps_of_the_same_size_as_full_ones(name: str, steps: int) -> None:
     net: Any = timm.create_model(name, device="meta").eval()
     kept: Any = keep_resolution(net, steps)
     channels, height, width = size_of(net)
@@ -61,7 +61,7 @@ def test_the_first_convolution_computes_the_same_at_every_pixel() -> None:
         assert torch.equal(tensor, net.state_dict()[key])
 
 
-def test_two_steps_also_take_the_stride_of_the_pooling_and_three_that_of_both_branches() -> None:
+def test_two_steps_also_remove_the_stride_of_the_pooling_and_three_that_of_both_branches() -> None:
     net: Any = keep_resolution(timm.create_model("resnet18", device="meta"), 3)
     strides = [net.conv1.stride, net.maxpool.stride, net.layer2[0].conv1.stride, net.layer2[0].downsample[0].stride]
     assert strides == [(1, 1), 1, (1, 1), (1, 1)]
@@ -171,6 +171,6 @@ def test_a_saved_network_is_what_it_was(convert: bool, tmp_path: Path) -> None:
     assert size_of(again) == size_of(net) and again._model_args["steps"] == 2
 
 
-def test_the_name_of_saved_networks_is_for_these_alone() -> None:
+def test_the_name_of_saved_networks_cannot_be_created_directly() -> None:
     with pytest.raises(ValueError, match="resolution_kept needs a saved network"):
         timm.create_model("resolution_kept")
