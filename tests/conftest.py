@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per process, because pytest runs one process per core
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
 
 
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out seven eighths of the exhaustive tests; another SEED, as CI's commit, draws other ones."""
+    """Keeps an eighth of the exhaustive tests, which depends on SEED; CI uses the commit's hash."""
     seed = config.getoption("--eighth")
     if seed is None:
         return
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def save(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Writes a network's own tensors, or given ones, to a file that lives as long as the test."""
+    """Writes a network's tensors, or other content, to a file that is deleted after the test."""
     written: list[Path] = []
 
     def save(content: Any, suffix: str = ".pth") -> Path:

@@ -1,4 +1,4 @@
-"""Which requests the demo page answers."""
+"""The demo page answers only requests to its own host and from its own pages."""
 
 import asyncio
 from collections.abc import MutableMapping
@@ -12,7 +12,7 @@ Headers = dict[str, str]
 
 
 def status(host: str, allowed: tuple[str, ...], headers: Headers, method: str = "POST", kind: str = "http") -> int:
-    """The status that a request gets; 200 from the application behind."""
+    """The status that a request gets; 200 if it reaches the application."""
     sent: list[MutableMapping[str, Any]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -1,4 +1,4 @@
-"""Images with boxes: three forms of data sets, what is wrong with them, and augmentation that keeps boxes in place."""
+"""Images with boxes: three formats of data sets, their check, and augmentation that moves boxes with their objects."""
 
 import json
 from collections.abc import Callable
@@ -454,4 +454,4 @@ def test_training_and_evaluation_feed_ssd_the_same_colours(tmp_path: Path) -> No
     prepared = torch.stack([prepare(data.image(i), net, (64, 64))[0] for i in range(8)])
     mean = 255 * torch.tensor(net.pretrained_cfg["mean"])[:, None, None]
     differences = [min((image - mean - other).abs().max().item() for other in prepared) for image in images.float()]
-    assert max(differences) < 2.5  # of 255; Pillow and torch round otherwise
+    assert max(differences) < 2.5  # of 255; Pillow and torch round differently

@@ -1,4 +1,4 @@
-"""Functions on boxes take integers, as annotations have them, and compute what they compute for floats."""
+"""Functions on boxes accept integers, which annotations often are, and give the same results as for floats."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

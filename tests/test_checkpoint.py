@@ -1,4 +1,4 @@
-"""Checkpoints as others wrote them: what is read, and that nothing in a file runs or takes much time or memory."""
+"""Checkpoints from others are read without running code in them, and without much time or memory."""
 
 import re
 import struct
@@ -28,7 +28,7 @@ def write(content: bytes, folder: Path) -> Path:
     return folder / "a.pth"
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("options", [{}, hostile.OLD], ids=["zip", "old"])
@@ -79,7 +79,7 @@ def test_numbers_of_the_other_byte_order_are_swapped(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_directory_of_a_file_of_more_than_4_gib_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.pth"
-    with torch.serialization.skip_data():  # leaves holes in place of numbers
+    with torch.serialization.skip_data():  # leaves holes instead of numbers
         torch.save({"a": torch.empty(1_200_000_000), "b": torch.empty(3)}, file)
     with file.open("rb") as content:
         archive = Archive(content, file.stat().st_size)
@@ -119,7 +119,7 @@ def test_an_unreadable_file_gives_one_sentence(tmp_path: Path, monkeypatch: pyte
         read_original(file)
 
 
-# What must do no harm, in processes with limits
+# Malicious checkpoints, read in processes with limits
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def read_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """A file that no checkpoint may create."""
+    """The path of a file that no checkpoint may create."""
     (tmp_path / "outside").mkdir()
     return tmp_path / "outside" / "trace"
 
@@ -173,7 +173,7 @@ def test_changed_checkpoints_are_read_or_refused(
 
 
 def results_of(readings: Iterable[Reading]) -> Counter[str]:
-    """How often each result came; the text of what may not come."""
+    """The number of each result; and the texts of results that must not occur."""
     return Counter(
         reading.result if reading.result in ("read", "refused") else f"{reading.result} {reading.text}"
         for reading in readings
@@ -183,6 +183,6 @@ def results_of(readings: Iterable[Reading]) -> Counter[str]:
 @linux
 @pytest.mark.slow
 def test_the_limits_end_a_reader_without_checks(read_all: Callable[..., Iterator[Reading]]) -> None:
-    """On a checkpoint of 300 MB, which may be read, but not within 200 MiB."""
+    """A valid checkpoint of 300 MB cannot be read within 200 MiB."""
     (reading,) = read_all([hostile.saved({"a": torch.zeros(75_000_000)})])
     assert reading.result == "ENDED"

@@ -1,4 +1,4 @@
-"""Conversion to space-to-depth keeps every prediction, says what it did, and can be saved, trained and undone."""
+"""Conversion to space-to-depth keeps every prediction, reports its changes, and can be saved, trained and undone."""
 
 import copy
 import json
@@ -66,7 +66,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def disturb(module: nn.Module) -> None:
-    """What training does: no weight stays what it was."""
+    """Changes every weight, as training does."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -74,7 +74,7 @@ def disturb(module: nn.Module) -> None:
 
 @torch.no_grad()
 def check(layer: nn.Module, chs: int, kind: type[nn.Module]) -> None:
-    """A layer, its successor, what that folds to, and the same after training give the same at every size."""
+    """A layer, its replacement and the folded replacement agree at every size; the last two also after training."""
     layer = layer.double().eval()
     made = convert_to_spd(layer, example_input=noise(2, chs, 16, 22))
     assert type(made) is kind
@@ -310,7 +310,7 @@ class Maps:
 
 
 class Everything(nn.Module):
-    """What cannot be replaced."""
+    """All types of downsampling that cannot be replaced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -383,7 +383,7 @@ def test_a_network_of_unknown_image_size_needs_an_example() -> None:
 
 
 class Branches(nn.Module):
-    """Computes something else where its layer is of another class."""
+    """Computes something else if its layer has another class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1136,7 +1136,7 @@ def test_folding_compares_the_outputs_and_needs_weights() -> None:
 
 
 class Reads(nn.Module):
-    """Reads an attribute of its BatchNorm beside calling it."""
+    """Reads an attribute of its BatchNorm in addition to calling it."""
 
     def __init__(self, attribute: str) -> None:
         super().__init__()

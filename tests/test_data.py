@@ -1,4 +1,4 @@
-"""Data sets as users have them: folders, CSV, Hugging Face data sets, WebDataset shards; and what the check finds."""
+"""Data sets of all formats (folders, CSV, Hugging Face data sets, WebDataset shards), and their check."""
 
 import io
 import os

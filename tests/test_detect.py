@@ -1,4 +1,4 @@
-"""Objects come back in the pixels of whatever image was given, tiled or not, from Python and from the command line."""
+"""Boxes come back in the pixels of the original image, with tiles or without, in Python and on the command line."""
 
 import importlib.util
 import json

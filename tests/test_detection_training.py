@@ -1,4 +1,4 @@
-"""Training and evaluation of detectors: what a run leaves, exact resume, figures checked by hand."""
+"""Training and evaluation of detectors: results of a run, exact resume, metrics checked by hand."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The detectors compute what the authors' compute: predictions, boxes, losses, costs; and keep what timm expects."""
+"""The detectors agree with the authors' ones (predictions, boxes, losses, costs), and follow timm's conventions."""
 
 import copy
 import sys

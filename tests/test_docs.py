@@ -120,7 +120,7 @@ def listed_commands() -> list[str]:
 
 
 def parse(words: list[str], where: str) -> None:
-    """Fails unless the command's parser accepts the words behind `spd-zoo`."""
+    """Fails unless the command's parser accepts the words after `spd-zoo`."""
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite with space-to-depth computes what timm's strided network computes, and keeps timm's contract."""
+"""EfficientNet-Lite-SPD gives the same outputs as timm's strided network, and follows timm's conventions."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Exported networks: other programs compute the same with them, for any number of images, and know how to use them."""
+"""Exported networks give the same outputs in other programs, for any number of images, and describe their input."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Other libraries at their current releases take our networks as docs/integrations.md says; its Python is run here."""
+"""Current releases of other libraries accept our networks as docs/integrations.md says; its Python code is run here."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Layers compute exactly what they stand for: space-to-depth, strided convolutions, pyramids."""
+"""Space-to-depth layers and pyramids give exactly the outputs of the layers that they replace."""
 
 import math
 from collections.abc import Callable
@@ -480,7 +480,7 @@ def test_a_scripted_layer_is_right_where_padding_depends_on_the_size() -> None:
     torch.testing.assert_close(scripted(x), layer(x))
 
 
-# SPDConv2d in place of nn.Conv2d
+# SPDConv2d instead of nn.Conv2d
 
 
 def test_an_spd_convolution_takes_the_arguments_of_a_convolution_in_their_order() -> None:

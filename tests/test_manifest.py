@@ -1,4 +1,4 @@
-"""Private manifests: what they add and replace, and that a wrong one is never half believed."""
+"""Private manifests add and replace entries, and an invalid one is refused as a whole."""
 
 import json
 import os

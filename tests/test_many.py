@@ -1,4 +1,4 @@
-"""Results for many images: in order, in every format, the same whatever stops them, and computed only once."""
+"""Results for many images: in order, in every format, unaffected by interruptions, and computed only once."""
 
 import csv
 import dataclasses
@@ -415,7 +415,7 @@ def test_a_signal_ends_a_process_that_cannot_finish_an_image(folder: Path, tmp_p
 
 @dataclasses.dataclass(frozen=True)
 class OneOf(Process):
-    """A process among two that know of each other what they would tell."""
+    """One of two processes in the same Python process, whose collectives return prepared values."""
 
     told: Any = ()
     meanwhile: Any = None

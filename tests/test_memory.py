@@ -1,4 +1,4 @@
-"""What happens when memory runs out, on the CPU or on a GPU: one sentence that says what to lower, and nothing lost."""
+"""When memory runs out, on the CPU or on a GPU, one sentence says which option to lower, and nothing is lost."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The networks compute what the authors' compute, and keep timm's contract."""
+"""The networks give the same outputs as the authors' networks, and follow timm's conventions."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""The authors' checkpoints: what is understood, what is refused, what is kept, and where they are downloaded from."""
+"""The authors' checkpoints: reading, refusing, storing and downloading them."""
 
 import argparse
 import hashlib

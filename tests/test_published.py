@@ -1,4 +1,4 @@
-"""What papers print is checked against the networks: nothing wrong goes through, and no excuse outlives its cause."""
+"""Published figures are checked against the networks, and an explained difference that disappears is an error."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Evaluation and the report: figures checked by hand, tables in timm's form, a page that stands alone."""
+"""Evaluation and the report: metrics checked by hand, tables in timm's format, a self-contained page."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Without its first strides a network takes smaller images, with the weights that it has."""
+"""Without its first strides a network accepts smaller images, with unchanged weights."""
 
 import copy
 from pathlib import Path

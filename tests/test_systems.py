@@ -1,4 +1,4 @@
-"""The package where the system is not Linux: what only POSIX or Linux has is hidden, and the commands still work."""
+"""The package on other systems than Linux: features of POSIX and Linux are hidden, and the commands still work."""
 
 import json
 import os

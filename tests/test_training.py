@@ -1,4 +1,4 @@
-"""Training: what options do, runs that go on to the same bits wherever they stopped, results that timm loads."""
+"""Training: options, runs that resume to the same bits wherever they stopped, and results that timm loads."""
 
 import json
 import multiprocessing
@@ -93,7 +93,7 @@ def test_a_run_records_how_it_was_made(folders: Path, tmp_path: Path) -> None:
     assert "epoch 1/1 at 16 px: train loss" in (tmp_path / "run" / "log.txt").read_text()
 
 
-EVERYTHING = {  # all that has a state or draws at random
+EVERYTHING = {  # every option with a state or with randomness
     "ema": 0.9,
     "mixup": 0.2,
     "cutmix": 1.0,
@@ -153,7 +153,7 @@ def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
     assert not same_run(tmp_path / "one", tmp_path / "other")
 
 
-FORKS = multiprocessing.get_context("forkserver")  # a process that has the imports behind it, and forks
+FORKS = multiprocessing.get_context("forkserver")  # forks a process that has imported everything already
 FORKS.set_forkserver_preload(["spd_zoo.training.finetune", "torch._dynamo"])
 
 
