@@ -3,7 +3,8 @@
 `golden/<family>.json` holds one case per line: `entries` (every tensor of the authors' state dict), `kept` (those with
 recorded values), `input`, and digests of the results: `outputs`, `features` of the stages, `stress` (outputs for the
 scaled input) and `batch_difference_float64` (y[0] - y[1] in float64, which is more sensitive than the logits).
-Detectors have `box_outputs` and `level_outputs` (selected outputs), and `loss` and `postprocess` for generated predictions.
+Detectors have `box_outputs` and `level_outputs` (selected outputs), and for generated predictions `loss` and
+`postprocess`.
 """
 
 import json
