@@ -787,7 +787,7 @@ def test_a_plan_has_a_value_for_every_option(folders: Path) -> None:
     assert all(value is not None for value in vars(plan).values())
     assert (plan.sizes, plan.batch_size, plan.micro_batches) == ([((64, 64), 0)], 16, 1)
     assert Plan.of(plan.config) == plan
-    with pytest.raises(ValueError, match="leaves lr open"):
+    with pytest.raises(ValueError, match="does not set lr"):
         Plan.of(replace(plan.config, lr=None))
 
 
