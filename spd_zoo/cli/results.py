@@ -23,7 +23,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--results", type=Path, metavar="FILE", help="new .jsonl, .csv or .parquet file, one row per image"
     )
-    group.add_argument("--data", help="a data set in place of IMAGES, as for finetune")
+    group.add_argument("--data", help="a data set instead of IMAGES, as for finetune")
     group.add_argument("--split", default="", help="split of the data set (default: the only one)")
     group.add_argument("--image-column", default="", help="as for finetune")
     group.add_argument("--label-column", default="", help="as for finetune; the labels are not used")
