@@ -1,5 +1,6 @@
 """The networks, one module per family; importing this package registers them with timm."""
 
+from spd_zoo.models.backbone_classifier import *
 from spd_zoo.models.bsconv_mobilenetv3 import *
 from spd_zoo.models.bsconv_resnet import *
 from spd_zoo.models.efficientnet_lite_spd import *

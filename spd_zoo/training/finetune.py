@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -46,7 +47,7 @@ from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, task_of
-from spd_zoo.weights import WeightsError
+from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
 from spd_zoo.weights.load import timm_name
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
@@ -175,7 +176,11 @@ def plan(
     if config.batch_size is not None and min(batch_size, images) < config.batch_size:
         process.print(f"note: {images} training images: a step has {min(batch_size, images)}, not {config.batch_size}")
     defaults = task.defaults(config, net, batch_size, pretrained)
-    defaults |= {"pretrained": pretrained, "head_epochs": int(pretrained), "bf16": _has_bf16(process.device)}
+    only_backbone = pretrained and ":" not in config.model and loads_backbone_only(config.model)
+    if only_backbone:
+        process.print(f"note: the weights of {config.model} are a backbone: neck and head begin at random")
+    head_epochs = int(pretrained and not only_backbone)
+    defaults |= {"pretrained": pretrained, "head_epochs": head_epochs, "bf16": _has_bf16(process.device)}
     defaults |= {"warmup_epochs": min(2, config.epochs // 4)}
     options = {name: value if (asked := getattr(config, name)) is None else asked for name, value in defaults.items()}
     options |= {"batch_size": batch_size}  # Mixup may have made it smaller than what was asked for
@@ -396,7 +401,9 @@ def start(
     """
     config, classes = plan.config, len(splits.train.class_names)
     seed_everything(config.seed)
-    net = _create(config.model, pretrained=plan.pretrained, **_model_args(config, classes, plan.sizes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BackboneWarning)  # `plan` printed it
+        net = _create(config.model, pretrained=plan.pretrained, **_model_args(config, classes, plan.sizes))
     net = net.to(process.device).to(memory_format=torch.channels_last)
     if process.world > 1 and process.device.type == "cuda":
         net = convert_sync_batchnorm(net)

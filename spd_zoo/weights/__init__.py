@@ -6,7 +6,14 @@ them with a network, `imported` converts and keeps them, `fetch` makes a verifie
 between a variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
 """
 
-from spd_zoo.weights.build import build, create, default_cfgs, use_manifest
+from spd_zoo.weights.build import (
+    BackboneWarning,
+    build,
+    create,
+    default_cfgs,
+    loads_backbone_only,
+    use_manifest,
+)
 from spd_zoo.weights.cache import find, imported_names, is_right, origin_of, original_of, sha256_of
 from spd_zoo.weights.checkpoint import read_checkpoint
 from spd_zoo.weights.fetch import fetch, import_weights, remove
@@ -15,6 +22,7 @@ from spd_zoo.weights.folder import save_network
 from spd_zoo.weights.manifest import Entry, WeightsError, entries, find_entry
 
 __all__ = [
+    "BackboneWarning",
     "Entry",
     "WeightsError",
     "build",
@@ -27,6 +35,7 @@ __all__ = [
     "import_weights",
     "imported_names",
     "is_right",
+    "loads_backbone_only",
     "origin_of",
     "original_of",
     "read_checkpoint",

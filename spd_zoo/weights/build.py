@@ -21,6 +21,7 @@ from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.fit import (
     FilterFn,
     StateDict,
+    backbone_only,
     cfg_of,
     checked_tensors,
     facts,
@@ -41,12 +42,16 @@ from spd_zoo.weights.manifest import (
     set_private,
 )
 
-__all__ = ["build", "create", "default_cfgs", "use_manifest"]
+__all__ = ["BackboneWarning", "build", "create", "default_cfgs", "loads_backbone_only", "use_manifest"]
 
 _CLASSES = ("label_names", "label_descriptions")  # fields of a configuration that describe the classes
 _NOT_OF_WEIGHTS = ("num_classes", "in_chans", "features_only", "out_indices", "feature_cls")
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+class BackboneWarning(UserWarning):
+    """Pretrained weights without neck and head, which stay random."""
 
 
 def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any]:
@@ -131,7 +136,8 @@ def build(
 
     The weights of a tag are fetched and their SHA-256 checked before timm reads them. All tensors except the
     classifier's must fit the network, even if the number of classes changes. With a `file` in
-    `pretrained_cfg_overlay`, the number of classes is that of the file unless `num_classes` is set. `features_only`
+    `pretrained_cfg_overlay`, the number of classes is that of the file unless `num_classes` is set. Weights that are
+    only a backbone leave everything else random, with a `BackboneWarning`. `features_only`
     returns every map that the network's `feature_info` describes unless `out_indices` selects some.
 
     Args:
@@ -155,8 +161,10 @@ def build(
     read: StateDict | None = None
     overwritten: tuple[Any, ...] = ()  # numbers of classes with which the checkpoint replaces every tensor
     ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; a dict is the caller's own source
+    partial = False
     if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
         tag = pretrained_cfg
+        partial = loads_backbone_only(f"{variant}.{tag}" if tag or overlay.get("file") else variant)
         if overlay.get("file"):
             _check_tag(variant, tag, Path(overlay["file"]))
             read = read_checkpoint(Path(overlay["file"]))
@@ -175,6 +183,15 @@ def build(
             overlay["num_classes"] = described["num_classes"]
             overwritten = (0, described["num_classes"])
         overlay = described | overlay
+    if partial:
+        overwritten = ()  # the head keeps its random weights
+    if partial and not kwargs.get("features_only"):
+        warnings.warn(
+            f"the weights {variant}.{pretrained_cfg or _default_tag(variant)} are a backbone without neck and head, "
+            "which begin at random: fine-tune the network before you use it",
+            BackboneWarning,
+            stacklevel=2,
+        )
     if read is not None:  # timm copies a state dict instead of opening the file; `_checked` adds the tensors
         overlay["state_dict"] = {"": ""}
     feature_cfg: dict[str, Any] = {"flatten_sequential": True}
@@ -198,7 +215,7 @@ def build(
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False), read),
+            pretrained_filter_fn=_checked(pretrained_filter_fn, kwargs.get("features_only", False), read, partial),
             feature_cfg=feature_cfg,
             cache_dir=cache_dir,
             **kwargs,
@@ -336,11 +353,19 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     return entry
 
 
-def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None) -> FilterFn:
+def loads_backbone_only(name: str) -> bool:
+    """Whether `pretrained=True` gives this network, with or without a tag, a backbone and a random neck and head."""
+    network, _, tag = name.partition(".")
+    tag = tag if "." in name else _default_tag(network) or ""
+    entry = find_entry(f"{network}.{tag}")
+    return entry is not None and entry.part == "backbone"
+
+
+def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None, partial: bool) -> FilterFn:
     """Extends `filter_fn` by an error if its result does not fit the network.
 
     The classifier may differ if timm drops the checkpoint's one. If a file was already `read`, its tensors replace the
-    state dict, because timm would read the file again with another parser.
+    state dict, because timm would read the file again with another parser. A `partial` checkpoint is a backbone.
     """
 
     def checked(state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -348,6 +373,8 @@ def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None) -
         state_dict = state_dict if read is None else read
         name = cfg.get("file") or "the checkpoint"
         renamed = fit_image_channels(filter_fn(checked_tensors(state_dict, name), model), model)
+        if partial:
+            renamed = backbone_only(renamed, model)
         same_classes = model.num_classes == cfg["num_classes"] and not features_only
         problem = misfit(renamed, model, with_classifier=same_classes)
         if problem:

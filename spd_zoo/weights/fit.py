@@ -17,6 +17,7 @@ __all__ = [
     "MOST_TENSORS",
     "FilterFn",
     "StateDict",
+    "backbone_only",
     "cfg_of",
     "checked_tensors",
     "facts",
@@ -33,6 +34,7 @@ StateDict = dict[str, Tensor]
 FilterFn = Callable[[StateDict, Any], StateDict]
 MOST_TENSORS, MOST_DIMENSIONS = 10_000, 64  # largest number of tensors, and of a tensor's dimensions (as in torch)
 _LONGEST_NAME = 1_000  # characters
+_BACKBONE = ("stem.", "stages.")  # of every network that `spd_zoo.models` builds on `Backbone`
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _OTHERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -73,6 +75,20 @@ def fit_image_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
     """A checkpoint under the network's own keys, adapted to its image channels where timm's way would be wrong."""
     fit: Callable[[StateDict], StateDict] | None = getattr(model, "fit_image_channels", None)
     return state_dict if fit is None else fit(state_dict)
+
+
+def backbone_only(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """The stem and the stages of a checkpoint, and the network's own tensors for everything else.
+
+    Args:
+        state_dict: The tensors under the network's own keys.
+        model: A detector.
+
+    Returns:
+        The tensors; if the checkpoint's backbone does not fit, `misfit` says so.
+    """
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(_BACKBONE)}
+    return own | {key: tensor for key, tensor in state_dict.items() if key.startswith(_BACKBONE)}
 
 
 def first_conv_name(model: nn.Module) -> str:

@@ -13,8 +13,17 @@ from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from spd_zoo.errors import first_line
-from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names, read_checkpoint
+from spd_zoo.weights import (
+    WeightsError,
+    create,
+    entries,
+    fetch,
+    imported_names,
+    loads_backbone_only,
+    read_checkpoint,
+)
 from spd_zoo.weights.catalogue import ModelError, unknown_network
+from spd_zoo.weights.fit import backbone_only, filter_of, fit_image_channels, misfit
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, check_config
 from spd_zoo.weights.imported import converted
 
@@ -23,6 +32,7 @@ __all__ = [
     "class_names",
     "class_synonyms",
     "is_network",
+    "load_backbone",
     "load_file",
     "load_network",
     "pretrained_cfg",
@@ -149,6 +159,11 @@ def load_network(model: str, device: str) -> nn.Module:
         WeightsError: If its weights cannot be downloaded or must not be used.
     """
     name = timm_name(model)
+    if ":" not in name and loads_backbone_only(name):
+        raise ModelError(
+            f"the weights of {model} are a backbone without neck and head; fine-tune the network first: "
+            f"spd-zoo finetune {model} --data DATA --out RUN"
+        )
     entry = entries().get(name)
     try:
         if entry is not None and entry.group == "timm":
@@ -160,6 +175,24 @@ def load_network(model: str, device: str) -> nn.Module:
     except _LOADING_ERRORS as error:
         raise ModelError(f"cannot load {model}: {first_line(error, with_type=True)}") from error
     return net.to(device).to(memory_format=torch.channels_last)
+
+
+def load_backbone(net: nn.Module, source: str | Path) -> None:
+    """Gives a detector the stem and the stages of a checkpoint; its neck and head stay as they are.
+
+    Args:
+        net: A detector of this zoo.
+        source: A file that `read_checkpoint` understands, or the folder of a run, for example of `backbone_classifier`.
+
+    Raises:
+        WeightsError: If the file cannot be read, or its backbone does not fit the network; `net` is then unchanged.
+    """
+    file = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
+    tensors = backbone_only(fit_image_channels(filter_of(net)(read_checkpoint(file), net), net), net)
+    problem = misfit(tensors, net, with_classifier=True)
+    if problem:
+        raise WeightsError(f"the backbone in {file} does not fit {pretrained_cfg(net)['architecture']}: {problem}")
+    net.load_state_dict(tensors)
 
 
 def load_file(network: str, file: str | Path, device: str) -> nn.Module:

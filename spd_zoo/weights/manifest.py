@@ -60,6 +60,7 @@ class Entry:
     source: str | None = None
     extra: str | None = None  # the extra of spd-zoo that installs the package of a source package:NAME:FILE
     default: bool = True  # whether this checkpoint may be the network's default
+    part: str | None = None  # "backbone": the file holds stem and stages of a detector, without neck and head
     mirror: str | None = None
     sha256: str | None = None
     size: int | None = None
