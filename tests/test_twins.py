@@ -179,7 +179,7 @@ def test_twins_are_trained_evaluated_and_recorded(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "runs" / "twins.jsonl").read_text().splitlines()]
     assert [record["network"] for record in records] == ["strided", "SPD"]
     for found in records:
-        assert found["split"], found["images"] == ("val", 6)
+        assert (found["split"], found["images"]) == ("val", 6)
         assert 0 <= found["metrics"]["top1"] <= 100
         assert found["seconds"] > 0 < found["ms_per_image"]
     assert records[1]["params"] > records[0]["params"]
@@ -192,8 +192,8 @@ def test_twins_are_trained_evaluated_and_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
-def test_several_processes_report_a_failed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cell = (twins_report.SETTINGS | config(), NETWORKS[0], 0, tmp_path / "missing", tmp_path / "run")
+def test_several_processes_report_a_failed_run(read: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = (read(), NETWORKS[0], 0, tmp_path / "missing", tmp_path / "run")
     assert twins.run_all([cell], 2, tmp_path / "twins.jsonl") == 1
     assert "failed, see" in capsys.readouterr().err
     assert "missing" in (tmp_path / "run" / "output.txt").read_text()

@@ -1,7 +1,8 @@
 """Draws the figures of the README and of docs/: `python tools/make_figures.py [--check]`.
 
 Their sources are the manifest and records in tools/: published figures (`published.csv`), costs of networks
-(`complexity.csv`), the output of `tools/latency.py --json` (`latency.jsonl`), results of `spd-zoo evaluate` for two
+(`complexity.csv`), the output of `tools/latency.py --json` (`latency.jsonl`), runs of `tools/twins.py`
+(`twins.jsonl`), results of `spd-zoo evaluate` for two
 detectors (`detectors.csv`: AP in per cent by class and by COCO's sizes, in pixels of the image or of the network's
 input, and the numbers of boxes), and the maps and boxes of two detectors for a drawn picture (`activations.json`). The
 weights of one of them are not in the package: `--record-activations RUN` writes this record from its training run.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import figures_common
+import twins_report
 from figures_common import Drawing, digest, render
 from figures_detectors import activations, detectors, draw_activations, draw_detectors, record_activations
 from figures_twins import draw_latency, draw_twins, latency, twins
@@ -28,6 +30,7 @@ DRAWINGS = {
         twins,
         draw_twins,
     ),
+    "seeds": Drawing(twins_report.TITLE, twins_report.recorded, twins_report.draw),
     "latency": Drawing("Latency and accuracy of padded and padding-free networks", latency, draw_latency),
     "detectors": Drawing("Average precision of detectors by the size of objects", detectors, draw_detectors),
     "activations": Drawing(

@@ -39,7 +39,11 @@ def _family(page: str) -> Mapping[str, Callable[[], str]]:
 
 SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"families": partial(readme_networks.families, "docs/families")},
-    "docs/choosing.md": {"families": partial(readme_networks.families, "families"), "trained": readme_networks.trained},
+    "docs/choosing.md": {
+        "families": partial(readme_networks.families, "families"),
+        "trained": readme_networks.trained,
+        "twins": readme_measurements.twins,
+    },
     **{f"docs/families/{page}.md": _family(page) for page in FAMILIES},
     "docs/finetuning.md": {"starts": readme_measurements.starts, "training_speed": readme_measurements.training_speed},
     "docs/weights.md": {"bundled": readme_networks.bundled},

@@ -5,6 +5,7 @@ from collections import Counter
 
 import convert_experiment
 import convert_report
+import twins_report
 from readme_common import ROOT, records, table
 
 
@@ -22,6 +23,14 @@ def latency() -> str:
     columns = ("network", "image_size", "runtime", "padded_ms", "padding_free_ms", "ratio")
     rows = [[str(row[column]) for column in columns] for row in records("latency.jsonl")]
     return table(("network", "pixels", "runtime", "padded (ms)", "padding-free (ms)", "ratio"), rows)
+
+
+def twins() -> str:
+    """What `tools/twins.py` recorded in `tools/twins.jsonl`; a figure where anything is measured."""
+    record = twins_report.read_records(ROOT / "tools" / "twins.jsonl")
+    tables = [twins_report.markdown(config, record) for config in twins_report.configs()]
+    figure = f"![{twins_report.TITLE}](figures/seeds.svg)"
+    return "\n\n".join([figure, *tables] if record else tables)
 
 
 def faults() -> str:

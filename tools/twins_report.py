@@ -3,6 +3,7 @@
 import hashlib
 import json
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise ConfigError(
-                f"{file}, line {number} is no JSON ({error}); remove it, its run is then repeated"
-            ) from error
+            raise ConfigError(f"{file}, line {number} is no JSON ({error}); remove it to repeat its run") from error
     return records
 
 
@@ -222,7 +221,7 @@ def panels(configs: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]])
 
 def draw(panels: dict[str, Any]) -> Figure:
     """A panel per config: a dot per seed, means with 95 % intervals."""
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure((9, 2.6 * lines), layout="constrained")
     grid: Any = figure.subplots(lines, columns, squeeze=False)
@@ -232,9 +231,8 @@ def draw(panels: dict[str, Any]) -> Figure:
         for y, (_, values) in enumerate(panel["rows"]):
             colour = BLUE if y == 0 else ORANGE
             if not values:
-                axes.text(
-                    0.5, y, NOT_MEASURED, color=GREY, ha="center", va="center", transform=axes.get_yaxis_transform()
-                )
+                across = axes.get_yaxis_transform()
+                axes.text(0.5, y, NOT_MEASURED, color=GREY, ha="center", va="center", transform=across)
                 continue
             axes.plot(values, [y] * len(values), "o", color=colour, alpha=0.5, markersize=4)
             half = interval(values)
@@ -244,9 +242,9 @@ def draw(panels: dict[str, Any]) -> Figure:
         names = [name for name, _ in panel["rows"]]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set(title=title, xlabel=f"{panel['label']}, mean and 95 % interval")
-        axes.title.set_wrap(True)
+        axes.set(title=textwrap.fill(title, 40), xlabel=panel["label"])
         axes.grid(axis="x")
         if not any(values for _, values in panel["rows"]):
             axes.set_xticks([])
+    figure.suptitle("Every seed, and means with 95 % intervals", x=0.01, ha="left", weight="bold", fontsize=10)
     return figure

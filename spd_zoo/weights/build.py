@@ -185,13 +185,6 @@ def build(
         overlay = described | overlay
     if partial:
         overwritten = ()  # the head keeps its random weights
-    if partial and not kwargs.get("features_only"):
-        warnings.warn(
-            f"the weights {variant}.{pretrained_cfg or _default_tag(variant)} are a backbone without neck and head, "
-            "which begin at random: fine-tune the network before you use it",
-            BackboneWarning,
-            stacklevel=2,
-        )
     if read is not None:  # timm copies a state dict instead of opening the file; `_checked` adds the tensors
         overlay["state_dict"] = {"": ""}
     feature_cfg: dict[str, Any] = {"flatten_sequential": True}
@@ -234,6 +227,13 @@ def build(
     if read is not None:
         del cfg_of(built)["state_dict"]
     cfg_of(built)["first_conv"] = first_conv
+    if partial and not kwargs.get("features_only"):
+        warnings.warn(
+            f"the weights {variant}.{cfg_of(built)['tag']} are a backbone without neck and head, "
+            "which begin at random: fine-tune the network before you use it",
+            BackboneWarning,
+            stacklevel=2,
+        )
     return built
 
 

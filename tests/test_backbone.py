@@ -1,0 +1,162 @@
+"""Backbones of detectors: trained as classifiers, published without a head, and used by detectors."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from box_pictures import make_coco
+from pictures import make_folders
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import spd_zoo
+from spd_zoo.training.finetune import FinetuneConfig, finetune
+from spd_zoo.weights import BackboneWarning, WeightsError, cache, entries, loads_backbone_only, sha256_of
+from spd_zoo.weights.load import ModelError, load_backbone, load_network
+
+DETECTORS = ["yolov8n", "yolov8n_spd"]
+BACKBONE = ("stem.", "stages.")
+Publish = Callable[..., dict[str, Tensor]]
+
+
+def classifier(detector: str, **kwargs: Any) -> Any:
+    """A backbone with random weights and three classes."""
+    return timm.create_model("backbone_classifier", detector=detector, num_classes=3, **kwargs)
+
+
+@pytest.fixture
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publish]:
+    """Publishes tensors, or a random backbone, as `DETECTOR.tiny_in200_backbone` of a private manifest."""
+    monkeypatch.setattr(cache, "BUNDLED", tmp_path)
+
+    def publish(detector: str, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        if tensors is None:
+            state = classifier(detector).state_dict()
+            tensors = {key: tensor for key, tensor in state.items() if key.startswith(BACKBONE)}
+        file = tmp_path / "backbone.safetensors"
+        save_file(tensors, file)
+        known = entries()[detector]
+        metric = {"dataset": "Tiny-ImageNet val", "metric": "top1", "value": 1.0, "input_size": 64, "measured_by": "us"}
+        entry = {
+            **{"num_classes": known.num_classes, "input_size": known.input_size, "params": known.params},
+            **{"macs": known.macs, "source": f"bundled:{file.name}", "sha256": sha256_of(file)},
+            **{"size": file.stat().st_size, "license": "apache-2.0", "dataset": "Tiny-ImageNet-200"},
+            **{"recipe": {"model": "backbone_classifier"}, "metrics": [metric], "part": "backbone"},
+        }
+        manifest = tmp_path / "manifest.json"
+        manifest.write_text(json.dumps({known.group: {f"{detector}.tiny_in200_backbone": entry}}))
+        spd_zoo.use_manifest(manifest)
+        return tensors
+
+    yield publish
+    spd_zoo.use_manifest(None)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_classifier_has_the_layers_of_the_detector(detector: str) -> None:
+    net, whole = classifier(detector).eval(), timm.create_model(detector).eval()
+    shapes = {key: tensor.shape for key, tensor in net.state_dict().items() if key.startswith(BACKBONE)}
+    assert shapes == {key: tensor.shape for key, tensor in whole.state_dict().items() if key.startswith(BACKBONE)}
+    whole.load_state_dict(net.state_dict(), strict=False)
+    images = torch.randn(2, 3, 64, 64)
+    *_, last = whole.forward_intermediates(images, intermediates_only=True)
+    torch.testing.assert_close(net(images), net.head.fc(last.mean((2, 3))))
+
+
+@pytest.mark.parametrize("detector", ["resnet18", "ssd_vgg16", "yolov9"])
+def test_only_yolos_have_such_a_backbone(detector: str) -> None:
+    with pytest.raises(ValueError, match="give the name of"):
+        classifier(detector, device="meta")
+
+
+@pytest.mark.parametrize("classes", [None, 3], ids=["own classes", "3 classes"])
+def test_pretrained_loads_the_backbone_and_says_that_the_rest_is_random(publish: Publish, classes: int | None) -> None:
+    tensors = publish("yolov8n")
+    arguments = {} if classes is None else {"num_classes": classes}
+    torch.manual_seed(0)
+    fresh = timm.create_model("yolov8n", **arguments).state_dict()
+    torch.manual_seed(0)
+    with pytest.warns(BackboneWarning, match="yolov8n.tiny_in200_backbone are a backbone without neck and head"):
+        loaded = timm.create_model("yolov8n", pretrained=True, **arguments).state_dict()
+    assert not torch.equal(fresh["stem.0.conv.weight"], loaded["stem.0.conv.weight"])
+    for key, tensor in loaded.items():
+        assert torch.equal(tensor, tensors[key] if key in tensors else fresh[key]), key
+
+
+def test_the_tag_alone_decides(publish: Publish, tmp_path: Path) -> None:
+    publish("yolov8n_spd")
+    assert loads_backbone_only("yolov8n_spd")
+    assert loads_backbone_only("yolov8n_spd.tiny_in200_backbone")
+    assert not loads_backbone_only("yolov8n_spd.bccd")
+    file = {"file": str(tmp_path / "backbone.safetensors")}
+    with pytest.raises(WeightsError, match="tensors are missing"):  # without the tag, it must be a whole network
+        timm.create_model("yolov8n_spd", pretrained=True, pretrained_cfg_overlay=file)
+    tag = "yolov8n_spd.tiny_in200_backbone"
+    with pytest.warns(BackboneWarning):
+        net = timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=file)
+    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+
+
+def test_features_need_no_head_and_no_warning(publish: Publish) -> None:
+    tensors = publish("yolov8n")
+    net = timm.create_model("yolov8n", pretrained=True, features_only=True)
+    assert torch.equal(next(iter(net.parameters())), tensors["stem.0.conv.weight"])
+
+
+def test_nothing_is_detected_without_a_head(publish: Publish) -> None:
+    publish("yolov8n")
+    for name in ("yolov8n", "yolov8n.tiny_in200_backbone"):
+        with pytest.raises(ModelError, match=f"the weights of {name} are a backbone .* spd-zoo finetune {name} --data"):
+            load_network(name, "cpu")
+
+
+def test_a_backbone_that_does_not_fit_is_refused(publish: Publish, tmp_path: Path) -> None:
+    tensors = publish("yolov8n")
+    publish("yolov8n_spd", tensors)
+    with pytest.raises(WeightsError, match=r"does not fit yolov8n_spd: stages\.0\.0\.conv\.weight has shape"):
+        timm.create_model("yolov8n_spd", pretrained=True)
+    del tensors["stem.0.conv.weight"]
+    publish("yolov8n", tensors)
+    with pytest.raises(WeightsError, match=r"the first is stem\.0\.conv\.weight"):
+        timm.create_model("yolov8n", pretrained=True)
+    net = timm.create_model("yolov8n")
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"the first is stem\.0\.conv\.weight"):
+        load_backbone(net, tmp_path / "backbone.safetensors")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_detector_begins_with_the_backbone_of_a_run(tmp_path: Path) -> None:
+    data = make_folders(tmp_path / "colours", train=6, val=2)
+    options: dict[str, Any] = {"epochs": 1, "image_size": "32", "batch_size": 6, "workers": 0, "bf16": False}
+    model_args = 'detector="yolov8n_spd"'
+    finetune(FinetuneConfig("backbone_classifier", str(data), tmp_path / "run", model_args=model_args, **options))
+    trained = load_file(tmp_path / "run" / "model.safetensors")
+    net = timm.create_model("yolov8n_spd", num_classes=3)
+    head = net.head.cv2[0][2].weight.clone()
+    load_backbone(net, tmp_path / "run")
+    own = net.state_dict()
+    assert all(torch.equal(own[key], tensor) for key, tensor in trained.items() if key.startswith(BACKBONE))
+    assert torch.equal(net.head.cv2[0][2].weight, head)
+    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert torch.equal(again.stem[0].conv.weight, trained["stem.0.conv.weight"])
+
+
+@pytest.mark.slow
+def test_finetune_uses_the_backbone_by_default_and_trains_all_layers_at_once(
+    publish: Publish, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish("yolov8n")
+    data = make_coco(tmp_path / "boxes")
+    options: dict[str, Any] = {"epochs": 1, "image_size": "64", "batch_size": 8, "workers": 0, "bf16": False}
+    finetune(FinetuneConfig("yolov8n", str(data), tmp_path / "run", lr=1e-12, warmup_epochs=0, **options))
+    line = "note: the weights of yolov8n are a backbone: neck and head begin at random"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    run = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert (run["pretrained"], run["head_epochs"]) == (True, 0)
