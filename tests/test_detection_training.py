@@ -255,7 +255,7 @@ def test_small_means_small_in_what_the_network_sees_where_that_is_asked() -> Non
 
 def test_a_crowd_is_no_object_and_boxes_in_it_are_no_mistakes() -> None:
     data = truth([(0, 0, 0, 40, 40)], [(0, 0, 0, 400, 400)])
-    data.objects[1].crowd[:] = True
+    data.objects[1].ignored[:] = True
     figures = said(data, found((0, 0.5, 0, 0, 40, 40)), found((0, 0.9, 50, 50, 90, 90))).summary()
     assert figures["ap"] == pytest.approx(100) and figures["objects"] == 1
 
@@ -276,7 +276,7 @@ def test_average_precision_agrees_with_cocos_own_code() -> None:
         rows = zip([*labels, *labels], scores, near, strict=True)
         detections.append(found(*((int(label), float(score), *box.tolist()) for label, score, box in rows)))
     data = truth(*images)
-    data.objects[3].crowd[:2] = True
+    data.objects[3].ignored[:2] = True
     ours = coco_precision(data, detections)
 
     content: dict[str, Any] = {"images": [{"id": i} for i in range(20)], "annotations": []}

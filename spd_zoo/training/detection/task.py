@@ -100,11 +100,11 @@ class Detection:
             about |= check(splits, config.workers, process)
             for name, data in splits.items():
                 readable = data.without(about[name]["unreadable"])
-                about[name]["boxes"] = data.defects
+                about[name]["boxes"] = data.problems()
                 about[name]["without boxes"] = sum(not len(readable.objects_in(i).labels) for i in range(len(readable)))
         elif began_with is None:
             about |= {"notes": notes_on(splits.values())}
-            for line in (line for data in splits.values() for line in defects_in_words(data.defects)):
+            for line in (line for data in splits.values() for line in defects_in_words(data.problems())):
                 process.print(line)
         train, val = without_unreadable(train, val, about, "box")
         if not sum(val.counts()):
@@ -119,7 +119,7 @@ class Detection:
 
     def warnings(self, data: BoxImages) -> list[str]:
         """What is wrong with the boxes."""
-        return [line.strip() for line in defects_in_words(data.defects)]
+        return [line.strip() for line in defects_in_words(data.problems())]
 
     def training(self, net: Any, plan: Plan, data: BoxImages, process: Process) -> DetectorTraining:
         """The network with its loss; YOLOv5's anchors are fitted to the data first."""
@@ -134,9 +134,7 @@ class Detection:
 
         def prepare(pixels: Tensor, targets: list[Target]) -> tuple[Tensor, list[Target]]:
             device = preprocessing.device
-            moved: list[Target] = [
-                {"boxes": target["boxes"].to(device), "labels": target["labels"].to(device)} for target in targets
-            ]
+            moved: Any = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
             return preprocessing.normalize(pixels), moved
 
         return prepare
