@@ -64,7 +64,7 @@ def classification(
     """Metrics on the held-out images at the best of `options.image_sizes`, those on the test images, and that size."""
     about = options.run / "data.json"
     began_with = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-    val = Classification().open_splits(config, Process(torch.device("cpu")), began_with).val
+    val = Classification().open_splits(config, net, Process(torch.device("cpu")), began_with).val
     test = open_data(config.data, "test", config.image_column, config.label_column)
     if test is None or not isinstance(val, LabelledImages):
         raise DataError(f"{config.data} has no test split, or was streamed")

@@ -102,7 +102,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     task = task_of(blank)
     refuse_others(config, task.networks)
 
-    splits = task.open_splits(config, process, began.about_data if began is not None else None)
+    splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
     if "train" not in splits.about:
         process.print("the images are not checked")
     for line in in_words(splits.about):
@@ -378,6 +378,7 @@ def start(plan: Plan, task: Task[Any], splits: Splits[Any], folder: RunFolder, p
     )  # fmt: skip
     if process.first:
         folder.begin(config, splits.about)
+        task.write_data_report(folder, config, net, splits)
     run.resume()
     return run
 

@@ -41,6 +41,8 @@ def write(
         figures = {name: png for name, png in (("curves", _curves(history)), ("worst", worst), ("best", best)) if png}
         for name, content in figures.items():
             (pictures / f"{name}.png").write_bytes(content)
+    if (folder.path / "data.png").exists():
+        figures["data"] = (folder.path / "data.png").read_bytes()
     numbers = predictions.summary()
     summary = {"images": str(numbers["images"]), "objects": str(numbers["objects"])}
     summary |= {f"AP{name[2:]}": _percent(numbers[name]) for name in ("ap", "ap50", "ap75")}
@@ -59,6 +61,7 @@ def write(
     cells = [[row["class"], row["objects"], *(_percent(row[name]) for name in names)] for row in rows]
     colours = "correct boxes are green, wrong ones red, missed objects yellow"
     titles = {"curves": "Training", "worst": f"Worst images: {colours}", "best": f"Best images: {colours}"}
+    titles |= {"data": "Training images: sizes and positions of boxes, and some images"}
     folder.write("report.html", page(config, history, summary, titles, figures, table(header, cells), notes))
 
 
