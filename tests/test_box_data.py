@@ -400,15 +400,26 @@ def test_an_epoch_is_the_same_whoever_reads_it(tmp_path: Path) -> None:
     assert not torch.equal(augmented(root, "yolov8n_spd", 1, **YOLO)[0][0], here[0][0])
 
 
-def test_crowds_are_not_trained_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "options"), [("yolov8n_spd", YOLO), ("ssd_mobilenetv1", {})])
+def test_crowds_are_ignored_in_training(model: str, options: dict[str, Any], tmp_path: Path) -> None:
     file = make_coco(tmp_path) / "instances_train.json"
     content = json.loads(file.read_text())
-    for annotation in content["annotations"]:
+    first = [annotation for annotation in content["annotations"] if annotation["image_id"] % 2]
+    for annotation in first:
         annotation["iscrowd"] = 1
     file.write_text(json.dumps(content))
-    targets = [target for _, target in augmented(tmp_path, "yolov8n_spd", 0, **YOLO)]
-    assert targets and not any(len(target["labels"]) for target in targets)
-    assert sum(opened(tmp_path).counts()) == 0
+    data = opened(tmp_path)
+    assert sum(data.counts()) == len(content["annotations"]) - len(first) > 0
+    seen = 0
+    for image, target in augmented(tmp_path, model, 0, **options):
+        for (x1, y1, x2, y2), label in zip(target["ignored"].tolist(), target["ignored_labels"].tolist(), strict=True):
+            assert 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
+            if min(x2 - x1, y2 - y1) >= 4:  # it moved with its square
+                middle = image[:, int((y1 + y2) / 2), int((x1 + x2) / 2)].float()
+                middle = middle.flip(0) if model.startswith("ssd") else middle
+                assert middle.argmax() == torch.tensor(COLOURS[NAMES[label]]).argmax()
+                seen += 1
+    assert seen >= 4
 
 
 def test_training_and_evaluation_feed_ssd_the_same_colours(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import yaml
 from box_pictures import NAMES, SIZE, make_coco, make_voc, make_yolo, scenes
 from PIL import Image
 
+from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes
+from spd_zoo.data.boxes.sizes import describe_sizes, sizes_in_words
 from spd_zoo.data.labelled import DataError
 
 Lines = dict[str, str]
@@ -670,6 +672,7 @@ def test_labelme_files_are_read(folder: str, tmp_path: Path) -> None:
     assert [where[0].partition("train_0")[2] for where in data.problems().values()] == [".json shape 2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_data_sets_of_hugging_face_have_objects(named: bool, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
@@ -689,6 +692,7 @@ def test_data_sets_of_hugging_face_have_objects(named: bool, tmp_path: Path) -> 
     assert "data set of Hugging Face: train 8 images" in found_in_words({"train": data})
 
 
+@pytest.mark.slow
 def test_images_with_metadata_are_a_data_set_of_hugging_face(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "train").mkdir()
@@ -701,3 +705,94 @@ def test_images_with_metadata_are_a_data_set_of_hugging_face(tmp_path: Path) -> 
     (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(lines))
     data = opened(tmp_path)
     assert boxes_of(data) == truth() and data.class_names == NAMES and data.image(0).size == SIZE
+
+
+# conversion
+
+
+@pytest.mark.parametrize("to", ["yolo", "coco", "voc"])
+@pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
+def test_a_converted_data_set_is_the_same(
+    make: Callable[[Path], Path], to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = make(tmp_path / "data"), tmp_path / "out"
+    assert main(["convert-data", str(root), "--to", to, "--out", str(out)]) == 0
+    data = opened(out)
+    assert boxes_of(data) == truth() and boxes_of(opened(out, "val")) == truth(4, 1000, "val")
+    assert data.class_names == NAMES and not data.defects and not data.notes
+    assert all(Path(data.name(i)).is_symlink() and data.image(i) for i in range(len(data)))
+    assert f"train: wrote 8 images with {sum(map(len, truth().values()))} boxes" in capsys.readouterr().out
+    assert main(["convert-data", str(root), "--to", to, "--out", str(out)]) == 1
+    assert "exists and is no empty folder" in capsys.readouterr().err
+
+
+def test_images_are_copied_where_links_are_impossible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    out = tmp_path / "out"
+    assert main(["convert-data", str(make_coco(tmp_path / "data")), "--to", "yolo", "--out", str(out)]) == 0
+    assert not any(file.is_symlink() for file in out.rglob("*")) and opened(out).image(0).size == SIZE
+    assert "note: 12 images copied, because links to them cannot be made" in capsys.readouterr().out
+
+
+def test_images_of_one_name_in_several_folders_stay_apart(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    for kind, suffix in (("images", "png"), ("labels", "txt")):
+        (root / kind / "train" / "inner").mkdir()
+        (root / kind / "train" / f"train_1.{suffix}").rename(root / kind / "train" / "inner" / f"train_0.{suffix}")
+    for to in ("yolo", "voc"):
+        assert main(["convert-data", str(root), "--to", to, "--out", str(tmp_path / to)]) == 0
+        found = boxes_of(opened(tmp_path / to))
+        assert len(found) == 8 and sorted(found.values()) == sorted(truth().values())
+
+
+def test_what_is_ignored_stays_so_or_its_loss_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_voc(tmp_path / "data")
+    edit(root / "Annotations" / "train_3.xml", "<bndbox>", "<difficult>1</difficult><bndbox>")
+    before = opened(root)
+    number = len(truth()["train_3"])
+    for to in ("coco", "voc"):
+        assert main(["convert-data", str(root), "--to", to, "--out", str(tmp_path / to)]) == 0
+        after = opened(tmp_path / to)
+        assert after.counts() == before.counts() and boxes_of(after) == truth()
+    capsys.readouterr()
+    assert main(["convert-data", str(root), "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 0
+    assert f"note: {number} crowds, difficult objects or regions to ignore left out" in capsys.readouterr().out
+    assert opened(tmp_path / "yolo").counts() == before.counts()
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    assert main(["convert-data", str(tmp_path / "data"), "--to", "coco", "--out", str(tmp_path / "out")]) == 1
+    assert "is no data set with boxes" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+
+
+# sizes
+
+
+def test_boxes_are_counted_by_their_size_in_the_input(tmp_path: Path) -> None:
+    # 100 x 50 pixels; boxes of 10 x 10, 40 x 40, 2 x 2 and 10 x 2
+    lines = "0 .5 .5 .1 .2\n0 .5 .5 .4 .8\n1 .5 .5 .02 .04\n1 .5 .5 .1 .04"
+    data = opened(one_image(tmp_path, lines))
+    about = describe_sizes(data, (50, 50), keeps_aspect=True)  # halves everything
+    assert about["sizes"] == {"cat": [1, 0, 1, 0, 0, 0], "dog": [2, 0, 0, 0, 0, 0]}
+    assert about["below 2 px"] == 2 and about["most objects"]["objects"] == 4
+    stretched = describe_sizes(data, (100, 200), keeps_aspect=False)  # doubles everything
+    assert stretched["sizes"] == {"cat": [0, 0, 1, 0, 1, 0], "dog": [1, 1, 0, 0, 0, 0]} and not stretched["below 2 px"]
+    words = "\n".join(sizes_in_words(about))
+    assert "4 boxes at 50 px, by the root of their area: 3 tiny (< 8 px), 1 < 32" in words
+    assert "2 boxes with a side below 2 px at 50 px" in words and "at most 4 objects in an image" in words
+
+
+def test_images_with_more_pixels_than_pillow_allows_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = opened(one_image(tmp_path, "0 .5 .5 .1 .2"))
+    assert describe_sizes(data, (64, 64), True)["above the pixel limit"] == []
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert describe_sizes(data, (64, 64), True)["above the pixel limit"] == [data.name(0)]

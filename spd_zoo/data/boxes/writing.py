@@ -43,8 +43,8 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
 
     Args:
         data: What `open_boxes` takes.
-        to: yolo (`images/SPLIT`, `labels/SPLIT`, `data.yaml`), coco (`images/SPLIT`, `annotations/instances_SPLIT.json`)
-            or voc (`JPEGImages`, `Annotations`, `ImageSets/Main`).
+        to: yolo (`images/SPLIT`, `labels/SPLIT`, `data.yaml`), coco (`images/SPLIT`,
+            `annotations/instances_SPLIT.json`) or voc (`JPEGImages`, `Annotations`, `ImageSets/Main`).
         out: A new or empty folder.
 
     Returns:
@@ -65,10 +65,11 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
     with whole(out) as folder:
         folder.mkdir()
         copied = FORMS[to](folder, made, names)
-    how = "linked" if not copied else "copied, because links cannot be made there" if copied == used else "stored"
     for split in made:
         boxes = sum(split.data.counts())
-        lines.append(f"{split.name}: {count(len(split.data), 'image')} with {count(boxes, 'box', 'boxes')} {how}")
+        lines.append(f"{split.name}: wrote {count(len(split.data), 'image')} with {count(boxes, 'box', 'boxes')}")
+    if copied:
+        lines.append(f"note: {count(len(copied), 'image')} copied, because links to them cannot be made")
     ignored = sum(int(split.data.objects_in(i).ignored.sum()) for split in made for i in range(len(split.data)))
     if to == "yolo" and ignored:
         lines.append(f"note: {ignored} crowds, difficult objects or regions to ignore left out: YOLO's form has none")
@@ -94,11 +95,10 @@ def _open_splits(data: str | Path) -> tuple[dict[str, BoxImages], list[str]]:
             where.setdefault(sort, []).extend(places)
         unreadable = {each.name(i) for i in range(len(each)) if not all(each.sizes[each.rows[i]])}
         if unreadable:
-            lines.append(
-                f"note: {count(len(unreadable), 'image')} of {name} cannot be read: {some(sorted(unreadable))}"
-            )
+            number = count(len(unreadable), "image")
+            lines.append(f"note: {number} of {name} cannot be read and are left out: {some(sorted(unreadable))}")
             splits[name] = each.without(unreadable)
-    lines += [f"note: {number} {sort}: {some(where[sort])}" for sort, number in problems.items()]
+    lines += [f"note: {times} {sort}: {some(where[sort])}" for sort, times in problems.items()]
     return splits, lines
 
 
