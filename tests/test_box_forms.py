@@ -12,8 +12,9 @@ from box_pictures import NAMES, SIZE, make_coco, make_voc, make_yolo, scenes
 from PIL import Image
 
 from spd_zoo.cli.main import main
-from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes
+from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes, with_names
 from spd_zoo.data.boxes.sizes import describe_sizes, sizes_in_words
+from spd_zoo.data.classes import without_unused
 from spd_zoo.data.labelled import DataError
 
 Lines = dict[str, str]
@@ -620,6 +621,18 @@ def test_a_class_that_is_called_so_is_regions_to_ignore(tmp_path: Path) -> None:
     assert data.objects_in(0).ignored.tolist() == [True, False, False]
     assert data.renumbered([1, 0], ["dog", "cat"]).objects_in(0).labels.tolist() == [-1, 1, 0]
     assert any("'ignored regions' is taken for regions to ignore" in note for note in data.notes)
+
+
+def test_a_class_that_is_only_ignored_is_no_class_to_train_on(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = int(annotation["category_id"] == 5)  # blue
+
+    data = opened(change_coco(make_coco(tmp_path), change))
+    left = without_unused(data)
+    assert left.class_names == ["green", "red"] and left.counts() == data.counts()[1:]
+    assert not any(left.objects_in(i).ignored.any() for i in range(len(left)))
+    assert with_names(data, ["red", "blue"]).counts() == [data.counts()[2], 0]
 
 
 # other forms

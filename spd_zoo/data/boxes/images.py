@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spd_zoo.data.classes import DataError, clean_name
+from spd_zoo.data.classes import UNUSED, DataError, clean_name
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import read_image
 
@@ -138,14 +138,14 @@ class BoxImages:
         return self.subset(i for i in range(len(self)) if self.name(i) not in names)
 
     def renumbered(self, numbers: Sequence[int], class_names: list[str], notes: Sequence[str] = ()) -> "BoxImages":
-        """The images with class i as `numbers[i]` of `class_names`, and with more notes."""
+        """The images with class i as `numbers[i]` of `class_names`, without those of `UNUSED`, and with more notes."""
         new = torch.tensor([*numbers, EVERY_CLASS])  # which the label -1 finds at the end
-        objects = [each._replace(labels=new[each.labels]) for each in self.objects]
+        objects = [_chosen(each._replace(labels=new[each.labels])) for each in self.objects]
         return replace(self, objects=objects, class_names=class_names, notes=(*self.notes, *notes))
 
     def used(self) -> set[int]:
-        """The classes that occur, also where they are ignored."""
-        return {label for objects in self.objects for label in objects.labels.tolist()} - {EVERY_CLASS}
+        """The classes of which there is an object that is not ignored."""
+        return {label for objects in self.objects for label in objects.labels[~objects.ignored].tolist()}
 
     def counts(self) -> list[int]:
         """How many objects each class has, without those that are ignored."""
@@ -367,15 +367,20 @@ def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
     if data.class_names == class_names:
         return data
     number = {name: i for i, name in enumerate(class_names)}
-    new = torch.tensor([*(number.get(name, -2) for name in data.class_names), EVERY_CLASS])
-    objects, lost = [], []
-    for file, before in zip(data.files, data.objects, strict=True):
-        labels = new[before.labels]
-        known = labels > -2
-        lost += [Defect(file, file)] * int((~known).sum())
-        objects.append(Objects(before.boxes[known], labels[known], before.areas[known], before.ignored[known]))
+    renumbered = data.renumbered([number.get(name, UNUSED) for name in data.class_names], class_names)
+    lost = [
+        Defect(file, file)
+        for file, before, after in zip(data.files, data.objects, renumbered.objects, strict=True)
+        for _ in range(len(before.labels) - len(after.labels))
+    ]
     defects = data.defects | ({"boxes are of a class that is not trained and are left out": lost} if lost else {})
-    return replace(data, objects=objects, class_names=class_names, defects=defects)
+    return replace(renumbered, defects=defects)
+
+
+def _chosen(objects: Objects) -> Objects:
+    """The objects without those of the class `UNUSED`."""
+    known = objects.labels != UNUSED
+    return objects if bool(known.all()) else Objects(*(part[known] for part in objects))
 
 
 def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxImages]:
