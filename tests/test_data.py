@@ -313,7 +313,7 @@ def test_labels_with_leading_zeros_have_one_order_in_every_process(tmp_path: Pat
         "path,label\n" + "".join(f"{i}.png,{i}\n" for i in ("1", "001", "01", "10", "2"))
     )
     found = set()
-    for seed in range(4):
+    for seed in (0, 4):  # a set of these labels has another order with each
         code = "import sys; from spd_zoo.data.labelled import open_data; print(open_data(*sys.argv[1:]).class_names)"
         environment = os.environ | {"PYTHONHASHSEED": str(seed)}
         command = [sys.executable, "-c", code, str(tmp_path / "list.csv"), "train"]

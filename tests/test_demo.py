@@ -109,6 +109,18 @@ def test_the_differences_of_two_detectors_are_those_of_the_same_objects(monkeypa
     assert "0 are the same (" in demo.compare(net, twin, Image.new("RGB", (64, 64)))[1]
 
 
+def test_networks_of_different_classes_are_not_compared() -> None:
+    net, twin = (timm.create_model(name, device="meta") for name in ("cifar_resnet20", "pyconvresnet18"))
+    with pytest.raises(ModelError, match="know different classes, so their predictions cannot be compared"):
+        demo.compare(net, twin, Image.new("RGB", (64, 64)))
+
+
+def test_a_machine_without_weights_is_told_how_to_get_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "local_checkpoints", list)
+    with pytest.raises(ModelError, match="no weights are on this machine; `spd-zoo weights pull` gets some"):
+        demo.build()
+
+
 @pytest.mark.parametrize(
     ("mode", "name"),
     [("CMYK", "a.jpg"), ("RGBA", "a.png"), ("I;16", "a.png"), ("LA", "a.png"), ("P", "a.gif"), ("1", "a.tif")],

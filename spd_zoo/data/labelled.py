@@ -18,6 +18,7 @@ from spd_zoo.data.classes import DataError, clean_name, in_order, look_alikes
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import ImageFilter, is_url, read_image
 from spd_zoo.data.splits import find_split, looks_like_split, split_notes, split_of
+from spd_zoo.errors import first_line
 
 __all__ = [
     "DataError",
@@ -327,7 +328,7 @@ def load_hugging_face(name: str) -> Any:
             splits = datasets.load_dataset(builder, data_files=files)
         return splits
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
+        raise DataError(f"cannot read {name} as a data set: {first_line(error)}") from error
 
 
 def _files_by_split(folder: Path) -> dict[str, list[str]]:
@@ -408,7 +409,7 @@ def open_stream(
     try:
         splits = datasets.load_dataset(name, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
+        raise DataError(f"cannot read {name} as a data set: {first_line(error)}") from error
     by_name = _files_by_split(Path(name)) if not any(Path(name).glob("README.md")) else {}
     if by_name and {split_of(str(read_as)) for read_as in splits} != set(by_name):
         raise DataError(

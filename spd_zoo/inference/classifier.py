@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, read_image
+from spd_zoo.errors import first_line
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, first_line, load_network, pretrained_cfg
+from spd_zoo.weights.load import ModelError, load_network, pretrained_cfg
 
 __all__ = [
     "ClassProbability",
@@ -59,7 +60,9 @@ def transform_errors(image: Image.Image) -> Iterator[None]:
         yield
     except (OverflowError, MemoryError, RuntimeError) as error:
         width, height = image.size
-        raise ValueError(f"cannot resize this image of {width} x {height} pixels: {first_line(error)}") from error
+        raise ValueError(
+            f"cannot resize this image of {width} x {height} pixels: {first_line(error, with_type=True)}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
+from spd_zoo.errors import first_line
 from spd_zoo.process import Process, Stopped, StopSignals, join, ran_out_of_memory
 from spd_zoo.training.config import (
     FinetuneConfig,
@@ -162,7 +163,7 @@ def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes
     try:
         per_image = bytes_per_image(net, largest, _preprocessing(net, config, process.device))
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"{config.model} cannot compute images of {size_text(largest)} pixels: {reason}") from error
     weights, pairs = sum(parameter.nbytes for parameter in net.parameters()), bool(config.mixup or config.cutmix)
     accumulate = config.accumulate or choose_micro_batches(weights, per_image, batch_size, pairs, process)

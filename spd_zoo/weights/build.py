@@ -13,8 +13,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spd_zoo.errors import first_line
 from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
-from spd_zoo.weights.checkpoint import read_original
+from spd_zoo.weights.checkpoint import read_checkpoint
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.fit import (
     FilterFn,
@@ -27,6 +28,7 @@ from spd_zoo.weights.fit import (
     own_networks,
     which_fits,
 )
+from spd_zoo.weights.imported import UNTAGGED
 from spd_zoo.weights.manifest import (
     Entry,
     WeightsError,
@@ -36,7 +38,6 @@ from spd_zoo.weights.manifest import (
     find_entry,
     set_private,
 )
-from spd_zoo.weights.originals import UNTAGGED
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
@@ -135,10 +136,10 @@ def build(
         tag = pretrained_cfg
         if overlay.get("file"):
             _check_tag(variant, tag, Path(overlay["file"]))
-            read = read_original(Path(overlay["file"]))
+            read = read_checkpoint(Path(overlay["file"]))
             described = _described(variant, tag, read, pretrained_filter_fn, kwargs)
         elif mine := _imported_by_user(variant, tag, cache_dir):
-            read = read_original(mine)
+            read = read_checkpoint(mine)
             described = _described(variant, None, read, pretrained_filter_fn, kwargs)
             described |= {"file": str(mine), "tag": tag or UNTAGGED}
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
@@ -184,7 +185,7 @@ def build(
         ):  # torch's, for a broken zip file
             raise
         file = overlay.get("file") or (pretrained_cfg or {}).get("file")
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        reason = first_line(error)[:200]
         raise WeightsError(
             f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
             f"spd-zoo weights import {variant} {file}"

@@ -11,11 +11,12 @@ from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo
 from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
+from spd_zoo.errors import first_line
 from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
 from spd_zoo.weights.catalogue import ModelError, unknown_network
 from spd_zoo.weights.folder import CONFIG, WEIGHTS
 
-__all__ = ["ModelError", "class_names", "class_synonyms", "first_line", "load_network", "pretrained_cfg", "timm_name"]
+__all__ = ["ModelError", "class_names", "class_synonyms", "load_network", "pretrained_cfg", "timm_name"]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
 
@@ -123,7 +124,7 @@ def load_network(model: str, device: str) -> nn.Module:
     except WeightsError:
         raise
     except _LOADING_ERRORS as error:
-        raise ModelError(f"cannot load {model}: {first_line(error)}") from error
+        raise ModelError(f"cannot load {model}: {first_line(error, with_type=True)}") from error
     return net.to(device).to(memory_format=torch.channels_last)
 
 
@@ -131,8 +132,3 @@ def pretrained_cfg(net: nn.Module) -> dict[str, Any]:
     """timm's configuration of a network's weights and input."""
     cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
     return cfg
-
-
-def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of its message, for use inside a sentence."""
-    return type(error).__name__ + ": " + str(error).strip().partition("\n")[0]
