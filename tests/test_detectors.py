@@ -351,7 +351,7 @@ def test_nothing_in_a_region_to_ignore_is_background(name: str, label: int) -> N
     if name.startswith("ssd"):  # SSD counts no background without an object
         one: Any = target([8, 8, 24, 24])
         background, none, half = (
-            net.loss(raw, [one | more], image_size=SIZE) for more in ({}, ignored, {k: some_of_it[k] for k in ignored})
+            net.loss(raw, [more | one], image_size=SIZE) for more in (nothing, ignored, some_of_it)
         )
         assert none[term] < half[term] <= background[term] and none["location"] == background["location"]
     elif term == "objectness" or label == -1:
@@ -366,7 +366,8 @@ def test_objects_count_where_the_rest_is_ignored(name: str) -> None:
     everywhere: Any = {"ignored": torch.tensor([[0.0, 0, SIZE[1], SIZE[0]]]), "ignored_labels": torch.tensor([-1])}
     net.eval()
     raw = net(noise(1, 3, *SIZE))
-    alone, ignored = (net.loss(raw, [target(*OBJECTS) | more], image_size=SIZE) for more in ({}, everywhere))
+    objects: Any = target(*OBJECTS)
+    alone, ignored = (net.loss(raw, [each], image_size=SIZE) for each in (objects, objects | everywhere))
     for term in alone:
         if term in ("box", "dfl", "location"):
             assert ignored[term] == alone[term] > 0

@@ -4,7 +4,6 @@ Paper: The Pascal Visual Object Classes (VOC) Challenge, https://doi.org/10.1007
 from 1, the last one included.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -69,8 +68,7 @@ def _find(root: Path) -> Source | None:
         note = f"{root} has no ImageSets/Main with lists: all its images are the split train"
         return Source("Pascal VOC", {"train": partial(_open, root, folder, None)}, [note])
     splits = {name: path for name, path in split_folders(root).items() if split_of(name)}
-    pairs = {name: _beside(path) for name, path in splits.items()}
-    found = {name: pair for name, pair in pairs.items() if pair is not None}
+    found = {name: pair for name, path in splits.items() if (pair := _beside(path)) is not None}
     if not found and (here := _beside(root)) is not None:
         found = {"train": here}
     if not found:
@@ -134,9 +132,7 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
             collected.defect("XML files name another image than they are called after, which is read", str(file), image)
         for problem, where_it_is in annotation.problems:
             collected.leave_out(problem, where_it_is, image)
-        boxes = [
-            Box(number[box.name], *box.corners, where=box.where, ignored=box.difficult) for box in annotation.boxes
-        ]
+        boxes = [Box(number[box.name], *box.corners, box.where, None, box.difficult) for box in annotation.boxes]
         collected.add(image, annotation.size, boxes)
     return collected.images(where, relative_to(folder.images, root), notes)
 
@@ -153,7 +149,7 @@ def _stems(file: Path, folder: _Folder) -> list[str]:
 
 class _Object(NamedTuple):
     name: str
-    corners: Sequence[float]
+    corners: tuple[float, float, float, float]
     difficult: bool
     where: str
 

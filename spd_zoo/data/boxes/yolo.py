@@ -72,8 +72,11 @@ def find(root: Path) -> Source | None:
     if images and labels and (splits := split_folders(images)):
         notes += unread_folders(images, splits)
         return Source("YOLO", {name: partial(_open, root, [path], config) for name, path in splits.items()}, notes)
-    nested = {name: child(path, "images") for name, path in split_folders(root).items() if split_of(name)}
-    nested = {name: path for name, path in nested.items() if path and child(path.parent, "labels")}
+    nested = {
+        name: inner
+        for name, path in split_folders(root).items()
+        if split_of(name) and child(path, "labels") and (inner := child(path, "images")) is not None
+    }
     if nested:
         return Source("YOLO", {name: partial(_open, root, [path], config) for name, path in nested.items()}, notes)
     if lists and (labels or _has_labels_beside(root)):

@@ -157,9 +157,9 @@ class Detection:
     ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
         """Normalises a batch of pixels, and moves its targets to the device."""
 
-        def prepare(pixels: Tensor, targets: list[Target]) -> tuple[Tensor, list[Target]]:
+        def prepare(pixels: Tensor, targets: list[dict[str, Tensor]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
             device = preprocessing.device
-            moved: Any = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
+            moved = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
             return preprocessing.normalize(pixels), moved
 
         return prepare
