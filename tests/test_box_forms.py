@@ -154,6 +154,13 @@ def test_names_numbered_from_1_are_read_so_and_said(tmp_path: Path) -> None:
     assert any("numbers its classes from 1 on" in note for note in data.notes)
 
 
+def test_names_are_the_text_that_stands_there(tmp_path: Path) -> None:
+    root = one_image(tmp_path, "0 .5 .5 .2 .2\n1 .2 .2 .1 .1")
+    for names in ("[yes, no, 010]", "{0: yes, 1: no, 2: 010}"):
+        (root / "data.yaml").write_text(f"names: {names}")
+        assert opened(root).class_names == ["yes", "no", "010"]
+
+
 def test_yaml_files_of_other_things_are_no_data_yaml(tmp_path: Path) -> None:
     root = make_yolo(tmp_path)
     (root / "args.yaml").write_text("task: detect\ntrain: true\nnames: null\n")
@@ -362,6 +369,15 @@ def other_name(root: Path) -> None:
     (root / "about.json").write_text('{"images": 8}')
 
 
+def cvat(root: Path) -> None:
+    (root / "annotations").mkdir()
+    (root / "instances_train.json").rename(root / "annotations" / "instances_default.json")
+    (root / "instances_val.json").unlink()
+    (root / "images" / "default").mkdir()
+    for image in list((root / "images").glob("train_*")):
+        image.rename(root / "images" / "default" / image.name)
+
+
 def inner_folders(root: Path) -> None:
     change_coco(
         root, lambda content: [image.update(file_name=f"a/{image['file_name']}") for image in content["images"]]
@@ -413,7 +429,7 @@ def masks(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [roboflow_coco, other_name, inner_folders, other_machine, without_sizes, polygons, masks],
+    [roboflow_coco, other_name, cvat, inner_folders, other_machine, without_sizes, polygons, masks],
     ids=lambda function: function.__name__,
 )
 def test_coco_is_read_however_it_was_written(change: Callable[[Path], None], tmp_path: Path) -> None:
@@ -421,8 +437,9 @@ def test_coco_is_read_however_it_was_written(change: Callable[[Path], None], tmp
     change(root)
     data = opened(root)
     assert boxes_of(data) == truth() and data.class_names == NAMES and not data.defects
-    noted = "the category blue has no box and is only the parent of others"
-    assert [noted in note for note in data.notes] == ([True] if change is roboflow_coco else [])
+    noted = {roboflow_coco: "the category blue has no box and is only the parent of others"}
+    noted |= {cvat: "instances_default.json is of no usual split: it is taken as train"}
+    assert [noted[change] in note for note in data.notes] == [True] * (change in noted)
 
 
 def test_a_coco_file_is_a_data_set(tmp_path: Path) -> None:
@@ -442,6 +459,16 @@ def test_annotations_without_a_box_are_counted_by_their_ids(tmp_path: Path) -> N
     data = opened(change_coco(make_coco(tmp_path), change))
     without, wrong = data.problems().values()
     assert without == ["annotation 1", "annotation 2"] and wrong == ["annotation 3", "annotation 4"]
+
+
+def test_entries_that_are_nothing_are_counted(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"] += [None, 7, {"id": 99}]
+        content["images"] += [None, {"id": 5}]
+
+    data = opened(change_coco(make_coco(tmp_path), change))
+    assert boxes_of(data) == truth()
+    assert sorted(map(len, data.problems().values())) == [1, 2, 2]
 
 
 def test_addresses_of_images_are_refused_by_name(tmp_path: Path) -> None:

@@ -37,7 +37,12 @@ def find(root: Path) -> Source | None:
     files = [file for folder in folders for file in files_in(folder, ".json", deep=False)]
     instances = {file.stem.removeprefix("instances_"): file for file in reversed(files) if _is_instances(file)}
     if instances:
-        return _source(root, instances, [])
+        notes = []
+        if len(instances) == 1 and not any(map(split_of, instances)):  # CVAT's instances_default.json
+            (file,) = instances.values()
+            notes.append(f"{relative_to(file, root)} is of no usual split: it is taken as train")
+            return Source("COCO", {"train": partial(_open, root, *next(iter(instances.items())))}, notes)
+        return _source(root, instances, notes)
     for folder in folders:
         for name, inside in split_folders(folder).items():
             files += files_in(inside, ".json", deep=False) if split_of(name) else []
@@ -87,7 +92,10 @@ def _is_coco(file: Path) -> bool:
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         return False
     annotations = content["annotations"]
-    return not annotations or any("bbox" in each or "segmentation" in each for each in annotations[:1000])
+    if not isinstance(annotations, list):
+        return False
+    objects = [each for each in annotations[:1000] if isinstance(each, dict)]
+    return not annotations or any("bbox" in each or "segmentation" in each for each in objects)
 
 
 def _split_name(file: Path, root: Path) -> str:
@@ -103,10 +111,13 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"cannot read {file} as JSON: {error}") from error
     try:
-        images, annotations, categories = content["images"], content["annotations"], content["categories"]
+        annotations, categories = content["annotations"], content["categories"]
+        images = [
+            image for image in content["images"] if isinstance(image, dict) and {"id", "file_name"} <= image.keys()
+        ]
         image_ids = [image["id"] for image in images]
         names = [str(image["file_name"]) for image in images]
-        used = {annotation["category_id"] for annotation in annotations if "category_id" in annotation}
+        used = {str(annotation.get("category_id")) for annotation in annotations if isinstance(annotation, dict)}
         categories, notes = _without_parent(categories, used, file)
         category_ids = [category["id"] for category in categories]
         class_names = [str(category["name"]) for category in categories]
@@ -122,6 +133,8 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
             raise DataError(f"{file} has two {list_name} with the id {twice}; give each an id of its own")
     if not names:
         raise DataError(f"{file} lists no image")
+    for _ in range(len(content["images"]) - len(images)):
+        collected.leave_out("images lack an id or a file_name and are left out", str(file))
     boxes = _boxes(annotations, {key: i for i, key in enumerate(category_ids)}, file, collected)
     paths, folder = _paths(root, split, file, names)
     for image, key, path in zip(images, image_ids, paths, strict=True):
@@ -133,14 +146,14 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
 
 
 def _without_parent(
-    categories: list[dict[str, Any]], used: set[Any], file: Path
+    categories: list[dict[str, Any]], used: set[str], file: Path
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The categories without one that only is the parent of others, as Roboflow puts first."""
     parents = {str(category.get("supercategory")) for category in categories}
     kept = [
         category
         for category in categories
-        if category["id"] in used
+        if str(category["id"]) in used
         or str(category["name"]) not in parents
         or str(category.get("supercategory", "none")).lower() not in ("none", "")
     ]
@@ -196,6 +209,10 @@ def _bbox(annotation: dict[str, Any]) -> Sequence[float]:
         raise _NoBoxError
     xs, ys = points[::2], points[1::2]
     return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+
+
+def _is_image(image: Any) -> bool:
+    return isinstance(image, dict) and {"id", "file_name"} <= image.keys()
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:

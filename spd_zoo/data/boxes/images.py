@@ -8,7 +8,7 @@ class is left out.
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -242,17 +242,24 @@ class Collector:
         self.unusable[sort] += 1
         self.defect(sort, where, image)
 
-    def add(self, file: object, size: tuple[int, int] | None, boxes: Iterable[Box], encoded: Any = None) -> None:
+    def add(
+        self,
+        file: object,
+        size: tuple[int, int] | None,
+        boxes: Iterable[Box] | Callable[[tuple[int, int]], Iterable[Box]],
+        encoded: Any = None,
+    ) -> None:
         """Adds an image.
 
         Args:
             file: Its path, or what it is called.
             size: Width and height of the image in which the boxes are; None if the annotation does not say.
-            boxes: Its boxes.
+            boxes: Its boxes, or what returns them for the width and height of the upright image.
             encoded: Where it is no file: something that `reading.read_image` takes.
         """
         stored, orientation = stored_size(str(file) if encoded is None else encoded)
         turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+        boxes = boxes(turned) if callable(boxes) else boxes
         if size is not None and orientation != 1 and stored[0]:
             boxes = list(boxes)
             if size == stored != turned:

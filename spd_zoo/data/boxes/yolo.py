@@ -26,7 +26,7 @@ from spd_zoo.data.boxes.folders import (
     text_of,
     unread_folders,
 )
-from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, upright_size
+from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import SUFFIXES
@@ -145,6 +145,8 @@ def _read_config(file: Path) -> Config | None:
             values["names"] = _lines(found) if found else None
         else:
             values = yaml.safe_load(text_of(file))
+            if isinstance(values, dict) and values.get("names") is not None:  # as text: YAML makes False of no
+                values["names"] = yaml.load(text_of(file), yaml.BaseLoader)["names"]
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -336,7 +338,7 @@ def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
             images = _listed(place, root, notes)
         for image in images:
             text = labels.of(image)
-            collected.add(image, None, collected.boxes(text, image) if text is not None else ())
+            collected.add(image, None, partial(collected.boxes, text, image) if text is not None else ())
         below = _label_folder(place) if place.is_dir() else None
         if below is not None:
             for text in files_in(below, ".txt"):
@@ -376,9 +378,9 @@ class _Lines(Collector):
         self.keypoints = names.keypoints
         self.pixels: list[str] = []
 
-    def boxes(self, text: Path, image: Path) -> Iterator[Box]:
-        """The boxes of a label file in pixels of its image."""
-        width, height = upright_size(str(image))
+    def boxes(self, text: Path, image: Path, size: tuple[int, int]) -> Iterator[Box]:
+        """The boxes of a label file in pixels of its image of a width and height."""
+        width, height = size
         seen = set()
         for number, line in enumerate(text.read_bytes().decode("utf-8-sig", "replace").splitlines(), 1):
             where = f"{text} line {number}"
