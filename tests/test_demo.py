@@ -43,6 +43,11 @@ def test_the_bundled_weights_are_offered() -> None:
     assert {STRIDED, PADDING_FREE, "pyconvresnet50_spd.cifar100", "yolov8n_spd.bccd"} <= {*local_checkpoints()}
 
 
+def test_the_default_classifier_comes_first_unless_others_are_named() -> None:
+    assert demo.offered()[0] == "tf_efficientnet_lite0_spd.in1k" and {*demo.offered()} == {*local_checkpoints()}
+    assert demo.offered([STRIDED])[:2] == [STRIDED, "tf_efficientnet_lite0_spd.in1k"]
+
+
 def test_the_answer_is_that_of_predict(capsys: Capture) -> None:
     _, table = demo.predict_html(demo.load(STRIDED), demo.read_picture(ROCKET))
     assert main(["predict", STRIDED, ROCKET, "--json"]) == 0

@@ -612,3 +612,32 @@ def test_a_private_original_is_that_of_the_derived_checkpoint(tmp_path: Path) ->
                 spd_zoo.use_manifest(tmp_path / "c.json")
     finally:
         spd_zoo.use_manifest(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chans", [1, 4])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar_resnet20",
+        "cifar_wrn40_3_pfd",
+        "cifar_mobilenetv3_large_w1",
+        "resnet18_spd",
+        "pyconvresnet50_spd",
+        "ghostnet",
+        "tf_efficientnet_lite0_spd",
+        "yolov5n_spd",
+        "yolov8n_spd",
+    ],
+)
+def test_a_checkpoint_for_other_image_channels_keeps_them(name: str, chans: int, tmp_path: Path) -> None:
+    net: Any = timm.create_model(name, in_chans=chans).eval()
+    file = save(net.state_dict(), tmp_path / "a.pth")
+    import_weights(f"{name}.mine", file, tmp_path)
+    ways: list[Any] = [
+        timm.create_model(f"{name}.mine", pretrained=True, cache_dir=tmp_path),
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}),
+    ]
+    for loaded in ways:
+        assert loaded.in_chans == loaded.pretrained_cfg["input_size"][0] == chans
+        assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in loaded.state_dict().items())

@@ -907,3 +907,23 @@ def test_pruning_leaves_the_stages_that_a_map_needs() -> None:
     assert net.prune_intermediate_layers([2]) == [2]
     assert net.forward_features(x).shape == expected
     assert (net.num_classes, net.num_features) == (0, expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", {timm.model_entrypoint(name).__module__: name for name in own_networks()}.values())
+def test_a_network_takes_timms_usual_arguments_or_names_those_that_it_does_not_have(name: str) -> None:
+    usual: dict[str, Any] = {
+        "output_stride": 16,
+        "norm_layer": nn.BatchNorm2d,
+        "act_layer": nn.ReLU,
+        "img_size": 64,
+        "bn_eps": 1e-3,
+    }
+    usual |= {"drop_rate": 0.1, "drop_path_rate": 0.1, "global_pool": "max", "depths": (1, 1, 1, 1)}
+    for argument, value in usual.items():
+        try:
+            timm.create_model(name, device="meta", **{argument: value})
+        except TypeError as error:
+            assert str(error).startswith(f"{name} has no argument {argument}; it has "), error
+        except ValueError as error:
+            assert argument in str(error), error

@@ -21,6 +21,7 @@ from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError, load_network, pretrained_cfg
 
 __all__ = [
+    "DEFAULT_CLASSIFIER",
     "ClassProbability",
     "Classifier",
     "ImageReader",
@@ -31,6 +32,7 @@ __all__ = [
     "transform_errors",
 ]
 
+DEFAULT_CLASSIFIER = "tf_efficientnet_lite0_spd"  # knows ImageNet's classes, and its weights are in the package
 _MOST_PIXELS = 100_000_000  # of an image that is resized before it is cropped
 
 

@@ -1,5 +1,6 @@
 """Builds networks with timm: the manifest's entries as timm configurations, and weights that are verified first."""
 
+import inspect
 import pickle
 import sys
 import warnings
@@ -24,6 +25,7 @@ from spd_zoo.weights.fit import (
     checked_tensors,
     facts,
     first_conv_name,
+    fit_image_channels,
     misfit,
     own_networks,
     which_fits,
@@ -126,6 +128,7 @@ def build(
     returns every map that the network's `feature_info` describes unless `out_indices` selects some.
 
     Raises:
+        TypeError: If the network does not have an argument.
         WeightsError: If the weights do not exist, cannot be downloaded, differ from the manifest's, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
@@ -159,6 +162,7 @@ def build(
 
     def make(**model_args: Any) -> Network:
         nonlocal first_conv
+        _refuse_unknown(variant, cls, model_args)
         with _Undrawn() if model_args.get("num_classes") in overwritten else nullcontext():
             net: Any = cls(**model_args)
         first_conv = first_conv_name(net)
@@ -194,6 +198,23 @@ def build(
         del cfg_of(built)["state_dict"]
     cfg_of(built)["first_conv"] = first_conv
     return built
+
+
+def _refuse_unknown(variant: str, cls: type[nn.Module], model_args: dict[str, Any]) -> None:
+    """Refuses arguments that a network does not have, and lists those that it has.
+
+    Raises:
+        TypeError: As Python does, with a sentence that names the network instead of a class.
+    """
+    known: list[str] = []
+    for owner in cls.__mro__:  # a class with **kwargs passes them on to the next
+        parameters = inspect.signature(owner).parameters.values()
+        known += [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    unknown = [name for name in model_args if name not in known]
+    if unknown:
+        raise TypeError(f"{variant} has no argument {', '.join(unknown)}; it has {', '.join(dict.fromkeys(known))}")
 
 
 _DRAWS = (
@@ -299,7 +320,7 @@ def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None) -
         cfg = cfg_of(model)
         state_dict = state_dict if read is None else read
         name = cfg.get("file") or "the checkpoint"
-        renamed = filter_fn(checked_tensors(state_dict, name), model)
+        renamed = fit_image_channels(filter_fn(checked_tensors(state_dict, name), model), model)
         same_classes = model.num_classes == cfg["num_classes"] and not features_only
         problem = misfit(renamed, model, with_classifier=same_classes)
         if problem:

@@ -27,7 +27,7 @@ from spd_zoo.weights.checkpoint import read_checkpoint
 from spd_zoo.weights.fit import StateDict, cfg_of, facts, filter_of, misfit, which_fits
 from spd_zoo.weights.manifest import WeightsError, entries, find_entry
 
-__all__ = ["UNTAGGED", "import_file", "locked", "tagged"]
+__all__ = ["UNTAGGED", "converted", "import_file", "locked", "tagged"]
 
 _LARGEST_IMAGE = 2**25  # numbers; at 224 px that is 668 channels
 UNTAGGED = "imported"  # the tag of a checkpoint that was imported without one
@@ -80,14 +80,14 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
         )
     classes = {} if entry is None else {"num_classes": entry.num_classes}
     try:
-        made_for, converted = _converted(network, state_dict, classes)
+        made_for, tensors = converted(network, state_dict, classes)
     except WeightsError as error:
         raise WeightsError(f"{called} does not fit {name}: {error}") from error
-    wild = next((key for key, tensor in converted.items() if not tensor.isfinite().all()), None)
+    wild = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if wild:
         raise WeightsError(f"{called} is damaged: {wild} holds a number that is not finite. Get it again")
     net = timm.create_model(network, **made_for).eval()
-    net.load_state_dict(converted)
+    net.load_state_dict(tensors)
     image = (made_for["in_chans"], *cfg_of(net)["input_size"][1:])
     if math.prod(image) > _LARGEST_IMAGE:
         raise WeightsError(
@@ -106,17 +106,25 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "license": (entry.license if entry is not None else None) or "unknown",
     }
-    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in converted.items()}
+    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     if entry is not None and entry.verified:  # then the file's own bytes are what the manifest pins
         return _keep(lambda part: shutil.copyfile(file, part), name, cache_dir)
     return _keep(lambda part: save_file(tensors, part, metadata), name, cache_dir)
 
 
-def _converted(network: str, state_dict: StateDict, classes: dict[str, Any]) -> tuple[dict[str, Any], StateDict]:
+def converted(network: str, state_dict: StateDict, classes: dict[str, Any]) -> tuple[dict[str, Any], StateDict]:
     """The arguments to create the network for a checkpoint, and its tensors under the network's own keys.
 
     A prefix of all keys is removed if they fit without it. Missing counters of normalisation layers, which old
     versions of torch did not write, become 0.
+
+    Args:
+        network: The network's name in timm's registry.
+        state_dict: The checkpoint.
+        classes: `num_classes`, if it is known; otherwise the checkpoint's tensors tell it.
+
+    Raises:
+        WeightsError: If the checkpoint does not fit.
     """
     prefix = next(iter(state_dict)).partition(".")[0] + "."
     forms = [state_dict]
@@ -127,12 +135,12 @@ def _converted(network: str, state_dict: StateDict, classes: dict[str, Any]) -> 
         meta: nn.Module = timm.create_model(network, device="meta")
         made_for = facts(filter_of(meta)(form, meta), meta, cfg_of(meta)["input_size"][0]) | classes
         meta = timm.create_model(network, device="meta", **made_for)
-        converted = filter_of(meta)(form, meta)
+        tensors = filter_of(meta)(form, meta)
         counters = {key for key in meta.state_dict() if key.endswith("num_batches_tracked")}
-        converted |= {key: torch.zeros((), dtype=torch.int64) for key in counters - converted.keys()}
-        problems.append(misfit(converted, meta, with_classifier=True))
+        tensors = tensors | {key: torch.zeros((), dtype=torch.int64) for key in counters - tensors.keys()}
+        problems.append(misfit(tensors, meta, with_classifier=True))
         if problems[-1] is None:
-            return made_for, {key: converted[key] for key in meta.state_dict()}
+            return made_for, {key: tensors[key] for key in meta.state_dict()}
     raise WeightsError(f"{problems[0]}; {which_fits(state_dict, other_than=network)}")
 
 

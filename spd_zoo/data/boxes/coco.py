@@ -14,7 +14,7 @@ from typing import Any
 
 from spd_zoo.data.boxes.folders import (
     child,
-    files_in,
+    files_with,
     find_moved,
     folders_in,
     relative_to,
@@ -34,7 +34,7 @@ def find(root: Path) -> Source | None:
     """The splits of a folder with COCO's files: `instances_*.json` if there are any, else others of that content."""
     annotations = child(root, "annotations", "annotation")
     folders = [root, *([annotations] if annotations else [])]
-    files = [file for folder in folders for file in files_in(folder, ".json", deep=False)]
+    files = [file for folder in folders for file in files_with(folder, ".json", deep=False)]
     instances = {file.stem.removeprefix("instances_"): file for file in reversed(files) if _is_instances(file)}
     if instances:
         notes = []
@@ -45,7 +45,7 @@ def find(root: Path) -> Source | None:
         return _source(root, instances, notes)
     for folder in folders:
         for name, inside in split_folders(folder).items():
-            files += files_in(inside, ".json", deep=False) if split_of(name) else []
+            files += files_with(inside, ".json", deep=False) if split_of(name) else []
     found: dict[str, list[Path]] = defaultdict(list)
     for file in _few_of_each_folder(files):
         if _is_coco(file):
@@ -87,7 +87,7 @@ def _is_coco(file: Path) -> bool:
     """Whether a JSON file has what COCO's files with objects have."""
     try:
         content = json.loads(text_of(file))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return False
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         return False
@@ -108,7 +108,7 @@ def _split_name(file: Path, root: Path) -> str:
 def _open(root: Path, split: str, file: Path) -> BoxImages:
     try:
         content = json.loads(text_of(file))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"cannot read {file} as JSON: {error}") from error
     try:
         annotations, categories = content["annotations"], content["categories"]

@@ -5,12 +5,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import SUFFIXES, ImageFilter
+from spd_zoo.data.reading import SUFFIXES, ImageFilter, files_in
 from spd_zoo.data.splits import split_of
 
 __all__ = [
     "child",
-    "files_in",
+    "files_with",
     "find_moved",
     "folders_in",
     "hidden_in",
@@ -53,9 +53,9 @@ def unread_folders(folder: Path, splits: Iterable[str]) -> list[str]:
     return [f"folders beside the splits in {folder} are not read: {some(others)}"] if others else []
 
 
-def files_in(folder: Path, suffix: str, deep: bool = True) -> list[Path]:
+def files_with(folder: Path, suffix: str, deep: bool = True) -> list[Path]:
     """The files in a folder whose names end with a suffix in any case, without hidden ones, in order."""
-    found = folder.rglob("*") if deep else folder.glob("*")
+    found = map(Path, files_in(folder)) if deep else folder.glob("*")
     return sorted(
         file for file in found if file.suffix.lower() == suffix and not is_hidden(file, folder) and file.is_file()
     )
@@ -66,7 +66,7 @@ def images_in(folder: Path) -> tuple[list[Path], list[str]]:
     is_image = ImageFilter()
     images = [
         file
-        for file in sorted(folder.rglob("*"))
+        for file in sorted(map(Path, files_in(folder)))
         if file.suffix.lower() not in _ANNOTATIONS and not is_hidden(file, folder) and is_image(file, folder)
     ]
     return images, [*is_image.notes(folder), *hidden_in(folder)]
@@ -74,15 +74,15 @@ def images_in(folder: Path) -> tuple[list[Path], list[str]]:
 
 def hidden_in(folder: Path) -> list[str]:
     """A note on hidden images and annotations in a folder, if there are any."""
-    hidden = [
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in (*SUFFIXES, *_ANNOTATIONS) and is_hidden(file, folder) and file.is_file()
-    ]
+    hidden = sorted(
+        file.name
+        for file in map(Path, files_in(folder))
+        if file.suffix.lower() in (*SUFFIXES, *_ANNOTATIONS) and is_hidden(file, folder)
+    )
     if not hidden:
         return []
     files = count(len(hidden), "hidden file")
-    return [f"{files} in {folder} skipped, such as macOS puts beside others: {some([file.name for file in hidden])}"]
+    return [f"{files} in {folder} skipped, such as macOS puts beside others: {some(hidden)}"]
 
 
 def find_moved(path: str, folders: Iterable[Path], least: int = 1) -> Path | None:

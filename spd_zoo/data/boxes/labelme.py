@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from spd_zoo.data.boxes.folders import child, files_in, find_moved, hidden_in, relative_to, split_folders, text_of
+from spd_zoo.data.boxes.folders import child, files_with, find_moved, hidden_in, relative_to, split_folders, text_of
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.boxes.voc import image_of
 from spd_zoo.data.classes import clean_name
@@ -28,10 +28,10 @@ def find(root: Path) -> Source | None:
 
 def _has_files(folder: Path) -> bool:
     """Whether the first JSON file is one of LabelMe's."""
-    file = next(iter(files_in(folder, ".json")), None)
+    file = next(iter(files_with(folder, ".json")), None)
     try:
         return file is not None and _is_labelme(json.loads(text_of(file)))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -42,10 +42,10 @@ def _is_labelme(content: Any) -> bool:
 def _open(root: Path, folder: Path) -> BoxImages:
     contents: dict[Path, Any] = {}
     damaged = []
-    for file in files_in(folder, ".json"):
+    for file in files_with(folder, ".json"):
         try:
             contents[file] = json.loads(text_of(file))
-        except ValueError:
+        except (ValueError, RecursionError):
             contents[file] = None
         if not _is_labelme(contents[file]):
             damaged.append(file)

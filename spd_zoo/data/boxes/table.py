@@ -8,7 +8,7 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from spd_zoo.data.boxes.folders import child, files_in, find_moved, folders_in, images_in, relative_to, split_folders
+from spd_zoo.data.boxes.folders import child, files_with, find_moved, folders_in, images_in, relative_to, split_folders
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.classes import DataError, clean_name
 from spd_zoo.data.notes import count
@@ -21,11 +21,11 @@ COLUMNS = ("filename", "class", "xmin", "ymin", "xmax", "ymax")
 
 def find(root: Path) -> Source | None:
     """The tables in a folder or in the folders of its splits; None if there is none with these columns."""
-    files = files_in(root, ".csv", deep=False)
+    files = files_with(root, ".csv", deep=False)
     for name, folder in split_folders(root).items():
-        files += files_in(folder, ".csv", deep=False) if split_of(name) else []
+        files += files_with(folder, ".csv", deep=False) if split_of(name) else []
     annotations = child(root, "annotations", "data")
-    files += files_in(annotations, ".csv", deep=False) if annotations else []
+    files += files_with(annotations, ".csv", deep=False) if annotations else []
     found = {_split_name(file): file for file in reversed(files) if set(COLUMNS) <= set(_header(file))}
     return Source("CSV", {name: partial(_open, root, name, file) for name, file in found.items()}) if found else None
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from spd_zoo.data.boxes.folders import (
     child,
-    files_in,
+    files_with,
     folders_in,
     hidden_in,
     relative_to,
@@ -47,10 +47,10 @@ def find(root: Path) -> Source | None:
 def _find(root: Path) -> Source | None:
     annotations = child(root, "Annotations")
     images = child(root, "JPEGImages", "images") or root
-    if annotations is not None and (any(files_in(annotations, ".xml")) or child(root, "ImageSets")):
+    if annotations is not None and (any(files_with(annotations, ".xml")) or child(root, "ImageSets")):
         lists = child(root, "ImageSets") or root
         lists = child(lists, "Main") or lists
-        files = {file.stem: file for file in files_in(lists, ".txt", deep=False)}
+        files = {file.stem: file for file in files_with(lists, ".txt", deep=False)}
         notes = []
         whole = files.get("trainval")
         if whole is not None and not any(split_of(name) == "train" for name in files):
@@ -80,7 +80,7 @@ def _beside(folder: Path) -> _Folder | None:
     """XML files beside the images, or in folders `annotations` and `images` of a split."""
     annotations = child(folder, "Annotations") or folder
     images = child(folder, "JPEGImages", "images") or folder
-    return _Folder(annotations, images) if any(files_in(annotations, ".xml", deep=annotations != folder)) else None
+    return _Folder(annotations, images) if any(files_with(annotations, ".xml", deep=annotations != folder)) else None
 
 
 def image_of(stem: str, folder: Path) -> Path | None:
@@ -100,7 +100,7 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
     if listed is not None:
         files = [folder.annotations / f"{stem}.xml" for stem in _stems(listed, folder)]
     else:
-        files = files_in(folder.annotations, ".xml")
+        files = files_with(folder.annotations, ".xml")
     where = listed or folder.annotations
     read: list[tuple[Path, _Annotation]] = []
     damaged: list[tuple[str, Path]] = []

@@ -15,7 +15,7 @@ import yaml
 
 from spd_zoo.data.boxes.folders import (
     child,
-    files_in,
+    files_with,
     find_moved,
     folders_in,
     hidden_in,
@@ -31,6 +31,7 @@ from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import SUFFIXES
 from spd_zoo.data.splits import find_split, split_of
+from spd_zoo.files import compose_yaml, read_yaml
 
 __all__ = ["find", "find_by_config", "find_list"]
 
@@ -68,7 +69,7 @@ def find(root: Path) -> Source | None:
         return _by_config(configs[0], notes)
     config = configs[0] if configs else None
     images, labels = child(root, "images", "obj_train_data"), child(root, "labels")
-    lists = {file.stem: file for file in files_in(root, ".txt", deep=False) if split_of(file.stem) and _is_list(file)}
+    lists = {file.stem: file for file in files_with(root, ".txt", deep=False) if split_of(file.stem) and _is_list(file)}
     if images and labels and (splits := split_folders(images)):
         notes += unread_folders(images, splits)
         return Source("YOLO", {name: partial(_open, root, [path], config) for name, path in splits.items()}, notes)
@@ -144,13 +145,13 @@ def _read_config(file: Path) -> Config | None:
             found = find_moved(names, [file.parent]) if names else None
             values["names"] = _lines(found) if found else None
         else:
-            values = yaml.safe_load(text_of(file))
+            values = read_yaml(file)
             if isinstance(values, dict) and values.get("names") is not None:  # as text: YAML makes False of no
-                values["names"] = yaml.load(text_of(file), yaml.BaseLoader)["names"]
+                values["names"] = yaml.constructor.BaseConstructor().construct_document(compose_yaml(file))["names"]
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise DataError(f"{file} is not YAML with names of classes: {' '.join(str(error).split())}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(" ".join(str(error).split())) from error
     if not isinstance(values, dict):
         return None
     names_classes = values.get("names") is not None
@@ -218,7 +219,7 @@ def _is_list(file: Path) -> bool:
 def _has_labels_beside(folder: Path) -> bool:
     """Whether a folder has a text file with a box, or nothing in it, beside an image of the same name."""
     names = {file.stem for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and not is_hidden(file, folder)}
-    for text in files_in(folder, ".txt"):
+    for text in files_with(folder, ".txt"):
         if text.stem in names and _is_label(text):
             try:
                 first = next(iter(_lines(text)), "0 0 0 0 0").split()
@@ -295,10 +296,10 @@ def _label_folder(folder: Path) -> Path | None:
                 found = inside[names[0]] if names else None
             elif found is not None:
                 found = found / part
-        if found is not None and any(files_in(found, ".txt")):
+        if found is not None and any(files_with(found, ".txt")):
             return found
         first = first or found
-    return folder if first is None or any(files_in(folder, ".txt", deep=False)) else first
+    return folder if first is None or any(files_with(folder, ".txt", deep=False)) else first
 
 
 @dataclass
@@ -313,7 +314,7 @@ class _Labels:
         folder = image.parent
         if folder not in self.files:
             labels = _label_folder(folder)
-            texts = files_in(labels, ".txt", deep=False) if labels else []
+            texts = files_with(labels, ".txt", deep=False) if labels else []
             self.files[folder] = {text.stem: text for text in texts if text.stem.lower() not in _NO_LABELS}
         text = self.files[folder].get(image.stem)
         if text is not None:
@@ -341,7 +342,7 @@ def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
             collected.add(image, None, partial(collected.boxes, text, image) if text is not None else ())
         below = _label_folder(place) if place.is_dir() else None
         if below is not None:
-            for text in files_in(below, ".txt"):
+            for text in files_with(below, ".txt"):
                 if text not in labels.used and _is_label(text):
                     collected.defect("label files belong to no image", str(text))
             notes += hidden_in(below) if below != place else []

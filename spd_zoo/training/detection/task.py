@@ -102,11 +102,11 @@ class Detection:
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
         about = describe(config, train, val, began_with)
-        found, held_out = found_in_words({"train": train, config.val_name: val}), val is None
+        found = found_in_words({"train": train, config.val_name: val})
         train = without_unused(train)
         train, val = hold_out(config, train, val, split_boxes)
         if began_with is None:
-            about["found"] = f"{found}; {len(val)} of them held out as val by seed {config.seed}" if held_out else found
+            about["found"] = found
         val = with_names(val, train.class_names)
         splits = {"train": train, "val": val}
         if began_with is None and config.check:
