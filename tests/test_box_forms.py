@@ -437,8 +437,10 @@ def test_coco_is_read_however_it_was_written(change: Callable[[Path], None], tmp
     change(root)
     data = opened(root)
     assert boxes_of(data) == truth() and data.class_names == NAMES and not data.defects
-    noted = {roboflow_coco: "the category blue has no box and is only the parent of others"}
-    noted |= {cvat: "instances_default.json is of no usual split: it is taken as train"}
+    noted: dict[Callable[[Path], None], str] = {
+        roboflow_coco: "the category blue has no box and is only the parent of others",
+        cvat: "instances_default.json is of no usual split: it is taken as train",
+    }
     assert [noted[change] in note for note in data.notes] == [True] * (change in noted)
 
 

@@ -53,7 +53,7 @@ def _find(root: Path) -> Source | None:
         files = {file.stem: file for file in files_with(lists, ".txt", deep=False)}
         notes = []
         whole = files.get("trainval")
-        if whole is not None and not any(split_of(name) == "train" for name in files):
+        if whole is not None and not any(split_of(name) in ("train", "val") for name in files):
             notes.append(f"{relative_to(whole, root)} is the only list of images to train on: it is taken as train")
             files["train"] = whole
         files = {name: file for name, file in files.items() if split_of(name) or name == "trainval"}

@@ -29,7 +29,7 @@ from spd_zoo.data.boxes.folders import (
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import SUFFIXES
+from spd_zoo.data.reading import SUFFIXES, files_in
 from spd_zoo.data.splits import find_split, split_of
 from spd_zoo.files import compose_yaml, read_yaml
 
@@ -218,8 +218,11 @@ def _is_list(file: Path) -> bool:
 
 def _has_labels_beside(folder: Path) -> bool:
     """Whether a folder has a text file with a box, or nothing in it, beside an image of the same name."""
-    names = {file.stem for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and not is_hidden(file, folder)}
-    for text in files_with(folder, ".txt"):
+    texts = files_with(folder, ".txt")
+    if not texts:
+        return False
+    names = {file.stem for file in map(Path, files_in(folder)) if file.suffix.lower() in SUFFIXES}
+    for text in texts:
         if text.stem in names and _is_label(text):
             try:
                 first = next(iter(_lines(text)), "0 0 0 0 0").split()
