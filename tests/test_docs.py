@@ -247,6 +247,11 @@ def detector(here: Path) -> None:
     shutil.copytree(ROOT / "examples", here / "photos")
 
 
+def detector_and_cells(here: Path) -> None:
+    detector(here)
+    make_coco(here / "cells", train=2, val=1)
+
+
 def many(here: Path) -> None:
     detector(here)
     make_folders(here / "cifar100", train=1, val=1)
@@ -267,7 +272,7 @@ PREPARE: dict[str, Callable[[Path], None]] = {
     "docs/index.md": examples,
     "docs/convert.md": examples,
     "docs/finetuning.md": tutorial,
-    "docs/detectors.md": detector,
+    "docs/detectors.md": detector_and_cells,
     "docs/many_images.md": many,
     "docs/families/efficientnet_lite.md": examples,
     "docs/families/yolov8.md": blood,
