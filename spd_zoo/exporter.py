@@ -1,4 +1,4 @@
-"""A network as one file for other programs: ONNX, or torch.export's pt2; checked against the network itself."""
+"""Exports a network to one file for other programs (ONNX, or torch.export's pt2), and checks the file's outputs."""
 
 import json
 import math
@@ -40,19 +40,22 @@ def export(
     fold: bool = True,
     notes: Notes | None = None,
 ) -> Path:
-    """Writes a network into one file that takes any number of images, after a check of what the file computes.
+    """Writes a network to one file for any number of images, after checking the file's outputs.
 
-    Input `images`, float32 (N, C, height, width); output `logits`, float32 (N, classes). What must be done to an image
-    first, and what the outputs mean, is in the file's metadata: the ONNX model's `metadata_props`, or the extra file
-    `metadata.json` of a pt2 file.
+    Input `images`, float32 (N, C, height, width); output `logits`, float32 (N, classes). The file's metadata describe
+    the preprocessing and the outputs: the ONNX model's `metadata_props`, or the extra file `metadata.json` of a pt2
+    file.
 
     Args:
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
         to: "onnx" or "pt2".
         out: The file; by default `model.onnx` or `model.pt2` in the run's folder, or one named after the network.
         image_size: Height and width in pixels, or one number for both; by default the network's own input size.
-        fold: Write what `fold_spd` makes of the network, which computes the same with fewer and plainer operators.
-        notes: Takes what was guessed; it is in the file's metadata, too.
+        fold: Write the network folded by `fold_spd`, which has the same outputs with fewer and plainer operators.
+        notes: Receives the assumptions that were made; the file's metadata contain them, too.
+
+    Returns:
+        The file.
 
     Raises:
         ExportError: If the network cannot be exported, or its file computes something else.
@@ -134,7 +137,7 @@ def _to_onnx(net: nn.Module, size: tuple[int, int], metadata: dict[str, str], fi
     import onnxscript  # noqa: F401  (torch's exporter needs it)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about its own exporter
+        warnings.simplefilter("ignore")  # torch warns about its own exporter
         program = torch.onnx.export(
             net,
             (_images(net, 2, size),),

@@ -45,7 +45,7 @@ _REGIONS |= {"dontcare", "dont care", "don't care"}
 
 
 class Objects(NamedTuple):
-    """What an image shows: `boxes` (M, 4), `labels` (M,), `areas` (M,) in square pixels, and `ignored` (M,).
+    """The objects in an image: `boxes` (M, 4), `labels` (M,), `areas` (M,) in square pixels, and `ignored` (M,).
 
     What is ignored is neither object nor background: COCO's crowds, Pascal VOC's difficult objects, and regions to
     ignore, whose label is -1 if they are of no class. The loss takes nothing there for background, and evaluation
@@ -70,15 +70,15 @@ class BoxImages:
     """A split of a data set with boxes.
 
     Attributes:
-        files: Of each image, its path; of an image in a table, what it is called.
-        sizes: Of each image, width and height as its annotation or its header says.
-        objects: Of each image, what it shows.
-        class_names: What the labels mean.
-        rows: The images that belong to the split, as places in `files`, `sizes` and `objects`.
-        defects: For each sort of defect, where it is found.
+        files: Path of each image; its name, if it is in a table.
+        sizes: Width and height of each image, from its annotation or its header.
+        objects: The objects in each image.
+        class_names: Names of the classes.
+        rows: The images of the split, as indices into `files`, `sizes` and `objects`.
+        defects: For each type of defect, where it is found.
         notes: What was guessed or left out when the data set was opened.
-        encoded: Of each image in a table, the bytes of its file; None if images are files.
-        form: The form in which the data set was found, such as "YOLO by data.yaml".
+        encoded: The bytes of each image, if it is in a table; None if images are files.
+        form: The format that was found, such as "YOLO by data.yaml".
         place: Where the images of the split are.
     """
 
@@ -97,7 +97,7 @@ class BoxImages:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """What the image at `index` is called in messages and reports: its path, if it is a file."""
+        """The name of the image at `index` in messages and reports: its path, if it is a file."""
         return self.files[self.rows[index]]
 
     def file(self, index: int) -> str | BytesIO:
@@ -105,12 +105,12 @@ class BoxImages:
         return self.name(index) if self.encoded is None else self.encoded[self.rows[index]]
 
     def label(self, index: int) -> Any:
-        """What the image at `index` shows, as something that can be compared."""
+        """The boxes and classes of the image at `index`, as a value that can be compared."""
         boxes, labels, _, _ = self.objects_in(index)
         return tuple(map(tuple, boxes.tolist())), tuple(labels.tolist())
 
     def objects_in(self, index: int) -> Objects:
-        """What the image at `index` shows."""
+        """The objects in the image at `index`."""
         return self.objects[self.rows[index]]
 
     def image(self, index: int, mode: str = "RGB") -> Image.Image:
@@ -155,11 +155,11 @@ class BoxImages:
         return [found[label] for label in range(len(self.class_names))]
 
     def problems(self) -> dict[str, list[str]]:
-        """For each sort of defect, where it is found."""
+        """For each type of defect, where it is found."""
         return {sort: [defect.where for defect in defects] for sort, defects in self.defects.items()}
 
     def fingerprint(self) -> str:
-        """A digest of names, boxes and classes, by which a run knows its data again; pixels do not count."""
+        """A digest of names, boxes and classes, by which a resumed run recognises its data; pixels do not count."""
         digest = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
         for i in range(len(self)):
             digest.update(Path(self.name(i)).name.encode("utf-8", "backslashreplace"))
@@ -370,7 +370,7 @@ def _turned(box: Box, size: tuple[int, int], orientation: int) -> Box:
 
 
 def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
-    """`data` with the numbers that its classes have in `class_names`; those of others are counted and left out."""
+    """Renumbers the classes of `data` by `class_names`; boxes of other classes are counted and left out."""
     if data.class_names == class_names:
         return data
     number = {name: i for i, name in enumerate(class_names)}
@@ -391,7 +391,7 @@ def _chosen(objects: Objects) -> Objects:
 
 
 def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxImages]:
-    """Holds out `val_size` images, drawn by `seed`; a defect that belongs to no image stays with the others.
+    """Holds out `val_size` images, drawn by `seed`; defects that belong to no image stay in the first split.
 
     Raises:
         DataError: If no image would be left for one of the two.

@@ -1,4 +1,4 @@
-"""Detection as `finetune` and `evaluate` need it: data, loss, metrics and report."""
+"""The task of detection for `finetune` and `evaluate`: data, loss, metrics and report."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ def _input_size(config: FinetuneConfig, net: Any) -> tuple[int, int]:
 
 
 class Detection:
-    """The `Task` of networks that find objects."""
+    """The `Task` of detectors."""
 
     networks = "detectors"
     metric = "val_ap"
@@ -143,7 +143,7 @@ class Detection:
         folder.write("report.html", data_page(config, in_words(splits.about), picture))
 
     def warnings(self, data: BoxImages) -> list[str]:
-        """What is wrong with the boxes."""
+        """Defects of the boxes."""
         return [line.strip() for line in defects_in_words(data.problems())]
 
     def training(self, net: Any, plan: Plan, data: BoxImages, process: Process) -> DetectorTraining:
@@ -203,7 +203,7 @@ class Detection:
         process: Process,
         flip: bool = False,
     ) -> metrics.BoxPredictions:
-        """What the network predicts for all images; `check_evaluation` refuses `flip`."""
+        """The predictions for all images; `check_evaluation` refuses `flip`."""
         return metrics.predict(net, batches, data, image_size, preprocessing, process)
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
