@@ -29,6 +29,11 @@ def timm_name(name: str) -> str:
     Raises:
         ModelError: If there is no such network, with the nearest names; or the folder has no weights in safetensors.
     """
+    if name.endswith(".onnx"):
+        raise ModelError(
+            f"{name} is an exported file, which predict, detect and evaluate run and nothing else takes; give the "
+            "network or the run that it was exported from"
+        )
     network = name.partition(".")[0]
     ours = {entry.network for entry in entries().values()}
     known = name in entries() or (network in ours and name in imported_names())
