@@ -39,7 +39,7 @@ from spd_zoo.models._detector import DetectionNet
 from spd_zoo.training.evaluate import Evaluation, evaluate
 from spd_zoo.weights.load import class_synonyms, load_network
 
-__all__ = ["FORMATS", "ExportError", "export", "export_int8"]
+__all__ = ["FORMATS", "ExportError", "export", "export_int8", "quantize"]
 
 Outputs = tuple[Tensor, ...]
 # Images and a detector's minimum score -> the outputs; of a detector with NMS then also what NMS chose from
@@ -75,8 +75,9 @@ def export(
     The first `num` rows count, by descending score; behind them are zeros, and the class -1. YOLO takes any height and
     width that are multiples of 32, every other network those it is exported with.
 
-    What must be done to an image first, and what the outputs mean, is in the file's metadata: the ONNX model's `metadata_props`, or
-    the extra file `metadata.json` of a pt2 file, which needs torchvision to be imported.
+    What must be done to an image first, and what the outputs mean, is in the file's metadata: the ONNX model's
+    `metadata_props`, or the extra file `metadata.json` of a pt2 file. Import torchvision before a detector's pt2 file
+    is loaded.
 
     Args:
         model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, or the
@@ -301,13 +302,10 @@ class _Boxes(_Part):
             for i, (number, *mine) in enumerate(zip(*kept, strict=True)):
                 rows, labels = class_nms(compared[i], scores[i].mT, score, self.iou_threshold)
                 rows, labels = rows[: self.max_detections], labels[: self.max_detections]
-                theirs = (boxes[i, rows], scores[i, labels, rows], labels)
-                same = [
-                    (one[: int(number)].reshape(int(number), 1, -1) == other.reshape(1, len(rows), -1)).all(-1)
-                    for one, other in zip(mine, theirs, strict=True)
-                ]
-                found = same[0] & same[1] & same[2]
-                wrong += int((~found.any(0)).sum() + (~found.any(1)).sum())
+                kept_boxes, kept_scores, kept_labels = (values[: int(number), None] for values in mine)
+                same = (kept_boxes == boxes[i, rows]).all(-1)
+                same &= (kept_scores == scores[i, labels, rows]) & (kept_labels == labels)
+                wrong += int((~same.any(0)).sum() + (~same.any(1)).sum())
                 total += len(rows)
             if not total or wrong > MISSED * 2 * total:
                 raise ExportError(
@@ -559,40 +557,49 @@ def export_int8(
         ExportError: If the network cannot be exported.
         ModelError: If there is no such network, or it cannot be used.
     """
-    import onnx
-    from onnxruntime import quantization
-
-    class Images(quantization.CalibrationDataReader):  # type: ignore[misc]  # it has no types
-        """The calibration images, one by one."""
-
-        def __init__(self) -> None:
-            self.images = _calibration(str(plain), data, image_column, label_column, notes)
-
-        def get_next(self) -> dict[str, Any] | None:
-            image = next(self.images, None)
-            return None if image is None else {"images": image[None].numpy()}
-
     notes = notes if notes is not None else Notes()
     path = _place(model, out, "_int8.onnx")
     columns = {"image_column": image_column, "label_column": label_column}
     with tempfile.TemporaryDirectory() as folder, whole(path) as temporary:
         plain = export(model, "onnx", Path(folder) / "float32.onnx", notes=notes, **options)
         before = evaluate(str(plain), data, workers=workers, **columns)[0]
-        described = onnx.shape_inference.infer_shapes(onnx.load(plain))
-        described.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")  # that was it
+        quantize(plain, temporary, _calibration(str(plain), data, image_column, label_column, notes))
+        after = evaluate(str(temporary), data, workers=workers, **columns)[0]
+    return path, before, after
+
+
+def quantize(file: Path, out: Path, images: Iterator[Tensor]) -> None:
+    """Writes an exported ONNX file again, with convolutions and linear layers in int8.
+
+    Args:
+        file: What `export` wrote.
+        out: The new file.
+        images: Inputs (C, H, W), from which the ranges of activations are taken.
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    class Images(quantization.CalibrationDataReader):  # type: ignore[misc]  # it has no types
+        """The images one by one, as ONNX Runtime asks for them."""
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(images, None)
+            return None if image is None else {"images": image[None].numpy()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        described = onnx.shape_inference.infer_shapes(onnx.load(file))
+        described.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")  # this was it
         onnx.save(described, Path(folder) / "described.onnx")
         quantization.quantize_static(
             Path(folder) / "described.onnx",
-            temporary,
+            out,
             Images(),
-            op_types_to_quantize=QUANTIZED[isinstance(read_exported(plain), ExportedDetector)],
+            op_types_to_quantize=QUANTIZED[isinstance(read_exported(file), ExportedDetector)],
             per_channel=True,
             reduce_range=True,  # 7 bits of weights: processors without VNNI add pairs of products in 16 bits
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
         )
-        after = evaluate(str(temporary), data, workers=workers, **columns)[0]
-    return path, before, after
 
 
 # Of a detector's head and boxes only the convolutions; that of a classifier is small enough to stay whole in int8

@@ -219,6 +219,17 @@ def latency() -> str:
     return table(("network", "pixels", "runtime", "padded (ms)", "padding-free (ms)", "ratio"), rows)
 
 
+def deploy_latency() -> str:
+    """What `tools/latency.py --exported --json` printed into `tools/deploy_latency.jsonl`."""
+    lines = (ROOT / "tools" / "deploy_latency.jsonl").read_text(encoding="utf-8").splitlines()
+    columns = ("torch", "onnxruntime", "openvino", "int8")
+    rows = [
+        [f"`{row['network']}`", str(row["image_size"]), *(f"{row[column]:.2f}" for column in columns)]
+        for row in map(json.loads, lines)
+    ]
+    return table(("network", "pixels", "torch (ms)", "ONNX Runtime (ms)", "OpenVINO (ms)", "int8 (ms)"), rows)
+
+
 def faults() -> str:
     """What `tools/fault_report.py --json` printed into `tools/faults.jsonl`."""
     lines = (ROOT / "tools" / "faults.jsonl").read_text(encoding="utf-8").splitlines()
@@ -384,6 +395,7 @@ PARTS: dict[str, Mapping[str, Callable[[], str]]] = {
     "docs/many_images.md": {"many_images": many_images},
     "docs/speed.md": {"latency": latency, "speed": speed},
     "docs/command_line.md": {"command_line": command_line},
+    "docs/deploy.md": {"deploy_latency": deploy_latency},
     "docs/convert.md": {
         "converted_speed": converted_speed,
         "conversions": conversions,
