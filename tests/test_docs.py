@@ -362,7 +362,10 @@ def run_commands(block: Block) -> None:
             assert "--dry-run" not in words or set(Path().iterdir()) == there, f"{block.where} wrote files"
 
 
-SLOW = {"README.md", *(f"docs/{page}.md" for page in ("index", "finetuning", "convert", "detectors", "deploy"))}  # they train
+SLOW = {
+    "README.md",
+    *(f"docs/{page}.md" for page in ("index", "finetuning", "convert", "detectors", "deploy")),
+}  # they train
 
 
 def runs(page: str) -> bool:
