@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from spd_zoo.spd import SPDConv2d, is_exporting, phase_weight
+from spd_zoo.spd import MaxPool2d, SPDConv2d, is_exporting, phase_weight
 
 __all__ = [
     "SPPF",
@@ -266,7 +266,7 @@ class SPPF(nn.Module):
         super().__init__()
         self.cv1 = yolo_conv(chs, chs // 2, device=device, dtype=dtype)
         self.cv2 = yolo_conv(2 * chs, chs, device=device, dtype=dtype)
-        self.pool = nn.MaxPool2d(5, 1, 2)
+        self.pool = MaxPool2d(5, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> the same shape."""
@@ -325,7 +325,7 @@ class PaddingFreeDownsample(nn.Module):
         self.conv: nn.Module = nn.Conv2d(in_chs, out_chs, kernel_size, 2, padding, groups=groups, bias=False, **dd)
         self.bn = nn.BatchNorm2d(out_chs, **(norm_kwargs or {}), **dd) if norm else nn.Identity()
         self.act = act_layer() if act_layer is not None else nn.Identity()
-        self.pool = nn.MaxPool2d(pool_size, 2, pool_size // 2 - 1)
+        self.pool = MaxPool2d(pool_size, 2, pool_size // 2 - 1)
         self.project = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -387,7 +387,7 @@ class HybridStem(nn.Module):
             self.conv = conv_norm_act(in_chans, chs, 3, stride, **kwargs)
             self.branch = conv_norm_act(chs, chs, 3, inner_stride, groups=chs, **kwargs)
             self.fuse = conv_norm_act(2 * chs, chs, 1, **kwargs)
-        self.pool = nn.MaxPool2d(3, inner_stride, 1)
+        self.pool = MaxPool2d(3, inner_stride, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> (N, chs, H', W'), H' = ceil(ceil(H / stride) / inner_stride)."""

@@ -5,13 +5,13 @@ function takes integers, too, as annotations have them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import batched_nms, box_convert
+from torchvision.ops import batched_nms, box_area, box_convert, nms
 
 __all__ = [
     "anchor_boxes",
@@ -21,11 +21,15 @@ __all__ = [
     "complete_iou",
     "expected_distances",
     "labelled_nms",
+    "mostly_covered",
     "prior_boxes",
     "ssd_decode",
     "ssd_encode",
     "yolov8_predictions",
 ]
+
+FEW = 4000  # boxes: up to here comparing every pair is the fastest
+PAIRS = 2**20  # compared at a time, which limits memory
 
 
 def as_float(boxes: Tensor) -> Tensor:
@@ -223,7 +227,123 @@ def labelled_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: f
         return torch.zeros(0, dtype=torch.long, device=boxes.device)
     boxes = as_float(boxes)
     # batched_nms shifts the boxes of each class, which needs coordinates that are not negative
-    return batched_nms(boxes - boxes.min(), scores.to(boxes.dtype), labels, iou_threshold)
+    boxes, scores = boxes - boxes.min(), scores.to(boxes.dtype)
+    comparable = boxes.device.type == "cpu" and iou_threshold >= 0.05 and bool(boxes.isfinite().all())
+    if len(boxes) <= FEW or not comparable:
+        return batched_nms(boxes, scores, labels, iou_threshold)
+    kept = []
+    for rows in _by_class(labels):
+        rows = rows[scores[rows].sort(descending=True, stable=True).indices]
+        kept.append(rows[_suppress(boxes[rows], iou_threshold)])
+    rows = torch.cat(kept).sort().values
+    return rows[scores[rows].sort(descending=True).indices]
+
+
+def _by_class(labels: Tensor) -> tuple[Tensor, ...]:
+    """The indices of each class, in ascending order."""
+    order = labels.sort(stable=True).indices
+    return order.split(labels.unique(return_counts=True)[1].tolist())
+
+
+def _suppress(boxes: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression of boxes in descending order of their scores, in about n log(n)^2 steps.
+
+    What is kept of the better half suppresses boxes of the other half, the rest of which is then suppressed by itself.
+    """
+    if len(boxes) <= FEW:
+        return nms(boxes, -torch.arange(len(boxes), dtype=boxes.dtype), iou_threshold)
+    half = len(boxes) // 2
+    kept = _suppress(boxes[:half], iou_threshold)
+
+    def alike(box: Tensor, other: Tensor) -> Tensor:
+        shared = _intersection(box, other)
+        return (shared / (box_area(box) + box_area(other) - shared)).double() > iou_threshold
+
+    rows = half + (~_any_near(boxes[half:], boxes[kept], iou_threshold, alike)).nonzero().squeeze(1)
+    return torch.cat([kept, rows[_suppress(boxes[rows], iou_threshold)]])
+
+
+def mostly_covered(boxes: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor, share: float) -> Tensor:
+    """Which boxes are covered by a single other box of their class, up to a share.
+
+    Args:
+        boxes: (D, 4), finite.
+        labels: Classes of the boxes, (D,).
+        others: (E, 4), finite.
+        other_labels: Classes of the others, (E,).
+        share: Smallest share of a box's area, above 0, that the other box covers.
+
+    Returns:
+        (D,) of bool.
+    """
+
+    def covered(box: Tensor, other: Tensor) -> Tensor:
+        return _intersection(box, other) >= share * box_area(box)
+
+    boxes, others = as_float(boxes), as_float(others)
+    found = torch.zeros(len(boxes), dtype=torch.bool)
+    for rows in _by_class(labels):
+        found[rows] = _any_near(boxes[rows], others[other_labels == labels[rows[0]]], share, covered)
+    return found
+
+
+def _intersection(boxes: Tensor, others: Tensor) -> Tensor:
+    """Areas that pairs of boxes share, (...)."""
+    sides = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
+    return sides.clamp(min=0).prod(-1)
+
+
+def _any_near(boxes: Tensor, others: Tensor, share: float, test: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """For which boxes `test` is true with any of the others.
+
+    The others lie in grids, one for each power of two between their sizes, in the cell of their top left corner. Only
+    those of nearby cells are tested, so that time and memory grow with the number of boxes if these are spread out.
+
+    Args:
+        boxes: (D, 4), finite.
+        others: (E, 4), finite.
+        share: `test` is false where the longer side of the other is less than this share of the box's longer side.
+        test: Takes pairs (P, 4) and (P, 4), and returns (P,). It is false where the two do not touch.
+
+    Returns:
+        (D,) of bool.
+    """
+    found = torch.zeros(len(boxes), dtype=torch.bool)
+    if not len(boxes) or not len(others):
+        return found
+    size, corner = (boxes[:, 2:] - boxes[:, :2]).amax(1).double(), others[:, :2].double()
+    extent = (corner.amax(0) - corner.amin(0)).amax()
+    exponents = torch.frexp((others[:, 2:] - others[:, :2]).amax(1)).exponent  # sizes are below 2**exponent
+    exponents = exponents.clamp(min=int(torch.frexp(extent).exponent) - 20)  # cells are numbered in 64 bits
+    for exponent in exponents.unique().tolist():
+        cell, members = 2.0**exponent, (exponents == exponent).nonzero().squeeze(1)
+        columns, rows = (corner[members] / cell).floor().unbind(1)
+        left, top = columns.min(), rows.min()
+        width, height = columns.max() - left + 1, rows.max() - top + 1
+        keys, order = ((rows - top) * width + columns - left).long().sort()
+        members = members[order]
+
+        asking = (~found & (cell > 0.999 * share * size)).nonzero().squeeze(1)
+        low, high = ((boxes[asking, i : i + 2].double() / cell).floor() for i in (0, 2))
+        first_column, first_row = (low[:, 0] - 1 - left).clamp(min=0), (low[:, 1] - 1 - top).clamp(min=0)
+        last_column, last_row = (high[:, 0] - left).clamp(max=width - 1), (high[:, 1] - top).clamp(max=height - 1)
+        heights = torch.where(first_column <= last_column, last_row - first_row + 1, 0).clamp(min=0).long()
+        which, offset = _ranges(heights)
+        start = ((first_row[which] + offset) * width).long()
+        begin = torch.searchsorted(keys, start + first_column[which].long())
+        counts = torch.searchsorted(keys, start + last_column[which].long(), right=True) - begin
+        blocks = (counts.cumsum(0) // PAIRS).unique_consecutive(return_counts=True)[1].tolist()
+        for which_, begin_, counts_ in zip(*(part.split(blocks) for part in (which, begin, counts)), strict=True):
+            pair, offset = _ranges(counts_)
+            box = asking[which_[pair]]
+            found[box[test(boxes[box], others[members[begin_[pair] + offset]])]] = True
+    return found
+
+
+def _ranges(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Each index as often as its length says, and the number of each repetition from 0."""
+    which = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return which, torch.arange(len(which)) - (lengths.cumsum(0) - lengths)[which]
 
 
 def class_nms(

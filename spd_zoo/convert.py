@@ -46,7 +46,7 @@ from spd_zoo.rewrite import (
     what_is_attached,
     with_shared_parameters,
 )
-from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d, adapt_image_channels
+from spd_zoo.spd import MaxPool2d, PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d, adapt_image_channels
 from spd_zoo.trace import OperatorMode, copy_network, image_size, meta_copy
 from spd_zoo.weights import WeightsError, save_network
 from spd_zoo.weights.fit import filter_of, misfit, own_networks
@@ -63,7 +63,7 @@ __all__ = [
 ]
 
 _STD_CONVS = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
-_MAX_POOLS = (nn.MaxPool2d, MaxPool2dSame)
+_MAX_POOLS = (nn.MaxPool2d, MaxPool2d, MaxPool2dSame)
 _AVG_POOLS = (nn.AvgPool2d, AvgPool2dSame)
 
 

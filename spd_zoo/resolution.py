@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.models._registry import register_unlisted_model
-from spd_zoo.spd import PhaseMix, SPDConv2d, SPDMaxPool2d
+from spd_zoo.spd import MaxPool2d, PhaseMix, SPDConv2d, SPDMaxPool2d
 from spd_zoo.trace import OperatorMode, TraceError, copy_network, image_size, meta_copy, run_on_meta
 from spd_zoo.weights.fit import filter_of
 
@@ -203,7 +203,7 @@ def _halved(module: Any, name: str, ran: _Downsampling, smaller: tuple[int, int]
 
 def _same(module: Any, name: str) -> nn.Module:
     """The layer of an even kernel and stride 1 with a pixel more padding on one side, as TensorFlow has it."""
-    if type(module) is nn.MaxPool2d:
+    if type(module) in (nn.MaxPool2d, MaxPool2d):
         return MaxPool2dSame(module.kernel_size, 1, dilation=module.dilation)
     if type(module) is nn.AvgPool2d:
         return AvgPool2dSame(module.kernel_size, 1, count_include_pad=module.count_include_pad)

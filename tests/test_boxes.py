@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import box_area, box_iou
 
-from spd_zoo.boxes import anchor_boxes, class_nms, complete_iou, labelled_nms, ssd_decode, ssd_encode
+from spd_zoo import boxes as spd_boxes
+from spd_zoo.boxes import anchor_boxes, class_nms, complete_iou, labelled_nms, mostly_covered, ssd_decode, ssd_encode
 from spd_zoo.inference.detector import Placement
 from spd_zoo.losses import (
     check_targets,
@@ -81,3 +83,58 @@ def test_doubles_stay_doubles() -> None:
 def test_nothing_is_suppressed_where_there_is_nothing() -> None:
     kept = labelled_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 0.5)
     assert kept.dtype == torch.long and kept.shape == (0,)
+
+
+def crowd(count: int, spread: float, largest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes in clusters, with sides from 0.01 to `largest` pixels, their scores, and labels of three classes."""
+    generator = torch.Generator().manual_seed(count)
+    cluster = torch.randint(count // 4, (count,), generator=generator)
+    centres = spread * torch.rand(count // 4, 2, generator=generator)[cluster]
+    centres = centres + torch.randn(count, 2, generator=generator)
+    sides = 0.01 * (100 * largest) ** torch.rand(count, 2, generator=generator)
+    scores, labels = torch.rand(count, generator=generator), torch.randint(3, (count,), generator=generator)
+    return torch.cat([centres - sides / 2, centres + sides / 2], 1), scores, labels
+
+
+CROWDS = [(400, 50.0, 40.0), (400, 1e5, 2e5), (400, 0.1, 2.0)]
+
+
+@pytest.mark.parametrize("iou_threshold", [0.05, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("shape", CROWDS, ids=str)
+def test_suppression_in_grids_keeps_what_comparing_every_pair_keeps(
+    shape: tuple[int, float, float], iou_threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spd_boxes, "FEW", 60)
+    monkeypatch.setattr(spd_boxes, "PAIRS", 1000)
+    boxes, scores, labels = crowd(*shape)
+    boxes[::9] = boxes[1]  # the same box with several scores and labels
+    alike = (box_iou(boxes, boxes) > iou_threshold) & (labels[:, None] == labels)
+    kept: list[int] = []
+    for row in scores.argsort(descending=True).tolist():
+        if not alike[row, kept].any():
+            kept.append(row)
+    assert labelled_nms(boxes, scores, labels, iou_threshold).tolist() == kept
+    assert len(kept) < shape[0] or iou_threshold == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_box_without_a_size_suppresses_no_other(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spd_boxes, "FEW", 16)
+    boxes, scores, labels = crowd(40, 1.0, 1.0)
+    boxes[3, 2] = value
+    assert 3 in labelled_nms(boxes, scores, labels, 0.5)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("shape", CROWDS, ids=str)
+def test_boxes_are_covered_as_comparing_every_pair_says(
+    shape: tuple[int, float, float], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spd_boxes, "PAIRS", 1000)
+    every, _, labels = crowd(*shape)
+    boxes, others = every[::2], every[1::2]
+    shared = torch.minimum(boxes[:, None, 2:], others[:, 2:]) - torch.maximum(boxes[:, None, :2], others[:, :2])
+    covered = shared.clamp(min=0).prod(-1) >= share * box_area(boxes)[:, None]
+    expected = (covered & (labels[::2, None] == labels[1::2])).any(1)
+    assert torch.equal(mostly_covered(boxes, labels[::2], others, labels[1::2], share), expected)
+    assert not mostly_covered(boxes, labels[::2], others[:0], labels[:0], share).any()

@@ -26,6 +26,7 @@ from spd_zoo.blocks import (
     orthonormality,
 )
 from spd_zoo.spd import (
+    MaxPool2d,
     PhaseMix,
     SpaceToDepth,
     SPDAvgPool2d,
@@ -443,10 +444,45 @@ RECORDED: dict[str, Any] = {
     "PhaseMix": lambda: PhaseMix(4),
     "average": lambda: SPDAvgPool2d(4, 3, padding=1, count_include_pad=False),
     "average, ceil_mode": lambda: SPDAvgPool2d(4, 3, ceil_mode=True),
+    "MaxPool2d": lambda: MaxPool2d(3, 2, 1),
     "maximum": lambda: SPDMaxPool2d(4, 3, padding=1),
     "maximum, same": lambda: SPDMaxPool2d(4, 3, padding="same"),
     "maximum, ceil_mode": lambda: SPDMaxPool2d(4, 3, ceil_mode=True),
 }
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("chs", [4, 40])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 0), (3, 2, 1), (5, 2, 1), ((3, 2), 2, (0, 1))]
+)
+def test_max_pooling_is_torchs(kernel: Any, stride: Any, padding: Any, chs: int, layout: torch.memory_format) -> None:
+    ours, torchs = MaxPool2d(kernel, stride, padding), nn.MaxPool2d(kernel, stride, padding)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, chs, 13, 10).relu().to(dtype)  # with ties
+        x[0, 1, 5, 5], x[1, 2, 3, 3] = math.nan, -math.inf
+        x = x.to(memory_format=layout)
+        expected = torchs(x)
+        torch.testing.assert_close(ours(x), expected, rtol=0, atol=0, equal_nan=True)
+        assert ours(x).stride() == expected.stride()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 0), (5, 2, 1)])
+def test_max_pooling_has_torchs_gradients(kernel: int, stride: int, padding: int, layout: torch.memory_format) -> None:
+    gradients = []
+    x = torch.randn(2, 4, 13, 10).relu()  # with ties: the gradient goes to the first maximum
+    weight = torch.randn(nn.MaxPool2d(kernel, stride, padding)(x).shape)
+    for pool in (MaxPool2d(kernel, stride, padding), nn.MaxPool2d(kernel, stride, padding)):
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        (pool(leaf) * weight).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_max_pooling_refuses_a_map_smaller_than_its_window() -> None:
+    with pytest.raises(RuntimeError, match="too small"):
+        MaxPool2d(3)(torch.zeros(1, 2, 2, 5))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated")  # of two classes, by torch's version

@@ -483,6 +483,7 @@ def test_every_argument_that_a_variant_sets_can_be_overridden(name: str, monkeyp
         ("cifar_ghostnet", "cifar_ghostnet_pfd", {"hybrid_stem": True, "downsampling": "pfd"}),
         ("cifar_wrn40_3", "cifar_wrn40_3_pfd", {"pfd": True}),
         ("yolov8s_spd", "yolov8s", {"spd": False}),
+        ("yolov8s_spd_p2", "yolov8s_p2", {"spd": False}),
         ("ssd_mobilenetv1_s1l0", "ssd_mobilenetv1_s1l0_dualpath", {"dual": True, "extras": "SSSS"}),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import benchmark
 import benchmark_finetune
+import benchmark_merge
 import bundle_weights
 import compare_starts
 import convert_experiment
@@ -127,6 +128,14 @@ def test_a_detector_is_timed_with_its_suppression(network: str, capsys: pytest.C
     for row in (inference, train):
         assert row["/ plain"] == pytest.approx(row["ours"] / row["plain"]) and "resnet50" not in row
     assert suppression["form"] == "suppression" and suppression["ms, 300 scores"] > 0
+
+
+@pytest.mark.slow
+def test_merging_tiles_is_measured_against_comparing_every_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_merge.main(["--tiles", "3", "--per-tile", "20", "--rounds", "1", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["boxes"] == 180 and 0 < row["left"] <= 180
+    assert row["s ours"] > 0 and row["s every pair"] > 0
 
 
 def test_a_form_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,6 +272,26 @@ def test_a_hub_file_without_a_known_sha256_loads_with_a_warning(hub: HubDouble, 
 # Loading
 
 
+@pytest.mark.parametrize("features_only", [False, True])
+def test_pretrained_weights_replace_every_tensor(features_only: bool) -> None:
+    # what the checkpoint replaces is not initialised first, so a tensor that it lacked would hold anything
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        nets.append(timm.create_model("cifar_resnet20", pretrained=True, features_only=features_only).state_dict())
+    torch.testing.assert_close(*nets, rtol=0, atol=0)
+
+
+def test_a_new_classifier_is_drawn_at_random() -> None:
+    classifiers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        net: Any = timm.create_model("cifar_resnet20", pretrained=True, num_classes=7)
+        classifiers.append(net.get_classifier().weight)
+    assert torch.equal(classifiers[0], classifiers[1])
+    assert 0.01 < (classifiers[0] - classifiers[2]).std() < 1
+
+
 @pytest.fixture(scope="module")
 def small() -> Any:
     """The smallest network, untrained, with ten classes."""

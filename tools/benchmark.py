@@ -2,6 +2,7 @@
 
     python tools/benchmark.py --network pyconvresnet50 [--threads 2] [--batch 16] [--forms 'inference-fp32-*'] [--quick]
     python tools/benchmark.py --network resnet50 --convert [...]
+    python tools/benchmark.py --network ghostnet_pfd --against ghostnet [...]
     python tools/benchmark.py --cli
 
 The plain way is that of the papers' code: space-to-depth by slices and concatenation, every level of a pyramid its own
@@ -20,6 +21,8 @@ With --cli none of this is measured, but the CPU seconds of the commands that mu
 
 With --convert the network may be any: "ours" is what `convert_to_spd` makes of it, with new weights that have learnt
 something; folded, it is what `fold_spd` makes of that. "/ as it was" compares with the network itself in the same form.
+
+With --against it is compared with another network in the same form, and with nothing else.
 
 A trap: with one thread and a batch below 16, torch computes fp32 1x1 and 3x3 convolutions by a slow built-in kernel.
 """
@@ -220,6 +223,15 @@ def benchmark_converted(network: str, forms: Iterable[Form], args: argparse.Name
         yield _compare(network, form, contenders, args)
 
 
+def benchmark_against(network: str, forms: Iterable[Form], args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """One row per form: images/s of a network and of the one that `args.against` names."""
+    for form in forms:
+        folded = bool(form.folded)
+        contenders = {"ours": (build(network, "ours", folded), form)}
+        contenders[args.against] = (build(args.against, "ours", folded), form)
+        yield _compare(network, form, contenders, args)
+
+
 def _compare(
     network: str, form: Form, contenders: dict[str, tuple[nn.Module, Form]], args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -268,6 +280,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forms", nargs="+", default=["*"], help="patterns, as train-fp32-channels_last-*")
     parser.add_argument("--convert", action="store_true", help="compare with what convert_to_spd makes; no memory")
+    parser.add_argument("--against", metavar="NETWORK", help="compare with this network alone; no memory")
     parser.add_argument("--quick", action="store_true", help=f"the forms {', '.join(QUICK)}; no memory")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -286,8 +299,9 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
     print(f"# {note}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; images/s", file=sys.stderr)
+    measure_rows = benchmark_converted if args.convert else benchmark_against if args.against else benchmark
     for name in with_a_plain_way(own_networks()) if args.network == "all" else [args.network]:
-        for row in (benchmark_converted if args.convert else benchmark)(name, forms, args):
+        for row in measure_rows(name, forms, args):
             if args.json:
                 print(json.dumps(row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}))
             else:

@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torchvision.ops import box_area, box_convert, clip_boxes_to_image
+from torchvision.ops import box_convert, clip_boxes_to_image
 
-from spd_zoo.boxes import as_float, labelled_nms
+from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, collect_notes, read_image, upright
 from spd_zoo.files import whole
@@ -405,11 +405,7 @@ def _merge(found: Sequence[Detections], placements: Sequence[Placement], iou_thr
     cut = torch.cat([_is_cut(each.boxes, place, width, height) for each, place in zip(found, placements, strict=True)])
     merged = _concatenate(found)
     complete, cut_off = _nms(merged[~cut], iou_threshold), merged[cut]
-    top_left = torch.maximum(cut_off.boxes[:, None, :2], complete.boxes[:, :2])
-    bottom_right = torch.minimum(cut_off.boxes[:, None, 2:], complete.boxes[:, 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
-    covered = intersection >= COVERED * box_area(cut_off.boxes)[:, None]
-    dropped = (covered & (cut_off.labels[:, None] == complete.labels)).any(1)
+    dropped = mostly_covered(cut_off.boxes, cut_off.labels, complete.boxes, complete.labels, COVERED)
     return _nms(_concatenate([complete, cut_off[~dropped]]), iou_threshold)
 
 

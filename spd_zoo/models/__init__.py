@@ -11,4 +11,5 @@ from spd_zoo.models.pyconvresnet import *
 from spd_zoo.models.resnet_spd import *
 from spd_zoo.models.ssd_small import *
 from spd_zoo.models.yolov5_spd import *
+from spd_zoo.models.yolov8_p2 import *
 from spd_zoo.models.yolov8_spd import *

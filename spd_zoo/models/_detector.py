@@ -172,7 +172,7 @@ class DetectionNet(Backbone, ObjectFinder):
 
 
 class YoloHead(nn.Module, ABC):
-    """Turns each of three maps into a raw map."""
+    """Turns each map of the neck into a raw map."""
 
     @abstractmethod
     def classifiers(self) -> nn.ModuleList:
@@ -192,19 +192,22 @@ class YoloHead(nn.Module, ABC):
 
 
 class YoloNet(DetectionNet):
-    """A detector with maps of strides 8, 16 and 32: a stem, four stages, a neck over the last three, and a head.
+    """A detector: a stem, four stages, a neck over the last ones, and a head.
 
     Args:
         stem: The first layers, of stride 2.
         stages: Four stages of stride 2.
-        neck: Fuses the outputs of the last three stages into three maps for the head.
+        neck: Fuses the outputs of the last stages into as many maps of the same strides.
         head: Turns these maps into raw predictions.
         chs: Output channels of the stem and of the stages.
         num_classes: Number of classes.
         in_chans: Image channels.
+
+    Attributes:
+        strides: Strides of the maps in pixels, which are those of the last stages.
     """
 
-    strides = (8, 16, 32)
+    strides: tuple[int, ...] = (8, 16, 32)
     size_multiple = 32
 
     def __init__(
@@ -227,7 +230,7 @@ class YoloNet(DetectionNet):
         self.head = head
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """(N, in_chans, H, W) -> the input maps of the head, of strides 8, 16 and 32.
+        """(N, in_chans, H, W) -> the input maps of the head, one for each of `strides`.
 
         Raises:
             ImageSizeError: If H and W are not multiples of 32.
@@ -237,7 +240,7 @@ class YoloNet(DetectionNet):
             raise ImageSizeError(
                 f"height and width must be multiples of 32, got {height}x{width}: resize or pad the images"
             )
-        return self.neck(*self.pyramid(self.stem(x))[1:])
+        return self.neck(*self.pyramid(self.stem(x))[-len(self.strides) :])
 
     def forward_head(self, maps: list[Tensor]) -> list[Tensor]:
         """The maps of `forward_features` -> one raw map per input map."""

@@ -44,7 +44,11 @@ FAMILIES = {  # name of the page in docs/families: family
         ),
     ),
     "yolov5": Family("YOLOv5-SPD", "detectors without strides, with anchors", ("yolov5_spd",)),
-    "yolov8": Family("YOLOv8 and YOLOv8-SPD", "detectors without anchors, with strides and without", ("yolov8_spd",)),
+    "yolov8": Family(
+        "YOLOv8 and YOLOv8-SPD",
+        "detectors without anchors, with strides and without, also with a map of stride 4",
+        ("yolov8_spd", "yolov8_p2"),
+    ),
     "ssd": Family(
         "SSD for small objects",
         "detectors with one stride less, and a second path for large objects",

@@ -16,6 +16,7 @@ from spd_zoo.blocks import AttentionDownsample, HybridStem, PaddingFreeDownsampl
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 from spd_zoo.models._pfd import Downsampling, halved, rename_shared
 from spd_zoo.models._registry import register_model
+from spd_zoo.spd import MaxPool2d
 
 __all__ = ["PFDShuffleNetV2"]  # register_model adds the entry points
 
@@ -87,7 +88,7 @@ class PFDShuffleNetV2(Classifier):
             stem = nn.Sequential(HybridStem(in_chans, 24, stride, stride, **dd))
         else:
             conv = conv_norm_act(in_chans, 24, 3, stride, act_layer=nn.ReLU, **dd)
-            stem = nn.Sequential(conv, nn.MaxPool2d(3, stride, 1))
+            stem = nn.Sequential(conv, MaxPool2d(3, stride, 1))
         size = to_2tuple(img_size or (32 if small else 224))
         size = size if small else halved(halved(size, "padded"), "padded")
         stages, chs, reductions = nn.Sequential(), 24, []

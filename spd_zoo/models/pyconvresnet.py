@@ -23,7 +23,7 @@ from spd_zoo import weights
 from spd_zoo.blocks import PyConv2d
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.models._registry import register_model
-from spd_zoo.spd import PhaseMix, SPDConv2d, adapt_image_channels
+from spd_zoo.spd import MaxPool2d, PhaseMix, SPDConv2d, adapt_image_channels
 
 __all__ = ["PyConvResNet"]  # register_model adds the entry points
 
@@ -48,9 +48,9 @@ def pyramid(stage: int, hg: bool, in_chs: int, width: int, **conv: Any) -> nn.Mo
 
 def shortcut(in_chs: int, out_chs: int, stride: int, spd: bool, dd: dict[str, Any]) -> nn.Sequential:
     """Max-pooling (with `spd`, followed by a phase mix), and unless channels stay a 1x1 convolution and BatchNorm."""
-    pool: nn.Module = nn.MaxPool2d(3, stride, padding=1)
+    pool: nn.Module = MaxPool2d(3, stride, padding=1)
     if spd and stride == 2:
-        pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), PhaseMix(in_chs, **dd))  # pads odd sizes after pooling
+        pool = nn.Sequential(MaxPool2d(3, 1, padding=1), PhaseMix(in_chs, **dd))  # pads odd sizes after pooling
     if in_chs == out_chs:
         return nn.Sequential(pool)
     return nn.Sequential(pool, nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd), nn.BatchNorm2d(out_chs, **dd))

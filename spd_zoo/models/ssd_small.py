@@ -24,7 +24,7 @@ from spd_zoo.boxes import prior_boxes, ssd_decode
 from spd_zoo.losses import Target, ssd_loss
 from spd_zoo.models._detector import DetectionNet, check_num_classes
 from spd_zoo.models._registry import register_model
-from spd_zoo.spd import is_exporting
+from spd_zoo.spd import MaxPool2d, is_exporting
 
 __all__ = ["SSD"]  # register_model adds the entry points
 
@@ -44,8 +44,8 @@ def vgg16(in_chans: int, removed: bool, dd: dict[str, Any]) -> tuple[Layers, lis
         removed: Whether the first pooling is removed.
         dd: `device` and `dtype` of the parameters.
     """
-    first = nn.MaxPool2d(1 if removed else 2)
-    pools: list[list[nn.Module]] = [[], [nn.MaxPool2d(2)], [nn.MaxPool2d(2, ceil_mode=True)], [nn.MaxPool2d(2)]]
+    first = MaxPool2d(1 if removed else 2)
+    pools: list[list[nn.Module]] = [[], [MaxPool2d(2)], [MaxPool2d(2, ceil_mode=True)], [MaxPool2d(2)]]
     widths = ((128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
     layers = [nn.Sequential(*convs3x3(in_chans, (64, 64), dd), first)]
     chs = 64
@@ -54,7 +54,7 @@ def vgg16(in_chans: int, removed: bool, dd: dict[str, Any]) -> tuple[Layers, lis
         chs = stage[-1]
     dilated = nn.Conv2d(512, 1024, 3, padding=6, dilation=6, **dd)
     last = (
-        nn.MaxPool2d(3, 1, 1),
+        MaxPool2d(3, 1, 1),
         dilated,
         nn.ReLU(inplace=True),
         nn.Conv2d(1024, 1024, 1, **dd),

@@ -154,7 +154,7 @@ class Head(YoloHead):
 
 
 class YOLOv8(YoloNet):
-    """YOLOv8: raw maps (N, 64 + classes, H / s, W / s) for s = 8, 16, 32; 16 bins per side, then class logits.
+    """YOLOv8: raw maps (N, 64 + classes, H / s, W / s) for each stride s; 16 bins per side, then class logits.
 
     Args:
         chs: Channels of the stem and of the stages.
@@ -165,6 +165,7 @@ class YOLOv8(YoloNet):
     """
 
     iou_threshold = 0.7
+    neck_type: type[nn.Module] = Neck
     head: Head
 
     def __init__(
@@ -185,8 +186,9 @@ class YOLOv8(YoloNet):
             down, mix = downsample(in_chs, out_chs, spd, **dd), C2f(out_chs, out_chs, depth, add=True, **dd)
             stages.append(stage := nn.Sequential(down, mix))
         stage.append(SPPF(chs[4], **dd))
-        neck = Neck(chs[2:], outer, spd, **dd)
-        head = Head(chs[2:], self.strides, num_classes, **dd)
+        fused = chs[-len(self.strides) :]
+        neck = self.neck_type(fused, outer, spd, **dd)
+        head = Head(fused, self.strides, num_classes, **dd)
         super().__init__(stem, stages, neck, head, chs, num_classes, in_chans)
 
     def num_classes_of(self, outputs: int) -> int:
@@ -210,7 +212,7 @@ class YOLOv8(YoloNet):
         return yolov8_loss(raw, targets, self.strides, self.head.dfl.weight)
 
 
-_LAYERS = {  # the authors' layer number -> our module
+BACKBONE_LAYERS = {  # the authors' layer number -> our module
     0: "stem.0",
     1: "stages.0.0",
     2: "stages.0.1",
@@ -221,6 +223,8 @@ _LAYERS = {  # the authors' layer number -> our module
     7: "stages.3.0",
     8: "stages.3.1",
     9: "stages.3.2",
+}
+_LAYERS = BACKBONE_LAYERS | {
     12: "neck.mix4",
     15: "neck.out3",
     16: "neck.down3",
@@ -229,19 +233,21 @@ _LAYERS = {  # the authors' layer number -> our module
     21: "neck.out5",
     22: "head",
 }
-_RENAMES = (
-    (r"^model\.(\d+)\.", lambda match: f"{_LAYERS.get(int(match[1]), match[0])}."),
-    (r"^head\.dfl\.conv\.", "head.dfl."),
-)
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv8) -> dict[str, Tensor]:
+def rename_layers(state_dict: dict[str, Tensor], model: YOLOv8, layers: dict[int, str]) -> dict[str, Tensor]:
     """Renames the authors' keys to ours; our own keys stay.
 
     The width of the class branches depends on the number of classes. If it differs, the network keeps its own,
     untrained branches.
+
+    Args:
+        state_dict: Tensors under the authors' keys or ours.
+        model: The network that will load them.
+        layers: The authors' layer number -> our module.
     """
-    state_dict = weights.rename(state_dict, _RENAMES)
+    numbered = (r"^model\.(\d+)\.", lambda match: f"{layers.get(int(match[1]), match[0])}.")
+    state_dict = weights.rename(state_dict, (numbered, (r"^head\.dfl\.conv\.", "head.dfl.")))
     last = state_dict.get("head.cv3.0.2.weight")
     if last is not None and last.ndim == 4 and last.shape[0] != model.num_classes:
         width, own_width = last.shape[1], model.head.class_width(model.num_classes)
@@ -249,6 +255,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv8) -> dict[s
             own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("head.cv3.")}
             state_dict |= {key: own[key] for key in own.keys() & state_dict.keys() if key.split(".")[3] != "2"}
     return state_dict
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv8) -> dict[str, Tensor]:
+    """`rename_layers` with the layers of these networks."""
+    return rename_layers(state_dict, model, _LAYERS)
 
 
 default_cfgs = weights.default_cfgs("yolov8_spd", classifier=("head.cv3.0.2", "head.cv3.1.2", "head.cv3.2.2"))
