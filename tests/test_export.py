@@ -93,7 +93,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
 ) -> None:
     def wrong(net: Any, *arguments: Any) -> Any:
         arguments[-1].write_text("a file")
-        return lambda images: 1.01 * net(images)
+        return lambda images, score: (1.01 * net(images),)
 
     monkeypatch.setitem(exporting.FORMATS, "onnx", wrong)
     with pytest.raises(ExportError, match="computes something else: logits differ by"):

@@ -19,7 +19,9 @@ _LOWER = "use a smaller --batch-size"
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "predict", _run, "classify images")
-    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
+    command.add_argument(
+        "model", metavar="MODEL", help="network, with or without a tag, a run, or an exported .onnx file"
+    )
     command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
     command.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes per image (default: 5)")
     command.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: 32)")

@@ -195,9 +195,14 @@ def read_exported(file: Path) -> Exported:
         ModelError: If the file is not one that `spd-zoo export` writes.
         ModuleNotFoundError: If onnx or onnxruntime is missing.
     """
-    import onnx
-    import onnxruntime  # noqa: F401  (if it is missing, fail before anything is read)
-    from google.protobuf.message import DecodeError
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  (if it is missing, fail before anything is read)
+        from google.protobuf.message import DecodeError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"an exported file needs the package {error.name}: pip install 'spd-zoo[export]'", name=error.name
+        ) from error
 
     called = str(file)
     content = _content(file)
