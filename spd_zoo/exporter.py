@@ -317,8 +317,7 @@ def _between(scores: Tensor, wanted: int) -> float:
     """A minimum score that about `wanted` scores pass, in the widest gap there, so that rounding changes none."""
     best = scores.flatten().sort(descending=True).values[: max(2, wanted)]
     start = len(best) // 2
-    gaps = (best[start - 1 : -1] - best[start:]) if start else best[:1]
-    at = start - 1 + int(gaps.argmax())
+    at = start - 1 + int((best[start - 1 : -1] - best[start:]).argmax())
     return ((best[at] + best[at + 1]) / 2).item()
 
 

@@ -41,6 +41,7 @@ def make_detector(folder: Path, name: str = "yolov8n", **kwargs: Any) -> Any:
             torch.nn.init.normal_(conv.bias, -0.5, 1.0)
         if "yolov8" in name:  # small boxes, among which NMS does not hang on rounding
             for branch in net.head.cv2:
+                branch[-1].weight.mul_(0.1)
                 branch[-1].bias.copy_(-torch.arange(16.0).repeat(4))
     size = 64 if "ssd" not in name else 300
     cfg = {"pretrained_cfg": {"input_size": (3, size, size)}, "label_names": ["blue", "green", "red"]}
@@ -231,7 +232,7 @@ def test_detect_takes_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     printed, rows = [], []
     for model in (run, run / "model.onnx"):
         assert main(["detect", str(model), str(ROOT / "examples" / "rocket.jpg"), "--score", "0.5"]) == 0
-        printed.append(capsys.readouterr().out.splitlines())
+        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")])
         results = tmp_path / f"{len(rows)}.jsonl"
         command = ["detect", str(model), str(ROOT / "examples"), "--results", str(results), "--score", "0.5"]
         assert main([*command, "--workers", "1"]) == 0
@@ -290,8 +291,10 @@ def test_int8_is_measured_before_and_after(
     assert before.startswith("float32, 64 px: AP ") and after.startswith("int8, 64 px: AP ")
     assert path == str(tmp_path / "small.onnx")
     model = onnx.load(path)
-    scales = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
-    assert len(scales) == sum(node.op_type == "Conv" for node in model.graph.node) > 10
+    kernels = [
+        each for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8 and len(each.dims) > 1
+    ]
+    assert len(kernels) == sum(node.op_type == "Conv" for node in model.graph.node) > 10
     (measured,) = evaluate(path, cells, workers=0)
     assert measured.in_words().split(" to read")[0].split("; per image")[0] in after
     assert sorted(file.name for file in tmp_path.iterdir()) == ["small.onnx"]
@@ -442,7 +445,8 @@ def test_the_script_without_torch_draws_the_detectors_boxes(run: Path, tmp_path:
     command = [sys.executable, "-c", blocked + script, str(run / "model.onnx"), str(image), str(tmp_path / "out.png")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     found = Detector(run / "model.onnx")(image)
-    assert [line.split()[0] for line in printed] == found.names
-    boxes = torch.tensor([[float(number) for number in line.split()[2:]] for line in printed])
-    torch.testing.assert_close(boxes, found.boxes, rtol=0, atol=0.51)
+    assert len(printed) == len(found) > 0
+    drawn = [(line.split()[0], torch.tensor([float(number) for number in line.split()[2:]])) for line in printed]
+    for name, box in zip(found.names, found.boxes, strict=True):
+        assert any(name == other and (box - place).abs().max() <= 0.51 for other, place in drawn)
     assert Image.open(tmp_path / "out.png").size == Image.open(image).size

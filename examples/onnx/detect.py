@@ -30,7 +30,8 @@ factors = np.array([image.width / scaled[0], image.height / scaled[1]] * 2)
 boxes = ((boxes - [left, top] * 2) * factors).clip(0, [*image.size, *image.size])
 pen = ImageDraw.Draw(image)
 for box, score, label in zip(boxes[:num], scores[:num], classes[:num], strict=True):
-    pen.rectangle(box.tolist(), outline="red")
-    pen.text(box[:2].tolist(), f"{names[label]} {score:.2f}", fill="red")
-    print(names[label], f"{score:.2f}", *box.round().astype(int))
+    if (box[2:] > box[:2]).all():  # inside the image
+        pen.rectangle(box.tolist(), outline="red")
+        pen.text(box[:2].tolist(), f"{names[label]} {score:.2f}", fill="red")
+        print(names[label], f"{score:.2f}", *box.round().astype(int))
 image.save(sys.argv[3])
