@@ -1,4 +1,4 @@
-"""Every network for `torch.hub`: `torch.hub.load("OWNER/spd_zoo", "pyconvresnet50_spd", pretrained=True)`."""
+"""Every network for `torch.hub`: `torch.hub.load("OWNER/spd_zoo", "tf_efficientnet_lite0_spd", pretrained=True)`."""
 
 from timm import is_model as _is_model
 

@@ -49,7 +49,7 @@ from spd_zoo.rewrite import (
 from spd_zoo.spd import MaxPool2d, PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d, adapt_image_channels
 from spd_zoo.trace import OperatorMode, copy_network, image_size, meta_copy
 from spd_zoo.weights import WeightsError, save_network
-from spd_zoo.weights.fit import filter_of, misfit, own_networks
+from spd_zoo.weights.fit import filter_of, fit_image_channels, misfit, own_networks
 from spd_zoo.weights.load import load_network
 
 __all__ = [
@@ -132,6 +132,10 @@ def convert_to_spd(
     weight standardisation; max-pooling, average pooling and timm's BlurPool2d; at any stride that is the same for rows
     and columns. The new layers read every pixel of their input (see `spd_zoo.spd`). Downsampling that is not a module
     (a function called in a `forward`, a slice with a step) is left unchanged, and the report lists it.
+
+    What the network calls, and with how many channels, is found by running it once, at the size of `example_input` or
+    of its `pretrained_cfg`. If its code takes another way at another size, layers that only run there are left
+    unchanged.
 
     The config of a timm network records the conversion: `spd_zoo.weights.save_network` writes it, and
     `timm.create_model("local-dir:...")` creates the converted network again.
@@ -540,7 +544,7 @@ def spd_converted(
 
     def fitting(state_dict: dict[str, Tensor], net: Any) -> dict[str, Tensor]:
         if own.get("network", base) in own_networks():  # it may adapt more than the first convolution
-            state_dict = filter_of(net)(state_dict, net)
+            state_dict = fit_image_channels(filter_of(net)(state_dict, net), net)
         for name in names:
             conv, weight = net.get_submodule(name), state_dict.get(f"{name}.weight")
             if isinstance(conv, SPDConv2d) and weight is not None:

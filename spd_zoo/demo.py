@@ -20,9 +20,9 @@ from torchvision.ops import box_iou
 
 from spd_zoo.access import SameOrigin, host_name
 from spd_zoo.convert import SPDReport, convert_to_spd
-from spd_zoo.data.reading import read_image
+from spd_zoo.data.reading import channel_mode, read_image
 from spd_zoo.fold import fold_spd
-from spd_zoo.inference.classifier import check_classifier
+from spd_zoo.inference.classifier import DEFAULT_CLASSIFIER, check_classifier
 from spd_zoo.inference.detector import Detections, Detector
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import pick_device
@@ -30,11 +30,12 @@ from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
 from spd_zoo.weights import WeightsError, entries, original_of
 from spd_zoo.weights.catalogue import local_checkpoints
 from spd_zoo.weights.load import ModelError, class_names, load_network, pretrained_cfg, timm_name
+from spd_zoo.weights.manifest import default_checkpoints
 
 if TYPE_CHECKING:
     import gradio as gr
 
-__all__ = ["SIZES", "Twin", "build", "compare", "predict_html", "read_picture", "serve", "twins"]
+__all__ = ["SIZES", "Twin", "build", "compare", "offered", "predict_html", "read_picture", "serve", "twins"]
 
 SIZES = (32, 64, 128)  # pixels: the smaller inputs
 MAX_FILE = "10mb"  # of an upload
@@ -84,6 +85,7 @@ def load(model: str) -> nn.Module:
         WeightsError: If its weights cannot be had or must not be used.
     """
     net = load_network(model, pick_device())
+    channel_mode(pretrained_cfg(net)["input_size"][0], model)
     if not isinstance(net, DetectionNet):
         check_classifier(net, model)
     return net
@@ -121,10 +123,9 @@ def _classify(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[I
     """A classifier's input as an enlarged image, and the probability of each class, (num_classes,)."""
     cfg = pretrained_cfg(net)
     channels = cfg["input_size"][0]
-    if channels not in (1, 3):
-        raise ModelError(f"it takes {channels} channels; images have 1 or 3")
+    mode = channel_mode(channels, str(cfg["architecture"]))
     config = resolve_data_config({"input_size": (channels, size, size)} if size else {}, pretrained_cfg=cfg)
-    pixels = create_transform(**config)(picture.convert("L" if channels == 1 else "RGB"))
+    pixels = create_transform(**config)(picture.convert(mode))
     probabilities = net(pixels[None].to(next(net.parameters()))).float().softmax(1)[0].cpu()
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     colours = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
@@ -243,6 +244,19 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+def offered(models: Sequence[str] = ()) -> list[str]:
+    """The networks to choose from: `models`, then the default classifier, then all others with weights on this machine.
+
+    Raises:
+        ModelError: If there is no network of such a name.
+    """
+    for model in models:
+        timm_name(model)
+    here = local_checkpoints()
+    default = [name for name in here if name == default_checkpoints(entries()).get(DEFAULT_CLASSIFIER)]
+    return list(dict.fromkeys([*models, *default, *here]))
+
+
 def build(models: Sequence[str] = ()) -> "gr.Blocks":
     """The page, not served yet.
 
@@ -253,9 +267,7 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
         ModelError: If there is no such network, or none at all.
         ModuleNotFoundError: If Gradio is missing.
     """
-    for model in models:
-        timm_name(model)
-    choices = list(dict.fromkeys([*models, *local_checkpoints()]))
+    choices = offered(models)
     if not choices:
         raise ModelError("no weights are on this machine; `spd-zoo weights pull` gets some")
     import gradio as gr

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and tables as CSV."""
+"""Files that appear whole or not at all, tables as CSV, and settings as YAML that cost little to read."""
 
 import csv
 import os
@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LEFTOVERS", "is_leftover", "remove_leftovers", "whole", "write_csv"]
+import yaml
+
+__all__ = ["LEFTOVERS", "compose_yaml", "is_leftover", "read_yaml", "remove_leftovers", "whole", "write_csv"]
 
 LEFTOVERS = ".writing-*.tmp"  # a process that is killed inside `whole` leaves such a folder
+_YAML_BYTES, _YAML_VALUES = 2**20, 50_000  # at most: of a file
+_YAML_DEPTH, _YAML_LENGTH = 20, 10_000  # at most: collections in each other, characters of a value
 
 
 @contextmanager
@@ -85,3 +89,65 @@ def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable[A
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
+
+
+def compose_yaml(file: Path) -> yaml.Node | None:
+    """The nodes of a YAML file in UTF-8, whose scalars are still text; None for an empty file.
+
+    Files that would take long or much memory are refused: large or deep ones, and aliases of lists and mappings, which
+    a few lines can nest to more elements than memory holds.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The root node.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not YAML, or is refused.
+    """
+    with file.open("rb") as opened:
+        content = opened.read(_YAML_BYTES + 1)
+    if len(content) > _YAML_BYTES:
+        raise ValueError(f"{file} has more than {_YAML_BYTES} bytes, too many for settings in YAML")
+    parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # some builds of PyYAML lack the one in C
+    depth, values, scalars = 0, 0, set()
+    try:
+        text = content.decode("utf-8-sig")
+        for event in yaml.parse(text, parser):  # without recursion, unlike composing
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _YAML_DEPTH:
+                raise ValueError(f"{file} nests lists and mappings more than {_YAML_DEPTH} deep")
+            if isinstance(event, yaml.ScalarEvent):
+                scalars.add(event.anchor)
+                values += 1
+                if values > _YAML_VALUES or len(event.value) > _YAML_LENGTH:
+                    raise ValueError(
+                        f"{file} has more than {_YAML_VALUES} values, or one of more than {_YAML_LENGTH} characters"
+                    )
+            elif isinstance(event, yaml.AliasEvent) and event.anchor not in scalars:
+                raise ValueError(f"{file} repeats a list or mapping by the alias *{event.anchor}; write it out")
+        return yaml.compose(text, parser)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file holds, under the limits of `compose_yaml`; None for an empty file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Dicts, lists, texts, numbers, dates, booleans and None.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not YAML, or is refused.
+    """
+    node = compose_yaml(file)
+    try:
+        return None if node is None else yaml.constructor.SafeConstructor().construct_document(node)
+    except (ArithmeticError, ValueError, yaml.YAMLError) as error:  # such as the date 2024-13-13
+        raise ValueError(f"{file} has a value that is not YAML: {' '.join(str(error).split())}") from error

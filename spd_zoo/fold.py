@@ -60,12 +60,14 @@ class FoldReport:
     """What `fold_spd` did to a network.
 
     Attributes:
+        input_size: Image channels, height and width at which the network was run to see which layer reads which map.
         folded: Every layer that was replaced.
         unchanged: Every space-to-depth layer and BatchNorm that stays, and why.
         difference: The largest difference between the outputs for `example_input`, in standard deviations of the
             original's; None without one.
     """
 
+    input_size: tuple[int, int, int]
     folded: tuple[Folded, ...]
     unchanged: tuple[Unchanged, ...]
     difference: float | None = None
@@ -75,6 +77,8 @@ class FoldReport:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += map(str, self.unchanged)
+        channels, height, width = self.input_size
+        lines.append(f"seen at {height}x{width} pixels, {channels} channels: other sizes must take the same way")
         if self.difference is not None:
             lines.append(f"largest difference of the outputs: {self.difference:.1e} of their standard deviation")
         return "\n".join(lines)
@@ -83,12 +87,15 @@ class FoldReport:
 def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
     """A copy for inference: plain strided layers in place of space-to-depth ones, BatchNorm folded in.
 
-    A space-to-depth with its convolution becomes one convolution of a larger kernel with a stride, without outer rows
-    and columns of weights that are all zero: what was converted and not trained since becomes what it was. The
-    function stays the same at every image size. A BatchNorm is folded only if it alone reads what a convolution
-    gives: a map that the network also returns or keeps stays as it is. So do layers whose classes are not exactly the
-    known ones, or that have hooks or computed weights, and what no plain layer computes: trained layers where
-    TensorFlow's padding, `ceil_mode` or a divisor that varies at the border depends on the image size.
+    A space-to-depth with its convolution becomes one convolution of a larger kernel with a stride, without outer
+    rows and columns of weights that are all zero: what was converted and not trained since becomes what it was. The
+    function of each layer stays the same at every image size. A BatchNorm is folded only if it alone reads what a
+    convolution gives: a map that the network also returns or keeps stays as it is. So do layers whose classes are
+    not exactly the known ones, or that have hooks or computed weights, and what no plain layer computes: trained
+    layers where TensorFlow's padding, `ceil_mode` or a divisor that varies at the border depends on the image size.
+
+    Which layer reads which map is found by running the network once, at the size of `example_input` or of its
+    `pretrained_cfg`. If its code takes another way at another size, the result is right only at sizes that go this way.
 
     Args:
         model: The network; its hooks run once with tensors on the "meta" device.
@@ -134,7 +141,7 @@ def _fold(model: nn.Module, example_input: Tensor | None, plain: bool) -> nn.Mod
     net = copy_network(model).eval()
     folding = _Folding(net, _trace(net, size), plain)
     net = replace_modules(net, folding.successors)
-    report = folding.report()
+    report = folding.report(size)
     try:
         run_on_meta(meta_copy(net), size)
     except TraceError as error:  # its code reads an attribute of a layer that is gone
@@ -274,15 +281,15 @@ class _Folding:
         for module in self.norms:
             self._record(module, self._fold(module))
 
-    def report(self) -> FoldReport:
-        """What was decided, in the network's order."""
+    def report(self, size: tuple[int, int, int]) -> FoldReport:
+        """What was decided, in the network's order, from a run at `size`."""
         folded, unchanged = [], []
         for module, name in self.names.items():
             if module in self.successors:
                 folded.append(Folded(name, type(module).__name__, type(self.successors[module]).__name__))
             elif module in self.reasons:
                 unchanged.append(Unchanged(name, type(module).__name__, self.reasons[module]))
-        return FoldReport(tuple(folded), tuple(unchanged))
+        return FoldReport(size, tuple(folded), tuple(unchanged))
 
     def _record(self, module: nn.Module, reason: str | None) -> None:
         if reason:

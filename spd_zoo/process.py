@@ -17,6 +17,8 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from tqdm import tqdm
 
+from spd_zoo.errors import first_line
+
 __all__ = [
     "Process",
     "StopSignals",
@@ -177,7 +179,7 @@ def pick_device(name: str | None = None) -> str:
     except NotImplementedError as error:
         raise ValueError(f"cannot use device {name!r}: this build of torch does not compute on it") from error
     except (RuntimeError, AssertionError, ModuleNotFoundError) as error:
-        raise ValueError(f"cannot use device {name!r}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise ValueError(f"cannot use device {name!r}: {first_line(error)}") from error
     return name
 
 
@@ -191,7 +193,7 @@ def join(device: str | None) -> Process:
     try:
         placement = init_distributed_device_so(name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use device {name!r}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise ValueError(f"cannot use device {name!r}: {first_line(error)}") from error
     group = None
     if placement["distributed"]:
         atexit.register(dist.destroy_process_group)

@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from spd_zoo.errors import first_line
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.models._registry import register_unlisted_model
 from spd_zoo.spd import MaxPool2d, PhaseMix, SPDConv2d, SPDMaxPool2d
@@ -115,7 +116,7 @@ def _step(net: nn.Module, size: tuple[int, int, int]) -> list[str]:
     try:
         _, now = _run(net, half)
     except TraceError as error:
-        reason = str(error.__cause__).partition("\n")[0]
+        reason = first_line(error.__cause__ or error)
         raise ValueError(
             f"{type(net).__name__} does not take images of {half[1]}x{half[2]} pixels without the stride of "
             f"{', '.join(first)}: {reason}"

@@ -9,6 +9,8 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spd_zoo.errors import first_line
+
 __all__ = ["OperatorMode", "TraceError", "copy_network", "image_size", "meta_copy", "run_on_meta"]
 
 
@@ -112,7 +114,7 @@ def run_on_meta(meta: nn.Module, size: tuple[int, int, int]) -> Any:
     except Exception as error:  # whatever the network's code raises
         raise TraceError(
             f'{type(meta).__name__} cannot run on the "meta" device for an image of size {list(size)}: '
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}. What to do: give example_input= of "
+            f"{first_line(error, with_type=True)}. What to do: give example_input= of "
             "a size that it takes, remove hooks that read values, or pass a part of it whose shapes depend on no "
             "values, as the backbone of a detector"
         ) from error

@@ -16,17 +16,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--eighth", metavar="SEED", help="run only an eighth of the exhaustive tests, drawn by SEED")
+    parser.addoption("--one-case", metavar="SEED", help="run one case of each parametrized test, drawn by SEED")
 
 
+@pytest.hookimpl(trylast=True)  # draws from the tests that -m and -k select
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out seven eighths of the exhaustive tests; another SEED, as CI's commit, draws other ones."""
-    seed = config.getoption("--eighth")
-    if seed is None:
-        return
-    drawn = {item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest()[0] < 32 for item in items}
-    left_out = [item for item in items if "exhaustive" in item.keywords and not drawn[item]]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    """Leaves out what --eighth and --one-case do not draw; another SEED, as CI's commit, draws other tests."""
+    kept = list(items)
+    if (seed := config.getoption("--eighth")) is not None:
+        kept = [item for item in kept if "exhaustive" not in item.keywords or _digest(seed, item)[0] < 32]
+    if (seed := config.getoption("--one-case")) is not None:
+        drawn: dict[str, pytest.Item] = {}
+        for item in sorted(kept, key=lambda item: _digest(seed, item)):
+            drawn.setdefault(item.nodeid.partition("[")[0], item)
+        kept = [item for item in kept if drawn[item.nodeid.partition("[")[0]] is item]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _digest(seed: str, item: pytest.Item) -> bytes:
+    return hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest()
 
 
 @pytest.fixture

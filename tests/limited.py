@@ -71,10 +71,10 @@ def opened(folder: Path) -> Iterator[Callable[..., Iterator[Reading]]]:
 
 
 def _read(file: Path) -> Reading:
-    from spd_zoo.weights import WeightsError, read_original
+    from spd_zoo.weights import WeightsError, read_checkpoint
 
     try:
-        tensors = read_original(file)
+        tensors = read_checkpoint(file)
     except WeightsError as error:
         if out_of_memory(error):
             return Reading("ENDED", str(error))

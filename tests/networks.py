@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spd_zoo.spd import PhaseMix
 
 
-def originals(case: dict[str, Any]) -> dict[str, Tensor]:
+def authors_tensors(case: dict[str, Any]) -> dict[str, Tensor]:
     """The case's tensors under the authors' names."""
     arrays = golden.fill_state_dict(case["entries"], case.get("kept"))
     return {key: torch.from_numpy(array) for key, array in arrays.items()}

@@ -16,7 +16,7 @@ import torch
 from limited import Reading, opened
 from torch import Tensor
 
-from spd_zoo.weights import WeightsError, read_original
+from spd_zoo.weights import WeightsError, read_checkpoint
 from spd_zoo.weights.archive import Archive
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
@@ -48,7 +48,7 @@ def write(content: bytes, folder: Path) -> Path:
     ids=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}",
 )
 def test_types_and_strides_are_those_that_were_saved(tmp_path: Path, tensor: Tensor, options: dict[str, Any]) -> None:
-    found = read_original(write(hostile.saved({"a": tensor}, **options), tmp_path))["a"]
+    found = read_checkpoint(write(hostile.saved({"a": tensor}, **options), tmp_path))["a"]
     assert torch.equal(found, tensor)
     assert (found.dtype, found.stride()) == (tensor.dtype, tensor.stride())
 
@@ -56,7 +56,7 @@ def test_types_and_strides_are_those_that_were_saved(tmp_path: Path, tensor: Ten
 @pytest.mark.parametrize("options", [{}, hostile.OLD], ids=["zip", "old"])
 def test_tensors_that_share_numbers_share_them_still(tmp_path: Path, options: dict[str, Any]) -> None:
     shared = {"a": NUMBERS, "b": NUMBERS[4:]}
-    found = read_original(write(hostile.saved(shared, **options), tmp_path))
+    found = read_checkpoint(write(hostile.saved(shared, **options), tmp_path))
     found["a"][4] = -1
     assert found["b"][0] == -1
 
@@ -64,7 +64,7 @@ def test_tensors_that_share_numbers_share_them_still(tmp_path: Path, options: di
 def test_an_old_storage_that_is_a_part_of_another_is_read(tmp_path: Path) -> None:
     part = b"(" + hostile.text("1") + b"K\x01K\x02t"  # two numbers from the second on
     content = hostile.stream(part, size=b"K\x00K\x02\x85K\x01\x85")
-    assert read_original(write(content, tmp_path))["a"].tolist() == [2, 3]
+    assert read_checkpoint(write(content, tmp_path))["a"].tolist() == [2, 3]
 
 
 def test_numbers_of_the_other_byte_order_are_turned(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_numbers_of_the_other_byte_order_are_turned(tmp_path: Path) -> None:
     assert parts[order] == sys.byteorder.encode()
     parts |= {order: b"big" if sys.byteorder == "little" else b"little"}
     parts |= {data: struct.pack(">12f" if sys.byteorder == "little" else "<12f", *NUMBERS.tolist())}
-    assert torch.equal(read_original(write(hostile.zipped(parts), tmp_path))["a"], NUMBERS)
+    assert torch.equal(read_checkpoint(write(hostile.zipped(parts), tmp_path))["a"], NUMBERS)
 
 
 @pytest.mark.slow
@@ -93,20 +93,20 @@ def test_a_damaged_number_is_noticed(tmp_path: Path) -> None:
         place = content.index(NUMBERS.numpy().tobytes(), archive.getinfo("archive/data/0").header_offset)
     write(content[:place] + b"\1" + content[place + 1 :], tmp_path)
     with pytest.raises(WeightsError, match="a damaged file: the checksum of a record is wrong"):
-        read_original(tmp_path / "a.pth")
+        read_checkpoint(tmp_path / "a.pth")
 
 
 def test_two_tensors_of_one_name_are_an_error(tmp_path: Path) -> None:
     file = write(hostile.saved({"module.a": NUMBERS, "a": NUMBERS}), tmp_path)
     with pytest.raises(WeightsError, match=r"two tensors of one name, with and without `module\.`"):
-        read_original(file)
+        read_checkpoint(file)
 
 
 def test_a_tar_file_is_refused_by_its_name(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.pth", "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
     with pytest.raises(WeightsError, match=r"safely: a tar file, which only torch before 0\.1\.10 wrote"):
-        read_original(tmp_path / "a.pth")
+        read_checkpoint(tmp_path / "a.pth")
 
 
 def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch
     file = write(hostile.saved({"a": NUMBERS}), tmp_path)
     monkeypatch.setattr(Path, "open", forbid)
     with pytest.raises(WeightsError, match=f"{re.escape(str(file))} cannot be read: Permission denied"):
-        read_original(file)
+        read_checkpoint(file)
 
 
 # What must do no harm, in processes with limits

@@ -20,7 +20,8 @@ from timm.models import save_for_hf
 import spd_zoo
 from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError
-from spd_zoo.training.finetune import FinetuneConfig
+from spd_zoo.inference.classifier import DEFAULT_CLASSIFIER
+from spd_zoo.training.config import DISTILLATION, FinetuneConfig
 from spd_zoo.weights import Entry, entries
 from spd_zoo.weights.fit import own_networks
 
@@ -175,7 +176,8 @@ def test_an_unknown_network_gives_the_nearest_names(arguments: list[str], tmp_pa
         arguments = [*arguments, "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert error.startswith("spd-zoo: error: there is no network 'pyconvresnet51'; the nearest names are")
+    what = "network, file or folder" if arguments[0] == "predict" else "network"
+    assert error.startswith(f"spd-zoo: error: there is no {what} 'pyconvresnet51'; the nearest names are")
     assert "pyconvresnet50" in error
 
 
@@ -324,11 +326,95 @@ def test_a_network_that_cannot_predict_is_one_clear_sentence(model: str, image: 
     assert err.startswith("spd-zoo: error: ") and err.count("\n") == 1
 
 
-def test_the_default_weights_recognise_the_example_images(capsys: Capture) -> None:
-    images = sorted(str(path) for path in EXAMPLES.glob("*"))
-    assert main(["predict", "pyconvresnet50_spd", *images, "--json"]) == 0
-    tops = {Path(answer["path"]).name: answer["top"] for answer in json.loads(capsys.readouterr().out)}
-    assert "rocket" in {guess["name"] for guess in tops["rocket.jpg"]}
+@pytest.mark.slow
+def test_without_a_network_the_default_one_is_named_and_knows_the_example_images(capsys: Capture) -> None:
+    images = sorted(str(path) for path in EXAMPLES.glob("*.*"))
+    assert main(["predict", *images, "--json"]) == 0
+    out, err = capsys.readouterr()
+    tops = {Path(answer["path"]).name: answer["top"][0]["name"] for answer in json.loads(out)}
+    assert tops == {"chelsea.png": "tiger cat", "coffee.png": "espresso", "rocket.jpg": "missile"}
+    assert err == f"note: no network is named, so {DEFAULT_CLASSIFIER} is used (1,000 classes of ImageNet)\n"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, saved: str) -> list[tuple[str, list[str]]]:
+    """The network and the images of each `predict`, which computes nothing, in a folder with images and a run."""
+    found: list[tuple[str, list[str]]] = []
+
+    def note(model: str, paths: list[Path], *rest: object) -> list[NoReturn]:
+        found.append((model, [path.as_posix() for path in paths]))
+        return []
+
+    monkeypatch.setattr("spd_zoo.inference.classifier.predict", note)
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.png", "b.jpg", "without_suffix", "resnet18", "resnet18.jpg", "photos/c.png", "vgg11/d.png"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(file, format="PNG")
+    Path("run").symlink_to(saved.removeprefix("local-dir:"))
+    for folder in ("stopped", "empty"):
+        Path(folder).mkdir()
+    Path("stopped", "run.yaml").touch()
+    torch.save({}, "mine.pth")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "images"),
+    [
+        (["a.png"], None, ["a.png"]),
+        (["a.png", "b.jpg"], None, ["a.png", "b.jpg"]),
+        (["without_suffix"], None, ["without_suffix"]),
+        (["resnet18.jpg"], None, ["resnet18.jpg"]),
+        (["missing.png"], None, ["missing.png"]),
+        (["photos", "a.png"], None, ["photos/c.png", "a.png"]),
+        (["[ab].*"], None, ["a.png", "b.jpg"]),
+        (["./vgg11"], None, ["vgg11/d.png"]),
+        (["resnet34", "a.png"], "resnet34", ["a.png"]),
+        (["resnet34.a1_in1k", "a.png"], "resnet34.a1_in1k", ["a.png"]),
+        (["pyconvresnet50_spd.cifar100", "a.png"], "pyconvresnet50_spd.cifar100", ["a.png"]),
+        (["local-dir:run", "a.png"], "local-dir:run", ["a.png"]),
+        (["run", "a.png"], "run", ["a.png"]),
+        (["stopped", "a.png"], "stopped", ["a.png"]),
+    ],
+    ids=str,
+)
+def test_the_first_argument_of_predict_is_a_network_or_an_image(
+    words: list[str], model: str | None, images: list[str], asked: list[tuple[str, list[str]]], capsys: Capture
+) -> None:
+    assert main(["predict", *words]) == 0
+    assert asked == [(model or DEFAULT_CLASSIFIER, images)]
+    assert (DEFAULT_CLASSIFIER in capsys.readouterr().err) == (model is None)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["resnet18", "a.png"], "resnet18 is the name of a network, and of a file or folder here; write ./resnet18"),
+        (["vgg11"], "vgg11 is the name of a network, and of a file or folder here"),
+        (["efficientnet_lite0_spd", "a.png"], "the nearest names are tf_efficientnet_lite0_spd"),
+        (["photo", "a.png"], "there is no network, file or folder 'photo'; `spd-zoo list` shows all networks"),
+        (["runs/mine", "a.png"], "there is no network, file or folder 'runs/mine'"),
+        (["empty", "a.png"], "empty is a folder without images, and without the config.json of a finished run"),
+        (["mine.pth", "a.png"], "mine.pth is neither a network nor an image; for a checkpoint, run `spd-zoo weights"),
+        (["https://example.org/a", "a.png"], "https://example.org/a is an address, which is not read; download"),
+        ([], "give IMAGES"),
+        (["resnet34"], "give IMAGES"),
+    ],
+    ids=str,
+)
+def test_an_unclear_first_argument_of_predict_is_one_clear_sentence(
+    words: list[str], complaint: str, asked: list[tuple[str, list[str]]], capsys: Capture
+) -> None:
+    assert main(["predict", *words]) == 1
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("spd-zoo: error: ") and complaint in error and asked == []
+    assert all(note.startswith("note: ") for note in notes)
+
+
+def test_the_help_of_predict_names_the_default_network(capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", "--help"])
+    assert f"(default: {DEFAULT_CLASSIFIER}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("option", ["--top-k", "--batch-size"])
@@ -366,6 +452,7 @@ TEXTS = {
     "hsv": "0.1,0.2,0.3",
     "interpolation": "bicubic",
     "resume": "never",
+    "teacher_size": "96",
 }
 OPTIONAL = [field for field in dataclasses.fields(FinetuneConfig) if field.default is not dataclasses.MISSING]
 
@@ -383,6 +470,7 @@ def test_finetune_has_an_option_for_every_field(
     else:
         arguments = [option, str(value)]
     both = {"sched": ["--decay-epochs", "1,2"], "decay_epochs": ["--sched", "multistep"], "opt": ["--lr", "1"]}
+    both |= {name: ["--teacher", "run"] for name in DISTILLATION}
     assert main(["finetune", *REQUIRED, *arguments, *both.get(field.name, [])]) == 0
     assert getattr(configs[0], field.name) == value
 

@@ -43,6 +43,11 @@ def test_the_bundled_weights_are_offered() -> None:
     assert {STRIDED, PADDING_FREE, "pyconvresnet50_spd.cifar100", "yolov8n_spd.bccd"} <= {*local_checkpoints()}
 
 
+def test_the_default_classifier_comes_first_unless_others_are_named() -> None:
+    assert demo.offered()[0] == "tf_efficientnet_lite0_spd.in1k" and {*demo.offered()} == {*local_checkpoints()}
+    assert demo.offered([STRIDED])[:2] == [STRIDED, "tf_efficientnet_lite0_spd.in1k"]
+
+
 def test_the_answer_is_that_of_predict(capsys: Capture) -> None:
     _, table = demo.predict_html(demo.load(STRIDED), demo.read_picture(ROCKET))
     assert main(["predict", STRIDED, ROCKET, "--json"]) == 0
@@ -107,6 +112,18 @@ def test_the_differences_of_two_detectors_are_those_of_the_same_objects(monkeypa
     assert "scores that differ by at most 0.4 and boxes by at most 2 pixels" in said
     found[net] = ours[:0]
     assert "0 are the same (" in demo.compare(net, twin, Image.new("RGB", (64, 64)))[1]
+
+
+def test_networks_of_different_classes_are_not_compared() -> None:
+    net, twin = (timm.create_model(name, device="meta") for name in ("cifar_resnet20", "pyconvresnet18"))
+    with pytest.raises(ModelError, match="know different classes, so their predictions cannot be compared"):
+        demo.compare(net, twin, Image.new("RGB", (64, 64)))
+
+
+def test_a_machine_without_weights_is_told_how_to_get_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "local_checkpoints", list)
+    with pytest.raises(ModelError, match="no weights are on this machine; `spd-zoo weights pull` gets some"):
+        demo.build()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import timm
 import timm_contract
 import torch
 from huggingface_hub import constants
-from networks import assert_close, gradient, load, noise, originals, random_network
+from networks import assert_close, authors_tensors, gradient, load, noise, random_network
 from timm.models import group_parameters, save_for_hf
 from torch import Tensor, nn
 from torchvision.ops import box_convert, complete_box_iou, nms
@@ -67,7 +67,7 @@ def outputs_of(net: Any, case: dict[str, Any], x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", params(CASES))
 def test_computes_what_the_authors_code_computes(case: dict[str, Any], save: Any) -> None:
-    tensors = originals(case)
+    tensors = authors_tensors(case)
     net = load(case["model"], save(tensors), **case["model_args"])
     renamed = sys.modules[type(net).__module__].checkpoint_filter_fn(tensors, net)
     assert list(renamed) == list(net.state_dict())
@@ -95,7 +95,7 @@ def test_a_checkpoint_with_a_map_of_stride_4_is_imported(
     case: dict[str, Any], save: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path))
-    network, file = case["model"], str(save({"epoch": 9, "state_dict": originals(case)}))
+    network, file = case["model"], str(save({"epoch": 9, "state_dict": authors_tensors(case)}))
     assert main(["weights", "import", f"{network}.theirs", file]) == 0
     net = timm.create_model(f"{network}.theirs", pretrained=True).eval()
     with torch.inference_mode():
@@ -726,7 +726,7 @@ def test_checkpoints_that_do_not_fit_are_refused(
 ) -> None:
     monkeypatch.setattr("spd_zoo.weights.fit.own_networks", lambda: [name, other])  # looking at all takes long
     kwargs = {} if num_classes is None else {"num_classes": num_classes}
-    tensors = originals(next(case for case in CASES if case["model"] == name))
+    tensors = authors_tensors(next(case for case in CASES if case["model"] == name))
     first, *_, last = [key for key in tensors if key.endswith("running_var")][:20]
     missing = {key: tensor for key, tensor in tensors.items() if key != last}
     with pytest.raises(spd_zoo.WeightsError, match=rf"does not fit {name}: 1 of \d+ tensors are missing"):

@@ -9,7 +9,7 @@ import golden
 import pytest
 import timm
 import torch
-from networks import assert_close, load, noise, originals, random_network
+from networks import assert_close, authors_tensors, load, noise, random_network
 from timm.data import ImageNetInfo
 
 from spd_zoo import convert_to_spd, keep_resolution
@@ -29,7 +29,7 @@ ONE = [pytest.param(name, marks=[] if name == STRIDED[0] else pytest.mark.slow) 
     "case", [pytest.param(case, marks=pytest.mark.slow if i else [], id=case["id"]) for i, case in enumerate(CASES)]
 )
 def test_computes_what_timms_network_computes_with_the_packages_keys(case: dict[str, Any], save: Any) -> None:
-    net = load(case["model"], save(originals(case)))
+    net = load(case["model"], save(authors_tensors(case)))
     x = torch.from_numpy(golden.make_input(**case["input"]))
     with torch.inference_mode():
         for scale, recorded in ((1, case), (case["stress"]["input_scale"], case["stress"])):
@@ -125,7 +125,7 @@ def test_weights_are_adapted_to_other_image_channels(name: str, save: Any) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [LITE0, LOWRES])
+@pytest.mark.parametrize("name", [pytest.param(LITE0, marks=pytest.mark.exhaustive), LOWRES])
 def test_trains_exports_and_takes_any_image_size(name: str) -> None:
     net = random_network(name, num_classes=5)
     with torch.inference_mode():
@@ -140,7 +140,7 @@ def test_trains_exports_and_takes_any_image_size(name: str) -> None:
 
 
 def test_keys_of_a_block_that_the_network_has_not_are_refused(save: Any) -> None:
-    tensors = originals(CASES[0])
+    tensors = authors_tensors(CASES[0])
     tensors["_blocks.99._depthwise_conv.weight"] = torch.zeros(8, 1, 3, 3)
     with pytest.raises(WeightsError, match=r"1 tensors have no place, the first is _blocks\.99\._depthwise_conv"):
         load(LITE0, save(tensors))

@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import fault_report
 import pytest
-from fault_report import GROUPS, Bench, Outcome
+from fault_bench import Bench, Outcome, open_bench
+from fault_cases import GROUPS
+from fault_entry_points import ENTRY_POINTS, FILE_TASKS
+from fault_report import run
 
 QUICK = {
     *("cut at 50 %", "one bit flipped", "one bit flipped, always", "a web page, always", "503", "404, always"),
@@ -17,7 +19,7 @@ QUICK = {
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
     before = dict(os.environ)
-    with fault_report.open_bench() as bench:
+    with open_bench() as bench:
         yield bench
     os.environ.clear()
     os.environ.update(before)
@@ -29,9 +31,9 @@ def bad(outcomes: list[Outcome]) -> list[Outcome]:
 
 @pytest.mark.slow
 def test_a_few_faults_at_every_entry_point_are_survived(bench: Bench) -> None:
-    outcomes = fault_report.run(bench, ["network", "disk"], lambda case: case.fault in QUICK)
+    outcomes = run(bench, ["network", "disk"], lambda case: case.fault in QUICK)
     assert {outcome.fault for outcome in outcomes} == QUICK
-    assert {outcome.entry_point for outcome in outcomes} == set(fault_report.ENTRY_POINTS)
+    assert {outcome.entry_point for outcome in outcomes} == set(ENTRY_POINTS)
     assert bad(outcomes) == []
     assert {outcome.result for outcome in outcomes if outcome.fault == "cut at 50 %"} == {"loaded"}
     assert {outcome.result for outcome in outcomes if outcome.fault == "one bit flipped, always"} == {"error"}
@@ -44,8 +46,8 @@ def believe(file: Path) -> str:
 
 @pytest.mark.slow
 def test_the_report_notices_what_is_believed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fault_report.FILE_TASKS, "timm", believe)
-    outcomes = fault_report.run(bench, ["headers"], lambda case: case.fault in ("nothing", "a list"))
+    monkeypatch.setitem(FILE_TASKS, "timm", believe)
+    outcomes = run(bench, ["headers"], lambda case: case.fault in ("nothing", "a list"))
     results = {(outcome.entry_point, outcome.result) for outcome in outcomes}
     assert results == {("timm", "BELIEVED"), ("weights import", "refused")}
 
@@ -54,6 +56,6 @@ def test_the_report_notices_what_is_believed(bench: Bench, monkeypatch: pytest.M
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_fault_is_survived(bench: Bench, group: str) -> None:
     first = "timm" if group in ("network", "disk") else None  # the other entry points: the report, and the few above
-    outcomes = fault_report.run(bench, [group], lambda case: first in (None, case.entry_point))
+    outcomes = run(bench, [group], lambda case: first in (None, case.entry_point))
     assert outcomes
     assert bad(outcomes) == []

@@ -56,8 +56,8 @@ except RuntimeError as error:
 print(json.dumps([names, helps, built, refusal, sys.modules["spd_zoo"].__file__]))
 """
 DEFAULT_WEIGHTS = """
-net = torch.hub.load(repo, "pyconvresnet50_spd", source="local", pretrained=True)
-print(json.dumps([net.num_classes, net.pretrained_cfg["label_names"][69]]))
+net = torch.hub.load(repo, "tf_efficientnet_lite0_spd", source="local", pretrained=True)
+print(json.dumps([net.num_classes, net.pretrained_cfg["label_names"][967]]))
 """
 
 
@@ -92,4 +92,4 @@ def test_hub_lists_explains_and_builds_exactly_the_networks_from_the_checkout(re
 
 @pytest.mark.slow
 def test_hub_loads_the_default_weights(repo: Path) -> None:
-    assert run(DEFAULT_WEIGHTS, repo) == [100, "rocket"]
+    assert run(DEFAULT_WEIGHTS, repo) == [1000, "n07920052"]  # espresso

@@ -12,7 +12,7 @@ import golden
 import pytest
 import timm
 import torch
-from networks import assert_close, load, noise, originals, random_network
+from networks import assert_close, authors_tensors, load, noise, random_network
 from pictures import make_folders
 from PIL import Image
 from shared_data import shared
@@ -210,7 +210,7 @@ def test_an_int8_detector_sees_the_same_in_images(
     family: str, name: str, save: Callable[..., Path], quantized: Callable[..., Any]
 ) -> None:
     case = next(case for case in golden.cases(family) if case["model"] == name)
-    net = load(name, save(originals(case)), **case["model_args"])
+    net = load(name, save(authors_tensors(case)), **case["model_args"])
     small = quantized(net, [noise(4, 3, 64, 64), noise(5, 3, 64, 64)])
     images = noise(6, 3, 64, 64)
     for raws in zip(logits_of(net, images), logits_of(small, images), strict=True):

@@ -11,7 +11,8 @@ from pictures import make_folders
 from torch import nn
 
 from spd_zoo.cli.main import main
-from spd_zoo.process import ran_out_of_memory
+from spd_zoo.process import Process, ran_out_of_memory
+from spd_zoo.training.memory import choose_micro_batches, free_memory
 from spd_zoo.weights import save_network
 
 Capture = pytest.CaptureFixture[str]
@@ -210,3 +211,39 @@ def test_a_device_that_is_not_there_is_one_sentence(
         errors = capsys.readouterr().err
         assert errors.startswith(f"spd-zoo: error: cannot use device {device!r}: ") and errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_free_memory_is_unknown_a_step_is_computed_at_once(capsys: Capture) -> None:
+    process = Process(torch.device("meta"))
+    assert free_memory(process.device) is None
+    assert choose_micro_batches(2**20, 2.0**30, 64, False, process) == 1
+    assert "how much memory is free on meta is not known" in capsys.readouterr().out
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+    found = []
+    for count in ("1", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        found.append(free_memory(torch.device("cpu")))
+    assert found == [8_000_000 * 1024, 2_000_000 * 1024]
+
+
+@pytest.mark.parametrize(
+    ("free", "batch_size", "pairs", "count"),
+    [
+        (1000, 16, False, 1),  # 16 images of 30 bytes, and half as much again, in four fifths of it
+        (600, 16, False, 2),
+        (150, 16, False, 8),
+        (10, 16, False, 8),  # not less than two images in each
+        (10, 16, True, 8),
+        (10, 12, True, 2),  # 12 images in four parts would be three, of which Mixup makes no pairs
+        (10, 15, False, 1),  # no two equal parts
+    ],
+)
+def test_a_step_is_cut_until_it_fits(
+    monkeypatch: pytest.MonkeyPatch, free: float, batch_size: int, pairs: bool, count: int
+) -> None:
+    monkeypatch.setattr("spd_zoo.training.memory.free_memory", lambda _: free)
+    assert choose_micro_batches(0, 30, batch_size, pairs, Process(torch.device("cpu"))) == count

@@ -14,7 +14,7 @@ import timm
 import timm_contract
 import torch
 import torch.nn.functional as F
-from networks import assert_close, config_of, load, noise, originals, random_network
+from networks import assert_close, authors_tensors, config_of, load, noise, random_network
 from PIL import Image
 from shared_data import shared
 from timm.layers import DropPath
@@ -94,7 +94,7 @@ def images(name: str, count: int, height: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize(("case", "name"), twins())
 def test_computes_what_the_authors_code_computes(case: dict[str, Any], name: str, save: Any) -> None:
-    net = load(name, save(originals(case)), **case["model_args"])
+    net = load(name, save(authors_tensors(case)), **case["model_args"])
     assert sum(parameter.numel() for parameter in net.parameters()) == case["params"] or name != case["model"]
     x = torch.from_numpy(golden.make_input(**case["input"]))
     with torch.inference_mode():
@@ -116,7 +116,7 @@ def maps_of(net: nn.Module, case: dict[str, Any], upstream: Any) -> dict[str, Te
     The output of a module of theirs is that of our block, or of our stem or head, which has its last tensor.
     """
     filter_fn = sys.modules[type(net).__module__].checkpoint_filter_fn
-    tensors = originals(case)
+    tensors = authors_tensors(case)
     maps: dict[str, Tensor] = {}
     for name in upstream:
         keys = [key for key in tensors if key.startswith(f"{name}.") and not key.endswith(".attention_bias_idxs")]
@@ -139,7 +139,7 @@ def maps_of(net: nn.Module, case: dict[str, Any], upstream: Any) -> dict[str, Te
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyconvresnet18", "pyconvresnet50_spd", "resnet18_spd"])
 def test_checkpoints_load_from_every_container(name: str, save: Any) -> None:
-    tensors = originals(case_of(name))
+    tensors = authors_tensors(case_of(name))
     prefixed = {f"module.{key}": tensor for key, tensor in tensors.items()}
     plain = load(name, save(tensors))
     expected = plain.state_dict()
@@ -168,7 +168,7 @@ def test_checkpoints_load_from_every_container(name: str, save: Any) -> None:
     ids=lambda case: case["id"],
 )
 def test_a_file_brings_its_own_number_of_classes(case: dict[str, Any], save: Any) -> None:
-    tensors = originals(case)
+    tensors = authors_tensors(case)
     net = load(case["model"], save(tensors))
     assert net.num_classes == case["model_args"]["num_classes"]
     classifier = [tensor for key, tensor in tensors.items() if key.endswith("weight")][-1]
@@ -180,7 +180,7 @@ def test_a_file_brings_its_own_number_of_classes(case: dict[str, Any], save: Any
 
 @pytest.mark.slow
 def test_a_missing_tensor_is_refused_even_with_another_number_of_classes(save: Any) -> None:
-    tensors = originals(case_of("pyconvresnet18"))
+    tensors = authors_tensors(case_of("pyconvresnet18"))
     del tensors["layer3.1.bn2.running_var"]
     with pytest.raises(spd_zoo.WeightsError, match=r"1 of \d+ tensors are missing.*stages\.2\.1\.bn2\.running_var"):
         load("pyconvresnet18", save(tensors), num_classes=7)
@@ -188,7 +188,7 @@ def test_a_missing_tensor_is_refused_even_with_another_number_of_classes(save: A
 
 @pytest.mark.slow
 def test_a_surplus_tensor_is_refused_even_with_another_number_of_classes(save: Any) -> None:
-    tensors = originals(case_of("pyconvresnet18"))
+    tensors = authors_tensors(case_of("pyconvresnet18"))
     tensors["layer1.2.bn1.bias"] = torch.zeros(64)
     with pytest.raises(spd_zoo.WeightsError, match=r"1 tensors have no place.*stages\.0\.2\.bn1\.bias"):
         load("pyconvresnet18", save(tensors), num_classes=7)
@@ -196,7 +196,7 @@ def test_a_surplus_tensor_is_refused_even_with_another_number_of_classes(save: A
 
 @pytest.mark.slow
 def test_a_tensor_of_another_shape_is_refused_even_with_another_number_of_classes(save: Any) -> None:
-    tensors = originals(case_of("resnet18_spd"))
+    tensors = authors_tensors(case_of("resnet18_spd"))
     tensors["conv5_x.1.residual_function.3.weight"] = torch.zeros(512, 512, 1, 1)
     with pytest.raises(spd_zoo.WeightsError, match=r"stages\.3\.1\.residual\.3\.weight has shape \[512, 512, 1, 1\]"):
         load("resnet18_spd", save(tensors), num_classes=7)
@@ -208,7 +208,7 @@ def test_the_error_for_another_networks_checkpoint_names_the_one_it_fits(num_cla
     case = next(case for case in CASES if case["id"] == "spd_resnet18_asreleased_tin200")
     kwargs = {} if num_classes is None else {"num_classes": num_classes}
     with pytest.raises(spd_zoo.WeightsError, match=r"does not fit resnet18_spd: .*; it fits resnet50_spd$"):
-        load("resnet18_spd", save(originals(case)), **kwargs)
+        load("resnet18_spd", save(authors_tensors(case)), **kwargs)
 
 
 def test_a_checkpoint_of_no_network_is_said_to_fit_none(save: Any) -> None:
@@ -907,3 +907,23 @@ def test_pruning_leaves_the_stages_that_a_map_needs() -> None:
     assert net.prune_intermediate_layers([2]) == [2]
     assert net.forward_features(x).shape == expected
     assert (net.num_classes, net.num_features) == (0, expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", {timm.model_entrypoint(name).__module__: name for name in own_networks()}.values())
+def test_a_network_takes_timms_usual_arguments_or_names_those_that_it_does_not_have(name: str) -> None:
+    usual: dict[str, Any] = {
+        "output_stride": 16,
+        "norm_layer": nn.BatchNorm2d,
+        "act_layer": nn.ReLU,
+        "img_size": 64,
+        "bn_eps": 1e-3,
+    }
+    usual |= {"drop_rate": 0.1, "drop_path_rate": 0.1, "global_pool": "max", "depths": (1, 1, 1, 1)}
+    for argument, value in usual.items():
+        try:
+            timm.create_model(name, device="meta", **{argument: value})
+        except TypeError as error:
+            assert str(error).startswith(f"{name} has no argument {argument}; it has "), error
+        except ValueError as error:
+            assert argument in str(error), error

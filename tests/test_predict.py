@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -12,8 +13,12 @@ from networks import config_of
 from PIL import Image
 from timm.models import save_for_hf
 
+from spd_zoo.data.labelled import open_data
+from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import find_images, read_image
 from spd_zoo.inference.classifier import predict
+from spd_zoo.training.config import FinetuneConfig
+from spd_zoo.training.finetune import finetune
 from spd_zoo.weights import WeightsError
 from spd_zoo.weights.load import ModelError, class_names, timm_name
 
@@ -193,7 +198,57 @@ def test_a_folder_without_images_beside_others_is_left_out(tmp_path: Path) -> No
     for name in ("empty", "full"):
         (tmp_path / name).mkdir()
     image = write_image(tmp_path / "full" / "a.png")
-    assert find_images([str(tmp_path / "empty"), str(tmp_path / "full")]) == [image]
+    notes = Notes()
+    assert find_images([str(tmp_path / "empty"), str(tmp_path / "full")], notes) == [image]
+    assert notes.lines() == [f"the folder {tmp_path / 'empty'} holds no image"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("[" * 100_000, "is no JSON that can be read"),
+        ("[1]", "is invalid at top level"),
+        ({"architecture": 3}, "is invalid at architecture: 3 is not of type 'string'"),
+        ({"num_classes": "2"}, "is invalid at num_classes"),
+        ({"model_args": [1]}, "is invalid at model_args"),
+        ({"pretrained_cfg": None}, "is invalid at pretrained_cfg"),
+        ({"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, "1000000 is greater than the maximum"),
+        ({"pretrained_cfg": {"std": [0, 1, 1]}}, "is invalid at std/0"),
+        ({"pretrained_cfg": {"crop_mode": "middle"}}, "is invalid at crop_mode: 'middle' is not one of"),
+        ({"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5]}}, "other numbers of channels"),
+        ({"label_names": ["a"]}, "names 1 classes, but num_classes is 2"),
+    ],
+    ids=range(11),
+)
+def test_a_config_that_no_network_has_is_one_sentence(tmp_path: Path, changes: Any, message: str) -> None:
+    good = {"architecture": "cifar_resnet20", "num_classes": 2, "pretrained_cfg": {}}
+    text = changes if isinstance(changes, str) else json.dumps(good | changes)
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.safetensors").touch()
+    for name in (str(tmp_path), f"local-dir:{tmp_path}"):
+        with pytest.raises(WeightsError, match=re.escape(str(tmp_path / "config.json")) + f".*{message}"):
+            timm_name(name)
+    with pytest.raises(WeightsError, match=message):
+        finetune(FinetuneConfig(f"local-dir:{tmp_path}", "data", tmp_path / "run"))
+
+
+def test_linked_folders_are_read_once_around_a_circle_and_broken_links_are_named(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "1.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a" / "2.png")
+    try:
+        (tmp_path / "in" / "a" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in" / "a", target_is_directory=True)
+        (tmp_path / "in" / "a" / "3.png").symlink_to(tmp_path / "nowhere.png")
+    except (OSError, NotImplementedError):
+        pytest.skip("this system or user makes no symbolic links")
+    found = [file.relative_to(tmp_path / "in" / "a").as_posix() for file in find_images([str(tmp_path / "in")])]
+    assert found == ["2.png", "3.png", "link/1.png"]
+    data = open_data(tmp_path / "in", "train")
+    assert data is not None and len(data) == 3
+    with pytest.raises(ValueError, match="this link leads to no file"):
+        read_image(tmp_path / "in" / "a" / "3.png")
 
 
 def test_a_glob_that_fits_nothing_says_so(tmp_path: Path) -> None:

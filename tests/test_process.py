@@ -46,3 +46,18 @@ def test_a_process_alone_exchanges_values_with_itself(capsys: pytest.CaptureFixt
     process.print("once")
     Process(torch.device("cpu"), rank=1, world=2).print("never")
     assert capsys.readouterr().out == "once\n"
+
+
+def test_a_device_without_numbers_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="cannot use device 'meta': ") as refused:
+        pick_device("meta")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_device_that_this_torch_was_not_built_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(*_: object, **__: object) -> None:
+        raise NotImplementedError("Could not run 'aten::empty.memory_format' with arguments from the 'XLA' backend.")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(ValueError, match=r"^cannot use device 'xla': this build of torch does not compute on it$"):
+        pick_device("xla")

@@ -174,3 +174,30 @@ def test_a_saved_network_is_what_it_was(convert: bool, tmp_path: Path) -> None:
 def test_the_name_of_saved_networks_is_for_these_alone() -> None:
     with pytest.raises(ValueError, match="resolution_kept is made from a saved network alone"):
         timm.create_model("resolution_kept")
+
+
+def test_a_network_without_strides_has_none_to_take_away() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    with pytest.raises(ValueError, match=r"no convolution and no pooling of Sequential .* no stride to take away"):
+        keep_resolution(net, example_input=torch.zeros(1, 3, 32, 32))
+
+
+class LargeImages(nn.Module):
+    """A network that takes no images below 32 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < 32:
+            raise RuntimeError("images of 32 pixels at least\nC++ stack trace")
+        return self.conv(x)
+
+
+def test_a_network_that_takes_no_smaller_images_stays_as_it_was() -> None:
+    net = LargeImages()
+    reason = r"does not take images of 16x16 pixels without the stride of conv: images of 32 pixels at least$"
+    with pytest.raises(ValueError, match=reason):
+        keep_resolution(net, inplace=True, example_input=torch.zeros(1, 3, 32, 32))
+    assert net.conv.stride == (2, 2)

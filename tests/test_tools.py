@@ -11,6 +11,7 @@ import bundle_weights
 import compare_starts
 import convert_experiment
 import latency
+import linear_probe
 import plain_networks
 import pytest
 import timm
@@ -279,3 +280,22 @@ def test_latency_compares_the_runtimes_of_an_exported_file() -> None:
     row = latency.measure_exported("cifar_resnet20_pfd", 32, rounds=2)
     assert list(row) == ["network", "image_size", "torch", "onnxruntime", "openvino", "int8"]
     assert all(row[runtime] > 0 for runtime in list(row)[2:])
+
+
+@pytest.mark.slow
+def test_linear_probes_choose_a_penalty_and_classify_features_that_they_have_not_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres, labels = torch.randn(4, 200, generator=generator), torch.arange(480) % 4
+    features = centres[labels] + 3 * torch.randn(480, 200, generator=generator)
+    noise = torch.randn(480, 200, generator=generator)
+    for probe in (linear_probe.ridge_probe, linear_probe.logistic_probe):
+        hits = probe(features[:80], labels[:80], features[80:]).eq(labels[80:])
+        chance = probe(noise[:80], labels[:80], noise[80:]).eq(labels[80:])
+        assert hits.double().mean() > 0.7 and abs(chance.double().mean() - 0.25) < 0.1
+
+
+def test_images_of_a_seed_are_drawn_once_and_alike(tmp_path: Path) -> None:
+    data = make_folders(tmp_path / "data", train=5, val=2)
+    draws = [linear_probe.draw(data / "train", data / "val", tmp_path / name, 1, 2, 3) for name in ("a", "b")]
+    files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) for folder in draws]
+    assert files[0] == files[1] and len(files[0]) == 2 * (3 + 2)

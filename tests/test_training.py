@@ -1,8 +1,10 @@
 """Training: what options do, runs that go on to the same bits wherever they stopped, results that timm loads."""
 
 import json
+import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -34,6 +36,7 @@ from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
 from spd_zoo.training.steps import seed_everything
+from spd_zoo.weights import save_network
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +82,17 @@ def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders: Pa
     assert state["class_names"] == ["blue", "green", "red"]
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 9
     assert result.history[-1]["val_top1"] == result.metrics["top1"]
+
+
+def test_a_new_classifier_on_pretrained_layers_starts_with_equal_probabilities(folders: Path, tmp_path: Path) -> None:
+    still = {"epochs": 1, "lr": 1e-9, "label_smoothing": 0.0, "pretrained": True}
+    begun = run(folders, tmp_path / "new", model="cifar_resnet20.cifar100", **still)
+    assert begun.history[0]["train_loss"] == pytest.approx(math.log(3), abs=1e-3)
+    net: Any = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+    net.get_classifier().bias.data[0] = 9
+    save_network(net, tmp_path / "known")
+    kept = run(folders, tmp_path / "kept", model=f"local-dir:{tmp_path / 'known'}", **still)
+    assert kept.history[0]["train_loss"] > 5
 
 
 def test_a_run_says_how_it_was_made(folders: Path, tmp_path: Path) -> None:
@@ -410,6 +424,39 @@ def test_images_are_held_out_where_there_is_no_val_split(folders: Path, tmp_path
     assert run(folders, tmp_path / "share", epochs=1, val_split=0.5).metrics["images"] == 12
     assert run(folders, tmp_path / "count", epochs=1, val_size=3).metrics["images"] == 3
     assert run(folders, tmp_path / "named", epochs=1, val_name="test").metrics["images"] == 6
+
+
+def test_how_many_images_are_held_out_by_which_seed_is_printed(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folders / "val").rename(folders / "test")
+    for check in (True, False):
+        finetune(config(folders, tmp_path / "run", dry_run=True, seed=7, check=check))
+        note = "has no split val: 6 of 24 training images are held out for validation, drawn by the seed 7"
+        assert capsys.readouterr().out.count(note) == 1
+
+
+def test_missing_plots_are_a_note_before_training(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="few"):
+        finetune(config(folders, tmp_path / "run", batch_size=None, accumulate=30))
+    assert "no plots, because matplotlib is not installed: pip install 'spd-zoo[train]'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("run.yaml", "- 1"), ("run.yaml", "epochs: [1]"), ("data.json", "[1]"), ("data.json", "[" * 100_000)],
+)
+def test_a_damaged_file_of_a_run_is_named(folders: Path, tmp_path: Path, name: str, text: str) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.yaml").write_text(to_yaml(config(folders, out)))
+    (out / "data.json").write_text('{"fingerprint": ""}')
+    (out / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(out))):
+        finetune(config(folders, out))
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:

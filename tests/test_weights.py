@@ -122,6 +122,20 @@ def test_a_file_is_named_exactly_where_the_link_is_a_folder(entry: Entry) -> Non
     assert bool(entry.original_file) == ("/folders/" in str(entry.original_link))
 
 
+def test_the_classes_of_tiny_imagenet_are_in_the_order_of_its_wnids_and_have_english_words() -> None:
+    cfg = config_of("resnet50_spd.spd_tiny_in200").to_dict()
+    wnids = "".join(f"{name}\n" for name in cfg["label_names"])  # wnids.txt, which is not sorted
+    assert hashlib.sha256(wnids.encode()).hexdigest().startswith("a36eb4b603007f1985cdfbfc5987166a")
+    assert class_names(cfg)[:3] == ["Egyptian cat", "reel", "volleyball"]
+    assert list(cfg["label_descriptions"]) == list(cfg["label_names"])
+
+
+@pytest.mark.parametrize("name", ["n00000000", "cat", "n0212407"])
+def test_names_that_are_no_wordnet_ids_of_timms_have_no_english_words(name: str) -> None:
+    entry = replace(entries()["resnet50_spd.spd_tiny_in200"], class_names=("n02124075", name))
+    assert entry.label_names == ("n02124075", name) and entry.label_descriptions is None
+
+
 @pytest.mark.parametrize("entry", CHECKPOINTS, ids=lambda entry: entry.name)
 def test_a_checkpoint_names_all_its_classes_or_none(entry: Entry) -> None:
     assert entry.label_names is None or len(set(entry.label_names)) == entry.num_classes

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from spd_zoo.errors import first_line
 from spd_zoo.weights.manifest import WeightsError
 
 __all__ = [
@@ -120,9 +121,9 @@ def _sentence(error: Exception, lower: str) -> str:
         package = (error.name or "").partition(".")[0]
         install = package if package == "tensorboard" else f"spd-zoo{_EXTRAS.get(package, '')}"
         return f"this needs the package {error.name}: pip install '{install}'"
-    first_line = str(error).strip().partition("\n")[0]
-    if isinstance(error, RuntimeError) and first_line.startswith("DataLoader worker (pid"):  # ended by the system
-        return f"a process that reads images ended: {first_line}; if memory ran out, use fewer --workers"
+    reason = first_line(error)
+    if isinstance(error, RuntimeError) and reason.startswith("DataLoader worker (pid"):  # ended by the system
+        return f"a process that reads images ended: {reason}; if memory ran out, use fewer --workers"
     return ""
 
 

@@ -9,7 +9,14 @@ from spd_zoo.weights.manifest import entries
 
 __all__ = ["add"]
 
-_NAMES = ("model", "models", "name", "names")  # arguments that take a network or a checkpoint
+_NAMES = (
+    "model",
+    "models",
+    "name",
+    "names",
+    "teacher",
+    "teacher_model",
+)  # arguments that take a network or a checkpoint
 _FILES = ("images", "file", "out", "results", "manifest", "config", "data")
 
 
@@ -29,12 +36,12 @@ def _run(make_parser: Callable[[], argparse.ArgumentParser], options: argparse.N
         if action.dest in _NAMES:
             action.complete = {  # type: ignore[attr-defined]
                 "bash": "_spd_zoo_networks",
-                "zsh": f"\"_alternative 'networks:network:({names})' 'files:folder of a run:_files -/'\"",
+                "zsh": f"\"_alternative 'networks:network:({names})' 'files:folder of a run, or image:_files'\"",
                 "tcsh": f"`echo {names}`",
             }
         elif action.dest in _FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    bash = f'_spd_zoo_networks() {{ compgen -W "{names}" -- "$1"; compgen -d -- "$1"; }}'
+    bash = f'_spd_zoo_networks() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}'
     print(shtab.complete(parser, options.shell, preamble=bash if options.shell == "bash" else ""))
     return 0
 

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_zoo.cli import results
-from spd_zoo.cli.common import DEVICE, Commands, add_command, complain, explained, positive, print_notes
+from spd_zoo.cli.common import DEVICE, CommandError, Commands, add_command, complain, explained, positive, print_notes
 
 if TYPE_CHECKING:
     from spd_zoo.inference.classifier import Prediction
@@ -14,13 +16,18 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 _LOWER = "use a smaller --batch-size"
+_CHECKPOINTS = (".bin", ".ckpt", ".onnx", ".pt", ".pt2", ".pth", ".safetensors", ".tar")
 
 
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "predict", _run, "classify images")
     command.add_argument(
-        "model", metavar="MODEL", help="network, with or without a tag, a run, or an exported .onnx file"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="network, with or without a tag, a run, or an ONNX file (default: tf_efficientnet_lite0_spd, which knows "
+        "the 1,000 classes of ImageNet)",
     )
     command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
     command.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes per image (default: 5)")
@@ -32,6 +39,7 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     class_map = results.class_map(options)
+    _set_model(options)
     if options.results is not None:
         from spd_zoo.inference.results import classification
 
@@ -68,6 +76,61 @@ def _run(options: argparse.Namespace) -> int:
         print("\n]")
     print_notes(notes.lines())
     return int(failed)
+
+
+def _set_model(options: argparse.Namespace) -> None:
+    """Sets the default network unless the first argument is a network; it then is one of the images.
+
+    Raises:
+        CommandError: If it could be both, or cannot be used.
+        ModelError: If there is nothing of this name.
+    """
+    from spd_zoo.inference.classifier import DEFAULT_CLASSIFIER
+
+    first = options.model
+    if first is not None and _is_model(first):
+        return
+    options.model = DEFAULT_CLASSIFIER
+    if first is not None:
+        options.images = [first, *options.images]
+    if options.images or options.data:
+        print_notes([f"no network is named, so {DEFAULT_CLASSIFIER} is used (1,000 classes of ImageNet)"])
+
+
+def _is_model(first: str) -> bool:
+    """Whether the first argument is a network or the folder of a run; otherwise it names images."""
+    from spd_zoo.data.reading import SUFFIXES, ImageFilter
+    from spd_zoo.weights.catalogue import unknown_network
+    from spd_zoo.weights.folder import CONFIG, WEIGHTS
+    from spd_zoo.weights.load import is_network
+
+    exists, is_folder = os.path.exists(first), os.path.isdir(first)  # noqa: PTH110, PTH112  (any text may come)
+    suffix = Path(first).suffix.lower()
+    if (suffix in SUFFIXES and not is_folder) or "://" in first:
+        return False
+    if suffix == ".onnx" and not is_folder:
+        return True
+    if is_network(first):
+        if exists:
+            raise CommandError(
+                f"{first} is the name of a network, and of a file or folder here; write ./{first} for the latter, or "
+                "the network with its tag"
+            )
+        return True
+    if is_folder:
+        is_image, inside = ImageFilter(), Path(first)
+        if any((inside / name).exists() for name in (CONFIG, WEIGHTS, "run.yaml")):
+            return True
+        if not any(is_image(file, inside) for file in inside.rglob("*")):
+            raise CommandError(f"{first} is a folder without images, and without the {CONFIG} of a finished run")
+    elif suffix in _CHECKPOINTS and exists:
+        raise CommandError(
+            f"{first} is neither a network nor an image; for a checkpoint, run `spd-zoo weights import NETWORK.TAG "
+            "FILE` and give NETWORK.TAG"
+        )
+    elif not exists and not set(first) & set("*?["):
+        raise unknown_network(first, "network, file or folder")
+    return False
 
 
 def _as_json(prediction: "Prediction") -> dict[str, Any]:

@@ -17,13 +17,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
 from spd_zoo.data.classes import DataError, clean_name
 from spd_zoo.data.reading import ImageFilter, is_url, read_image
 from spd_zoo.data.splits import find_split, split_notes, split_of
+from spd_zoo.files import read_yaml
 
 __all__ = ["BoxImages", "Objects", "hold_out", "open_boxes", "with_names"]
 
@@ -279,7 +279,7 @@ def _coco(root: Path, file: Path) -> BoxImages:
         for image in images:
             size = int(image["width"]), int(image["height"])
             collected.add(folder / image["file_name"], size, boxes.pop(image["id"], ()))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"cannot read {file} as JSON: {error}") from error
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
@@ -317,9 +317,10 @@ def _yolo_names(root: Path) -> list[str]:
     for file in (root / "data.yaml", root / "data.yml", *sorted(root.glob("*.yaml"))):
         if file.is_file():
             try:
-                names = (yaml.safe_load(_text(file)) or {}).get("names")
-            except (yaml.YAMLError, AttributeError) as error:
-                raise DataError(f"{file} is not YAML with names of classes: {' '.join(str(error).split())}") from error
+                found = read_yaml(file)
+            except ValueError as error:
+                raise DataError(str(error)) from error
+            names = found.get("names") if isinstance(found, dict) else None
             if isinstance(names, dict) and names.keys() == set(range(len(names))):
                 names = [names[i] for i in range(len(names))]
             if not isinstance(names, list):

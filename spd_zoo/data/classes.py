@@ -11,6 +11,7 @@ import yaml
 from timm.utils.misc import natural_key
 
 from spd_zoo.data.notes import count, some
+from spd_zoo.files import compose_yaml
 from spd_zoo.weights.load import class_names, class_synonyms
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "look_alikes",
     "match_classes",
     "network_classes",
+    "outputs_of",
     "renamed",
     "without_unused",
 ]
@@ -142,16 +144,7 @@ def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str
     names = [clean_name(name) for name in data.class_names]
     names = [(class_map or {}).get(name, name) for name in names]
     used = sorted(data.used())
-    numbers, note = {i: known[name] for i, name in enumerate(names) if name in known}, ""
-    if not numbers.keys() >= set(used) and class_map is None:
-        for places in (range(len(names)), used):  # classes that do not occur may be unknown
-            guess, note = _guessed([names[i] for i in places], network)
-            if guess:
-                numbers = dict(zip(places, guess, strict=True))
-                break
-    elif not network.named and class_map is None and set(numbers.values()) != set(range(len(outputs))):
-        occurring = some([names[i] for i in used])
-        note = f"the network does not name its classes; {occurring} are taken for the numbers of its outputs"
+    numbers, note = _found(names, used, network, guess=class_map is None)
     missing = next((data.class_names[i] for i in used if i not in numbers), None)
     if missing is not None:
         raise DataError(
@@ -168,6 +161,33 @@ def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str
     return data.renumbered([numbers.get(i, 0) for i in range(len(names))], outputs, notes)
 
 
+def outputs_of(class_names: Sequence[str], network: NetworkClasses, called: str) -> tuple[list[int], str]:
+    """The output of a network for each of some classes, which `match_classes` would find; and the note of a guess.
+
+    Args:
+        class_names: The classes.
+        network: What the network tells apart.
+        called: What messages call the network.
+
+    Raises:
+        DataError: If a class is not among the network's, or the network does not tell two of them apart.
+    """
+    names = [clean_name(name) for name in class_names]
+    numbers, note = _found(names, range(len(names)), network)
+    missing = next((class_names[i] for i in range(len(names)) if i not in numbers), None)
+    if missing is not None:
+        raise DataError(
+            f"{called} has no class {missing!r}. The data has {_listed(class_names)}; {called} has "
+            f"{_listed(network.names)}. Each class of the data must be one of them, by its name or WordNet id"
+        )
+    outputs = [numbers[i] for i in range(len(names))]
+    twice = next((output for output, count in Counter(outputs).items() if count > 1), None)
+    if twice is not None:
+        same = [name for name, output in zip(class_names, outputs, strict=True) if output == twice]
+        raise DataError(f"{' and '.join(map(repr, same))} are one class of {called}, {network.names[twice]!r}")
+    return outputs, note
+
+
 def without_unused(data: _T) -> _T:
     """`data` without the classes that no image is of, and a note that names them."""
     used = sorted(data.used())
@@ -178,6 +198,23 @@ def without_unused(data: _T) -> _T:
     note = f"{count(len(unused), 'class', 'classes')} without anything to train on left out: {some(unused)}"
     place = {label: i for i, label in enumerate(used)}
     return data.renumbered([place.get(i, 0) for i in range(len(data.class_names))], names, [note])
+
+
+def _found(
+    names: Sequence[str], used: Sequence[int], network: NetworkClasses, guess: bool = True
+) -> tuple[dict[int, int], str]:
+    """The network's output for each place in `names` that has one, and the note of a guess; `used` places need one."""
+    known = network.numbers()
+    numbers, note = {i: known[name] for i, name in enumerate(names) if name in known}, ""
+    if not numbers.keys() >= set(used) and guess:
+        for places in (range(len(names)), used):  # classes that do not occur may be unknown
+            outputs, note = _guessed([names[i] for i in places], network)
+            if outputs:
+                return dict(zip(places, outputs, strict=True)), note
+    elif not network.named and guess and set(numbers.values()) != set(range(len(network.names))):
+        occurring = some([names[i] for i in used])
+        note = f"the network does not name its classes; {occurring} are taken for the numbers of its outputs"
+    return numbers, note
 
 
 def _guessed(names: Sequence[str], network: NetworkClasses) -> tuple[Sequence[int], str]:
@@ -219,11 +256,11 @@ def load_class_map(file: str | Path) -> dict[str, str]:
         DataError: If there is no such file, or it holds something else.
     """
     try:
-        node = yaml.compose(Path(file).read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+        node = compose_yaml(Path(file))
     except OSError as error:
         raise DataError(f"cannot read the class map {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"the class map {file} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise DataError(f"the class map {error}") from error
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     if not pairs or not all(isinstance(side, yaml.ScalarNode) for pair in pairs for side in pair):
         raise DataError(

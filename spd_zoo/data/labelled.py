@@ -16,8 +16,9 @@ from PIL import Image
 
 from spd_zoo.data.classes import DataError, clean_name, in_order, look_alikes
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import ImageFilter, is_url, read_image
+from spd_zoo.data.reading import ImageFilter, files_in, is_url, read_image
 from spd_zoo.data.splits import find_split, looks_like_split, split_notes, split_of
+from spd_zoo.errors import first_line
 
 __all__ = [
     "DataError",
@@ -49,6 +50,8 @@ class _EncodedColumn:
 
     def __getitem__(self, index: int) -> str | BytesIO:
         image = self.dataset[index][self.column]
+        if image is None:
+            raise ValueError("this row holds no image")
         return BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
 
 
@@ -231,12 +234,7 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
     labels: list[int] = []
     nested, split_inside = [], []
     for top in classes:
-        images = [
-            image
-            for inside, _, names in sorted(os.walk(top, followlinks=True))
-            for name in sorted(names)
-            if is_image(image := Path(inside, name), folder)
-        ]
+        images = [image for file in sorted(files_in(top), key=os.path.split) if is_image(image := Path(file), folder)]
         if not images:
             parts = [f"class folder {top} holds no image", *is_image.notes(folder), "fill it or remove it"]
             raise DataError("; ".join(parts))
@@ -300,10 +298,16 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
             notes.append(f"{left_out} of {file} left out, of other splits than train, val and test: {values}")
         rows = [row for row in known if row["split"]]
     class_names = in_order(clean_name(row["label"]) for row in rows)
+    known_splits = {row.get("split", "train") for row in rows}
     if split is not None:
-        chosen = find_split({row.get("split", "train") for row in rows}, split)
+        chosen = find_split(known_splits, split)
         rows = [row for row in rows if row.get("split", "train") in chosen]
     if not rows:
+        if notes and (split == "train" or not known_splits):  # nobody else would say what was left out
+            raise DataError(
+                f"{file} has no row of the split {split}: {'; '.join(notes)}; write train, val or test into the column "
+                "split, or remove the column"
+            )
         return None
     number = {name: i for i, name in enumerate(class_names)}
     paths = [row["path"] if is_url(row["path"]) else str(file.parent / row["path"]) for row in rows]
@@ -326,7 +330,7 @@ def _load_hugging_face(name: str) -> Any:
             splits = datasets.load_dataset(builder, data_files=files)
         return splits
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
+        raise DataError(f"cannot read {name} as a data set: {first_line(error)}") from error
 
 
 def _files_by_split(folder: Path) -> dict[str, list[str]]:
@@ -345,24 +349,40 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     splits = _load_hugging_face(name)
     found = find_split(splits, split)
     if not found:
+        _refuse_without_train(name, split, splits)
         return None
     dataset = splits[found[0]]
     image_column, label_column = _columns(name, dataset.features, image_column, label_column)
     values = list(dataset.select_columns([label_column])[:][label_column])
-    if any(value is None or value == -1 for value in values):
-        raise DataError(f"{name}: rows of the split {dataset.split} have no label")
     declared = getattr(dataset.features[label_column], "names", None)
+    several = next((value for value in values if isinstance(value, list | dict)), None)
+    if several is not None:
+        raise DataError(f"{name}: the column {label_column} holds values such as {several!r}; an image needs one class")
+    texts = [_class_name(value, declared) for value in values]
+    if not all(texts):
+        raise DataError(f"{name}: {texts.count('')} rows of the split {dataset.split} have no label")
+    class_names = in_order(texts) if declared is None else list(dict.fromkeys(map(clean_name, declared)))
     notes = split_notes(name, split, found)
-    if declared is None:
-        texts = [clean_name(str(int(value) if isinstance(value, bool) else value)) for value in values]
-        class_names = in_order(texts)
-    else:
-        texts = [clean_name(declared[value]) for value in values]
-        class_names = list(dict.fromkeys(map(clean_name, declared)))
     number = {class_name: i for i, class_name in enumerate(class_names)}
     labels = [number[text] for text in texts]
     notes += look_alikes(class_names)
     return LabelledImages(_EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)), tuple(notes))
+
+
+def _class_name(value: Any, declared: Sequence[str] | None) -> str:
+    """The class of a row, by its number in `declared` if there is that; "" without a label."""
+    if value is None or value != value or (declared is not None and value == -1):
+        return ""
+    if declared is not None:
+        return clean_name(declared[value])
+    whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())  # a column of 0.0 and 1.0
+    return clean_name(str(int(value) if whole else value))
+
+
+def _refuse_without_train(name: str, split: str, splits: Iterable[Any]) -> None:
+    """Raises DataError if the split that a data set lacks is the one to train on."""
+    if split == "train":
+        raise DataError(f"{name} has no split train, but {some(sorted(map(str, splits)))}; call one of them train")
 
 
 def _columns(name: str, features: Any, image_column: str, label_column: str) -> tuple[str, str]:
@@ -407,7 +427,7 @@ def open_stream(
     try:
         splits = datasets.load_dataset(name, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot read {name} as a data set: {str(error).partition(chr(10))[0]}") from error
+        raise DataError(f"cannot read {name} as a data set: {first_line(error)}") from error
     by_name = _files_by_split(Path(name)) if not any(Path(name).glob("README.md")) else {}
     if by_name and {split_of(str(read_as)) for read_as in splits} != set(by_name):
         raise DataError(
@@ -416,6 +436,7 @@ def open_stream(
         )
     found = find_split(map(str, splits), split)
     if not found:
+        _refuse_without_train(name, split, splits)
         return None
     known = found[0]
     stream: Any = splits[known]

@@ -24,6 +24,7 @@ __all__ = [
     "ImageFilter",
     "channel_mode",
     "collect_notes",
+    "files_in",
     "find_images",
     "is_url",
     "parse_size",
@@ -66,10 +67,12 @@ class ImageFilter:
         self.left_out: Counter[str] = Counter()
 
     def __call__(self, file: str | Path, folder: str | Path) -> bool:
-        """Whether a file in a folder is an image; hidden files are none, and are not counted."""
-        if any(part.startswith(".") for part in Path(file).relative_to(folder).parts) or not os.path.isfile(file):
+        """Whether a file in a folder is an image, or a broken link to one; hidden files are none, and not counted."""
+        if any(part.startswith(".") for part in Path(file).relative_to(folder).parts):
             return False
         suffix = Path(file).suffix.lower()
+        if not os.path.isfile(file):
+            return suffix in SUFFIXES and os.path.islink(file) and not os.path.exists(file)  # reading it says so
         if suffix in SUFFIXES or (not suffix.strip(".0123456789") and _is_identified(file)):
             return True
         self.left_out[suffix or "no suffix"] += 1
@@ -83,6 +86,17 @@ class ImageFilter:
         heic = "; pip install pillow-heif to read HEIC" if any(suffix in _HEIC for suffix in self.left_out) else ""
         left_out = count(self.left_out.total(), "file")
         return [f"{left_out} in {where} left out, because the suffix is not that of an image: {suffixes}{heic}"]
+
+
+def files_in(folder: str | Path) -> Iterator[str]:
+    """The paths of all files in a folder and in those inside it, also behind links, but never twice around a circle."""
+    around = {os.fspath(folder): {os.path.realpath(folder)}}
+    for inside, folders, names in os.walk(folder, followlinks=True):
+        yield from (os.path.join(inside, name) for name in names)
+        above = around.pop(inside)
+        real = {name: os.path.realpath(os.path.join(inside, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in above]
+        around |= {os.path.join(inside, name): above | {real[name]} for name in folders}
 
 
 def _is_identified(file: str | Path) -> bool:
@@ -104,7 +118,7 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Pat
 
     Args:
         patterns: Files, folders and globs.
-        notes: Takes a note for each folder that has files other than images.
+        notes: Takes a note for each folder that has no images, or other files beside them.
 
     Raises:
         ValueError: If one of the patterns is an address.
@@ -118,13 +132,15 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Pat
         for path in map(Path, matches or [pattern]):
             if os.path.isdir(path):
                 is_image = ImageFilter()
-                inside = [file for file in sorted(path.rglob("*")) if is_image(file, path)]
+                inside = [file for file in sorted(map(Path, files_in(path))) if is_image(file, path)]
                 found += inside
                 empty += [] if inside else [path]
                 if notes is not None:
                     notes.extend(is_image.notes(path))
             else:
                 found.append(path)
+    if found and notes is not None:
+        notes.extend(f"the folder {folder} holds no image" for folder in empty)
     return found or empty
 
 
@@ -138,6 +154,8 @@ def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
         if is_url(file):
             raise _url_error(file)
         if not os.path.exists(file):
+            if os.path.islink(file):
+                raise ValueError("this link leads to no file")
             raise ValueError("there is no such file, nor does a file match it as a pattern")
         if os.path.isdir(file):
             raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, read_image
+from spd_zoo.errors import first_line
 from spd_zoo.inference.exported import load_model
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import ObjectFinder
-from spd_zoo.weights.load import ModelError, first_line, pretrained_cfg
+from spd_zoo.weights.load import ModelError, pretrained_cfg
 
 __all__ = [
+    "DEFAULT_CLASSIFIER",
     "ClassProbability",
     "Classifier",
     "ImageReader",
@@ -30,6 +32,7 @@ __all__ = [
     "transform_errors",
 ]
 
+DEFAULT_CLASSIFIER = "tf_efficientnet_lite0_spd"  # knows ImageNet's classes, and its weights are in the package
 _MOST_PIXELS = 100_000_000  # of an image that is resized before it is cropped
 
 
@@ -59,7 +62,9 @@ def transform_errors(image: Image.Image) -> Iterator[None]:
         yield
     except (OverflowError, MemoryError, RuntimeError) as error:
         width, height = image.size
-        raise ValueError(f"cannot resize this image of {width} x {height} pixels: {first_line(error)}") from error
+        raise ValueError(
+            f"cannot resize this image of {width} x {height} pixels: {first_line(error, with_type=True)}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from spd_zoo.blocks import ImageSizeError
 from spd_zoo.data.reading import parse_size, size_text
+from spd_zoo.errors import first_line
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device, ran_out_of_memory
 from spd_zoo.weights.catalogue import ModelError
 from spd_zoo.weights.download import page_or_pointer
-from spd_zoo.weights.load import first_line, load_network
+from spd_zoo.weights.load import load_network
 
 __all__ = [
     "THRESHOLDS",
@@ -234,8 +235,8 @@ def read_exported(file: Path) -> Exported:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
-            f"the metadata of {called} is incomplete or damaged ({first_line(error)}); export it again with this "
-            "version of spd-zoo"
+            f"the metadata of {called} is incomplete or damaged ({first_line(error, with_type=True)}); "
+            "export it again with this version of spd-zoo"
         ) from error
 
 

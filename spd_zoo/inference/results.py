@@ -30,6 +30,7 @@ from tqdm import tqdm
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import read_image
+from spd_zoo.errors import first_line
 from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Classifier, ClassProbability, transform_errors
 from spd_zoo.inference.detector import Detections, Detector, Placement
@@ -257,7 +258,7 @@ def write_results(
             except (Stopped, RuntimeError) as error:
                 if signals.number:  # loader workers may have got the signal, too; then torch raises RuntimeError
                     raise Stopped(signals.number, f"stopped with {done:,} of {total:,} images done") from error
-                reason = str(error).strip().partition("\n")[0]
+                reason = first_line(error)
                 if not reason.startswith("DataLoader worker (pid"):
                     raise
                 raise ResultsError(

@@ -11,7 +11,7 @@ from spd_zoo.models._classifier import Classifier
 from spd_zoo.spd import SPDConv2d, adapt_image_channels
 from spd_zoo.weights.fit import first_conv_name
 
-__all__ = ["fit_image_norm", "init_weights"]
+__all__ = ["fit_image_norm", "flat_classifier", "init_weights"]
 
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
@@ -28,7 +28,7 @@ def init_weights(net: nn.Module) -> None:
 
 
 def fit_image_norm(state_dict: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:
-    """Adapts a checkpoint to the network's image channels, and its classifier to a matrix.
+    """Adapts a checkpoint to the network's image channels.
 
     Grey images get what the network computes for three equal colours, except near the border (`_fold_colours`). Any
     other number of channels repeats the BatchNorm's in order, and the kernels as timm does.
@@ -46,6 +46,11 @@ def fit_image_norm(state_dict: dict[str, Tensor], model: Classifier) -> dict[str
                 _fold_colours(state_dict, model, name, norm)
             else:
                 _repeat_colours(state_dict, model, name, norm)
+    return state_dict
+
+
+def flat_classifier(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint with the authors' classifier, a 1x1 convolution, as a matrix."""
     classifier = state_dict.get("head.fc.weight")
     if classifier is not None and classifier.ndim == 4:
         state_dict["head.fc.weight"] = classifier.flatten(1)

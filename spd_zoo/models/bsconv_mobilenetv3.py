@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spd_zoo import weights
 from spd_zoo.blocks import HybridStem, PaddingFreeDownsample, conv_norm_act, orthonormality
-from spd_zoo.models._bsconv import fit_image_norm, init_weights
+from spd_zoo.models._bsconv import fit_image_norm, flat_classifier, init_weights
 from spd_zoo.models._classifier import Classifier, HiddenLayerHead, last_of_each_reduction
 from spd_zoo.models._registry import register_model
 
@@ -139,8 +139,12 @@ class BSConvMobileNetV3(Classifier):
             **dd,
         )
         self.regularization = regularization
-        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
+        self._traits = {"first_conv": None}  # `fit_image_channels` adapts them, timm must not
         init_weights(self)
+
+    def fit_image_channels(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint under the network's own keys, adapted to its image channels."""
+        return fit_image_norm(state_dict, self)
 
     @torch.jit.ignore
     def regularization_loss(self) -> Tensor:
@@ -169,7 +173,7 @@ _RENAMES = (  # the authors' keys -> ours
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BSConvMobileNetV3) -> dict[str, Tensor]:
     """Renames the authors' keys to ours; our own keys stay."""
-    return fit_image_norm(weights.rename(state_dict, _RENAMES), model)
+    return flat_classifier(weights.rename(state_dict, _RENAMES))
 
 
 default_cfgs = weights.default_cfgs("bsconv_mobilenetv3", classifier="head.fc")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spd_zoo import weights
 from spd_zoo.blocks import BSConvU2d, HybridStem, PaddingFreeDownsample, conv_norm_act
-from spd_zoo.models._bsconv import fit_image_norm, init_weights
+from spd_zoo.models._bsconv import fit_image_norm, flat_classifier, init_weights
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 from spd_zoo.models._registry import register_model
 
@@ -162,10 +162,14 @@ class CifarResNet(Classifier):
             **dd,
         )
         self.pre_activation = pre_activation
-        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
+        self._traits = {"first_conv": None}  # `fit_image_channels` adapts them, timm must not
         init_weights(self)
         if bsconvu:
             use_bsconvu(self)
+
+    def fit_image_channels(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint under the network's own keys, adapted to its image channels."""
+        return fit_image_norm(state_dict, self)
 
 
 def use_bsconvu(net: nn.Module) -> None:
@@ -205,7 +209,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: CifarResNet) -> d
     state_dict = weights.rename(state_dict, _PRE_ACTIVATION_STEM if model.pre_activation else _PLAIN_STEM)
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | BSConvU2d)]
     bare = [(rf"^{re.escape(name)}\.conv\.", f"{name}.") for name in convs]  # the authors wrap every convolution
-    return fit_image_norm(weights.rename(state_dict, bare), model)
+    return flat_classifier(weights.rename(state_dict, bare))
 
 
 default_cfgs = weights.default_cfgs("bsconv_resnet", classifier="head.fc")

@@ -81,14 +81,14 @@ class EfficientNetLiteSPD(EfficientNet):
     ) -> None:
         if stem_stride not in (1, 2):
             raise ValueError(f"stem_stride is 1 or 2, got {stem_stride}")
-        super().__init__(
-            decode_arch_def([list(stage) for stage in STAGES], depth, fix_first_last=True),
-            stem_size=32,
-            fix_stem=True,
-            round_chs_fn=lambda chs: round_channels(chs, multiplier=width),
-            output_stride=output_stride * 2 // stem_stride,  # timm counts with a stem of stride 2
-            **kwargs,
-        )
+        own: dict[str, Any] = {
+            "block_args": decode_arch_def([list(stage) for stage in STAGES], depth, fix_first_last=True),
+            "stem_size": 32,
+            "fix_stem": True,
+            "round_chs_fn": lambda chs: round_channels(chs, multiplier=width),
+        }
+        # timm counts with a stem of stride 2
+        super().__init__(**dict(own, **kwargs), output_stride=output_stride * 2 // stem_stride)
         if stem_stride == 1:
             stem = self.conv_stem  # a padding of 1 is what TensorFlow's rule gives at stride 1
             self.conv_stem = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False, device="meta")
@@ -99,7 +99,14 @@ class EfficientNetLiteSPD(EfficientNet):
             if isinstance(module, nn.Conv2d) and module.stride != (1, 1):
                 self.set_submodule(name, spd_conv(module))
         if isinstance(self.conv_stem, SPDConv2d):
-            self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
+            self._traits = {"first_conv": None}  # `fit_image_channels` adapts them, timm must not
+
+    def fit_image_channels(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint under the network's own keys, adapted to its image channels phase by phase."""
+        stem = state_dict.get("conv_stem.weight")
+        if isinstance(self.conv_stem, SPDConv2d) and stem is not None:
+            state_dict["conv_stem.weight"] = adapt_image_channels(stem, self.conv_stem.in_channels)
+        return state_dict
 
 
 # the keys of the packages -> timm's, outside the blocks, in the first stage and in the others
@@ -132,9 +139,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EfficientNetLiteS
     if all(conv.is_strided_weight(state_dict.get(key)) for key, conv in spd_convs.items()):
         for key, conv in spd_convs.items():
             state_dict[key] = conv.from_strided(state_dict[key])
-    stem = state_dict.get("conv_stem.weight")
-    if isinstance(model.conv_stem, SPDConv2d) and stem is not None:
-        state_dict["conv_stem.weight"] = adapt_image_channels(stem, model.in_chans)
     return state_dict
 
 

@@ -185,9 +185,16 @@ class PyConvResNet(Classifier):
             feature_info.append({"num_chs": chs, "reduction": reduction, "module": f"stages.{i}"})
         super().__init__(stem, stages, feature_info, num_classes, in_chans, global_pool, drop_rate, **dd)
         if spd:
-            self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
+            self._traits = {"first_conv": None}  # `fit_image_channels` adapts them, timm must not
         if weight_init != "skip":
             self.init_weights(zero_init_residual)
+
+    def fit_image_channels(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint under the network's own keys, adapted to its image channels phase by phase."""
+        stem = state_dict.get("stem.0.weight")
+        if isinstance(self.stem[0], SPDConv2d) and stem is not None:
+            state_dict["stem.0.weight"] = adapt_image_channels(stem, self.in_chans)
+        return state_dict
 
     @torch.no_grad()
     def init_weights(self, zero_init_residual: bool = False) -> None:
@@ -221,9 +228,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyConvResNet) -> 
         for name, module in model.named_modules():
             if isinstance(module, PhaseMix):
                 state_dict.setdefault(f"{name}.weight", module.initial_weight())
-    stem = state_dict.get("stem.0.weight")
-    if isinstance(model.stem[0], SPDConv2d) and stem is not None and stem.ndim == 4:
-        state_dict["stem.0.weight"] = adapt_image_channels(stem, model.in_chans)
     return state_dict
 
 

@@ -119,7 +119,14 @@ class SPDResNet(Classifier):
             stages.append(stage)
             feature_info.append({"num_chs": chs, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
         super().__init__(stem, stages, feature_info, num_classes, in_chans, global_pool, drop_rate, **dd)
-        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
+        self._traits = {"first_conv": None}  # `fit_image_channels` adapts them, timm must not
+
+    def fit_image_channels(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint under the network's own keys, adapted to its image channels phase by phase."""
+        stem = state_dict.get("stem.1.weight")
+        if stem is not None:
+            state_dict["stem.1.weight"] = adapt_image_channels(stem, self.in_chans, order="rows_first")
+        return state_dict
 
 
 _RENAMES = (  # the authors' keys -> ours
@@ -132,12 +139,8 @@ _RENAMES = (  # the authors' keys -> ours
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SPDResNet) -> dict[str, Tensor]:
-    """Renames the authors' keys and adapts the image channels phase by phase; our own keys stay."""
-    state_dict = weights.rename(state_dict, _RENAMES)
-    if "stem.1.weight" in state_dict:
-        stem = state_dict["stem.1.weight"]
-        state_dict["stem.1.weight"] = adapt_image_channels(stem, model.in_chans, order="rows_first")
-    return state_dict
+    """Renames the authors' keys; our own keys stay."""
+    return weights.rename(state_dict, _RENAMES)
 
 
 default_cfgs = weights.default_cfgs("resnet_spd", classifier="head.fc")

@@ -160,7 +160,14 @@ class YOLOv5SPD(YoloNet):
         neck = Neck(chs[2:], outer, **dd)
         head = Head(chs[2:], self.strides, num_classes, **dd)
         super().__init__(stem, stages, neck, head, chs, num_classes, in_chans)
-        self._traits = {"first_conv": None}  # `checkpoint_filter_fn` adapts the image channels, timm must not
+        self._traits = {"first_conv": None}  # `fit_image_channels` adapts them, timm must not
+
+    def fit_image_channels(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint under the network's own keys, adapted to its image channels phase by phase."""
+        stem = state_dict.get("stem.1.conv.weight")
+        if stem is not None:
+            state_dict["stem.1.conv.weight"] = adapt_image_channels(stem, self.in_chans, order="rows_first")
+        return state_dict
 
     def num_classes_of(self, outputs: int) -> int:
         """The number of classes of a network whose first class layer has `outputs` output channels."""
@@ -222,12 +229,8 @@ _RENAMES = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: YOLOv5SPD) -> dict[str, Tensor]:
-    """Renames the authors' keys and adapts the image channels phase by phase; our own keys stay."""
-    state_dict = weights.rename(state_dict, _RENAMES)
-    if "stem.1.conv.weight" in state_dict:
-        stem = state_dict["stem.1.conv.weight"]
-        state_dict["stem.1.conv.weight"] = adapt_image_channels(stem, model.in_chans, order="rows_first")
-    return state_dict
+    """Renames the authors' keys; our own keys stay."""
+    return weights.rename(state_dict, _RENAMES)
 
 
 default_cfgs = weights.default_cfgs("yolov5_spd", classifier=("head.m.0", "head.m.1", "head.m.2"))

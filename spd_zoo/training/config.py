@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
+import reprlib
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -14,8 +15,10 @@ import yaml
 from timm.data import create_transform
 
 from spd_zoo.data.reading import parse_size
+from spd_zoo.files import read_yaml
 
 __all__ = [
+    "DISTILLATION",
     "FinetuneConfig",
     "Plan",
     "load_config",
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 RECIPES = Path(__file__).parent / "recipes"
+DISTILLATION = ("teacher_model", "teacher_size", "teacher_digest", "distill_weight", "distill_temperature")
 UNKNOWN = "unknown"  # in a recipe: its source does not give the value
 
 
@@ -120,6 +124,31 @@ class FinetuneConfig:
         "loss weights: inv_freq or effective_num (timm's, by class frequency), or one number per class",
         only="classifiers",
     )
+    # distillation
+    teacher: str = _option(
+        "",
+        "learn from the outputs of this network, too: a pretrained one, the folder of a run, or a file of weights with "
+        "--teacher-model; it must know every class of the data",
+        only="classifiers",
+    )
+    teacher_model: str = _option(
+        "",
+        "network that the weights in the file of --teacher are of; a tag says that its classes are those of the tag",
+        only="classifiers",
+    )
+    teacher_size: str | None = _option(
+        None, "pixels of the images that the teacher sees (default: its own size)", only="classifiers"
+    )
+    teacher_digest: str | None = _option(
+        None,
+        "refuse a teacher whose weights, normalisation and classes have another digest (default: recorded when a run "
+        "begins)",
+        only="classifiers",
+    )
+    distill_weight: float = _option(
+        0.9, "weight of the teacher's loss, at most 1; the loss of the labels has the rest", only="classifiers"
+    )
+    distill_temperature: float = _option(4.0, "softmax temperature of teacher and student", only="classifiers")
     # augmentation
     crop_scale: float = _option(0.5, "smallest share of the area that a random resized crop keeps", only="classifiers")
     crop_padding: int = _option(
@@ -184,6 +213,7 @@ class FinetuneConfig:
         """Refuses values without meaning."""
         object.__setattr__(self, "data", os.fspath(self.data))
         object.__setattr__(self, "out", Path(self.out))
+        object.__setattr__(self, "teacher", os.fspath(self.teacher))
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -195,7 +225,12 @@ class FinetuneConfig:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.lr is None and self.opt not in (None, "lamb", "adamw"):
             raise ValueError(f"the default learning rates are for lamb and adamw; give lr with opt {self.opt}")
-        for name in ("crop_scale", "layer_decay", "crop_pct", "decay_rate"):
+        for item in fields(self):
+            if item.name in DISTILLATION and not self.teacher and getattr(self, item.name) != item.default:
+                raise ValueError(f"{item.name} is for a teacher; give --teacher, too")
+        if not self.distill_temperature > 0:
+            raise ValueError(f"distill_temperature must be positive, got {self.distill_temperature}")
+        for name in ("crop_scale", "layer_decay", "crop_pct", "decay_rate", "distill_weight"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
         for name in ("ema", "val_split", "label_smoothing"):
@@ -224,6 +259,8 @@ class FinetuneConfig:
                 f"auto_augment {self.auto_augment!r} is no policy of timm's; give one like rand-m6-n2-mstd0.5"
             ) from error
         parse_sizes("64" if self.image_size is None else self.image_size)
+        if self.teacher_size is not None:
+            parse_size(self.teacher_size)
         parse_epochs(self.decay_epochs), parse_model_args(self.model_args)
         parse_numbers(self.mean)
         if not all(value > 0 for value in parse_numbers(self.std)):
@@ -358,8 +395,10 @@ def parse_model_args(text: str) -> dict[str, Any]:
         name, _, value = argument.partition("=")
         try:
             arguments[name.strip()] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"model_args {argument!r} is not like zero_init_residual=true or drop_rate=0.1") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"model_args {argument[:80]!r} is not like zero_init_residual=true or drop_rate=0.1"
+            ) from error
     return arguments
 
 
@@ -375,10 +414,7 @@ def load_config(file: str | Path) -> dict[str, Any]:
         if str(file) not in recipes:
             raise ValueError(f"there is no file {file}, nor a recipe of that name; recipes: {', '.join(recipes)}")
         path = recipes[str(file)]
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold lines like `epochs: 20`")
     hints = typing.get_type_hints(FinetuneConfig)
@@ -386,7 +422,7 @@ def load_config(file: str | Path) -> dict[str, Any]:
         if name not in hints:
             nearest = difflib.get_close_matches(str(name), hints, n=1)
             advice = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{path} has an unknown option {name!r}{advice}")
+            raise ValueError(f"{path} has an unknown option {reprlib.repr(name)}{advice}")
     return {
         name: value if value == UNKNOWN else _as(hints[name], value, f"{path}: {name}") for name, value in found.items()
     }
@@ -424,7 +460,7 @@ def _as(hint: Any, value: Any, where: str) -> Any:
             raise ValueError
         return wanted(value)
     except ValueError as error:
-        raise ValueError(f"{where} is {value!r}, not of the type {wanted.__name__}") from error
+        raise ValueError(f"{where} is {reprlib.repr(value)}, not of the type {wanted.__name__}") from error
 
 
 def to_yaml(config: FinetuneConfig) -> str:
@@ -439,9 +475,11 @@ def merged(stored: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
     Raises:
         ValueError: If `config` asks for something else.
     """
-    values = {}
+    values, hints = {}, typing.get_type_hints(FinetuneConfig)
     for item in dataclasses.fields(FinetuneConfig):
-        old, new = stored.get(item.name, item.default), getattr(config, item.name)
+        old, new = item.default, getattr(config, item.name)
+        if item.name in stored:
+            old = _as(hints[item.name], stored[item.name], f"{config.out / 'run.yaml'}: {item.name}")
         if item.metadata.get("free") and not (
             item.name == "workers" and stored.get("stream")
         ):  # workers share a stream

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
+from spd_zoo.errors import first_line
 from spd_zoo.process import Process, Stopped, StopSignals, join, ran_out_of_memory
+from spd_zoo.training.classification.distillation import DistilledTraining, Teacher, load_teacher
 from spd_zoo.training.config import (
     FinetuneConfig,
     Plan,
@@ -38,12 +40,14 @@ from spd_zoo.training.config import (
 )
 from spd_zoo.training.layers import classifier_of, frozen_layers, lies_in, set_trainable, set_training_mode
 from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
-from spd_zoo.training.preprocessing import Preprocessing
+from spd_zoo.training.page import plot_notes
+from spd_zoo.training.preprocessing import Preprocessing, per_channel
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, task_of
 from spd_zoo.weights import WeightsError
+from spd_zoo.weights.load import timm_name
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
 
@@ -66,7 +70,7 @@ class Result:
 
 
 def finetune(config: FinetuneConfig) -> Result | None:
-    """Trains `config.model` on `config.data`.
+    """Trains `config.model` on `config.data`, and on what `config.teacher` says of its images if there is one.
 
     `config.out` then holds
 
@@ -85,7 +89,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
         The result; None after a dry run.
 
     Raises:
-        DataError: If the data set cannot be used.
+        DataError: If the data set cannot be used, or has classes that the teacher does not know.
+        ModelError: If the teacher is no classifier.
         RunError: If the run cannot continue: the loss is not finite, or the disk is full.
         Stopped: After SIGINT or SIGTERM, when the current step is done and the state is saved.
         ValueError: If an option has no meaning, or `config.out` holds a run of another configuration.
@@ -98,20 +103,33 @@ def finetune(config: FinetuneConfig) -> Result | None:
     began = process.broadcast(folder.beginning(config) if process.first else None)
     if began is not None:
         config = merged(began.config, config)
+    if config.model.startswith("local-dir:"):
+        timm_name(config.model)  # checks the folder
     blank = _blank(config.model)
     task = task_of(blank)
     refuse_others(config, task.networks)
 
     splits = task.open_splits(config, process, began.about_data if began is not None else None)
+    teacher = None
+    if config.teacher:
+        channels = parse_model_args(config.model_args).get("in_chans", blank.in_chans)
+        teacher = load_teacher(config, splits.train.class_names, channels, process.device)
+        config = replace(config, **teacher.settings())
+        notes = splits.about.setdefault("notes", [])
+        notes += [note for note in teacher.notes if note not in notes]
     if "train" not in splits.about:
         process.print("the images are not checked")
     for line in in_words(splits.about):
         process.print(line)
+    if teacher is not None:
+        process.print(teacher.in_words(config))
     if config.dry_run:
         return None
+    for note in plot_notes():
+        process.print(f"note: {note}")
 
-    chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process)
-    run = start(chosen, task, splits, folder, process)
+    chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process, teacher)
+    run = start(chosen, task, splits, folder, process, teacher)
     try:
         with StopSignals() as signals, _progress_bar(run) as bar:
             while len(run.history) < config.epochs and not _stagnates(run):
@@ -124,7 +142,15 @@ def finetune(config: FinetuneConfig) -> Result | None:
         raise
 
 
-def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes: int, process: Process) -> Plan:
+def plan(
+    config: FinetuneConfig,
+    task: Task[Any],
+    net: Any,
+    images: int,
+    classes: int,
+    process: Process,
+    teacher: Teacher | None = None,
+) -> Plan:
     """Decides everything that the request leaves open.
 
     Args:
@@ -134,6 +160,7 @@ def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes
         images: Number of training images.
         classes: Number of classes.
         process: This process, whose device and memory count.
+        teacher: The network that it also learns from, on that device.
 
     Raises:
         DataError: If there are too few images.
@@ -162,8 +189,10 @@ def plan(config: FinetuneConfig, task: Task[Any], net: Any, images: int, classes
     try:
         per_image = bytes_per_image(net, largest, _preprocessing(net, config, process.device))
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"{config.model} cannot compute images of {size_text(largest)} pixels: {reason}") from error
+    if teacher is not None:
+        per_image += teacher.bytes_per_image  # its weights lie in memory already
     weights, pairs = sum(parameter.nbytes for parameter in net.parameters()), bool(config.mixup or config.cutmix)
     accumulate = config.accumulate or choose_micro_batches(weights, per_image, batch_size, pairs, process)
     return Plan.of(replace(config, accumulate=accumulate))
@@ -234,8 +263,7 @@ def _preprocessing(net: Any, config: FinetuneConfig, device: torch.device) -> Pr
         asked = parse_numbers(getattr(config, name))
         if asked and len(asked) != net.in_chans:
             raise ValueError(f"{name} has {len(asked)} numbers, but {config.model} takes {net.in_chans} channels")
-        values = asked or tuple(cfg[name])
-        colours.append(values if len(values) == net.in_chans else (sum(values) / len(values),) * net.in_chans)
+        colours.append(per_channel(asked or cfg[name], net.in_chans))
     mean, std = colours
     return Preprocessing(mean, std, device, bool(config.bf16), config.crop_pct, crop_mode=config.crop_mode)
 
@@ -343,8 +371,23 @@ class Run:
         return gathered
 
 
-def start(plan: Plan, task: Task[Any], splits: Splits[Any], folder: RunFolder, process: Process) -> Run:
+def start(
+    plan: Plan,
+    task: Task[Any],
+    splits: Splits[Any],
+    folder: RunFolder,
+    process: Process,
+    teacher: Teacher | None = None,
+) -> Run:
     """Makes everything that trains, claims the folder, and loads the state of a run that is resumed.
+
+    Args:
+        plan: What the run does.
+        task: Classification or detection.
+        splits: Its images.
+        folder: Where it writes.
+        process: This process.
+        teacher: The network that it also learns from.
 
     Raises:
         RunError: If the folder cannot be written, or its state is damaged.
@@ -363,6 +406,8 @@ def start(plan: Plan, task: Task[Any], splits: Splits[Any], folder: RunFolder, p
         raise ValueError("the classifier cannot train alone, it is frozen or unknown; give --head-epochs 0")
     set_trainable(net, [""], frozen)
     training: Any = task.training(net, plan, splits.train, process)
+    if teacher is not None:
+        training = DistilledTraining(training, teacher, config, preprocessing)
     if plan.ema:
         training.setup_ema(plan.ema, use_warmup=True)
     eval_net = training.trainable_module_ema.module if plan.ema else net
@@ -546,7 +591,8 @@ def finish(run: Run) -> Result:
             "label_names": val.class_names,
         }
         run.folder.write_network(net, cfg, parse_model_args(config.model_args))
-        run.task.write_report(run.folder, config, run.history, predictions, val, run.splits.about.get("notes", []))
+        notes = [*run.splits.about.get("notes", []), *plot_notes()]
+        run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["classifier_of", "frozen_layers", "lies_in", "set_trainable", "set_training_mode"]
+__all__ = ["classifier_of", "frozen_layers", "lies_in", "set_trainable", "set_training_mode", "zero_classifier"]
 
 
 def frozen_layers(net: nn.Module, text: str) -> list[str]:
@@ -27,6 +27,18 @@ def classifier_of(net: Any) -> list[str]:
     """The names of the network's last layers."""
     names = net.pretrained_cfg["classifier"]
     return [names] if isinstance(names, str) else list(names or ())
+
+
+def zero_classifier(net: nn.Module) -> None:
+    """Lets all logits start at zero, so that pretrained layers get no gradients of random outputs.
+
+    timm draws the classifier of EfficientNets from +-1/sqrt(classes), which with few classes gives logits of more than
+    ten. Zero is the start of Kolesnikov et al., Big Transfer, https://arxiv.org/abs/1912.11370.
+    """
+    for name, module in net.named_modules():
+        if name in classifier_of(net) and type(module) in (nn.Linear, nn.Conv2d):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 def lies_in(name: str, modules: Sequence[str]) -> bool:

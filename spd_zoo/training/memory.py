@@ -4,16 +4,19 @@ import copy
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from spd_zoo.process import Process
+from spd_zoo.trace import OperatorMode, meta_copy
 from spd_zoo.training.preprocessing import Preprocessing
 
-__all__ = ["bytes_per_image", "choose_micro_batches", "free_memory"]
+__all__ = ["bytes_per_image", "choose_micro_batches", "forward_bytes_per_image", "free_memory"]
 
 
 def choose_micro_batches(weights: int, per_image: float, batch_size: int, pairs: bool, process: Process) -> int:
@@ -69,6 +72,26 @@ def bytes_per_image(net: nn.Module, image_size: int | tuple[int, int], preproces
     weights = {parameter.untyped_storage()._cdata for parameter in trial.parameters()}
     del outputs  # until here it keeps the storages alive, whose addresses would be reused otherwise
     return sum(size for address, size in saved.items() if address not in weights) / 2
+
+
+def forward_bytes_per_image(net: Any, image_size: tuple[int, int]) -> int:
+    """Bytes that an image takes in a forward pass without gradients: inputs and outputs of the largest operator.
+
+    Raises:
+        RuntimeError: If the network cannot compute such images.
+    """
+    meta, largest = meta_copy(net), 0
+    weights = {tensor.untyped_storage()._cdata for tensor in meta.state_dict().values()}
+
+    def note(_: str, *used: Any) -> None:
+        nonlocal largest
+        storages = [tensor.untyped_storage() for tensor in tree_leaves(used) if isinstance(tensor, Tensor)]
+        sizes = {storage._cdata: storage.nbytes() for storage in storages if storage._cdata not in weights}
+        largest = max(largest, sum(sizes.values()))
+
+    with torch.no_grad(), OperatorMode(note):
+        meta(torch.zeros(1, net.in_chans, *image_size, device="meta"))
+    return largest
 
 
 def free_memory(device: torch.device) -> float | None:

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib.util
 import io
 import warnings
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 
-__all__ = ["fitting", "image_png", "page", "png", "short", "table"]
+__all__ = ["fitting", "image_png", "page", "plot_notes", "png", "short", "table"]
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
@@ -66,6 +67,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)]
     lines += ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
     return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def plot_notes() -> list[str]:
+    """A note if the report cannot have plots."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return []
+    return ["the report will have no plots, because matplotlib is not installed: pip install 'spd-zoo[train]'"]
 
 
 def short(value: Any) -> str:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from spd_zoo.files import is_leftover, remove_leftovers, whole, write_csv
+from spd_zoo.files import is_leftover, read_yaml, remove_leftovers, whole, write_csv
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 from spd_zoo.weights import WeightsError, save_network
 from spd_zoo.weights.checkpoint import read_saved
@@ -47,22 +46,24 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def beginning(self, config: FinetuneConfig) -> "Beginning | None":
+    def beginning(self, asked: FinetuneConfig) -> "Beginning | None":
         """The beginning of the run in the folder, which is resumed; None without a run, or for a dry run.
 
         Raises:
-            ValueError: If the folder holds something else, or a run although `config.resume` is "never".
+            ValueError: If the folder holds something else, or a run although `asked.resume` is "never".
         """
-        if config.dry_run:
+        if asked.dry_run:
             return None
         file = self.path / "run.yaml"
         if file.is_file():
-            if config.resume == "never":
+            if asked.resume == "never":
                 raise ValueError(f"{self.path} holds a run; give another folder with --out, or --resume auto")
             try:
-                about_data = json.loads((self.path / "data.json").read_text(encoding="utf-8"))
-                return Beginning(yaml.safe_load(file.read_text(encoding="utf-8")), about_data)
-            except (ValueError, OSError, yaml.YAMLError) as error:
+                config, about_data = read_yaml(file), json.loads((self.path / "data.json").read_text(encoding="utf-8"))
+                if not isinstance(config, dict) or not isinstance(about_data, dict) or "fingerprint" not in about_data:
+                    raise ValueError("they are not what a run writes")
+                return Beginning(config, about_data)
+            except (ValueError, OSError, RecursionError) as error:
                 raise RunError(f"{self.path} holds a run with a damaged run.yaml or data.json: {error}") from error
         if self.path.exists() and (
             not self.path.is_dir()

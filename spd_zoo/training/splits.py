@@ -1,10 +1,11 @@
 """The images to train on and to validate with: what both tasks do alike once a data set is open."""
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.notes import count
 from spd_zoo.training.config import FinetuneConfig
 
 __all__ = ["Data", "Splits", "describe", "hold_out", "without_unreadable"]
@@ -25,6 +26,10 @@ class Data(Protocol):
 
 class Readable(Data, Protocol):
     """Images that can be read in any order, so that some can be left out."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was guessed or left out when the data set was opened."""
 
     def counts(self) -> list[int]:
         """Images or objects of each class."""
@@ -87,8 +92,12 @@ def hold_out(
         return train, val
     if config.val_name != "val":
         raise DataError(f"{config.data} has no split {config.val_name}")
-    share = 0.2 if config.val_split is None else config.val_split
-    return split(train, config.val_size or max(1, round(share * len(train))), config.seed)
+    share, images = 0.2 if config.val_split is None else config.val_split, len(train)
+    train, val = split(train, config.val_size or max(1, round(share * images)), config.seed)
+    held_out = f"{len(val)} of {count(images, 'training image')} are held out for validation, drawn by the seed"
+    note = f"{config.data} has no split {config.val_name}: {held_out} {config.seed}"
+    train = replace(cast("Any", train), notes=(*train.notes, note))
+    return train, val
 
 
 def without_unreadable(

@@ -2,13 +2,13 @@
 
 `manifest` says what there is, `cache` where it is on this machine, `catalogue` what the user is shown of both; these
 need no torch. `download` gets files, `checkpoint` reads those of others (by `archive` and `unpickle`), `fit` compares
-them with a network, `originals` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands
+them with a network, `imported` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands
 between a variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
 """
 
 from spd_zoo.weights.build import build, create, default_cfgs, use_manifest
 from spd_zoo.weights.cache import find, imported_names, is_right, origin_of, original_of, sha256_of
-from spd_zoo.weights.checkpoint import read_original
+from spd_zoo.weights.checkpoint import read_checkpoint
 from spd_zoo.weights.fetch import fetch, import_weights, remove
 from spd_zoo.weights.fit import rename
 from spd_zoo.weights.folder import save_network
@@ -29,7 +29,7 @@ __all__ = [
     "is_right",
     "origin_of",
     "original_of",
-    "read_original",
+    "read_checkpoint",
     "remove",
     "rename",
     "save_network",

@@ -1,5 +1,6 @@
 """Builds networks with timm: the manifest's entries as timm configurations, and weights that are verified first."""
 
+import inspect
 import pickle
 import sys
 import warnings
@@ -13,8 +14,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spd_zoo.errors import first_line
 from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
-from spd_zoo.weights.checkpoint import read_original
+from spd_zoo.weights.checkpoint import read_checkpoint
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.fit import (
     FilterFn,
@@ -23,10 +25,12 @@ from spd_zoo.weights.fit import (
     checked_tensors,
     facts,
     first_conv_name,
+    fit_image_channels,
     misfit,
     own_networks,
     which_fits,
 )
+from spd_zoo.weights.imported import UNTAGGED
 from spd_zoo.weights.manifest import (
     Entry,
     WeightsError,
@@ -36,7 +40,6 @@ from spd_zoo.weights.manifest import (
     find_entry,
     set_private,
 )
-from spd_zoo.weights.originals import UNTAGGED
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
@@ -125,6 +128,7 @@ def build(
     returns every map that the network's `feature_info` describes unless `out_indices` selects some.
 
     Raises:
+        TypeError: If the network does not have an argument.
         WeightsError: If the weights do not exist, cannot be downloaded, differ from the manifest's, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
@@ -135,10 +139,10 @@ def build(
         tag = pretrained_cfg
         if overlay.get("file"):
             _check_tag(variant, tag, Path(overlay["file"]))
-            read = read_original(Path(overlay["file"]))
+            read = read_checkpoint(Path(overlay["file"]))
             described = _described(variant, tag, read, pretrained_filter_fn, kwargs)
         elif mine := _imported_by_user(variant, tag, cache_dir):
-            read = read_original(mine)
+            read = read_checkpoint(mine)
             described = _described(variant, None, read, pretrained_filter_fn, kwargs)
             described |= {"file": str(mine), "tag": tag or UNTAGGED}
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
@@ -158,6 +162,7 @@ def build(
 
     def make(**model_args: Any) -> Network:
         nonlocal first_conv
+        _refuse_unknown(variant, cls, model_args)
         with _Undrawn() if model_args.get("num_classes") in overwritten else nullcontext():
             net: Any = cls(**model_args)
         first_conv = first_conv_name(net)
@@ -184,7 +189,7 @@ def build(
         ):  # torch's, for a broken zip file
             raise
         file = overlay.get("file") or (pretrained_cfg or {}).get("file")
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        reason = first_line(error)[:200]
         raise WeightsError(
             f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
             f"spd-zoo weights import {variant} {file}"
@@ -193,6 +198,23 @@ def build(
         del cfg_of(built)["state_dict"]
     cfg_of(built)["first_conv"] = first_conv
     return built
+
+
+def _refuse_unknown(variant: str, cls: type[nn.Module], model_args: dict[str, Any]) -> None:
+    """Refuses arguments that a network does not have, and lists those that it has.
+
+    Raises:
+        TypeError: As Python does, with a sentence that names the network instead of a class.
+    """
+    known: list[str] = []
+    for owner in cls.__mro__:  # a class with **kwargs passes them on to the next
+        parameters = inspect.signature(owner).parameters.values()
+        known += [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    unknown = [name for name in model_args if name not in known]
+    if unknown:
+        raise TypeError(f"{variant} has no argument {', '.join(unknown)}; it has {', '.join(dict.fromkeys(known))}")
 
 
 _DRAWS = (
@@ -298,7 +320,7 @@ def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None) -
         cfg = cfg_of(model)
         state_dict = state_dict if read is None else read
         name = cfg.get("file") or "the checkpoint"
-        renamed = filter_fn(checked_tensors(state_dict, name), model)
+        renamed = fit_image_channels(filter_fn(checked_tensors(state_dict, name), model), model)
         same_classes = model.num_classes == cfg["num_classes"] and not features_only
         problem = misfit(renamed, model, with_classifier=same_classes)
         if problem:

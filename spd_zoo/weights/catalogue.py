@@ -27,11 +27,11 @@ class ModelError(ValueError):
     """A network that does not exist or cannot be used; the message says what would work."""
 
 
-def unknown_network(name: str) -> ModelError:
-    """The error for an unknown network, with the nearest names."""
+def unknown_network(name: str, what: str = "network") -> ModelError:
+    """The error for an unknown network, with the nearest names; `what` is all that the name could have been."""
     nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
     advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
-    return ModelError(f"there is no network {name!r}; {advice}")
+    return ModelError(f"there is no {what} {name!r}; {advice}")
 
 
 def networks(filters: Sequence[str] = (), pretrained: bool = False) -> list[Entry]:

@@ -22,7 +22,7 @@ from spd_zoo.weights.fit import MOST_DIMENSIONS, MOST_TENSORS, StateDict, checke
 from spd_zoo.weights.manifest import WeightsError
 from spd_zoo.weights.unpickle import Unknown, Unpickler
 
-__all__ = ["read_original", "read_saved"]
+__all__ = ["read_checkpoint", "read_saved"]
 
 _KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # the first one counts
 _LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle, or safetensors' header: names and shapes, no numbers
@@ -35,7 +35,7 @@ _UNREADABLE = (  # what parsers raise at damaged files
 )
 
 
-def read_original(file: Path, called: str = "") -> StateDict:
+def read_checkpoint(file: Path, called: str = "") -> StateDict:
     """The tensors of a checkpoint; no code in it runs.
 
     Understands safetensors, and what `torch.save` writes: a state dict; one under `state_dict`, `model` or another

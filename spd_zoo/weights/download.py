@@ -102,7 +102,7 @@ def _download_from_drive(link: str, file: str | None, path: Path) -> None:
     try:
         import gdown
     except ImportError as error:
-        raise DownloadError("Google Drive needs the package gdown: pip install 'spd-zoo[originals]'") from error
+        raise DownloadError("Google Drive needs the package gdown: pip install 'spd-zoo[gdrive]'") from error
 
     def get() -> None:
         url, timeout = link, (_PATIENCE, 60.0)  # to connect, and between bytes

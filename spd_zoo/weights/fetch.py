@@ -6,8 +6,8 @@ from pathlib import Path
 
 from spd_zoo.weights.cache import BUNDLED, HUB_SOURCE, find, is_right, original_of, sha256_of, sources
 from spd_zoo.weights.download import DownloadError, download, download_from_hub, hub_url
+from spd_zoo.weights.imported import import_file, locked, tagged
 from spd_zoo.weights.manifest import Entry, WeightsError, find_entry
-from spd_zoo.weights.originals import import_original, locked, tagged
 
 __all__ = ["fetch", "import_weights", "remove"]
 
@@ -90,7 +90,7 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
 
 
 def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """`import_original` for a file, or for a link (https, Google Drive, hf://ORG/REPO@COMMIT:FILE), downloaded first.
+    """`import_file` for a file, or for a link (https, Google Drive, hf://ORG/REPO@COMMIT:FILE), downloaded first.
 
     For a derived entry, the original is imported.
 
@@ -102,14 +102,14 @@ def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = N
     name = name if entry is None else original_of(entry).name
     hub = HUB_SOURCE.fullmatch(str(file))
     if hub is None and not re.match("https?://", str(file)):
-        return import_original(name, Path(file), cache_dir=cache_dir)
+        return import_file(name, Path(file), cache_dir=cache_dir)
     with locked(name, cache_dir) as folder:
         downloaded = folder / f"{name}.original"
         try:
             if hub:
-                return import_original(name, download_from_hub(hub, cache_dir), str(file), cache_dir)
+                return import_file(name, download_from_hub(hub, cache_dir), str(file), cache_dir)
             download(str(file), None, downloaded)
-            return import_original(name, downloaded, str(file), cache_dir)
+            return import_file(name, downloaded, str(file), cache_dir)
         except DownloadError as error:
             raise WeightsError(
                 f"cannot download {file} ({error}). What to do: try again online, or get the file by hand and run: "
@@ -122,7 +122,7 @@ def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = N
 def _import(entry: Entry, original: Path, cache_dir: str | Path | None) -> Path:
     """Converts the authors' file that was just downloaded."""
     origin = " ".join(filter(None, (entry.original_link, entry.original_file)))
-    path = import_original(entry.name, original, origin, cache_dir)
+    path = import_file(entry.name, original, origin, cache_dir)
     if entry.sha256 is None:
         warnings.warn(
             f"the weights of {entry.name} came from {origin} and fit, but no sha256 is known for the file: "

@@ -22,6 +22,7 @@ __all__ = [
     "facts",
     "filter_of",
     "first_conv_name",
+    "fit_image_channels",
     "misfit",
     "own_networks",
     "rename",
@@ -60,6 +61,12 @@ def cfg_of(model: nn.Module) -> dict[str, Any]:
     return cast("dict[str, Any]", model.pretrained_cfg)
 
 
+def fit_image_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """A checkpoint under the network's own keys, adapted to its image channels where timm's way would be wrong."""
+    fit: Callable[[StateDict], StateDict] | None = getattr(model, "fit_image_channels", None)
+    return state_dict if fit is None else fit(state_dict)
+
+
 def first_conv_name(model: nn.Module) -> str:
     """The name of a network's first convolution, which is its first one in order of construction."""
     return next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
@@ -93,7 +100,11 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
         meta: The network, with `in_chans` image channels.
         in_chans: Image channels of `meta`.
     """
-    names = classifiers(meta)[0], cfg_of(meta)["first_conv"]
+    first_conv = cfg_of(meta)["first_conv"]
+    names = (
+        classifiers(meta)[0],
+        first_conv if isinstance(first_conv, str) else first_conv[0],
+    )  # of timm's, some have several
     classifier, stem = (state_dict.get(f"{name}.weight") for name in names)
     own: list[Any] = [meta.get_submodule(name) for name in names]
     own_classifier, own_stem = (layer.weight for layer in own)
@@ -175,4 +186,4 @@ def _fits(state_dict: StateDict, name: str) -> bool:
     meta = timm.create_model(name, device="meta")
     if len(state_dict) > 3 * len(meta.state_dict()):  # 10,000 names take long to compare
         return False
-    return misfit(filter_of(meta)(state_dict, meta), meta) is None
+    return misfit(fit_image_channels(filter_of(meta)(state_dict, meta), meta), meta) is None

@@ -10,10 +10,69 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from spd_zoo.files import whole
+from spd_zoo.weights.manifest import WeightsError
 
-__all__ = ["CONFIG", "WEIGHTS", "config_of", "save_network"]
+__all__ = ["CONFIG", "WEIGHTS", "check_config", "config_of", "save_network"]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # where timm and transformers look
+
+_NUMBERS: dict[str, Any] = {"type": ["array", "null"], "items": {"type": "number"}}
+_FACTS: dict[str, Any] = {  # what is read of config.json, and in it of pretrained_cfg, by timm or by us
+    "type": "object",
+    "properties": {
+        "architecture": {"type": "string"},
+        "num_classes": {"type": ["integer", "null"], "minimum": 0},
+        "model_args": {"type": ["object", "null"]},
+        "label_names": {"type": ["array", "null"], "items": {"type": "string"}},
+        "pretrained_cfg": {"type": "object"},
+        "input_size": {
+            "type": ["array", "null"],
+            "items": {"type": "integer", "minimum": 1, "maximum": 2**14},
+            "minItems": 3,
+            "maxItems": 3,
+        },
+        "mean": _NUMBERS,
+        "std": _NUMBERS | {"items": {"type": "number", "exclusiveMinimum": 0}},
+        "crop_pct": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        "crop_mode": {"enum": ["center", "squash", "border", None]},
+        "interpolation": {"enum": ["nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random", "", None]},
+    },
+}
+
+
+def check_config(folder: Path) -> None:
+    """Checks what `config.json` of a saved network says, before timm or a command relies on it.
+
+    Args:
+        folder: The network's folder.
+
+    Raises:
+        WeightsError: If the file cannot be read, or says something that no network has.
+    """
+    import jsonschema  # here, because importing it takes long
+
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} is no JSON that can be read ({str(error)[:150]}); save the network again"
+        ) from error
+    inner = config.get("pretrained_cfg", {}) if isinstance(config, dict) else {}
+    for part, schema in ((config, _FACTS | {"required": ["architecture"]}), (inner, _FACTS)):
+        problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(part))
+        if problem is not None:
+            where = "/".join(map(str, problem.absolute_path)) or "top level"
+            raise WeightsError(f"{path} is invalid at {where}: {problem.message[:150]}; save the network again")
+        counts = {name: len(part[name]) for name in ("mean", "std") if part.get(name)}
+        channels = part["input_size"][0] if part.get("input_size") else next(iter(counts.values()), 0)
+        if any(count != channels for count in counts.values()):
+            raise WeightsError(
+                f"{path} has other numbers of channels in input_size, mean and std; save the network again"
+            )
+    names, classes = config.get("label_names"), config.get("num_classes")
+    if names and classes is not None and len(names) != classes:
+        raise WeightsError(f"{path} names {len(names)} classes, but num_classes is {classes}; save the network again")
 
 
 def save_network(

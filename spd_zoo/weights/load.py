@@ -1,5 +1,6 @@
 """A network by its name, its tag or its folder, with its weights."""
 
+import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,13 +12,36 @@ from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo
 from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
-from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names
+from spd_zoo.errors import first_line
+from spd_zoo.weights import WeightsError, create, entries, fetch, imported_names, read_checkpoint
 from spd_zoo.weights.catalogue import ModelError, unknown_network
-from spd_zoo.weights.folder import CONFIG, WEIGHTS
+from spd_zoo.weights.folder import CONFIG, WEIGHTS, check_config
+from spd_zoo.weights.imported import converted
 
-__all__ = ["ModelError", "class_names", "class_synonyms", "first_line", "load_network", "pretrained_cfg", "timm_name"]
+__all__ = [
+    "ModelError",
+    "class_names",
+    "class_synonyms",
+    "is_network",
+    "load_file",
+    "load_network",
+    "pretrained_cfg",
+    "timm_name",
+]
 
 _LOADING_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, OSError, EOFError, UnpicklingError, SafetensorError)
+
+
+def is_network(name: str) -> bool:
+    """Whether this names a network of the zoo or of timm, with or without a tag, or is a source such as `local-dir:`.
+
+    timm's own tags are checked when the network is created. A path that exists is no source, even with a drive letter.
+    """
+    network = name.partition(".")[0]
+    ours = {entry.network for entry in entries().values()}
+    known = name in entries() or (network in ours and name in imported_names())
+    source = ":" in name and not os.path.exists(name)  # noqa: PTH110  (which raises for names that are too long)
+    return known or source or (network not in ours and timm.is_model(network))
 
 
 def timm_name(name: str) -> str:
@@ -34,12 +58,9 @@ def timm_name(name: str) -> str:
             f"{name} is an exported file, which predict, detect and evaluate run and nothing else takes; give the "
             "network or the run that it was exported from"
         )
-    network = name.partition(".")[0]
-    ours = {entry.network for entry in entries().values()}
-    known = name in entries() or (network in ours and name in imported_names())
     if name.startswith("local-dir:"):
         _check_folder(Path(name.removeprefix("local-dir:")))
-    if known or ":" in name or (network not in ours and timm.is_model(network)):
+    if is_network(name):
         return name
     if Path(name).is_dir():
         _check_folder(Path(name))
@@ -48,7 +69,12 @@ def timm_name(name: str) -> str:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises a ModelError unless timm reads safetensors in the folder: it reads what else there is by `torch.load`."""
+    """Checks that a folder holds a network that can be loaded.
+
+    Raises:
+        ModelError: Unless it holds safetensors: what else there is, timm reads by `torch.load`.
+        WeightsError: If its `config.json` is invalid.
+    """
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}")
     if not (folder / CONFIG).is_file():
@@ -58,6 +84,7 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds no {WEIGHTS}, and nothing else is read from a folder; save the network as safetensors, as "
             "timm's save_for_hf does, or import its checkpoint: spd-zoo weights import NETWORK FILE"
         )
+    check_config(folder)
 
 
 def class_names(cfg: dict[str, Any]) -> list[str]:
@@ -128,16 +155,43 @@ def load_network(model: str, device: str) -> nn.Module:
     except WeightsError:
         raise
     except _LOADING_ERRORS as error:
-        raise ModelError(f"cannot load {model}: {first_line(error)}") from error
+        raise ModelError(f"cannot load {model}: {first_line(error, with_type=True)}") from error
     return net.to(device).to(memory_format=torch.channels_last)
+
+
+def load_file(network: str, file: str | Path, device: str) -> nn.Module:
+    """A network with the weights of a checkpoint, in evaluation mode; no code in the file runs.
+
+    Args:
+        network: A network of this zoo or of timm. With a tag, its outputs are taken for the classes of the tag, if the
+            file has as many; otherwise nobody says what they are.
+        file: The checkpoint, in any form that `read_checkpoint` understands.
+        device: torch device, as `pick_device` returns it.
+
+    Raises:
+        ModelError: If there is no such network, or it is one by its folder.
+        WeightsError: If the file cannot be read, or does not fit the network.
+    """
+    name = timm_name(network)
+    if ":" in name:
+        raise ModelError(f"{network} has weights of its own; give a network's name for the file {file}")
+    entry = entries().get(name.partition(".")[0])
+    net: Any
+    if entry is not None and entry.group != "timm":
+        net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    else:
+        try:
+            made_for, tensors = converted(name, read_checkpoint(Path(file)), {})
+        except WeightsError as error:
+            raise WeightsError(f"{file} does not fit {name}: {error}") from error
+        net = timm.create_model(name, **made_for)
+        net.load_state_dict(tensors)
+        if "." not in name:  # timm describes the classes of its default tag
+            net.pretrained_cfg = net.pretrained_cfg | {"tag": None, "label_names": None}
+    return net.eval().to(device).to(memory_format=torch.channels_last)
 
 
 def pretrained_cfg(net: nn.Module) -> dict[str, Any]:
     """timm's configuration of a network's weights and input."""
     cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
     return cfg
-
-
-def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of its message, for use inside a sentence."""
-    return type(error).__name__ + ": " + str(error).strip().partition("\n")[0]

@@ -3,15 +3,19 @@
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spd_zoo.files import whole
+
+if TYPE_CHECKING:
+    from timm.data import ImageNetInfo
 
 __all__ = [
     "PACKAGE",
@@ -28,6 +32,7 @@ __all__ = [
 
 PACKAGE = Path(__file__).parent.parent
 _IMAGENET = "imagenet-1k"
+_WORDNET_ID = re.compile("n[0-9]{8}")
 _LARGEST = 2**20  # bytes of a private manifest
 _private: str | Path | None = os.environ.get("SPD_ZOO_MANIFEST") or None
 
@@ -82,12 +87,18 @@ class Entry:
     @property
     def label_names(self) -> tuple[str, ...] | None:
         """The name of every class, written out; for ImageNet's, timm must be installed."""
-        return _imagenet()[0] if isinstance(self.class_names, str) else self.class_names
+        return tuple(_imagenet().label_names()) if isinstance(self.class_names, str) else self.class_names
 
     @property
     def label_descriptions(self) -> dict[str, str] | None:
-        """timm's English description of each class, if the classes are ImageNet's."""
-        return _imagenet()[1] if isinstance(self.class_names, str) else None
+        """timm's English description of each class, if the names are WordNet ids that timm knows."""
+        names = self.label_names or ()
+        if not names or not all(_WORDNET_ID.fullmatch(name) for name in names):
+            return None
+        try:
+            return {name: _imagenet().label_name_to_description(name) for name in names}
+        except KeyError:  # timm has the synsets of ImageNet-21k alone
+            return None
 
     @property
     def verified(self) -> bool:
@@ -190,13 +201,11 @@ def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entr
 
 
 @cache
-def _imagenet() -> tuple[tuple[str, ...], dict[str, str]]:
-    """The classes of ImageNet-1k: WordNet ids in their order, and English words for each."""
+def _imagenet() -> "ImageNetInfo":
+    """The classes of ImageNet-1k, WordNet ids in their order, and English words for all synsets of ImageNet."""
     from timm.data import ImageNetInfo  # here, because it takes seconds and listing the manifest needs no names
 
-    info = ImageNetInfo()
-    descriptions: Any = info.label_descriptions(as_dict=True)
-    return tuple(info.label_names()), descriptions
+    return ImageNetInfo()
 
 
 def _tuple(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
-from spd_zoo.data.labelled import LabelledImages, StreamedImages
+from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
 from spd_zoo.data.reading import upright
 from spd_zoo.training.steps import Batches, Steps, seed_everything, worker_options
 
@@ -92,6 +92,7 @@ class _Stream(IterableDataset[tuple[Tensor, int]]):
     ) -> None:
         self.transform, self.mode, self.seed, self.training = transform, mode, seed, training
         self.epoch = 0
+        self.classes = range(len(data.class_names))
         self.stream = create_dataset(
             f"hfids/{data.data}",
             split=data.split,
@@ -110,6 +111,8 @@ class _Stream(IterableDataset[tuple[Tensor, int]]):
         worker = get_worker_info()
         process = (reader.dist_rank, worker.id if worker is not None else 0)
         for position, (image, label) in enumerate(reader):
+            if label not in self.classes:
+                raise DataError(f"image {position + 1} of the stream has no label of a class: {label!r}")
             if self.training:
                 seed_everything(self.seed, self.epoch, *process, position)
             yield self.transform(upright(image, self.mode)), label

@@ -31,6 +31,7 @@ from spd_zoo.process import Process
 from spd_zoo.training.classification import metrics, report
 from spd_zoo.training.classification.augment import eval_loader, eval_transform, train_loader, train_transform
 from spd_zoo.training.config import FinetuneConfig, Plan
+from spd_zoo.training.layers import zero_classifier
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
 from spd_zoo.training.splits import Splits, describe, hold_out, without_unreadable
@@ -64,9 +65,12 @@ class ClassifierTraining(ClassificationTask):
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Any]:
         """(N, C, H, W) and (N,) classes or (N, classes) probabilities -> `loss`, a scalar, and `output`."""
-        result: dict[str, Any] = super().forward(images, targets)
+        return self.regularize(super().forward(images, targets))
+
+    def regularize(self, result: dict[str, Any]) -> dict[str, Any]:
+        """`result` with the regularisation loss of BSConv-S networks added to its `loss`."""
         if self.regularized is not None:
-            with torch.autocast(images.device.type, enabled=False):
+            with torch.autocast(self.device.type, enabled=False):
                 result["loss"] = result["loss"] + self.regularized.regularization_loss()
         return result
 
@@ -145,8 +149,10 @@ class Classification:
         """Nothing: labels have no defects that an evaluation could go on with."""
         return []
 
-    def training(self, net: nn.Module, plan: Plan, data: Images, process: Process) -> ClassifierTraining:
-        """The network with its loss."""
+    def training(self, net: Any, plan: Plan, data: Images, process: Process) -> ClassifierTraining:
+        """The network with its loss; on pretrained layers, a classifier that the weights do not have starts at zero."""
+        if plan.pretrained and net.pretrained_cfg["num_classes"] != len(data.class_names):
+            zero_classifier(net)
         return ClassifierTraining(net, plan.config, data, process.device)
 
     def preparation(

@@ -1,4 +1,4 @@
-"""The authors' checkpoints in the user's cache: converted, checked, kept, found again.
+"""Checkpoints from elsewhere, imported into the user's cache: converted, checked, kept.
 
 A converted file is named `network.tag.<sha256 of the file>.safetensors`, so that it can be verified, and is written
 atomically. Its metadata says where it came from.
@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from spd_zoo.files import whole
 from spd_zoo.weights.cache import import_folder, imported_files, sha256_of
-from spd_zoo.weights.checkpoint import read_original
+from spd_zoo.weights.checkpoint import read_checkpoint
 from spd_zoo.weights.fit import StateDict, cfg_of, facts, filter_of, misfit, which_fits
 from spd_zoo.weights.manifest import WeightsError, entries, find_entry
 
-__all__ = ["UNTAGGED", "import_original", "locked", "tagged"]
+__all__ = ["UNTAGGED", "converted", "import_file", "locked", "tagged"]
 
 _LARGEST_IMAGE = 2**25  # numbers; at 224 px that is 668 channels
 UNTAGGED = "imported"  # the tag of a checkpoint that was imported without one
@@ -48,14 +48,14 @@ def tagged(name: str) -> str:
     return f"{network}.{tag or UNTAGGED}"
 
 
-def import_original(name: str, file: Path, origin: str | None = None, cache_dir: str | Path | None = None) -> Path:
+def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str | Path | None = None) -> Path:
     """Converts a checkpoint to our keys, checks it, and keeps it in the cache for `pretrained=True` with this name.
 
     All keys and shapes must match, every number must be finite, and so must the network's outputs.
 
     Args:
         name: `network.tag`, a tag of the manifest or any other; without one it is "imported".
-        file: The checkpoint, in any form that `read_original` understands.
+        file: The checkpoint, in any form that `read_checkpoint` understands.
         origin: Where it came from, if not from `file`.
         cache_dir: The user's cache (default: Hugging Face's).
 
@@ -71,23 +71,23 @@ def import_original(name: str, file: Path, origin: str | None = None, cache_dir:
     if entry is not None and str(entry.source).startswith(("bundled:", "package:")):
         raise WeightsError(f"the weights of {name} come with a package; give yours another tag, like {network}.mine")
     called = origin or str(file)
-    original = read_original(file, called)
-    original_sha256 = sha256_of(file)
-    if entry is not None and entry.sha256 not in (None, original_sha256):
+    state_dict = read_checkpoint(file, called)
+    sha256 = sha256_of(file)
+    if entry is not None and entry.sha256 not in (None, sha256):
         raise WeightsError(
-            f"{called} has sha256 {original_sha256}, the weights of {name} have {entry.sha256}: it is another file. "
+            f"{called} has sha256 {sha256}, the weights of {name} have {entry.sha256}: it is another file. "
             f"Give it another tag to import it as your own, for example {network}.mine"
         )
     classes = {} if entry is None else {"num_classes": entry.num_classes}
     try:
-        made_for, converted = _converted(network, original, classes)
+        made_for, tensors = converted(network, state_dict, classes)
     except WeightsError as error:
         raise WeightsError(f"{called} does not fit {name}: {error}") from error
-    wild = next((key for key, tensor in converted.items() if not tensor.isfinite().all()), None)
+    wild = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if wild:
         raise WeightsError(f"{called} is damaged: {wild} holds a number that is not finite. Get it again")
     net = timm.create_model(network, **made_for).eval()
-    net.load_state_dict(converted)
+    net.load_state_dict(tensors)
     image = (made_for["in_chans"], *cfg_of(net)["input_size"][1:])
     if math.prod(image) > _LARGEST_IMAGE:
         raise WeightsError(
@@ -102,38 +102,46 @@ def import_original(name: str, file: Path, origin: str | None = None, cache_dir:
         "format": "pt",
         "name": name,
         "origin": origin or file.resolve().as_uri(),
-        "original_sha256": original_sha256,
+        "original_sha256": sha256,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "license": (entry.license if entry is not None else None) or "unknown",
     }
-    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in converted.items()}
+    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     if entry is not None and entry.verified:  # then the file's own bytes are what the manifest pins
         return _keep(lambda part: shutil.copyfile(file, part), name, cache_dir)
     return _keep(lambda part: save_file(tensors, part, metadata), name, cache_dir)
 
 
-def _converted(network: str, original: StateDict, classes: dict[str, Any]) -> tuple[dict[str, Any], StateDict]:
+def converted(network: str, state_dict: StateDict, classes: dict[str, Any]) -> tuple[dict[str, Any], StateDict]:
     """The arguments to create the network for a checkpoint, and its tensors under the network's own keys.
 
     A prefix of all keys is removed if they fit without it. Missing counters of normalisation layers, which old
     versions of torch did not write, become 0.
+
+    Args:
+        network: The network's name in timm's registry.
+        state_dict: The checkpoint.
+        classes: `num_classes`, if it is known; otherwise the checkpoint's tensors tell it.
+
+    Raises:
+        WeightsError: If the checkpoint does not fit.
     """
-    prefix = next(iter(original)).partition(".")[0] + "."
-    forms = [original]
-    if all(key.startswith(prefix) for key in original):
-        forms.append({key.removeprefix(prefix): tensor for key, tensor in original.items()})
+    prefix = next(iter(state_dict)).partition(".")[0] + "."
+    forms = [state_dict]
+    if all(key.startswith(prefix) for key in state_dict):
+        forms.append({key.removeprefix(prefix): tensor for key, tensor in state_dict.items()})
     problems = []
     for form in forms:
         meta: nn.Module = timm.create_model(network, device="meta")
         made_for = facts(filter_of(meta)(form, meta), meta, cfg_of(meta)["input_size"][0]) | classes
         meta = timm.create_model(network, device="meta", **made_for)
-        converted = filter_of(meta)(form, meta)
+        tensors = filter_of(meta)(form, meta)
         counters = {key for key in meta.state_dict() if key.endswith("num_batches_tracked")}
-        converted |= {key: torch.zeros((), dtype=torch.int64) for key in counters - converted.keys()}
-        problems.append(misfit(converted, meta, with_classifier=True))
+        tensors = tensors | {key: torch.zeros((), dtype=torch.int64) for key in counters - tensors.keys()}
+        problems.append(misfit(tensors, meta, with_classifier=True))
         if problems[-1] is None:
-            return made_for, {key: converted[key] for key in meta.state_dict()}
-    raise WeightsError(f"{problems[0]}; {which_fits(original, other_than=network)}")
+            return made_for, {key: tensors[key] for key in meta.state_dict()}
+    raise WeightsError(f"{problems[0]}; {which_fits(state_dict, other_than=network)}")
 
 
 def _keep(write: Callable[[Path], object], name: str, cache_dir: str | Path | None) -> Path:

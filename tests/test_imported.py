@@ -1,6 +1,7 @@
 """The authors' checkpoints: what is understood, what is refused, what is kept, and where they are downloaded from."""
 
 import argparse
+import errno
 import hashlib
 import json
 import sys
@@ -20,6 +21,7 @@ from drive_double import DriveDouble, drive_double
 from hub_double import COMMIT, fails, hub_double
 from huggingface_hub import constants
 from networks import config_of
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ from spd_zoo.weights import (
     imported_names,
     origin_of,
     original_of,
-    read_original,
+    read_checkpoint,
     remove,
     sha256_of,
 )
@@ -61,6 +63,34 @@ def outputs(name: str, cache: Path) -> np.ndarray:
 def save(content: Any, path: Path, **options: Any) -> Path:
     torch.save(content, path, **options)
     return path
+
+
+# Where it is kept
+
+
+def test_a_cache_that_is_a_file_is_refused_in_a_sentence(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.write_text("a file where the cache should be")
+    with pytest.raises(WeightsError, match=rf"cannot write to {cache}.*; make room, or set HF_HOME to another place"):
+        import_weights(NAME, save(tensors, tmp_path / "a.pth"), cache)
+    assert cache.read_text() == "a file where the cache should be"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("IoError")], ids=str)
+def test_a_full_disk_leaves_the_weights_that_were_imported_before(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    file = save(tensors, tmp_path / "a.pth")
+    before = import_weights(NAME, file, tmp_path)
+
+    def full(_: object, path: Path, __: object) -> None:
+        path.write_bytes(b"the first bytes")
+        raise error
+
+    monkeypatch.setattr("spd_zoo.weights.imported.save_file", full)
+    with pytest.raises(WeightsError, match=r"cannot write to .*(No space left|IoError).*; make room"):
+        import_weights(NAME, file, tmp_path)
+    assert [path for path in before.parent.iterdir() if path.suffix != ".lock"] == [before]
 
 
 # Forms of checkpoints
@@ -115,7 +145,7 @@ def test_what_stands_beside_the_weights_does_not_matter(
     tensors: dict[str, Tensor], tmp_path: Path, beside: object, protocol: int
 ) -> None:
     file = save({"args": beside, "state_dict": tensors}, tmp_path / "a.pth", pickle_protocol=protocol)
-    found = read_original(file)
+    found = read_checkpoint(file)
     assert list(found) == list(tensors)
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
 
@@ -124,7 +154,7 @@ def test_what_stands_beside_the_weights_does_not_matter(
 def test_a_state_dict_of_another_kind_is_understood(
     tensors: dict[str, Tensor], tmp_path: Path, kind: type[Any]
 ) -> None:
-    assert list(read_original(save({"model": kind(tensors)}, tmp_path / "a.pth"))) == list(tensors)
+    assert list(read_checkpoint(save({"model": kind(tensors)}, tmp_path / "a.pth"))) == list(tensors)
 
 
 def test_tensors_that_share_numbers_are_imported(tensors: dict[str, Tensor], tmp_path: Path) -> None:
@@ -147,7 +177,7 @@ def test_prefixes_and_missing_counters_do_not_matter(tensors: dict[str, Tensor],
 @pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {(1, 2): torch.zeros(1)}, [], 3, {"a": torch.zeros(1), 5: 1}])
 def test_what_holds_no_weights_is_said(tmp_path: Path, content: Any) -> None:
     with pytest.raises(WeightsError, match="holds no network weights"):
-        read_original(save(content, tmp_path / "a.pth"))
+        read_checkpoint(save(content, tmp_path / "a.pth"))
 
 
 def test_safetensors_are_imported_too(tensors: dict[str, Tensor], tmp_path: Path) -> None:
@@ -214,7 +244,7 @@ def test_a_whole_network_is_imported_without_its_classes(
     file = save(content, tmp_path / "best.pt", _use_new_zipfile_serialization=not old_format)
     monkeypatch.delitem(sys.modules, "models.yolo")
     monkeypatch.delitem(sys.modules, "models")
-    found = read_original(file)
+    found = read_checkpoint(file)
     assert list(found) == list(tensors)
     assert {tensor.dtype for tensor in found.values()} == {torch.float16, torch.int64}
     kept = load_file(import_weights(NAME, file, tmp_path))
@@ -226,7 +256,7 @@ def test_a_network_whose_modules_hold_each_other_is_refused(foreign: type[nn.Mod
     net = foreign()
     net._modules["self"] = net
     with pytest.raises(WeightsError, match="hold each other"):
-        read_original(save({"model": net}, tmp_path / "a.pt"))
+        read_checkpoint(save({"model": net}, tmp_path / "a.pt"))
 
 
 # What is refused
@@ -486,7 +516,7 @@ def test_what_cannot_be_downloaded_is_to_be_got_by_hand(
         monkeypatch.setitem(sys.modules, "gdown", None)
     else:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match=r"(pip install 'spd-zoo\[originals\]'|HF_HUB_OFFLINE).*by hand"):
+    with pytest.raises(WeightsError, match=r"(pip install 'spd-zoo\[gdrive\]'|HF_HUB_OFFLINE).*by hand"):
         fetch(private(original_link=DRIVE), tmp_path)
     assert drive.requests == []
 
@@ -582,3 +612,32 @@ def test_a_private_original_is_that_of_the_derived_checkpoint(tmp_path: Path) ->
                 spd_zoo.use_manifest(tmp_path / "c.json")
     finally:
         spd_zoo.use_manifest(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chans", [1, 4])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar_resnet20",
+        "cifar_wrn40_3_pfd",
+        "cifar_mobilenetv3_large_w1",
+        "resnet18_spd",
+        "pyconvresnet50_spd",
+        "ghostnet",
+        "tf_efficientnet_lite0_spd",
+        "yolov5n_spd",
+        "yolov8n_spd",
+    ],
+)
+def test_a_checkpoint_for_other_image_channels_keeps_them(name: str, chans: int, tmp_path: Path) -> None:
+    net: Any = timm.create_model(name, in_chans=chans).eval()
+    file = save(net.state_dict(), tmp_path / "a.pth")
+    import_weights(f"{name}.mine", file, tmp_path)
+    ways: list[Any] = [
+        timm.create_model(f"{name}.mine", pretrained=True, cache_dir=tmp_path),
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}),
+    ]
+    for loaded in ways:
+        assert loaded.in_chans == loaded.pretrained_cfg["input_size"][0] == chans
+        assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in loaded.state_dict().items())

