@@ -26,7 +26,7 @@ from spd_zoo.training.evaluate import evaluate
 from spd_zoo.weights.load import ModelError
 
 ROOT = Path(__file__).parent.parent
-TINY = {"chs": (4, 8, 8, 8, 8), "repeats": (0, 0)}
+TINY: dict[str, Any] = {"chs": (4, 8, 8, 8, 8), "repeats": (0, 0)}
 onnx = pytest.importorskip("onnx", reason="ONNX needs the extra `export`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
 pytest.importorskip("onnxscript", reason="ONNX needs the extra `export`")
@@ -229,7 +229,8 @@ def test_a_detectors_file_is_a_detector(run: Path) -> None:
 
 @pytest.mark.slow
 def test_detect_takes_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed, rows = [], []
+    printed: list[list[str]] = []
+    rows: list[list[Any]] = []
     for model in (run, run / "model.onnx"):
         assert main(["detect", str(model), str(ROOT / "examples" / "rocket.jpg"), "--score", "0.5"]) == 0
         printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")])

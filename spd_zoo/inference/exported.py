@@ -102,8 +102,8 @@ class Exported(nn.Module):
             ModelError: If it cannot be run.
         """
         size = (images.shape[-2], images.shape[-1])
-        if self.fixed_size not in (None, size):
-            only = size_text(self.fixed_size or ())
+        if self.fixed_size is not None and self.fixed_size != size:
+            only = size_text(self.fixed_size)
             raise ImageSizeError(f"{self.called} takes images of {only} pixels only, got {size_text(size)}")
         feeds = {"images": np.ascontiguousarray(images.cpu().numpy(), np.float32)}
         feeds |= {name: np.array([value], np.float32) for name, value in inputs.items()}
@@ -326,7 +326,7 @@ def _fixed_size(model: Any, input_size: tuple[int, int, int]) -> tuple[int, int]
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
-    dims = inputs[0].type.tensor_type.shape.dim if [value.name for value in inputs] == ["images"] else ()
+    dims: Any = inputs[0].type.tensor_type.shape.dim if [value.name for value in inputs] == ["images"] else ()
     if len(dims) != 4 or dims[1].dim_value != input_size[0]:
         raise ValueError(f"the input is not `images` of {input_size[0]} channels")
     height, width = (dim.dim_value for dim in dims[2:])
@@ -344,16 +344,16 @@ def _pretrained_cfg(metadata: dict[str, str]) -> dict[str, Any]:
     mean, std = (_numbers(metadata[name]) for name in ("mean", "std"))
     if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) <= 0:
         raise ValueError("mean and std are not those of 1 or 3 channels")
-    size = parse_size(metadata["image_size"])
+    height, width = size = parse_size(metadata["image_size"])
     crop_pct = _number(metadata.get("crop_pct", "1"), 1e-3, 1e3)
-    if not 1 <= size[0] * size[1] <= min(1, crop_pct**2) * _MOST_PIXELS:
+    if not 1 <= height * width <= min(1, crop_pct**2) * _MOST_PIXELS:
         raise ValueError(f"an input of {size_text(size)} pixels")
     names = _names(metadata["class_names"])
     cfg: dict[str, Any] = {
         "architecture": metadata["architecture"],
         "tag": "",
         "num_classes": len(names),
-        "input_size": (int(_choice(metadata["channels"], "1", "3")), *size),
+        "input_size": (int(_choice(metadata["channels"], "1", "3")), height, width),
         "mean": mean,
         "std": std,
         "interpolation": _choice(

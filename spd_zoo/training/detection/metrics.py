@@ -200,8 +200,9 @@ def predict(
                 raw = net(images)
             with _timed(clock, "boxes", device):
                 found = postprocess(net, raw, placements, image_size, threshold, max_detections=max_detections)
-            has_loss = isinstance(net, DetectionNet)
-            terms = mean_terms(net, net.loss(raw, targets, image_size), len(images)) if has_loss else {}
+            terms = {}
+            if isinstance(net, DetectionNet):
+                terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.item() * len(images)
         for i, detections, placement in zip(indices, found, placements, strict=True):
