@@ -1,4 +1,4 @@
-"""Which requests the demo page answers: those to its own host, and from its own pages."""
+"""Restricts the demo page to requests to its own host and from its own pages."""
 
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -14,19 +14,19 @@ Send: TypeAlias = "Callable[[Message], Awaitable[None]]"
 App: TypeAlias = "Callable[[Message, Receive, Send], Awaitable[None]]"
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_OTHER_SITES = ("cross-site", "same-site")  # what browsers call them in Sec-Fetch-Site
+_OTHER_SITES = ("cross-site", "same-site")  # values of Sec-Fetch-Site for pages of other sites
 
 
 class SameOrigin:
     """ASGI middleware that refuses requests to other hosts (DNS rebinding) and from other sites' pages (CSRF).
 
-    A page may be asked for by the address that it listens on, and at all addresses of this machine if it listens on
-    all. "localhost" is accepted for both. Behind a proxy the public name of the page must be in `allowed`.
+    Accepted hosts are the address that the page listens on (or, if it listens on all addresses, every IP address and
+    this machine's name) and "localhost". Behind a proxy, the public name of the page must be in `allowed`.
 
     Args:
         app: The application.
         host: The address that it listens on.
-        allowed: Other host names that it answers to, as `host_name` returns them.
+        allowed: Other accepted host names, as `host_name` returns them.
     """
 
     def __init__(self, app: App, host: str, allowed: Sequence[str] = ()) -> None:
@@ -64,9 +64,9 @@ class SameOrigin:
             default = _DEFAULT_PORTS.get(scheme)
             same = origin is not None and (origin[0], origin[1] or default) == (host[0], host[1] or default)
             if len(origins) > 1 or origin is None or not (same or origin[0] in self.allowed):
-                return f"this page takes no requests from pages of {', '.join(origins)}; spd-zoo demo --allow-host"
+                return f"this page accepts no requests from pages of {', '.join(origins)}; spd-zoo demo --allow-host"
         elif scope.get("method") == "POST" and "".join(headers.get("sec-fetch-site", [])) in _OTHER_SITES:
-            return "this page takes no requests from other pages"
+            return "this page accepts no requests from other pages"
         return None
 
     def _is_own(self, name: str) -> bool:
@@ -93,13 +93,19 @@ def _host_and_port(url: str) -> tuple[str, int | None] | None:
 
 
 def host_name(name: str) -> str:
-    """A host name as browsers send it, in lower case.
+    """Normalises a host name to the form that browsers send, in lower case.
+
+    Args:
+        name: The host name or address.
+
+    Returns:
+        The normalised name.
 
     Raises:
         ValueError: If it is something else, for example a URL.
     """
-    is_ipv6 = getattr(_address(name), "version", None) == 6  # older Pythons let anything stand in brackets
+    is_ipv6 = getattr(_address(name), "version", None) == 6  # older Pythons accept anything in brackets
     host = _host_and_port(f"//[{name}]" if is_ipv6 else f"//{name}")
     if host is None or host[1] is not None:
-        raise ValueError(f"{name!r} is no host name; write it as in demo.example.org, without scheme and port")
+        raise ValueError(f"{name!r} is not a host name; write it like demo.example.org, without scheme and port")
     return host[0]

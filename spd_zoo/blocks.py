@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-# What `nn.Module.__call__` runs besides, or instead of, the `forward` of the class.
+# Attributes that `nn.Module.__call__` runs in addition to, or instead of, the `forward` of the class.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")
 _FORWARDS = {nn.Conv2d: nn.Conv2d.forward, SPDConv2d: SPDConv2d.forward}
@@ -45,8 +45,8 @@ class PyConv2d(nn.ModuleDict):
     """Pyramidal convolution: kernels of several sizes in parallel on the same input (arXiv 2006.11538, section 3).
 
     On a CPU, levels with few output channels per group are computed four output pixels at a time (`phase_weight`),
-    which is faster (docs/speed.md) and gives the same output. A level with hooks or anything else attached is called
-    like any module.
+    which is faster (docs/speed.md) and gives the same output. A level with hooks, a patched `forward` or computed
+    weights is called like any module.
 
     Args:
         in_chs: Input channels; every level reads all of them.
@@ -55,7 +55,7 @@ class PyConv2d(nn.ModuleDict):
         groups: Groups of each level.
         stride: 1 or 2.
         dilation: Dilation of every level.
-        spd: Whether stride 2 is done by space-to-depth and a convolution of stride 1 (`SPDConv2d`).
+        spd: Whether levels of stride 2 are space-to-depth and a convolution of stride 1 (`SPDConv2d`).
         device: Device of the parameters.
         dtype: Data type of the parameters.
 
@@ -104,7 +104,7 @@ class PyConv2d(nn.ModuleDict):
 def _is_narrow(level: Any) -> bool:
     """Whether a level has so few output channels per group that computing four pixels at a time is faster.
 
-    That is 4 channels, or 8 at stride 1 in evaluation. The kernel must be square and padded with half its size.
+    The limit is 4 channels, or 8 at stride 1 in evaluation. The kernel must be square and padded with half its size.
     """
     if not isinstance(level, nn.Conv2d) or level.padding_mode != "zeros" or level.dilation != (1, 1):
         return False
@@ -117,9 +117,9 @@ def _is_narrow(level: Any) -> bool:
 
 
 def _is_plain(level: Any) -> bool:
-    """Whether calling a level runs nothing but the convolution with its parameters.
+    """Whether calling a level only convolves with its parameters.
 
-    That is not so with hooks, a patched `forward`, a parametrization or a pruned weight.
+    Hooks, a patched `forward`, a parametrization or a pruned weight would be skipped by computing it in another way.
     """
     attributes, parameters = vars(level), level._parameters
     return (
@@ -141,11 +141,11 @@ def _four_at_a_time(level: Any, x: Tensor) -> Tensor:
     weight = phase_weight(weight, stride)
     bias = None if level.bias is None else level.bias.repeat_interleave(4)
     kernel, step = weight.shape[-1], 2 * stride
-    after = [  # zeros that the last window needs: at an odd output size, its 2x2 pixels exceed the output
+    after = [  # zeros for the last window: at an odd output size, its 2x2 output pixels exceed the output
         step * ((out + 1) // 2 - 1) + kernel - before - size
         for out, size in ((width, x.shape[-1]), (height, x.shape[-2]))
     ]
-    if all(before - step < need <= before for need in after):  # then the convolution can pad by itself
+    if all(before - step < need <= before for need in after):  # equal padding on both sides suffices
         phases = F.conv2d(x, weight, bias, step, before, groups=level.groups)
     else:
         phases = F.conv2d(F.pad(x, [before, after[0], before, after[1]]), weight, bias, step, groups=level.groups)
@@ -153,7 +153,7 @@ def _four_at_a_time(level: Any, x: Tensor) -> Tensor:
 
 
 class ImageSizeError(ValueError):
-    """The network does not take images of this size."""
+    """The network does not accept images of this size."""
 
 
 def conv_norm_act(
@@ -281,8 +281,8 @@ class PaddingFreeDownsample(nn.Module):
     """A convolution of stride 2 with less padding than usual, plus a max-pool of the convolution's input.
 
     3x3 windows lie inside the map and 5x5 windows exceed it by one pixel, so n pixels become floor((n - 3) / 2) + 1.
-    After the code of "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024). Its networks differ
-    in what follows the convolution, and in whether a 1x1 convolution follows the max-pool.
+    It follows the code of "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024). The networks
+    there differ in what follows the convolution, and in whether a 1x1 convolution follows the max-pool.
 
     Args:
         in_chs: Input channels.
@@ -318,7 +318,7 @@ class PaddingFreeDownsample(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if kernel_size not in (3, 5) or pool_size not in (3, 5):
-            raise ValueError(f"padding-free downsampling has kernels of 3 or 5, got {kernel_size} and {pool_size}")
+            raise ValueError(f"kernel_size and pool_size must be 3 or 5, got {kernel_size} and {pool_size}")
         if in_chs != out_chs and not project:
             raise ValueError(f"{in_chs} pooled channels cannot be added to {out_chs} without project=True")
         padding = kernel_size // 2 - 1
@@ -329,7 +329,11 @@ class PaddingFreeDownsample(nn.Module):
         self.project = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chs, H, W) -> (N, out_chs, floor((H - 3) / 2) + 1, floor((W - 3) / 2) + 1); H and W at least 3."""
+        """(N, in_chs, H, W) -> (N, out_chs, floor((H - 3) / 2) + 1, floor((W - 3) / 2) + 1).
+
+        Raises:
+            ImageSizeError: If H or W is less than 3.
+        """
         if not is_exporting() and min(x.shape[-2], x.shape[-1]) < 3:
             raise ImageSizeError(
                 f"padding-free downsampling needs maps of at least 3x3 pixels, got {x.shape[-2]}x{x.shape[-1]}: "
@@ -341,7 +345,7 @@ class PaddingFreeDownsample(nn.Module):
 class HybridStem(nn.Module):
     """A 3x3 convolution, then a depthwise 3x3 convolution parallel to a 3x3 max-pool, then a 1x1 convolution of both.
 
-    After the code of "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
+    It follows the code of "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
 
     Args:
         in_chans: Image channels.
@@ -350,7 +354,7 @@ class HybridStem(nn.Module):
         inner_stride: Stride of the depthwise convolution and the max-pool.
         act_layer: Activation after every convolution's BatchNorm.
         residual: Whether the output of the first convolution is added to the stem's; needs `inner_stride` 1.
-        pre_activation: Whether BatchNorm and activation precede the last two convolutions, and the first has none.
+        pre_activation: Whether BatchNorm and activation precede the last two convolutions; the first then has none.
         device: Device of the parameters.
         dtype: Data type of the parameters.
 
@@ -372,7 +376,7 @@ class HybridStem(nn.Module):
     ) -> None:
         super().__init__()
         if residual and inner_stride != 1:
-            raise ValueError(f"a residual hybrid stem has inner_stride 1, got {inner_stride}")
+            raise ValueError(f"residual=True needs inner_stride=1, got {inner_stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         kwargs: dict[str, Any] = {"act_layer": act_layer, **dd}
         self.residual = residual
@@ -434,7 +438,7 @@ class NormActConv(nn.Module):
 
 
 class BSConvU2d(nn.Sequential):
-    """Blueprint separable convolution, unconstrained: a 1x1 convolution `pw`, then a depthwise one `dw`.
+    """Unconstrained blueprint separable convolution (BSConv-U): a 1x1 convolution `pw`, then a depthwise one, `dw`.
 
     Haase and Amthor, Rethinking Depthwise Separable Convolutions, https://arxiv.org/abs/2003.13549, section 3.2. It
     replaces a convolution with the same arguments: (N, in_chs, H, W) -> (N, out_chs, H', W').
@@ -469,11 +473,11 @@ class BSConvU2d(nn.Sequential):
 
 
 class BSConvS2d(nn.Sequential):
-    """Blueprint separable convolution, subspace: 1x1 convolutions `pw1` and `pw2` with few channels between, then `dw`.
+    """Subspace blueprint separable convolution (BSConv-S): 1x1 convolutions `pw1` and `pw2`, then a depthwise `dw`.
 
-    Haase and Amthor, Rethinking Depthwise Separable Convolutions, https://arxiv.org/abs/2003.13549, section 3.3. It
-    replaces a convolution with the same arguments: (N, in_chs, H, W) -> (N, out_chs, H', W'). The paper adds
-    0.1 * `orthonormality(layer.pw1.weight)` to the training loss.
+    Haase and Amthor, Rethinking Depthwise Separable Convolutions, https://arxiv.org/abs/2003.13549, section 3.3. Few
+    channels lie between the 1x1 convolutions. It replaces a convolution with the same arguments: (N, in_chs, H, W) ->
+    (N, out_chs, H', W'). The paper adds 0.1 * `orthonormality(layer.pw1.weight)` to the training loss.
 
     Args:
         in_chs: Input channels.
@@ -511,9 +515,9 @@ class BSConvS2d(nn.Sequential):
 
 
 def orthonormality(weight: Tensor) -> Tensor:
-    """Distance of a 1x1 convolution's kernels from orthonormal ones: the Frobenius norm of W W^T - I.
+    """Deviation of a 1x1 convolution's kernels from orthonormality: the Frobenius norm of W W^T - I, not squared.
 
-    The regularisation of BSConv-S (arXiv 2003.13549, section 3.3), not squared.
+    It is the regularisation of BSConv-S (arXiv 2003.13549, section 3.3).
 
     Args:
         weight: Kernels, (out_chs, in_chs, 1, 1).
@@ -525,7 +529,7 @@ def orthonormality(weight: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(kernels @ kernels.T - torch.eye(len(kernels), device=weight.device))
 
 
-@torch.fx.has_side_effect  # so that an exported graph keeps the check although nothing reads its result
+@torch.fx.has_side_effect  # keeps the check in an exported graph, where nothing reads its result
 @torch.fx.wrap
 def _check_size(x: Tensor, size: tuple[int, int]) -> None:
     height, width = x.shape[-2], x.shape[-1]
@@ -538,7 +542,7 @@ def _check_size(x: Tensor, size: tuple[int, int]) -> None:
 
 @register_notrace_module
 class PositionAwareCircularConv2d(nn.Module):
-    """ParC: a circular depthwise convolution along one axis, whose kernel is as long as the map.
+    """ParC: a circular depthwise convolution along one axis, with a kernel as long as the map.
 
     Zhang, Hu and Wang, ParC-Net, https://arxiv.org/abs/2203.03952, section 3.
 
@@ -576,8 +580,8 @@ class PositionAwareCircularConv2d(nn.Module):
     def resampled(self, name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
         """Resamples a parameter of such a layer for maps of another size.
 
-        Position embeddings and kernels are interpolated. Kernels keep their sum, and with it the output for a constant
-        map.
+        Position embeddings and kernels are interpolated. Kernels keep their sum, so that the output for a constant map
+        stays the same.
 
         Args:
             name: Name of the parameter in the layer.
@@ -611,7 +615,11 @@ class PositionAwareCircularConv2d(nn.Module):
         self.size = (size[0], size[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, chs, H, W) -> the same shape; raises ImageSizeError if H and W are not the layer's."""
+        """(N, chs, H, W) -> the same shape.
+
+        Raises:
+            ImageSizeError: If H and W differ from the layer's `size`.
+        """
         _check_size(x, self.size)
         if self.pe is not None:
             x = x + self.pe
@@ -621,12 +629,12 @@ class PositionAwareCircularConv2d(nn.Module):
 
 
 class _Attention(Attention2dDownsample):
-    """timm's, without its cache of attention biases, which would keep old biases after weights are loaded."""
+    """timm's attention without its cache of biases, which would keep old biases after weights are loaded."""
 
     attention_bias_idxs: Tensor
 
     def get_attention_biases(self, device: torch.device) -> Tensor:
-        """(heads, queries, keys)."""
+        """Biases, (heads, queries, keys)."""
         return self.attention_biases[:, self.attention_bias_idxs]
 
 
@@ -640,7 +648,7 @@ class AttentionDownsample(Downsample):
         in_chs: Input channels.
         out_chs: Output channels.
         size: Height and width of the map.
-        attention: Whether there is attention; without it the layer takes maps of every size.
+        attention: Whether there is attention; without it the layer accepts maps of any size.
         norm_kwargs: `eps` and `momentum` of the convolution's BatchNorm.
         device: Device of the parameters.
         dtype: Data type of the parameters.
@@ -680,7 +688,7 @@ class AttentionDownsample(Downsample):
         old = self.size if tensor.shape[-1] == self.size[0] * self.size[1] else (side, side)
         if name != "attn.attention_biases" or old == size or tensor.shape[-1] != old[0] * old[1]:
             return tensor
-        table = tensor.float().unflatten(1, old)[None]  # one bias per distance (rows, columns)
+        table = tensor.float().unflatten(1, old)[None]  # one bias per distance in rows and columns
         return F.interpolate(table, size, mode="bilinear")[0].flatten(1).to(tensor.dtype)
 
     def set_size(self, size: tuple[int, int]) -> None:
@@ -699,7 +707,11 @@ class AttentionDownsample(Downsample):
         self.size = (size[0], size[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chs, H, W) -> (N, out_chs, ceil(H / 2), ceil(W / 2)); raises ImageSizeError for another size."""
+        """(N, in_chs, H, W) -> (N, out_chs, ceil(H / 2), ceil(W / 2)).
+
+        Raises:
+            ImageSizeError: If there is attention, and H and W differ from the layer's `size`.
+        """
         out = self.conv(x)
         if self.attn is not None:
             _check_size(x, self.size)

@@ -1,7 +1,7 @@
 """Boxes of detectors: overlap, decoding of raw predictions, prior boxes, and non-maximum suppression.
 
 Boxes are (x1, y1, x2, y2) unless noted otherwise; `torchvision.ops.box_convert` converts them to centre and size. Every
-function takes integers, too, as annotations have them.
+function also accepts integers, which annotations often are.
 """
 
 import math
@@ -33,7 +33,7 @@ PAIRS = 2**20  # compared at a time, which limits memory
 
 
 def as_float(boxes: Tensor) -> Tensor:
-    """Converts boxes to float32; float64 stays.
+    """Converts boxes to float32, except float64.
 
     Args:
         boxes: Of any shape and data type.
@@ -48,7 +48,7 @@ def complete_iou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
     """Complete IoU of pairs of boxes: IoU minus a distance term and an aspect-ratio term.
 
     Zheng et al., https://arxiv.org/abs/1911.08287. The weight of the aspect-ratio term gets no gradient. Unlike
-    torchvision's function this one takes predicted boxes of zero height: `eps` is added to heights.
+    torchvision's function this one accepts predicted boxes of zero height, because `eps` is added to heights.
 
     Args:
         boxes: (..., 4).
@@ -124,7 +124,7 @@ def expected_distances(sides: Tensor, bins: Tensor) -> Tensor:
 
 
 def yolov8_predictions(raw: Sequence[Tensor], strides: Sequence[int], bins: int) -> tuple[Tensor, ...]:
-    """Flattens YOLOv8's raw maps of all levels to A anchors, and gives the positions of the anchors.
+    """Flattens YOLOv8's raw maps of all levels to A anchors, and computes the positions of the anchors.
 
     Args:
         raw: A map (N, 4 * bins + classes, H, W) for each level.
@@ -157,7 +157,7 @@ def prior_boxes(
     Args:
         maps: Height and width of each map.
         steps: Pixels between the cells of each map.
-        sizes: Side of the square prior of each map in pixels, and one more for the larger square of the last map.
+        sizes: Side of each map's square prior in pixels, and a last one for the larger square of the last map.
         boxes_per_cell: For each map 4 (two squares, 2:1, 1:2) or 6 (also 3:1 and 1:3).
         image_size: Height and width of the image in pixels.
 

@@ -1,7 +1,7 @@
 """Complexity of networks: parameters and operations, counted on the real network without computing its outputs.
 
 `trace` lists the operators that a network runs, and every count is a sum over that list. Published figures depend on
-the counting rule of the authors' tool, so they can only be compared by the same rule; `COUNTERS` has all rules.
+the counting rule of the authors' tool, so they can only be compared by the same rule; `COUNTERS` contains all rules.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ from spd_zoo.trace import OperatorMode, run_on_meta
 
 __all__ = ["COUNTERS", "Operation", "count_activations", "count_layer_params", "count_macs", "count_params", "trace"]
 
-KINDS = {  # torch's name of an operator -> what the rules call it
+KINDS = {  # torch's name of an operator -> its name in the rules
     "convolution": "conv",
     "addmm": "linear",
     "mm": "linear",
@@ -33,13 +33,13 @@ class Operation:
     """One operator that a network ran.
 
     Attributes:
-        kind: One of the values of `KINDS`, "global_pool" (`nn.AdaptiveAvgPool2d(1)`), "global_mean" (a mean over the
-            pixels in other words), or torch's name of the operator.
-        inputs: Elements of the map that it reads.
+        kind: One of the values of `KINDS`, "global_pool" (`nn.AdaptiveAvgPool2d(1)`), "global_mean" (any other mean
+            over all pixels), or torch's name of the operator.
+        inputs: Elements of its input.
         outputs: Elements of its output.
         macs: Multiply-accumulates of a convolution, linear layer or matrix product.
-        biased: Elements that a convolution or linear layer adds a bias to.
-        params: Elements of the parameters that a convolution, linear layer or BatchNorm is the first to read.
+        biased: Output elements of a convolution or linear layer with a bias; 0 without a bias.
+        params: Elements of parameters that a convolution, linear layer or BatchNorm reads and no earlier one did.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class _Recorder:
         self.unread = {_storage(parameter): parameter.numel() for parameter in parameters}
 
     def record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Adds an operator to the list, unless it reads or returns no tensor."""
+        """Adds an operator to the list if it reads and returns tensors."""
         output = result[0] if isinstance(result, (tuple, list)) else result
         if isinstance(output, Tensor) and any(isinstance(arg, Tensor) for arg in args):
             self.operations.append(self._describe(name, args, output))
@@ -76,23 +76,26 @@ class _Recorder:
             macs = x.numel() * tensors[-1].shape[-1]
             biased = output.numel() if name == "addmm" else 0
         elif name == "mean" and x.ndim == 4 and len(args) > 1 and {axis % 4 for axis in args[1]} == {2, 3}:
-            kind = "global_pool" if args[1] == [-1, -2] else "global_mean"  # torch's own pooling says [-1, -2]
+            kind = "global_pool" if args[1] == [-1, -2] else "global_mean"  # torch's own pooling passes [-1, -2]
         if kind in ("conv", "linear", "batch_norm"):
             params = sum(self.unread.pop(_storage(tensor), 0) for tensor in tensors)
         return Operation(kind, x.numel(), output.numel(), macs, biased, params)
 
 
 def _storage(tensor: Tensor) -> int:
-    """A key that a parameter shares with its views, because a linear layer reads its weight transposed."""
+    """A key that a parameter shares with its views; linear layers read a transposed view of their weight."""
     return tensor.untyped_storage()._cdata
 
 
 def trace(net: nn.Module, input_size: tuple[int, int, int]) -> list[Operation]:
-    """The operators that `net` runs in evaluation for one image of `input_size` (C, H, W), in their order.
+    """Lists the operators that a network runs in evaluation for one image; for a detector, including `decode`.
 
-    For a detector they include the decoding of its predictions.
+    Args:
+        net: The network, on the "meta" device: on a CPU, pyramids are computed packed, with more operations.
+        input_size: Channels, height and width of the image in pixels.
 
-    Only `net` on the "meta" device is counted exactly: on a CPU, pyramids are computed packed, with more operations.
+    Returns:
+        The operators in the order of execution.
 
     Raises:
         ValueError: If `net` is not on the "meta" device, or cannot run there.
@@ -110,23 +113,34 @@ def trace(net: nn.Module, input_size: tuple[int, int, int]) -> list[Operation]:
 
 
 def count_params(net: nn.Module) -> int:
-    """Trainable parameters."""
+    """Counts the trainable parameters of a network."""
     return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
 
 
 def count_layer_params(operations: Iterable[Operation]) -> int:
-    """Parameters that convolutions, linear layers and BatchNorms read, as thop counts them.
+    """Counts the parameters that convolutions, linear layers and BatchNorms read, as thop does.
 
-    thop counts modules without children that run: it misses position encodings, attention biases and unused layers.
-    (This function also misses kernels computed from parameters, as in `SPDConv2d`; thop has no figures of those.)
+    thop only counts modules without children that are called: it misses position encodings, attention biases and unused
+    layers. This function also misses parameters from which kernels are computed, as in `SPDConv2d`.
+
+    Args:
+        operations: The result of `trace`.
+
+    Returns:
+        The number of parameters.
     """
     return sum(operation.params for operation in operations)
 
 
 def count_macs(net: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of the convolutions and linear layers for one image of `input_size` (C, H, W).
+    """Counts the multiply-accumulates of the convolutions and linear layers for one image.
 
-    Only `net` on the "meta" device is counted exactly: on a CPU, pyramids are computed packed, with more operations.
+    Args:
+        net: The network, on the "meta" device.
+        input_size: Channels, height and width of the image in pixels.
+
+    Returns:
+        The number of multiply-accumulates.
 
     Raises:
         ValueError: If `net` is not on the "meta" device.
@@ -135,7 +149,14 @@ def count_macs(net: nn.Module, input_size: tuple[int, int, int]) -> int:
 
 
 def count_activations(operations: Iterable[Operation]) -> int:
-    """Output elements of convolutions, linear layers and matrix products, as fvcore counts activations."""
+    """Counts the output elements of convolutions, linear layers and matrix products, as fvcore counts activations.
+
+    Args:
+        operations: The result of `trace`.
+
+    Returns:
+        The number of elements.
+    """
     return _total(operations, dict.fromkeys(("conv", "linear", "matmul"), lambda op: op.outputs))
 
 
@@ -144,14 +165,16 @@ def _total(operations: Iterable[Operation], costs: dict[str, Callable[[Operation
 
 
 def macs(operations: Sequence[Operation]) -> int:
-    """Multiply-accumulates of convolutions and linear layers: the MACs on this project's pages."""
+    """Multiply-accumulates of convolutions and linear layers: the MACs in this project's documentation."""
     return _total(operations, {"conv": lambda op: op.macs, "linear": lambda op: op.macs})
 
 
 def fvcore(operations: Sequence[Operation]) -> int:
-    """fvcore 0.1.5: MACs, of matrix products too, 2 for each element into a BatchNorm, 1 into `nn.AdaptiveAvgPool2d`.
+    """The rule of fvcore 0.1.5.
 
-    fvcore itself gives the same counts, but cannot trace on the "meta" device, and on a CPU pyramids are packed.
+    MACs of convolutions, linear layers and matrix products, 2 per input element of a BatchNorm, and 1 per input element
+    of `nn.AdaptiveAvgPool2d`. fvcore itself gives the same counts, but it cannot trace on the "meta" device, and on a
+    CPU pyramids are packed.
     """
     costs: dict[str, Callable[[Operation], int]] = {
         **dict.fromkeys(("conv", "linear", "matmul"), lambda op: op.macs),
@@ -164,10 +187,11 @@ def fvcore(operations: Sequence[Operation]) -> int:
 
 
 def bsconv(operations: Sequence[Operation]) -> int:
-    """The profiler of BSConv's library, which also made the first tables of padding-free downsampling.
+    """The rule of the BSConv library's profiler, also used for the first tables of padding-free downsampling.
 
-    Convolutions with their bias, 2 for each element into a BatchNorm, 1 out of a ReLU, 1 into a pool of either kind.
-    The authors' classifiers are 1x1 convolutions, so a linear layer counts as one.
+    MACs and bias additions of convolutions, 2 per input element of a BatchNorm, 1 per output element of a ReLU, and 1
+    per input element of a max-pool or global pool. A linear layer counts like a convolution, because the authors'
+    classifiers are 1x1 convolutions.
     """
     costs: dict[str, Callable[[Operation], int]] = {
         **dict.fromkeys(("conv", "linear"), lambda op: op.macs + op.biased),
@@ -179,11 +203,12 @@ def bsconv(operations: Sequence[Operation]) -> int:
 
 
 def thop_2019(operations: Sequence[Operation]) -> int:
-    """thop 0.0.22 to 0.0.23.post1907, which made PyConvResNet's tables.
+    """The rule of thop 0.0.22 to 0.0.23.post1907, used for PyConvResNet's tables.
 
-    Convolutions, 4 for each element into a BatchNorm, 3 (not 9) out of a 3x3 max-pool, h * w + 1 out of the average
-    pool, 2 * inputs - 1 out of a linear layer. Of a ReLU module only the last call counts: the stem's, and in a block,
-    whose calls share one module, the call after the addition.
+    MACs of convolutions, 4 per input element of a BatchNorm, 3 (not 9) per output element of a 3x3 max-pool, h * w + 1
+    per output element of the average pool, and 2 * inputs - 1 per output element of a linear layer. Only the last call
+    of each ReLU module counts, which is 1 per input element: the stem's call, and in each block the one after the
+    addition.
     """
     costs: dict[str, Callable[[Operation], int]] = {
         "conv": lambda op: op.macs,
@@ -198,20 +223,24 @@ def thop_2019(operations: Sequence[Operation]) -> int:
 
 
 def thop_2020(operations: Sequence[Operation], pools: str = "none") -> int:
-    """thop 0.0.31, which made the other tables of padding-free downsampling.
+    """The rule of thop 0.0.31, used for the other tables of padding-free downsampling.
 
-    Convolutions with their bias, linear layers without, 2 for each element into a BatchNorm, 1 out of an average pool
-    with a stride, and 1 into and 1 out of a global average pool that is a module of the authors' network.
+    MACs and bias additions of convolutions, MACs of linear layers, 2 per input element of a BatchNorm, 1 per output
+    element of a strided average pool, and 1 per input and output element of each global average pool that is a module
+    of the authors' network.
 
     Args:
-        operations: What `trace` gives.
-        pools: Which global pools are modules there. "all", GhostNet: those of squeeze-and-excitation and of the head.
-            "head", MobileNetV3: the last one; the layer after it is linear there, but a 1x1 convolution in ours.
-            "none", ParC-MobileNetV2 and ShuffleNetV2, which call functions.
+        operations: The result of `trace`.
+        pools: Which global pools are modules there. "all": those of squeeze-and-excitation and of the head (GhostNet).
+            "head": the last one (MobileNetV3); the layer after it is linear there, but a 1x1 convolution here. "none":
+            none, because functions are called (ParC-MobileNetV2, ShuffleNetV2).
+
+    Returns:
+        The number of operations.
     """
     found = [i for i, operation in enumerate(operations) if operation.kind in ("global_pool", "global_mean")]
     modules = {"all": found, "head": found[-1:], "none": []}[pools]
-    linear = modules[-1] if pools == "head" else len(operations)  # from there on, 1x1 convolutions are
+    linear = modules[-1] if pools == "head" else len(operations)  # from here on, convolutions count as linear layers
     costs: dict[str, Callable[[Operation], int]] = {
         "conv": lambda op: op.macs,
         "linear": lambda op: op.macs,
@@ -223,15 +252,15 @@ def thop_2020(operations: Sequence[Operation], pools: str = "none") -> int:
 
 
 def thop_yolo(operations: Sequence[Operation]) -> int:
-    """What YOLOv5 v6.0 and ultralytics 8.1.0 print: twice thop's convolutions and 4 for each element of a BatchNorm."""
+    """The rule of YOLOv5 v6.0 and ultralytics 8.1.0: twice the sum of MACs and 4 per output element of a BatchNorm."""
     return 2 * (macs(operations) + _total(operations, {"batch_norm": lambda op: 4 * op.outputs}))
 
 
 def ssd(operations: Sequence[Operation]) -> int:
-    """The profiler of small_object_detection, for its SSD networks.
+    """The rule of small_object_detection's profiler, used for its SSD networks.
 
-    Convolutions with their bias, 2 for each element into a BatchNorm, 1 into a max-pool, a ReLU6 and a ReLU of the
-    backbone. It does not count functions, such as the ReLUs after the L2 normalisation there.
+    MACs and bias additions of convolutions, 2 per input element of a BatchNorm, and 1 per input element of a max-pool,
+    a ReLU6 and a ReLU of the backbone. Functions do not count, such as its ReLUs after the L2 normalisation.
     """
     costs: dict[str, Callable[[Operation], int]] = {
         "conv": lambda op: op.macs + op.biased,

@@ -2,7 +2,7 @@
 
 `convert_to_spd` replaces every convolution and pooling with a stride by a space-to-depth layer of `spd_zoo.spd` whose
 weights give the same function (docs/convert.md). The `spd_report` of the returned network lists what was replaced and
-what was not. `spd_zoo.fold` is the way back, for deployment.
+what was not. `spd_zoo.fold` turns space-to-depth back into strides, for deployment.
 
 Space-to-depth: Sunkara and Luo, No More Strided Convolutions or Pooling, https://arxiv.org/abs/2208.03641. Weights that
 keep the function: Chen, Goodfellow and Shlens, Net2Net, https://arxiv.org/abs/1511.05641.
@@ -69,7 +69,15 @@ _AVG_POOLS = (nn.AvgPool2d, AvgPool2dSame)
 
 @dataclass(frozen=True)
 class Replaced:
-    """A layer that was replaced; pairs are before and after. MACs are for one image of the report's `input_size`."""
+    """A layer that was replaced.
+
+    Attributes:
+        module: Its name.
+        old: Its class, kernel and stride.
+        new: The class and kernel of its replacement.
+        params: Its parameters, before and after.
+        macs: Its multiply-accumulates for one image of the report's `input_size`, before and after.
+    """
 
     module: str
     old: str
@@ -85,11 +93,11 @@ class SPDReport:
     Attributes:
         input_size: Image channels, height and width that MACs are counted for.
         replaced: Every layer that was replaced.
-        unchanged: Everything that still downsamples by a stride or a pooling, and why.
+        unchanged: Everything that still downsamples by a stride or pooling, and why.
         params: Parameters of the whole network, before and after.
         macs: Multiply-accumulates of its convolutions and linear layers, before and after.
         difference: The largest difference between the outputs for `example_input`, in standard deviations of the
-            original's; None if there was none.
+            original output; None without `example_input`.
     """
 
     input_size: tuple[int, int, int]
@@ -154,7 +162,7 @@ def convert_to_spd(
     Raises:
         ValueError: If the size of the images is unknown, or a pattern in `include` names nothing that downsamples.
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation;
-            `model` then is unchanged.
+            `model` is then unchanged.
     """
     size = image_size(model, example_input)
     include = [include] if isinstance(include, str) else include
@@ -172,39 +180,39 @@ def convert_to_spd(
     like = next(numbers, torch.empty(0) if example_input is None else example_input)
     shared = with_shared_parameters(net)
     reasons: dict[str, str] = {}
-    successors: dict[str, nn.Module] = {}
+    replacements: dict[str, nn.Module] = {}
     for name, module in candidates.items():
-        wanted = include is None or any(fnmatchcase(name, pattern) for pattern in include)
+        included = include is None or any(fnmatchcase(name, pattern) for pattern in include)
         channels = before.channels.get(name, set())
-        made: nn.Module | str
-        if not wanted or any(fnmatchcase(name, pattern) for pattern in exclude):
-            made = "left out by include or exclude"
+        new_layer: nn.Module | str
+        if not included or any(fnmatchcase(name, pattern) for pattern in exclude):
+            new_layer = "left out by include or exclude"
         elif not channels:
-            made = "not called in evaluation, so nothing could be compared"
+            new_layer = "not called in evaluation, so nothing could be compared"
         elif len(channels) > 1:
-            made = "called with maps of different numbers of channels"
+            new_layer = "called with maps that differ in their number of channels"
         elif attached := what_is_attached(module):
-            made = attached
+            new_layer = attached
         elif module in shared:
-            made = "it shares a parameter with another module"
+            new_layer = "it shares a parameter with another module"
         elif name in before.parameters_read_elsewhere:
-            made = "its parameters are also read outside of it"
+            new_layer = "its parameters are also read outside of it"
         else:
-            made = _successor(module, next(iter(channels)), like)
-        if isinstance(made, str):
-            reasons[name] = made
+            new_layer = _replacement(module, next(iter(channels)), like)
+        if isinstance(new_layer, str):
+            reasons[name] = new_layer
         else:
-            successors[name] = made
+            replacements[name] = new_layer
     converted = net
     try:
-        converted = _replace(net, {candidates[name]: new for name, new in successors.items()})
+        converted = _replace(net, {candidates[name]: new for name, new in replacements.items()})
         after = _trace(converted, size)
-        uncalled = [name for name in successors if name not in after.channels]
+        uncalled = [name for name in replacements if name not in after.channels]
         if uncalled:
-            converted = _replace(converted, {successors.pop(name): candidates[name] for name in uncalled})
-            reasons |= dict.fromkeys(uncalled, "called by another reference to it than its name")
+            converted = _replace(converted, {replacements.pop(name): candidates[name] for name in uncalled})
+            reasons |= dict.fromkeys(uncalled, "called through another reference than its name")
             after = _trace(converted, size)
-        report = _report(size, before, after, candidates, successors, reasons)
+        report = _report(size, before, after, candidates, replacements, reasons)
         if example_input is not None:
             assert expected is not None
             advice = (
@@ -212,12 +220,12 @@ def convert_to_spd(
                 f"and leave it out with exclude=...\n{report}"
             )
             report = replace(report, difference=check_same(converted, example_input, expected, advice))
-        _remember(converted, list(successors))
+        _remember(converted, list(replacements))
     except BaseException:
-        _replace(converted, {new: candidates[name] for name, new in successors.items()})
+        _replace(converted, {new: candidates[name] for name, new in replacements.items()})
         raise
-    anything: Any = converted
-    anything.spd_report = report
+    untyped: Any = converted
+    untyped.spd_report = report
     return converted
 
 
@@ -229,7 +237,7 @@ def _report(
     new: dict[str, nn.Module],
     reasons: dict[str, str],
 ) -> SPDReport:
-    """The replaced layers, and what still downsamples and why."""
+    """Describes the replaced layers, and those that still downsample."""
     replaced = [
         Replaced(
             name,
@@ -252,7 +260,7 @@ def _report(
     )
 
 
-# What a network does
+# Tracing a network
 
 
 @dataclass
@@ -264,7 +272,7 @@ class _Trace:
         macs: Multiply-accumulates of convolutions and linear layers.
         channels: For each module that was called, the numbers of channels of its input maps.
         conv_macs: Multiply-accumulates of the convolutions that a module runs itself, not in a submodule.
-        downsampling: Everything that downsampled outside of our layers.
+        downsampling: Every operator that downsampled, except in space-to-depth layers.
         parameters_read_elsewhere: Modules whose parameters an operator outside of them reads.
     """
 
@@ -285,7 +293,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Trace:
     meta = meta_copy(net)
     trace = _Trace(_numel(meta), 0, {}, Counter(), [], set())
     running: list[str] = [""]
-    stepped: dict[int, Tensor] = {}  # by axis, the last map whose rows or columns a slice left out
+    stepped: dict[int, Tensor] = {}  # axis -> the last output of a slice with a step along it
 
     def enter(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -299,7 +307,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Trace:
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         running.pop()
 
-    owners: dict[int, str] = {}  # by parameter
+    owners: dict[int, str] = {}  # id of a parameter -> module
     for name, module in meta.named_modules():
         owners |= {id(parameter): name for parameter in module.parameters(recurse=False)}
         module.register_forward_pre_hook(enter(name), with_kwargs=True)
@@ -319,7 +327,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Trace:
             if downsamples:
                 axis = args[1] % 4
                 stepped[axis] = output
-                downsamples = stepped.get(5 - axis) is args[0]  # only of rows or columns: a rotary embedding
+                downsamples = stepped.get(5 - axis) is args[0]  # one axis alone is a rotary embedding
         else:
             downsamples = _downsamples_by(name, args, output)
         owner = meta.get_submodule(module)
@@ -327,7 +335,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Trace:
             return
         why = f"called in the forward of {type(owner).__name__}, not a layer of its own"
         if type(owner).__module__.startswith("torch.nn."):
-            why = f"there is nothing to put in the place of {type(owner).__name__}"
+            why = f"there is no replacement for {type(owner).__name__}"
         operator = name.lstrip("_").removesuffix("_with_indices")
         trace.downsampling.append(Unchanged(module, operator, why))
 
@@ -336,7 +344,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Trace:
     return trace
 
 
-# operators that resample a map; the sizes tell whether they downsample
+# Operators that resample a map; whether they downsample depends on the sizes.
 _RESAMPLING = (
     *("adaptive_avg_pool2d", "adaptive_max_pool2d", "fractional_max_pool2d", "upsample_", "grid_sampler"),
     *("index_select", "gather", "take_along_dim", "roi_align"),
@@ -357,7 +365,7 @@ def _downsamples_by(name: str, args: tuple[Any, ...], output: Tensor) -> bool:
     if name == "im2col":
         return max(args[4]) > 1
     if name in ("mean", "sum", "amax", "max", "amin", "min") and x.ndim == 6 and output.ndim in (4, 6):
-        axes = args[1] if len(args) > 1 else ()  # a map in cells, (N, C, H, cell, W, cell)
+        axes = args[1] if len(args) > 1 else ()  # of a map divided into cells, (N, C, H, cell, W, cell)
         axes = [axes] if isinstance(axes, int) else axes
         return {axis % 6 for axis in axes} == {3, 5} and x.shape[2] * x.shape[4] > 1
     if name == "index":
@@ -369,7 +377,7 @@ def _downsamples_by(name: str, args: tuple[Any, ...], output: Tensor) -> bool:
 
 
 def _downsamples(module: nn.Module) -> bool:
-    """Whether a module is a convolution or pooling with a stride, and not one of our layers."""
+    """Whether a module is a convolution or pooling with a stride, and not a space-to-depth layer."""
     if isinstance(module, SPDConv2d | PhaseMix):
         return False
     layers = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
@@ -381,7 +389,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def _describe(module: nn.Module) -> str:
-    """Class, kernel and stride of a layer, as `Conv2d 7x7/2`; of ours, the kernel after space-to-depth."""
+    """Class, kernel and stride of a layer, as `Conv2d 7x7/2`; for space-to-depth layers, the kernel after it."""
     stride = f"/{max(to_2tuple(module.stride))}"
     kernel: Any = module.filt_size if isinstance(module, BlurPool2d) else module.kernel_size
     if isinstance(module, SPDConv2d):
@@ -391,36 +399,36 @@ def _describe(module: nn.Module) -> str:
     return f"{type(module).__name__} {'x'.join(map(str, to_2tuple(kernel)))}{stride}"
 
 
-# Replacing its layers
+# Replacing layers
 
 
-def _replace(net: nn.Module, successors: dict[nn.Module, nn.Module]) -> nn.Module:
+def _replace(net: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
     """The network with some modules replaced; their hooks and modes move to the new modules."""
-    for old, new in successors.items():
+    for old, new in replacements.items():
         new.train(old.training)
         move_hooks(old, new)
-    return replace_modules(net, successors)
+    return replace_modules(net, replacements)
 
 
 @torch.no_grad()
-def _successor(module: Any, chs: int, like: Tensor) -> nn.Module | str:
-    """Our layer that computes the same as a convolution or pooling with a stride, or the reason why there is none.
+def _replacement(module: Any, chs: int, like: Tensor) -> nn.Module | str:
+    """The space-to-depth layer with the same output as a strided convolution or pooling, or why there is none.
 
     Args:
         module: The convolution or pooling.
         chs: Channels of its input.
-        like: A tensor with the device and type for a new parameter if `module` has no parameters.
+        like: A tensor with the device and type for new parameters, used if `module` has none.
     """
     strides = to_2tuple(module.stride)
     if strides[0] != strides[1]:
         return f"its stride differs between rows and columns: {strides}"
     if isinstance(module, nn.Conv2d):
-        return _conv_successor(module, strides[0])
+        return _conv_replacement(module, strides[0])
     if isinstance(module, BlurPool2d):
         if type(module) is not BlurPool2d:
-            return f"a blur of a class of its own, {type(module).__name__}"
-        return _blur_successor(module, chs, like)
-    made: nn.Module
+            return f"a blur of an unknown class, {type(module).__name__}"
+        return _blur_replacement(module, chs, like)
+    new_layer: nn.Module
     kwargs: dict[str, Any] = {"stride": strides[0], "ceil_mode": module.ceil_mode}
     kwargs |= {"device": like.device, "dtype": like.dtype}
     same = isinstance(module, MaxPool2dSame | AvgPool2dSame)
@@ -430,17 +438,17 @@ def _successor(module: Any, chs: int, like: Tensor) -> nn.Module | str:
     if type(module) in _MAX_POOLS:
         if module.return_indices:
             return "it returns indices"
-        made = SPDMaxPool2d(chs, module.kernel_size, dilation=module.dilation, **kwargs)
+        new_layer = SPDMaxPool2d(chs, module.kernel_size, dilation=module.dilation, **kwargs)
     elif type(module) in _AVG_POOLS:
         if module.divisor_override is not None:
             return "it has a divisor_override"
-        made = SPDAvgPool2d(chs, module.kernel_size, count_include_pad=module.count_include_pad, **kwargs)
+        new_layer = SPDAvgPool2d(chs, module.kernel_size, count_include_pad=module.count_include_pad, **kwargs)
     else:
-        return f"a pooling of a class of its own, {type(module).__name__}"
-    return made
+        return f"a pooling of an unknown class, {type(module).__name__}"
+    return new_layer
 
 
-def _conv_successor(conv: nn.Conv2d, stride: int) -> nn.Module | str:
+def _conv_replacement(conv: nn.Conv2d, stride: int) -> nn.Module | str:
     same = isinstance(conv, Conv2dSame) or bool(getattr(conv, "same_pad", False))
     args: dict[str, Any] = {
         "in_channels": conv.in_channels,
@@ -455,28 +463,28 @@ def _conv_successor(conv: nn.Conv2d, stride: int) -> nn.Module | str:
         "device": conv.weight.device,
         "dtype": conv.weight.dtype,
     }
-    made: SPDConv2d
+    new_layer: SPDConv2d
     if type(conv) in _STD_CONVS:
         scale = getattr(conv, "scale", None)
-        made = SPDStdConv2d(**args, eps=cast("float", conv.eps), scale=cast("float | None", scale))
-        if made.gain is not None:
+        new_layer = SPDStdConv2d(**args, eps=cast("float", conv.eps), scale=cast("float | None", scale))
+        if new_layer.gain is not None:
             gain = cast("nn.Parameter", conv.gain)
-            made.gain.copy_(gain).requires_grad_(gain.requires_grad)
+            new_layer.gain.copy_(gain).requires_grad_(gain.requires_grad)
     elif type(conv) in (nn.Conv2d, Conv2dSame):
-        made = SPDConv2d(**args)
+        new_layer = SPDConv2d(**args)
     else:
-        return f"a convolution of a class of its own, {type(conv).__name__}"
-    made.weight.copy_(made.from_strided(conv.weight)).requires_grad_(conv.weight.requires_grad)
-    if conv.bias is not None and made.bias is not None:
-        made.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
-    return made
+        return f"a convolution of an unknown class, {type(conv).__name__}"
+    new_layer.weight.copy_(new_layer.from_strided(conv.weight)).requires_grad_(conv.weight.requires_grad)
+    if conv.bias is not None and new_layer.bias is not None:
+        new_layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
+    return new_layer
 
 
-def _blur_successor(blur: BlurPool2d, chs: int, like: Tensor) -> nn.Module | str:
+def _blur_replacement(blur: BlurPool2d, chs: int, like: Tensor) -> nn.Module | str:
     padding: set[Any] = set(blur.padding)
     if len(padding) > 1:
         return f"its padding differs between the sides: {blur.padding}"
-    made = SPDConv2d(
+    new_layer = SPDConv2d(
         chs,
         chs,
         blur.filt_size,
@@ -487,15 +495,17 @@ def _blur_successor(blur: BlurPool2d, chs: int, like: Tensor) -> nn.Module | str
         device=like.device,
         dtype=like.dtype,
     )
-    made.weight.copy_(made.from_strided(cast("Tensor", blur.filt).to(like).expand_as(made.new_strided_weight())))
-    return made
+    new_layer.weight.copy_(
+        new_layer.from_strided(cast("Tensor", blur.filt).to(like).expand_as(new_layer.new_strided_weight()))
+    )
+    return new_layer
 
 
 # Saving and loading
 
 
 def _remember(net: Any, names: list[str]) -> None:
-    """Records in the config of a timm classifier from which network it was converted, and what was replaced."""
+    """Records in the config of a timm network its original and the modules that were replaced."""
     cfg: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
     if not names or not cfg.get("architecture") or not hasattr(net, "num_classes"):
         return
@@ -513,7 +523,7 @@ def spd_converted(
     pretrained_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A converted network, as its saved config describes it: what `timm.create_model("local-dir:...")` calls.
+    """A converted network, as its saved config describes it; `timm.create_model("local-dir:...")` calls this function.
 
     Args:
         pretrained: Load the weights in the config's folder.
@@ -521,6 +531,9 @@ def spd_converted(
         include: The modules that were replaced.
         pretrained_cfg: The saved config.
         **kwargs: Arguments of the network that was converted.
+
+    Returns:
+        The network.
 
     Raises:
         ValueError: Without a saved config.
@@ -531,7 +544,7 @@ def spd_converted(
             "spd_converted needs a saved network: give timm.create_model the folder, local-dir:FOLDER, "
             "or convert a network with spd_zoo.convert_to_spd"
         )
-    own = {key: kwargs[key] for key in ("network", "steps") if key in kwargs}  # where base is resolution_kept
+    own = {key: kwargs[key] for key in ("network", "steps") if key in kwargs}  # arguments of resolution_kept
     like: Any = timm.create_model(base, device="meta", **own)
     first_convs: Any = like.pretrained_cfg.get("first_conv")
     names = [first_convs] if isinstance(first_convs, str) else list(first_convs or ())
@@ -539,7 +552,7 @@ def spd_converted(
     def create(**kwargs: Any) -> nn.Module:
         net: Any = convert_to_spd(timm.create_model(base, **kwargs), include=include, inplace=True)
         if any(isinstance(net.get_submodule(name), SPDConv2d) for name in names):
-            net._traits["first_conv"] = None  # `fitting` adapts the image channels, timm must not
+            net._traits["first_conv"] = None  # `fitting` adapts the image channels; timm must not
         return cast("nn.Module", net)
 
     def fitting(state_dict: dict[str, Tensor], net: Any) -> dict[str, Tensor]:
@@ -587,9 +600,12 @@ def convert_checkpoint(
         include: As in `convert_to_spd`.
         exclude: As in `convert_to_spd`.
 
+    Returns:
+        The report of the conversion.
+
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights are unavailable or must not be used.
         ValueError: If `out` exists, or a pattern in `include` names nothing that downsamples.
         ConversionError: If the outputs differ.
     """

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 __all__ = ["SIZES", "Twin", "build", "compare", "offered", "predict_html", "read_picture", "serve", "twins"]
 
 SIZES = (32, 64, 128)  # pixels: the smaller inputs
-MAX_FILE = "10mb"  # of an upload
+MAX_FILE = "10mb"  # maximum size of an upload
 MAX_SIDE = 2048  # pixels: larger pictures are reduced when they are read
 SHOWN = 256  # pixels: small inputs are enlarged to about this size
 TOP = 5  # classes in a table
-TWINS = 2  # of a network, at most
+TWINS = 2  # maximum number of twins of a network
 PAIRS = {"_pfd": ("padded", "padding-free"), "_spd": ("strided", "space-to-depth")}  # suffix: without it, with it
 SAME_OBJECT = 0.5  # IoU of boxes of two detectors
 
@@ -82,7 +82,7 @@ def load(model: str) -> nn.Module:
 
     Raises:
         ModelError: If there is no such network, or it cannot be used.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights are unavailable or must not be used.
     """
     net = load_network(model, pick_device())
     channel_mode(pretrained_cfg(net)["input_size"][0], model)
@@ -107,11 +107,7 @@ def predict_html(net: nn.Module, picture: Image.Image, size: int | None = None) 
             found = Detector(net, image_size=size)(picture)
             return found.draw(_coarse(picture, size)), _objects(found)
         seen, probabilities = _classify(net, picture, size)
-    except (
-        RuntimeError,
-        ValueError,
-        AssertionError,
-    ) as error:  # a size that the network does not take
+    except (RuntimeError, ValueError, AssertionError) as error:  # the network does not accept this size
         raise ModelError(f"no prediction at {size or 'its own number of'} pixels: {error}") from error
     names = class_names(pretrained_cfg(net))
     best = probabilities.argsort(descending=True)[:TOP].tolist()
@@ -129,7 +125,7 @@ def _classify(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[I
     probabilities = net(pixels[None].to(next(net.parameters()))).float().softmax(1)[0].cpu()
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     colours = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    seen = Image.fromarray(colours.squeeze(2).numpy())  # squeezed where grey
+    seen = Image.fromarray(colours.squeeze(2).numpy())  # (H, W) for grey images
     times = max(1, SHOWN // max(seen.size))
     return seen.resize((seen.width * times, seen.height * times), Image.Resampling.NEAREST), probabilities
 
@@ -151,7 +147,7 @@ def _objects(found: Detections) -> str:
 
 @dataclass(frozen=True)
 class Twin:
-    """A network to compare with another, and what it is in one sentence."""
+    """A network to compare with another, and its description in one sentence."""
 
     net: nn.Module
     description: str
@@ -161,13 +157,13 @@ class Twin:
 def twins(model: str) -> tuple[Twin, ...]:
     """The networks to compare a network with, at most `TWINS`.
 
-    First the same weights, converted: strided layers for space-to-depth where the network has such layers of
-    `convert_to_spd`, space-to-depth for strided ones otherwise. Then the other network of a pair, if its weights are
-    here: without or with padding, strided or with space-to-depth, with the same tag.
+    First the same weights: folded, if the network has layers of `convert_to_spd`, otherwise converted by it. Then the
+    other network of a pair (padded and padding-free, or strided and with space-to-depth), if its weights with the same
+    tag are on this machine.
 
     Raises:
         ModelError: If there is no such network, or it cannot be used.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights are unavailable or must not be used.
     """
     net, found = load(model), []
     layers = sum(isinstance(module, _SPD_LAYERS) for module in net.modules())
@@ -204,7 +200,7 @@ def compare(net: nn.Module, twin: nn.Module, picture: Image.Image) -> tuple[Imag
     """
     names = class_names(pretrained_cfg(net))
     if names != class_names(pretrained_cfg(twin)):
-        raise ModelError("the two networks know different classes, so their predictions cannot be compared")
+        raise ModelError("the two networks have different classes, so their predictions cannot be compared")
     if isinstance(twin, DetectionNet):
         found = Detector(twin)(picture)
         return found.draw(picture), _differences(Detector(net)(picture), found)
@@ -277,7 +273,7 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
             elem_classes="answer"
         )
 
-    # What Gradio offers beyond that, such as telemetry, a public link and an open API, stays off here and in `serve`.
+    # Other features of Gradio, such as telemetry, a public link and an open API, are off here and in `serve`.
     with gr.Blocks(analytics_enabled=False, title="spd_zoo", delete_cache=(3600, 3600)) as page:
         gr.Markdown(_ABOUT)
         with gr.Row():
@@ -352,7 +348,7 @@ def serve(
 
     Args:
         models: As for `build`.
-        host: The address to listen on: that of this machine only, or 0.0.0.0 for everyone who can reach it.
+        host: The address to listen on; 0.0.0.0 opens the page to everyone who can reach this machine.
         port: The port.
         allow_hosts: Other host names of the page, for example the public one behind a proxy.
 
@@ -367,7 +363,7 @@ def serve(
         raise OSError(f"there is no port {port}; choose a --port from 1 to {2**16 - 1}")
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass  # it is free
+            pass  # the port is free
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f"cannot serve at {host}, port {port}: {reason}; choose another --host or --port") from error

@@ -1,4 +1,4 @@
-"""A network as one file for other programs: ONNX, or torch.export's pt2; checked against the network itself."""
+"""Exports a network to one file for other programs (ONNX, or torch.export's pt2), and checks the file's outputs."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def export(
     iou_threshold: float | None = None,
     max_detections: int = 300,
 ) -> Path:
-    """Writes a network into one file that takes any number of images, after a check of what the file computes.
+    """Writes a network to one file for any number of images, after checking the file's outputs.
 
     Input `images`, float32 (N, C, height, width). Outputs of a classifier: `logits`, float32 (N, classes). Outputs of a
     detector, which decodes and suppresses boxes within each class: `num`, int64 (N,); `boxes`, float32 (N,
@@ -86,12 +86,15 @@ def export(
         to: "onnx" or "pt2".
         out: The file; by default `model.onnx` or `model.pt2` in the run's folder, or one named after the network.
         image_size: Height and width in pixels, or one number for both; by default the network's own input size.
-        fold: Write what `fold_spd` makes of the network, which computes the same with fewer and plainer operators.
-        notes: Takes what was guessed; it is in the file's metadata, too.
+        fold: Write the network folded by `fold_spd`, which has the same outputs with fewer and plainer operators.
+        notes: Receives the assumptions that were made; the file's metadata contain them, too.
         raw: Detectors: write the raw predictions, `raw_0`, `raw_1`, ..., in place of boxes.
         score_threshold: Detectors: minimum score.
         iou_threshold: Detectors: IoU threshold of NMS; None: the authors' value.
         max_detections: Detectors: the number of rows for boxes.
+
+    Returns:
+        The file.
 
     Raises:
         ExportError: If the network cannot be exported, or its file computes something else.
@@ -459,7 +462,7 @@ def _to_onnx(part: _Part, example: Tensor, metadata: dict[str, str], file: Path)
 
     traced, outputs = part.traced()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about its own exporter
+        warnings.simplefilter("ignore")  # torch warns about its own exporter
         program = torch.onnx.export(
             traced,
             (example,),

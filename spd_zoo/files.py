@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, tables as CSV, and settings as YAML that cost little to read."""
+"""Atomic writes of files and folders, tables as CSV, and settings as YAML with limits on its cost."""
 
 import csv
 import os
@@ -19,21 +19,21 @@ _YAML_DEPTH, _YAML_LENGTH = 20, 10_000  # at most: collections in each other, ch
 
 @contextmanager
 def whole(path: str | Path, within: str | Path | None = None) -> Iterator[Path]:
-    """Writes a file or a folder atomically.
+    """Writes a file or a folder atomically, as a context manager.
 
-    The block writes to the path that it gets, which has the name of `path` in a temporary folder. When the block ends
+    The block writes to a temporary path, which has the name of `path` in a temporary folder. When the block ends
     without an exception, the result is renamed to `path`, and replaces a file or an empty folder there. A file is
-    flushed to the disk first and gets the mode of any new file, whatever library wrote it.
+    flushed to the disk first and gets the default mode of new files, whatever library wrote it.
 
     Args:
         path: The file or folder to write; its parent must exist.
-        within: Where the temporary folder is made, on the same file system; beside `path` by default.
+        within: Folder for the temporary folder, on the same file system (default: the parent of `path`).
 
     Yields:
         The temporary path.
 
     Raises:
-        OSError: If it cannot be written; `path` is as it was.
+        OSError: If it cannot be written; `path` is then unchanged.
     """
     path = Path(path)
     folder = Path(within or path.parent) / f".writing-{os.urandom(6).hex()}.tmp"
@@ -46,7 +46,7 @@ def whole(path: str | Path, within: str | Path | None = None) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         if temporary.is_dir() and path.is_dir():
-            path.rmdir()  # Windows renames nothing onto a folder, not even an empty one
+            path.rmdir()  # Windows cannot rename onto a folder, not even an empty one
         temporary.replace(path)
         _flush(path.parent)
     finally:
@@ -54,7 +54,7 @@ def whole(path: str | Path, within: str | Path | None = None) -> Iterator[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """Lets new names in a folder outlive a power failure."""
+    """Flushes a folder, so that new names in it survive a power failure."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -64,12 +64,16 @@ def _flush(folder: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is what a process left that was killed inside `whole`."""
+    """Whether `path` is a temporary folder of a process that was killed inside `whole`."""
     return path.match(LEFTOVERS)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what processes left in a folder that were killed inside `whole`; none may be writing there now."""
+    """Deletes temporary folders of processes that were killed inside `whole`.
+
+    Args:
+        folder: The folder that contains them; no other process may be writing there.
+    """
     for leftover in folder.glob(LEFTOVERS):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -83,7 +87,7 @@ def write_csv(path: str | Path, header: Iterable[str], rows: Iterable[Iterable[A
         rows: The cells of each row.
 
     Raises:
-        OSError: If it cannot be written; `path` is as it was.
+        OSError: If it cannot be written; `path` is then unchanged.
     """
     with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -1,4 +1,4 @@
-"""From space-to-depth back to plain strided layers, and BatchNorm into the convolutions: the form for deployment."""
+"""Prepares networks for deployment: space-to-depth becomes plain strided layers, BatchNorm is folded."""
 
 import copy
 import gc
@@ -46,8 +46,8 @@ class Folded:
 
     Attributes:
         module: Its name.
-        old: Its class before.
-        new: Its class after.
+        old: Its class.
+        new: The class of its replacement.
     """
 
     module: str
@@ -62,9 +62,9 @@ class FoldReport:
     Attributes:
         input_size: Image channels, height and width at which the network was run to see which layer reads which map.
         folded: Every layer that was replaced.
-        unchanged: Every space-to-depth layer and BatchNorm that stays, and why.
+        unchanged: Every space-to-depth layer and BatchNorm that was not replaced, and why.
         difference: The largest difference between the outputs for `example_input`, in standard deviations of the
-            original's; None without one.
+            original output; None without `example_input`.
     """
 
     input_size: tuple[int, int, int]
@@ -85,29 +85,31 @@ class FoldReport:
 
 
 def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
-    """A copy for inference: plain strided layers in place of space-to-depth ones, BatchNorm folded in.
+    """A copy for inference, with plain strided layers instead of space-to-depth, and with folded BatchNorm.
 
-    A space-to-depth with its convolution becomes one convolution of a larger kernel with a stride, without outer
-    rows and columns of weights that are all zero: what was converted and not trained since becomes what it was. The
-    function of each layer stays the same at every image size. A BatchNorm is folded only if it alone reads what a
-    convolution gives: a map that the network also returns or keeps stays as it is. So do layers whose classes are
-    not exactly the known ones, or that have hooks or computed weights, and what no plain layer computes: trained
-    layers where TensorFlow's padding, `ceil_mode` or a divisor that varies at the border depends on the image size.
+    A space-to-depth and the convolution after it become one strided convolution with a larger kernel. Outer rows and
+    columns of zeros are cut off, so an untrained conversion becomes the original kernel again. The function of each
+    layer stays the same at every image size.
 
-    Which layer reads which map is found by running the network once, at the size of `example_input` or of its
-    `pretrained_cfg`. If its code takes another way at another size, the result is right only at sizes that go this way.
+    A BatchNorm is folded only if nothing else reads the output of its convolution, and the network neither returns nor
+    stores it. Layers are left unchanged if their class is not exactly a known one, if they have hooks or computed
+    weights, or if no plain layer can express them: trained layers whose padding or divisor depends on the image size
+    (TensorFlow's padding, `ceil_mode`, average pooling that does not count padded pixels).
+
+    The network is run once, at the size of `example_input` or of its `pretrained_cfg`, to find which layer reads which
+    map. If its code branches on the image size, the result is right only at sizes that take the same branches.
 
     Args:
         model: The network; its hooks run once with tensors on the "meta" device.
-        example_input: Images as it takes them, (N, C, H, W), with which to compare the outputs before and after, in
-            fp32; needed for networks that are not timm's, because no `pretrained_cfg` says their size.
+        example_input: Preprocessed images, (N, C, H, W), for which the outputs before and after are compared in fp32.
+            Required for networks that are not timm's, whose image size is unknown without a `pretrained_cfg`.
 
     Returns:
         The copy, in evaluation mode, with a `FoldReport` in its attribute `fold_report`.
 
     Raises:
-        ValueError: If the size of the images is unknown, if the network's weights are on the "meta" device, or if it
-            cannot run there.
+        ValueError: If the size of the images is unknown, if the network's weights are on the "meta" device, or if a
+            copy of it cannot run on that device.
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation, or if
             the network's code needs attributes of a layer that is folded away.
     """
@@ -115,7 +117,7 @@ def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module
 
 
 def fold_batchnorm(model: nn.Module, example_input: Tensor | None = None) -> nn.Module:
-    """As `fold_spd`, but space-to-depth layers stay: only BatchNorm is folded into the convolutions.
+    """Folds BatchNorm into the convolutions, as `fold_spd` does, but leaves space-to-depth layers unchanged.
 
     Args:
         model: As in `fold_spd`.
@@ -140,18 +142,18 @@ def _fold(model: nn.Module, example_input: Tensor | None, plain: bool) -> nn.Mod
     expected = None if example_input is None else expected_outputs(model, example_input)
     net = copy_network(model).eval()
     folding = _Folding(net, _trace(net, size), plain)
-    net = replace_modules(net, folding.successors)
+    net = replace_modules(net, folding.replacements)
     report = folding.report(size)
     try:
         run_on_meta(meta_copy(net), size)
-    except TraceError as error:  # its code reads an attribute of a layer that is gone
+    except TraceError as error:  # the network's code reads an attribute of a layer that was replaced
         raise ConversionError(f"the folded network cannot run, and so is not returned: {error.__cause__}") from error
     if example_input is not None:
         assert expected is not None
-        advice = f"fold a part of it at a time to find the layer\n{report}"
+        advice = f"fold its modules separately to find the layer\n{report}"
         report = replace(report, difference=check_same(net, example_input, expected, advice))
-    anything: Any = net
-    anything.fold_report = report
+    untyped: Any = net
+    untyped.fold_report = report
     return net
 
 
@@ -159,15 +161,15 @@ def _fold(model: nn.Module, example_input: Tensor | None, plain: bool) -> nn.Mod
 
 
 class _Dataflow:
-    """Which modules and operators read and write which tensors in one forward pass. A tensor is named by its storage.
+    """Which modules and operators read and write which tensors in one forward pass; storages identify tensors.
 
     Attributes:
-        calls: How often each module was called by its name.
+        calls: How often each module was called under its name.
         inputs: The first input of each module.
         outputs: The output of each module.
         reads: How many operators, and modules with hooks, read each tensor.
         read_elsewhere: Modules whose parameters or buffers an operator outside of them reads.
-        kept: Tensors that exist after the forward pass: the network returns or keeps them.
+        kept: Tensors that exist after the forward pass, because the network returns or stores them.
     """
 
     def __init__(self) -> None:
@@ -180,15 +182,15 @@ class _Dataflow:
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
-    """What a tensor shares with its views; does not keep it alive, and stays unique after it is gone."""
+    """A key that a tensor shares with its views. It does not keep the tensor alive, and is never used again."""
     return StorageWeakRef(tensor.untyped_storage())
 
 
 def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Dataflow:
     """Runs a copy of the network on the "meta" device.
 
-    Layers are cloned under their names first: a call through any other reference reaches the original, and so is not
-    counted.
+    The registered layers are first replaced by clones. A call through any other reference reaches the uncloned layer,
+    and is therefore not counted.
     """
     flow = _Dataflow()
     meta = meta_copy(net)
@@ -221,7 +223,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Dataflow:
             flow.reads.update(map(_storage, tensors_in(output)))
 
     for module in meta.modules():
-        if module in originals:  # a clone's activation is no module of the network
+        if module in originals:  # not so for submodules of clones, such as activations
             owners |= {_storage(p): originals[module] for p in module.parameters(recurse=False)}
             owners |= {_storage(b): originals[module] for b in module.buffers(recurse=False)}
             module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -241,34 +243,34 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Dataflow:
     with OperatorMode(on_operator):
         result = run_on_meta(meta, size)
     if alive() - set(map(_storage, tensors_in(result))):
-        gc.collect()  # some may only be waiting for it, in a circle of references
+        gc.collect()  # frees tensors that only reference cycles keep
     flow.kept = alive()
-    del result  # until here what the network returns was alive
+    del result  # only now, so that the returned tensors count as kept
     return flow
 
 
-# What becomes of each layer
+# Replacements of layers
 
 
 class _Folding:
-    """Decides what becomes of each layer, and makes its successor; the network itself is not changed.
+    """Decides which layers can be replaced, and creates the replacements; the network itself is not changed.
 
     Attributes:
-        successors: For each module that goes, the one that comes.
-        reasons: Why others stay.
+        replacements: The replacement of each replaced module.
+        reasons: Why other modules are not replaced.
     """
 
     def __init__(self, net: nn.Module, flow: _Dataflow, plain: bool) -> None:
         self.names = {module: name for name, module in net.named_modules()}
         self.flow = flow
         self.shared = with_shared_parameters(net)
-        self.successors: dict[nn.Module, nn.Module] = {}
+        self.replacements: dict[nn.Module, nn.Module] = {}
         self.reasons: dict[nn.Module, str] = {}
         convs = [module for module in self.names if isinstance(module, nn.Conv2d | PyConv2d)]
         self.writers = {flow.outputs[conv]: conv for conv in convs if conv in flow.outputs}
-        # a pyramid stands before its levels in `convs`, and wins
+        # reversed, so that a pyramid, which precedes its levels in `convs`, overwrites them
         self.readers = {flow.inputs[conv]: conv for conv in reversed(convs) if conv in flow.inputs}
-        self.pools: dict[nn.Module, nn.Module] = {  # of a phase mix, the pooling that it belongs to
+        self.pools: dict[nn.Module, nn.Module] = {  # phase mix -> the pooling that contains it
             pool.mix: pool for pool in self.names if isinstance(pool, SPDMaxPool2d)
         }
         self.norms = [module for module in self.names if isinstance(module, _BatchNorm | FrozenBatchNorm2d)]
@@ -276,17 +278,17 @@ class _Folding:
             if isinstance(module, SpaceToDepth):
                 self._record(module, self._join(module))
         for module in self.names if plain else ():
-            if type(module) in _SPD_LAYERS and self.pools.get(module) not in self.successors:
+            if type(module) in _SPD_LAYERS and self.pools.get(module) not in self.replacements:
                 self._record(module, self._plain(module))
         for module in self.norms:
             self._record(module, self._fold(module))
 
     def report(self, size: tuple[int, int, int]) -> FoldReport:
-        """What was decided, in the network's order, from a run at `size`."""
+        """Lists the decisions of a run at `size` in the order of the network's modules."""
         folded, unchanged = [], []
         for module, name in self.names.items():
-            if module in self.successors:
-                folded.append(Folded(name, type(module).__name__, type(self.successors[module]).__name__))
+            if module in self.replacements:
+                folded.append(Folded(name, type(module).__name__, type(self.replacements[module]).__name__))
             elif module in self.reasons:
                 unchanged.append(Unchanged(name, type(module).__name__, self.reasons[module]))
         return FoldReport(size, tuple(folded), tuple(unchanged))
@@ -296,7 +298,7 @@ class _Folding:
             self.reasons[module] = reason
 
     def _obstacle(self, module: nn.Module, classes: tuple[type, ...]) -> str | None:
-        """Why a layer cannot be replaced, wherever it stands."""
+        """Why a layer cannot be replaced, regardless of its neighbours."""
         if attached := what_is_attached(module):
             return attached
         if type(module) not in classes:
@@ -310,7 +312,7 @@ class _Folding:
         return None
 
     def _obstacle_between(self, first: nn.Module, second: nn.Module) -> str | None:
-        """Why two layers cannot become one."""
+        """Why two layers cannot be merged."""
         for module in (first, second):
             if (calls := self.flow.calls[module]) != 1:
                 name = "" if module is second else f"{self.names[first]} is "
@@ -323,7 +325,7 @@ class _Folding:
         return None
 
     def _join(self, down: SpaceToDepth) -> str | None:
-        """Makes one layer of a space-to-depth and the convolution after it."""
+        """Merges a space-to-depth and the convolution after it."""
         if obstacle := self._obstacle(down, (SpaceToDepth,)):
             return obstacle
         conv = self.readers.get(self.flow.outputs[down]) if down in self.flow.outputs else None
@@ -331,7 +333,7 @@ class _Folding:
             return "there is no convolution that reads its output"
         obstacle = self._obstacle(conv, (nn.Conv2d,))
         if obstacle:
-            return f"the convolution after it, {self.names[conv]}, stays: {obstacle}"
+            return f"the convolution after it, {self.names[conv]}, is left unchanged: {obstacle}"
         if obstacle := self._obstacle_between(down, conv):
             return obstacle
         assert isinstance(conv, nn.Conv2d)
@@ -339,12 +341,12 @@ class _Folding:
             return f"the convolution after it, {self.names[conv]}, has a stride, a dilation or groups"
         if conv.padding_mode != "zeros":
             return f"the convolution after it, {self.names[conv]}, pads with {conv.padding_mode}"
-        self.successors[down] = nn.Identity()
-        self.successors[conv] = _joined(down, conv)
+        self.replacements[down] = nn.Identity()
+        self.replacements[conv] = _joined(down, conv)
         return None
 
     def _plain(self, layer: nn.Module) -> str | None:
-        """Replaces a layer of ours by plain ones."""
+        """Replaces a space-to-depth layer by plain layers."""
         if obstacle := self._obstacle(layer, _SPD_LAYERS):
             return obstacle
         plain: nn.Module | str
@@ -360,7 +362,7 @@ class _Folding:
             plain = _strided(F.pixel_shuffle(layer.weight, layer.cell), layer, layer.cell, (0, 0), (last, last))
         if isinstance(plain, str):
             return plain
-        self.successors[layer] = plain
+        self.replacements[layer] = plain
         return None
 
     def _fold(self, norm: Any) -> str | None:
@@ -381,38 +383,38 @@ class _Folding:
         convs = list(writer.children()) if isinstance(writer, PyConv2d) else [writer]
         for layer in dict.fromkeys([writer, *convs]):
             if obstacle := self._obstacle(layer, (PyConv2d, *_PLAIN_CONVS, *_SPD_LAYERS)):
-                return f"the convolution before it, {self.names[layer]}, stays: {obstacle}"
+                return f"the convolution before it, {self.names[layer]}, is left unchanged: {obstacle}"
             if obstacle := self._obstacle_between(layer, norm):
                 return obstacle
         targets: list[nn.Conv2d] = []
         for conv in convs:
             pool = self.pools.get(conv)
-            target = _last_conv(self.successors.get(pool if pool in self.successors else conv, conv))
+            target = _last_conv(self.replacements.get(pool if pool in self.replacements else conv, conv))
             if target is None:
-                return f"the layer before it, {self.names[conv]}, is no plain convolution"
+                return f"the layer before it, {self.names[conv]}, is not a plain convolution"
             targets.append(target)
         fused = _fused(targets, norm)
         if not all(weight.isfinite().all() and bias.isfinite().all() for weight, bias in fused):
             return f"the weights would not be finite in {targets[0].weight.dtype}"
         for conv, target, (weight, bias) in zip(convs, targets, fused, strict=True):
-            if target is conv:  # not replaced so far
+            if target is conv:  # not replaced yet
                 target = copy.deepcopy(target)
-                self.successors[conv] = target
+                self.replacements[conv] = target
             _with_weights(target, weight, bias)
-        kept = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
-        kept = [part for part in kept if type(part) is not nn.Identity]
-        self.successors[norm] = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
+        kept = [layer for layer in (getattr(norm, "drop", None), getattr(norm, "act", None)) if layer is not None]
+        kept = [layer for layer in kept if type(layer) is not nn.Identity]
+        self.replacements[norm] = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
         return None
 
 
 def _last_conv(layer: nn.Module) -> nn.Conv2d | None:
-    """The convolution of a layer, which may stand after a padding of its own."""
+    """The convolution of a layer, which may be a sequence of padding and convolution."""
     conv = layer[-1] if isinstance(layer, nn.Sequential) else layer
     return cast("nn.Conv2d", conv) if type(conv) in (*_PLAIN_CONVS, SPDConv2d) else None
 
 
 def _fused(convs: list[nn.Conv2d], norm: nn.BatchNorm2d) -> list[tuple[Tensor, Tensor]]:
-    """Kernel and bias of each convolution together with the BatchNorm after them, rounded once."""
+    """Kernel and bias of each convolution after folding the BatchNorm; computed in float64 and rounded once."""
     assert norm.running_mean is not None and norm.running_var is not None
     mean, var = _double(norm.running_mean), _double(norm.running_var)
     scale = torch.rsqrt(var + norm.eps) * (1 if norm.weight is None else _double(norm.weight))
@@ -430,7 +432,7 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.cpu().double()  # MPS has no float64
 
 
-# Plain layers in place of ours
+# Plain replacements of space-to-depth layers
 
 
 def _max_pool(pool: SPDMaxPool2d) -> nn.Module | str:
@@ -453,7 +455,7 @@ def _avg_pool(pool: SPDAvgPool2d) -> nn.Module | str:
 
 def _conv(conv: SPDConv2d) -> nn.Module | str:
     weight = F.pixel_shuffle(conv.spd_kernel(), conv.cell)
-    # a standardised kernel is not quite zero where the stored one is
+    # standardisation turns zeros of the stored kernel into rounding errors
     negligible = torch.finfo(torch.float32).eps if isinstance(conv, SPDStdConv2d) else 0.0
     if conv.same:
         rows, columns = conv.reach
@@ -473,7 +475,7 @@ def _conv(conv: SPDConv2d) -> nn.Module | str:
 
 
 def _joined(down: SpaceToDepth, conv: nn.Conv2d) -> nn.Module:
-    """One convolution with stride 2 that computes space-to-depth and a convolution of stride 1."""
+    """One convolution with stride 2 that replaces space-to-depth and a convolution of stride 1."""
     left, right, top, bottom = (2 * pad for pad in conv._reversed_padding_repeated_twice)
     weight = conv.weight
     if down.order == "rows_first":  # channel (2dx + dy) * C + c -> 4c + 2dy + dx
@@ -484,18 +486,18 @@ def _joined(down: SpaceToDepth, conv: nn.Conv2d) -> nn.Module:
 def _strided(
     weight: Tensor, conv: nn.Conv2d, stride: int, before: Padding, after: Padding, negligible: float = 0.0
 ) -> nn.Module:
-    """A convolution with a stride, without outer rows and columns of zeros that need padding.
+    """A strided convolution, without outer rows and columns of zeros in the kernel that would need padding.
 
     Args:
-        weight: Its kernel, (out_chs, in_chs / groups, kh, kw).
-        conv: Whose groups and bias it has.
-        stride: Its stride.
-        before: Zeros at the top and at the left.
-        after: Zeros at the bottom and at the right, enough for the last window at every image size.
-        negligible: What counts as zero, as a fraction of the largest weight.
+        weight: The kernel, (out_chs, in_chs / groups, kh, kw).
+        conv: The convolution whose groups and bias it gets.
+        stride: The stride.
+        before: Padding in pixels at the top and at the left.
+        after: Padding in pixels at the bottom and at the right, enough for the last window at every image size.
+        negligible: Limit below which a weight counts as zero, as a fraction of the largest weight.
 
     Returns:
-        The convolution; after a padding where that differs between the sides.
+        The convolution, preceded by a padding layer if the padding differs between opposite sides.
     """
     pads = [[before[0], after[0]], [before[1], after[1]]]
     taps = _taps(weight, negligible)
@@ -505,18 +507,18 @@ def _strided(
         pad[0], pad[1] = pad[0] - first, pad[1] - (weight.shape[axis] - 1 - last)
         weight = weight.narrow(axis, first, last - first + 1)
     (top, bottom), (left, right) = pads
-    even = top == bottom and left == right
+    symmetric = top == bottom and left == right
     out_chs, in_chs, *kernel = weight.shape
-    padding = (top, left) if even else (0, 0)
+    padding = (top, left) if symmetric else (0, 0)
     strided = nn.Conv2d(
         in_chs * conv.groups, out_chs, (kernel[0], kernel[1]), stride, padding, groups=conv.groups, device="meta"
     )
     strided = _with_weights(strided, weight, conv.bias)
-    return strided if even else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), strided).eval()
+    return strided if symmetric else nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), strided).eval()
 
 
 def _taps(weight: Tensor, negligible: float) -> Tensor:
-    """Which taps of a kernel have a weight that is not zero, (kh, kw)."""
+    """Which taps of a kernel have a nonzero weight, (kh, kw)."""
     largest = weight.abs().amax((0, 1))
     return largest > negligible * largest.max()
 

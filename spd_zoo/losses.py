@@ -1,6 +1,6 @@
-"""Losses of detectors: from raw predictions and targets to one scalar per term, already weighted.
+"""Losses of detectors, computed from raw predictions and targets: one weighted scalar per term.
 
-The sum of a loss's terms is what the authors' training minimises.
+The authors' training minimises the sum of the terms.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ def check_targets(
         The boxes (M, 4), float32, and labels (M,), int64, of each image.
 
     Raises:
-        ValueError: If targets and images differ in number, or a target has wrong shapes, a label that is no class, or a
-            box that is not finite or has no width or height.
+        ValueError: If targets and images differ in number, or a target has wrong shapes, an unknown class, or a box
+            that is not finite or has no width or height.
     """
     if len(targets) != batch:
         raise ValueError(f"there are {batch} images and {len(targets)} targets: give one for each image")
@@ -57,12 +57,12 @@ def check_targets(
             boxes, labels = boxes.reshape(0, 4), labels.reshape(0).long()
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1] or labels.is_floating_point():
             raise ValueError(
-                f"target {i} must have boxes (M, 4) and whole labels (M,), got {list(boxes.shape)} and "
+                f"target {i} must have boxes (M, 4) and integer labels (M,), got {list(boxes.shape)} and "
                 f"{labels.dtype} {list(labels.shape)}"
             )
         checked.append((boxes.to(device, torch.float32), labels.to(device, torch.long)))
     every_box, every_label = (torch.cat(tensors) for tensors in zip(*checked, strict=True))
-    if len(every_box):  # the whole batch at once, because reading a value waits for the GPU
+    if len(every_box):  # checked once for the whole batch, because every read value waits for the GPU
         usable = every_box.isfinite().all(1) & (every_box[:, 2:] > every_box[:, :2]).all(1)
         known = (every_label >= 0) & (every_label < num_classes)
         if not bool((usable & known).all()):
@@ -162,14 +162,14 @@ def yolov5_loss(
         predictions = level[image, anchor, row, column]
         if len(found):
             corner = torch.stack([column, row], 1)
-            wanted = torch.cat([boxes[found, :2] / stride - corner, boxes[found, 2:] / stride], 1)
+            target = torch.cat([boxes[found, :2] / stride - corner, boxes[found, 2:] / stride], 1)
             predicted = anchor_boxes(predictions[:, :4], level_anchors[anchor])
-            iou = complete_iou(box_convert(predicted, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
+            iou = complete_iou(box_convert(predicted, "cxcywh", "xyxy"), box_convert(target, "cxcywh", "xyxy"))
             box = box + (1 - iou).mean()
             if num_classes > 1:
                 one_hot = F.one_hot(labels[found], num_classes).to(predictions)
                 classes = classes + F.binary_cross_entropy_with_logits(predictions[:, 5:], one_hot)
-            # of several matches in a cell the last one counts
+            # if a cell and anchor have several matches, the last one counts
             cells = ((image * level.shape[1] + anchor) * height + row) * width + column
             last = _last_writer(cells, overlap.numel())
             overlap = torch.where(last < 0, 0.0, iou.detach().clamp(min=0)[last]).view_as(overlap)
@@ -216,7 +216,7 @@ def yolov8_matches(
     metric[found, anchor] = logits[anchor, labels[found]].sigmoid().sqrt() * overlap[found, anchor] ** 6
     best = metric.topk(min(candidates, len(centres)), dim=1)
     chosen = torch.zeros_like(inside).scatter_(1, best.indices, best.values > 0)
-    # an anchor chosen by several objects gets the object of the image that it overlaps most
+    # an anchor chosen by several objects is assigned to the object of the image that it overlaps most
     contested = chosen.sum(0) > 1
     winner = torch.where(contested, overlap.argmax(0), chosen.byte().argmax(0))
     anchor = chosen.any(0).nonzero().squeeze(1)
@@ -250,24 +250,24 @@ def yolov8_loss(
     distances = expected_distances(sides, bins)
     predicted = torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], -1)  # in cells
 
-    wanted_scores = torch.zeros_like(logits)
-    images, anchors, wanted, weights = [], [], [], []
+    target_scores = torch.zeros_like(logits)
+    images, anchors, target_boxes, weights = [], [], [], []
     with torch.no_grad():
         for i, (boxes, labels) in enumerate(objects):
             if len(boxes):
                 anchor, found, score = yolov8_matches(boxes, labels, centres * stride, predicted[i] * stride, logits[i])
-                wanted_scores[i, anchor, labels[found]] = score
+                target_scores[i, anchor, labels[found]] = score
                 images.append(torch.full_like(anchor, i))
                 anchors.append(anchor)
-                wanted.append(boxes[found] / stride[anchor])
+                target_boxes.append(boxes[found] / stride[anchor])
                 weights.append(score)
-    total = wanted_scores.sum().clamp(min=1)
-    classes = F.binary_cross_entropy_with_logits(logits, wanted_scores, reduction="sum") / total
+    total = target_scores.sum().clamp(min=1)
+    classes = F.binary_cross_entropy_with_logits(logits, target_scores, reduction="sum") / total
     if not images:
         zero = sides[:0].sum()  # has a gradient, unlike a constant
         return {"box": zero, "class": 0.5 * batch * classes, "dfl": zero}
 
-    image, anchor, box, weight = (torch.cat(tensors) for tensors in (images, anchors, wanted, weights))
+    image, anchor, box, weight = (torch.cat(tensors) for tensors in (images, anchors, target_boxes, weights))
     iou = complete_iou(predicted[image, anchor], box)
     distance = torch.cat([centres[anchor] - box[:, :2], box[:, 2:] - centres[anchor]], 1).clamp(0, last_bin - 0.01)
     lower = distance.floor()
@@ -290,8 +290,8 @@ def yolov8_loss(
 def ssd_matches(boxes: Tensor, labels: Tensor, priors: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
     """Assigns one image's objects to priors: Liu et al., https://arxiv.org/abs/1512.02325, section 2.2.
 
-    A prior gets the object that it overlaps most. Each object also gets its best prior whatever their IoU; of several
-    objects with the same best prior the last one gets it.
+    A prior is assigned to the object that it overlaps most. Each object is also assigned to its best prior, whatever
+    their IoU; if several objects have the same best prior, the last one is assigned to it.
 
     Args:
         boxes: Boxes of the objects in fractions of the image, (M, 4).
@@ -304,9 +304,9 @@ def ssd_matches(boxes: Tensor, labels: Tensor, priors: Tensor, threshold: float 
     """
     iou = box_iou(as_float(boxes), box_convert(priors, "cxcywh", "xyxy"))  # (M, P)
     largest, found = iou.max(0)
-    wanted_by = _last_writer(iou.argmax(1), len(priors))
-    found = torch.where(wanted_by >= 0, wanted_by, found)
-    return torch.where((largest >= threshold) | (wanted_by >= 0), labels[found] + 1, 0), found
+    best_for = _last_writer(iou.argmax(1), len(priors))
+    found = torch.where(best_for >= 0, best_for, found)
+    return torch.where((largest >= threshold) | (best_for >= 0), labels[found] + 1, 0), found
 
 
 def ssd_loss(
@@ -319,7 +319,7 @@ def ssd_loss(
 ) -> dict[str, Tensor]:
     """Loss of SSD (Liu et al., https://arxiv.org/abs/1512.02325, section 2.2).
 
-    Without a positive in the batch both terms are 0; the authors' code gives NaN and zero gradients then.
+    Without a positive in the batch both terms are 0; the authors' code returns NaN with zero gradients in this case.
 
     Args:
         loc: Raw boxes, (N, P, 4).

@@ -30,7 +30,7 @@ __all__ = [
     "ran_out_of_memory",
 ]
 
-# what torch says without an error type of its own: on the CPU (Linux, Windows), MPS, CUDA's libraries, ONNX Runtime
+# Messages of out-of-memory errors without their own type: CPU (Linux, Windows), MPS, CUDA's libraries, ONNX Runtime.
 _NO_MEMORY = re.compile(
     "DefaultCPUAllocator|(not enough|out of|cannot allocate|failed to allocate) memory|bad[ _]alloc|ALLOC_FAILED"
     "|Invalid buffer size",
@@ -39,7 +39,7 @@ _NO_MEMORY = re.compile(
 
 
 class Stopped(KeyboardInterrupt):
-    """The work was stopped by the signal `number`; what was done until then is saved."""
+    """The signal `number` stopped the work; the finished part of it is saved."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message)
@@ -74,7 +74,7 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         self.number = number
         self.__exit__()
         if hasattr(signal, "SIGCHLD"):  # not on Windows
-            # Loader workers that got the signal, too, die now or after this context; torch would raise an error then.
+            # Loader workers get the signal, too, and die; torch's handler of SIGCHLD would raise an error.
             signal.signal(signal.SIGCHLD, lambda *_: None)
         if self.interrupt:
             raise Stopped(number)
@@ -86,21 +86,21 @@ class StopSignals(AbstractContextManager["StopSignals"]):
 
 
 def leave_ctrl_c_to_parent(_: int) -> None:
-    """The `worker_init_fn` of loaders: Ctrl-C reaches every process of a terminal, and the parent ends its workers."""
+    """The `worker_init_fn` of data loaders, which ignores Ctrl-C: the parent process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class Process:
-    """One of `world` processes that work together; the only one unless torchrun started several.
+    """One of the `world` processes that torchrun started, or the only process.
 
-    The collectives exchange Python objects between CPUs (gloo), so they never wait for a GPU; gradients do not go this
-    way.
+    The collectives exchange Python objects between CPUs (gloo), so they never wait for a GPU. They are not used for
+    gradients.
 
     Attributes:
-        device: Where this process computes.
+        device: The torch device of this process.
         rank: Its number, from 0.
-        world: How many processes there are.
+        world: The number of processes.
         group: torch's group of all processes, if there are several.
     """
 
@@ -144,7 +144,7 @@ class Process:
 
 
 def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Whether missing memory, on the CPU or on a GPU, caused an error or one that it was raised from."""
+    """Whether an error, or one that caused it, was raised because memory ran out, on the CPU or on a GPU."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
@@ -158,19 +158,22 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 
 
 def out_of_memory(error: BaseException) -> str:
-    """What to say of an error that `ran_out_of_memory`: with the size of what did not fit, if the error tells it."""
+    """A message for an error that `ran_out_of_memory`, with the missing size if the error states it."""
     size = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     return f"out of memory, {size[1]} more are needed" if size else "out of memory"
 
 
 def pick_device(name: str | None = None) -> str:
-    """A torch device that can be used.
+    """Returns a torch device after checking that it can be used.
 
     Args:
-        name: Such as cpu, cuda, cuda:1 or mps; by default "cuda" if torch can use a GPU and else "cpu".
+        name: For example cpu, cuda, cuda:1 or mps; None: "cuda" if torch can use a GPU, otherwise "cpu".
+
+    Returns:
+        The device's name.
 
     Raises:
-        ValueError: If there is no such device.
+        ValueError: If the device cannot be used.
     """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,10 +187,16 @@ def pick_device(name: str | None = None) -> str:
 
 
 def join(device: str | None) -> Process:
-    """Joins the processes that torchrun has started, if any, on `device` as `pick_device` takes it.
+    """Joins the other processes that torchrun started, if any.
+
+    Args:
+        device: As in `pick_device`.
+
+    Returns:
+        This process.
 
     Raises:
-        ValueError: If there is no such device.
+        ValueError: If the device cannot be used.
     """
     name = pick_device(device)
     try:
@@ -197,5 +206,5 @@ def join(device: str | None) -> Process:
     group = None
     if placement["distributed"]:
         atexit.register(dist.destroy_process_group)
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # one may read images while others wait
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # others wait while one reads all images
     return Process(torch.device(placement["device"]), placement["global_rank"], placement["world_size"], group)

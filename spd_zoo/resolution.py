@@ -1,10 +1,9 @@
-"""A network for smaller images: its first downsamplings without their stride.
+"""Adapts pretrained networks to smaller images, by removing the stride of the first downsampling.
 
-Small images are usually enlarged to the size that a network was pretrained at. `keep_resolution` instead takes the
-stride away from the layer that first reads them: an image of half the size then gives maps of the size that the rest of
-the network knows, at no training and a fraction of the cost. As for every change of resolution between training and
-use, accuracy falls with what the first kernels were trained to see: Touvron et al., Fixing the train-test resolution
-discrepancy, https://arxiv.org/abs/1906.06423.
+Small images are usually enlarged to the size that a network was pretrained at. `keep_resolution` instead removes the
+stride of the first layers. An image of half the size then gives maps of the size that the rest of the network was
+trained with, without training and at a fraction of the cost. Accuracy falls, because the first kernels were trained at
+another resolution: Touvron et al., Fixing the train-test resolution discrepancy, https://arxiv.org/abs/1906.06423.
 """
 
 import math
@@ -33,9 +32,13 @@ _LAYERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
 
 @dataclass(frozen=True)
 class _Downsampling:
-    """An operator that made a map smaller: the module that it ran in, and the pixels before and after.
+    """An operator that made a map smaller.
 
-    In a layer of `_LAYERS` those before are the pixels that the layer was given, without its own padding.
+    Attributes:
+        module: The module that it ran in.
+        operator: Its name, or the class of a layer of `_LAYERS`.
+        before: Height and width of its input; for a layer, before the layer's own padding.
+        after: Height and width of its output.
     """
 
     module: str
@@ -47,35 +50,38 @@ class _Downsampling:
 def keep_resolution(
     model: nn.Module, steps: int = 1, *, inplace: bool = False, example_input: Tensor | None = None
 ) -> nn.Module:
-    """The same network for images of half the size: its first downsampling has stride 1, all weights are as before.
+    """Adapts a network to images of half the size, by halving the stride of its first downsampling.
 
-    Every convolution and pooling that reads maps of the image's own size gets half its stride, with no dilation, and
-    where it is needed other padding, so that an image of half the size gives maps of the size that the whole image
-    gave. Call it before `convert_to_spd`. timm's `feature_info` and the `input_size` of its config follow, and
-    `spd_zoo.weights.save_network` saves a network of timm's as what it has become.
+    Every convolution and pooling that reads maps of the image's own size gets half its stride and, if needed, other
+    padding, so that an image of half the size gives maps of the same size as the full image did. Weights do not change,
+    and no dilation is added. Call this function before `convert_to_spd`. timm's `feature_info` and the `input_size` of
+    its config are updated, and `spd_zoo.weights.save_network` saves the changed network.
 
     Args:
         model: The network, for example one of timm's.
-        steps: How often to halve the size of the images: 2 also takes the stride of ResNet's max-pooling away.
-        inplace: Change `model` itself, and return it, instead of a copy.
-        example_input: Images as the network takes them now, (N, C, H, W). Networks that are not timm's need them,
-            because no `pretrained_cfg` says their size.
+        steps: How often to halve the size of the images; 2 also removes the stride of ResNet's max-pooling.
+        inplace: Change and return `model` itself instead of a copy.
+        example_input: Preprocessed images of the current size, (N, C, H, W). Required for networks that are not timm's,
+            whose image size is unknown without a `pretrained_cfg`.
+
+    Returns:
+        The network.
 
     Raises:
         ValueError: If `steps` is not positive, the size of the images is unknown, something that is not a plain
-            convolution or pooling downsamples first, or the network cannot run on the "meta" device; `model` then is
-            as it was.
+            convolution or pooling downsamples first, or the network cannot run on the "meta" device; `model` is then
+            unchanged.
     """
     if steps < 1:
-        raise ValueError(f"steps is how often to halve the images, at least 1, got {steps}")
+        raise ValueError(f"steps, the number of times to halve the images, must be at least 1, got {steps}")
     if isinstance(model, DetectionNet):
         raise ValueError(
             f"{type(model).__name__} places its boxes by the strides of its maps, which would change; give it enlarged "
-            "images, or keep_resolution its backbone (features_only=True)"
+            "images, or call keep_resolution with its backbone (features_only=True)"
         )
     if any(isinstance(module, SPDConv2d | SPDMaxPool2d | PhaseMix) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} has space-to-depth layers; call keep_resolution first, and convert_to_spd after it"
+            f"{type(model).__name__} has space-to-depth layers; call keep_resolution before convert_to_spd"
         )
     size = image_size(model, example_input)
     trial = meta_copy(model)
@@ -95,46 +101,46 @@ def _half(size: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _step(net: nn.Module, size: tuple[int, int, int]) -> list[str]:
-    """Halves the strides of what reads maps of the image's size; returns the names of these layers."""
+    """Halves the strides of the layers that read maps of the image's size; returns the names of these layers."""
     _, height, width = size
     half = _half(size)
-    found, last = _run(net, size)
+    found, shapes = _run(net, size)
     first = {
-        ran.module: ran
-        for ran in found
-        if all(round(math.log2(pixels / side)) == 0 for pixels, side in zip((height, width), ran.before, strict=True))
+        down.module: down
+        for down in found
+        if all(round(math.log2(pixels / side)) == 0 for pixels, side in zip((height, width), down.before, strict=True))
     }
     if not first:
         raise ValueError(
             f"no convolution and no pooling of {type(net).__name__} reads maps of the image's size and makes them "
-            "smaller, so there is no stride to take away"
+            "smaller, so there is no stride to remove"
         )
-    for name, ran in first.items():
-        borders = [side - pixels for side, pixels in zip(ran.before, (height, width), strict=True)]
-        layer = _halved(net.get_submodule(name), name, ran, (half[1] + borders[0], half[2] + borders[1]))
+    for name, down in first.items():
+        borders = [side - pixels for side, pixels in zip(down.before, (height, width), strict=True)]
+        layer = _halved(net.get_submodule(name), name, down, (half[1] + borders[0], half[2] + borders[1]))
         net.set_submodule(name, layer)
     try:
-        _, now = _run(net, half)
+        _, new_shapes = _run(net, half)
     except TraceError as error:
         reason = first_line(error.__cause__ or error)
         raise ValueError(
-            f"{type(net).__name__} does not take images of {half[1]}x{half[2]} pixels without the stride of "
+            f"{type(net).__name__} does not accept images of {half[1]}x{half[2]} pixels without the stride of "
             f"{', '.join(first)}: {reason}"
         ) from error
-    if now != last:
+    if new_shapes != shapes:
         raise ValueError(
-            f"without the stride of {', '.join(first)}, images of {half[1]}x{half[2]} pixels give maps {now}, and not "
-            f"{last} as those of {height}x{width}: the maps of {type(net).__name__} do not halve with the image"
+            f"without the stride of {', '.join(first)}, images of {half[1]}x{half[2]} pixels give maps {new_shapes} "
+            f"instead of {shapes}: the maps of {type(net).__name__} do not halve with the image"
         )
     return list(first)
 
 
 def _run(net: nn.Module, size: tuple[int, int, int]) -> tuple[list[_Downsampling], list[list[int]]]:
-    """What a network on "meta" makes smaller, in order, and the shapes of its last maps."""
+    """The downsamplings of a network on "meta", in order, and the shapes of its last maps."""
     meta: Any = copy_network(net)
     if hasattr(meta, "forward_features"):
-        meta.forward = meta.forward_features  # classifiers take maps of many sizes
-    running = [("", False)]  # the modules that run, and whether each is a layer
+        meta.forward = meta.forward_features  # after pooling, the output would not show the size of the map
+    running = [("", False)]  # stack of running modules, and whether each is a layer
     found: list[_Downsampling] = []
 
     def enter(name: str) -> Callable[[nn.Module, Any], None]:
@@ -142,14 +148,14 @@ def _run(net: nn.Module, size: tuple[int, int, int]) -> tuple[list[_Downsampling
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name, is_layer = running.pop()
-        if is_layer:  # as a whole: inside, it may also compute its weights, which are no maps
+        if is_layer:  # compared as a whole, because operators inside may also compute its weights
             compare(name, type(module).__name__, next(iter((*args, *kwargs.values()))), output)
 
     for name, module in meta.named_modules():
         module.register_forward_pre_hook(enter(name))
         module.register_forward_hook(leave, with_kwargs=True)
 
-    def ran(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def on_operator(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name, is_layer = running[-1]
         if args and not is_layer:
             compare(name, operator, args[0], result)
@@ -164,18 +170,18 @@ def _run(net: nn.Module, size: tuple[int, int, int]) -> tuple[list[_Downsampling
         if max(old / new for old, new in zip(before, after, strict=True)) > 1.5:
             found.append(_Downsampling(name, operator, before, after))
 
-    with OperatorMode(ran):
+    with OperatorMode(on_operator):
         output = run_on_meta(meta, size)
     outputs = output if isinstance(output, list | tuple) else [output]
     return found, [list(tensor.shape) for tensor in outputs]
 
 
-def _halved(module: Any, name: str, ran: _Downsampling, smaller: tuple[int, int]) -> nn.Module:
-    """The layer with half its stride, and the padding with which a map of `smaller` pixels gives what it gave."""
+def _halved(module: Any, name: str, down: _Downsampling, smaller: tuple[int, int]) -> nn.Module:
+    """The layer with half its stride, padded so that an input of `smaller` pixels gives an output of the same size."""
     if not isinstance(module, _LAYERS):
         raise ValueError(
-            f"{ran.operator}, which downsamples first, is called in the forward of {type(module).__name__}"
-            f"{f' ({name})' if name else ''}; only the stride of a convolution or pooling layer can be taken away"
+            f"{down.operator}, which downsamples first, is called in the forward of {type(module).__name__}"
+            f"{f' ({name})' if name else ''}; only the stride of a convolution or pooling layer can be removed"
         )
     strides = to_2tuple(module.stride)
     if strides[0] != strides[1] or strides[0] % 2:
@@ -184,7 +190,7 @@ def _halved(module: Any, name: str, ran: _Downsampling, smaller: tuple[int, int]
     kernel = to_2tuple(module.filt_size if isinstance(module, BlurPool2d) else module.kernel_size)
     dilation = to_2tuple(getattr(module, "dilation", 1))
     reach = [step * (taps - 1) + 1 for step, taps in zip(dilation, kernel, strict=True)]
-    pads = [(out - 1) * stride + taps - pixels for out, taps, pixels in zip(ran.after, reach, smaller, strict=True)]
+    pads = [(out - 1) * stride + taps - pixels for out, taps, pixels in zip(down.after, reach, smaller, strict=True)]
     same = isinstance(module, Conv2dSame | MaxPool2dSame | AvgPool2dSame) or getattr(module, "same_pad", False)
     if isinstance(module, BlurPool2d):
         module.stride = stride
@@ -203,20 +209,22 @@ def _halved(module: Any, name: str, ran: _Downsampling, smaller: tuple[int, int]
 
 
 def _same(module: Any, name: str) -> nn.Module:
-    """The layer of an even kernel and stride 1 with a pixel more padding on one side, as TensorFlow has it."""
+    """A layer with an even kernel and stride 1, with TensorFlow's padding: one pixel more on one side."""
     if type(module) in (nn.MaxPool2d, MaxPool2d):
         return MaxPool2dSame(module.kernel_size, 1, dilation=module.dilation)
     if type(module) is nn.AvgPool2d:
         return AvgPool2dSame(module.kernel_size, 1, count_include_pad=module.count_include_pad)
     if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
-        raise ValueError(f"{name}, a {type(module).__name__}, has an even kernel, and with stride 1 no padding fits it")
+        raise ValueError(
+            f"{name}, a {type(module).__name__}, has an even kernel, for which there is no padding at stride 1"
+        )
     kernel, dilation = to_2tuple(module.kernel_size), to_2tuple(module.dilation)
     args = (module.in_channels, module.out_channels, kernel)
     return Conv2dSame(*args, dilation=dilation, groups=module.groups, bias=module.bias is not None, device="meta")
 
 
 def _apply(net: nn.Module, name: str, planned: nn.Module) -> None:
-    """Gives a layer the stride and padding of the planned one, or puts that in its place, with its weights."""
+    """Copies stride and padding from a planned layer, or puts it into the network if its class differs."""
     layer = net.get_submodule(name)
     if type(layer) is type(planned):
         for attribute in ("stride", "padding", "_reversed_padding_repeated_twice"):
@@ -230,7 +238,7 @@ def _apply(net: nn.Module, name: str, planned: nn.Module) -> None:
 
 
 def _describe(net: Any, steps: int) -> None:
-    """Says in timm's description of the network what it has become."""
+    """Updates timm's description of the network."""
     infos = getattr(net, "feature_info", None)
     for info in getattr(infos, "info", infos) or ():
         info["reduction"] = max(1, info["reduction"] // 2**steps)
@@ -256,21 +264,24 @@ def resolution_kept(
     pretrained_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A network from `keep_resolution`, as its saved config describes it: for `timm.create_model("local-dir:...")`.
+    """A network from `keep_resolution`, as its saved config describes it, for `timm.create_model("local-dir:...")`.
 
     Args:
-        pretrained: Load the weights beside the config.
-        network: The network whose first strides were taken away.
+        pretrained: Load the weights in the config's folder.
+        network: The network whose first strides were removed.
         steps: As in `keep_resolution`.
         pretrained_cfg: The saved config.
         **kwargs: Arguments of the network.
 
+    Returns:
+        The network.
+
     Raises:
-        ValueError: Without the name of a network.
+        ValueError: If `network` is empty.
     """
     if not network:
         raise ValueError(
-            "resolution_kept is made from a saved network alone: give timm.create_model the folder, local-dir:FOLDER, "
+            "resolution_kept needs a saved network: give timm.create_model the folder, local-dir:FOLDER, "
             "or call spd_zoo.keep_resolution"
         )
     like: Any = timm.create_model(network, device="meta")

@@ -1,4 +1,4 @@
-"""Exchanging layers of a network, and comparing what it computes before and after."""
+"""Replacing layers of a network, and comparing its outputs before and after."""
 
 import dataclasses
 from collections import Counter
@@ -27,7 +27,7 @@ __all__ = [
     "with_shared_parameters",
 ]
 
-TOLERANCE = 1e-4  # of the outputs' standard deviation, in fp32
+TOLERANCE = 1e-4  # largest difference of outputs in fp32, in their standard deviations
 
 _CALL_HOOKS = (
     "_forward_hooks",
@@ -49,17 +49,17 @@ _OWN_TENSORS = {"weight", "bias", "gain", "filt", "running_mean", "running_var",
 
 
 class ConversionError(RuntimeError):
-    """A rewritten network that does not compute what the original computes."""
+    """A rewritten network whose outputs differ from the original's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unchanged:
-    """A layer or operator that stays as it is.
+    """A layer or operator that was left unchanged.
 
     Attributes:
         module: Name of the module; empty for the network itself.
         layer: The layer's class, kernel and stride, or the operator's name.
-        reason: Why it stays.
+        reason: Why it was left unchanged.
     """
 
     module: str
@@ -70,21 +70,21 @@ class Unchanged:
         return f"unchanged: {self.module or 'the network itself'}, {self.layer}: {self.reason}"
 
 
-def replace_modules(net: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Puts other modules in the place of some, under all their names.
+def replace_modules(net: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Replaces modules, under all their names.
 
     Args:
-        net: The network, which is changed.
-        successors: For each module that goes, the one that comes.
+        net: The network; changed in place.
+        replacements: The replacement of each module to replace.
 
     Returns:
-        The network; its own successor if it has one.
+        The network, or its replacement.
     """
     for module in list(net.modules()):
         for name, child in module._modules.items():
-            if child is not None and child in successors:
-                module._modules[name] = successors[child]
-    return successors.get(net, net)
+            if child is not None and child in replacements:
+                module._modules[name] = replacements[child]
+    return replacements.get(net, net)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -94,18 +94,16 @@ def has_hooks(module: nn.Module) -> bool:
         module: The module.
 
     Returns:
-        Whether there is any.
+        True if it has at least one.
     """
     return any(getattr(module, hooks) for hooks in _CALL_HOOKS if hooks != "_is_full_backward_hook")
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Gives the forward and backward hooks of a module to its successor, whose own ones go the other way.
-
-    The handles that torch returned for them still remove them.
+    """Swaps the forward and backward hooks of two modules. The handles of the hooks still remove them.
 
     Args:
-        old: The module that has them.
+        old: The module with the hooks.
         new: The module that gets them.
     """
     for name in _CALL_HOOKS:
@@ -113,13 +111,13 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def what_is_attached(module: nn.Module) -> str | None:
-    """What a successor of a layer would lose, forward and backward hooks apart.
+    """What a replacement of a layer would lose, apart from forward and backward hooks.
 
     Args:
         module: A layer of a known class.
 
     Returns:
-        A reason why the layer cannot be exchanged, or None.
+        A reason why the layer cannot be replaced, or None.
     """
     if is_parametrized(module):
         return "it has a parametrization; make it permanent first (torch.nn.utils.parametrize.remove_parametrizations)"
@@ -144,7 +142,7 @@ def what_is_attached(module: nn.Module) -> str | None:
 
 
 def with_shared_parameters(net: nn.Module) -> set[nn.Module]:
-    """The modules with a parameter that another module has, too.
+    """The modules that share a parameter with another module.
 
     Args:
         net: The network.
@@ -158,7 +156,7 @@ def with_shared_parameters(net: nn.Module) -> set[nn.Module]:
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor begins in memory, also on the "meta" device."""
+    """The start of a tensor in memory, as a key; also on the "meta" device."""
     return tensor.untyped_storage()._cdata, cast("int", tensor.storage_offset())
 
 
@@ -199,11 +197,11 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def outputs_of(net: nn.Module, images: Tensor) -> list[Tensor]:
-    """All tensors that a network returns in evaluation, computed in fp32 or fp64; its modes stay as they are.
+    """All tensors that a network returns in evaluation mode, computed in fp32 or fp64; its modes are restored.
 
     Args:
         net: The network.
-        images: Images as it takes them, (N, C, H, W).
+        images: Preprocessed images, (N, C, H, W).
 
     Returns:
         Copies of the tensors.
@@ -216,7 +214,7 @@ def outputs_of(net: nn.Module, images: Tensor) -> list[Tensor]:
     training = [module for module in net.modules() if module.training]
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # for networks that draw numbers in evaluation
+            torch.manual_seed(0)  # for networks that draw random numbers in evaluation
             outputs = [tensor.clone() for tensor in tensors_in(net.eval()(images))]
     finally:
         for module in training:
@@ -227,11 +225,11 @@ def outputs_of(net: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def expected_outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
-    """`outputs_of` a network before it is rewritten, which must be numbers that can be compared.
+    """`outputs_of` a network before it is rewritten; NaN, which cannot be compared, is an error.
 
     Args:
         net: The network.
-        images: Images as it takes them, (N, C, H, W).
+        images: Preprocessed images, (N, C, H, W).
 
     Returns:
         Copies of the tensors.
@@ -248,14 +246,14 @@ def expected_outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
 def max_difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     """The largest difference between outputs, in standard deviations of the expected ones.
 
-    A standard deviation below a hundredth of the largest value counts as that, because less is rounding of fp32.
+    The divisor is at least a hundredth of the largest value, because nearly constant outputs differ by fp32 rounding.
 
     Args:
         actual: The tensors.
-        expected: What they should be.
+        expected: The tensors to compare with.
 
     Returns:
-        The difference; infinite where shapes, types, NaN or infinities differ.
+        The difference; infinite if shapes, types, NaN or infinities differ.
     """
     if len(actual) != len(expected):
         return float("inf")
@@ -273,7 +271,7 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
     limit = torch.finfo(expected.dtype).max
     actual, expected = actual.cpu(), expected.cpu()  # MPS has no float64
     a, b = (torch.nan_to_num(x, nan=float("nan"), posinf=limit, neginf=-limit).double() for x in (actual, expected))
-    special = ~(a.abs() < limit) | ~(b.abs() < limit)  # NaN, infinities, and the lowest number, which stands for -inf
+    special = ~(a.abs() < limit) | ~(b.abs() < limit)  # NaN, infinities, and the lowest number, used instead of -inf
     if not torch.equal(a[special].nan_to_num(0.5), b[special].nan_to_num(0.5)):
         return float("inf")
     a, b = a[~special], b[~special]
@@ -285,7 +283,7 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def check_same(net: nn.Module, images: Tensor, expected: list[Tensor], advice: str) -> float:
-    """Compares a rewritten network with what the original gave.
+    """Compares the outputs of a rewritten network with those of the original.
 
     Args:
         net: The rewritten network.
@@ -297,7 +295,7 @@ def check_same(net: nn.Module, images: Tensor, expected: list[Tensor], advice: s
         The largest difference, in standard deviations.
 
     Raises:
-        ConversionError: If it is above 1e-4, or above 16 roundings of the parameters where they have half precision.
+        ConversionError: If it is above 1e-4 or, with half-precision parameters, above 16 rounding steps of their type.
     """
     difference = max_difference(outputs_of(net, images), expected)
     rounding = _rounding(net)
@@ -310,6 +308,6 @@ def check_same(net: nn.Module, images: Tensor, expected: list[Tensor], advice: s
 
 
 def _rounding(net: nn.Module) -> float:
-    """The coarsest rounding among a network's parameters."""
+    """The largest rounding step (eps) among the data types of a network's parameters."""
     types = {parameter.dtype for parameter in net.parameters() if parameter.is_floating_point()}
     return max((torch.finfo(dtype).eps for dtype in types), default=0.0)

@@ -81,12 +81,12 @@ def _pad_to_cells(x: Tensor, size: int) -> Tensor:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export`, `torch.fx.symbolic_trace`, `torch.jit.trace` or the old ONNX exporter records.
+    """Whether `torch.export`, `torch.fx.symbolic_trace`, `torch.jit.trace` or the old ONNX exporter is recording.
 
-    A recorded computation is also run at other image sizes, so no branch may depend on the size then.
+    A recorded graph is also run at other image sizes, so while recording no branch may depend on the size.
 
     Returns:
-        True while one of them records.
+        True while one of them is recording.
     """
     exporting = False
     if not torch.jit.is_scripting():
@@ -97,8 +97,8 @@ def is_exporting() -> bool:
 def spd_weight(weight: Tensor, padding: int | tuple[int, int], stride: int = 2) -> Tensor:
     """Converts the kernel of a strided convolution into one of stride 1 that computes the same after space-to-depth.
 
-    Tap o of the strided kernel, counted from the output's pixel (-padding .. k - 1 - padding), becomes tap
-    floor(o / stride) of phase o mod stride. The other taps of the new kernel are zero. The new convolution has stride
+    Number the taps of the strided kernel from the output's pixel, -padding .. k - 1 - padding. Tap o becomes tap
+    floor(o / stride) of phase o mod stride; the other taps of the new kernel are zero. The new convolution has stride
     1, the same groups, and is padded with ceil(padding / stride) cells of zeros at the top and left, and with
     floor((k - 1 - padding) / stride) at the bottom and right.
 
@@ -118,7 +118,7 @@ def spd_weight(weight: Tensor, padding: int | tuple[int, int], stride: int = 2) 
 
 
 def adapt_image_channels(weight: Tensor, in_chans: int, stride: int = 2, order: str = "channels_first") -> Tensor:
-    """Adapts the first kernel after space-to-depth of the image to another number of image channels.
+    """Adapts a kernel that reads the image after space-to-depth to another number of image channels.
 
     Each phase is adapted as timm adapts kernels. A kernel whose input channels are not a multiple of `stride**2` is
     returned unchanged, so that loading it fails with an error about its shape.
@@ -141,7 +141,7 @@ def adapt_image_channels(weight: Tensor, in_chans: int, stride: int = 2, order: 
 
 
 def phase_weight(weight: Tensor, stride: int) -> Tensor:
-    """Packs a kernel so that one convolution of twice the stride computes 2x2 output pixels at once, as channels.
+    """Packs a kernel so that one convolution with twice the stride computes 2x2 output pixels at once, as channels.
 
     `F.pixel_shuffle(packed convolution, 2)` equals the convolution with `weight` and `stride`. The packed kernel
     contains the original one four times, once for each output pixel, shifted by `stride`.
@@ -218,9 +218,9 @@ class SPDConv2d(nn.Conv2d):
         self.reach = (rows, columns)  # pixels from the first to the last tap of the strided kernel
         self.same = padding == "same"
         if self.same:
-            self.padding = "same"  # so that a layer made from the attributes of this one pads alike
-        # Zeros added around the map. Cells begin at a multiple of the cell's side from the map's own corner, or from
-        # the corner of the border that another padding mode adds.
+            self.padding = "same"  # so that a layer created from these attributes pads in the same way
+        # Zeros added around the map. They shift its corner (with other padding modes, the padded map's corner) by a
+        # multiple of the cell's side.
         top, left = pads if padding_mode == "zeros" else (0, 0)
         self.own_padding = (top, left)
         self.pad_before = (-(-top // self.cell) * self.cell, -(-left // self.cell) * self.cell)
@@ -236,10 +236,10 @@ class SPDConv2d(nn.Conv2d):
         return self.weight.new_empty(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def is_strided_weight(self, weight: Tensor | None) -> bool:
-        """Whether a kernel has the shape of the strided convolution's, and not of this layer's.
+        """Whether a kernel has the shape of the strided convolution's kernel instead of this layer's.
 
         Args:
-            weight: The kernel; None is none.
+            weight: The kernel; None gives False.
 
         Returns:
             True if `from_strided` should be applied to it.
@@ -288,8 +288,8 @@ class SPDConv2d(nn.Conv2d):
                 right + columns - columns // 2,
             )
         if not is_exporting():
-            # Drop the zeros after the last window. If top and bottom (left and right) can then be padded alike, the
-            # convolution pads by itself, without a copy of the map.
+            # Drop the zeros after the last window. If equal padding on opposite sides then suffices, the convolution
+            # pads by itself, which avoids a copy of the map.
             bottom -= (x.shape[-2] + top + bottom - weight.shape[-2]) % self.cell
             right -= (x.shape[-1] + left + right - weight.shape[-1]) % self.cell
             if bottom <= top < bottom + self.cell and right <= left < right + self.cell:
@@ -299,7 +299,7 @@ class SPDConv2d(nn.Conv2d):
 
 
 def same_padding(size: int, reach: int, stride: int) -> int:
-    """Zeros that TensorFlow's "same" padding adds along an axis, both sides together.
+    """Number of zeros that TensorFlow's "same" padding adds along an axis, on both sides together.
 
     Args:
         size: Pixels along the axis.
@@ -307,7 +307,7 @@ def same_padding(size: int, reach: int, stride: int) -> int:
         stride: Stride of the kernel.
 
     Returns:
-        The number of zeros.
+        The number.
     """
     padding = (stride - size % stride) % stride + reach - stride
     return padding if reach >= stride else (padding + abs(padding)) // 2  # at least 0, without a branch
@@ -317,8 +317,8 @@ def same_padding(size: int, reach: int, stride: int) -> int:
 class SPDStdConv2d(SPDConv2d):
     """`SPDConv2d` for timm's weight-standardised convolutions: `StdConv2d` and, with `gain`, `ScaledStdConv2d`.
 
-    The kernel is standardised in every forward pass, with the additional taps. A factor corrects for their number, so
-    that the weights of `from_strided` give the output of the strided convolution.
+    The kernel, including its additional taps, is standardised in every forward pass. A factor corrects for the number
+    of taps, so that the weights of `from_strided` give the output of the strided convolution.
 
     Args:
         *args: Arguments of `SPDConv2d`.
@@ -412,13 +412,13 @@ class SPDAvgPool2d(SPDConv2d):
             x = F.pad(x, [0, missing[1], 0, missing[0]])
         y = super().forward(x)
         if self.ceil_mode or not (self.count_include_pad or self.own_padding == (0, 0)):
-            # nn.AvgPool2d divides a window at the border by the number of its pixels that count
+            # nn.AvgPool2d divides a window at the border by the number of its pixels inside the map
             y = y * self._border_factors(height, sizes[0], 0, y)[:, None]
             y = y * self._border_factors(width, sizes[1], 1, y)
         return y
 
     def _border_factors(self, size: int, windows: int, axis: int, like: Tensor) -> Tensor:
-        """For each window along an axis: its length divided by the number of its pixels that count, (windows,)."""
+        """Kernel size divided by each window's number of pixels that nn.AvgPool2d counts along an axis, (windows,)."""
         kernel, pad = self.kernel_size[axis], self.own_padding[axis]
         first, last = (-pad, size + pad) if self.count_include_pad else (0, size)
         start = torch.arange(windows, device=like.device) * self.cell - pad
@@ -426,7 +426,10 @@ class SPDAvgPool2d(SPDConv2d):
 
 
 def _windows(size: int, reach: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Windows of a pooling along an axis; with `ceil_mode` the last one may end beyond the map, but begins inside."""
+    """Number of windows of a pooling along an axis.
+
+    With `ceil_mode` the last window may end beyond the padded map, but must start inside the map or its padding before.
+    """
     if not ceil_mode:
         return (size + 2 * padding - reach) // stride + 1
     windows = -(-(size + 2 * padding - reach) // stride) + 1
@@ -479,7 +482,7 @@ class PhaseMix(nn.Conv2d):
         return _depthwise_conv2d(x, F.pixel_shuffle(self.weight, self.cell), self.cell)
 
 
-@torch.fx.wrap  # its branch depends on the device and the data type, which symbolic tracing does not know
+@torch.fx.wrap  # symbolic tracing knows neither device nor data type, on which the branch depends
 def _depthwise_conv2d(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
         # oneDNN takes twenty times as long for the bf16 gradient of a depthwise convolution as for the fp32 one.

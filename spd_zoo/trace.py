@@ -1,4 +1,4 @@
-"""Running a network on the "meta" device, where operators compute shapes only, to see what it does."""
+"""Traces networks by running them on the "meta" device, where operators only compute shapes."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class OperatorMode(TorchDispatchMode):
     """
 
     def __init__(self, on_operator: Callable[[str, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
-        TorchDispatchMode.__init__(self)  # untyped: as super().__init__() mypy refuses it
+        TorchDispatchMode.__init__(self)  # mypy refuses super().__init__(), which is untyped
         self.on_operator = on_operator
 
     def __torch_dispatch__(
@@ -42,29 +42,31 @@ def image_size(net: nn.Module, example_input: Tensor | None) -> tuple[int, int, 
 
     Args:
         net: The network.
-        example_input: Images, (N, C, H, W), whose size counts; None: the size in timm's `pretrained_cfg`.
+        example_input: Images, (N, C, H, W), whose size is returned; None: the size in timm's `pretrained_cfg`.
 
     Returns:
         Channels, height and width in pixels.
 
     Raises:
-        ValueError: If the size is unknown, or `example_input` is no batch of images.
+        ValueError: If the size is unknown, or `example_input` is not a batch of images.
     """
     if example_input is not None:
         if example_input.ndim != 4:
-            raise ValueError(f"example_input is a batch of images (N, C, H, W), got shape {list(example_input.shape)}")
+            raise ValueError(
+                f"example_input must be a batch of images (N, C, H, W), got shape {list(example_input.shape)}"
+            )
         channels, height, width = example_input.shape[1:]
         return channels, height, width
     if not getattr(net, "pretrained_cfg", None):
         raise ValueError(
-            "the size of the images is unknown, because the network has no pretrained_cfg as timm's have; "
+            "the size of the images is unknown, because the network has no pretrained_cfg like timm's networks; "
             "give example_input=, for example torch.randn(2, 3, 224, 224)"
         )
     return cast("tuple[int, int, int]", tuple(get_model_input_config(net)["input_size"]))
 
 
 def copy_network(net: nn.Module) -> nn.Module:
-    """A deep copy, also of networks whose weights are computed, as by `weight_norm` or `prune`.
+    """A deep copy, which also works for networks with computed weights, as with `weight_norm` or `prune`.
 
     Args:
         net: The network.
@@ -74,7 +76,7 @@ def copy_network(net: nn.Module) -> nn.Module:
     """
     attributes = (value for module in net.modules() for value in vars(module).values())
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}  # torch does not copy those
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}  # deepcopy refuses non-leaves
     return copy.deepcopy(net, memo)
 
 
@@ -103,10 +105,10 @@ def run_on_meta(meta: nn.Module, size: tuple[int, int, int]) -> Any:
         size: Channels, height and width of the image in pixels.
 
     Returns:
-        What the network returns.
+        The output of the network.
 
     Raises:
-        TraceError: If its code or a hook needs numbers, or fails otherwise.
+        TraceError: If its code or a hook reads values of tensors, or fails otherwise.
     """
     try:
         with torch.no_grad():
@@ -115,6 +117,6 @@ def run_on_meta(meta: nn.Module, size: tuple[int, int, int]) -> Any:
         raise TraceError(
             f'{type(meta).__name__} cannot run on the "meta" device for an image of size {list(size)}: '
             f"{first_line(error, with_type=True)}. What to do: give example_input= of "
-            "a size that it takes, remove hooks that read values, or pass a part of it whose shapes depend on no "
-            "values, as the backbone of a detector"
+            "a size that it accepts, remove hooks that read values, or pass a submodule whose shapes depend on no "
+            "values, such as the backbone of a detector"
         ) from error

@@ -1,4 +1,4 @@
-"""Pictures of coloured squares on noise, and data sets of them in the three forms that there are."""
+"""Generates pictures of coloured squares on noise, and data sets of them in all three formats."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SIZE = (96, 64)  # width and height
 
 
 def scene(seed: int, size: tuple[int, int] = SIZE) -> tuple[Image.Image, list[Box]]:
-    """A grey, noisy image with one to three squares that do not touch, and where they are."""
+    """A grey, noisy image with one to three separate squares, and their boxes."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -37,7 +37,7 @@ def scenes(count: int, first: int = 0) -> list[tuple[Image.Image, list[Box]]]:
 
 
 def make_coco(root: Path, train: int = 8, val: int = 4) -> Path:
-    """`instances_SPLIT.json` beside `images`."""
+    """`instances_SPLIT.json` next to `images`."""
     (root / "images").mkdir(parents=True)
     for split, first, count in (("train", 0, train), ("val", 1000, val)):
         content: dict[str, Any] = {"images": [], "annotations": []}
@@ -71,7 +71,7 @@ def make_yolo(root: Path, train: int = 8, val: int = 4) -> Path:
 
 
 def make_voc(root: Path, train: int = 8, val: int = 4) -> Path:
-    """`JPEGImages`, `Annotations`, `ImageSets/Main`; pixels are counted from 1, the last one included."""
+    """`JPEGImages`, `Annotations`, `ImageSets/Main`; pixel coordinates start at 1, and the last pixel is included."""
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     for split, first, count in (("train", 0, train), ("val", 1000, val)):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per process, because pytest runs one process per core
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
 
 
@@ -40,7 +40,7 @@ def _digest(seed: str, item: pytest.Item) -> bytes:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Writes a network's own tensors, or given ones, to a file that lives as long as the test."""
+    """Writes a network's tensors, or other content, to a file that is deleted after the test."""
     written: list[Path] = []
 
     def save(content: Any, suffix: str = ".pth") -> Path:

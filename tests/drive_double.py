@@ -1,6 +1,6 @@
-"""A stand-in for Google Drive on the loopback interface: what gdown asks for, behind a proxy that it is sent through.
+"""A local imitation of Google Drive, to which gdown is connected by a proxy setting.
 
-gdown speaks HTTPS with drive.google.com; the double answers in that name, with a certificate of its own authority.
+gdown uses HTTPS with drive.google.com; the imitation answers under this name, with a certificate of its own authority.
 """
 
 import html
@@ -20,15 +20,15 @@ HOSTS = ("drive.google.com", "drive.usercontent.google.com")
 
 
 class DriveDouble(ThreadingHTTPServer):
-    """The proxy and what lies behind it.
+    """The proxy and the server.
 
     Attributes:
         files: Content by file ID.
-        folders: File IDs by name, by folder ID.
-        scanned: IDs of files that are too large to be scanned for viruses, so that a page asks for a confirmation.
-        over_quota: IDs of files that were downloaded too often, so that a page says so.
+        folders: For each folder ID, file IDs by name.
+        scanned: IDs of files that are too large for a virus scan; a page asks for confirmation.
+        over_quota: IDs of files that were downloaded too often; a page says so.
         failures: HTTP statuses of the next answers.
-        requests: What was asked.
+        requests: Host and path of every request.
     """
 
     daemon_threads = True
@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         super().finish()
-        self.connection.close()  # that of TLS, if there is one
+        self.connection.close()  # the TLS connection, if there is one
 
     def do_GET(self) -> None:
         self.server.requests.append(f"{self.headers['Host']}{self.path}")
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def drive_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[DriveDouble]:
-    """A running `DriveDouble` that this process takes for Google Drive."""
+    """A running `DriveDouble` that this process uses as Google Drive."""
     with tempfile.TemporaryDirectory() as folder, DriveDouble(Path(folder)) as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)

@@ -1,7 +1,7 @@
-"""What can go wrong with weights, as lists: on the network, on the disk, in manifests and file headers.
+"""Lists of faults of weights: on the network, on the disk, in manifests and file headers.
 
-`hostile.py` has the checkpoints that are made to do harm. `tools/fault_report.py` runs them all and prints what came
-of each; the tests run the same.
+`hostile.py` has malicious checkpoints. `tools/fault_report.py` runs all of them and prints the results; the tests run
+the same cases.
 """
 
 import copy
@@ -20,15 +20,21 @@ Answer = Callable[[], Response | None]
 CUTS = 20  # offsets at which a download is cut
 
 
-# The network: what answers a request instead of the Hub, for which requests, and whether always or once
+# Faults of the network
 
 
 @dataclass(frozen=True)
 class NetworkFault:
-    """`answer` stands between the double and those requests whose method matches `command`."""
+    """A fault for requests to the local imitation of the Hub.
+
+    Attributes:
+        answer: Answers the requests instead of it.
+        command: Methods of these requests: GET, HEAD, or HEAD|GET.
+        always: Whether it answers all of them, or only the first.
+    """
 
     answer: Fault
-    command: str = "GET"  # or HEAD, or HEAD|GET
+    command: str = "GET"
     always: bool = False
 
 
@@ -42,17 +48,18 @@ def _changed(change: Callable[[Request, Response], Response | None]) -> Fault:
 
 
 def _cut(share: float) -> Fault:
-    """The connection ends after that share of the file."""
+    """The connection ends after a share of the file."""
 
     def change(request: Request, response: Response) -> Response:
-        whole = {"Content-Length": str(len(response.body))}
-        return Response(response.status, response.body[: int(share * len(response.body))], response.headers | whole)
+        full_length = {"Content-Length": str(len(response.body))}
+        cut = response.body[: int(share * len(response.body))]
+        return Response(response.status, cut, response.headers | full_length)
 
     return _changed(change)
 
 
 def _body(change: Callable[[bytes], bytes]) -> Fault:
-    """Another body, of which the length is told rightly."""
+    """Another body, with its own Content-Length."""
     return _changed(lambda request, response: Response(response.status, change(response.body), response.headers))
 
 
@@ -61,8 +68,8 @@ def _flip(content: bytes) -> bytes:
 
 
 def _status(status: int, **headers: str) -> Fault:
-    told = {name.replace("_", "-"): value for name, value in headers.items()}
-    return lambda request, answer: Response(status, b"made-up", told)
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda request, answer: Response(status, b"made-up", fields)
 
 
 def _reset(request: Request, answer: Answer) -> Response | None:
@@ -103,14 +110,14 @@ def _garbage(request: Request, answer: Answer) -> Response | None:
 
 
 def _second_half(request: Request, response: Response) -> Response:
-    """206 and the file's second half, where the whole was asked for."""
+    """206 and the second half of the file, although all of it was requested."""
     half, size = len(response.body) // 2, len(response.body)
     return Response(206, response.body[half:], response.headers | {"Content-Range": f"bytes {half}-{size - 1}/{size}"})
 
 
 def _other(**headers: str) -> Fault:
-    told = {name.replace("_", "-"): value for name, value in headers.items()}
-    return _changed(lambda request, response: Response(response.status, response.body, response.headers | told))
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return _changed(lambda request, response: Response(response.status, response.body, response.headers | fields))
 
 
 _WRONG_FILES: dict[str, Fault] = {
@@ -148,7 +155,7 @@ NETWORK_FAULTS: dict[str, NetworkFault] = {
 }
 
 
-# The disk: each fault takes the path of a downloaded file, in the cache that it lies in
+# Faults of the disk: functions of the path of a downloaded file in a cache
 
 
 def _overwrite(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -184,11 +191,11 @@ DISK_FAULTS: dict[str, Callable[[Path], None]] = {
 }
 
 
-# Manifests, as what is wrong with a text that was right
+# Invalid manifests: name of the fault -> text
 
 
 def bad_manifests(good: dict[str, Any]) -> dict[str, str | bytes]:
-    """At least 30 texts that are no manifest; `good` is one with a single checkpoint on the Hub."""
+    """At least 30 invalid manifests, made from `good`, which has a single checkpoint on the Hub."""
     ((group, members),) = good.items()
     ((name, _),) = members.items()
     network = name.partition(".")[0]
@@ -256,11 +263,11 @@ def bad_manifests(good: dict[str, Any]) -> dict[str, str | bytes]:
     }
 
 
-# safetensors files, as what is wrong in front of the numbers
+# Invalid safetensors files: name of the fault -> bytes
 
 
 def bad_safetensors(good: bytes) -> dict[str, bytes]:
-    """At least 30 files that are no safetensors; `good` is a right one."""
+    """At least 30 invalid safetensors files, made from the valid file `good`."""
     length = struct.unpack("<Q", good[:8])[0]
     header: dict[str, Any] = json.loads(good[8 : 8 + length])
     numbers = good[8 + length :]

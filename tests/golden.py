@@ -1,9 +1,10 @@
-"""Recorded cases: what the authors' networks compute and cost, and the weights and inputs they were recorded with.
+"""Recorded cases: outputs and costs of the authors' networks, and the weights and inputs they were recorded with.
 
-`golden/<family>.json` holds one case a line: `entries` (every tensor of the authors' state dict), `kept` (those with
-values of their own), `input`, and digests of what came out: `outputs`, `features` of the stages, `stress` (the input
-scaled) and `batch_difference_float64` (y[0] - y[1] in float64, which notices what plain logits hide). Detectors have
-`box_outputs` and `level_outputs` (parts of the outputs), and on made-up predictions `loss` and `postprocess`.
+`golden/<family>.json` holds one case per line: `entries` (every tensor of the authors' state dict), `kept` (those with
+recorded values), `input`, and digests of the results: `outputs`, `features` of the stages, `stress` (outputs for the
+scaled input) and `batch_difference_float64` (y[0] - y[1] in float64, which is more sensitive than the logits).
+Detectors have `box_outputs` and `level_outputs` (selected outputs), and for generated predictions `loss` and
+`postprocess`.
 """
 
 import json
@@ -30,7 +31,7 @@ def cases(family: str) -> list[dict[str, Any]]:
 
 
 def fill_tensor(key: str, shape: Sequence[int]) -> np.ndarray:
-    """The float32 (or int64 for counters) array that stands under `key`, whose shape is `shape`."""
+    """The array of shape `shape` for the tensor `key`: float32, or int64 for counters."""
     if key.endswith("num_batches_tracked"):
         return np.zeros(shape, dtype=np.int64)
     rng = np.random.default_rng(zlib.crc32(key.encode()))
@@ -47,7 +48,7 @@ def fill_tensor(key: str, shape: Sequence[int]) -> np.ndarray:
 def fill_state_dict(
     entries: list[tuple[str, list[int]]], kept: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, np.ndarray]:
-    """{key: array} for `entries`, under the authors' key names and in their order; `kept` has the values of some."""
+    """{key: array} for `entries`, under the authors' keys and in their order; `kept` has recorded values."""
     kept = kept or {}
     return {
         key: np.asarray(kept[key]["values"], kept[key]["dtype"]).reshape(shape)

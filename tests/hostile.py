@@ -1,6 +1,6 @@
-"""Checkpoints that are made to do harm: to run something, to write somewhere, to fill the memory, to take hours.
+"""Malicious checkpoints, which try to run code, to write files, to fill the memory, or to take hours.
 
-`malicious` lists them, `sound` has some that must load, and `mutated` makes any number of others out of both.
+`malicious` lists them, `sound` has some that must load, and `mutated` creates any number of others from both.
 """
 
 import argparse
@@ -26,7 +26,7 @@ OLD = {"_use_new_zipfile_serialization": False}
 
 
 def saved(content: Any, **options: Any) -> bytes:
-    """What `torch.save` writes."""
+    """The bytes that `torch.save` writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)
     return buffer.getvalue()
@@ -66,19 +66,22 @@ def _edited(content: bytes, change: Callable[[zipfile.ZipFile], None]) -> bytes:
 
 
 def _directory(content: bytes) -> tuple[int, int]:
-    """Where the directory of a zip file begins and ends."""
+    """The offsets of the start and the end of a zip file's directory."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         start = archive.start_dir
         return start, start + sum(46 + len(m.filename.encode()) + len(m.extra) for m in archive.infolist())
 
 
 def _two_directories(shown: bytes, hidden: bytes) -> bytes:
-    """The records of both files; the end says where the directory of `shown` is, that of `hidden` ends before it."""
+    """A zip file with the records of both files, whose end points to the directory of `shown`.
+
+    A parser that searches for the last directory before the end finds that of `hidden` instead.
+    """
     first, first_end = _directory(shown)
     second, second_end = _directory(hidden)
     moved = bytearray(hidden[second:second_end])
     place = 0
-    while place < len(moved):  # the hidden records begin where those of the other file end
+    while place < len(moved):  # the hidden records start where the other file's directory ends
         name, extra = struct.unpack_from("<2H", moved, place + 28)
         struct.pack_into("<L", moved, place + 42, struct.unpack_from("<L", moved, place + 42)[0] + first_end)
         place += 46 + name + extra
@@ -117,7 +120,7 @@ def script(trace: Path) -> bytes:
 
 
 def _archives(trace: Path, good: bytes) -> dict[str, bytes]:
-    """Zip files that two parsers read in two ways, or that are larger than they look."""
+    """Zip files that different parsers read differently, or that are larger than they seem."""
     torchscript = script(trace)
     parts = records(good)
     bomb = zipped(
@@ -213,7 +216,7 @@ def _flipped_record(good: bytes) -> bytes:
 
 
 def _apart(content: bytes) -> bytes:
-    """A zip file with bytes that belong to nobody, in front of the directory."""
+    """A zip file with bytes before the directory that belong to no record."""
     start, _ = _directory(content)
     end = content[:-6] + struct.pack("<L", start + 100) + content[-2:]
     return end[:start] + bytes(100) + end[start:]
@@ -244,7 +247,7 @@ def _overlapping(count: int, size: int) -> bytes:
 
 
 def _tar(members: dict[str, Any]) -> bytes:
-    """A tar file; a pair is a type of member and what it links to."""
+    """A tar file; members are bytes, or pairs of a member type and the target of a link."""
     buffer = io.BytesIO()
     with tarfile.TarFile(fileobj=buffer, mode="w") as archive:
         for name, content in members.items():
@@ -259,7 +262,7 @@ def _tar(members: dict[str, Any]) -> bytes:
 
 
 def tars(trace: Path, good: bytes) -> dict[str, bytes]:
-    """Files in torch's format before 0.1.10, which its reader unpacks."""
+    """Files in the tar format of torch before 0.1.10, which `torch.load` unpacks."""
     empty = pickle.dumps(0, 2)
     parts: dict[str, Any] = {"storages": empty + pickle.dumps([], 2), "tensors": empty, "pickle": pickle.dumps({}, 2)}
     link = _tar({"storages": (tarfile.LNKTYPE, str(trace.parent)), **parts})
@@ -281,33 +284,33 @@ def tars(trace: Path, good: bytes) -> dict[str, bytes]:
 
 
 def text(value: str) -> bytes:
-    """A string on the stack."""
+    """Operations that push a string."""
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def number(value: int) -> bytes:
-    """A number on the stack."""
+    """Operations that push a number."""
     content = pickle.encode_long(value)
     return b"\x8b" + struct.pack("<i", len(content)) + content
 
 
 def put(place: int) -> bytes:
-    """What is on top of the stack, remembered."""
+    """Stores the top of the stack in the memo."""
     return b"r" + struct.pack("<I", place)
 
 
 def get(place: int) -> bytes:
-    """What was remembered, on the stack."""
+    """Pushes a value of the memo."""
     return b"j" + struct.pack("<I", place)
 
 
 def name(module: str, function: str) -> bytes:
-    """A function on the stack."""
+    """Pushes a function by its name."""
     return f"c{module}\n{function}\n".encode()
 
 
 def program(*operations: bytes, **options: Any) -> bytes:
-    """A zip file around the pickle of these operations; what is left on the stack is its content."""
+    """A zip file with the pickle of these operations; the top of the stack is its content."""
     return with_pickle(b"\x80\x04" + b"".join(operations) + b".", **options)
 
 
@@ -333,7 +336,7 @@ def _call(module: str, function: str, argument: str | int) -> bytes:
 
 
 def _running(trace: Path, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """Pickles that would create `trace`, if they were believed, and hold no weights of a network."""
+    """Pickles without a network's weights that create `trace` when a reader runs them."""
     write = _Calls(Path.touch, trace)
     command = f"open({str(trace)!r}, 'w')"
     touch = f"touch {trace}"
@@ -375,7 +378,7 @@ def _running(trace: Path, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def _costly() -> dict[str, bytes]:
-    """Small files that take much memory or many hours, if they are believed."""
+    """Small files that take much memory or many hours if a reader has no limits."""
     graph = b")" + put(0) + (get(0) * 4 + b"t").join([b"("] * 24) + get(0) * 4 + b"t"
     doubled = b")" + put(0) + (b"0" + get(0) + get(0) + b"\x86" + put(0)) * 45
     collisions = b"".join(number(i * (2**61 - 1)) + b"N" for i in range(1, 40_000))
@@ -554,7 +557,7 @@ def _costly() -> dict[str, bytes]:
 
 
 def _ordered(attribute: str) -> bytes:
-    """An OrderedDict that is no longer one, by its attribute."""
+    """An OrderedDict one of whose methods is overwritten by an attribute."""
     state = b"}" + text(attribute) + b"K\x01s"
     return program(name("collections", "OrderedDict") + b")R" + text("a") + text("b") + b"s" + state + b"b")
 
@@ -587,14 +590,21 @@ _FOUR = struct.pack("<q4f", 4, 1, 2, 3, 4)
 def stream(
     part: bytes = b"N", size: bytes = b"K\x00K\x04\x85K\x01\x85", length: int = 4, numbers: bytes = _FOUR
 ) -> bytes:
-    """A file with one tensor `a`: the pickled part of its storage, or None; its offset, size and stride; the rest."""
+    """A file of torch before 1.6 with one tensor `a`.
+
+    Args:
+        part: Pickled position of its storage in another one, or None.
+        size: Pickled offset, size and stride.
+        length: Length of its storage.
+        numbers: The bytes after the pickles.
+    """
     entry = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + number(length) + part
     tensor = b"\x80\x02}" + text("a") + REBUILD + b"(" + entry + b"tQ" + size + b"\x89NtRs."
     return _BEGIN + tensor + pickle.dumps(["0"], 2) + numbers
 
 
 def _streams() -> dict[str, bytes]:
-    """Files whose storages are not filled by bytes in them, or not entirely."""
+    """Files whose storages are not completely filled by bytes of the file."""
     tensors = {"a": torch.arange(4.0), "b": torch.arange(3)}
     good = saved(tensors, **OLD)
     ends = [i + 1 for i in _stops(good)]
@@ -647,7 +657,7 @@ def _streams() -> dict[str, bytes]:
 
 
 def _stops(content: bytes) -> list[int]:
-    """Where the five pickles of an old file end."""
+    """The offsets at which the five pickles of an old file end."""
     stream = io.BytesIO(content)
     return [[place or 0 for *_, place in pickletools.genops(stream)][-1] for _ in range(5)]
 
@@ -656,7 +666,7 @@ def _stops(content: bytes) -> list[int]:
 
 
 def _headers() -> dict[str, bytes]:
-    """safetensors whose header alone takes long or much."""
+    """safetensors whose header alone takes much time or memory."""
 
     def file(header: bytes, numbers: bytes = b"") -> bytes:
         return struct.pack("<Q", len(header)) + header + numbers
@@ -683,16 +693,16 @@ def _headers() -> dict[str, bytes]:
 
 
 def malicious(trace: Path, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """Checkpoints of which none holds a network's weights; what is believed may create `trace`."""
+    """Checkpoints without a network's weights; a reader that runs their code may create `trace`."""
     good = saved({"a": torch.arange(16.0), "b": torch.arange(4)})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that TorchScript is old and sparse tensors are not checked
+        warnings.simplefilter("ignore")  # torch warns about TorchScript and sparse tensors
         files = _archives(trace, good) | tars(trace, good) | _running(trace, tensors)
         return files | _costly() | _streams() | _headers()
 
 
 def harmless(trace: Path, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """Checkpoints whose weights are right, beside what would create `trace` or take 10 GB if it were believed."""
+    """Checkpoints with the right weights, and a call that would create `trace` or take 10 GB."""
     write, large = _Calls(Path.touch, trace), _Calls(bytearray, 10**10)
     return {
         "__reduce__ beside the weights": saved({"state_dict": tensors, "epoch": write}),
@@ -711,7 +721,7 @@ class _Net(torch.nn.Module):
 
 
 def sound(trace: Path) -> dict[str, bytes]:
-    """Small checkpoints that hold weights; two also have something that would create `trace`."""
+    """Small checkpoints with weights; two also have a call that would create `trace`."""
     net = _Net()
     weights = net.state_dict()
     optimiser = torch.optim.SGD(net.parameters(), momentum=0.9)
@@ -740,10 +750,10 @@ def sound(trace: Path) -> dict[str, bytes]:
     }
     running = {"state_dict": weights, "a": _Calls(Path.touch, trace), "b": _Calls(bytearray, 10**10)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that it finds no source of the class
+        warnings.simplefilter("ignore")  # torch warns that it finds no source of the class
         found = {
-            f"{about}{', old format' if options else ''}": saved(content, **options)
-            for about, content in {
+            f"{title}{', old format' if options else ''}": saved(content, **options)
+            for title, content in {
                 "a state dict": weights,
                 "a network": {"model": net, "ema": None},
                 "a training": training,
@@ -768,7 +778,7 @@ def sound(trace: Path) -> dict[str, bytes]:
 
 
 def _without_checksums(content: bytes) -> bytes:
-    """What `torch.save` writes after `torch.serialization.set_crc32_options(False)`."""
+    """The file as `torch.save` writes it after `torch.serialization.set_crc32_options(False)`."""
     for part in records(content).values():
         if part:
             content = content.replace(struct.pack("<L", zlib.crc32(part)), bytes(4))
@@ -779,7 +789,7 @@ def _without_checksums(content: bytes) -> bytes:
 
 
 def mutated(sound: Sequence[bytes], malicious: Sequence[bytes], count: int, seed: int = 0) -> Iterator[bytes]:
-    """Checkpoints with one to four random changes: to their bytes, or to the pickle within, which is sealed again."""
+    """Checkpoints with one to four random changes: to their bytes, or to the pickle inside a newly written zip file."""
     draw = random.Random(seed)
     for _ in range(count):
         content, other = (draw.choice(draw.choice((sound, malicious))) for _ in range(2))
@@ -792,7 +802,7 @@ _EXTREMES = (0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1
 
 
 def _changed(content: bytes, other: bytes, draw: random.Random) -> bytes:
-    """Bytes that were flipped, replaced, cut out, repeated, or taken from another file."""
+    """The content with some bytes flipped, replaced, removed, repeated, or copied from another file."""
     place = draw.randrange(len(content) + 1)
     length = min(int(draw.expovariate(1 / 20)) + 1, len(content))
     match draw.randrange(8):
@@ -830,7 +840,7 @@ def _changed(content: bytes, other: bytes, draw: random.Random) -> bytes:
 
 
 def _changed_inside(content: bytes, other: bytes, draw: random.Random) -> bytes:
-    """The same to the pickle in a zip file, or operations of it that are moved, repeated or taken from another."""
+    """The content with changed bytes of the pickle, or with moved, repeated or foreign operations in it."""
     parts, operations = _index(content)
     if not operations:
         return _changed(content, other, draw)
@@ -858,11 +868,11 @@ def _changed_inside(content: bytes, other: bytes, draw: random.Random) -> bytes:
 
 
 def _index(content: bytes) -> tuple[dict[str, bytes], list[bytes]]:
-    """The records of a zip file and the operations of its pickle; none if it is broken already."""
+    """The records of a zip file and the operations of its pickle; empty if it is already broken."""
     try:
         parts = records(content)
         index = next(part for name, part in parts.items() if name.endswith("data.pkl"))
         places = [place for *_, place in pickletools.genops(index)]
-    except Exception:  # zipfile's and pickletools' for broken files are many
+    except Exception:  # zipfile and pickletools raise many different errors for broken files
         return {}, []
     return parts, [index[a:b] for a, b in zip(places, [*places[1:], len(index)], strict=True)]

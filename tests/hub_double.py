@@ -1,11 +1,11 @@
-"""A stand-in for the Hugging Face Hub on the loopback interface: what its client asks for, and a log of it.
+"""A local imitation of the Hugging Face Hub, with a log of all requests.
 
-It can be read and written: repositories are created, files uploaded and committed as `huggingface_hub` does it. As on
-the Hub, `*.safetensors` are LFS objects, kept by their SHA-256, and other files git blobs. Uploads take the plain LFS
-way; Xet, the other one, needs a server of its own that is not stood in for, so `environment` and `replace` disable it.
+It supports reading and writing: `huggingface_hub` can create repositories, and upload and commit files. As on the Hub,
+`*.safetensors` are LFS objects, stored by their SHA-256, and other files are git blobs. Uploads use the plain LFS
+protocol. Xet, the other protocol, needs a server that is not imitated, so `environment` and `replace` disable it.
 
-`faults` are functions of a request and of what answers it. One may answer something else, before or after the request
-is carried out, change the answer, wait, write to `request.wfile` itself, or return None: no answer (any more).
+`faults` are functions of a request and of a function that answers it. A fault may answer something else, before or
+after the request is carried out, change the answer, wait, write to `request.wfile` itself, or return None (no answer).
 
     def page(request, answer):
         return Response(200, b"<html>") if request.command == "GET" else answer()
@@ -40,7 +40,7 @@ PAST_PROXIES = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 @dataclass
 class Response:
-    """An answer; `headers` may give another Content-Length than that of `body`."""
+    """An answer; `headers` may have a Content-Length that differs from that of `body`."""
 
     status: int = 200
     body: bytes = b""
@@ -51,14 +51,14 @@ Fault = Callable[["Request", Callable[[], Response | None]], Response | None]
 
 
 def fails(route: str, status: int | None = 503, times: int | None = 1, late: bool = False, **headers: str) -> Fault:
-    """A fault: what matches `route`, as in "POST /api/.*", fails `times` times, or always.
+    """A fault: requests that match `route` fail.
 
     Args:
-        route: Regular expression for the method and the path.
-        status: That of the answer; None resets the connection.
-        times: How often; None is always.
-        late: Carry out the request, and then fail.
-        headers: Of the answer, with _ for -.
+        route: Regular expression for the method and the path, for example "POST /api/.*".
+        status: Status of the answer; None resets the connection.
+        times: How often; None: always.
+        late: Carry out the request before it fails.
+        headers: Headers of the answer, with _ instead of -.
     """
     left = [times]
 
@@ -80,11 +80,11 @@ class HubDouble(ThreadingHTTPServer):
     """The server.
 
     Attributes:
-        files: Files that are there from the start, {"org/repo/name": bytes}, all at `COMMIT`.
-        repos: What was created: {"org/repo": [(commit, {name: bytes}), ...]}, the oldest first.
+        files: Initial files, {"org/repo/name": bytes}, all at `COMMIT`.
+        repos: Created repositories, {"org/repo": [(commit, {name: bytes}), ...]}, oldest commit first.
         objects: Uploaded LFS objects by SHA-256.
-        requests: What was asked, as "HEAD /path".
-        faults: What goes wrong; the last one is asked first.
+        requests: All requests, as "HEAD /path".
+        faults: The faults; the last one is called first.
     """
 
     daemon_threads = True
@@ -98,7 +98,7 @@ class HubDouble(ThreadingHTTPServer):
         self.faults: list[Fault] = []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Prints a traceback, except where it is the client that went away."""
+        """Prints a traceback, unless the client closed the connection."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -108,13 +108,13 @@ class HubDouble(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a process that takes this for the Hub, past any proxy."""
+        """The environment of a process that uses this server as the Hub, without a proxy."""
         inherited = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
         return inherited | {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1"} | PAST_PROXIES
 
     @contextmanager
     def replace(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """Inside, this process takes this for the Hub."""
+        """Inside this context, this process uses this server as the Hub."""
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         template = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -133,11 +133,11 @@ class HubDouble(ThreadingHTTPServer):
         return self.repos.get(repo, [(COMMIT, fixed)] if fixed else [])
 
     def tree(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """The commit that `revision` means, and its files."""
+        """The commit of a revision, and its files."""
         return next((found for found in reversed(self.history(repo)) if revision in ("main", found[0])), None)
 
     def commit(self, repo: str, files: dict[str, bytes], message: str) -> str:
-        """Adds a commit, whose name follows from its content, and returns that."""
+        """Adds a commit; returns its hash, which depends on its content."""
         history = self.repos.setdefault(repo, [])
         content = [
             [parent for parent, _ in history],
@@ -154,7 +154,7 @@ def is_lfs(name: str) -> bool:
 
 
 def blob_id(content: bytes) -> str:
-    """git's name for a file."""
+    """git's hash of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -171,7 +171,7 @@ def missing(what: str) -> Response:
 
 
 class Request(BaseHTTPRequestHandler):
-    """One request; `body` is what was sent with it."""
+    """One request, with its `body`."""
 
     server: HubDouble
     body: bytes
@@ -199,7 +199,7 @@ class Request(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def reset(self) -> Response | None:
-        """Ends the connection as a crash does."""
+        """Resets the connection, as a crash does."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
         return None
@@ -218,8 +218,8 @@ class Request(BaseHTTPRequestHandler):
         return as_json({"type": "user", "name": "someone", "orgs": []})
 
     def create(self) -> Response:
-        wanted = json.loads(self.body)
-        repo = f"{wanted['organization']}/{wanted['name']}"
+        fields = json.loads(self.body)
+        repo = f"{fields['organization']}/{fields['name']}"
         if repo in self.server.repos:
             return as_json({"error": "You already created this model repo", "url": f"{self.server.url}/{repo}"}, 409)
         self.server.commit(repo, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, "initial")
@@ -255,10 +255,10 @@ class Request(BaseHTTPRequestHandler):
 
     def batch(self, repo: str) -> Response:
         objects = json.loads(self.body)["objects"]
-        for wanted in objects:
-            if wanted["oid"] not in self.server.objects:
-                names = {"upload": f"lfs/{wanted['oid']}", "verify": f"{repo}.git/info/lfs/verify"}
-                wanted["actions"] = {name: {"href": f"{self.server.url}/{path}"} for name, path in names.items()}
+        for item in objects:
+            if item["oid"] not in self.server.objects:
+                names = {"upload": f"lfs/{item['oid']}", "verify": f"{repo}.git/info/lfs/verify"}
+                item["actions"] = {name: {"href": f"{self.server.url}/{path}"} for name, path in names.items()}
         return as_json({"transfer": "basic", "objects": objects})
 
     def upload(self, oid: str) -> Response:
@@ -268,9 +268,9 @@ class Request(BaseHTTPRequestHandler):
         return Response()
 
     def verify(self, repo: str) -> Response:
-        wanted = json.loads(self.body)
-        there = len(self.server.objects.get(wanted["oid"], b"")) == wanted["size"]
-        return as_json({}) if there else as_json({"error": f"{wanted['oid']} was not uploaded"}, 404)
+        item = json.loads(self.body)
+        exists = len(self.server.objects.get(item["oid"], b"")) == item["size"]
+        return as_json({}) if exists else as_json({"error": f"{item['oid']} was not uploaded"}, 404)
 
     def make_commit(self, repo: str, revision: str) -> Response:
         found = self.server.tree(repo, revision)

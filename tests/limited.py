@@ -1,6 +1,6 @@
-"""Reads checkpoints in processes that the system ends at 200 MiB above their start, and at 20 s of processor time.
+"""Reads checkpoints in processes that are limited to 200 MiB of additional memory and 20 s of CPU time.
 
-Run as a program it takes lists of paths as lines of JSON, and answers with a line for each path.
+Run as a program, it reads lists of paths as lines of JSON, and prints a line for each path.
 """
 
 import json
@@ -15,19 +15,24 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-MEMORY, SECONDS = 200, 20  # MiB, and s of processor time
+MEMORY, SECONDS = 200, 20  # MiB, and seconds of CPU time
 
 
 @dataclass
 class Reading:
-    """What came of a file: "read", "refused", "ENDED" by a limit, or "CRASH"; an error's text."""
+    """The result for a file.
+
+    Attributes:
+        result: "read", "refused", "ENDED" by a limit, or "CRASH".
+        text: The error, if any.
+    """
 
     result: str
     text: str = ""
 
 
 def set_limits() -> None:
-    """Puts the limits on this process, from now on."""
+    """Applies the limits to this process."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY * 2**20,) * 2)
     seconds = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + SECONDS
@@ -36,7 +41,7 @@ def set_limits() -> None:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether a limit on memory is behind an error, which a reader may have taken for a damaged file."""
+    """Whether the memory limit caused an error, even if a reader took it for a damaged file."""
     while error is not None:
         if isinstance(error, MemoryError) or "allocate" in str(error):
             return True
@@ -46,9 +51,9 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Callable[..., Iterator[Reading]]]:
-    """A function that says what comes of each file with some contents, by a server that lives as long as the context.
+    """Starts a server for the time of the context, and yields a function that reads files with given contents.
 
-    It takes the contents, and how many files a process reads `together` before it ends, one unless it is said.
+    Its arguments are the contents, and `together`, the number of files that one process reads (default: 1).
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command, pipe = [sys.executable, __file__], subprocess.PIPE
@@ -89,7 +94,7 @@ def _read(file: Path) -> Reading:
 
 
 def _answers(files: list[str]) -> Iterator[str]:
-    """What a new process says of the files; fewer lines than files if it was ended."""
+    """The lines that a new process prints for the files; fewer than files if it was killed."""
     receive, send = os.pipe()
     process = os.fork()
     if process == 0:
@@ -111,7 +116,7 @@ def _answers(files: list[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    import spd_zoo.weights  # noqa: F401 (before the processes part)
+    import spd_zoo.weights  # noqa: F401 (imported once, before processes are forked)
 
     for line in sys.stdin:
         files = json.loads(line)

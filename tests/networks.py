@@ -1,4 +1,4 @@
-"""What tests of networks share: recorded weights, networks made of them or at random, and noise to feed them."""
+"""Helpers of network tests: recorded weights, networks with these or random weights, and noise as input."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def authors_tensors(case: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def config_of(name: str) -> PretrainedCfg:
-    """How timm describes a network or a checkpoint that it knows."""
+    """timm's configuration of a network or checkpoint."""
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None, f"timm knows no {name}"
     return cfg
@@ -31,7 +31,7 @@ def load(name: str, file: Path, **kwargs: Any) -> Any:
 
 
 def random_network(name: str, **kwargs: Any) -> Any:
-    """A network in which no two channels and no two phases play the same part."""
+    """A network whose channels and phases all differ."""
     torch.manual_seed(0)
     net = timm.create_model(name, **kwargs)
     for module in net.modules():
@@ -46,16 +46,16 @@ def random_network(name: str, **kwargs: Any) -> Any:
 
 
 def gradient(tensor: Tensor) -> Tensor:
-    """What backpropagation left at a tensor."""
+    """The gradient of a tensor, which must exist."""
     assert tensor.grad is not None
     return tensor.grad
 
 
 def noise(*shape: int) -> Tensor:
-    """The same normal numbers for the same shape."""
+    """Normal random numbers, which depend on the shape alone."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-4) -> None:
-    """Equal up to `rtol` of the largest value."""
+    """Raises AssertionError unless tensors are equal up to `rtol` of the largest value."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * expected.abs().max().item())

@@ -1,8 +1,8 @@
-"""Small runs that an earlier version of this package stopped or finished; `python tests/old_runs.py` records anew.
+"""Small runs of an earlier version of this package, stopped or finished; `python tests/old_runs.py` records them again.
 
-`golden_runs/NAME/stopped` is a run that got SIGTERM in epoch 2, `golden_runs/NAME/whole` what the same run leaves when
-nobody stops it, and `golden_runs/converted` a network that `convert_to_spd` made. Older code has to have written
-them: record again only to add a case, from an old commit.
+`golden_runs/NAME/stopped` is a run that got SIGTERM in epoch 2, `golden_runs/NAME/whole` the same run without a stop,
+and `golden_runs/converted` a network converted by `convert_to_spd`. Their purpose is that older code has written them:
+record them again only to add a case, and from an old commit.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Pictures of three classes, blue, green and red, in the folders of a data set."""
+"""Generates pictures of three classes, blue, green and red, in class folders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What tests of training share: runs that are stopped, and compared."""
+"""Helpers of training tests: stopping and comparing runs."""
 
 import csv
 import io
@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from spd_zoo.training.steps import seed_everything
 
-USED = "spd_zoo.training.finetune.seed_everything"  # what the loop over the steps calls before each
+USED = "spd_zoo.training.finetune.seed_everything"  # called before each step
 
 
 def same_run(one: Path, other: Path) -> bool:
-    """Whether two runs have the same network, to the bit, and the same figures."""
+    """Whether two runs have bit-identical networks and the same metrics."""
     networks = [load_file(folder / "model.safetensors") for folder in (one, other)]
     tables = [(folder / "metrics.csv").read_text() for folder in (one, other)]
     equal = [torch.equal(networks[0][key], networks[1][key]) for key in networks[0]]

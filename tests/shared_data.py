@@ -1,4 +1,4 @@
-"""Data that lies beside the project and is no part of it."""
+"""Data in a folder next to the project, which is not distributed with it."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def shared(path: str) -> Path:
-    """A file or folder of the data beside the project; skips the test where there is no such data at all.
+    """A file or folder of the data; skips the test if the data folder does not exist.
 
     Raises:
-        FileNotFoundError: If the data is there, but not this file of it.
+        FileNotFoundError: If the data folder exists without this file.
     """
     if not FOLDER.is_dir():
-        pytest.skip(f"needs the data folder beside the project, and {FOLDER} does not exist")
+        pytest.skip(f"needs the data folder next to the project, and {FOLDER} does not exist")
     file = FOLDER / path
     if not file.exists():
         raise FileNotFoundError(f"{FOLDER} lacks {path}")

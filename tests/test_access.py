@@ -1,4 +1,4 @@
-"""Which requests the demo page answers."""
+"""The demo page answers only requests to its own host and from its own pages."""
 
 import asyncio
 from collections.abc import MutableMapping
@@ -12,7 +12,7 @@ Headers = dict[str, str]
 
 
 def status(host: str, allowed: tuple[str, ...], headers: Headers, method: str = "POST", kind: str = "http") -> int:
-    """The status that a request gets; 200 from the application behind."""
+    """The status that a request gets; 200 if it reaches the application."""
     sent: list[MutableMapping[str, Any]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -102,6 +102,6 @@ def test_a_post_from_another_site_is_refused_without_an_origin_too(site: str) ->
 
 
 @pytest.mark.parametrize("name", ["", "https://a.example", "a.example:80", "a.example/b", "u@a.example"])
-def test_what_is_no_host_name_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is no host name; write it as in"):
+def test_invalid_host_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is not a host name; write it like"):
         host_name(name)

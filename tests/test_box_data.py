@@ -1,4 +1,4 @@
-"""Images with boxes: three forms of data sets, what is wrong with them, and augmentation that keeps boxes in place."""
+"""Images with boxes: three formats of data sets, their check, and augmentation that moves boxes with their objects."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def as_lists(data: BoxImages) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
-def test_the_forms_are_read_alike(make: Make, tmp_path: Path) -> None:
+def test_all_formats_give_the_same_data(make: Make, tmp_path: Path) -> None:
     data = opened(make(tmp_path / "data"))
     truth = sorted((f"train_{i}", boxes) for i, (_, boxes) in enumerate(scenes(8)))
     assert [shown[0] for shown in as_lists(data)] == [[list(box[1:]) for box in boxes] for _, boxes in truth]
@@ -57,7 +57,7 @@ def test_cocos_own_layout_is_read(tmp_path: Path) -> None:
         open_boxes(tmp_path, "val")
 
 
-def test_names_of_classes_may_stand_in_a_text_file_or_a_mapping(tmp_path: Path) -> None:
+def test_class_names_may_be_in_a_text_file_or_a_mapping(tmp_path: Path) -> None:
     make_yolo(tmp_path)
     (tmp_path / "data.yaml").write_text("names: {0: blue, 1: green, 2: red}")
     assert opened(tmp_path).class_names == NAMES
@@ -66,14 +66,14 @@ def test_names_of_classes_may_stand_in_a_text_file_or_a_mapping(tmp_path: Path) 
     assert opened(tmp_path).class_names == ["b", "g", "r"]
 
 
-def test_an_image_without_a_label_file_shows_nothing(tmp_path: Path) -> None:
+def test_an_image_without_a_label_file_has_no_boxes(tmp_path: Path) -> None:
     make_yolo(tmp_path)
     (tmp_path / "labels" / "train" / "train_0.txt").unlink()
     data = opened(tmp_path)
     assert len(data) == 8 and len(data.objects_in(0).labels) == 0
 
 
-def test_what_is_wrong_with_boxes_is_counted_and_left_out(tmp_path: Path) -> None:
+def test_invalid_boxes_are_counted_and_left_out(tmp_path: Path) -> None:
     file = make_coco(tmp_path) / "instances_train.json"
     content = json.loads(file.read_text())
     wrong = [
@@ -109,7 +109,7 @@ def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
     return FinetuneConfig(**options | changes)
 
 
-def test_a_dry_run_tells_what_is_wrong_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_reports_problems_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_yolo(tmp_path / "data")
     (root / "images" / "train" / "train_1.png").write_bytes(b"no image")
     text = root / "labels" / "train" / "train_2.txt"
@@ -132,7 +132,7 @@ def test_a_dry_run_tells_what_is_wrong_and_writes_nothing(tmp_path: Path, capsys
     assert "1 boxes lie outside their image and are left out" in capsys.readouterr().out
 
 
-def test_an_image_of_another_size_than_its_annotation_says_is_left_out(
+def test_an_image_of_another_size_than_its_annotation_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_coco(tmp_path / "data")
@@ -153,7 +153,7 @@ def test_boxes_are_in_the_pixels_of_the_upright_image(tmp_path: Path) -> None:
     assert data.objects_in(0).boxes.tolist() == [list(box[1:]) for box in scenes(1)[0][1]]
 
 
-def test_the_first_image_may_be_lost_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_image_may_be_unreadable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_coco(tmp_path / "data")
     (root / "images" / "train_0.png").unlink()
     finetune(config(root, tmp_path / "run", dry_run=True))
@@ -163,7 +163,7 @@ def test_the_first_image_may_be_lost_like_any_other(tmp_path: Path, capsys: pyte
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["data.yaml", "labels/train/train_0.txt"])
-def test_a_byte_order_mark_is_no_part_of_a_text(file: str, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(file: str, tmp_path: Path) -> None:
     before = opened(make_yolo(tmp_path)).counts()
     (tmp_path / file).write_bytes(b"\xef\xbb\xbf" + (tmp_path / file).read_bytes())
     assert opened(tmp_path).counts() == before
@@ -283,7 +283,7 @@ def empty_val(root: Path) -> None:
         (empty_val, "the split val has no box of a class that is trained"),
     ],
 )
-def test_data_that_cannot_be_used_is_one_sentence(make: Make, message: str, tmp_path: Path) -> None:
+def test_unusable_data_gives_one_sentence(make: Make, message: str, tmp_path: Path) -> None:
     make(tmp_path / "data")
     with pytest.raises(DataError, match=message):
         finetune(config(tmp_path / "data", tmp_path / "run", dry_run=True))
@@ -298,7 +298,7 @@ def test_held_out_images_are_the_same_every_time(tmp_path: Path) -> None:
         hold_out(data, 8, 0)
 
 
-def test_what_is_wrong_with_an_image_is_counted_in_its_own_part(tmp_path: Path) -> None:
+def test_problems_are_counted_in_the_split_of_their_image(tmp_path: Path) -> None:
     root = make_yolo(tmp_path)
     text = root / "labels" / "train" / "train_0.txt"
     text.write_text(text.read_text() + "\n7 .5 .5 .1 .1")
@@ -351,7 +351,7 @@ def test_splits_have_usual_names_in_any_case(make: Make, tmp_path: Path) -> None
     assert after.counts() == before.counts() and len(after) == 4
 
 
-def test_which_of_several_forms_is_read_is_said(tmp_path: Path) -> None:
+def test_with_several_formats_the_one_that_is_read_is_noted(tmp_path: Path) -> None:
     root = make_yolo(tmp_path / "data")
     (root / "Annotations").mkdir()
     data = open_boxes(root, "val")
@@ -370,12 +370,12 @@ def test_images_without_a_known_suffix_are_counted(tmp_path: Path) -> None:
     assert note.startswith("1 file in ") and note.endswith(".doc (1)")
 
 
-def test_an_address_is_refused_with_both_slashes() -> None:
+def test_the_error_for_an_address_keeps_both_slashes() -> None:
     with pytest.raises(DataError, match=r"https://example\.org/data is an address"):
         open_boxes("https://example.org/data", "train")
 
 
-def test_another_box_is_other_data(tmp_path: Path) -> None:
+def test_a_changed_box_counts_as_changed_data(tmp_path: Path) -> None:
     data = opened(make_yolo(tmp_path))
     text = tmp_path / "labels" / "train" / "train_0.txt"
     text.write_text(text.read_text().replace("0.", "0.0", 1))
@@ -424,7 +424,7 @@ def test_a_mosaic_shows_more_than_an_image_and_ends_before_the_last_epochs(tmp_p
     assert alone <= sum(opened(root).counts())
 
 
-def test_an_epoch_is_the_same_whoever_reads_it(tmp_path: Path) -> None:
+def test_an_epoch_is_the_same_whichever_process_reads_it(tmp_path: Path) -> None:
     root = make_coco(tmp_path)
     here, there = (augmented(root, "yolov8n_spd", 0, **YOLO, workers=workers) for workers in (0, 2))
     for (image, target), (other, other_target) in zip(here, there, strict=True):
@@ -454,4 +454,4 @@ def test_training_and_evaluation_feed_ssd_the_same_colours(tmp_path: Path) -> No
     prepared = torch.stack([prepare(data.image(i), net, (64, 64))[0] for i in range(8)])
     mean = 255 * torch.tensor(net.pretrained_cfg["mean"])[:, None, None]
     differences = [min((image - mean - other).abs().max().item() for other in prepared) for image in images.float()]
-    assert max(differences) < 2.5  # of 255; Pillow and torch round otherwise
+    assert max(differences) < 2.5  # of 255; Pillow and torch round differently

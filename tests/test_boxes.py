@@ -1,4 +1,4 @@
-"""Functions on boxes take integers, as annotations have them, and compute what they compute for floats."""
+"""Functions on boxes accept integers, which annotations often are, and give the same results as for floats."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,15 +72,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=list(FUNCTIONS))
-def test_integers_give_what_floats_do(function: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
+def test_integers_give_the_same_as_floats(function: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
     torch.testing.assert_close(function(BOXES.to(dtype)), function(BOXES.float()))
 
 
-def test_doubles_stay_doubles() -> None:
+def test_float64_stays_float64() -> None:
     assert PLACEMENT.to_input(BOXES.double()).dtype == complete_iou(BOXES.double(), BOXES).dtype == torch.float64
 
 
-def test_nothing_is_suppressed_where_there_is_nothing() -> None:
+def test_suppression_accepts_no_boxes() -> None:
     kept = labelled_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), 0.5)
     assert kept.dtype == torch.long and kept.shape == (0,)
 

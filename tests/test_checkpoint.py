@@ -1,4 +1,4 @@
-"""Checkpoints as others wrote them: what is read, and that nothing in a file runs or takes much time or memory."""
+"""Checkpoints from others are read without running code in them, and without much time or memory."""
 
 import re
 import struct
@@ -28,7 +28,7 @@ def write(content: bytes, folder: Path) -> Path:
     return folder / "a.pth"
 
 
-# What is read
+# Reading
 
 
 @pytest.mark.parametrize("options", [{}, hostile.OLD], ids=["zip", "old"])
@@ -54,7 +54,7 @@ def test_types_and_strides_are_those_that_were_saved(tmp_path: Path, tensor: Ten
 
 
 @pytest.mark.parametrize("options", [{}, hostile.OLD], ids=["zip", "old"])
-def test_tensors_that_share_numbers_share_them_still(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_tensors_that_share_numbers_still_share_them(tmp_path: Path, options: dict[str, Any]) -> None:
     shared = {"a": NUMBERS, "b": NUMBERS[4:]}
     found = read_checkpoint(write(hostile.saved(shared, **options), tmp_path))
     found["a"][4] = -1
@@ -67,7 +67,7 @@ def test_an_old_storage_that_is_a_part_of_another_is_read(tmp_path: Path) -> Non
     assert read_checkpoint(write(content, tmp_path))["a"].tolist() == [2, 3]
 
 
-def test_numbers_of_the_other_byte_order_are_turned(tmp_path: Path) -> None:
+def test_numbers_of_the_other_byte_order_are_swapped(tmp_path: Path) -> None:
     parts = hostile.records(hostile.saved({"a": NUMBERS}))
     order, data = "archive/byteorder", "archive/data/0"
     assert parts[order] == sys.byteorder.encode()
@@ -79,7 +79,7 @@ def test_numbers_of_the_other_byte_order_are_turned(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_directory_of_a_file_of_more_than_4_gib_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.pth"
-    with torch.serialization.skip_data():  # leaves holes in place of numbers
+    with torch.serialization.skip_data():  # leaves holes instead of numbers
         torch.save({"a": torch.empty(1_200_000_000), "b": torch.empty(3)}, file)
     with file.open("rb") as content:
         archive = Archive(content, file.stat().st_size)
@@ -109,7 +109,7 @@ def test_a_tar_file_is_refused_by_its_name(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a.pth")
 
 
-def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_gives_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbid(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -119,7 +119,7 @@ def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch
         read_checkpoint(file)
 
 
-# What must do no harm, in processes with limits
+# Malicious checkpoints, read in processes with limits
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +130,14 @@ def read_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """A file that no checkpoint may create."""
+    """The path of a file that no checkpoint may create."""
     (tmp_path / "outside").mkdir()
     return tmp_path / "outside" / "trace"
 
 
 @linux
 @pytest.mark.slow
-def test_what_is_made_to_do_harm_is_refused(read_all: Callable[..., Iterator[Reading]], trace: Path) -> None:
+def test_malicious_checkpoints_are_refused(read_all: Callable[..., Iterator[Reading]], trace: Path) -> None:
     contents = hostile.malicious(trace, {"a": NUMBERS})
     found = dict(zip(contents, read_all(contents.values()), strict=True))
     assert {name: reading for name, reading in found.items() if reading.result != "refused"} == {}
@@ -146,7 +146,7 @@ def test_what_is_made_to_do_harm_is_refused(read_all: Callable[..., Iterator[Rea
 
 @linux
 @pytest.mark.slow
-def test_what_holds_weights_is_read_and_nothing_beside_them_runs(
+def test_weights_are_read_and_nothing_else_in_the_file_runs(
     read_all: Callable[..., Iterator[Reading]], trace: Path
 ) -> None:
     contents = hostile.sound(trace) | hostile.harmless(trace, {"a": NUMBERS})
@@ -173,7 +173,7 @@ def test_changed_checkpoints_are_read_or_refused(
 
 
 def results_of(readings: Iterable[Reading]) -> Counter[str]:
-    """How often each result came; the text of what may not come."""
+    """The number of each result; and the texts of results that must not occur."""
     return Counter(
         reading.result if reading.result in ("read", "refused") else f"{reading.result} {reading.text}"
         for reading in readings
@@ -182,7 +182,7 @@ def results_of(readings: Iterable[Reading]) -> Counter[str]:
 
 @linux
 @pytest.mark.slow
-def test_the_limits_end_a_reader_that_believes(read_all: Callable[..., Iterator[Reading]]) -> None:
-    """On a checkpoint of 300 MB, which may be read, but not within 200 MiB."""
+def test_the_limits_end_a_reader_without_checks(read_all: Callable[..., Iterator[Reading]]) -> None:
+    """A valid checkpoint of 300 MB cannot be read within 200 MiB."""
     (reading,) = read_all([hostile.saved({"a": torch.zeros(75_000_000)})])
     assert reading.result == "ENDED"

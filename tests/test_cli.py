@@ -214,7 +214,7 @@ def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["cifar_resnet20.mine", "imported", "verified"]
 
 
-def test_what_was_imported_is_used_pulled_checked_and_deleted(
+def test_imported_weights_are_used_pulled_verified_and_deleted(
     own_cache: Path, checkpoint: Path, image: Path, capsys: Capture
 ) -> None:
     assert main(["weights", "import", "cifar_resnet20.mine", str(checkpoint)]) == 0
@@ -254,7 +254,7 @@ def test_pull_gives_the_default_weights_of_a_network(capsys: Capture) -> None:
     ],
     ids=" ".join,
 )
-def test_what_stops_a_weights_command_is_one_clear_sentence(
+def test_errors_of_weights_commands_are_one_clear_sentence(
     arguments: list[str], message: str, own_cache: Path, capsys: Capture
 ) -> None:
     assert main(["weights", *arguments]) == 1
@@ -311,7 +311,7 @@ def test_predict_names_unreadable_images_and_answers_the_others(saved: str, imag
     ]
 
 
-def test_predict_shows_no_progress_bar_where_there_is_no_terminal(saved: str, image: Path, capsys: Capture) -> None:
+def test_predict_shows_no_progress_bar_without_a_terminal(saved: str, image: Path, capsys: Capture) -> None:
     assert main(["predict", saved, *[str(image)] * 3, "--batch-size", "1"]) == 0
     out, err = capsys.readouterr()
     assert out.count(str(image)) == 3
@@ -435,7 +435,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
 REQUIRED = ["resnet18_spd", "--data", "photos", "--out", "run"]
 
 
-def test_finetune_leaves_what_is_not_given_to_the_configuration(configs: list[FinetuneConfig]) -> None:
+def test_options_that_are_not_set_are_left_to_the_configuration(configs: list[FinetuneConfig]) -> None:
     assert main(["finetune", *REQUIRED]) == 0
     assert configs == [FinetuneConfig(model="resnet18_spd", data="photos", out=Path("run"))]
 
@@ -475,14 +475,14 @@ def test_finetune_has_an_option_for_every_field(
     assert getattr(configs[0], field.name) == value
 
 
-def test_finetune_takes_what_is_not_given_from_a_yaml_file(configs: list[FinetuneConfig], tmp_path: Path) -> None:
+def test_finetune_takes_other_options_from_a_yaml_file(configs: list[FinetuneConfig], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: resnet18_spd\nepochs: 7\nlr: 0.5\n")
     arguments = ["finetune", "--config", str(tmp_path / "mine.yaml"), "--data", "photos", "--out", "run", "--lr", "0.1"]
     assert main(arguments) == 0
     assert (configs[0].model, configs[0].epochs, configs[0].lr) == ("resnet18_spd", 7, 0.1)
 
 
-def test_finetune_says_what_must_be_given(capsys: Capture) -> None:
+def test_finetune_names_missing_options(capsys: Capture) -> None:
     assert main(["finetune", "--data", "photos"]) == 1
     assert capsys.readouterr().err == "spd-zoo: error: give MODEL and --out\n"
 
@@ -507,7 +507,7 @@ def test_finetune_explains_its_options(capsys: Capture) -> None:
     ],
     ids=["data", "option", "package"],
 )
-def test_what_stops_finetune_is_one_clear_sentence(
+def test_errors_of_finetune_are_one_clear_sentence(
     raised: Exception, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def stop(_: FinetuneConfig) -> NoReturn:
@@ -563,7 +563,7 @@ def test_a_reader_that_stops_reading_causes_no_traceback() -> None:
     ],
     ids=str,
 )
-def test_what_needs_no_network_starts_without_torch(arguments: list[str], status: int) -> None:
+def test_commands_that_need_no_network_start_without_torch(arguments: list[str], status: int) -> None:
     ((module, function),) = ENTRY_POINT
     code = f"""if True:
         import sys
@@ -648,7 +648,7 @@ def test_completion_says_what_to_install(capsys: Capture, monkeypatch: pytest.Mo
     assert "pip install 'spd-zoo[completion]'" in capsys.readouterr().err
 
 
-def test_the_version_is_the_packages(capsys: Capture) -> None:
+def test_the_version_is_that_of_the_package(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"spd-zoo {spd_zoo.__version__}\n"

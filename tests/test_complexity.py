@@ -1,4 +1,4 @@
-"""What networks cost: the manifest says what is measured, and what is measured is what recorded counts say."""
+"""Complexity of networks: the manifest has the measured numbers, which agree with recorded ones."""
 
 import json
 from typing import Any

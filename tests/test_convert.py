@@ -1,4 +1,4 @@
-"""Conversion to space-to-depth keeps every prediction, says what it did, and can be saved, trained and undone."""
+"""Conversion to space-to-depth keeps every prediction, reports its changes, and can be saved, trained and undone."""
 
 import copy
 import json
@@ -66,7 +66,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def disturb(module: nn.Module) -> None:
-    """What training does: no weight stays what it was."""
+    """Changes every weight, as training does."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
@@ -74,7 +74,7 @@ def disturb(module: nn.Module) -> None:
 
 @torch.no_grad()
 def check(layer: nn.Module, chs: int, kind: type[nn.Module]) -> None:
-    """A layer, its successor, what that folds to, and the same after training give the same at every size."""
+    """A layer, its replacement and the folded replacement agree at every size; the last two also after training."""
     layer = layer.double().eval()
     made = convert_to_spd(layer, example_input=noise(2, chs, 16, 22))
     assert type(made) is kind
@@ -179,7 +179,7 @@ def test_an_average_of_four_pixels_is_a_phase_mix_of_a_quarter_each() -> None:
     assert torch.equal(made.weight, torch.full((3, 4, 1, 1), 0.25))
 
 
-def test_the_layers_look_like_what_they_stand_for() -> None:
+def test_new_layers_have_the_attributes_of_the_replaced_ones() -> None:
     for layer in (nn.Conv2d(4, 6, 3, 2, 1), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1)):
         made: Any = convert_to_spd(layer, example_input=images(1, 4, 8, 8))
         for name in ("kernel_size", "stride", "padding"):
@@ -200,7 +200,7 @@ def test_the_layers_look_like_what_they_stand_for() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None) or type(value).__name__,
 )
-def test_what_was_not_trained_folds_to_what_it_was(layer: Any, folded: type[nn.Module]) -> None:
+def test_untrained_layers_fold_back_to_the_original(layer: Any, folded: type[nn.Module]) -> None:
     x = images(1, 4, 8, 8)
     back: Any = fold_spd(convert_to_spd(layer, example_input=x), x)
     assert type(back) is folded
@@ -245,7 +245,7 @@ def test_a_folded_network_computes_the_same(name: str, features_only: bool) -> N
 
 
 @pytest.mark.parametrize("name", AGAIN)
-def test_what_was_recorded_comes_out_again(name: str) -> None:
+def test_recorded_conversions_are_reproduced(name: str) -> None:
     (recorded,) = [row for row in COMPARED if row["network"] == name]
     row = convert_report.compare(name)
     for key in ("params", "macs"):
@@ -277,7 +277,7 @@ def test_each_family_is_represented_by_its_smallest_network() -> None:
     assert convert_report.smallest_of_each_family("swin_transformer") == []
 
 
-def test_a_converted_pyramid_network_is_the_one_that_was_built_so() -> None:
+def test_a_converted_pyramid_network_equals_the_one_built_with_space_to_depth() -> None:
     built: Any = timm.create_model("pyconvresnet50_spd", num_classes=5, device="meta")
     converted: Any = convert_to_spd(timm.create_model("pyconvresnet50", num_classes=5, device="meta"))
     shapes = [sorted(tuple(p.shape) for p in net.parameters()) for net in (built, converted)]
@@ -310,7 +310,7 @@ class Maps:
 
 
 class Everything(nn.Module):
-    """What cannot be replaced."""
+    """All types of downsampling that cannot be replaced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,13 +343,13 @@ def test_everything_that_cannot_be_replaced_is_reported_with_a_reason() -> None:
     reasons = {(layer.module, layer.layer): layer.reason for layer in net.spd_report.unchanged}
     assert {key: reason for key, reason in reasons.items() if key[0]} == {
         ("lengthwise", "Conv2d 3x3/2"): "its stride differs between rows and columns: (2, 1)",
-        ("kind", "Mine 3x3/2"): "a convolution of a class of its own, Mine",
-        ("pool", "MyPool 2x2/2"): "a pooling of a class of its own, MyPool",
+        ("kind", "Mine 3x3/2"): "a convolution of an unknown class, Mine",
+        ("pool", "MyPool 2x2/2"): "a pooling of an unknown class, MyPool",
         ("indices", "MaxPool2d 2x2/2"): "it returns indices",
         ("divisor", "AvgPool2d 2x2/2"): "it has a divisor_override",
-        ("shared", "MaxPool2d 1x1/2"): "called with maps of different numbers of channels",
+        ("shared", "MaxPool2d 1x1/2"): "called with maps that differ in their number of channels",
         ("idle", "Conv2d 3x3/2"): "not called in evaluation, so nothing could be compared",
-        ("fixed", "adaptive_avg_pool2d"): "there is nothing to put in the place of AdaptiveAvgPool2d",
+        ("fixed", "adaptive_avg_pool2d"): "there is no replacement for AdaptiveAvgPool2d",
     }
     assert [layer for module, layer in reasons if not module] == [
         *("slice", "avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d_aa", "fractional_max_pool2d"),
@@ -358,7 +358,7 @@ def test_everything_that_cannot_be_replaced_is_reported_with_a_reason() -> None:
     assert "unchanged: the network itself, slice: called in the forward of Everything" in str(net.spd_report)
 
 
-def test_what_is_excluded_stays_and_is_reported() -> None:
+def test_excluded_layers_stay_and_are_reported() -> None:
     net = small_network()
     converted: Any = convert_to_spd(net, include=["layer*", "conv1.*"], exclude="*.downsample.*")
     assert type(converted.maxpool) is nn.MaxPool2d
@@ -383,7 +383,7 @@ def test_a_network_of_unknown_image_size_needs_an_example() -> None:
 
 
 class Branches(nn.Module):
-    """Computes something else where its layer is of another class."""
+    """Computes something else if its layer has another class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -456,7 +456,7 @@ UNSAFE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "forward": (lambda: attached(lambda conv: setattr(conv, "forward", conv.forward)), "its forward was replaced"),
     "read elsewhere": (Scaled, "its parameters (or buffers )?are also read outside of it"),
     "shared": (Tied, "it shares a parameter with another module"),
-    "list": (Listed, "by its name|by another reference to it than its name"),
+    "list": (Listed, "by its name|through another reference than its name"),
 }
 
 
@@ -503,7 +503,7 @@ def test_a_layer_takes_its_argument_by_the_same_name() -> None:
     assert len(converted.spd_report.replaced) == 3 and difference(converted(x), net(x)) < 1e-6
 
 
-def test_hooks_of_every_sort_go_on_to_the_new_layer() -> None:
+def test_hooks_of_every_type_move_to_the_new_layer() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU())
     calls: list[str] = []
     net[0].register_forward_pre_hook(lambda module, args, kwargs: calls.append("before"), with_kwargs=True)
@@ -545,7 +545,7 @@ class Value(nn.Module):
     ],
     ids=["one number", "nested", "NaN", "fp64", "none"],
 )
-def test_outputs_of_every_sort_are_compared(value: Callable[[Tensor], Any], error: type[Exception]) -> None:
+def test_outputs_of_every_type_are_compared(value: Callable[[Tensor], Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=r"differs by|returns NaN for example_input|returns no tensors"):
         convert_to_spd(Value(value), example_input=images(2, 3, 8, 8))
 
@@ -780,7 +780,7 @@ def test_a_saved_network_loads_without_the_original(name: str, tmp_path: Path) -
         assert torch.equal(other.forward_features(x), net.forward_features(x))
 
 
-def test_what_was_saved_can_be_saved_again_and_converted_further(tmp_path: Path) -> None:
+def test_a_saved_network_can_be_saved_again_and_converted_further(tmp_path: Path) -> None:
     net = small_network()
     part: Any = convert_to_spd(net, exclude=["layer*"])
     part = timm.create_model(saved(part, tmp_path / "part"), pretrained=True).eval()
@@ -912,7 +912,7 @@ def test_the_guide_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == blocks[1]
 
 
-def test_nothing_is_written_where_nothing_can_be_converted(tmp_path: Path) -> None:
+def test_nothing_is_written_if_nothing_can_be_converted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} exists already")):
         convert_checkpoint("cifar_resnet20", tmp_path)
     with pytest.raises(ValueError, match="include='conv9' names nothing that downsamples"):
@@ -930,7 +930,7 @@ def test_nothing_is_written_where_nothing_can_be_converted(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyconvresnet50_spd", "resnet18_spd", "pyconvhgresnet50_spd"])
-def test_networks_that_were_built_with_space_to_depth_fold_too(name: str) -> None:
+def test_networks_built_with_space_to_depth_fold_too(name: str) -> None:
     net = small_network(name, num_classes=5)
     disturb(net.stem)
     folded = fold_spd(net)
@@ -941,7 +941,7 @@ def test_networks_that_were_built_with_space_to_depth_fold_too(name: str) -> Non
             assert difference(folded(x), net(x)) < 1e-4
 
 
-def test_folding_takes_batchnorm_in() -> None:
+def test_folding_includes_batchnorm() -> None:
     net = small_network()
     folded = fold_spd(convert_to_spd(net))
     norms = [sum(isinstance(m, nn.BatchNorm2d) for m in other.modules()) for other in (net, folded)]
@@ -1036,7 +1036,7 @@ NOT_FOLDED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "own convolution": (
         lambda: ConvNorm(plainly, conv=type("Mine", (nn.Conv2d,), {})(3, 3, 1)),
-        "the convolution before it, conv, stays: Mine is not one of the classes that can be folded",
+        "the convolution before it, conv, is left unchanged: Mine is not one of the classes that can be folded",
     ),
 }
 
@@ -1135,14 +1135,14 @@ def test_folding_compares_the_outputs_and_needs_weights() -> None:
         y = net.norm(net.conv(x))
         return y if type(net.norm) is nn.BatchNorm2d else 2 * y
 
-    with pytest.raises(ConversionError, match=r"the rewritten network differs by .* standard deviation; fold a part"):
+    with pytest.raises(ConversionError, match=r"the rewritten network differs by .*; fold its modules"):
         fold_spd(convert_report.randomise(ConvNorm(branches)), images(2, 3, 8, 8))
     with pytest.raises(ValueError, match='folding needs weights, but those of this network are on the "meta" device'):
         fold_spd(timm.create_model("test_resnet", device="meta"))
 
 
 class Reads(nn.Module):
-    """Reads an attribute of its BatchNorm beside calling it."""
+    """Reads an attribute of its BatchNorm in addition to calling it."""
 
     def __init__(self, attribute: str) -> None:
         super().__init__()

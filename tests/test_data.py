@@ -1,4 +1,4 @@
-"""Data sets as users have them: folders, CSV, Hugging Face data sets, WebDataset shards; and what the check finds."""
+"""Data sets of all formats (folders, CSV, Hugging Face data sets, WebDataset shards), and their check."""
 
 import io
 import os
@@ -108,7 +108,7 @@ def test_a_class_may_be_called_train(folders: Path) -> None:
     assert any("taken as classes, not as splits" in note for note in data.notes)
 
 
-def test_files_that_are_no_images_by_their_suffix_are_counted(folders: Path) -> None:
+def test_files_without_the_suffix_of_an_image_are_counted(folders: Path) -> None:
     blue = folders / "train" / "blue"
     for name in ("a.txt", "b.txt", "c.heic", ".hidden.txt", "no_suffix"):
         (blue / name).write_text("no image")
@@ -181,7 +181,7 @@ def test_a_hidden_folder_is_no_class(folders: Path) -> None:
     assert opened(folders).class_names == ["blue", "green", "red"]
 
 
-def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
+def test_the_error_names_what_is_not_a_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder; give one with"):
         open_data(tmp_path / "nowhere", "train")
     with pytest.raises(DataError, match="has no class folders; put the images"):
@@ -244,13 +244,13 @@ def test_classes_are_matched_by_name(names: list[str], network: NetworkClasses, 
         (["crane"], NetworkClasses(["a", "b"], synonyms=[["crane"], ["crane"]])),
     ],
 )
-def test_what_does_not_match_is_an_error_that_lists_both_sides(names: list[str], network: NetworkClasses) -> None:
+def test_a_mismatch_of_classes_is_an_error_that_lists_both_sides(names: list[str], network: NetworkClasses) -> None:
     with pytest.raises(DataError, match=r"the network has no class .*--class-map FILE") as caught:
         match_classes(labelled(*names), network)
     assert all(name in str(caught.value) for name in (*names, *network.names))
 
 
-def test_a_class_map_settles_what_is_called_differently(tmp_path: Path) -> None:
+def test_a_class_map_resolves_different_names(tmp_path: Path) -> None:
     (tmp_path / "map.yaml").write_text("no: negative\n01: positive\n")
     class_map = load_class_map(tmp_path / "map.yaml")
     assert class_map == {"no": "negative", "01": "positive"}
@@ -280,14 +280,14 @@ def test_a_class_map_settles_what_is_called_differently(tmp_path: Path) -> None:
         (None, "cannot read the class map"),
     ],
 )
-def test_a_class_map_that_is_none_is_one_sentence(tmp_path: Path, text: str | None, message: str) -> None:
+def test_an_invalid_class_map_gives_one_sentence(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(DataError, match=message):
         load_class_map(tmp_path / "map.yaml")
 
 
-def test_classes_that_nothing_is_of_are_no_obstacle(tmp_path: Path) -> None:
+def test_classes_without_images_need_no_match(tmp_path: Path) -> None:
     data = LabelledImages(["a.png", "b.png"], [2, 0], ["red", "green", "blue"], range(2))
     train = without_unused(data)
     assert (train.class_names, train.labels) == (["red", "blue"], [1, 0])
@@ -342,7 +342,7 @@ def test_labels_with_leading_zeros_have_one_order_in_every_process(tmp_path: Pat
 
 
 @pytest.mark.parametrize("address", ["https://example.org/data", "http://example.org/a.csv", "s3://bucket/data"])
-def test_an_address_is_refused_with_both_slashes(address: str, tmp_path: Path) -> None:
+def test_the_error_for_an_address_keeps_both_slashes(address: str, tmp_path: Path) -> None:
     for read in (lambda: open_data(address, "train"), lambda: find_images([address]), lambda: read_image(address)):
         with pytest.raises(ValueError, match=f"{address} is an address"):
             read()
@@ -370,7 +370,7 @@ RAMP = np.linspace(0, 1, 256).reshape(16, 16)
         ((255 * RAMP).astype("uint8"), {"format": "png"}, 255, ""),
     ],
 )
-def test_deep_images_are_scaled_by_what_the_file_says_else_that_is_noted(
+def test_deep_images_are_scaled_by_the_declared_range_or_the_assumed_one_is_noted(
     pixels: np.ndarray, options: dict[str, Any], largest: int, note: str
 ) -> None:
     buffer = io.BytesIO()
@@ -392,7 +392,7 @@ def test_pixels_of_unknown_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("form", ["tiff", "gif", "webp", "png"])
-def test_of_several_pages_the_first_is_read_and_that_is_noted(folders: Path, form: str) -> None:
+def test_only_the_first_of_several_pages_is_read_with_a_note(folders: Path, form: str) -> None:
     pages = [picture(COLOURS[name], i) for i, name in enumerate(("red", "green", "blue"))]
     pages[0].save(folders / "train" / "red" / f"pages.{form}", save_all=True, append_images=pages[1:])
     data = opened(folders)
@@ -409,7 +409,7 @@ def test_a_heic_image_is_known_and_what_reads_it_is_named() -> None:
         read_image(io.BytesIO(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"))
 
 
-def test_whatever_pillow_raises_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_exception_of_pillow_gives_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise AttributeError("no such thing")
 
@@ -433,7 +433,7 @@ def test_sizes_are_height_by_width(text: str | int, size: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize("text", ["", "0", "32x", "x32", "32x0", "1x2x3", "-3", "3.5", "a"])
-def test_what_is_no_size_is_one_sentence(text: str) -> None:
+def test_an_invalid_size_gives_one_sentence(text: str) -> None:
     with pytest.raises(ValueError, match="is not like 64, or HEIGHTxWIDTH like 48x96"):
         parse_size(text)
 
@@ -554,7 +554,8 @@ def test_a_row_without_an_image_is_unreadable(hugging_face: Path) -> None:
     import datasets
 
     hugging_face.mkdir()
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    kinds: Any = {"image": datasets.Image(), "label": datasets.Value("string")}
+    features = datasets.Features(kinds)
     rows = {"image": [picture(COLOURS["red"], 0), None], "label": ["a", "b"]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(hugging_face / "train.parquet")
     data = opened(hugging_face)
@@ -608,12 +609,12 @@ def test_a_class_of_one_image_stays_in_training_and_small_ones_hold_one_out(fold
     assert val.counts() == [0, 1, 1] and train.counts() == [1, 1, 7]
 
 
-def test_blanks_around_a_label_are_no_part_of_it(folders: Path) -> None:
+def test_blanks_around_a_label_are_ignored(folders: Path) -> None:
     (folders / "list.csv").write_text("path, label\ntrain/red/0.png, cat\ntrain/red/1.png,cat \n")
     assert opened(folders / "list.csv").class_names == ["cat"]
 
 
-def test_too_few_images_to_hold_out_are_said(folders: Path) -> None:
+def test_too_few_images_to_hold_out_are_reported(folders: Path) -> None:
     with pytest.raises(DataError, match="no class has an image to hold out, for each has only one"):
         train_val_split(opened(folders).subset([0, 8, 16]), 1, seed=0)
     with pytest.raises(DataError, match="'blue' has 8 images, too few"):
@@ -671,7 +672,7 @@ def drawn(data: LabelledImages, steps: Steps, workers: int) -> list[torch.Tensor
     return [images for images, _ in train_loader(data, train_transform(12, auto_augment="rand-m6-n2"), steps, workers)]
 
 
-def test_an_epoch_is_the_same_whatever_reads_it(folders: Path) -> None:
+def test_an_epoch_is_the_same_whichever_process_reads_it(folders: Path) -> None:
     data = opened(folders)
     whole = drawn(data, Steps(24, 8), workers=0)
     assert all(torch.equal(a, b) for a, b in zip(whole, drawn(data, Steps(24, 8), workers=2), strict=True))
@@ -684,7 +685,7 @@ def test_an_epoch_is_the_same_whatever_reads_it(folders: Path) -> None:
 
 
 @pytest.mark.parametrize(("world", "parts"), [(2, 1), (1, 2), (2, 2), (3, 1)])
-def test_processes_and_parts_share_each_step(world: int, parts: int) -> None:
+def test_processes_and_micro_batches_share_each_step(world: int, parts: int) -> None:
     whole = list(Steps(50, 12, drop_last=False))
     assert [len(step) for step in whole] == [12, 12, 12, 12, 2]
     ranks = [list(Steps(50, 12, parts, rank, world, drop_last=False)) for rank in range(world)]

@@ -1,4 +1,4 @@
-"""The demo page: what stands behind it, and the page itself in a browser."""
+"""The demo page: its functions, and the page itself in a browser."""
 
 import json
 import os
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from shared_data import shared
 
@@ -48,7 +49,7 @@ def test_the_default_classifier_comes_first_unless_others_are_named() -> None:
     assert demo.offered([STRIDED])[:2] == [STRIDED, "tf_efficientnet_lite0_spd.in1k"]
 
 
-def test_the_answer_is_that_of_predict(capsys: Capture) -> None:
+def test_the_page_predicts_like_the_command(capsys: Capture) -> None:
     _, table = demo.predict_html(demo.load(STRIDED), demo.read_picture(ROCKET))
     assert main(["predict", STRIDED, ROCKET, "--json"]) == 0
     top = json.loads(capsys.readouterr().out)[0]["top"]
@@ -143,7 +144,7 @@ def test_pictures_are_upright_and_not_larger_than_needed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["none", "text", "torn", "bomb"])
-def test_what_is_no_picture_is_one_sentence(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_picture_gives_one_sentence(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.png"
     Image.new("RGB", (64, 64), "red").save(file)
     if kind == "text":
@@ -183,11 +184,11 @@ def test_without_gradio_the_command_says_what_to_install(capsys: Capture, monkey
         (["--port", "{taken}"], "cannot serve at 127.0.0.1, port {taken}: Address already in use"),
         (["--port", "100000"], "there is no port 100000"),
         (["--host", "no.host.invalid"], "cannot serve at no.host.invalid, port 7860: "),
-        (["--allow-host", "https://a.example"], "'https://a.example' is no host name"),
+        (["--allow-host", "https://a.example"], "'https://a.example' is not a host name"),
         (["--host", "127.0.0.2", "--models", "cifar_resnet21"], "there is no network 'cifar_resnet21'"),
     ],
 )
-def test_what_stops_the_command_is_one_sentence(port: int, options: list[str], sentence: str, capsys: Capture) -> None:
+def test_errors_of_the_command_are_one_sentence(port: int, options: list[str], sentence: str, capsys: Capture) -> None:
     assert main(["demo", *(option.format(taken=port) for option in options)]) == 1
     said = capsys.readouterr().err
     assert sentence.format(taken=port) in said and said.count("\n") == 1
@@ -269,6 +270,14 @@ def test_uploads_come_from_the_pages_own_hosts(served: tuple[str, Path], headers
         with error:
             found = error.code
     assert found == status
+
+
+def test_the_settings_of_the_space_are_yaml_that_names_the_app() -> None:
+    folder = Path(__file__).parents[1] / "docs" / "space"
+    start, settings, _ = (folder / "README.md").read_text().split("---\n", 2)
+    assert start == ""
+    config = yaml.safe_load(settings)
+    assert config["sdk"] == "gradio" and (folder / config["app_file"]).is_file()
 
 
 def test_the_space_allows_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:

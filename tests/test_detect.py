@@ -1,4 +1,4 @@
-"""Objects come back in the pixels of whatever image was given, tiled or not, from Python and from the command line."""
+"""Boxes come back in the pixels of the original image, with tiles or without, in Python and on the command line."""
 
 import importlib.util
 import json
@@ -334,7 +334,7 @@ def test_drawn_boxes_lie_around_the_objects_and_leave_the_image_as_it_was() -> N
         (Image.new("F", (4, 4), -1.0), "32 bits"),
     ],
 )
-def test_what_is_no_image_is_one_clear_sentence(image: Any, words: str) -> None:
+def test_an_invalid_image_gives_one_clear_sentence(image: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Detector(Finder())(image)
     with pytest.raises(ValueError, match=words):
@@ -391,7 +391,7 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
     return status, *capsys.readouterr()
 
 
-def test_a_detector_warns_of_what_it_guesses(run: str) -> None:
+def test_a_detector_warns_of_assumptions(run: str) -> None:
     pixels = torch.linspace(0, 1, 64).reshape(8, 8).numpy()
     with pytest.warns(UserWarning, match="32 bits without a range, read as values from 0 to 1"):
         Detector(run, device="cpu")(Image.fromarray(pixels))
@@ -463,7 +463,7 @@ def test_the_command_prints_json_and_takes_tiles(run: str, tmp_path: Path, capsy
     assert len(json.loads(out)["annotations"]) == len(found(tmp_path / "a.png")) > 0
 
 
-def test_nothing_stays_of_a_command_that_fails(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_command_leaves_nothing(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture((60, 40)).save(tmp_path / "a.png")
     out = str(tmp_path / "marked")
     status, _, err = run_command(capsys, run, str(tmp_path / "a.png"), "--out", out, "--image-size", "50")
@@ -480,6 +480,8 @@ def test_nothing_stays_of_a_command_that_fails(run: str, tmp_path: Path, capsys:
         (".", "config.json"),
     ],
 )
-def test_what_cannot_detect_is_one_clear_sentence(model: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_that_cannot_detect_gives_one_clear_sentence(
+    model: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, out, err = run_command(capsys, model, str(EXAMPLES / "coffee.png"))
     assert status == 1 and out == "" and err.count("\n") == 1 and words in err

@@ -1,4 +1,4 @@
-"""Training and evaluation of detectors: what a run leaves, exact resume, figures checked by hand."""
+"""Training and evaluation of detectors: results of a run, exact resume, metrics checked by hand."""
 
 import csv
 import json
@@ -82,7 +82,7 @@ def test_a_run_leaves_a_detector_that_timm_loads_with_the_class_names(folder: Pa
 
 
 @pytest.mark.slow
-def test_what_is_not_given_is_chosen_for_a_detector(folder: Path, tmp_path: Path) -> None:
+def test_options_that_are_not_set_get_the_defaults_of_detectors(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path / "run", epochs=1, batch_size=None, lr=None, bf16=None)
     stored = make_config({}, tmp_path / "run" / "run.yaml")
     assert (stored.opt, stored.batch_size, stored.ema, stored.weight_decay) == ("adamw", 8, 0.999, 5e-4)
@@ -95,9 +95,7 @@ EVERYTHING = {"epochs": 3, "mosaic_off": 1, "accumulate": 2, "clip_grad": 10.0, 
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(box_report, "write", lambda *_: None)
     run(folder, tmp_path / "whole", **EVERYTHING)
     for epoch, step in ((0, 1), (2, 0)):
@@ -226,7 +224,7 @@ def said(data: BoxImages, *detections: Detections, scale: float = 1.0) -> BoxPre
     return BoxPredictions(data, list(detections), [(scale, scale)] * len(data), {}, {})
 
 
-def test_average_precision_is_what_one_computes_by_hand() -> None:
+def test_average_precision_agrees_with_a_calculation_by_hand() -> None:
     data = truth([(0, 0, 0, 40, 40), (0, 100, 0, 140, 40)])
     boxes = found((0, 0.9, 0, 0, 40, 40), (0, 0.8, 300, 0, 340, 40), (0, 0.7, 100, 0, 140, 40))
     # recall up to 0.5 (51 of 101 points) at precision 1, the rest at 2/3, for every overlap
@@ -244,7 +242,7 @@ def test_a_box_must_overlap_as_much_as_the_threshold_says() -> None:
     assert figures["ap"] == pytest.approx(50)  # right at 0.5, 0.55, 0.6, 0.65 and 0.7
 
 
-def test_small_means_small_in_what_the_network_sees_where_that_is_asked() -> None:
+def test_object_sizes_can_be_those_at_the_network_input() -> None:
     data = truth([(0, 0, 0, 40, 40), (0, 100, 0, 260, 160)])
     boxes = found((0, 0.9, 0, 0, 40, 40))
     figures = said(data, boxes, scale=0.5).summary()
@@ -253,7 +251,7 @@ def test_small_means_small_in_what_the_network_sees_where_that_is_asked() -> Non
     assert figures["input_ap_large"] is None
 
 
-def test_a_crowd_is_no_object_and_boxes_in_it_are_no_mistakes() -> None:
+def test_a_crowd_is_not_an_object_and_boxes_in_it_are_not_errors() -> None:
     data = truth([(0, 0, 0, 40, 40)], [(0, 0, 0, 400, 400)])
     data.objects[1].crowd[:] = True
     figures = said(data, found((0, 0.5, 0, 0, 40, 40)), found((0, 0.9, 50, 50, 90, 90))).summary()
@@ -340,7 +338,7 @@ def test_evaluate_prints_and_writes_the_figures_of_the_run(
         assert [row["class"] for row in csv.DictReader(file)] == NAMES
 
 
-def test_evaluate_tells_what_is_wrong_with_boxes(finished: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+def test_evaluate_reports_invalid_boxes(finished: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
     folder, _ = finished
     data = make_yolo(tmp_path / "data", 1, 2)
     text = data / "labels" / "val" / "val_0.txt"
@@ -358,7 +356,7 @@ def test_evaluate_prints_json(finished: tuple[Path, Path], capsys: Capture) -> N
     assert row["images"] == 12 and 0 <= row["ap50"] <= 100 and row["img_size"] == 64
 
 
-def test_evaluate_refuses_what_has_no_meaning(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_evaluate_refuses_invalid_options_data_and_networks(finished: tuple[Path, Path], tmp_path: Path) -> None:
     folder, data = finished
     with pytest.raises(ValueError, match="flip, image_column and label_column are options for classifiers"):
         evaluate(str(folder), data, flip=True, device="cpu")

@@ -1,4 +1,4 @@
-"""The detectors compute what the authors' compute: predictions, boxes, losses, costs; and keep what timm expects."""
+"""The detectors agree with the authors' ones (predictions, boxes, losses, costs), and follow timm's conventions."""
 
 import copy
 import sys
@@ -374,7 +374,7 @@ def test_the_loss_falls_where_the_network_is_trained(name: str) -> None:
         ([target(), torch.zeros(1, 5)], "target 1 must be a dict"),
         ([target(), target(OBJECTS[0], labels=[0, 1])], r"target 1 must have boxes .* got \[1, 4\] and .* \[2\]"),
         ([{"boxes": torch.ones(1, 5), "labels": torch.ones(1).long()}, target()], r"got \[1, 5\]"),
-        ([{"boxes": torch.tensor(OBJECTS), "labels": torch.ones(3)}, target()], "whole labels"),
+        ([{"boxes": torch.tensor(OBJECTS), "labels": torch.ones(3)}, target()], "integer labels"),
         ([target(OBJECTS[0], labels=[5]), target()], r"labels must be 0\.\.4, got 5"),
         ([target(OBJECTS[0], labels=[-1]), target()], r"labels must be 0\.\.4, got -1"),
         ([target(), target([10, 20, 10, 30])], r"x2 > x1 and y2 > y1, got \[10\.0, 20\.0, 10\.0, 30\.0\]: leave out"),

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"docs/integrations.md": "test_integrations.py"}  # pages, and the test that runs them section by section
 NOT_RUN = {  # the first line of a block, or a command: why it is not run
-    "here = Path.cwd()  # of the command, as the file has the images' paths as they were given": "needs MongoDB",
+    "here = Path.cwd()  # of the command: relative image paths in the file start there": "needs MongoDB",
     "tracked = found.to_supervision()  # needs the package supervision": "supervision",  # a package: run where it is
     "photos/train/apple/1.png   photos/train/bicycle/1.png   ...": "shows folders, not what is printed",
     "spd-zoo finetune yolov8n_spd --data BCCD --out RUN --image-size 320 --epochs 60": "takes 20 minutes",
@@ -120,7 +120,7 @@ def listed_commands() -> list[str]:
 
 
 def parse(words: list[str], where: str) -> None:
-    """Fails unless the command's parser accepts the words behind `spd-zoo`."""
+    """Fails unless the command's parser accepts the words after `spd-zoo`."""
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
@@ -132,7 +132,7 @@ def parse(words: list[str], where: str) -> None:
 # What needs no data
 
 
-def test_every_command_is_one_that_the_parsers_accept() -> None:
+def test_the_parsers_accept_every_command() -> None:
     for block in every_block():
         for words in block.commands() if block.language == "sh" else ():
             program, *rest = words
@@ -156,7 +156,7 @@ def test_every_block_is_run_quoted_or_listed() -> None:
         assert block.file or block.language in known, f"{block.where} is in no known language"
 
 
-def test_nothing_is_listed_that_the_pages_have_not() -> None:
+def test_every_listed_block_is_on_a_page() -> None:
     first_lines = [block.text.partition("\n")[0] for block in every_block()]
     commands = [shlex.join(words) for block in every_block() if block.language == "sh" for words in block.commands()]
     for line in NOT_RUN:
@@ -380,7 +380,9 @@ def runs(page: str) -> bool:
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else []) for page in PAGES if runs(page)]
 )
-def test_the_page_does_what_it_says(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_blocks_of_a_page_give_their_output(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if page in PREPARE:
         PREPARE[page](tmp_path)
     monkeypatch.chdir(tmp_path)

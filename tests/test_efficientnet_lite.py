@@ -1,4 +1,4 @@
-"""EfficientNet-Lite with space-to-depth computes what timm's strided network computes, and keeps timm's contract."""
+"""EfficientNet-Lite-SPD gives the same outputs as timm's strided network, and follows timm's conventions."""
 
 import sys
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_computes_what_timms_network_computes_with_the_packages_keys(case: dict[
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_is_what_convert_to_spd_makes_of_timms_network(name: str, save: Any) -> None:
+def test_is_timms_network_converted_by_convert_to_spd(name: str, save: Any) -> None:
     strided = random_network(name, num_classes=5)
     converted = convert_to_spd(strided)
     net = load(f"{name}_spd", save(strided))
@@ -67,7 +67,7 @@ def test_starts_as_timms_network_does() -> None:
     assert all(torch.equal(net.state_dict()[key], tensor) for key, tensor in kept.items() if "bn" in key)
 
 
-def test_for_small_images_is_what_conversion_makes_of_the_network_without_its_stems_stride(save: Any) -> None:
+def test_the_lowres_network_is_the_converted_one_without_the_stems_stride(save: Any) -> None:
     strided = random_network(STRIDED[0], num_classes=5)
     converted: Any = convert_to_spd(keep_resolution(strided))
     net: Any = load(LOWRES, save(strided))
@@ -139,7 +139,7 @@ def test_trains_exports_and_takes_any_image_size(name: str) -> None:
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
-def test_keys_of_a_block_that_the_network_has_not_are_refused(save: Any) -> None:
+def test_keys_of_a_block_that_does_not_exist_are_refused(save: Any) -> None:
     tensors = authors_tensors(CASES[0])
     tensors["_blocks.99._depthwise_conv.weight"] = torch.zeros(8, 1, 3, 3)
     with pytest.raises(WeightsError, match=r"1 tensors have no place, the first is _blocks\.99\._depthwise_conv"):
@@ -170,7 +170,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes]
 LITE1 = entries()["tf_efficientnet_lite1_spd.in1k"]
 
 
-def test_weights_in_a_package_that_is_missing_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_of_weights_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys, "path", [path for path in sys.path if not Path(path, str(LITE1.source).split(":")[2]).exists()]
     )
@@ -211,7 +211,7 @@ def test_the_classes_are_imagenets_as_timm_calls_them() -> None:
 
 
 @pytest.mark.slow
-def test_the_weights_in_the_wheel_know_what_is_on_the_examples() -> None:
+def test_the_bundled_weights_recognise_the_example_images() -> None:
     net: Any = timm.create_model(LITE0, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     names = class_names(net.pretrained_cfg)

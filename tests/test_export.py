@@ -1,4 +1,4 @@
-"""Exported networks: other programs compute the same with them, for any number of images, and know how to use them."""
+"""Exported networks give the same outputs in other programs, for any number of images, and describe their input."""
 
 import json
 import math
@@ -88,9 +88,7 @@ def test_a_file_has_strided_convolutions_unless_asked_otherwise(fold: bool, tmp_
     torch.testing.assert_close(program.module()(images), expected(tmp_path / "spd", images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_file_that_computes_something_else_is_not_kept(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_with_other_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(net: Any, *arguments: Any) -> Any:
         arguments[-1].write_text("a file")
         return lambda images, score: (1.01 * net(images),)

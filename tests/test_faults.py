@@ -1,4 +1,4 @@
-"""Every fault ends in the right network or in one clear error; `tools/fault_report.py` lists them."""
+"""Every fault ends with the right network or one clear error; `tools/fault_report.py` lists them."""
 
 import os
 from collections.abc import Iterator
@@ -40,12 +40,12 @@ def test_a_few_faults_at_every_entry_point_are_survived(bench: Bench) -> None:
 
 
 def believe(file: Path) -> str:
-    """An entry point without any check."""
+    """An entry point that does not check the file."""
     return str(file)
 
 
 @pytest.mark.slow
-def test_the_report_notices_what_is_believed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_notices_a_missing_check(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FILE_TASKS, "timm", believe)
     outcomes = run(bench, ["headers"], lambda case: case.fault in ("nothing", "a list"))
     results = {(outcome.entry_point, outcome.result) for outcome in outcomes}
@@ -55,7 +55,7 @@ def test_the_report_notices_what_is_believed(bench: Bench, monkeypatch: pytest.M
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_fault_is_survived(bench: Bench, group: str) -> None:
-    first = "timm" if group in ("network", "disk") else None  # the other entry points: the report, and the few above
+    first = "timm" if group in ("network", "disk") else None  # the report and the tests above run the others
     outcomes = run(bench, [group], lambda case: first in (None, case.entry_point))
     assert outcomes
     assert bad(outcomes) == []

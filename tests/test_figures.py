@@ -1,4 +1,4 @@
-"""The committed figures show what the records say, in any colour scheme, and need nothing but themselves."""
+"""The committed figures agree with the records, follow the colour scheme, and are self-contained."""
 
 import base64
 import io

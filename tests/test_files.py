@@ -22,7 +22,7 @@ def test_a_file_appears_whole_with_the_mode_of_any_new_file(tmp_path: Path) -> N
     assert {file.name for file in tmp_path.iterdir()} == {"a.safetensors", "plain"}
 
 
-def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
+def test_the_old_file_stays_if_the_block_fails(tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
     write_csv(file, ["name", "n"], [["a, b", 1]])
     before = file.read_bytes()
@@ -32,7 +32,7 @@ def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_folder_appears_whole_in_place_of_an_empty_one_only(tmp_path: Path) -> None:
+def test_a_folder_appears_complete_and_replaces_an_empty_one_only(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     with whole(target) as temporary:
@@ -44,7 +44,7 @@ def test_a_folder_appears_whole_in_place_of_an_empty_one_only(tmp_path: Path) ->
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "a"]
 
 
-def test_what_a_killed_process_left_can_be_told_apart_and_deleted(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_recognised_and_deleted(tmp_path: Path) -> None:
     with whole(tmp_path / "a") as temporary:
         temporary.touch()
         (left,) = tmp_path.iterdir()

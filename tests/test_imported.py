@@ -1,4 +1,4 @@
-"""The authors' checkpoints: what is understood, what is refused, what is kept, and where they are downloaded from."""
+"""The authors' checkpoints: reading, refusing, storing and downloading them."""
 
 import argparse
 import errno
@@ -141,7 +141,7 @@ class Ordered(OrderedDict[str, Any]):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_stands_beside_the_weights_does_not_matter(
+def test_other_contents_of_a_checkpoint_do_not_matter(
     tensors: dict[str, Tensor], tmp_path: Path, beside: object, protocol: int
 ) -> None:
     file = save({"args": beside, "state_dict": tensors}, tmp_path / "a.pth", pickle_protocol=protocol)
@@ -151,7 +151,7 @@ def test_what_stands_beside_the_weights_does_not_matter(
 
 
 @pytest.mark.parametrize("kind", [Config, Ordered, OrderedDict])
-def test_a_state_dict_of_another_kind_is_understood(
+def test_a_state_dict_of_another_dict_class_is_read(
     tensors: dict[str, Tensor], tmp_path: Path, kind: type[Any]
 ) -> None:
     assert list(read_checkpoint(save({"model": kind(tensors)}, tmp_path / "a.pth"))) == list(tensors)
@@ -175,7 +175,7 @@ def test_prefixes_and_missing_counters_do_not_matter(tensors: dict[str, Tensor],
 
 
 @pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {(1, 2): torch.zeros(1)}, [], 3, {"a": torch.zeros(1), 5: 1}])
-def test_what_holds_no_weights_is_said(tmp_path: Path, content: Any) -> None:
+def test_a_file_without_weights_is_an_error(tmp_path: Path, content: Any) -> None:
     with pytest.raises(WeightsError, match="holds no network weights"):
         read_checkpoint(save(content, tmp_path / "a.pth"))
 
@@ -255,7 +255,7 @@ def test_a_whole_network_is_imported_without_its_classes(
 def test_a_network_whose_modules_hold_each_other_is_refused(foreign: type[nn.Module], tmp_path: Path) -> None:
     net = foreign()
     net._modules["self"] = net
-    with pytest.raises(WeightsError, match="hold each other"):
+    with pytest.raises(WeightsError, match="contain each other"):
         read_checkpoint(save({"model": net}, tmp_path / "a.pt"))
 
 
@@ -302,7 +302,7 @@ def test_a_stem_for_more_channels_than_can_be_tried_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused_with_what_it_does_fit(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+def test_the_error_for_a_misfit_names_the_network_that_it_fits(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"does not fit cifar_resnet20_pfd\.theirs: .*; it fits cifar_resnet20$"):
         import_weights("cifar_resnet20_pfd.theirs", save(tensors, tmp_path / "a.pth"), tmp_path)
     wrong = dict(tensors)
@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_refused_with_what_it_does_fit(tensors: dict[str, T
 
 
 @pytest.mark.parametrize("name", ["no_network", "../cifar_resnet20", "cifar_resnet20.../x", "cifar_resnet20.A", ""])
-def test_a_name_that_is_none_is_refused(tensors: dict[str, Tensor], tmp_path: Path, name: str) -> None:
+def test_an_invalid_name_is_refused(tensors: dict[str, Tensor], tmp_path: Path, name: str) -> None:
     with pytest.raises(WeightsError, match=r"is not NETWORK or NETWORK\.TAG"):
         import_weights(name, save(tensors, tmp_path / "a.pth"), tmp_path)
 
@@ -370,7 +370,7 @@ def test_a_damaged_import_is_noticed(tensors: dict[str, Tensor], tmp_path: Path)
         timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
 
 
-def test_a_file_got_by_hand_stands_for_the_pinned_one(private: Callable[..., Entry], tmp_path: Path) -> None:
+def test_a_manually_downloaded_file_serves_as_the_pinned_one(private: Callable[..., Entry], tmp_path: Path) -> None:
     net = timm.create_model("cifar_resnet20")
     save_file(net.state_dict(), tmp_path / "a.safetensors")
     sha256 = sha256_of(tmp_path / "a.safetensors")
@@ -509,7 +509,7 @@ def test_a_damaged_import_is_downloaded_again(
 
 
 @pytest.mark.parametrize("obstacle", ["no gdown", "offline"])
-def test_what_cannot_be_downloaded_is_to_be_got_by_hand(
+def test_the_error_of_a_failed_download_explains_the_manual_one(
     drive: DriveDouble, private: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
 ) -> None:
     if obstacle == "no gdown":
@@ -560,7 +560,7 @@ def test_every_checkpoint_of_the_authors_pyramids_has_a_derived_one_and_no_other
 
 
 @pytest.mark.parametrize("entry", DERIVED.values(), ids=lambda entry: entry.name)
-def test_a_derived_checkpoint_says_of_its_weights_what_the_original_says(entry: Entry) -> None:
+def test_a_derived_checkpoint_describes_its_weights_like_the_original(entry: Entry) -> None:
     original = original_of(entry)
     for field in ("source", "sha256", "license", "original_link", "dataset", "metrics", "input_size", "mean", "recipe"):
         assert getattr(entry, field) == getattr(original, field)

@@ -1,4 +1,4 @@
-"""Other libraries at their current releases take our networks as docs/integrations.md says; its Python is run here."""
+"""Current releases of other libraries accept our networks as docs/integrations.md says; its Python code is run here."""
 
 import io
 import re
@@ -197,7 +197,7 @@ def compared(name: str, count: int, quantized: Callable[..., Any]) -> tuple[floa
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:The input of maxpool2d is not quantized:UserWarning")  # then it stays in float32
 @pytest.mark.parametrize("name", ["cifar_resnet20.cifar100", "pyconvresnet50_spd.cifar100"])
-def test_the_page_says_how_right_int8_classifiers_are(name: str, quantized: Callable[..., Any]) -> None:
+def test_the_page_has_the_accuracy_of_int8_classifiers(name: str, quantized: Callable[..., Any]) -> None:
     figures = compared(name, 1000, quantized)
     row = re.search(rf"^\| `{name}` \|(.*)\|$", (ROOT / "docs" / "integrations.md").read_text(), re.MULTILINE)
     assert row is not None

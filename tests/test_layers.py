@@ -1,4 +1,4 @@
-"""Layers compute exactly what they stand for: space-to-depth, strided convolutions, pyramids."""
+"""Space-to-depth layers and pyramids give exactly the outputs of the layers that they replace."""
 
 import math
 from collections.abc import Callable
@@ -125,7 +125,7 @@ def test_an_spd_convolution_stands_for_a_strided_one(kernel: int, groups: int, s
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("kernel", "before", "after"), [(1, 0, 0), (3, 1, 0), (5, 1, 1), (7, 2, 1), (9, 2, 2)])
-def test_an_spd_convolution_is_a_plain_one_behind_space_to_depth(
+def test_an_spd_convolution_is_a_plain_one_after_space_to_depth(
     kernel: int, before: int, after: int, size: tuple[int, int]
 ) -> None:
     layer = SPDConv2d(4, 6, kernel, groups=2, dtype=torch.float64)
@@ -516,7 +516,7 @@ def test_a_scripted_layer_is_right_where_padding_depends_on_the_size() -> None:
     torch.testing.assert_close(scripted(x), layer(x))
 
 
-# SPDConv2d in place of nn.Conv2d
+# SPDConv2d instead of nn.Conv2d
 
 
 def test_an_spd_convolution_takes_the_arguments_of_a_convolution_in_their_order() -> None:
@@ -559,7 +559,7 @@ def test_padding_free_downsampling_adds_a_pool_of_the_same_windows(kernel_size: 
 def test_padding_free_downsampling_refuses_what_it_cannot_add() -> None:
     with pytest.raises(ValueError, match="6 pooled channels cannot be added to 8 without project=True"):
         PaddingFreeDownsample(6, 8)
-    with pytest.raises(ValueError, match="kernels of 3 or 5, got 7 and 3"):
+    with pytest.raises(ValueError, match="must be 3 or 5, got 7 and 3"):
         PaddingFreeDownsample(6, 6, 7)
     with pytest.raises(ImageSizeError, match="at least 3x3 pixels, got 2x9: give larger images"):
         PaddingFreeDownsample(6, 6)(torch.zeros(1, 6, 2, 9))
@@ -581,7 +581,7 @@ def test_a_residual_hybrid_stem_adds_its_first_convolution() -> None:
     x = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
         torch.testing.assert_close(stem(x), plain(x) + stem.conv(x))
-    with pytest.raises(ValueError, match="inner_stride 1, got 2"):
+    with pytest.raises(ValueError, match="inner_stride=1, got 2"):
         HybridStem(3, 8, inner_stride=2, residual=True)
 
 

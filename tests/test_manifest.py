@@ -1,4 +1,4 @@
-"""Private manifests: what they add and replace, and that a wrong one is never half believed."""
+"""Private manifests add and replace entries, and an invalid one is refused as a whole."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_the_catalogue_and_timm_agree_on_the_default_weights(first: bool, write:
     assert "yolov8n_spd" not in of_timm  # its checkpoint says "default": false
 
 
-def test_a_private_checkpoint_takes_the_place_of_an_own_one(write: Write) -> None:
+def test_a_private_checkpoint_replaces_one_of_the_package(write: Write) -> None:
     name = "pyconvresnet50_spd.cifar100"
     spd_zoo.use_manifest(write(name, "pyconvresnet", license="proprietary"))
     assert entries()[name].license == "proprietary"
@@ -88,7 +88,7 @@ def test_a_private_checkpoint_is_loaded_from_a_mirror(
         assert torch.equal(loaded.state_dict()[key], tensor)
 
 
-def test_after_a_wrong_manifest_the_one_before_still_counts(write: Write, tmp_path: Path) -> None:
+def test_after_an_invalid_manifest_the_previous_one_still_applies(write: Write, tmp_path: Path) -> None:
     spd_zoo.use_manifest(write("pyconvresnet18.company", "pyconvresnet"))
     (tmp_path / "wrong.json").write_text("{")
     for path in (tmp_path / "wrong.json", tmp_path / "missing.json", tmp_path):
@@ -125,7 +125,7 @@ def test_a_wrong_manifest_in_the_environment_stops_loading_and_the_command_but_n
 
 
 @pytest.mark.slow
-def test_a_manifest_in_the_environment_counts_from_the_start(write: Write) -> None:
+def test_a_manifest_in_the_environment_applies_from_the_start(write: Write) -> None:
     listed = run(
         "-m", "spd_zoo", "list", "--json", "pyconvresnet18.*", manifest=write("pyconvresnet18.company", "pyconvresnet")
     )

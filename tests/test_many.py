@@ -1,4 +1,4 @@
-"""Results for many images: in order, in every format, the same whatever stops them, and computed only once."""
+"""Results for many images: in order, in every format, unaffected by interruptions, and computed only once."""
 
 import csv
 import dataclasses
@@ -137,7 +137,7 @@ def test_objects_are_those_that_the_detector_finds(folder: Path, tmp_path: Path,
         assert np.array([one["box"] for one in row["objects"]]) == pytest.approx(found.boxes.numpy(), abs=0.01)
 
 
-def test_a_stopped_command_goes_on_behind_the_finished_parts(
+def test_a_stopped_command_resumes_after_the_finished_chunks(
     images: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.jsonl")
@@ -192,7 +192,7 @@ def _killed(folder: Path, results: Path, log: Path, at: str) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_at_any_moment_neither_loses_nor_repeats_a_finished_part(
+def test_kill_9_at_any_moment_neither_loses_nor_repeats_a_finished_chunk(
     folder: Path, images: Files, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole = tmp_path_factory.mktemp("whole")
@@ -214,7 +214,7 @@ def test_kill_9_at_any_moment_neither_loses_nor_repeats_a_finished_part(
 
 
 @pytest.mark.slow
-def test_kill_9_behind_the_last_step_leaves_whole_results(
+def test_kill_9_after_the_last_step_leaves_complete_results(
     folder: Path, images: Files, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole = tmp_path_factory.mktemp("whole")
@@ -253,7 +253,7 @@ def test_unfinished_results_of_something_else_are_refused(images: Files, tmp_pat
         run(other, job, tmp_path / "results.jsonl", save_every=size)
 
 
-def test_finished_results_stay_unless_one_asks(images: Files, tmp_path: Path) -> None:
+def test_finished_results_are_kept_without_overwrite(images: Files, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     run(images, colours(tmp_path / "log"), results)
     before = results.read_bytes()
@@ -272,7 +272,7 @@ def test_two_commands_do_not_write_one_file(images: Files, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("limit", [100, 400], ids=["a part", "the results"])
-def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(images: Files, tmp_path: Path, limit: int) -> None:
+def test_a_full_disk_is_one_sentence_and_the_same_command_resumes(images: Files, tmp_path: Path, limit: int) -> None:
     run(images, colours(tmp_path / "whole.log"), tmp_path / "whole.jsonl")
     results, limits = tmp_path / "results.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     stop_after_a_part(Files(images.paths), colours(tmp_path / "log"), results)
@@ -289,7 +289,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(images: Files,
     assert results.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_folder_of_someone_else_stays(images: Files, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(images: Files, tmp_path: Path) -> None:
     for name in ("results.jsonl.parts", "results.jsonl.merging"):
         precious = tmp_path / name / "precious.txt"
         precious.parent.mkdir()
@@ -300,7 +300,7 @@ def test_a_folder_of_someone_else_stays(images: Files, tmp_path: Path) -> None:
         shutil.rmtree(precious.parent)
 
 
-def test_results_that_others_made_meanwhile_stay_and_so_do_finished_parts(images: Files, tmp_path: Path) -> None:
+def test_results_that_appear_meanwhile_and_finished_chunks_are_kept(images: Files, tmp_path: Path) -> None:
     results, job = tmp_path / "results.jsonl", colours(tmp_path / "log")
     stop_after_a_part(images, job, results)
     results.write_text("of others")
@@ -367,13 +367,13 @@ def _die(_: Any) -> Any:
     os._exit(1)
 
 
-def test_a_reading_process_that_dies_is_one_sentence(images: Files, tmp_path: Path) -> None:
+def test_a_worker_that_dies_gives_one_sentence(images: Files, tmp_path: Path) -> None:
     job = changed_task(colours(tmp_path / "log"), read=_die)
     with pytest.raises(ResultsError, match="a process that reads images ended"):
         run(images, job, tmp_path / "results.jsonl", workers=1)
 
 
-def test_a_reading_process_that_dies_while_others_compute_is_one_sentence(images: Files, tmp_path: Path) -> None:
+def test_a_worker_that_dies_while_others_compute_gives_one_sentence(images: Files, tmp_path: Path) -> None:
     def compute(_: Any) -> Any:
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")  # torch does so wherever it is
 
@@ -415,7 +415,7 @@ def test_a_signal_ends_a_process_that_cannot_finish_an_image(folder: Path, tmp_p
 
 @dataclasses.dataclass(frozen=True)
 class OneOf(Process):
-    """A process among two that know of each other what they would tell."""
+    """One of two processes in the same Python process, whose collectives return prepared values."""
 
     told: Any = ()
     meanwhile: Any = None
@@ -510,7 +510,7 @@ def test_the_command_says_how_many_images_failed(
     assert err == f"spd-zoo: error: 1 of {COUNT} images could not be read; the column error of {results} says why\n"
 
 
-def test_the_stopped_command_says_that_it_goes_on(
+def test_the_stopped_command_says_how_to_resume(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(many._Parts, "merge", lambda _: os.kill(os.getpid(), signal.SIGINT))

@@ -1,4 +1,4 @@
-"""What happens when memory runs out, on the CPU or on a GPU: one sentence that says what to lower, and nothing lost."""
+"""When memory runs out, on the CPU or on a GPU, one sentence says which option to lower, and nothing is lost."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_predict_says_what_to_lower(
     assert "use a smaller --batch-size" in sentence_of(capsys, "predict", classifier, image, "--device", "cpu")
 
 
-def test_the_size_that_did_not_fit_is_said(
+def test_the_size_that_did_not_fit_is_reported(
     classifier: str, pictures: Path, network_fails: Any, capsys: Capture
 ) -> None:
     network_fails(ERRORS["CUDA"])
@@ -133,7 +133,7 @@ def test_export_says_what_to_lower_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_results_can_be_begun_again_with_a_smaller_batch(
+def test_results_can_be_started_again_with_a_smaller_batch(
     classifier: str,
     pictures: Path,
     network_fails: Any,
@@ -151,7 +151,7 @@ def test_results_can_be_begun_again_with_a_smaller_batch(
     assert len(file.read_text().splitlines()) == 6
 
 
-def test_a_run_without_a_checkpoint_can_be_begun_again_with_smaller_steps(
+def test_a_run_without_a_checkpoint_can_be_started_again_with_smaller_steps(
     pictures: Path, network_fails: Any, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spd_zoo.training.classification.report._plots", lambda *_: {})
@@ -181,7 +181,7 @@ def test_a_run_with_a_checkpoint_keeps_it(
     assert (tmp_path / "run" / "last.pt").is_file() and (tmp_path / "run" / "run.yaml").is_file()
 
 
-def test_a_reading_process_that_the_system_ends_is_one_sentence(
+def test_a_killed_worker_gives_one_sentence(
     classifier: str, pictures: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def end(*_: Any) -> Any:
@@ -194,7 +194,7 @@ def test_a_reading_process_that_the_system_ends_is_one_sentence(
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "abacus", "hpu", "cuda:99", " "])
-def test_a_device_that_is_not_there_is_one_sentence(
+def test_a_missing_device_gives_one_sentence(
     device: str, classifier: str, detector: str, pictures: Path, capsys: Capture, tmp_path: Path
 ) -> None:
     if device == "mps" and torch.mps.is_available():

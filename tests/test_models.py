@@ -1,4 +1,4 @@
-"""The networks compute what the authors' compute, and keep timm's contract."""
+"""The networks give the same outputs as the authors' networks, and follow timm's conventions."""
 
 import copy
 import io
@@ -211,7 +211,7 @@ def test_the_error_for_another_networks_checkpoint_names_the_one_it_fits(num_cla
         load("resnet18_spd", save(authors_tensors(case)), **kwargs)
 
 
-def test_a_checkpoint_of_no_network_is_said_to_fit_none(save: Any) -> None:
+def test_the_error_for_a_checkpoint_of_no_network_says_that_it_fits_none(save: Any) -> None:
     with pytest.raises(spd_zoo.WeightsError, match="it fits no other network of the zoo"):
         load("resnet18_spd", save({"features.0.weight": torch.zeros(8, 3, 3, 3)}))
 
@@ -293,7 +293,7 @@ def test_a_network_of_one_image_size_can_be_given_another(name: str, save: Any, 
         save_for_hf(net, str(tmp_path), safe_serialization=True)
         again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         assert torch.equal(again(x), net(x))
-        for size, why in ((12, "3x3"), (0, "positive height and width, got 0")):
+        for size, why in ((12, "3x3"), (0, "must be positive, got 0")):
             if size == 0 or "_pfd" in name:
                 with pytest.raises(ValueError, match=why):
                     net.set_input_size(size)
@@ -431,7 +431,7 @@ def test_strided_weights_are_adapted_to_grey_images_in_space_to_depth_networks(s
             assert_close(load(spd, save(net), in_chans=1)(x), net(x.repeat(1, 3, 1, 1)))
 
 
-def test_an_odd_map_of_resnet_spd_gets_zeros_behind_the_3x3_convolution() -> None:
+def test_an_odd_map_of_resnet_spd_gets_zeros_after_the_3x3_convolution() -> None:
     for name in SPD_RESNETS:
         branch = random_network(name).stages[1][0].residual
         at = next(i for i, module in enumerate(branch) if isinstance(module, SpaceToDepth))
@@ -741,7 +741,7 @@ def test_output_strides_that_do_not_exist_are_refused(name: str, output_stride: 
 
 @pytest.mark.parametrize("name", SPD_RESNETS)
 def test_resnet_spd_refuses_any_output_stride_but_its_own(name: str) -> None:
-    with pytest.raises(ValueError, match="no dilated form, got 8"):
+    with pytest.raises(ValueError, match="output_stride=16 only, got 8"):
         timm.create_model(name, output_stride=8)
     timm.create_model(name, output_stride=16, device="meta")
 

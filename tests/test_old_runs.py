@@ -1,4 +1,4 @@
-"""Runs and networks that an earlier version wrote still resume, evaluate and load."""
+"""Runs and networks of an earlier version can still be resumed, evaluated and loaded."""
 
 import json
 import shutil

@@ -51,7 +51,7 @@ def write_image(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def test_answers_are_those_of_the_network_in_the_order_of_the_images(net: Any, saved: str, tmp_path: Path) -> None:
+def test_predictions_are_those_of_the_network_in_the_order_of_the_images(net: Any, saved: str, tmp_path: Path) -> None:
     paths = [write_image(tmp_path / f"{i}.png", seed=i) for i in range(5)]
     answers = list(predict(saved, paths, top_k=3, batch_size=2, device="cpu"))
     assert [answer.path for answer in answers] == paths
@@ -91,7 +91,7 @@ def spider(path: Path) -> Path:
     return path
 
 
-def test_whatever_pillow_raises_is_the_error_of_one_image(saved: str, tmp_path: Path) -> None:
+def test_any_exception_of_pillow_is_the_error_of_one_image(saved: str, tmp_path: Path) -> None:
     odd, good = spider(tmp_path / "a.png"), write_image(tmp_path / "b.png")
     with pytest.raises(AttributeError), Image.open(odd) as image:
         image.load()
@@ -268,7 +268,7 @@ def test_classes_of_timms_imagenet_weights_have_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["pyconvresnet18", "resnet50_spd"])
-def test_classes_that_nobody_named_are_numbers(name: str) -> None:
+def test_classes_without_names_are_numbers(name: str) -> None:
     cfg = config_of(name).to_dict()
     assert class_names(cfg) == [str(i) for i in range(cfg["num_classes"])]
 
@@ -312,7 +312,7 @@ def test_a_folder_without_safetensors_is_refused_unread(saved: str, tmp_path: Pa
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / file).write_bytes(b"what timm would hand to torch.load")
     for name in (str(tmp_path), f"local-dir:{tmp_path}"):
-        with pytest.raises(ModelError, match=r"holds no model\.safetensors, and nothing else is read from a folder"):
+        with pytest.raises(ModelError, match=r"has no model\.safetensors, and no other file is read from a folder"):
             next(predict(name, [tmp_path]))
 
 

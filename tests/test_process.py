@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop, and the device that is picked."""
+"""Signals that stop a process, and the choice of the device."""
 
 import os
 import signal

@@ -230,7 +230,7 @@ def test_weights_of_the_package_stay_there_and_get_a_mirror(hub: HubDouble, chec
 
 
 @pytest.mark.slow
-def test_a_note_that_publishing_refutes_is_taken_out(hub: HubDouble, checkout: Checkout) -> None:
+def test_a_note_that_publishing_makes_untrue_is_removed(hub: HubDouble, checkout: Checkout) -> None:
     for notes, left in (
         (publish.UNSEEN, None),
         (f"File a.pth of that folder. {publish.UNSEEN}", "File a.pth of that folder."),
@@ -241,7 +241,7 @@ def test_a_note_that_publishing_refutes_is_taken_out(hub: HubDouble, checkout: C
         assert publish.UNSEEN not in hub.repos[REPO][-1][1]["README.md"].decode()
 
 
-def test_the_manifest_says_of_every_file_never_seen_that_it_was_not() -> None:
+def test_the_manifest_notes_every_file_that_was_never_seen() -> None:
     checkpoints = [fields for members in MANIFEST.values() for fields in members.values() if "sha256" in fields]
     assert checkpoints
     assert [
@@ -293,7 +293,7 @@ def test_after_a_failure_the_next_run_does_the_rest(
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503, None], ids=str)
 @pytest.mark.parametrize("route", RETRIED)
-def test_what_passes_soon_does_not_stop_an_upload(
+def test_temporary_errors_do_not_stop_an_upload(
     hub: HubDouble, checkout: Checkout, route: str, status: int | None
 ) -> None:
     fault = fails(ROUTES[route], status, times=2)
@@ -306,7 +306,7 @@ def test_what_passes_soon_does_not_stop_an_upload(
 
 @pytest.mark.parametrize(
     ("status", "advice"),
-    [(401, "hf auth login"), (403, "a token that may write to org"), (404, "the Hub has org"), (503, "again later")],
+    [(401, "hf auth login"), (403, "a token with write access to org"), (404, "the Hub has org"), (503, "again later")],
 )
 def test_an_error_says_what_to_do(
     hub: HubDouble, checkout: Checkout, capsys: Capture, status: int, advice: str
@@ -369,15 +369,15 @@ def test_a_hub_that_serves_something_else_is_not_pinned(
 @pytest.mark.parametrize(
     ("license", "reason"),
     [
-        ("gpl-3.0", "has them under gpl-3.0, and this Apache-2.0 project passes no GPL weights on"),
-        ("AGPL-3.0-only", "passes no GPL weights on"),
-        ("none", "https://example.org/original gives no licence for them, so nobody but the authors"),
+        ("gpl-3.0", "has them under gpl-3.0, and this Apache-2.0 project redistributes no GPL weights"),
+        ("AGPL-3.0-only", "redistributes no GPL weights"),
+        ("none", "https://example.org/original gives no licence for them, so only the authors"),
         (None, "gives no licence"),
         ("unknown", "gives no licence"),
-        ("cc-by-nc-4.0", "under cc-by-nc-4.0, which is not among the licences to pass weights on (apache-2.0, mit,"),
+        ("cc-by-nc-4.0", "under cc-by-nc-4.0; weights are only redistributed under apache-2.0, mit,"),
     ],
 )
-def test_weights_that_may_not_be_passed_on_are_refused_before_anything_is_asked(
+def test_weights_that_may_not_be_redistributed_are_refused_before_any_request(
     hub: HubDouble, checkout: Checkout, capsys: Capture, license: str | None, reason: str
 ) -> None:
     checkout.enter(license=license)
@@ -387,7 +387,7 @@ def test_weights_that_may_not_be_passed_on_are_refused_before_anything_is_asked(
 
 
 @pytest.mark.parametrize("license", publish.FREE)
-def test_weights_that_anybody_may_pass_on_are_published_under_their_licence(checkout: Checkout, license: str) -> None:
+def test_weights_that_may_be_redistributed_are_published_under_their_licence(checkout: Checkout, license: str) -> None:
     entry = checkout.enter(license=license.upper())
     publication = publish.prepare(entry, "org", checkout.file)
     card: Any = ModelCard(publication.texts["README.md"].decode())
@@ -430,7 +430,7 @@ def test_a_manifest_that_cannot_take_the_address_is_refused_before_anything_is_s
     hub: HubDouble, checkout: Checkout, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other.json"
-    for text, reason in (("{}", f"has no entry {NAME}"), ("{", "no manifest that can be read")):
+    for text, reason in (("{}", f"has no entry {NAME}"), ("{", "cannot be read as a manifest")):
         other.write_text(text)
         assert reason in error_of(capsys, *COMMAND, "--manifest", str(other))
     assert "No such file" in error_of(capsys, *COMMAND, "--manifest", str(tmp_path / "missing.json"))
@@ -445,7 +445,7 @@ def test_a_manifest_that_cannot_take_the_address_is_refused_before_anything_is_s
     assert REPO in other.read_text() and REPO not in checkout.path.read_text()
 
 
-def test_writing_what_the_manifest_says_already_changes_no_byte(tmp_path: Path) -> None:
+def test_writing_an_unchanged_manifest_changes_no_byte(tmp_path: Path) -> None:
     path = tmp_path / "weights_manifest.json"
     shutil.copy(manifest_path(), path)
     assert not write_manifest(path, MANIFEST)
@@ -515,12 +515,12 @@ def card_of(entry: Entry, net: nn.Module, notes: str = "") -> ModelCard:
 
 
 @pytest.mark.parametrize("group", FAMILIES)
-def test_a_model_card_names_the_papers_and_what_the_network_is(group: str) -> None:
+def test_a_model_card_names_the_papers_and_describes_the_network(group: str) -> None:
     entry, net = made(group)
     text = card_of(entry, net).text
     citation = text[text.index("## Citation") :]
     assert re.search(r"(arxiv\.org/abs/|BMVC 2019)", citation)
-    assert "Original code: https://github.com/" in citation or "Written from a specification" in citation
+    assert "Original code: https://github.com/" in citation or "Written from a verbal specification" in citation
     assert "@software{spd_zoo" in citation
     assert " ".join((sys.modules[type(net).__module__].__doc__ or "").split("\n\n")[0].split()) in " ".join(
         text.split()
@@ -528,7 +528,7 @@ def test_a_model_card_names_the_papers_and_what_the_network_is(group: str) -> No
     assert f"{entry.num_classes} classes" in text
 
 
-def test_a_model_card_says_how_good_who_says_so_how_to_use_it_and_what_it_cannot() -> None:
+def test_a_model_card_has_metrics_their_source_usage_and_limits() -> None:
     entry, net = made(GROUP)
     card = card_of(entry, net, "Ran on one core.")
     data: dict[str, Any] = card.data.to_dict()
@@ -555,7 +555,7 @@ def test_a_model_card_says_how_good_who_says_so_how_to_use_it_and_what_it_cannot
 
 
 @pytest.mark.parametrize("name", [NETWORK, "cifar_parc_mobilenetv2"])
-def test_the_configuration_makes_the_network_as_timm_and_transformers_do(name: str, tmp_path: Path) -> None:
+def test_timm_and_transformers_create_the_network_from_the_configuration(name: str, tmp_path: Path) -> None:
     """transformers calls `timm.create_model(architecture, num_classes=num_labels, **model_args)`."""
     group = timm.model_entrypoint(name).__module__.rpartition(".")[2]
     entry = dataclasses.replace(made(group)[0], name=name, class_names=tuple(map(str, range(100))))

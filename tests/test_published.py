@@ -1,4 +1,4 @@
-"""What papers print is checked against the networks: nothing wrong goes through, and no excuse outlives its cause."""
+"""Published figures are checked against the networks, and an explained difference that disappears is an error."""
 
 import csv
 import json
@@ -61,7 +61,7 @@ def test_every_source_and_dataset_has_rows() -> None:
 @pytest.mark.parametrize(
     ("column", "figure"), [("params", "0.279M"), ("params", "278331"), ("flops", "41.5M"), ("flops", "41.42G")]
 )
-def test_a_figure_that_the_network_has_not_is_an_error(
+def test_a_figure_that_differs_from_the_networks_is_an_error(
     change: Any, column: str, figure: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change("cifar_resnet20", **{column: figure})
@@ -75,7 +75,7 @@ def test_figures_agree_when_they_do_in_the_printed_digits(change: Any, figure: s
     assert main(["cifar_resnet20"]) == 0
 
 
-def test_a_row_that_differs_no_longer_is_an_error(change: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_that_no_longer_differs_is_an_error(change: Any, capsys: pytest.CaptureFixture[str]) -> None:
     change(OFF_BY_ONE, params="3.067M")
     assert main([OFF_BY_ONE]) == 1
     assert "all agrees" in capsys.readouterr().err
@@ -101,13 +101,13 @@ def test_a_network_that_costs_something_else_than_recorded_is_an_error(
     assert "cifar_resnet20" in capsys.readouterr().err
 
 
-def test_a_recorded_network_that_there_is_not_is_an_error(change: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recorded_network_that_does_not_exist_is_an_error(change: Any, capsys: pytest.CaptureFixture[str]) -> None:
     change("cifar_resnet20", {"network": "cifar_resnet21"})
     assert main(["cifar_resnet20"]) == 1
     assert "cifar_resnet21, no network" in capsys.readouterr().err
 
 
-def test_a_record_that_is_made_anew_is_right(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_record_is_right(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     change("cifar_resnet20", {"macs": "1"})
     monkeypatch.setattr(timm, "list_models", lambda: ["cifar_resnet20"])
     assert main(["cifar_resnet20", "--record"]) == 0
@@ -147,7 +147,7 @@ def test_a_row_of_other_columns_is_refused(change: Any, capsys: pytest.CaptureFi
     assert "row 3: expected model, input" in capsys.readouterr().err
 
 
-def test_a_network_that_there_is_not_cannot_be_checked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_that_does_not_exist_cannot_be_checked(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["cifar_resnet21"])
     assert "there is no network cifar_resnet21" in capsys.readouterr().err

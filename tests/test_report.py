@@ -1,4 +1,4 @@
-"""Evaluation and the report: figures checked by hand, tables in timm's form, a page that stands alone."""
+"""Evaluation and the report: metrics checked by hand, tables in timm's format, a self-contained page."""
 
 import csv
 import io
@@ -132,7 +132,7 @@ def test_other_class_names_need_a_class_map(saved: Path, folders: Path, capsys: 
     assert "rot" in out and "gruen" in out and "blau" in out and "red\n" not in out
 
 
-def test_what_evaluation_guesses_is_printed_and_in_the_json(folders: Path, capsys: Capture, tmp_path: Path) -> None:
+def test_assumptions_of_evaluation_are_printed_and_in_the_json(folders: Path, capsys: Capture, tmp_path: Path) -> None:
     save_for_hf(timm.create_model("cifar_resnet20", num_classes=3), str(tmp_path / "net"), safe_serialization=True)
     command = [
         "evaluate",
@@ -156,7 +156,7 @@ def test_what_evaluation_guesses_is_printed_and_in_the_json(folders: Path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["32", "24x48", "48x24"])
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_a_runs_figure_is_what_evaluate_predict_and_its_description_say(
+def test_a_runs_figure_is_that_of_evaluate_predict_and_its_config(
     crop_mode: str, shape: str, capsys: Capture, tmp_path: Path
 ) -> None:
     data = make_folders(tmp_path / "data", train=6, val=6)
@@ -198,7 +198,7 @@ def test_the_command_prints_a_line_per_image_size(saved: Path, folders: Path, ca
     assert [row["img_size"] for row in json.loads(capsys.readouterr().out)] == [16, 32]
 
 
-def test_evaluation_leaves_out_and_names_what_cannot_be_read(saved: Path, folders: Path, capsys: Capture) -> None:
+def test_evaluation_leaves_out_and_names_unreadable_images(saved: Path, folders: Path, capsys: Capture) -> None:
     torn = folders / "test" / "red" / "torn.png"
     torn.write_text("no image")
     try:
@@ -217,7 +217,7 @@ def test_evaluation_leaves_out_and_names_what_cannot_be_read(saved: Path, folder
         (["--device", "abacus"], "cannot use device 'abacus'"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_clear_sentence(
+def test_invalid_evaluations_give_one_clear_sentence(
     saved: Path, folders: Path, capsys: Capture, options: list[str], message: str
 ) -> None:
     assert main(["evaluate", str(saved), "--data", str(folders), *options]) == 1
@@ -225,7 +225,7 @@ def test_what_cannot_be_evaluated_is_one_clear_sentence(
     assert message in errors and errors.count("\n") == 1
 
 
-def test_the_report_is_one_page_that_stands_alone(folders: Path, tmp_path: Path) -> None:
+def test_the_report_is_one_self_contained_page(folders: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra `train`")
     data = open_data(folders, "val")
     assert data is not None

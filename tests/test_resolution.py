@@ -1,4 +1,4 @@
-"""Without its first strides a network takes smaller images, with the weights that it has."""
+"""Without its first strides a network accepts smaller images, with unchanged weights."""
 
 import copy
 from pathlib import Path
@@ -35,7 +35,7 @@ def size_of(net: Any) -> tuple[int, int, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", STEMS)
-def test_smaller_images_give_maps_of_the_size_that_the_whole_ones_gave(name: str, steps: int) -> None:
+def test_smaller_images_give_maps_of_the_same_size_as_full_ones(name: str, steps: int) -> None:
     net: Any = timm.create_model(name, device="meta").eval()
     kept: Any = keep_resolution(net, steps)
     channels, height, width = size_of(net)
@@ -61,7 +61,7 @@ def test_the_first_convolution_computes_the_same_at_every_pixel() -> None:
         assert torch.equal(tensor, net.state_dict()[key])
 
 
-def test_two_steps_also_take_the_stride_of_the_pooling_and_three_that_of_both_branches() -> None:
+def test_two_steps_also_remove_the_stride_of_the_pooling_and_three_that_of_both_branches() -> None:
     net: Any = keep_resolution(timm.create_model("resnet18", device="meta"), 3)
     strides = [net.conv1.stride, net.maxpool.stride, net.layer2[0].conv1.stride, net.layer2[0].downsample[0].stride]
     assert strides == [(1, 1), 1, (1, 1), (1, 1)]
@@ -131,9 +131,9 @@ class Sliced(nn.Module):
         (Plain(nn.Conv2d(3, 4, 3, 3, 1)), r"0 has stride \(3, 3\), which cannot be halved"),
         (
             Plain(nn.Conv2d(3, 4, 3, 1, 1)),
-            "there is no stride to take away",
+            "there is no stride to remove",
         ),
-        (Plain(SPDConv2d(3, 4, 3)), "call keep_resolution first, and convert_to_spd after it"),
+        (Plain(SPDConv2d(3, 4, 3)), "call keep_resolution before convert_to_spd"),
     ],
     ids=["function", "space-to-depth", "rows", "three", "none", "converted"],
 )
@@ -146,7 +146,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(net: nn.Module, why: str) 
 
 def test_what_depends_on_the_size_of_the_images_is_refused() -> None:
     net = timm.create_model("vit_tiny_patch16_224", device="meta")
-    with pytest.raises(ValueError, match="VisionTransformer does not take images of 112x112 pixels"):
+    with pytest.raises(ValueError, match="VisionTransformer does not accept images of 112x112 pixels"):
         keep_resolution(net)
     with pytest.raises(ValueError, match="places its boxes by the strides of its maps"):
         keep_resolution(timm.create_model("yolov8n", device="meta"))
@@ -171,8 +171,8 @@ def test_a_saved_network_is_what_it_was(convert: bool, tmp_path: Path) -> None:
     assert size_of(again) == size_of(net) and again._model_args["steps"] == 2
 
 
-def test_the_name_of_saved_networks_is_for_these_alone() -> None:
-    with pytest.raises(ValueError, match="resolution_kept is made from a saved network alone"):
+def test_the_name_of_saved_networks_cannot_be_created_directly() -> None:
+    with pytest.raises(ValueError, match="resolution_kept needs a saved network"):
         timm.create_model("resolution_kept")
 
 

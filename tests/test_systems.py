@@ -1,4 +1,4 @@
-"""The package where the system is not Linux: what only POSIX or Linux has is hidden, and the commands still work."""
+"""The package on other systems than Linux: features of POSIX and Linux are hidden, and the commands still work."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_a_detector_is_trained_and_used(elsewhere: dict[str, str], tmp_path: Pat
     assert len(json.loads((marked / "detections.json").read_text())["images"]) == 6
 
 
-def test_a_folder_takes_the_place_of_an_empty_one_where_that_needs_two_steps(
+def test_a_folder_replaces_an_empty_one_where_that_needs_two_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace

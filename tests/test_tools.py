@@ -29,7 +29,7 @@ from spd_zoo.training.config import FinetuneConfig, to_yaml
 
 EVERY = timm_contract.own_networks(Classifier)
 STEPS = ("inference", "train")
-NETWORKS = plain_networks.with_a_plain_way(timm_contract.one_per_architecture(EVERY))
+NETWORKS = plain_networks.with_plain_version(timm_contract.one_per_architecture(EVERY))
 
 
 @pytest.mark.slow
@@ -42,9 +42,9 @@ def test_one_per_architecture_has_every_layer_and_no_depth_twice() -> None:
     assert len(timm_contract.one_per_architecture(["pyconvresnet18", "pyconvresnet50"])) == 2
 
 
-def test_networks_without_layers_of_ours_to_write_otherwise_have_no_plain_way() -> None:
+def test_only_networks_with_our_layers_have_a_plain_version() -> None:
     names = ["cifar_ghostnet_pfd", "pyconvresnet18", "resnet18_spd", "cifar_resnet20", "yolov5n_spd"]
-    assert plain_networks.with_a_plain_way(names) == ["pyconvresnet18", "resnet18_spd"]
+    assert plain_networks.with_plain_version(names) == ["pyconvresnet18", "resnet18_spd"]
 
 
 @pytest.mark.parametrize("network", ["cifar_resnet20_pfd", "cifar_mobilenetv3_large", "cifar_shufflenetv2_pfd"])
@@ -147,7 +147,7 @@ def test_a_form_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.exhaustive
-def test_fine_tuning_is_timed_against_timms_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fine_tuning_is_timed_against_timms_components(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_folders(tmp_path / "data", train=8, val=2)
     tiny = ["--model", "cifar_resnet20", "--image-size", "16", "--batch-size", "8", "--workers", "0", "--rounds", "1"]
     command = ["--data", str(data), *tiny, "--epochs", "2", "--threads", "1", "--json"]
@@ -252,7 +252,7 @@ def test_the_experiment_with_detectors_compares_runs_of_equal_seeds(
 
 
 @pytest.mark.exhaustive
-def test_the_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_the_experiment_resumes_where_it_was_stopped(tmp_path: Path) -> None:
     names = config_of("cifar_resnet20.cifar100").label_names
     assert names
     for i, name in enumerate(names):

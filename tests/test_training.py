@@ -1,4 +1,4 @@
-"""Training: what options do, runs that go on to the same bits wherever they stopped, results that timm loads."""
+"""Training: options, runs that resume to the same bits wherever they stopped, and results that timm loads."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def test_a_new_classifier_on_pretrained_layers_starts_with_equal_probabilities(f
     assert kept.history[0]["train_loss"] > 5
 
 
-def test_a_run_says_how_it_was_made(folders: Path, tmp_path: Path) -> None:
+def test_a_run_records_how_it_was_made(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1, batch_size=None, lr=None, warmup_epochs=None)
     stored = make_config({}, tmp_path / "run" / "run.yaml")
     assert (stored.batch_size, stored.pretrained, stored.head_epochs, stored.accumulate) == (8, False, 0, 1)
@@ -107,7 +107,7 @@ def test_a_run_says_how_it_was_made(folders: Path, tmp_path: Path) -> None:
     assert "epoch 1/1 at 16 px: train loss" in (tmp_path / "run" / "log.txt").read_text()
 
 
-EVERYTHING = {  # all that has a state or draws at random
+EVERYTHING = {  # every option with a state or with randomness
     "ema": 0.9,
     "mixup": 0.2,
     "cutmix": 1.0,
@@ -126,7 +126,7 @@ EVERYTHING = {  # all that has a state or draws at random
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+def test_a_stopped_run_resumes_to_the_same_bits(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     run(folders, tmp_path / "whole", **EVERYTHING, workers=workers)
@@ -149,7 +149,9 @@ def test_saving_within_an_epoch_changes_nothing(folders: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_what_is_not_as_asked_for_is_said(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deviations_from_the_options_are_reported(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     classes, process, name = 3, Process(torch.device("cpu")), "cifar_resnet110_bsconvu"
     for images, batch_size, said in ((24, 64, "24 training images: a step has 24, not 64"), (24, 8, "")):
         asked = config(folders, tmp_path / "run", batch_size=batch_size, pretrained=None, model=name)
@@ -165,7 +167,7 @@ def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
     assert not same_run(tmp_path / "one", tmp_path / "other")
 
 
-FORKS = multiprocessing.get_context("forkserver")  # a process that has the imports behind it, and forks
+FORKS = multiprocessing.get_context("forkserver")  # forks a process that has imported everything already
 FORKS.set_forkserver_preload(["spd_zoo.training.finetune", "torch._dynamo"])
 
 
@@ -196,7 +198,7 @@ def start(*arguments: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(folders: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(folders: Path, tmp_path: Path) -> None:
     options = {"epochs": 3, "save_minutes": 0.0, "workers": 1}
     run(folders, tmp_path / "whole", **options)
     killed = config(folders, tmp_path / "killed", **options)
@@ -283,7 +285,7 @@ def test_training_works_outside_the_main_thread(folders: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_and_leaves_the_checkpoint(folders: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_checkpoint(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(folders, out, epochs=1)
     (out / "run.yaml").write_text((out / "run.yaml").read_text().replace("epochs: 1\n", "epochs: 2\n", 1))
@@ -302,7 +304,7 @@ def test_a_full_disk_is_said_and_leaves_the_checkpoint(folders: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_data_that_vanishes_is_said_and_leaves_the_checkpoint(
+def test_data_that_vanishes_is_reported_and_leaves_the_checkpoint(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score = Classification.score
@@ -324,7 +326,7 @@ def test_data_that_vanishes_is_said_and_leaves_the_checkpoint(
     assert same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_does_not_go_on_with_other_data(folders: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_other_data(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
     (folders / "train" / "red" / "7.png").unlink()
     with pytest.raises(DataError, match="is not what it was when the run"):
@@ -332,7 +334,7 @@ def test_a_run_does_not_go_on_with_other_data(folders: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_its_data_has_moved_to(folders: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_if_its_data_has_moved(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
     run(folders.rename(tmp_path / "elsewhere"), tmp_path / "run", epochs=1)
     assert len(json.loads((tmp_path / "run" / "environment.json").read_text())) == 2
@@ -387,7 +389,7 @@ def test_a_folder_with_other_files_is_left_alone(folders: Path, tmp_path: Path) 
         run(folders, tmp_path)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(folders: Path, tmp_path: Path) -> None:
+def test_a_loss_of_nan_ends_the_run(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the loss is not finite any more; begin another run with a smaller --lr"):
         run(folders, tmp_path / "run", opt="momentum", lr=1e30)
 
@@ -416,7 +418,7 @@ def test_a_class_without_a_readable_image_is_an_error(folders: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_images_are_held_out_where_there_is_no_val_split(folders: Path, tmp_path: Path) -> None:
+def test_images_are_held_out_if_there_is_no_val_split(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has a split val; leave --val-split and --val-size out"):
         run(folders, tmp_path / "run", val_split=0.2)
     (folders / "val").rename(folders / "test")
@@ -470,7 +472,7 @@ def changed(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor]) -> set
 
 
 @pytest.mark.slow
-def test_frozen_parts_stay_and_the_head_learns_first(folders: Path, tmp_path: Path) -> None:
+def test_frozen_modules_stay_and_the_head_learns_first(folders: Path, tmp_path: Path) -> None:
     start = weights_of_untrained()
     run(folders, tmp_path / "frozen", epochs=1, freeze="stem,stages.0")
     parts = changed(start, weights_of(tmp_path / "frozen"))
@@ -507,7 +509,7 @@ def test_early_stopping_keeps_the_best_network(folders: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_parts_of_a_step_are_one_step(folders: Path, tmp_path: Path) -> None:
+def test_micro_batches_add_up_to_one_step(folders: Path, tmp_path: Path) -> None:
     still = {"model": "test_convnext", "opt": "sgd", "lr": 0.1, "epochs": 1, "image_size": "32"}  # no BatchNorm
     losses = {}
     for parts in (1, 4):
@@ -517,7 +519,7 @@ def test_parts_of_a_step_are_one_step(folders: Path, tmp_path: Path) -> None:
     assert losses[1].history[0]["train_loss"] == pytest.approx(losses[4].history[0]["train_loss"], rel=1e-5)
 
 
-def test_a_step_is_computed_in_parts_where_memory_is_short(
+def test_micro_batches_are_used_if_memory_is_short(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda _: 8 * 2.0**20)
@@ -539,7 +541,7 @@ def test_the_memory_of_a_step_is_about_what_is_measured() -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_that_was_stopped_goes_on_to_the_same_bits(
+def test_a_stopped_stream_resumes_to_the_same_bits(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datasets = pytest.importorskip("datasets", reason="streams need the extra `train`")
@@ -602,7 +604,7 @@ def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_layers_in_front_learn_slower(folders: Path, tmp_path: Path) -> None:
+def test_earlier_layers_learn_more_slowly(folders: Path, tmp_path: Path) -> None:
     start, slow = weights_of_untrained(), {"opt": "momentum", "momentum": 0.0, "weight_decay": 0.0, "epochs": 1}
     run(folders, tmp_path / "even", **slow, lr=1e-4)
     run(folders, tmp_path / "decayed", **slow, lr=1e-4, layer_decay=0.5)
@@ -636,7 +638,7 @@ def test_a_network_for_grey_images_is_trained_on_grey_images(folders: Path, tmp_
     assert net.in_chans == 1 and len(net.pretrained_cfg["mean"]) == 1
 
 
-def test_mean_and_std_may_be_given(folders: Path, tmp_path: Path) -> None:
+def test_mean_and_std_can_be_set(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1, mean="0.1,0.2,0.3", std="0.4,0.5,0.6", crop_pct=0.875)
     cfg = json.loads((tmp_path / "run" / "config.json").read_text())["pretrained_cfg"]
     assert (cfg["mean"], cfg["std"], cfg["crop_pct"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.875)
@@ -767,7 +769,7 @@ def test_spds_recipe_begins_at_zero_and_falls_where_the_authors_count_from_one(f
     assert lr_of(tmp_path / "run") == pytest.approx([0.01793 / 2, 0.01793, 0.2 * 0.01793, 0.04 * 0.01793])  # of 2 steps
 
 
-def test_what_must_be_given_is_said() -> None:
+def test_missing_options_are_named() -> None:
     with pytest.raises(ValueError, match="give MODEL and --out"):
         make_config({"data": "d"})
     with pytest.raises(ValueError, match="there is no file mine, nor a recipe of that name; recipes: "):
@@ -826,13 +828,13 @@ def test_small_data_sets_have_small_steps(folders: Path, images: int, batch_size
 # plan(), start(), train_epoch(), end_epoch() and finish(), each alone
 
 
-def test_a_plan_leaves_nothing_open(folders: Path) -> None:
+def test_a_plan_has_a_value_for_every_option(folders: Path) -> None:
     asked = config(folders, folders, batch_size=None, lr=None, image_size=None, warmup_epochs=None, bf16=None)
     plan = chosen_for(replace(asked, pretrained=None, opt=None), images=480)
     assert all(value is not None for value in vars(plan).values())
     assert (plan.sizes, plan.batch_size, plan.micro_batches) == ([((64, 64), 0)], 16, 1)
     assert Plan.of(plan.config) == plan
-    with pytest.raises(ValueError, match="leaves lr open"):
+    with pytest.raises(ValueError, match="does not set lr"):
         Plan.of(replace(plan.config, lr=None))
 
 
@@ -867,7 +869,7 @@ def test_a_signal_before_the_first_step_saves_the_untrained_network(folders: Pat
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 0
 
 
-def test_a_full_disk_is_told_with_what_is_left(tmp_path: Path) -> None:
+def test_the_error_for_a_full_disk_says_which_checkpoint_is_left(tmp_path: Path) -> None:
     full, folder = OSError(28, "No space left on device"), RunFolder(tmp_path)
     for advice in ("there is no checkpoint yet", "the last checkpoint is intact, and the same command resumes from it"):
         with pytest.raises(RunError, match=rf"last\.pt: No space left on device; {advice}$"), folder.writing("last.pt"):

@@ -217,7 +217,7 @@ def test_a_damaged_file_in_the_cache_is_downloaded_once_more(hub: HubDouble, tmp
     assert hub.requests.count(f"GET /org/repo/resolve/{COMMIT}/weights.safetensors") == 1
 
 
-def test_a_hub_that_serves_other_bytes_is_not_believed(hub: HubDouble, tmp_path: Path) -> None:
+def test_other_bytes_from_the_hub_are_refused(hub: HubDouble, tmp_path: Path) -> None:
     hub.files["org/repo/weights.safetensors"] = b"other weights"
     with pytest.raises(WeightsError) as error:
         fetch(an_entry(), tmp_path)
@@ -457,7 +457,7 @@ def broken_files(small: Any, checkpoint: Path, folder: Path) -> list[str]:
     return [*contents, "no tensors.pth", "zipped payload.pth", "list.pth", "nothing.pth", "missing.pth", "."]
 
 
-def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(small: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_other_files_are_refused_and_nothing_in_them_runs(small: Any, checkpoint: Path, tmp_path: Path) -> None:
     for name in broken_files(small, checkpoint, tmp_path):
         with pytest.raises(WeightsError) as error:
             load(tmp_path / name)
@@ -573,7 +573,7 @@ def test_the_error_for_an_unknown_tag_names_those_that_exist() -> None:
         timm.create_model("resnet50_spd.nonsense", pretrained=True)
 
 
-def test_a_file_got_by_hand_is_loaded_under_its_tag(tmp_path: Path) -> None:
+def test_a_manually_downloaded_file_is_loaded_under_its_tag(tmp_path: Path) -> None:
     net = timm.create_model("resnet50_spd", num_classes=100)
     save_file(net.state_dict(), tmp_path / "a.safetensors")
     loaded = load(tmp_path / "a.safetensors", "resnet50_spd.spd_cifar10")

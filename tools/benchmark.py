@@ -1,30 +1,30 @@
-"""How fast our networks are: against the same networks written the plain way, and against timm's resnet50.
+"""Measures the speed of our networks, compared with plain implementations of them and with timm's resnet50.
 
     python tools/benchmark.py --network pyconvresnet50 [--threads 2] [--batch 16] [--forms 'inference-fp32-*'] [--quick]
     python tools/benchmark.py --network resnet50 --convert [...]
     python tools/benchmark.py --network ghostnet_pfd --against ghostnet [...]
     python tools/benchmark.py --cli
 
-The plain way is that of the papers' code: space-to-depth by slices and concatenation, every level of a pyramid its own
-convolution. "/ plain" compares with it as the papers run it (contiguous, eager, BatchNorm as it is, same precision),
-"/ plain, same form" and "/ resnet50" with the same form. All contenders alternate in one process; images/s are medians
-over the rounds, ratios are medians of the ratios of each round. Before anything is timed, all must agree in their
-results. Peak memory is that of one step in a process of its own, beyond what the process needs before (Linux).
+The plain implementation is that of the papers' code: space-to-depth by slices and concatenation, and a separate
+convolution for every level of a pyramid. "/ plain" compares with it in the papers' form (contiguous, eager, BatchNorm
+not folded, same precision), "/ plain, same form" and "/ resnet50" in the same form. All contenders alternate in one
+process; images/s are medians over the rounds, ratios are medians of the ratios of each round. Before anything is timed,
+the outputs of all contenders must agree. Peak memory is the additional memory of one step in a new process (Linux).
 
-A detector is compared with itself the plain way alone, at the size of its input, not folded; its own form of
-space-to-depth is the plain one, so only the layout can make a difference. A last row has the milliseconds for an image
-that decoding and suppression take where 300, 3000 and 30000 scores are above the threshold: a random network's scores,
-whose boxes overlap more than a trained one's.
+A detector is only compared with its plain implementation, at its own input size and not folded. Its space-to-depth is
+the plain one, so only the memory layout can make a difference. A last row has the milliseconds per image of decoding
+and NMS with 300, 3000 and 30000 scores above the threshold. The scores are those of a random network, whose boxes
+overlap more than a trained one's.
 
-With --cli none of this is measured, but the CPU seconds of the commands that must start at once, beside those of
-`python -c pass`; the exit status is 1 if one takes more than it may.
+With --cli, only the CPU seconds of the commands that need no torch are measured, next to those of `python -c pass`; the
+exit status is 1 if a command exceeds the limit.
 
-With --convert the network may be any: "ours" is what `convert_to_spd` makes of it, with new weights that have learnt
-something; folded, it is what `fold_spd` makes of that. "/ as it was" compares with the network itself in the same form.
+With --convert, --network may be any network: "ours" is then the result of `convert_to_spd` with noise added to the new
+weights; folded, the result of `fold_spd`. "/ as it was" compares with the original network in the same form.
 
-With --against it is compared with another network in the same form, and with nothing else.
+With --against, --network is only compared with that other network, in the same form.
 
-A trap: with one thread and a batch below 16, torch computes fp32 1x1 and 3x3 convolutions by a slow built-in kernel.
+Note: with one thread and a batch below 16, torch computes fp32 1x1 and 3x3 convolutions with a slow built-in kernel.
 """
 
 import argparse
@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_cli import LIMIT, measure
 from convert_report import train_a_little
-from plain_networks import check_agreement, plain_twin, with_a_plain_way
+from plain_networks import check_agreement, plain_twin, with_plain_version
 from torch import Tensor, nn
 
 from spd_zoo import convert_to_spd, fold_spd
@@ -63,30 +63,29 @@ QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # 
 
 @dataclass(frozen=True)
 class Form:
-    """In which form a network is run."""
+    """How a network is run."""
 
     step: str = "inference"  # or train: forward, backward and SGD
     precision: str = "fp32"  # or bf16: the weights in inference, autocast in training
     layout: str = "contiguous"  # or channels_last
     mode: str = "eager"  # or compile
-    folded: str = ""  # or folded: BatchNorm folded into the convolution in front of it
+    folded: str = ""  # or folded: BatchNorm folded into the convolution before it
 
     def __str__(self) -> str:
-        parts = (self.step, self.precision, self.layout, self.mode, self.folded)
-        return "-".join(part for part in parts if part)
+        return "-".join(filter(None, (self.step, self.precision, self.layout, self.mode, self.folded)))
 
 
 FORMS = [
-    Form(*parts)
-    for parts in itertools.product(
+    Form(*values)
+    for values in itertools.product(
         ("inference", "train"), ("fp32", "bf16"), ("contiguous", "channels_last"), ("eager", "compile"), ("", "folded")
     )
-    if parts[0] == "inference" or not parts[-1]
+    if values[0] == "inference" or not values[-1]
 ]
 
 
 def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callable[[], None]:
-    """A function that runs one batch through a copy of `net`, which is folded already if it is to be; warmed up."""
+    """A function, already warmed up, that runs one batch through a copy of `net` (which must be folded before)."""
     layout = torch.channels_last if form.layout == "channels_last" else torch.contiguous_format
     net = copy.deepcopy(net).train(form.step == "train").to(memory_format=layout)
     size = (image_size, image_size)
@@ -121,7 +120,7 @@ def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callab
 
 
 def time_steps(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; every second round goes backwards."""
+    """Seconds of each step in each round; every second round runs the steps in reverse order."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds):
         for name, step in reversed(steps.items()) if i % 2 else steps.items():
@@ -132,9 +131,9 @@ def time_steps(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def build(network: str, way: str, folded: bool = False) -> nn.Module:
-    """A network with reproducible random weights and BatchNorm statistics, as it is or written the plain way.
+    """A network with reproducible random weights and BatchNorm statistics: "ours", or the "plain" implementation.
 
-    It is folded before it is written the plain way, because `fold_batchnorm` knows our layers alone.
+    The plain one is created after folding, because `fold_batchnorm` only knows our layers.
     """
     torch.manual_seed(0)
     net = timm.create_model(network)
@@ -168,7 +167,7 @@ def measure_memory(network: str, way: str, form: Form, args: argparse.Namespace)
 
 
 def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """One row per form: images/s, ratios (above 1: ours is faster) and memory; and a detector's suppression."""
+    """One row per form: images/s, ratios (above 1: ours is faster) and memory; for a detector also a row for NMS."""
     nets = {"ours": build(network, "ours"), "plain": build(network, "plain")}
     detector = nets["ours"] if isinstance(nets["ours"], DetectionNet) else None
     folded = {} if detector else {way: build(network, way, folded=True) for way in nets}
@@ -195,7 +194,7 @@ def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> 
 
 
 def time_suppression(net: DetectionNet, args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds for an image from raw predictions to boxes, by how many scores are above the threshold."""
+    """Milliseconds per image of decoding and NMS, by the number of scores above the threshold."""
     size = (args.image_size, args.image_size)
     with torch.inference_mode():
         raw = net(torch.randn(1, 3, *size))
@@ -209,7 +208,7 @@ def time_suppression(net: DetectionNet, args: argparse.Namespace) -> dict[str, f
 
 
 def benchmark_converted(network: str, forms: Iterable[Form], args: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """One row per form: what converting costs."""
+    """One row per form: images/s of the converted network and of the original."""
     original = build(network, "ours")
     converted = convert_to_spd(original)
     check_agreement({"as it was": original, "converted": converted}, args.image_size)
@@ -235,7 +234,7 @@ def benchmark_against(network: str, forms: Iterable[Form], args: argparse.Namesp
 def _compare(
     network: str, form: Form, contenders: dict[str, tuple[nn.Module, Form]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Images/s of all contenders, and how much faster the first is than each of the others."""
+    """Images/s of all contenders, and the ratio of the first one's speed to each of the others."""
     torch._dynamo.reset()
     steps = {name: make_step(net, its, args.batch, args.image_size) for name, (net, its) in contenders.items()}
     seconds = time_steps(steps, args.rounds)
@@ -273,18 +272,18 @@ def benchmark_cli(args: argparse.Namespace) -> int:
 def main(argv: list[str]) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="pyconvresnet50", help='a name, or "all" that have a plain way')
+    parser.add_argument("--network", default="pyconvresnet50", help='a name, or "all" with a plain implementation')
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--image-size", type=int, help="default: 224, or the input of a detector")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--forms", nargs="+", default=["*"], help="patterns, as train-fp32-channels_last-*")
-    parser.add_argument("--convert", action="store_true", help="compare with what convert_to_spd makes; no memory")
-    parser.add_argument("--against", metavar="NETWORK", help="compare with this network alone; no memory")
-    parser.add_argument("--quick", action="store_true", help=f"the forms {', '.join(QUICK)}; no memory")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("--cli", action="store_true", help="measure how fast `spd-zoo` starts, and nothing else")
+    parser.add_argument("--forms", nargs="+", default=["*"], help="patterns, for example train-fp32-channels_last-*")
+    parser.add_argument("--convert", action="store_true", help="compare with the converted network; without memory")
+    parser.add_argument("--against", metavar="NETWORK", help="only compare with this network; without memory")
+    parser.add_argument("--quick", action="store_true", help=f"only the forms {', '.join(QUICK)}; without memory")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--cli", action="store_true", help="only measure how fast `spd-zoo` starts")
     args = parser.parse_args(argv)
     if args.cli:
         return benchmark_cli(args)
@@ -300,7 +299,7 @@ def main(argv: list[str]) -> int:
     note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
     print(f"# {note}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; images/s", file=sys.stderr)
     measure_rows = benchmark_converted if args.convert else benchmark_against if args.against else benchmark
-    for name in with_a_plain_way(own_networks()) if args.network == "all" else [args.network]:
+    for name in with_plain_version(own_networks()) if args.network == "all" else [args.network]:
         for row in measure_rows(name, forms, args):
             if args.json:
                 print(json.dumps(row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}))

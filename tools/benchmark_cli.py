@@ -1,4 +1,4 @@
-"""CPU seconds of the commands that need no torch, beside those of `python -c pass`: `tools/benchmark.py --cli`."""
+"""CPU seconds of the commands that need no torch, next to those of `python -c pass`: `tools/benchmark.py --cli`."""
 
 import os
 import statistics
@@ -10,13 +10,13 @@ from pathlib import Path
 __all__ = ["COMMANDS", "LIMIT", "measure"]
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 0.45  # seconds of CPU more than `python -c pass`
+LIMIT = 0.45  # CPU seconds in addition to those of `python -c pass`
 COMMANDS = ("--help", "--version", "lisst", "list", "info pyconvresnet50", "info pyconvresnet51", "weights list")
 _START = "import sys, spd_zoo_cli; sys.exit(spd_zoo_cli.main())"
 
 
 def measure(rounds: int = 7) -> Iterator[tuple[str, float, float]]:
-    """Yields each command with its median of CPU seconds, and that of `python -c pass` from the same rounds."""
+    """Yields each command, its median of CPU seconds, and the median of `python -c pass` in the same rounds."""
     for command in COMMANDS:
         seconds: list[tuple[float, float]] = []
         for _ in range(rounds + 1):

@@ -43,7 +43,7 @@ OPT, LR, WEIGHT_DECAY, SMOOTHING, CROP_SCALE = "adamw", 1e-3, 0.02, 0.1, 0.5
 
 
 def ours(options: argparse.Namespace, out: Path) -> list[float]:
-    """Trains with `finetune`; returns when each epoch ended, in seconds."""
+    """Trains with `finetune`; returns the time at which each epoch ended, in seconds."""
     config = FinetuneConfig(
         options.model,
         options.data,
@@ -72,7 +72,7 @@ def ours(options: argparse.Namespace, out: Path) -> list[float]:
 
 
 def timms(options: argparse.Namespace, out: Path) -> list[float]:
-    """Trains with timm's components; returns when each epoch ended, in seconds."""
+    """Trains with timm's components; returns the time at which each epoch ended, in seconds."""
     device = torch.device("cpu")
     root = str(Path(options.data).resolve())
     parquet = any(Path(root).glob("*.parquet"))
@@ -132,7 +132,7 @@ CONTENDERS = {"ours": ours, "timm": timms}
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """One contender in this process: epochs per hour, peak memory in MiB."""
+    """Runs one contender in this process: epochs per hour, peak memory in MiB."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         ends = CONTENDERS[name](options, Path(folder))
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)  # the process of one run
     options = parser.parse_args(arguments)
     if options.epochs < 2:
-        parser.error("an epoch's time needs two epochs")
+        parser.error("--epochs must be at least 2: an epoch is timed between the ends of two epochs")
     if options.only:
         print("result", json.dumps(run(options.only, options)))
         return 0
@@ -177,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result[f"{key}, ours / timm"] = round(statistics.median(ratios), 3)
     if options.json:
         versions = {"torch": torch.__version__, "timm": timm.__version__}
-        about = {key: getattr(options, key) for key in ("model", "image_size", "batch_size", "threads", "bf16")}
-        print(json.dumps(about | result | {"versions": versions}))
+        settings = {key: getattr(options, key) for key in ("model", "image_size", "batch_size", "threads", "bf16")}
+        print(json.dumps(settings | result | {"versions": versions}))
     else:
         print("\n".join(f"{name}: {value}" for name, value in result.items()))
     return 0

@@ -2,11 +2,11 @@
 
     python tools/benchmark_many.py [--model cifar_resnet20.cifar100] [--images 10000] [--rounds 3] [--json]
 
-The images are generated JPEG files with sides of 64 to 200 pixels; above 4,000 of them they are links to the first
-ones. The plain loop is torchvision's ImageFolder, a DataLoader with the same batch size, transform and processes, the
-same network, and a list of results that is written at the end. Both write the same five classes per image. They
-alternate, each run in a process of its own. Seconds are those of the whole command, with its imports; CPU seconds, of
-all its processes, hardly change when others use the machine. Peak memory is the main process's largest resident set.
+The images are 4,000 generated JPEG files with sides of 64 to 200 pixels; further images are links to them. The plain
+loop is torchvision's ImageFolder, a DataLoader with the same batch size, transform and processes, the same network, and
+a list of results that is written at the end. Both write the same five classes per image. They alternate, each run in a
+process of its own. Seconds are those of the whole command, including imports; CPU seconds include all its processes,
+and hardly depend on other load. Peak memory is the main process's largest resident set.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FILES, PER_FOLDER, BATCH_SIZE = 4000, 1000, 32
 
 
 def generate(folder: Path, count: int) -> None:
-    """Writes `count` JPEG files, the later ones links, into folders of a thousand."""
+    """Writes `count` JPEG files, or links to the first ones, into folders of a thousand."""
     import numpy as np
     from PIL import Image
 

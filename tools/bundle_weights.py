@@ -42,7 +42,7 @@ def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: d
 
 
 def save_fp16(run: Path, target: Path) -> None:
-    """Writes the run's weights as fp16, counters as they are."""
+    """Writes the run's weights as fp16, and integers unchanged."""
     state_dict = load_file(run / "model.safetensors")
     halves = {key: value.half() if value.is_floating_point() else value for key, value in state_dict.items()}
     if not all(value.isfinite().all() for value in halves.values()):
@@ -53,7 +53,7 @@ def save_fp16(run: Path, target: Path) -> None:
 
 
 def recipe_of(run: Path) -> dict[str, Any]:
-    """The options of a run; older runs have them as JSON."""
+    """The options of a run; older runs store them as JSON."""
     new, old = run / "run.yaml", run / "run.json"
     return load_config(new if new.exists() else old)
 
@@ -62,9 +62,9 @@ def classification(
     net: torch.nn.Module, config: FinetuneConfig, options: argparse.Namespace, cfg: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, float], int]:
     """Metrics on the held-out images at the best of `options.image_sizes`, those on the test images, and that size."""
-    about = options.run / "data.json"
-    began_with = json.loads(about.read_text(encoding="utf-8")) if about.exists() else None
-    val = Classification().open_splits(config, Process(torch.device("cpu")), began_with).val
+    data_file = options.run / "data.json"
+    recorded = json.loads(data_file.read_text(encoding="utf-8")) if data_file.exists() else None
+    val = Classification().open_splits(config, Process(torch.device("cpu")), recorded).val
     test = open_data(config.data, "test", config.image_column, config.label_column)
     if test is None or not isinstance(val, LabelledImages):
         raise DataError(f"{config.data} has no test split, or was streamed")
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--hardware", required=True)
     parser.add_argument("--notes")
-    parser.add_argument("--held-out", default="held-out train", help="what the validation images are called")
+    parser.add_argument("--held-out", default="held-out train", help="name of the validation images in the manifest")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[48, 56, 64])
     options = parser.parse_args(argv)
 
@@ -127,13 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry["pool_size"] = list(last_map.shape[-2:])
     metrics = [
         {
-            "dataset": f"{options.dataset} {part}",
+            "dataset": f"{options.dataset} {split}",
             "metric": metric,
             "value": value,
             "input_size": size,
             "measured_by": "us",
         }
-        for part, found in (("test", on_test), (options.held_out, on_val))
+        for split, found in (("test", on_test), (options.held_out, on_val))
         for metric, value in found.items()
     ]
     manifest[group][options.name] = entry | {

@@ -3,11 +3,11 @@
     python tools/check_published.py [NETWORK ...] [--json | --csv] [--record]
 
 `published.csv` has a row for every row of the authors' tables: the figures as printed (the unit may be in the table's
-head), the rule that counted them (`spd_zoo.complexity.COUNTERS`) and a verdict. "match": our count by that rule,
-rounded to the printed digits, has these figures. "differs: reason": it does not, or an earlier row of the same source
-states another accuracy; the row is an error as soon as they agree. "uncounted": neither parameters nor FLOPs are
-printed. `complexity.csv` records the complexity of every network. --record writes it again; otherwise a difference is
-an error. Exit status: 1 if there is an error, 2 if a table cannot be read.
+header), the rule that counted them (`spd_zoo.complexity.COUNTERS`) and a verdict. "match": our count by this rule,
+rounded to the printed digits, equals the figures. "differs: reason": it does not, or an earlier row of the same source
+states another accuracy; once they agree, the row is an error. "uncounted": neither parameters nor FLOPs are printed.
+`complexity.csv` records the complexity of every network. --record writes it again; otherwise a difference is an error.
+The exit status is 1 if there is an error, and 2 if a table cannot be read.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def write(rows: Sequence[dict[str, str]], columns: Sequence[str], file: TextIO) 
 
 
 def problem(row: dict[str, str]) -> str:
-    """What is wrong with a row of `published.csv` itself, if anything."""
+    """The error in a row of `published.csv`, if there is one."""
     for column, pattern in COLUMNS.items():
         if not re.fullmatch(pattern, row[column]):
             return f"{column} cannot be {row[column]!r}"
@@ -115,7 +115,7 @@ def contradict(first: str, second: str) -> bool:
 
 
 def check(row: dict[str, str], above: Sequence[dict[str, str]]) -> dict[str, str]:
-    """A row of `published.csv` with our counts, and its differences from these or from the rows above it."""
+    """A row of `published.csv` with our counts, and with its differences from these and from the rows above it."""
     row, found = {**row, **dict.fromkeys(COUNTED, "")}, []
     if row["model"]:
         cost, run = measure(row["model"], row["input"], int(row["classes"]))
@@ -150,19 +150,19 @@ def check_published(networks: Sequence[str] = ()) -> list[dict[str, str]]:
 
 
 def table(rows: Sequence[dict[str, str]]) -> list[list[str]]:
-    """Checked rows that are not uncounted as lines of a table, below its head."""
+    """The header, and a line for every checked row that is not "uncounted"."""
     checked = [row for row in rows if not row["verdict"].startswith("uncounted")]
     return [list(SHOWN), *([row[key] for key in SHOWN] for row in checked)]
 
 
 def cost(network: str) -> dict[str, str]:
-    """The row of `complexity.csv` for a network, with the input and the classes it was made for."""
+    """The row of `complexity.csv` for a network, at its own input size and number of classes."""
     entry = entries()[network]
     return measure(network, "x".join(map(str, entry.input_size)), entry.num_classes)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the rows and what is wrong; returns the exit status."""
+    """Prints the rows and the errors; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help="check only these (default: all)")
     parser.add_argument("--json", action="store_true", help="print every row as JSON")

@@ -3,10 +3,11 @@
     python tools/compare_starts.py --data DIR --out RUNS [--epochs 20] [--seeds 3] [--image-size 48]
     python tools/compare_starts.py --coco BCCD --out RUNS --largest-class 300
 
-Trains, with the defaults of `spd-zoo finetune` and the same number of epochs, `--model` from its pretrained weights and
-from scratch, and timm's resnet50 from scratch (or, with `--timm-pretrained`, from its weights on the Hub), each with
-several seeds, and evaluates the result on the split test, or val if there is none. Interrupted runs are resumed. With
-`--coco`, a folder with `images/` and `instances_{train,val,test}.json`, every annotated box becomes an image.
+Trains `--model` from its pretrained weights and from scratch, and timm's resnet50 from scratch (with
+`--timm-pretrained`, from its weights on the Hub). Each is trained with several seeds, with the defaults of `spd-zoo
+finetune` and the same number of epochs, and evaluated on the split test, or val if there is none. Interrupted runs are
+resumed. With `--coco`, a folder with `images/` and `instances_{train,val,test}.json`, every annotated box becomes an
+image.
 """
 
 import argparse
@@ -82,10 +83,10 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             finetune(config)
             (on_test,) = evaluate(str(run), options.data, workers=options.workers)
             found.append(on_test.predictions.summary() | {"minutes": minutes_of(run)})
-        about = json.loads((run / "data.json").read_text(encoding="utf-8"))
+        data = json.loads((run / "data.json").read_text(encoding="utf-8"))
         row: dict[str, Any] = {
             "start": name,
-            "train_images": about["train"]["images"],
+            "train_images": data["train"]["images"],
             "test_images": found[0]["images"],
         }
         row |= {"epochs": options.epochs, "image_size": options.image_size, "seeds": options.seeds}

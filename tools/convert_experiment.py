@@ -2,12 +2,12 @@
 
     python tools/convert_experiment.py --data CIFAR100 --out DIR [--image-sizes 32 16] [--lrs 1e-3] [--seeds 3]
 
-The images are averaged down to half their size. `--model`, as it was trained on whole images, and the same network
-after `convert_to_spd` are evaluated on them, then fine-tuned by `spd-zoo finetune`: on the same `--train-images`, in
-the same order and with the same augmentation, number of epochs and learning rate, at each of `--image-sizes`.
-Validation images are those that the network was not pretrained on either; nothing is chosen by the test images.
+The images are averaged down to half their size. `--model`, which was trained on full-size images, and the same network
+after `convert_to_spd` are evaluated on them, and then fine-tuned by `spd-zoo finetune`: on the same `--train-images`,
+in the same order and with the same augmentation, number of epochs and learning rate, at each of `--image-sizes`. The
+validation images were not used in pretraining either; nothing is chosen by the test images.
 
-DIR then holds `results.csv`, with a line per run, and `results.svg`. Interrupted runs are resumed.
+DIR gets `results.csv`, with a line per run, and `results.svg`. Interrupted runs are resumed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from spd_zoo.training.finetune import FinetuneConfig, finetune
 
 COLUMNS = ("image_size", "start", "lr", "epochs", "train_images", "seed", "val_top1", "test_top1")
 STARTS = ("as it was", "converted")
-DETECTORS = Path(__file__).with_name("convert_detectors.csv")  # what `spd-zoo evaluate` found, run by run
+DETECTORS = Path(__file__).with_name("convert_detectors.csv")  # results of `spd-zoo evaluate` for each run
 
 
 def make_images(options: argparse.Namespace, target: Path) -> None:
@@ -103,8 +103,8 @@ def experiment(options: argparse.Namespace) -> list[dict[str, Any]]:
                             run,
                             pretrained=True,
                             epochs=options.epochs,
-                            head_epochs=0,  # the classifier is there already
-                            layer_decay=1.0,  # the new weights lie in the middle of the network
+                            head_epochs=0,  # the classifier is already trained
+                            layer_decay=1.0,  # the new weights are in the middle of the network
                             lr=lr,
                             batch_size=options.batch_size,
                             image_size=str(size),
@@ -123,8 +123,7 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each image size and learning rate: both starts before and after, and the mean difference of equal seeds.
 
-    Figures are top-1 on the test images; spreads are standard deviations over the seeds, and of the difference its
-    standard error.
+    Figures are top-1 on the test images, with standard deviations over the seeds; the gain has its standard error.
     """
     by_key = {_key(row): float(row["test_top1"]) for row in rows}
     runs = [row for row in rows if str(row["seed"]) != "" and row["start"] == "as it was"]
@@ -179,7 +178,7 @@ def detectors() -> list[dict[str, Any]]:
 
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draws every run as a dot, means with standard deviations, and the figure before fine-tuning."""
+    """Draws every run as a dot, means with standard deviations, and the accuracy before fine-tuning."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -56,7 +56,7 @@ def timms_modules() -> list[str]:
 
 
 def smallest_of_each_family(module: str) -> list[str]:
-    """The smallest network of every family in one of timm's model files that takes images of any size."""
+    """The smallest network of every family in one of timm's model files that accepts images of any size."""
     families: dict[str, list[tuple[int, str]]] = {}
     for name in timm.list_models(module=module):
         cfg = timm.get_pretrained_cfg(name)
@@ -91,7 +91,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def images_for(net: nn.Module) -> dict[str, Tensor]:
-    """Two images of each size, times 1, 2 or 4, as the network needs; without sizes that it refuses."""
+    """Two images of each size, enlarged by 1, 2 or 4 if the network needs it; without sizes that it refuses."""
     for factor in (1, 2, 4):
         images = {}
         for shape, (height, width) in SIZES.items():
@@ -109,7 +109,7 @@ def images_for(net: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def train_a_little(converted: nn.Module) -> None:
-    """Changes every weight of the new layers, as training does."""
+    """Adds noise to every weight of the new layers."""
     for replaced in report_of(converted).replaced:
         for parameter in converted.get_submodule(replaced.module).parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1 * parameter.square().mean().sqrt())
@@ -117,12 +117,12 @@ def train_a_little(converted: nn.Module) -> None:
 
 @torch.no_grad()
 def compare(name: str) -> dict[str, Any]:
-    """Converts a network and folds it again: what was replaced, what was left, and the largest differences."""
+    """Converts and folds a network; returns the replaced and unchanged layers, and the largest differences."""
     torch.manual_seed(0)
     net = randomise(timm.create_model(name))
     images = images_for(net)
     if not images:
-        return {"network": name, "left_out": "it takes none of the sizes"}
+        return {"network": name, "left_out": "it accepts none of the sizes"}
     expected = {shape: net(x) for shape, x in images.items()}
     converted = convert_to_spd(net, inplace=True)
     report = report_of(converted)

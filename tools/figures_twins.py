@@ -27,7 +27,7 @@ SERIES = {  # part of a network's name: label and colour of its points
     "pyconvhg": ("PyConvHGResNet", ORANGE),
     "pyconv": ("PyConvResNet", BLUE),
 }
-NAMED = {  # pairs that have their name beside them, and where: on their left, on their right, above or below them
+NAMED = {  # pairs with a visible name, and its position: left, right, above or below
     "cifar_resnet20": "right",
     "cifar_resnet110_bsconvu": "right",
     "cifar_wrn40_3": "left",
@@ -66,12 +66,12 @@ def published_pairs(dataset: str) -> list[dict[str, Any]]:
 
 
 def twins() -> dict[str, list[dict[str, Any]]]:
-    """The pairs of both kinds; of the measured ones the test accuracy, of the authors' that at 224 pixels."""
+    """The pairs of both types; our test accuracies, and the authors' accuracies at 224 pixels."""
     known = entries()
 
-    def pair(one: str, other: str, dataset: str, who: str) -> dict[str, Any]:
+    def pair(first: str, second: str, dataset: str, who: str) -> dict[str, Any]:
         points = []
-        for entry in (known[one], known[other]):
+        for entry in (known[first], known[second]):
             (top1,) = (
                 metric["value"]
                 for metric in entry.metrics
@@ -79,7 +79,7 @@ def twins() -> dict[str, list[dict[str, Any]]]:
                 and metric["input_size"] == entry.input_size[1]
             )
             points.append({"params": entry.params, "macs": entry.macs, "top1": top1})
-        return {"network": known[one].network, "tag": known[one].tag, "ours": who == "us", "twins": points}
+        return {"network": known[first].network, "tag": known[first].tag, "ours": who == "us", "twins": points}
 
     free = published_pairs("CIFAR-100")
     for entry in known.values():
@@ -99,17 +99,17 @@ def _series(network: str) -> tuple[str, str]:
 
 
 def _span(values: Sequence[float], form: str) -> str:
-    """The least and the greatest of some values, or the only one."""
+    """The range of some values, or the only value."""
     return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
 
 
 def _more(pairs: Sequence[dict[str, Any]], what: str) -> list[float]:
-    """By how many per cent the second twins have more of something."""
+    """The increase of a quantity from the first twin to the second, in per cent, for each pair."""
     return [100 * (twins[1][what] / twins[0][what] - 1) for twins in (pair["twins"] for pair in pairs)]
 
 
 def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Accuracy against parameters and MACs, a row of panels for each kind of twins."""
+    """Accuracy against parameters and MACs, a row of panels for each type of twins."""
     free, spd = data["padding-free"], data["spd"]
     gains = {
         ours: [pair["twins"][1]["top1"] - pair["twins"][0]["top1"] for pair in free if pair["ours"] == ours]
@@ -118,15 +118,15 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
     heads = (
         f"Padding-free: {_span([-more for more in _more(free, 'macs')], '{:.0f}')} % fewer MACs, top-1 "
         f"{_span(gains[False], '{:+.2f}')} points (authors), {_span(gains[True], '{:+.2f}')} (here, one run each)",
-        f"SPD: converted weights compute the same, so the authors' top-1 stays, with "
+        f"SPD: conversion keeps the outputs, and so the authors' top-1, with "
         f"{_span(_more(spd, 'macs'), '{:.0f}')} % more MACs",
     )
     figure = Figure((9, 7.4), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(1.2, 1))
-    kinds = (("CIFAR-100, 32 px", "log", "padded", "padding-free"), ("ImageNet-1k, 224 px", "linear", "strided", "SPD"))
-    for part, head, pairs, (data_set, scale, *names) in zip(parts, heads, (free, spd), kinds, strict=True):
-        part.suptitle(head, x=0.01, ha="left", weight="bold", fontsize=10)
-        panels = part.subplots(1, 2, sharey=True)
+    rows: Any = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    types = (("CIFAR-100, 32 px", "log", "padded", "padding-free"), ("ImageNet-1k, 224 px", "linear", "strided", "SPD"))
+    for row, head, pairs, (data_set, scale, *names) in zip(rows, heads, (free, spd), types, strict=True):
+        row.suptitle(head, x=0.01, ha="left", weight="bold", fontsize=10)
+        panels = row.subplots(1, 2, sharey=True)
         for axes, what, label in zip(panels, ("params", "macs"), ("parameters", "MACs for one image"), strict=True):
             for pair in pairs:
                 _, colour = _series(pair["network"])
@@ -152,7 +152,7 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
             for face, name in who[: len({pair["ours"] for pair in pairs})]
         ]
         panels[0].legend(handles=handles, loc="lower right")
-    cifar, imagenet = parts
+    cifar, imagenet = rows
     cifar.axes[0].set(xticks=[3e5, 1e6, 3e6], ylim=(62, 79.8))
     cifar.axes[1].set(xticks=[3e7, 1e8, 3e8, 1e9], xlim=(2.8e7, 1e9))
     imagenet.axes[0].set(xlim=(22e6, 68e6), ylim=(77.5, 81))
@@ -161,7 +161,7 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def _name(axes: Any, pair: dict[str, Any]) -> None:
-    """Writes the name of a pair beside its markers."""
+    """Writes the name of a pair next to its markers."""
     name, colour = _series(pair["network"])
     if depth := re.fullmatch(r"pyconv\D*(\d+)", pair["network"]):
         name = f"{name}-{depth[1]}{' +augment' if pair['tag'].startswith('aug') else ''}"
@@ -186,7 +186,7 @@ def _count(value: float, _: object = None) -> str:
 
 
 def latency() -> dict[str, Any]:
-    """The recorded times of both runtimes, and the accuracies that the authors print for the same networks."""
+    """The recorded times of both runtimes, and the authors' accuracies of the same networks."""
     lines = (figures_common.RECORDS / "latency.jsonl").read_text(encoding="utf-8").splitlines()
     top1 = {pair["network"]: [twin["top1"] for twin in pair["twins"]] for pair in published_pairs("VegFru-292")}
     return {"times": [json.loads(line) for line in lines], "top1": top1}

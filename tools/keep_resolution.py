@@ -1,10 +1,10 @@
-"""Small photos in three ways: as they are, enlarged, and with a network whose stem has no stride.
+"""Compares three ways to classify small photos: as they are, enlarged, and with a network whose stem has no stride.
 
     python tools/keep_resolution.py --photos NIPS2017/dataset [--limit N] > tools/keep_resolution.jsonl
 
-The photos (see tools/efficientnet_lite.py) are reduced to a few pixels first, each way then gets the same ones. The
-networks are EfficientNet-Lite0 and -Lite2 in the form for deployment, `fold_spd`; nothing is trained. Milliseconds are
-for one photo in a batch of eight on one thread, medians of runs in turn.
+The photos (see tools/efficientnet_lite.py) are first reduced to a few pixels, which are the same for each way. The
+networks are EfficientNet-Lite0 and -Lite2, folded by `fold_spd`; nothing is trained. Milliseconds are per photo in a
+batch of eight on one thread, as medians of alternating runs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BATCH, RUNS = 8, 15
 
 
 class Reduced:
-    """Reduces a photo to `small` pixels, and resizes it to what the network is given, as timm prepares images."""
+    """Reduces a photo to `small` pixels, and preprocesses it for an input of `size` pixels, as timm does."""
 
     def __init__(self, small: int, size: int, cfg: dict[str, Any]) -> None:
         norm = {key: cfg[key] for key in ("mean", "std", "interpolation")}
@@ -45,7 +45,7 @@ class Reduced:
 
 @torch.inference_mode()
 def milliseconds(ways: dict[str, tuple[nn.Module, int]]) -> dict[str, float]:
-    """Median time of each way for a photo."""
+    """Median milliseconds per photo of each way."""
     images = {way: torch.randn(BATCH, 3, size, size) for way, (_, size) in ways.items()}
     images = {way: batch.contiguous(memory_format=torch.channels_last) for way, batch in images.items()}
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line of JSON for each network and size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--limit", type=int, help="so many photos alone")
+    parser.add_argument("--limit", type=int, help="only use so many photos")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     files, labels = photos(options.photos, options.limit)

@@ -46,11 +46,11 @@ PAIRS = ("mobilenetv3_large", "parc_mobilenetv2", "ghostnet", "shufflenetv2")
 
 
 def onnx_session(net: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """The network as ONNX Runtime runs it with one thread, on `x`."""
+    """A function that runs the network on `x` in ONNX Runtime with one thread."""
     import onnxruntime
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about its own exporter
+        warnings.simplefilter("ignore")  # torch warns about its own exporter
         program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
     assert program is not None
     options = onnxruntime.SessionOptions()
@@ -77,7 +77,7 @@ def contenders(name: str, image_size: int) -> dict[str, Callable[[], Any]]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of one image."""
+    """The seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -1,13 +1,13 @@
 """Draws the figures of the README and of docs/: `python tools/make_figures.py [--check]`.
 
-They come from the manifest, from what papers print (`published.csv`), what networks cost (`complexity.csv`), what
-`tools/latency.py --json` printed (`latency.jsonl`), and what `spd-zoo evaluate` wrote of two detectors
-(`detectors.csv`: AP in per cent by class and by COCO's sizes, in pixels of the image or of the network's input, and
-how many boxes that is), and of what two detectors see in a drawn picture (`activations.json`). The weights of one of
-them are not in the package: `--record-activations RUN` writes that record from the folder of its training run.
+Their sources are the manifest and records in tools/: published figures (`published.csv`), costs of networks
+(`complexity.csv`), the output of `tools/latency.py --json` (`latency.jsonl`), results of `spd-zoo evaluate` for two
+detectors (`detectors.csv`: AP in per cent by class and by COCO's sizes, in pixels of the image or of the network's
+input, and the numbers of boxes), and the maps and boxes of two detectors for a drawn picture (`activations.json`). The
+weights of one of them are not in the package: `--record-activations RUN` writes this record from its training run.
 
-A figure's metadata hold the SHA-256 of its data and of the scripts that draw it; --check compares that, so that
-another version of matplotlib changes nothing. Text is text, and black or white as the reader's colour scheme asks.
+A figure's metadata contain the SHA-256 of its data and of the scripts that draw it. --check compares this hash, so that
+another version of matplotlib changes nothing. Text stays text, in black or white by the reader's colour scheme.
 """
 
 import argparse
@@ -39,10 +39,10 @@ DRAWINGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the figures, or with --check says which are not current; returns the exit status."""
+    """Writes the figures, or with --check lists outdated ones; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="write nothing, exit 1 if a figure is not current")
+    what.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a figure is not current")
     what.add_argument(
         "--record-activations",
         type=Path,

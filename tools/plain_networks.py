@@ -1,4 +1,4 @@
-"""Networks written the plain way, as the papers' code writes them: what `benchmark.py` compares ours with."""
+"""Plain implementations of our networks, as in the papers' code, with which `benchmark.py` compares ours."""
 
 import copy
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from spd_zoo.blocks import PyConv2d
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d
 
-__all__ = ["check_agreement", "plain_twin", "with_a_plain_way"]
+__all__ = ["check_agreement", "plain_twin", "with_plain_version"]
 
 
 @register_notrace_module
@@ -31,7 +31,7 @@ class PlainSpaceToDepth(nn.Module):
         if self.order == "rows_first":
             return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
         phases = [x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]]
-        return torch.stack(phases, 2).flatten(1, 2)  # stack is a concatenation that keeps a group's channels together
+        return torch.stack(phases, 2).flatten(1, 2)  # stacked, to keep the channels of a group together
 
 
 class PlainPyConv(PyConv2d):
@@ -46,13 +46,13 @@ class PlainPyConv(PyConv2d):
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """One of our layers written the plain way, with the same weights; any other module with its children so."""
+    """The plain implementation of one of our layers, with the same weights; in other modules, replaces the children."""
     if isinstance(module, SpaceToDepth):
         return PlainSpaceToDepth(module.order)
     if isinstance(module, SPDConv2d | PhaseMix):
         out_chs, in_chs, kernel, _ = module.weight.shape
         conv = nn.Conv2d(in_chs * module.groups, out_chs, kernel, groups=module.groups, bias=False)
-        conv.weight, conv.bias = module.weight, module.bias  # folding gives it a bias
+        conv.weight, conv.bias = module.weight, module.bias  # after folding there is a bias
         down = PlainSpaceToDepth("channels_first")
         if isinstance(module, PhaseMix) or kernel == 1:
             return nn.Sequential(down, conv)
@@ -66,12 +66,12 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 def plain_twin(net: nn.Module) -> nn.Module:
-    """The same network, with equal weights, written the plain way."""
+    """A plain implementation of a network, with the same weights."""
     return plain(copy.deepcopy(net))
 
 
-def with_a_plain_way(names: Iterable[str]) -> list[str]:
-    """Those of the networks that are classifiers and hold a layer which the plain way writes otherwise."""
+def with_plain_version(names: Iterable[str]) -> list[str]:
+    """The classifiers among the networks that have a layer with a plain implementation."""
     ours = (SpaceToDepth, SPDConv2d, PhaseMix, PyConv2d)
     nets = {name: timm.create_model(name, device="meta") for name in names}
     return [
@@ -82,7 +82,7 @@ def with_a_plain_way(names: Iterable[str]) -> list[str]:
 
 
 def check_agreement(nets: dict[str, nn.Module], image_size: int) -> None:
-    """Raises if networks that must give the same result do not."""
+    """Raises an AssertionError if the outputs of networks differ."""
     x = torch.randn(2, 3, image_size, image_size)
     with torch.inference_mode():
         results = {name: _joined(net.eval()(x)) for name, net in nets.items()}
@@ -94,5 +94,5 @@ def check_agreement(nets: dict[str, nn.Module], image_size: int) -> None:
 
 
 def _joined(result: Any) -> Tensor:
-    """What a network gives as one tensor; a detector gives several."""
-    return result if isinstance(result, Tensor) else torch.cat([part.flatten(1) for part in result], 1)
+    """The output of a network as one tensor; detectors return several."""
+    return result if isinstance(result, Tensor) else torch.cat([tensor.flatten(1) for tensor in result], 1)

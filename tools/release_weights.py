@@ -1,10 +1,11 @@
-"""Publishes every checkpoint that the manifest does not pin yet: from the authors' link to the Hub, and back.
+"""Publishes every checkpoint that the manifest does not pin yet on the Hub, and pins it.
 
     python tools/release_weights.py --org ORG [--manifest FILE] [network.tag ...]
 
-Each is downloaded, checked with its network, published and pinned, as by `spd-zoo weights publish`. After a failure run
-it again: pinned checkpoints are skipped. Exit status 1 if any is missing. Checkpoints whose licence forbids publishing
-are only listed, and derived ones are left out, because they have no file of their own.
+Each is downloaded from the authors' link, checked with its network, published and pinned, as by `spd-zoo weights
+publish`. After a failure run the tool again: pinned checkpoints are skipped. The exit status is 1 if a checkpoint is
+missing. Checkpoints whose licence forbids publishing are only listed. Derived ones are left out, because they have no
+file of their own.
 """
 
 import argparse

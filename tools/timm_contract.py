@@ -45,49 +45,49 @@ ANY_NETWORK: dict[str, tuple[Any, ...]] = {
     "test_resnetv2_stem_feature_odd_size": ({},),
 }
 
-# Tests that cannot apply to some of our networks: pattern of the test's id -> reason. All other tests that are left out
-# are about timm's own networks or layers; their names are printed.
+# Tests that cannot apply to some of our networks: pattern of the test's id -> reason. The other tests that are left out
+# test timm's own networks or layers; their names are printed.
 NOT_APPLICABLE = {
     r"test_model_features_output_stride\[(?!.*(pyconv|efficientnet)).*": (
-        "only PyConvResNet and EfficientNet-Lite have a dilated form, others refuse it"
+        "only PyConvResNet and EfficientNet-Lite have dilated versions, others refuse output_stride"
     ),
     r"test_resnetv2_stem_feature_odd_size\[(cifar_|shufflenet|\w+_lowres).*": (
         "it expects a stem of stride 2, not 1 or 4"
     ),
-    r"test_reset_classifier_keeps_pool\[(?!cifar_)\w+_pfd\]": "its images leave a last map of one pixel",
+    r"test_reset_classifier_keeps_pool\[(?!cifar_)\w+_pfd\]": "with its images the last map has one pixel",
     r"test_reset_classifier_keeps_pool\[(cifar_)?mobilenetv3_large(_stem)?\]": (
-        "before training the features are smaller than the tolerance with which it compares"
+        "before training, features are smaller than its tolerance"
     ),
     r"(?!test_model_).*\[(?:\w+-)?(?:\w*parc_\w+|\w+_effdown)(?:-\w+)?\]": (
-        "its images have a fixed size, but the networks only take the size that they were created for"
+        "its images have a fixed size, but these networks only accept the size that they were created for"
     ),
 }
 
 
 @cache
-def _made(name: str) -> nn.Module:
+def _on_meta(name: str) -> nn.Module:
     """A network on the "meta" device, to inspect its modules."""
-    made: nn.Module = timm.create_model(name, device="meta")
-    return made
+    net: nn.Module = timm.create_model(name, device="meta")
+    return net
 
 
 @cache
 def own_networks(cls: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
-    """The names of our networks of some classes; each architecture's from shallow to deep."""
-    return [name for name in fit.own_networks() if isinstance(_made(name), cls)]
+    """The names of our networks of some classes; within an architecture from shallow to deep."""
+    return [name for name in fit.own_networks() if isinstance(_on_meta(name), cls)]
 
 
 def one_per_architecture(names: Sequence[str]) -> list[str]:
     """The fewest and shallowest networks of each class that together contain all its modules."""
-    parts: dict[str, set[Any]] = {}
+    pairs: dict[str, set[Any]] = {}  # classes of a module and of its child
     depth: dict[str, int] = {}
     for name in names:
-        modules = list(_made(name).modules())
-        parts[name] = {(type(modules[0]), type(m), type(child)) for m in modules for child in m.children()}
+        modules = list(_on_meta(name).modules())
+        pairs[name] = {(type(modules[0]), type(m), type(child)) for m in modules for child in m.children()}
         depth[name] = len(modules)
     chosen: list[str] = []
-    while missing := set().union(*parts.values()) - set().union(*(parts[name] for name in chosen)):
-        chosen.append(max(parts, key=lambda name: (len(parts[name] & missing), -depth[name])))
+    while missing := set().union(*pairs.values()) - set().union(*(pairs[name] for name in chosen)):
+        chosen.append(max(pairs, key=lambda name: (len(pairs[name] & missing), -depth[name])))
     return [name for name in names if name in chosen]
 
 
@@ -126,11 +126,11 @@ class OnlyOurs:
         self.skipped: list[str] = []
 
     def patch(self) -> None:
-        """Puts our networks in place of timm's lists, before timm's tests import them."""
+        """Replaces timm's lists of networks by ours, before timm's tests import them."""
         list_models = timm.list_models
 
         def list_ours(filter: Any = "", module: Any = "", exclude_filters: Any = "", **kwargs: Any) -> list[str]:
-            names = list_models(filter, **kwargs)  # no module and no exclusion leaves one of our networks out
+            names = list_models(filter, **kwargs)  # modules and exclusions of timm's would not match our networks
             return [name for name in names if name.partition(".")[0] in self.names]
 
         def list_our_pretrained(filter: Any = "", exclude_filters: Any = "") -> list[str]:
@@ -139,7 +139,7 @@ class OnlyOurs:
         vars(timm).update(list_models=list_ours, list_pretrained=list_our_pretrained)
 
     def pytest_pycollect_makeitem(self, name: str, obj: Any) -> None:
-        """Gives the tests of ANY_NETWORK our networks."""
+        """Parametrizes the tests of ANY_NETWORK with our networks."""
         if name in self.generic:
             others = self.generic.pop(name)
             values = [(network, *others) if others else network for network in self.names]
@@ -160,7 +160,7 @@ class OnlyOurs:
                 reasons = [why for pattern, why in NOT_APPLICABLE.items() if re.fullmatch(pattern, item.name)]
                 test = item.name
             else:
-                reasons, test = ["about networks or layers of timm's own"], item.name.partition("[")[0]
+                reasons, test = ["they test timm's own networks or layers"], item.name.partition("[")[0]
             for reason in reasons:
                 self.left_out.setdefault(reason, set()).add(test)
             (dropped if reasons else kept).append(item)
@@ -168,7 +168,7 @@ class OnlyOurs:
         items[:] = kept
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Remembers skipped tests."""
+        """Records skipped tests."""
         if report.skipped:
             self.skipped.append(report.nodeid)
 
@@ -184,7 +184,7 @@ class OnlyOurs:
 def main(argv: list[str]) -> int:
     """Runs the tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="all networks, not one per architecture")
+    parser.add_argument("--all", action="store_true", help="test all networks instead of one per architecture")
     args, pytest_args = parser.parse_known_args(argv)
     os.environ.pop("GITHUB_ACTIONS", None)  # timm would skip tests and networks there
     try:

@@ -3,7 +3,8 @@
 Run it as `python predict.py MODEL FOLDER OUT [ACTORS] [GPUS]`.
 
 Needs spd-zoo and ray[data]. FOLDER and OUT are paths that all machines see, or addresses such as s3://bucket/folder.
-OUT gets parquet files. ACTORS is how many networks compute at once, GPUS how many GPUs each of them has; 1 and 0.
+OUT gets parquet files. ACTORS is the number of networks that compute at once (default: 1), GPUS the number of GPUs of
+each of them (default: 0).
 """
 
 import sys
@@ -37,5 +38,5 @@ class Namer:
 if __name__ == "__main__":
     model, folder, out, actors, gpus = [*sys.argv[1:], *("1", "0")[len(sys.argv) - 4 :]]
     images = ray.data.read_binary_files(folder, include_paths=True, file_extensions=[s[1:] for s in SUFFIXES])
-    how = {"compute": ray.data.ActorPoolStrategy(size=int(actors)), "batch_size": 32, "num_gpus": float(gpus)}
-    images.map_batches(Namer, fn_constructor_args=(model,), **how).write_parquet(out)
+    options = {"compute": ray.data.ActorPoolStrategy(size=int(actors)), "batch_size": 32, "num_gpus": float(gpus)}
+    images.map_batches(Namer, fn_constructor_args=(model,), **options).write_parquet(out)

@@ -1,5 +1,5 @@
 """The command `spd-zoo`, one file per command: parse, call one function, print.
 
-Nothing that takes long is imported before a command needs it: `main` calls `load_networks` for commands that need
-the networks, and a command imports what it runs when it runs.
+Slow imports are postponed until a command needs them: `main` calls `load_networks` for commands that need the
+networks, and a command imports its other modules only when it runs.
 """

@@ -1,4 +1,4 @@
-"""What several commands share: errors, types of options, tables. Imports nothing that takes long."""
+"""Shared by several commands: errors, types of options, tables. Has no slow imports."""
 
 import argparse
 import sys
@@ -48,11 +48,14 @@ def add_command(
     """Adds a command.
 
     Args:
-        commands: Where to.
-        name: What the user types.
-        run: Carries the command out and returns its exit status.
-        text: What it does, for the help.
-        networks: Whether it needs the networks, and so torch and timm.
+        commands: The commands to which it is added.
+        name: Its name.
+        run: Runs the command and returns its exit status.
+        text: Its description in the help.
+        networks: Whether it needs the networks, and therefore torch and timm.
+
+    Returns:
+        The command's parser.
     """
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run, needs_networks=networks)
@@ -101,7 +104,7 @@ def explained(lower: str = "") -> Iterator[None]:
         yield
     except (CommandError, WeightsError):
         raise
-    except Exception as error:  # also those that a library made of missing memory
+    except Exception as error:  # libraries raise many types of errors when memory runs out
         sentence = _sentence(error, lower)
         if not sentence:
             raise
@@ -109,7 +112,7 @@ def explained(lower: str = "") -> Iterator[None]:
 
 
 def _sentence(error: Exception, lower: str) -> str:
-    """What to tell the user about an error; nothing if it is a fault of the program."""
+    """The message about an error for the user; empty if the error is a bug."""
     if "torch" in sys.modules:
         from spd_zoo.process import out_of_memory, ran_out_of_memory
 

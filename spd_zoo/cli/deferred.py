@@ -1,4 +1,4 @@
-"""Loads what `spd_zoo_cli.main` put off, because most of a command's start would be spent on it."""
+"""Loads the networks, which `spd_zoo_cli.main` postpones because they take most of a command's start."""
 
 import sys
 
@@ -6,7 +6,7 @@ __all__ = ["load_networks"]
 
 
 def load_networks() -> None:
-    """Does what `import spd_zoo` does, unless it is done: registers every network with timm."""
+    """Completes `import spd_zoo`, which registers every network with timm, unless it is already complete."""
     for name in ("spd_zoo.weights", "spd_zoo"):
         package = sys.modules[name]
         if not hasattr(package, "__all__"):  # its __init__.py has not run

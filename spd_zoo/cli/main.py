@@ -1,4 +1,4 @@
-"""The parser of `spd-zoo`, and what happens to a command's errors."""
+"""The parser of `spd-zoo`, and the handling of errors."""
 
 import argparse
 import io
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of `spd-zoo`; returns its exit status: 0, 1 after an error, 128 + N after the signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid Unicode
     try:
         options = make_parser("finetune" in arguments[:1]).parse_args(arguments)
         if options.needs_networks:

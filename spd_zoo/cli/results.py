@@ -23,7 +23,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--results", type=Path, metavar="FILE", help="new .jsonl, .csv or .parquet file, one row per image"
     )
-    group.add_argument("--data", help="a data set in place of IMAGES, as for finetune")
+    group.add_argument("--data", help="a data set instead of IMAGES, as for finetune")
     group.add_argument("--split", default="", help="split of the data set (default: the only one)")
     group.add_argument("--image-column", default="", help="as for finetune")
     group.add_argument("--label-column", default="", help="as for finetune; the labels are not used")
@@ -40,8 +40,11 @@ def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:
     """The image files of a command without `--results`.
 
     Args:
-        options: Those of the command.
-        notes: Takes notes on files that are left out.
+        options: The command's options.
+        notes: Receives notes on files that are left out.
+
+    Returns:
+        The files.
 
     Raises:
         CommandError: If there are none, or a data set instead.
@@ -55,7 +58,7 @@ def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:
 
 
 def class_map(options: argparse.Namespace) -> dict[str, str]:
-    """What `--class-map` says; nothing without it.
+    """The class map of `--class-map`; empty without it.
 
     Raises:
         CommandError: If there is no such file, or it is no class map.
@@ -69,12 +72,15 @@ def class_map(options: argparse.Namespace) -> dict[str, str]:
 
 
 def write(options: argparse.Namespace, job_for: "Callable[[str], Job]", lower: str) -> int:
-    """Writes the file of results; returns the exit status.
+    """Writes the file of results.
 
     Args:
-        options: Those of the command.
-        job_for: Makes the job for a torch device.
-        lower: What needs less memory, if it runs out.
+        options: The command's options.
+        job_for: Creates the job for a torch device.
+        lower: Advice for the case that memory runs out.
+
+    Returns:
+        The exit status.
 
     Raises:
         CommandError: If options do not go together, or the file cannot be written.

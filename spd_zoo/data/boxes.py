@@ -1,8 +1,7 @@
-"""Images with boxes for detectors: folders in the form of COCO, YOLO or Pascal VOC.
+"""Images with boxes for detectors: folders in the formats of COCO, YOLO and Pascal VOC.
 
-Boxes are x1 y1 x2 y2 in pixels of the upright image, from 0 at its left and upper edge. What is wrong with them is
-counted, never silent: a box that reaches out of its image is clipped; one outside it, without area, or of an unknown
-class is left out.
+Boxes are x1 y1 x2 y2 in pixels of the upright image, from 0 at its left and upper edge. Every defect is counted: boxes
+that extend beyond the image are clipped; boxes outside it, without area, or of an unknown class are left out.
 """
 
 import hashlib
@@ -31,9 +30,9 @@ CLIPPED = "boxes reach out of their image by more than half a pixel and are clip
 
 
 class Objects(NamedTuple):
-    """What an image shows: `boxes` (M, 4), `labels` (M,), `areas` (M,) in square pixels, and `crowd` (M,).
+    """The objects in an image: `boxes` (M, 4), `labels` (M,), `areas` (M,) in square pixels, and `crowd` (M,).
 
-    A crowd is a box around many objects; it is not trained on, and COCO's rules tell how it is evaluated.
+    A crowd is a box around many objects. It is not trained on, and is evaluated by COCO's rules.
     """
 
     boxes: Tensor
@@ -47,12 +46,12 @@ class BoxImages:
     """A split of a data set with boxes.
 
     Attributes:
-        files: Of each image, its path.
-        sizes: Of each image, width and height as its annotation or its header says.
-        objects: Of each image, what it shows.
-        class_names: What the labels mean.
-        rows: The images that belong to the split, as places in `files`, `sizes` and `objects`.
-        defects: For each sort of defect, the images that have it, as often as they have it.
+        files: Path of each image.
+        sizes: Width and height of each image, from its annotation or its header.
+        objects: The objects in each image.
+        class_names: Names of the classes.
+        rows: The images of the split, as indices into `files`, `sizes` and `objects`.
+        defects: For each type of defect, the images that have it, once per defect.
         notes: What was guessed or left out when the data set was opened.
     """
 
@@ -71,15 +70,15 @@ class BoxImages:
         """The path of the image at `index`."""
         return self.files[self.rows[index]]
 
-    name = file  # what the image is called in messages and reports
+    name = file  # the image's name in messages and reports
 
     def label(self, index: int) -> Any:
-        """What the image at `index` shows, as something that can be compared."""
+        """The boxes and classes of the image at `index`, as a value that can be compared."""
         boxes, labels, _, _ = self.objects_in(index)
         return tuple(map(tuple, boxes.tolist())), tuple(labels.tolist())
 
     def objects_in(self, index: int) -> Objects:
-        """What the image at `index` shows."""
+        """The objects in the image at `index`."""
         return self.objects[self.rows[index]]
 
     def image(self, index: int, mode: str = "RGB") -> Image.Image:
@@ -113,7 +112,7 @@ class BoxImages:
         return replace(self, objects=objects, class_names=class_names, notes=(*self.notes, *notes))
 
     def used(self) -> set[int]:
-        """The classes that occur, those of crowds too."""
+        """The classes that occur, including those of crowds."""
         return {label for objects in self.objects for label in objects.labels.tolist()}
 
     def counts(self) -> list[int]:
@@ -124,7 +123,7 @@ class BoxImages:
         return [found[label] for label in range(len(self.class_names))]
 
     def fingerprint(self) -> str:
-        """A digest of names, boxes and classes, by which a run knows its data again; pixels do not count."""
+        """A digest of names, boxes and classes, by which a resumed run recognises its data; pixels do not count."""
         digest = hashlib.blake2b(repr(self.class_names).encode(), digest_size=16)
         for i in range(len(self)):
             digest.update(Path(self.file(i)).name.encode("utf-8", "backslashreplace"))
@@ -137,11 +136,11 @@ def open_boxes(data: str | Path, split: str) -> BoxImages | None:
     """The `split` of a data set with boxes, or None if it has none of that name.
 
     Args:
-        data: A folder in one of three forms. COCO: `instances_SPLIT*.json` in it or in `annotations`, the images in
+        data: A folder in one of three formats. COCO: `instances_SPLIT*.json` in it or in `annotations`, the images in
             `images`, in `images/SPLIT*` or in `SPLIT*`. YOLO: `images/SPLIT` and `labels/SPLIT` with a text file for
             each image, names of classes in `data.yaml` or `classes.txt`. Pascal VOC: `ImageSets/Main/SPLIT.txt`,
             `JPEGImages` and `Annotations`.
-        split: train, val or test, which other usual names and any case stand for, too; or another name.
+        split: train, val or test, in any case and under any usual name; or another name.
 
     Raises:
         DataError: If the folder is no such data set, or something in it cannot be read.
@@ -185,7 +184,7 @@ def _folders(folder: Path) -> dict[str, Path]:
 
 
 class _Collected:
-    """Images and their boxes, while they are read; checks each box."""
+    """Collects images and their boxes, and checks each box."""
 
     def __init__(self, class_names: Sequence[str], where: Path) -> None:
         self.class_names = class_names = [clean_name(name) for name in class_names]
@@ -242,7 +241,7 @@ class _Collected:
 
 
 def _text(file: Path) -> str:
-    """What is in a text file, with or without a byte order mark."""
+    """The contents of a text file, without a byte order mark."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -368,7 +367,7 @@ def _voc(root: Path, file: Path) -> BoxImages:
 
 
 def _voc_annotation(file: Path) -> tuple[str, tuple[int, int] | None, list[tuple[Any, ...]]]:
-    """The image's file name, its size if the file says it, and its objects; pixels count from 1 to the last."""
+    """The image's file name, its size if the file states it, and its objects, whose pixels are counted from 1."""
     try:
         tree = ElementTree.parse(file).getroot()
         sides = [int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
@@ -387,7 +386,7 @@ def _voc_annotation(file: Path) -> tuple[str, tuple[int, int] | None, list[tuple
 
 
 def _header_size(file: Path) -> tuple[int, int]:
-    """Width and height of the upright image as its header says; (0, 0) if there is none: it cannot be read."""
+    """Width and height of the upright image, from its header; (0, 0) if it cannot be read."""
     try:
         with Image.open(file) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -397,7 +396,7 @@ def _header_size(file: Path) -> tuple[int, int]:
 
 
 def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
-    """`data` with the numbers that its classes have in `class_names`; those of others are counted and left out."""
+    """Renumbers the classes of `data` by `class_names`; boxes of other classes are counted and left out."""
     if data.class_names == class_names:
         return data
     number = {name: i for i, name in enumerate(class_names)}
@@ -413,7 +412,7 @@ def with_names(data: BoxImages, class_names: list[str]) -> BoxImages:
 
 
 def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxImages]:
-    """Holds out `val_size` images, drawn by `seed`; a defect that belongs to no image stays with the others.
+    """Holds out `val_size` images, drawn by `seed`; defects that belong to no image stay in the first split.
 
     Raises:
         DataError: If no image would be left for one of the two.

@@ -1,4 +1,4 @@
-"""What a data set is like, before anything is trained on it: every image is read once."""
+"""Checks a data set before training; every image is read once."""
 
 import hashlib
 import statistics
@@ -22,7 +22,7 @@ __all__ = ["check", "defects_in_words", "in_words", "notes_on"]
 
 @dataclass(frozen=True)
 class _Fact:
-    """What one image is like; `error` says why it cannot be read."""
+    """The result for one image; `error` says why it cannot be read."""
 
     index: int
     error: str = ""
@@ -57,7 +57,7 @@ class _Facts(Dataset[_Fact]):
 
 
 def check(splits: Mapping[str, LabelledImages | BoxImages], workers: int, process: Process) -> dict[str, Any]:
-    """What the splits of a data set (train, val) are like, in numbers and lists that JSON can hold.
+    """Checks the splits of a data set (train, val).
 
     Every image is read, and compared with every other by its pixels. With several processes each reads its share.
 
@@ -67,8 +67,8 @@ def check(splits: Mapping[str, LabelledImages | BoxImages], workers: int, proces
         process: This process.
 
     Returns:
-        For each split sizes, counts, defects and duplicates; under "in several splits" images that several have; under
-        "notes" a line for each thing that was guessed or left out.
+        For JSON: for each split sizes, counts, defects and duplicates; under "in several splits" images that occur in
+        more than one; under "notes" a line for everything that was guessed or left out.
 
     Raises:
         DataError: If a split has no image that can be read.
@@ -126,7 +126,7 @@ def _read_all(data: LabelledImages | BoxImages, workers: int, process: Process, 
 
 
 def in_words(about: dict[str, Any]) -> Iterator[str]:
-    """The lines to print for what `check` found; only notes if nothing was checked."""
+    """The lines to print for the result of `check`; only notes if nothing was checked."""
     for split in ("train", "val"):
         if split in about:
             yield from _split_in_words(split, about[split])
@@ -172,6 +172,6 @@ def _split_in_words(split: str, about: dict[str, Any]) -> Iterator[str]:
 
 
 def defects_in_words(defects: Mapping[str, list[str]]) -> Iterator[str]:
-    """A line for each sort of defect of boxes."""
+    """A line for each type of defect of boxes."""
     for defect, names in defects.items():
         yield f"  {len(names)} {defect}: {some(sorted(set(names)))}"

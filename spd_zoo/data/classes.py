@@ -1,4 +1,4 @@
-"""The classes of a data set and those of a network: matched by name, or not at all."""
+"""Matches the classes of a data set with those of a network, by name."""
 
 import unicodedata
 from collections import Counter, defaultdict
@@ -36,7 +36,7 @@ class DataError(ValueError):
 
 
 def clean_name(name: str) -> str:
-    """A class name as it is compared: Unicode in its composed form (NFC), without blanks around it."""
+    """A class name in the form in which it is compared: Unicode's composed form (NFC), without surrounding blanks."""
     return unicodedata.normalize("NFC", name).strip()
 
 
@@ -45,13 +45,13 @@ def _number(name: str) -> int | None:
 
 
 def _numbers(names: Sequence[str]) -> list[int] | None:
-    """The names as numbers, if each is a decimal number and no two are the same one."""
+    """The names as numbers, if all are decimal numbers and differ."""
     numbers = [number for number in map(_number, names) if number is not None]
     return numbers if len(set(numbers)) == len(names) else None
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Different names, numbers by value and others by alphabet; the same order in every process."""
+    """The distinct names, sorted by value if all are numbers, otherwise alphabetically; the same in every process."""
     different = sorted(set(names))
     if all(_number(name) is not None for name in different):
         different.sort(key=int)  # stable: 001, 01, 1 keep their alphabetical order
@@ -69,11 +69,11 @@ def look_alikes(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class NetworkClasses:
-    """What a network tells apart.
+    """The classes of a network.
 
     Attributes:
-        names: What each output is called; its number if nobody says.
-        named: Whether anybody says.
+        names: Name of each output; its index if no name is known.
+        named: Whether names are known.
         synonyms: Other names of each output, such as the WordNet ids of ImageNet; may be empty.
     """
 
@@ -82,7 +82,7 @@ class NetworkClasses:
     synonyms: Sequence[Sequence[str]] = ()
 
     def numbers(self) -> dict[str, int]:
-        """The output that each name stands for; a synonym counts where it is nobody's name and of one output alone."""
+        """The output of each name; a synonym counts only if it is not a name and belongs to one output."""
         found: dict[str, int] = {}
         for level in ([[name] for name in self.names], self.synonyms):
             outputs = defaultdict(set)
@@ -98,7 +98,10 @@ def network_classes(cfg: Mapping[str, Any], num_classes: int) -> NetworkClasses:
 
     Args:
         cfg: Its `pretrained_cfg`.
-        num_classes: Its outputs; where they are not those of `cfg`, nobody says what they mean.
+        num_classes: Its number of outputs; if it differs from that of `cfg`, their names are unknown.
+
+    Returns:
+        The classes.
     """
     if cfg["num_classes"] != num_classes:
         return NetworkClasses([str(i) for i in range(num_classes)], named=False)
@@ -111,7 +114,7 @@ class _Images(Protocol):
 
     @property
     def class_names(self) -> list[str]:
-        """What the labels mean."""
+        """Names of the classes."""
 
     def used(self) -> set[int]:
         """The classes that occur."""
@@ -124,15 +127,18 @@ _T = TypeVar("_T", bound=_Images)
 
 
 def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str] | None = None) -> _T:
-    """`data` with its classes as outputs of a network: by name.
+    """Renumbers the classes of `data` as outputs of a network, by name.
 
-    Classes that become one add a note to `data`, as do two guesses: the names are the numbers 0 to n-1 of n outputs,
-    or the network does not name its outputs and has learned the classes in timm's natural order.
+    Classes that become one output add a note to `data`, and so do two assumptions: that names 0 to n-1 are the indices
+    of n outputs, and that a network without class names has learned the classes in timm's natural order.
 
     Args:
         data: Labelled images, or images with boxes.
-        network: What the network tells apart.
-        class_map: The network's name of classes that the data names otherwise; without guesses.
+        network: The network's classes.
+        class_map: The network's names of classes that have other names in the data; disables the assumptions.
+
+    Returns:
+        The data with new labels and notes.
 
     Raises:
         DataError: If a class of the data cannot be found among the network's.
@@ -189,7 +195,7 @@ def outputs_of(class_names: Sequence[str], network: NetworkClasses, called: str)
 
 
 def without_unused(data: _T) -> _T:
-    """`data` without the classes that no image is of, and a note that names them."""
+    """`data` without the classes that do not occur, with a note that names them."""
     used = sorted(data.used())
     if len(used) == len(data.class_names):
         return data
@@ -218,7 +224,7 @@ def _found(
 
 
 def _guessed(names: Sequence[str], network: NetworkClasses) -> tuple[Sequence[int], str]:
-    """The network's outputs for all of `names`, and what to say about that; none if no guess is good enough."""
+    """The network's outputs for `names` by one of the assumptions, and a note; empty if no assumption fits."""
     values, output_values = _numbers(names), _numbers(network.names)
     if values is not None and output_values is not None and set(values) <= set(output_values):
         return [output_values.index(value) for value in values], (
@@ -247,10 +253,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def load_class_map(file: str | Path) -> dict[str, str]:
-    """The names of classes in a network by the names that a data set has for them.
+    """Reads a class map.
 
     Args:
-        file: YAML or JSON, such as `healthy: negative`, a line for each class that is called differently.
+        file: YAML or JSON, with a line like `healthy: negative` for each class whose names differ.
+
+    Returns:
+        The network's class name for each class name in the data.
 
     Raises:
         DataError: If there is no such file, or it holds something else.
@@ -266,7 +275,7 @@ def load_class_map(file: str | Path) -> dict[str, str]:
         raise DataError(
             f"the class map {file} needs lines like `healthy: negative`: a name in the data, one in the network"
         )
-    # the text of the nodes: YAML would make False of a class called no, and 1 of 01
+    # texts of the nodes, because YAML turns a class called `no` into False, and 01 into 1
     names = [(clean_name(key.value), clean_name(value.value)) for key, value in pairs]
     twice = next((name for name, count in Counter(name for name, _ in names).items() if count > 1), None)
     if twice is not None:
@@ -275,7 +284,14 @@ def load_class_map(file: str | Path) -> dict[str, str]:
 
 
 def renamed(network: NetworkClasses, class_map: Mapping[str, str]) -> list[str]:
-    """What to call each output of a network for somebody whose names `class_map` leads from.
+    """The name of each output of a network, after replacing names by those of a class map.
+
+    Args:
+        network: The network's classes.
+        class_map: From the new name of a class to the network's name.
+
+    Returns:
+        The names.
 
     Raises:
         DataError: If it leads to a class that the network does not have, or from two names to the same one.

@@ -60,10 +60,10 @@ class LabelledImages:
     """A split of a data set whose images can be read in any order.
 
     Attributes:
-        files: Of each image, the path of its file or the file's bytes.
-        labels: Of each image, the number of its class.
-        class_names: What the numbers mean.
-        rows: The images that belong to the split, as places in `files` and `labels`.
+        files: Path or bytes of each image file.
+        labels: Class index of each image.
+        class_names: Names of the classes.
+        rows: The images of the split, as indices into `files` and `labels`.
         notes: What was guessed or left out when the data set was opened.
     """
 
@@ -85,7 +85,7 @@ class LabelledImages:
         return self.files[self.rows[index]]
 
     def name(self, index: int) -> str:
-        """What the image is called in messages and reports."""
+        """The image's name in messages and reports."""
         row = self.rows[index]
         return self.files[row] if isinstance(self.files, list) else f"row {row}"
 
@@ -157,7 +157,7 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
 
     A data set is one of
 
-    - a folder with `<split>/<class name>/*`, or with the class folders alone, which then are the split `train`;
+    - a folder with `<split>/<class name>/*`, or only with class folders, which then are the split `train`;
     - a CSV file with the columns path, label and, if it has several splits, split; or a folder with `<split>.csv`;
     - a folder with parquet, arrow or WebDataset tar files or one that `datasets.save_to_disk` wrote;
     - `hf://NAME`, a data set of the Hugging Face Hub.
@@ -166,7 +166,7 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
 
     Args:
         data: Where the data set is.
-        split: train, val or test, which other usual names and any case stand for, too; or another name.
+        split: train, val or test, in any case and under any usual name; or another name.
         image_column: The column with the images, where `datasets` reads them; by default the only one of images.
         label_column: The column with the classes; by default the only one of classes, `label` or `cls`.
 
@@ -223,7 +223,7 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
-    """The images in the class folders of `folder`; names that are the same but for blanks or Unicode are one class."""
+    """The images in the class folders of `folder`; names that only differ in blanks or Unicode form are one class."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     classes = [entry for entry in entries if entry.is_dir()]
     if not classes:
@@ -334,7 +334,7 @@ def _load_hugging_face(name: str) -> Any:
 
 
 def _files_by_split(folder: Path) -> dict[str, list[str]]:
-    """The parquet, arrow or tar files of a folder by the split that their names or folders tell, in any case."""
+    """The parquet, arrow or tar files of a folder by the split in their names or folders, in any case."""
     found: dict[str, list[str]] = {}
     for file in sorted(file for suffix in ("parquet", "arrow", "tar") for file in folder.rglob(f"*.{suffix}")):
         names = [file.name.partition(".")[0], *file.relative_to(folder).parts[:-1]]
@@ -386,7 +386,7 @@ def _refuse_without_train(name: str, split: str, splits: Iterable[Any]) -> None:
 
 
 def _columns(name: str, features: Any, image_column: str, label_column: str) -> tuple[str, str]:
-    """The columns with images and classes: those asked for, or those that can be nothing else."""
+    """The columns with images and classes: the requested ones, or the only possible ones."""
     import datasets
 
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -413,12 +413,12 @@ def open_stream(
     Args:
         data: Where the data set is.
         split: The split.
-        length: How many images it has, where the data set does not say; needed to train on it alone.
+        length: Its number of images, if the data set does not state it; only needed for training.
         image_column: The column with the images; by default the only one of images.
         label_column: The column with the classes; by default the only one of classes, `label` or `cls`.
 
     Raises:
-        DataError: If there is no such data set, or it does not say its classes, or how many images to train on.
+        DataError: If there is no such data set, or it does not state its classes or its number of training images.
     """
     import datasets
 
@@ -480,10 +480,10 @@ def train_val_split(data: LabelledImages, val_size: int, seed: int) -> tuple[Lab
 
 
 def with_classes(data: LabelledImages, class_names: list[str]) -> LabelledImages:
-    """`data` with the numbers that its classes have in `class_names`.
+    """Renumbers the classes of `data` by `class_names`.
 
     Raises:
-        DataError: If an image is of a class that is not among them.
+        DataError: If an image has a class that is not among them.
     """
     number = {name: i for i, name in enumerate(class_names)}
     unknown = [data.class_names[i] for i in sorted(data.used()) if data.class_names[i] not in number]

@@ -1,17 +1,17 @@
-"""What a command guessed or left out: collected in one place, printed once, and kept with its results."""
+"""Notes on what a command guessed or left out: collected in one place, printed once, and saved with its results."""
 
 from collections.abc import Iterable, Sequence
 
 __all__ = ["Notes", "count", "some"]
 
-NAMED = 5  # names that a line lists; what is written to files has all
+NAMED = 5  # number of names in a printed line; files list all
 
 
 class Notes:
     """The notes of one command, each once, in the order in which they came.
 
     Args:
-        notes: What is known at the beginning.
+        notes: Initial notes.
     """
 
     def __init__(self, notes: Iterable[str] = ()) -> None:
@@ -21,7 +21,7 @@ class Notes:
         """Adds a note, or one more image that it is about.
 
         Args:
-            note: A sentence; of an image what is odd about it, such as "several pages, of which the first is read".
+            note: A sentence, or a description of an image such as "several pages, of which the first is read".
             name: The image, if it is about one.
         """
         names = self._names.setdefault(note, [])

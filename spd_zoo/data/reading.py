@@ -1,4 +1,4 @@
-"""Image files: found by name, folder or glob, and read as networks take them, whatever their format."""
+"""Finds image files by name, folder or glob, and reads them in any format, upright and with 8 bits per channel."""
 
 import glob
 import importlib
@@ -61,13 +61,13 @@ def _url_error(text: str | os.PathLike[str]) -> ValueError:
 
 
 class ImageFilter:
-    """Tells image files by their suffix, or by their content if they have none, and counts the other files."""
+    """Recognises image files by their suffix, or by their content if they have none, and counts other files."""
 
     def __init__(self) -> None:
         self.left_out: Counter[str] = Counter()
 
     def __call__(self, file: str | Path, folder: str | Path) -> bool:
-        """Whether a file in a folder is an image, or a broken link to one; hidden files are none, and not counted."""
+        """Whether a file in a folder is an image, or a broken link to one; hidden files are ignored."""
         if any(part.startswith(".") for part in Path(file).relative_to(folder).parts):
             return False
         suffix = Path(file).suffix.lower()
@@ -79,7 +79,7 @@ class ImageFilter:
         return False
 
     def notes(self, where: str | Path) -> list[str]:
-        """What was left out of the folder `where`, as no note or one."""
+        """A note on the files that were left out of the folder `where`, if there are any."""
         if not self.left_out:
             return []
         suffixes = ", ".join(f"{suffix} ({number})" for suffix, number in self.left_out.most_common())
@@ -113,12 +113,15 @@ def _is_identified(file: str | Path) -> bool:
 def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Path]:
     """The files named by files, folders (with the folders in them) and globs, in order.
 
-    Folders without images are left out if anything else is found. What else is no image stays in the list: reading it
-    says what is wrong.
+    Folders without images are left out if anything else is found. Other paths stay in the list even if they are not
+    images, so that reading them gives an error.
 
     Args:
         patterns: Files, folders and globs.
-        notes: Takes a note for each folder that has no images, or other files beside them.
+        notes: Receives a note for each folder that has no images, or files other than images.
+
+    Returns:
+        The paths.
 
     Raises:
         ValueError: If one of the patterns is an address.
@@ -148,7 +151,7 @@ def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
     """An image file, or its bytes, upright and in `mode`, 8 bits per channel; for guesses see `collect_notes`.
 
     Raises:
-        ValueError: If `file` is no image that can be read.
+        ValueError: If `file` is not an image that can be read.
     """
     if not isinstance(file, BytesIO):
         if is_url(file):
@@ -186,7 +189,7 @@ def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
     """An opened image turned as its EXIF says and in `mode`, 8 bits per channel; for guesses see `collect_notes`.
 
     Raises:
-        ValueError: If its pixels have more than 16 bits and a range that cannot be told.
+        ValueError: If its pixels have more than 16 bits and an unknown range.
     """
     notes = [_SEVERAL_PAGES] if _has_several_pages(image) else []
     white, deep = _white(image), any(";16" in str(tile[-1]) for tile in getattr(image, "tile", []))
@@ -206,7 +209,7 @@ def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 @contextmanager
 def collect_notes() -> Iterator[list[str]]:
-    """Collects what `read_image` and `upright` guess about images that are read inside."""
+    """Collects the assumptions of `read_image` and `upright` about images that are read in this context."""
     notes: list[str] = []
     token = _collected.set(notes)
     try:
@@ -223,7 +226,7 @@ def _has_several_pages(image: Image.Image) -> bool:
 
 
 def _white(image: Image.Image) -> float | None:
-    """The value of white, if the file says it: TIFF's MaxSampleValue, SMaxSampleValue or less than 16 bits."""
+    """The value of white, if the file declares it: TIFF's MaxSampleValue, SMaxSampleValue or less than 16 bits."""
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         return 65535.0  # Pillow has scaled it
     tags = getattr(image, "tag_v2", {})
@@ -231,7 +234,7 @@ def _white(image: Image.Image) -> float | None:
         value = tags.get(tag)
         largest = max(value) if isinstance(value, tuple) else value
         if isinstance(largest, int | float) and 0 < largest < 2**32:
-            # often the largest value that occurs, so that it only tells the number of bits
+            # often only the largest value that occurs, which still indicates the number of bits
             return 1.0 if largest <= 1 else float(2 ** int(largest).bit_length() - 1)
     bits = tags.get(258)
     depth = bits[0] if isinstance(bits, tuple) else bits
@@ -281,7 +284,7 @@ def parse_size(text: str | int) -> tuple[int, int]:
 
 
 def size_value(size: Sequence[int]) -> int | str:
-    """The size (height, width) as tables have it, and `parse_size` reads it: a number if it is square, else a text."""
+    """The size (height, width) for tables, which `parse_size` reads: a number if it is square, otherwise a text."""
     height, width = size
     return height if height == width else f"{height}x{width}"
 

@@ -1,4 +1,4 @@
-"""The splits of a data set, by any case and every usual name."""
+"""Recognises the splits of a data set by their usual names, in any case."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ _PATTERN = re.compile(rf"{_AROUND}[-_. ]*({'|'.join(sorted(_SPLITS, key=len)[::-
 
 
 def split_of(name: str) -> str | None:
-    """train, val or test if a folder, file or value of this name is that split; train2017 is, train_extra is not."""
+    """The split (train, val or test) that a name stands for, or None: train2017 is train, train_extra is none."""
     match = _PATTERN.fullmatch(name.strip().lower())
     return _SPLITS[match[1]] if match else None
 
@@ -30,7 +30,7 @@ def looks_like_split(name: str) -> bool:
 
 
 def find_split(names: Iterable[str], split: str) -> list[str]:
-    """The names that stand for `split`, the best first: the same name, the same but for case, another usual name."""
+    """The names that stand for `split`, best match first: equal, equal except for case, another usual name."""
     usual = _NAMES.get(split, ())
 
     def rank(name: str) -> tuple[bool, bool, int]:

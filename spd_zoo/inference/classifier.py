@@ -1,4 +1,4 @@
-"""Image files in, the most probable classes of each out: what `spd-zoo predict` runs."""
+"""Classifies image files, as `spd-zoo predict` does."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ class Prediction:
 
 @contextmanager
 def transform_errors(image: Image.Image) -> Iterator[None]:
-    """Raises a ValueError in place of the errors of transforms that cannot resize an image."""
+    """Turns errors of transforms that cannot resize an image into a ValueError."""
     try:
         yield
     except (OverflowError, MemoryError, RuntimeError) as error:
@@ -72,9 +72,9 @@ class ImageReader:
     """Reads and preprocesses images for a classifier; it can be sent to other processes without the network.
 
     Attributes:
-        transform: Makes the input from an image.
-        mode: PIL's name of the colours that the transform takes.
-        side: To how many pixels the transform resizes the shorter side; 0 disables the limit on long narrow images.
+        transform: Creates the input from an image.
+        mode: PIL's mode of the images for the transform.
+        side: Pixels to which the transform resizes the shorter side; 0 disables the limit on long narrow images.
     """
 
     transform: Callable[[Image.Image], Tensor]
@@ -106,13 +106,13 @@ class Classifier:
             ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         top_k: Classes per image.
         device: torch device; a GPU by default if there is one.
-        class_map: Other names for the network's classes: what each is called, to the network's own name.
+        class_map: Other names for the network's classes: from the new name to the network's own.
 
     Raises:
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
         ValueError: If there is no such device.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights are unavailable or must not be used.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Classifier:
         self.top_k = top_k
         config = resolve_data_config(pretrained_cfg=cfg)
         mode = channel_mode(config["input_size"][0], model)
-        never_larger = config["crop_mode"] in ("border", "squash")  # than the input while it is resized
+        never_larger = config["crop_mode"] in ("border", "squash")  # the resized image is never larger than the input
         side = 0 if never_larger else math.ceil(max(config["input_size"][1:]) / config["crop_pct"])
         self.reader = ImageReader(create_transform(**config), mode, side)
 
@@ -140,7 +140,7 @@ class Classifier:
         ]
 
     def task(self, batch_size: int) -> Task[tuple[ClassProbability, ...]]:
-        """What the loop over images runs."""
+        """The task for the loop over images."""
         return Task(self.reader, torch.stack, self, batch_size)
 
 
@@ -166,7 +166,7 @@ def predict(
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
         ValueError: If there is no such device.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights are unavailable or must not be used.
     """
     task = Classifier(model, top_k, device, class_map).task(batch_size)
     images = Files([str(path) for path in paths])
@@ -180,7 +180,7 @@ def load_classifier(model: str, device: str | None) -> nn.Module:
 
     Raises:
         ModelError: If there is no such network, or it cannot be used.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights are unavailable or must not be used.
     """
     net = load_model(model, device)
     check_classifier(net, model)

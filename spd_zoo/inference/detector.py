@@ -1,4 +1,4 @@
-"""Images in, objects in the original images' pixels out: what `spd-zoo detect` runs."""
+"""Detects objects in images, as `spd-zoo detect` does; boxes are in pixels of the original images."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ __all__ = ["Detections", "Detector", "ImageDetections", "Placement", "as_coco", 
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor"
 
-GREY = 114  # of 255: what YOLO's authors pad with
+GREY = 114  # of 255; YOLO's authors pad with this value
 EDGE = 0.01  # share of a tile's shorter side: a box that ends nearer to an inner side may be cut off
 COVERED = 0.5  # a cut-off box is dropped if a complete one covers at least this share of it
 SAME_OBJECT = 0.5  # IoU of boxes from different views from which on they are one object
@@ -231,13 +231,13 @@ class Detector:
         tile: Side of the tiles in pixels of the image; None: no tiles.
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
         whole_image: Whether a tiled image is also a view as a whole.
-        class_map: Other names for the network's classes: what each is called, to the network's own name.
+        class_map: Other names for the network's classes: from the new name to the network's own.
 
     Raises:
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, it is no detector, or it cannot be used.
         ValueError: If an option is out of range, or there is no such device.
-        WeightsError: If the weights cannot be had or must not be used.
+        WeightsError: If the weights are unavailable or must not be used.
     """
 
     def __init__(
@@ -410,7 +410,7 @@ def _merge(found: Sequence[Detections], placements: Sequence[Placement], iou_thr
 
 
 def _is_cut(boxes: Tensor, placement: Placement, width: int, height: int) -> Tensor:
-    """Which boxes of a view end at a side of it that is no side of the image, (M,)."""
+    """Which boxes of a view end at one of its sides that is not a side of the image, (M,)."""
     left, top = placement.corner
     bottom, right = top + placement.size[0], left + placement.size[1]
     margin = EDGE * min(placement.size)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Images(Protocol):
-    """Images that are read by number; `LabelledImages` are some."""
+    """Images that are read by index, such as `LabelledImages`."""
 
     def __len__(self) -> int: ...
 
@@ -46,11 +46,11 @@ class Files:
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """What is computed of every image.
+    """The computation for every image.
 
     Attributes:
-        read: Makes the input of an image file, in a reading process; raises ValueError if it cannot be read.
-        collate: Makes one object, which is quick to send between processes, of several inputs.
+        read: Creates the input from an image file, in a worker process; raises ValueError if it cannot be read.
+        collate: Combines several inputs into one object that is quick to send between processes.
         compute: Computes a result for each of the collated inputs.
         batch_size: Images that are computed together.
     """

@@ -1,4 +1,4 @@
-"""Any number of images in, one file of results out, in bounded memory: what `--results` of predict and detect runs.
+"""Writes one file of results for any number of images, in bounded memory: `--results` of predict and detect.
 
 The images are cut into parts of `save_every`. The rows of a finished part are written atomically to the folder
 `<results>.parts`. Whatever ends the command, even SIGKILL, the same command resumes after the finished parts. Of N
@@ -75,13 +75,13 @@ def open_split(data: str, split: str = "", image_column: str = "", label_column:
 
 @dataclass(frozen=True)
 class Job:
-    """What is computed of every image, and how it becomes a row of a results file.
+    """The computation for every image, and the format of its row in a results file.
 
     Attributes:
-        task: What the loop over images runs.
-        row: Makes the row of an image from its result: a dict with the keys of `columns`.
-        columns: The types of a row's values; of a list, the type of its elements.
-        settings: All that the results depend on besides the images, as JSON.
+        task: The task for the loop over images.
+        row: Creates the row of an image from its result: a dict with the keys of `columns`.
+        columns: The types of a row's values; for a list, the type of its elements.
+        settings: Everything that the results depend on in addition to the images, as JSON.
     """
 
     task: Task[Any]
@@ -102,7 +102,7 @@ def classification(
     Raises:
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights are unavailable or must not be used.
     """
     classifier = Classifier(model, top_k, device, class_map)
 
@@ -178,7 +178,7 @@ def _settings(net: nn.Module, model: str, batch_size: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished file holds.
+    """The summary of a finished file.
 
     Attributes:
         images: The number of images.
@@ -285,7 +285,7 @@ def _finished(
     rows: list[Row] = []
     for batch, outcomes in run(images, job.task, todo_batches, workers):
         for index, outcome in zip(batch, outcomes, strict=True):
-            path = images.name(index).encode(errors="backslashreplace").decode()  # file names need not be text
+            path = images.name(index).encode(errors="backslashreplace").decode()  # may not be valid Unicode
             values = empty if outcome.error is not None else job.row(outcome.result)
             rows.append({"path": path, "error": outcome.error} | values)
             for note in outcome.notes:

@@ -48,11 +48,23 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Saves memory in training: the maps inside a stage are computed again in the backward pass."""
+        """Recomputes the maps inside a stage in the backward pass, which saves memory in training.
+
+        Args:
+            enable: Whether to recompute them.
+        """
         self.grad_checkpointing = enable
 
     def pyramid(self, x: Tensor, count: int | None = None) -> list[Tensor]:
-        """The stem's output -> the output of each stage, or of the first `count` stages."""
+        """Runs the stages.
+
+        Args:
+            x: Output of the stem, (N, C, H, W).
+            count: Number of stages to run; None: all.
+
+        Returns:
+            The output of each stage that ran.
+        """
         maps = []
         for i, stage in enumerate(self.stages):
             if i == count:
@@ -87,7 +99,7 @@ class Backbone(nn.Module):
             ValueError: If `output_fmt` is not "NCHW".
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is NCHW, got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
         depths = [self.map_depths[i] for i in take]
         x = self.stem(x)

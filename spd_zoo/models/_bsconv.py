@@ -1,4 +1,4 @@
-"""Shared by the networks of the BSConv library: their initialisation, and the BatchNorm on the image."""
+"""Shared by the networks of the BSConv library: initialisation, and adapting the BatchNorm on the image."""
 
 from typing import cast
 
@@ -17,7 +17,7 @@ _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def init_weights(net: nn.Module) -> None:
-    """Initialises as the authors do: convolutions uniform by their fan-in, the classifier's weight Xavier-normal."""
+    """Initialises as the authors do: Kaiming-uniform convolutions, and a Xavier-normal weight of the classifier."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
@@ -30,16 +30,19 @@ def init_weights(net: nn.Module) -> None:
 def fit_image_norm(state_dict: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:
     """Adapts a checkpoint to the network's image channels.
 
-    Grey images get what the network computes for three equal colours, except near the border (`_fold_colours`). Any
-    other number of channels repeats the BatchNorm's in order, and the kernels as timm does.
+    With one channel, a grey image gives the same output as three equal colours would, except near the border
+    (`_fold_colours`). For any other number, the BatchNorm's channels are repeated in order, and the kernels as by timm.
 
     Args:
-        state_dict: The checkpoint under the network's own keys.
+        state_dict: The checkpoint under the network's own keys; changed in place.
         model: The network.
+
+    Returns:
+        The state dict.
     """
     name = first_conv_name(model)
     body = [key for key in model.state_dict() if not key.startswith("head.")]
-    if state_dict.keys() >= set(body):  # else loading fails with the missing keys
+    if state_dict.keys() >= set(body):  # otherwise loading reports the missing keys
         norm = [state_dict[f"stem.0.{statistic}"] for statistic in _STATISTICS]
         if len({tensor.shape for tensor in norm}) == 1 and norm[0].shape != (model.in_chans,):
             if model.in_chans == 1:
@@ -69,9 +72,10 @@ def _repeat_colours(state_dict: dict[str, Tensor], model: Classifier, name: str,
 def _fold_colours(state_dict: dict[str, Tensor], model: Classifier, name: str, norm: list[Tensor]) -> None:
     """Replaces the BatchNorm's and the first kernel's colours by one channel that computes the same for grey images.
 
-    The BatchNorm maps each colour to `scale * x + shift`. The scales go into the kernel. One channel cannot have all
-    shifts: it gets the one that fits best, and the rest is a constant per output channel, which moves the running means
-    of the BatchNorms that read the map. At the border, where zeros take part, this is an approximation.
+    The BatchNorm maps each colour to `scale * x + shift`. The scales are multiplied into the kernel. The shifts are
+    replaced by the single one that fits best. The remainder adds a constant to each output channel, which is subtracted
+    from the running means of the BatchNorms that read the map. Near the border this is an approximation, because the
+    kernel also reads padded zeros there.
 
     Args:
         state_dict: The checkpoint; changed in place.
@@ -92,11 +96,11 @@ def _fold_colours(state_dict: dict[str, Tensor], model: Classifier, name: str, n
         state_dict[f"stem.0.{statistic}"] = new.to(old.dtype).reshape(1)
 
     kernel = state_dict[f"{name}.weight"]
-    colours = kernel.double().unflatten(1, (len(scale), -1))  # with space-to-depth, each has its phases
+    colours = kernel.double().unflatten(1, (len(scale), -1))  # after space-to-depth, each colour has several channels
     folded = (colours * (scale / grey_scale)[:, None, None, None]).sum(1)
     state_dict[f"{name}.weight"] = folded.to(kernel.dtype)
     rest = (colours * (shift - ratio * scale)[:, None, None, None]).sum((1, 2, 3, 4))
-    if name.endswith(".pw"):  # of a BSConvU2d, whose depthwise kernel follows
+    if name.endswith(".pw"):  # in a BSConvU2d the constant also passes through the depthwise kernel
         rest = rest * state_dict[f"{name.removesuffix('pw')}dw.weight"].double().sum((1, 2, 3))
     for reader in _readers(model):
         old = state_dict[f"{reader}.running_mean"]
@@ -105,13 +109,13 @@ def _fold_colours(state_dict: dict[str, Tensor], model: Classifier, name: str, n
 
 
 def _readers(model: Classifier) -> list[str]:
-    """The BatchNorms that read the first convolution's map, among their channels last."""
+    """Names of the BatchNorms whose last input channels are the output of the first convolution."""
     first: nn.Module = model.stem[1]
     hybrid = isinstance(first, HybridStem)
     place = "stem.1.conv" if hybrid else "stem.1"
     if isinstance(model.get_submodule(place), ConvNormAct):
         return [f"{place}.bn"]
-    # Pre-activation: the map runs on through shortcuts, until one projects the output of a BatchNorm.
+    # Identity shortcuts pass the map on until the first projection, which reads the output of a BatchNorm instead.
     readers = ["stem.1.branch.bn", "stem.1.fuse.bn"] if hybrid else []
     for name, unit in model.stages.named_modules():
         if hasattr(unit, "projects"):

@@ -34,7 +34,7 @@ def last_of_each_reduction(chs: Sequence[int], reductions: Sequence[int]) -> lis
 
 
 class HiddenLayerHead(nn.Module):
-    """Pooling, a hidden 1x1 convolution, its activation, dropout and a linear classifier; used as timm's heads are.
+    """Pooling, a hidden 1x1 convolution, its activation, dropout and a linear classifier, with the API of timm's heads.
 
     Args:
         in_features: Input channels.
@@ -85,18 +85,18 @@ class HiddenLayerHead(nn.Module):
 
         Args:
             num_classes: Number of classes; 0 leaves the classifier out.
-            pool_type: timm's pooling type; None keeps the present one.
+            pool_type: timm's pooling type; None keeps the current one.
             reset_other: Remove the hidden layer.
             in_features: New number of input channels, with `reset_other`.
             device: Device of the new parameters.
             dtype: Data type of the new parameters.
 
         Raises:
-            AssertionError: If the hidden layer cannot read the output of `pool_type`, or if that is "" and there are
-                classes; as timm's heads do.
+            AssertionError: As in timm's heads, if the hidden layer cannot read the output of `pool_type`, or if
+                `pool_type` is "" and `num_classes` is not 0.
         """
         if num_classes and pool_type == "":
-            raise AssertionError('a map without pooling has no classifier: global_pool="" needs num_classes=0')
+            raise AssertionError('a classifier needs pooling: global_pool="" works with num_classes=0 only')
         dd = get_device_dtype(self, device=device, dtype=dtype)
         pool = self.global_pool if pool_type is None else SelectAdaptivePool2d(pool_type=pool_type)
         if reset_other:
@@ -153,7 +153,14 @@ class Classifier(Backbone):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups from input to output, for layer-wise learning rates."""
+        """Patterns of parameter names from input to output, for layer-wise learning rates.
+
+        Args:
+            coarse: One group per stage instead of one per block.
+
+        Returns:
+            timm's description of the groups.
+        """
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
     @torch.jit.ignore
@@ -163,7 +170,7 @@ class Classifier(Backbone):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resamples the parameters that depend on the image size; most networks have none and take any size.
+        """Resamples the parameters that depend on the image size; most networks have none and accept any size.
 
         The resampled parameters are new objects, so create the optimizer afterwards.
 
@@ -175,7 +182,7 @@ class Classifier(Backbone):
         """
         height, width = to_2tuple(img_size)
         if height < 1 or width < 1:
-            raise ValueError(f"an image has a positive height and width, got {img_size}")
+            raise ValueError(f"the height and width of an image must be positive, got {img_size}")
         trial: Any = copy.deepcopy(self).to("meta").eval()
         sizes: dict[str, tuple[int, int]] = {}
         for name, module in trial.named_modules():
@@ -192,7 +199,7 @@ class Classifier(Backbone):
         for name, size in sizes.items():
             if modules[name].size != size:
                 modules[name].set_size(size)
-        if sizes:  # a saved network is created with its size
+        if sizes:  # saved in the config, from which the network is created again
             update_model_input_size(self, (height, width))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -200,7 +207,7 @@ class Classifier(Backbone):
 
         Args:
             num_classes: Number of classes; 0 leaves the classifier out.
-            global_pool: timm's pooling type; None keeps the present one.
+            global_pool: timm's pooling type; None keeps the current one.
         """
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.num_classes = num_classes
@@ -224,7 +231,16 @@ class Classifier(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages that the maps `indices` do not need, and by default the head; returns the indices."""
+        """Removes the stages after the last selected map, and by default the head.
+
+        Args:
+            indices: Indices of the maps to keep; an int selects the last n.
+            prune_norm: Has no effect; there is no final norm.
+            prune_head: Remove the head even if no stage is removed.
+
+        Returns:
+            The indices.
+        """
         take, last = feature_take_indices(len(self.feature_info), indices)
         cut = last + 1 < len(self.feature_info)
         if cut:

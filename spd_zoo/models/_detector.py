@@ -19,9 +19,13 @@ __all__ = ["DetectionNet", "ObjectFinder", "YoloHead", "YoloNet", "check_num_cla
 
 
 def check_num_classes(num_classes: int) -> None:
-    """Raises ValueError if `num_classes` is less than one."""
+    """Checks the number of classes of a detector.
+
+    Raises:
+        ValueError: If it is less than one.
+    """
     if num_classes < 1:
-        raise ValueError(f"a detector has at least one class of objects, got num_classes={num_classes}")
+        raise ValueError(f"a detector needs at least one class of objects, got num_classes={num_classes}")
 
 
 class ObjectFinder(nn.Module, ABC):
@@ -65,13 +69,20 @@ class ObjectFinder(nn.Module, ABC):
 class DetectionNet(Backbone, ObjectFinder):
     """stem -> stages -> neck -> raw predictions, with timm's interface as far as it applies to detectors.
 
-    Raw predictions are a list of maps, or for SSD a pair of tensors. `image_size` is the height and width of the images
-    that were predicted on. SSD needs it and YOLO does not, so code for any detector should pass it.
+    Raw predictions are a list of maps, or for SSD a pair of tensors. `image_size` is the height and width of the input
+    images. SSD needs it and YOLO does not, so code for any detector should pass it.
     """
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups from input to output, for layer-wise learning rates: stem, stages, neck and head."""
+        """Patterns of parameter names from input to output (stem, stages, neck, head), for layer-wise learning rates.
+
+        Args:
+            coarse: One group per stage instead of one per block.
+
+        Returns:
+            timm's description of the groups.
+        """
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": blocks, "neck": r"^(?:neck|norm|extras)\."}  # the rest is the head
 
@@ -83,8 +94,11 @@ class DetectionNet(Backbone, ObjectFinder):
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the layers that depend on the number of classes by new, untrained ones.
 
+        Args:
+            num_classes: New number of classes.
+
         Raises:
-            ValueError: If there is not at least one class.
+            ValueError: If `num_classes` is less than one.
         """
 
     @abstractmethod
@@ -187,7 +201,7 @@ class YoloHead(nn.Module, ABC):
             dd: `device` and `dtype` of the new parameters.
 
         Raises:
-            ValueError: If there is not at least one class.
+            ValueError: If `num_classes` is less than one.
         """
 
 
@@ -254,7 +268,7 @@ class YoloNet(DetectionNet):
         """Replaces the layers that depend on the number of classes by new, untrained ones.
 
         Raises:
-            ValueError: If there is not at least one class.
+            ValueError: If `num_classes` is less than one.
         """
         self.head.reset_classes(num_classes, **get_device_dtype(self.head))
         self.num_classes = num_classes

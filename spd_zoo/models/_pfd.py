@@ -1,4 +1,4 @@
-"""Shared by the padding-free mobile networks: stem, stages, strided layers, and how the authors name their tensors."""
+"""Shared by the padding-free mobile networks: stem, stages, strided layers, mapping of the authors' parameter names."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 
 __all__ = ["Downsampling", "block_names", "build_stages", "depthwise", "halved", "rename_shared", "stem"]
 
-# The baseline of the paper, its padding-free downsampling, and EfficientFormerV2's, to which it is compared.
+# The paper's baseline, its padding-free downsampling, and, for comparison, EfficientFormerV2's attention.
 Downsampling = Literal["padded", "pfd", "attention"]
 
 
@@ -60,7 +60,7 @@ def build_stages(
         head_chs: Output channels of the 1x1 convolution.
         act_layer: Activation of the 1x1 convolution.
         small: Whether the stem has stride 1, else 2.
-        downsampling: Kind of the strided blocks; `AttentionDownsample` replaces them for "attention".
+        downsampling: How the strided blocks downsample; for "attention", `AttentionDownsample` replaces them.
         img_size: Height and width of the images in pixels; None: 32 for a `small` network, else 224.
         drop_path_rate: Drop-path rate of the last block.
         dd: `device` and `dtype` of the parameters.
@@ -82,7 +82,7 @@ def build_stages(
         for j, out_chs in enumerate(stage_widths):
             stride = 2 if i in strided and j == 0 and not (small and i == strided[0]) else 1
             if stride == 2 and downsampling == "attention":
-                attention = i not in strided[:2]  # the two with the largest maps have none
+                attention = i not in strided[:2]  # no attention on the two largest maps
                 stage.append(AttentionDownsample(in_chs, out_chs, size, attention, norm_kwargs, **dd))
             else:
                 stage.append(block(i, j, in_chs, stride, size, drop_paths[i][j]))
@@ -117,7 +117,7 @@ def halved(size: tuple[int, int], downsampling: Downsampling) -> tuple[int, int]
     """Height and width after a downsampling layer.
 
     Raises:
-        ImageSizeError: If nothing would be left.
+        ImageSizeError: If the input is too small.
     """
     height, width = size
     if min(size) < (3 if downsampling == "pfd" else 1):
@@ -153,9 +153,14 @@ _ATTENTION = (
 
 
 def rename_shared(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Renames the authors' keys inside the stem and the attention, and resamples to the network's image size.
+    """Renames the authors' keys inside the stem and the attention, and resamples weights to the network's image size.
 
-    The keys of the stem and of the blocks must have our prefixes already.
+    Args:
+        state_dict: The checkpoint, whose stem and blocks have our prefixes already.
+        model: The network.
+
+    Returns:
+        The checkpoint under our keys.
     """
     state_dict = weights.rename(state_dict, _STEM)
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""timm's registry of networks, without taking a name away from timm."""
+"""Registers networks with timm; a name that timm uses already is an error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
         The function.
 
     Raises:
-        RuntimeError: If timm knows that name from elsewhere; timm itself would only warn and replace its network.
+        RuntimeError: If timm has another network of that name, which timm itself would replace with a warning.
     """
     if timm.is_model(fn.__name__):
         owner = timm.model_entrypoint(fn.__name__).__module__
@@ -30,10 +30,10 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register_unlisted_model(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers a function that `timm.create_model` needs to load saved networks and cannot call by its name alone.
+    """Registers a function that loads saved networks and needs their saved arguments.
 
-    `timm.list_models` leaves it out, so that every listed name can be created, and `timm.list_modules` leaves out a
-    module without listed networks.
+    `timm.list_models` leaves it out, so that every listed name can be created by its name alone; `timm.list_modules`
+    leaves out a module without listed networks.
 
     Args:
         fn: Builds the network from its saved config.

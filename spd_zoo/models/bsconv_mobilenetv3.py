@@ -6,8 +6,9 @@ Padding-free Downsampling" (2024), "first set of hyper-parameters".
 Original code: https://github.com/zeiss-microscopy/BSConv and its fork in
 https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (both BSD-3-Clause-Clear).
 
-It takes pixel values from 0 to 1: the first layer is a BatchNorm. Unlike other MobileNetV3s it always expands, squeezes
-to a quarter without rounding, and its classifier reads the pooled map unless there is a full head.
+It takes pixel values from 0 to 1: the first layer is a BatchNorm. Unlike in other MobileNetV3s, every unit has a 1x1
+expansion, squeeze-and-excitation has a quarter of the channels without rounding, and the classifier reads the pooled
+map directly unless there is a full head.
 """
 
 from typing import Any
@@ -81,9 +82,9 @@ class BSConvMobileNetV3(Classifier):
 
     Args:
         small: For images of 32 pixels: the stem and stage 2 have stride 1, and the last map is 1/8 of the image.
-        full_head: A hidden layer of 1280 channels in front of the classifier.
+        full_head: A hidden layer of 1280 channels before the classifier.
         pfd: Padding-free downsampling and a hybrid stem.
-        regularization: Weight of `regularization_loss`; 0.1 makes the network a BSConv-S one.
+        regularization: Weight of `regularization_loss`; 0.1 for BSConv-S.
     """
 
     def __init__(
@@ -148,9 +149,10 @@ class BSConvMobileNetV3(Classifier):
 
     @torch.jit.ignore
     def regularization_loss(self) -> Tensor:
-        """BSConv-S: what training adds to the loss, a scalar: `regularization` times `orthonormality` of every `conv3`.
+        """The additional loss term of BSConv-S (Rethinking Depthwise Separable Convolutions, section 3.3).
 
-        Rethinking Depthwise Separable Convolutions, section 3.3.
+        Returns:
+            A scalar: `regularization` times the sum of `orthonormality` over every `conv3`.
         """
         units = [module for module in self.stages.modules() if isinstance(module, LinearBottleneck)]
         return self.regularization * torch.stack([orthonormality(unit.conv3.conv.weight) for unit in units]).sum()

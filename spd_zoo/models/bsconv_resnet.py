@@ -65,9 +65,10 @@ class ResidualUnit(nn.Module):
 
 
 class PreActivationUnit(nn.Module):
-    """BatchNorm and ReLU, then two 3x3 convolutions, and a shortcut of the input or, if it projects, of the ReLU.
+    """BatchNorm and ReLU, two 3x3 convolutions, and a shortcut.
 
-    `separable` says which padding-free projection: `separable_projection`, or a convolution and a projected max-pool.
+    An identity shortcut passes the unit's input on; a projection reads the output of the ReLU. With `separable`, the
+    padding-free projection is `separable_projection`, otherwise a convolution and a projected max-pool.
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class CifarResNet(Classifier):
     Args:
         depth: Units of each stage.
         chs: Channels of the three stages; the stem has 16.
-        pre_activation: Units and a stem that normalise in front of the convolutions: a Wide ResNet.
-        bsconvu: BSConv-U layers in place of all 3x3 convolutions that are not depthwise.
+        pre_activation: Normalise before the convolutions instead of after them, as Wide ResNets do.
+        bsconvu: BSConv-U layers instead of all 3x3 convolutions that are not depthwise.
         pfd: Padding-free downsampling and a hybrid stem.
     """
 
@@ -242,7 +243,7 @@ def cifar_resnet110_bsconvu(pretrained: bool = False, **kwargs: Any) -> CifarRes
 
 @register_model
 def cifar_resnet110_bsconvu_pfd(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-110 for CIFAR with BSConv-U and padding-free downsampling and a hybrid stem."""
+    """ResNet-110 for CIFAR with BSConv-U, padding-free downsampling and a hybrid stem."""
     model_args = dict(depth=18, bsconvu=True, pfd=True)
     return _create("cifar_resnet110_bsconvu_pfd", pretrained, **dict(model_args, **kwargs))
 
@@ -270,6 +271,6 @@ def cifar_wrn40_8_bsconvu(pretrained: bool = False, **kwargs: Any) -> CifarResNe
 
 @register_model
 def cifar_wrn40_8_bsconvu_pfd(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """WRN-40-8 for CIFAR with BSConv-U and padding-free downsampling and a hybrid stem."""
+    """WRN-40-8 for CIFAR with BSConv-U, padding-free downsampling and a hybrid stem."""
     model_args = dict(depth=6, chs=(128, 256, 512), pre_activation=True, bsconvu=True, pfd=True)
     return _create("cifar_wrn40_8_bsconvu_pfd", pretrained, **dict(model_args, **kwargs))

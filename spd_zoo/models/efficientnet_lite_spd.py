@@ -1,4 +1,4 @@
-"""EfficientNet-Lite with a space-to-depth convolution in place of every strided one.
+"""EfficientNet-Lite with a space-to-depth convolution instead of every strided one.
 
 Paper: EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, https://arxiv.org/abs/1905.11946
 Original code: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite (Apache-2.0).
@@ -44,7 +44,7 @@ STAGES = (  # timm's notation: block type, repeats, kernel size, stride, expansi
 
 
 def spd_conv(conv: nn.Conv2d) -> SPDConv2d:
-    """The space-to-depth convolution that computes what a strided one computes."""
+    """The space-to-depth convolution with the same output as a strided one."""
     spd = SPDConv2d(
         conv.in_channels,
         conv.out_channels,
@@ -62,18 +62,17 @@ def spd_conv(conv: nn.Conv2d) -> SPDConv2d:
 
 
 class EfficientNetLiteSPD(EfficientNet):
-    """timm's `EfficientNet` with an `SPDConv2d` in place of every strided convolution.
+    """timm's `EfficientNet` with an `SPDConv2d` instead of every strided convolution.
 
     Args:
-        width: Factor of the channels; the stem and the head keep theirs.
-        depth: Factor of the blocks in a stage; the first and the last stage keep theirs.
+        width: Factor of the number of channels, except in the stem and the head.
+        depth: Factor of the number of blocks per stage, except in the first and the last stage.
         stem_stride: 2, or 1 for images of half the size.
-        output_stride: Image pixels per pixel of the last map: at most 16 * stem_stride; strides beyond it become
-            dilations.
+        output_stride: Total stride of the last map, at most 16 * stem_stride; further strides become dilations.
         kwargs: Other arguments of timm's `EfficientNet`.
 
     Raises:
-        ValueError: If `stem_stride` is neither.
+        ValueError: If `stem_stride` is neither 1 nor 2.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class EfficientNetLiteSPD(EfficientNet):
         # timm counts with a stem of stride 2
         super().__init__(**dict(own, **kwargs), output_stride=output_stride * 2 // stem_stride)
         if stem_stride == 1:
-            stem = self.conv_stem  # a padding of 1 is what TensorFlow's rule gives at stride 1
+            stem = self.conv_stem  # at stride 1, TensorFlow's "same" padding of a 3x3 kernel is 1
             self.conv_stem = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False, device="meta")
             self.conv_stem.weight = stem.weight
             for info in self.feature_info:
@@ -109,7 +108,7 @@ class EfficientNetLiteSPD(EfficientNet):
         return state_dict
 
 
-# the keys of the packages -> timm's, outside the blocks, in the first stage and in the others
+# The packages' parameter names -> timm's: outside the blocks, in the first stage, and in the other stages.
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 _FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _OTHERS = {
@@ -119,7 +118,7 @@ _OTHERS = {
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: EfficientNetLiteSPD) -> dict[str, Tensor]:
-    """The packages' keys as timm's, which are ours, and strided kernels as space-to-depth ones; ours stay."""
+    """Renames the packages' keys to timm's, which are also ours, and converts strided kernels to space-to-depth."""
     depths = [len(list(blocks.children())) for blocks in model.blocks.children()]
     places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
 
@@ -164,26 +163,26 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> EfficientNetLiteSP
 
 @register_model
 def tf_efficientnet_lite0_spd(pretrained: bool = False, **kwargs: Any) -> EfficientNetLiteSPD:
-    """EfficientNet-Lite0 with space-to-depth in place of every stride."""
+    """EfficientNet-Lite0 with space-to-depth instead of every stride."""
     return _create("tf_efficientnet_lite0_spd", pretrained, **kwargs)
 
 
 @register_model
 def tf_efficientnet_lite1_spd(pretrained: bool = False, **kwargs: Any) -> EfficientNetLiteSPD:
-    """EfficientNet-Lite1 with space-to-depth in place of every stride."""
+    """EfficientNet-Lite1 with space-to-depth instead of every stride."""
     model_args = dict(depth=1.1)
     return _create("tf_efficientnet_lite1_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def tf_efficientnet_lite2_spd(pretrained: bool = False, **kwargs: Any) -> EfficientNetLiteSPD:
-    """EfficientNet-Lite2 with space-to-depth in place of every stride."""
+    """EfficientNet-Lite2 with space-to-depth instead of every stride."""
     model_args = dict(width=1.1, depth=1.2)
     return _create("tf_efficientnet_lite2_spd", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def tf_efficientnet_lite0_spd_lowres(pretrained: bool = False, **kwargs: Any) -> EfficientNetLiteSPD:
-    """EfficientNet-Lite0 for small images: no stride in the stem, space-to-depth in place of every other stride."""
+    """EfficientNet-Lite0 for small images: no stride in the stem, space-to-depth instead of every other stride."""
     model_args = dict(stem_stride=1, output_stride=16)
     return _create("tf_efficientnet_lite0_spd_lowres", pretrained, **dict(model_args, **kwargs))

@@ -27,17 +27,17 @@ FAMILIES = {  # name of the page in docs/families: family
     ),
     "spd_resnet": Family(
         "SPD-ResNet",
-        "space-to-depth in the place of strided 3x3 convolutions and of pooling",
+        "space-to-depth instead of strided 3x3 convolutions and of pooling",
         ("resnet_spd",),
     ),
     "efficientnet_lite": Family(
         "EfficientNet-Lite-SPD",
-        "small ImageNet networks with space-to-depth in the place of every stride, and one for images of 64 pixels",
+        "small ImageNet networks with space-to-depth instead of every stride, and one for images of 64 pixels",
         ("efficientnet_lite_spd",),
     ),
     "padding_free": Family(
         "Padding-free downsampling",
-        "MobileNetV3, GhostNet, ShuffleNetV2, ParC-MobileNetV2, ResNet and Wide ResNet, with BSConv, padded and not",
+        "MobileNetV3, GhostNet, ShuffleNetV2, ParC-MobileNetV2 and ResNets, padded and padding-free, some with BSConv",
         (
             *("bsconv_resnet", "bsconv_mobilenetv3", "pfd_mobilenetv3", "pfd_ghostnet", "pfd_shufflenetv2"),
             "pfd_parc_mobilenetv2",
@@ -46,12 +46,12 @@ FAMILIES = {  # name of the page in docs/families: family
     "yolov5": Family("YOLOv5-SPD", "detectors without strides, with anchors", ("yolov5_spd",)),
     "yolov8": Family(
         "YOLOv8 and YOLOv8-SPD",
-        "detectors without anchors, with strides and without, also with a map of stride 4",
+        "detectors without anchors, strided and with SPD, also with a map of stride 4",
         ("yolov8_spd", "yolov8_p2"),
     ),
     "ssd": Family(
         "SSD for small objects",
-        "detectors with one stride less, and a second path for large objects",
+        "detectors with one stride removed, and a second path for large objects",
         ("ssd_small",),
     ),
 }

@@ -2,9 +2,9 @@
 
 Paper: GhostNet: More Features from Cheap Operations, https://arxiv.org/abs/1911.11907; the padding-free networks:
 "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
-Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (no licence in this part).
+Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (this part has no licence).
 
-Deliberate difference: networks with attention take any image size that they are created for.
+Deliberate difference: networks with attention can be created for any image size.
 """
 
 from typing import Any
@@ -36,19 +36,19 @@ STAGES = (
 STRIDED = (1, 3, 5, 7)  # stages whose first block has stride 2
 
 
-class Uncalled(nn.BatchNorm2d):
-    """An unused BatchNorm, as after the original's hybrid stem; it holds tensors of the checkpoints."""
+class UnusedBatchNorm2d(nn.BatchNorm2d):
+    """The BatchNorm after the original's hybrid stem, which it never calls; checkpoints contain its tensors."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> `x` itself; in training the parameters get gradients of zero, which distributed runs need.
 
-        Weight decay, where it covers BatchNorms, therefore shrinks them; nothing reads them.
+        With weight decay on BatchNorms these parameters shrink, without effect.
         """
         return x + 0 * (self.weight.sum() + self.bias.sum()) if self.training else x
 
 
 class Bottleneck(nn.Module):
-    """Ghost module, depthwise convolution where there is a stride, squeeze-and-excitation, ghost module; a shortcut."""
+    """Ghost module, at stride 2 a depthwise convolution, squeeze-and-excitation, ghost module; and a shortcut."""
 
     def __init__(
         self,
@@ -92,7 +92,8 @@ class PFDGhostNet(Classifier):
         small: For images of 32 pixels: the stem and stage 2 have stride 1, and the last map is 1/8 of the image.
         hybrid_stem: `HybridStem` instead of a convolution.
         downsampling: "padded", padding-free ("pfd") or `AttentionDownsample` blocks ("attention").
-        img_size: Pixels, one number or height and width; matters to attention only. 32 with `small`, else 224.
+        img_size: Image size in pixels, one number or height and width; used by attention only. Default: 32 if
+            `small`, else 224.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class PFDGhostNet(Classifier):
         )
         first = nn.Sequential(stem(hybrid_stem, in_chans, 16, 1 if small else 2, nn.ReLU, None, dd))
         if hybrid_stem:
-            first.append(Uncalled(16, **dd))
+            first.append(UnusedBatchNorm2d(16, **dd))
         super().__init__(
             first,
             stages,

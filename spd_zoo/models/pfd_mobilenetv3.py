@@ -2,8 +2,8 @@
 
 Paper: Searching for MobileNetV3, https://arxiv.org/abs/1905.02244; the padding-free networks:
 "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024), "second set of hyper-parameters".
-Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (no licence in this part).
-The first set's MobileNetV3, another network, is in `bsconv_mobilenetv3`.
+Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (this part has no licence).
+The first set has a different MobileNetV3, which is in `bsconv_mobilenetv3`.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ NORM = {"eps": 1e-3, "momentum": 0.01}
 
 
 class InvertedResidual(nn.Module):
-    """1x1 convolution unless nothing expands, depthwise convolution, squeeze-and-excitation, 1x1 convolution."""
+    """1x1 convolution if it expands, depthwise convolution, squeeze-and-excitation, 1x1 convolution."""
 
     def __init__(
         self,
@@ -74,7 +74,8 @@ class PFDMobileNetV3(Classifier):
         small: For images of 32 pixels: the stem and stage 2 have stride 1, and the last map is 1/8 of the image.
         hybrid_stem: `HybridStem` instead of a convolution.
         downsampling: "padded", padding-free ("pfd") or `AttentionDownsample` blocks ("attention").
-        img_size: Pixels, one number or height and width; matters to attention only. 32 with `small`, else 224.
+        img_size: Image size in pixels, one number or height and width; used by attention only. Default: 32 if
+            `small`, else 224.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class PFDMobileNetV3(Classifier):
 
 
 def init_weights(net: Classifier) -> None:
-    """As the authors': convolutions normal by their fan-out with groups not divided out, linear layers normal."""
+    """Initialises as the authors do: Kaiming-normal convolutions (fan-out not divided by groups), normal head."""
     linear = [module for module in net.head.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

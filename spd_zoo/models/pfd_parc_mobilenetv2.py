@@ -2,7 +2,7 @@
 
 Papers: ParC-Net, https://arxiv.org/abs/2203.03952; MobileNetV2, https://arxiv.org/abs/1801.04381; the padding-free
 networks: "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
-Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (no licence in this part).
+Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (this part has no licence).
 
 Deliberate difference: a network can be created for any image size, and its weights are resampled from one to another.
 """
@@ -21,13 +21,13 @@ from spd_zoo.models._registry import register_model
 
 __all__ = ["ParCMobileNetV2"]  # register_model adds the entry points
 
-# For each stage: expansion, output channels, number of units, and how many of these, the first ones, are MobileNetV2's.
+# For each stage: expansion, output channels, number of units, and how many of the first units are MobileNetV2's.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 3), (6, 64, 4, 2), (6, 96, 3, 2), (6, 160, 3, 2), (6, 320, 1, 1))
 STRIDED = (1, 2, 3, 5)  # stages whose first unit has stride 2
 
 
 class PlainUnit(nn.Module):
-    """MobileNetV2's unit: 1x1 convolution unless nothing expands, depthwise 3x3 convolution, 1x1 convolution."""
+    """MobileNetV2's unit: 1x1 convolution if it expands, depthwise 3x3 convolution, 1x1 convolution."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class PlainUnit(nn.Module):
 
 
 class ParCUnit(nn.Module):
-    """1x1 convolution, circular convolutions (half of the channels along the height, half along the width), 1x1."""
+    """1x1 convolution, circular convolutions (half of the channels along the height, half along the width), 1x1 one."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class ParCMobileNetV2(Classifier):
         small: For images of 32 pixels: the stem and stage 2 have stride 1, and the last map is 1/8 of the image.
         hybrid_stem: `HybridStem` instead of a convolution.
         downsampling: "padded", padding-free ("pfd") or `AttentionDownsample` blocks ("attention").
-        img_size: The images' pixels, one number or height and width. 32 with `small`, else 224.
+        img_size: Image size in pixels, one number or height and width. Default: 32 with `small`, else 224.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ParCMobileNetV2(Classifier):
 
 
 def init_weights(net: nn.Module) -> None:
-    """As the authors': convolutions normal by their fan-out with groups not divided out, the linear layer normal."""
+    """Initialises as the authors do: Kaiming-normal convolutions (fan-out not divided by groups), normal classifier."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")

@@ -2,7 +2,7 @@
 
 Paper: ShuffleNet V2, https://arxiv.org/abs/1807.11164; the padding-free networks:
 "Lightweight Deep Neural Network Model With Padding-free Downsampling" (2024).
-Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (no licence in this part).
+Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid-Stem (this part has no licence).
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ STAGES = ((116, 4), (232, 8), (464, 4))  # output channels and units; the first 
 
 
 def depthwise(chs: int, stride: int, downsampling: Downsampling, dd: dict[str, Any]) -> nn.Module:
-    """A depthwise 3x3 convolution; the padding-free one adds the pooled input before the BatchNorm that follows."""
+    """A depthwise 3x3 convolution; with padding-free downsampling, the pooled input is added before the BatchNorm."""
     if stride == 2 and downsampling == "pfd":
         return PaddingFreeDownsample(chs, chs, groups=chs, norm=False, **dd)
     return nn.Conv2d(chs, chs, 3, stride, 1, groups=chs, bias=False, **dd)
@@ -36,7 +36,10 @@ def pointwise(in_chs: int, out_chs: int, dd: dict[str, Any]) -> list[nn.Module]:
 
 
 class Unit(nn.Module):
-    """Two branches, of which the first passes half of the channels on unless there is a stride; then a shuffle."""
+    """Two branches and a channel shuffle.
+
+    At stride 1 each branch reads half of the channels, and the first is the identity; at stride 2 both read all.
+    """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int, downsampling: Downsampling, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -66,7 +69,8 @@ class PFDShuffleNetV2(Classifier):
         small: For images of 32 pixels: a stem without stride, and the last map is 1/8 of the image.
         hybrid_stem: `HybridStem` instead of a convolution and a max-pool.
         downsampling: "padded", padding-free ("pfd") or `AttentionDownsample` blocks ("attention").
-        img_size: Pixels, one number or height and width; matters to attention only. 32 with `small`, else 224.
+        img_size: Image size in pixels, one number or height and width; used by attention only. Default: 32 if
+            `small`, else 224.
     """
 
     def __init__(

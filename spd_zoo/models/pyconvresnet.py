@@ -4,10 +4,10 @@ Paper: Pyramidal Convolution: Rethinking Convolutional Neural Networks for Visua
 https://arxiv.org/abs/2006.11538
 Original code: https://github.com/iduta/pyconv (MIT); output strides 8 and 16: https://github.com/iduta/pyconvsegnet
 
-The `_spd` networks are ours: every downsampling is space-to-depth and a convolution of stride 1, and with the converted
-weights of the strided network (`spd_zoo.spd.spd_weight`) they compute the same. Where the authors pool the shortcut
-with a stride, these pool with stride 1 and mix the four phases of each 2x2 cell (`PhaseMix`). The mix starts as the
-phase that the stride keeps.
+The `_spd` networks are ours: every downsampling is space-to-depth and a convolution of stride 1. With the converted
+weights of the strided network (`spd_zoo.spd.spd_weight`) they give the same output. Their shortcuts pool with stride 1,
+not with a stride as the authors' do, and then mix the four phases of each 2x2 cell (`PhaseMix`). The mix starts by
+selecting the phase that the stride would keep.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,20 +34,20 @@ GROUPS = ((1, 4, 8, 16), (1, 4, 8), (1, 4), (1,))
 GROUPS_HG = ((32, 32, 32, 32), (32, 64, 64), (32, 64), (32,))
 
 # Stride and dilation of stages 1 to 4 for each output stride: the authors' segmentation networks (iduta/pyconvsegnet).
-# Every block of a stage has the stage's dilation, the first one too (timm's ResNet differs there).
+# Every block of a stage has the stage's dilation, including the first block, unlike in timm's ResNet.
 STRIDES = {32: (2, 2, 2, 2), 16: (2, 2, 2, 1), 8: (2, 2, 1, 1)}
 DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 
 def pyramid(stage: int, hg: bool, in_chs: int, width: int, **conv: Any) -> nn.Module:
-    """The pyramid of a stage; in stage 4, which has one level, that level itself, as in the authors' code."""
+    """The pyramid of a stage; in stage 4 its single level as a plain convolution, as in the authors' code."""
     out_chs = [int(width * share) for share in SHARES[stage]]
     levels = PyConv2d(in_chs, out_chs, KERNEL_SIZES[stage], (GROUPS_HG if hg else GROUPS)[stage], **conv)
     return levels if len(levels) > 1 else next(iter(levels.values()))
 
 
 def shortcut(in_chs: int, out_chs: int, stride: int, spd: bool, dd: dict[str, Any]) -> nn.Sequential:
-    """Max-pooling (with `spd`, followed by a phase mix), and unless channels stay a 1x1 convolution and BatchNorm."""
+    """Max-pooling, with `spd` a phase mix, and a 1x1 convolution with BatchNorm if the number of channels changes."""
     pool: nn.Module = MaxPool2d(3, stride, padding=1)
     if spd and stride == 2:
         pool = nn.Sequential(MaxPool2d(3, 1, padding=1), PhaseMix(in_chs, **dd))  # pads odd sizes after pooling
@@ -57,7 +57,7 @@ def shortcut(in_chs: int, out_chs: int, stride: int, spd: bool, dd: dict[str, An
 
 
 class BasicBlock(nn.Module):
-    """A pyramid, then a 1x1 convolution or with `second_pyramid` another pyramid, plus a shortcut."""
+    """A pyramid, then a 1x1 convolution (with `second_pyramid` a second pyramid), plus a shortcut."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class PyConvResNet(Classifier):
     Args:
         block: `Bottleneck` or `BasicBlock`.
         depths: Number of blocks per stage.
-        hg: Whether it is the "HG" network, with twice the width and more groups.
+        hg: Whether it is PyConvHGResNet, with twice the width and more groups.
         spd: Whether space-to-depth replaces every stride and strided pooling.
         num_classes: Number of classes.
         in_chans: Image channels.
@@ -161,7 +161,7 @@ class PyConvResNet(Classifier):
         dtype: torch.dtype | None = None,
     ) -> None:
         if output_stride not in STRIDES:
-            raise ValueError(f"output_stride is 8, 16 or 32, got {output_stride}")
+            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         chs, reduction = 64, 2
         conv = SPDConv2d(in_chans, chs, 7, **dd) if spd else nn.Conv2d(in_chans, chs, 7, 2, 3, bias=False, **dd)
@@ -198,7 +198,11 @@ class PyConvResNet(Classifier):
 
     @torch.no_grad()
     def init_weights(self, zero_init_residual: bool = False) -> None:
-        """Initialises as the authors do; an SPD convolution starts as the strided convolution that it replaces."""
+        """Initialises as the authors do; an SPD convolution starts as the strided convolution that it replaces.
+
+        Args:
+            zero_init_residual: Whether the last BatchNorm of every bottleneck starts at zero.
+        """
         for module in self.modules():
             if isinstance(module, SPDConv2d):
                 strided = module.new_strided_weight()

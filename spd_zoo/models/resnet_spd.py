@@ -72,11 +72,11 @@ class SPDResNet(Classifier):
 
     Args:
         depths: Number of blocks per stage.
-        bottleneck: Whether blocks are bottlenecks, whose output has four times the width; else basic blocks.
+        bottleneck: Whether blocks are bottlenecks, whose output has four times the width, or basic blocks.
         num_classes: Number of classes.
         in_chans: Image channels.
         global_pool: timm's pooling type.
-        output_stride: Only 16: the network has no dilated form.
+        output_stride: Only 16; the network has no dilated version.
         drop_rate: Dropout rate before the classifier.
         drop_path_rate: Drop-path rate of the last block.
         device: Device of the parameters.
@@ -100,7 +100,7 @@ class SPDResNet(Classifier):
         dtype: torch.dtype | None = None,
     ) -> None:
         if output_stride != 16:
-            raise ValueError(f"SPD-ResNet has output_stride 16 and no dilated form, got {output_stride}")
+            raise ValueError(f"SPD-ResNet supports output_stride=16 only, got {output_stride}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         chs = 64
         conv = nn.Conv2d(4 * in_chans, chs, 1, bias=False, **dd)

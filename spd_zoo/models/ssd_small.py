@@ -2,8 +2,8 @@
 
 Paper: Mudassar and Mukhopadhyay, Rethinking Convolutional Feature Extraction for Small Object Detection, BMVC 2019.
 Original code: https://github.com/burhanmudassar/small_object_detection (MIT). "S1L0" removes the stride of the stem's
-convolution, "S1L2" the first pooling; in a "dual path" network every later layer of the backbone runs twice with the
-same weights, at full and at half resolution, and only the first two heads see the full one.
+convolution, "S1L2" the first pooling. In a "dual path" network every later layer of the backbone runs twice with the
+same weights, at full and at half resolution; the first two heads read the full resolution, the others the half.
 
 As the authors' weights expect, images are BGR with values 0 to 255, minus a mean and not divided by a standard
 deviation. Deliberate differences: `num_classes` does not count the background, and images that are too small raise an
@@ -36,8 +36,8 @@ EXTRA_CONVS = {"S": (2, 1), "P": (2, 0), "V": (1, 0)}  # stride and padding of a
 def vgg16(in_chans: int, removed: bool, dd: dict[str, Any]) -> tuple[Layers, list[int], list[int]]:
     """VGG16's stem and stages, the stages' output channels and their total strides.
 
-    A stage starts with a pooling; the last two end at the maps of the first two heads. The order of layers is the
-    authors'.
+    A stage starts with a pooling; the last two stages output the maps of the first two heads. The order of layers is
+    the authors'.
 
     Args:
         in_chans: Image channels.
@@ -112,7 +112,7 @@ def vgg16_extra(in_chs: int, out_chs: int, extra: str, dd: dict[str, Any]) -> nn
 
 
 def mobilenetv1_extra(in_chs: int, out_chs: int, extra: str, dd: dict[str, Any]) -> nn.Sequential:
-    """1x1, depthwise 3x3 as in `EXTRA_CONVS`, and 1x1 convolution, each with BatchNorm; ReLU6 twice, then ReLU."""
+    """1x1 convolution, depthwise 3x3 as in `EXTRA_CONVS`, 1x1; each with BatchNorm, then ReLU6, ReLU6 and ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd),
         nn.BatchNorm2d(out_chs, **dd),
@@ -138,24 +138,26 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, chs, H, W) -> the same shape."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-        # Not norm + 1e-10, as the authors have it: that is zero in float16, and torch's ONNX exporter drops it.
-        wide = wide / torch.where(norm > 0, norm, 1.0)
-        return wide.to(x.dtype) * self.weight[:, None, None]
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(x32, dim=1, keepdim=True)
+        # The authors' norm + 1e-10 would fail: 1e-10 is zero in float16, and torch's ONNX exporter drops it.
+        x32 = x32 / torch.where(norm > 0, norm, 1.0)
+        return x32.to(x.dtype) * self.weight[:, None, None]
 
 
 class SSD(DetectionNet):
-    """SSD with six heads: raw predictions are (boxes (N, P, 4), logits (N, P, 1 + classes)), the background's first.
+    """SSD with six heads.
+
+    Raw predictions are (boxes (N, P, 4), logits (N, P, 1 + classes)); the background is the first class.
 
     Args:
         backbone: "vgg16" or "mobilenetv1".
         extras: The four stages after the backbone, as keys of `EXTRA_CONVS`.
-        steps: Distance of the cells of each head's map, in image pixels.
-        sizes: Side of each map's square prior box in pixels, and one more for the last map's larger box.
+        steps: Stride of each head's map in image pixels.
+        sizes: Side of each map's square prior box in pixels, and a last one for the larger box of the last map.
         boxes: Prior boxes per cell of each map: 4 or 6.
         removed: Whether the first stride of the backbone is removed.
-        dual: Whether all heads but the first two read a second path at half resolution.
+        dual: Whether all heads except the first two read a second path at half resolution.
         num_classes: Number of classes, without the background.
         in_chans: Image channels.
     """
@@ -213,7 +215,7 @@ class SSD(DetectionNet):
         """Replaces the convolutions for class logits by new, untrained ones.
 
         Raises:
-            ValueError: If there is not at least one class.
+            ValueError: If `num_classes` is less than one.
         """
         self.conf = self._new_classifier(num_classes, get_device_dtype(self)).train(self.training)
         self.num_classes = num_classes
@@ -286,12 +288,12 @@ class SSD(DetectionNet):
 
     def _priors_of(self, loc: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
         if image_size is None:
-            raise ValueError("SSD's prior boxes depend on the image: give image_size=(height, width)")
+            raise ValueError("SSD's prior boxes depend on the image size: give image_size=(height, width)")
         priors = self.priors(image_size)
         if len(priors) != loc.shape[1]:
             raise ValueError(
                 f"there are {loc.shape[1]} raw boxes and, for images of {image_size[0]}x{image_size[1]}, {len(priors)} "
-                "prior boxes: give the height and width of the images that the network saw"
+                "prior boxes: give the height and width of the network's input images"
             )
         return priors, image_size
 
@@ -316,7 +318,7 @@ class SSD(DetectionNet):
     def loss(
         self, raw: tuple[Tensor, Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """`location` and `class`; see `DetectionNet.loss` for the arguments, of which SSD needs `image_size`."""
+        """The terms `location` and `class`; see `DetectionNet.loss` for the arguments. `image_size` is required."""
         priors, image_size = self._priors_of(raw[0], image_size)
         return ssd_loss(*raw, targets, priors, image_size)
 
@@ -349,7 +351,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSD) -> dict[str,
 
 
 def _pair(number: int) -> str:
-    """The authors' index of a layer, with two layers per stage, as our index: stage and place in it."""
+    """The authors' index of a layer, of which a stage has two, as our index: stage, position in it."""
     return f"{number // 2}.{number % 2 * 2}"
 
 

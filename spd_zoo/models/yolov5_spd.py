@@ -3,9 +3,9 @@
 Paper: No More Strided Convolutions or Pooling: A New CNN Building Block for Low-Resolution Images and Small Objects,
 https://arxiv.org/abs/2208.03641
 Original code: https://github.com/LabSAINT/SPD-Conv, folder YOLOv5-SPD (GPL-3.0, based on YOLOv5 v6.0).
-Written from a specification in words and from recorded outputs; nothing is taken from that code. As there, and unlike
-the paper's text, space-to-depth follows the 3x3 convolution, which therefore runs at full resolution; only in the stem
-it comes first.
+Written from a verbal specification and recorded outputs; nothing is taken from that code. As there, and unlike the
+paper's text, space-to-depth follows the 3x3 convolution, which therefore runs at full resolution; only in the stem it
+comes first.
 """
 
 import math
@@ -38,7 +38,7 @@ def downsample(in_chs: int, out_chs: int, **dd: Any) -> nn.Sequential:
 
 
 class C3(nn.Module):
-    """Two parallel branches, a 1x1 convolution with bottlenecks and a 1x1 convolution alone, and a 1x1 convolution.
+    """Two parallel 1x1 convolutions, the first followed by bottlenecks, and a 1x1 convolution of both outputs.
 
     Args:
         in_chs: Input channels.
@@ -61,7 +61,7 @@ class C3(nn.Module):
 
 
 class Neck(nn.Module):
-    """Path aggregation: from the coarsest map to the finest and back; each step adds the channels of an earlier map."""
+    """Path aggregation: from the coarsest map to the finest and back; each step concatenates an earlier map."""
 
     def __init__(self, chs: Sequence[int], depth: int, **dd: Any) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Head(YoloHead):
         ]
         self.anchors: Tensor  # width and height in cells, (levels, 3, 2)
         self.register_buffer("anchors", torch.tensor(cells, **dd))
-        self.m: Any = nn.ModuleList()  # typed Any, for the attributes of its elements
+        self.m: Any = nn.ModuleList()  # Any: mypy does not know the attributes of its elements
         self.reset_classes(num_classes, **dd)
 
     def classifiers(self) -> nn.ModuleList:
@@ -112,7 +112,15 @@ class Head(YoloHead):
         return self.m
 
     def reset_classes(self, num_classes: int, **dd: Any) -> None:
-        """Replaces the convolutions; raises ValueError if there is not at least one class."""
+        """Replaces the convolutions by new, untrained ones.
+
+        Args:
+            num_classes: New number of classes.
+            dd: `device` and `dtype` of the new parameters.
+
+        Raises:
+            ValueError: If `num_classes` is less than one.
+        """
         check_num_classes(num_classes)
         self.m = nn.ModuleList(nn.Conv2d(c, 3 * (5 + num_classes), 1, **dd) for c in self.chs)
         with torch.no_grad():
@@ -132,7 +140,7 @@ class YOLOv5SPD(YoloNet):
 
     Args:
         chs: Channels of the stem and of the stages.
-        repeats: Bottlenecks per C3 in the first and last stage and the neck, in the second, and in the third stage.
+        repeats: Bottlenecks per C3: in the first and last stage and the neck, in the second, and in the third stage.
         num_classes: Number of classes.
         in_chans: Image channels.
     """
@@ -195,9 +203,9 @@ class YOLOv5SPD(YoloNet):
     def loss(
         self, raw: list[Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """`box`, `objectness` and `class`, weighted; see `DetectionNet.loss` for the arguments.
+        """The weighted terms `box`, `objectness` and `class`; see `DetectionNet.loss` for the arguments.
 
-        The longer side of `image_size` weights objectness; None: the size of the maps times their stride.
+        The weight of objectness depends on the longer side of `image_size`; None: the maps' size times their stride.
         """
         return yolov5_loss(raw, targets, self.head.anchors, self.strides, image_size)
 

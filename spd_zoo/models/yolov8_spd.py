@@ -2,7 +2,7 @@
 
 Idea: No More Strided Convolutions or Pooling, https://arxiv.org/abs/2208.03641, applied to YOLOv8 (Jocher et al.,
 2023, no paper): six of its seven strided 3x3 convolutions become space-to-depth and a 1x1 convolution; the first stays.
-Written from a specification in words and from recorded outputs; nothing is taken from ultralytics' code (AGPL-3.0).
+Written from a verbal specification and recorded outputs; nothing is taken from ultralytics' code (AGPL-3.0).
 """
 
 import math
@@ -24,7 +24,7 @@ from spd_zoo.spd import space_to_depth
 
 __all__ = ["YOLOv8"]  # register_model adds the entry points
 
-BINS = 16  # of the distribution of each side's distance
+BINS = 16  # per side of a box: its distance is predicted as a distribution over these bins
 
 
 class SPDConv(ConvNormAct):
@@ -70,7 +70,7 @@ class C2f(nn.Module):
 
 
 class Neck(nn.Module):
-    """Path aggregation: from the coarsest map to the finest and back; each step adds the channels of an earlier map."""
+    """Path aggregation: from the coarsest map to the finest and back; each step concatenates an earlier map."""
 
     def __init__(self, chs: Sequence[int], depth: int, spd: bool, **dd: Any) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Head(YoloHead):
         self.chs, self.strides = chs, strides
         width = max(16, chs[0] // 4, 4 * BINS)
         self.cv2: Any = nn.ModuleList(self.branch(c, width, 4 * BINS, dd) for c in chs)  # sides
-        self.cv3: Any = nn.ModuleList()  # classes; typed Any, for the attributes of its elements
+        self.cv3: Any = nn.ModuleList()  # classes; Any: mypy does not know the attributes of its elements
         self.dfl = nn.Conv2d(BINS, 1, 1, bias=False, **dd).requires_grad_(False)  # distance of each bin, not trained
         self.reset_classes(num_classes, **dd)
         with torch.no_grad():
@@ -136,7 +136,7 @@ class Head(YoloHead):
             dd: `device` and `dtype` of the new parameters.
 
         Raises:
-            ValueError: If there is not at least one class.
+            ValueError: If `num_classes` is less than one.
         """
         check_num_classes(num_classes)
         width = self.class_width(num_classes)
@@ -158,8 +158,8 @@ class YOLOv8(YoloNet):
 
     Args:
         chs: Channels of the stem and of the stages.
-        repeats: Bottlenecks per C2f in the first and last stage and the neck, and in the two stages between.
-        spd: Whether space-to-depth replaces all strides but the first.
+        repeats: Bottlenecks per C2f: in the first and last stage and the neck, and in the two stages between.
+        spd: Whether space-to-depth replaces all strides except the first.
         num_classes: Number of classes.
         in_chans: Image channels.
     """
@@ -208,7 +208,7 @@ class YOLOv8(YoloNet):
     def loss(
         self, raw: list[Tensor], targets: list[Target], image_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """`box`, `class` and `dfl`, weighted; see `DetectionNet.loss` for the arguments."""
+        """The weighted terms `box`, `class` and `dfl`; see `DetectionNet.loss` for the arguments."""
         return yolov8_loss(raw, targets, self.strides, self.head.dfl.weight)
 
 

@@ -1,4 +1,4 @@
-"""The request for a run, whose fields are the command's options and the keys of a YAML file; and what is planned."""
+"""The configuration of a run, whose fields are the command's options and the keys of a YAML file; and its plan."""
 
 import dataclasses
 import difflib
@@ -210,7 +210,7 @@ class FinetuneConfig:
     dry_run: bool = _option(False, "check the data and exit; write nothing", free=True)
 
     def __post_init__(self) -> None:
-        """Refuses values without meaning."""
+        """Raises ValueError for invalid values."""
         object.__setattr__(self, "data", os.fspath(self.data))
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "teacher", os.fspath(self.teacher))
@@ -275,10 +275,10 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request comes to on its data and hardware; no value is open.
+    """All values of a run, after those that the configuration does not set were chosen by data and hardware.
 
     Attributes:
-        config: The request with these values filled in, as `run.yaml` has it.
+        config: The configuration with these values filled in, as in `run.yaml`.
         pretrained: Whether training starts from pretrained weights.
         head_epochs: Epochs in which only the classifier is trained.
         sizes: Heights and widths of images in pixels, each with its first epoch.
@@ -311,16 +311,16 @@ class Plan:
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> "Plan":
-        """The plan of a request that leaves nothing open.
+        """The plan of a configuration in which every value is set.
 
         Raises:
-            ValueError: If it leaves something open.
+            ValueError: If a value is not set.
         """
         values: dict[str, Any] = {item.name: getattr(config, item.name, None) for item in fields(cls)}
         values |= {"config": config, "sizes": parse_sizes(config.image_size or ""), "micro_batches": config.accumulate}
         missing = [name for name, value in values.items() if value is None]
         if missing:
-            raise ValueError(f"the configuration leaves {', '.join(missing)} open")
+            raise ValueError(f"the configuration does not set {', '.join(missing)}")
         return cls(**values)
 
 
@@ -429,7 +429,7 @@ def load_config(file: str | Path) -> dict[str, Any]:
 
 
 def make_config(options: dict[str, Any], file: str | Path | None = None) -> FinetuneConfig:
-    """The configuration of `options`, which take precedence, and of a YAML file or recipe.
+    """Creates the configuration from `options`, which take precedence, and from a YAML file or recipe.
 
     Raises:
         ValueError: If an option has no meaning, or a required one is missing.

@@ -81,7 +81,7 @@ def evaluate(
         bf16: Whether autocast computes in bfloat16.
         image_column: As `open_data` takes it; not for detectors.
         label_column: As `open_data` takes it; not for detectors.
-        class_map: The network's name of classes that the data names otherwise.
+        class_map: The network's names of classes that have other names in the data.
 
     Returns:
         An evaluation for each image size.
@@ -90,7 +90,7 @@ def evaluate(
         DataError: If the data set cannot be used, or its classes are not the network's.
         ModelError: If there is no such network, or it cannot be used.
         ValueError: If an option has no meaning for a detector, or there is no such device.
-        WeightsError: If the weights cannot be had or must not be used.
+        WeightsError: If the weights are unavailable or must not be used.
     """
     net: Any = load_model(model, device)
     if bf16 and isinstance(net, Exported):
@@ -117,12 +117,12 @@ def evaluate_network(
     columns: tuple[str, str] = ("", ""),
     class_map: Mapping[str, str] | None = None,
 ) -> list[Evaluation]:
-    """As `evaluate`, for a network that is loaded already.
+    """Evaluates a network that is loaded already; see `evaluate`.
 
     Args:
         net: The network, on `device`.
-        model: What it is called in the results.
-        data: See `evaluate`; so for all the others.
+        model: Its name in the results.
+        data: As in `evaluate`.
         split: The split to evaluate on.
         image_sizes: Pixels.
         flip: Whether to average over mirror images.
@@ -131,7 +131,7 @@ def evaluate_network(
         device: Where the network computes.
         bf16: Whether autocast computes in bfloat16.
         columns: The columns with images and labels.
-        class_map: The network's name of classes that the data names otherwise.
+        class_map: The network's names of classes that have other names in the data.
 
     Raises:
         DataError: If the data set cannot be used, or its classes are not the network's.

@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
         RunError: If the run cannot continue: the loss is not finite, or the disk is full.
         Stopped: After SIGINT or SIGTERM, when the current step is done and the state is saved.
         ValueError: If an option has no meaning, or `config.out` holds a run of another configuration.
-        WeightsError: If pretrained weights cannot be had or must not be used.
+        WeightsError: If pretrained weights are unavailable or must not be used.
     """
     if config.tensorboard:
         from torch.utils import tensorboard  # noqa: F401  (if it is missing: an error now, not after the first epoch)
@@ -151,10 +151,10 @@ def plan(
     process: Process,
     teacher: Teacher | None = None,
 ) -> Plan:
-    """Decides everything that the request leaves open.
+    """Chooses all values that the configuration does not set.
 
     Args:
-        config: The request.
+        config: The configuration.
         task: The task of its network.
         net: The network, on the meta device.
         images: Number of training images.
@@ -255,7 +255,7 @@ def _create(model: str, **arguments: Any) -> Any:
 
 
 def _preprocessing(net: Any, config: FinetuneConfig, device: torch.device) -> Preprocessing:
-    """What the network's config and the request say of its input."""
+    """The preprocessing that the network's config and the run's configuration describe."""
     channel_mode(net.in_chans, config.model)
     cfg = resolve_data_config(model=net)
     colours = []
@@ -273,7 +273,7 @@ class Run:
     """A run in progress.
 
     Attributes:
-        plan: What it does.
+        plan: The values that it uses.
         task: Classification or detection.
         splits: Its images.
         folder: Where it writes.
@@ -281,8 +281,8 @@ class Run:
         preprocessing: How pixels become the network's input.
         net: The network.
         training: timm's task: the network with its loss and its moving average, perhaps compiled or distributed.
-        eval_net: What is evaluated and written: the moving average of the network if there is one, else the network.
-        prepare: Makes a batch the network's input, on its device.
+        eval_net: The network that is evaluated and written: its moving average if there is one, else itself.
+        prepare: Converts a batch to the network's input, on its device.
         frozen: The modules that never train.
         optimizer: torch's.
         scheduler: timm's.
@@ -379,7 +379,7 @@ def start(
     process: Process,
     teacher: Teacher | None = None,
 ) -> Run:
-    """Makes everything that trains, claims the folder, and loads the state of a run that is resumed.
+    """Creates everything that training needs, claims the folder, and loads the state of a resumed run.
 
     Args:
         plan: What the run does.
@@ -392,7 +392,7 @@ def start(
     Raises:
         RunError: If the folder cannot be written, or its state is damaged.
         ValueError: If `freeze` names no module, or leaves nothing to train.
-        WeightsError: If pretrained weights cannot be had or must not be used.
+        WeightsError: If pretrained weights are unavailable or must not be used.
     """
     config, classes = plan.config, len(splits.train.class_names)
     seed_everything(config.seed)
@@ -600,7 +600,7 @@ def finish(run: Run) -> Result:
 
 
 def _set_image_size(run: Run, epoch: int) -> None:
-    """Makes new loaders if the image size changes with this epoch."""
+    """Creates new loaders if the image size changes with this epoch."""
     size = next(size for size, first in reversed(run.plan.sizes) if epoch >= first)
     if size != run.image_size:
         run.image_size = size
@@ -661,7 +661,7 @@ def _stop_if_asked(run: Run, signals: StopSignals, message: str) -> None:
 
 
 def _stagnates(run: Run) -> bool:
-    """Whether the last `patience` epochs brought nothing better."""
+    """Whether the last `patience` epochs brought no improvement."""
     patience, scores = run.plan.config.patience, [row[run.task.metric] for row in run.history]
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 

@@ -1,4 +1,4 @@
-"""Into how many micro-batches a step is cut so that it fits into memory."""
+"""Chooses the number of micro-batches per step so that a step fits into memory."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ def choose_micro_batches(weights: int, per_image: float, batch_size: int, pairs:
 
     Args:
         weights: Bytes of the network's parameters.
-        per_image: Bytes that an image needs in the forward pass, as `bytes_per_image` tells.
+        per_image: Bytes that an image needs in the forward pass, from `bytes_per_image`.
         batch_size: Images per step, summed over all processes.
         pairs: Whether Mixup needs an even number of images in each micro-batch.
         process: This process; all agree on one number.
@@ -36,7 +36,7 @@ def choose_micro_batches(weights: int, per_image: float, batch_size: int, pairs:
             "out, give --accumulate"
         )
         return 1
-    fixed = 4 * weights  # and gradients, optimiser, moving average
+    fixed = 4 * weights  # weights, gradients, optimiser, moving average
     per_image = 1.5 * per_image  # the backward pass needs some, too
     share = math.ceil(batch_size / process.world)
     count, unit = 1, 2 if pairs else 1
@@ -70,7 +70,7 @@ def bytes_per_image(net: nn.Module, image_size: int | tuple[int, int], preproces
     with saved_tensors_hooks(note, lambda tensor: tensor):
         outputs = trial(images.to(memory_format=torch.channels_last))
     weights = {parameter.untyped_storage()._cdata for parameter in trial.parameters()}
-    del outputs  # until here it keeps the storages alive, whose addresses would be reused otherwise
+    del outputs  # kept until here, so that no address of a freed storage is reused
     return sum(size for address, size in saved.items() if address not in weights) / 2
 
 

@@ -39,7 +39,7 @@ def page(
         history: The metrics of each epoch.
         summary: Names and values of the table at the top.
         titles: Headings of the figures, by the figures' names, in order.
-        figures: PNG files by name; those that lack are left out.
+        figures: PNG files by name; missing ones are left out.
         classes: The HTML table of the classes.
         notes: What was guessed or left out, a line for each.
     """

@@ -1,4 +1,4 @@
-"""How pixels become the input of a network, and in which precision it computes."""
+"""Conversion of pixels to a network's input, and the precision of its computation."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,14 +12,14 @@ __all__ = ["Preprocessing", "normalize", "per_channel"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become the input of a network.
+    """Conversion of pixels to a network's input.
 
     Attributes:
-        mean: Of each channel, on a scale from 0 to 1.
-        std: Of each channel.
-        device: Where the network computes.
+        mean: Mean of each channel, on a scale from 0 to 1.
+        std: Standard deviation of each channel.
+        device: The network's device.
         bf16: Whether autocast computes in bfloat16.
-        crop_pct: Classifiers: the share of an image's shorter side that is seen in evaluation.
+        crop_pct: Classifiers: the share of an image's shorter side that is kept in evaluation.
         interpolation: Classifiers: how images are resized in evaluation.
         crop_mode: Classifiers: timm's name for how images are cropped in evaluation; None: the centre.
     """

@@ -41,7 +41,7 @@ class Beginning:
 
 
 class RunFolder:
-    """The folder `path`; every file appears in it whole, or stays as it was."""
+    """The folder of a run; every file in it is written atomically."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,7 +73,7 @@ class RunFolder:
         return None
 
     def begin(self, config: FinetuneConfig, about_data: dict[str, Any]) -> None:
-        """Makes the folder a run's, or adds this start to `environment.json` of the run in it."""
+        """Writes the first files of a run, or adds this start to `environment.json` of the run in the folder."""
         with self.writing("run.yaml"):
             self.path.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)
@@ -125,7 +125,7 @@ class RunFolder:
         No code in the file runs, whoever wrote it.
 
         Raises:
-            RunError: If the file is damaged, or is none of a run.
+            RunError: If the file is damaged, or is not the state of a run.
         """
         file = self.path / "last.pt"
         if not file.exists():
@@ -145,7 +145,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Says why `name` cannot be written.
+        """Turns an error of writing `name` into a sentence with the reason.
 
         Raises:
             RunError: If the disk is full, or refuses to be written.

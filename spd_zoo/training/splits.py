@@ -1,4 +1,4 @@
-"""The images to train on and to validate with: what both tasks do alike once a data set is open."""
+"""The images of training and validation: steps that both tasks share after opening a data set."""
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ class Data(Protocol):
 
     @property
     def class_names(self) -> list[str]:
-        """What the labels mean."""
+        """Names of the classes."""
 
     def __len__(self) -> int: ...
 
@@ -44,12 +44,12 @@ ReadableT = TypeVar("ReadableT", bound=Readable)
 
 @dataclass(frozen=True)
 class Splits(Generic[DataT]):
-    """What a run learns from.
+    """The images of a run.
 
     Attributes:
         train: The images to train on.
         val: The images to validate with.
-        about: What is known about them, as JSON: their fingerprint, and what the check found.
+        about: Facts about them, as JSON: their fingerprint, and the results of the check.
     """
 
     train: DataT
@@ -58,7 +58,7 @@ class Splits(Generic[DataT]):
 
 
 def describe(config: FinetuneConfig, train: Data, val: Data | None, began_with: dict[str, Any] | None) -> Any:
-    """The fingerprint of both splits, or all that was known when the run began that is resumed.
+    """The fingerprint of both splits, or all recorded facts of a resumed run.
 
     Raises:
         DataError: If the run began with other data, or images are to be held out although there is a validation split.
@@ -77,7 +77,7 @@ def hold_out(
     val: ReadableT | None,
     split: Callable[[ReadableT, int, int], tuple[ReadableT, ReadableT]],
 ) -> tuple[ReadableT, ReadableT]:
-    """`train` and `val`; without a validation split, what `split` makes of the training images.
+    """`train` and `val`; without a validation split, `split` holds out some of the training images.
 
     Args:
         config: How many images are held out.

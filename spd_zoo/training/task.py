@@ -1,4 +1,4 @@
-"""What training and evaluation ask of a task; classification and detection are the two that there are."""
+"""The interface of the tasks, classification and detection, for training and evaluation."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ __all__ = ["Predictions", "Task", "task_of"]
 
 
 class Predictions(Protocol):
-    """What a network predicts for the images of a split."""
+    """The predictions of a network for the images of a split."""
 
     def summary(self) -> dict[str, Any]:
         """All figures by name; `images` is their number."""
@@ -46,7 +46,7 @@ class Task(Protocol[DataT]):
     """Everything that differs between training classifiers and training detectors.
 
     Attributes:
-        networks: What the networks are called, in plural.
+        networks: Name of the task's networks, in the plural.
         metric: The column of `metrics.csv` that early stopping compares; larger is better.
     """
 
@@ -72,7 +72,7 @@ class Task(Protocol[DataT]):
         Args:
             config: Where the data is, and how much of it is held out.
             process: This process.
-            began_with: What was known about the data when the run began that is resumed; then it is not checked again.
+            began_with: For a resumed run, the recorded facts about its data, which is then not checked again.
 
         Raises:
             DataError: If the data cannot be used, or is not what the run began with.
@@ -83,7 +83,7 @@ class Task(Protocol[DataT]):
         """The images of a split; None if there is none of that name."""
 
     def warnings(self, data: DataT) -> list[str]:
-        """What is wrong with the labels or boxes, although they can be used."""
+        """Problems of labels or boxes that do not prevent their use."""
 
     def training(self, net: Any, plan: Plan, data: DataT, process: Process) -> TrainingTask:
         """The network with its loss: images and targets -> a dict with `loss` and perhaps its `terms`."""
@@ -91,7 +91,7 @@ class Task(Protocol[DataT]):
     def preparation(
         self, config: FinetuneConfig, preprocessing: Preprocessing, classes: int
     ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
-        """A function from a batch of pixels and targets to the network's input and the loss's, on the device."""
+        """A function that converts pixels and targets to inputs of the network and of the loss, on the device."""
 
     def train_batches(
         self,
@@ -129,13 +129,13 @@ class Task(Protocol[DataT]):
         process: Process,
         flip: bool = False,
     ) -> Any:  # `Predictions`, which `write_report` takes
-        """What the network predicts for all images; with `flip` averaged over every image and its mirror image."""
+        """The predictions for all images; with `flip` averaged over every image and its mirror image."""
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch, a row of `metrics.csv`."""
 
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
-        """What a trained network's config says of its preprocessing."""
+        """Fields of a trained network's config that describe its preprocessing."""
 
     def write_report(
         self,
@@ -149,7 +149,7 @@ class Task(Protocol[DataT]):
         """Writes the report of a run and its tables and figures; `notes` say what was guessed or left out."""
 
     def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
-        """Refuses an evaluation that has no meaning.
+        """Checks that the network and the options are valid for an evaluation.
 
         Args:
             net: The network.
@@ -162,9 +162,9 @@ class Task(Protocol[DataT]):
         """
 
     def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
-        """The columns of the results table that tell how images were preprocessed."""
+        """The columns of the results table that describe the preprocessing."""
 
 
 def task_of(net: nn.Module) -> Task[Any]:
-    """The task that a network is made for."""
+    """The task of a network."""
     return Detection() if isinstance(net, ObjectFinder) else Classification()

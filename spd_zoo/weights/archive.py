@@ -1,8 +1,9 @@
-"""The zip files that `torch.save` writes, read by one strict parser.
+"""A strict parser of the zip files that `torch.save` writes.
 
-Two parsers that disagree on where a zip file's directory is read two different files. So nothing else reads these, and
-what `torch.save` never writes is refused: bytes that belong to no record, compression, comments, a second directory.
-The numbers of sections are those of the format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
+Parsers that disagree on where a zip file's directory is read different contents from the same file. Therefore only this
+parser reads these files, and it refuses everything that `torch.save` never writes: bytes outside of records,
+compression, comments, a second directory. Section numbers in comments refer to the specification of the format,
+https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT.
 """
 
 import struct
@@ -20,36 +21,36 @@ _END64 = struct.Struct("<4sQ2H2L4Q")  # 4.3.14
 _LOCATOR64 = struct.Struct("<4sLQL")  # 4.3.15
 _END = struct.Struct("<4s4H2LH")  # 4.3.16
 _SIZES_FOLLOW, _UTF8 = 1 << 3, 1 << 11  # flags, 4.4.4
-_MOST16, _MOST32 = 0xFFFF, 0xFFFFFFFF  # in place of a number that is larger and stands elsewhere
-_LARGEST_DIRECTORY = 8 * 2**20  # bytes; that of 10,000 tensors has one tenth
+_MOST16, _MOST32 = 0xFFFF, 0xFFFFFFFF  # placeholders for a larger number, which is stored elsewhere
+_LARGEST_DIRECTORY = 8 * 2**20  # bytes; 10,000 tensors need a tenth of it
 
 
 class FormatError(ValueError):
-    """A file that is not what it should be; the message says in which way."""
+    """A file that is invalid or of an unsupported format; the message completes "the file is ..."."""
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A line of the directory."""
+    """An entry of the directory."""
 
     name: bytes
     flags: int
     crc: int
     size: int
-    header: int  # where its local header begins
+    header: int  # offset of its local header
 
 
 class Archive:
-    """A zip file's records, by their names inside the folder that `torch.save` puts them into.
+    """The records of a zip file, by their names inside the top-level folder that `torch.save` creates.
 
-    Every byte of the file belongs to one record, to its header, or to the directory at the end.
+    Every byte of the file must belong to exactly one record, to its header, or to the directory at the end.
 
     Args:
         file: The file, open for reading.
         size: Its length in bytes.
 
     Raises:
-        FormatError: If `torch.save` does not write such files.
+        FormatError: If it is not as `torch.save` writes it.
     """
 
     def __init__(self, file: BufferedReader, size: int) -> None:
@@ -79,7 +80,7 @@ class Archive:
         """The bytes of a record.
 
         Raises:
-            FormatError: If they are not those of its checksum.
+            FormatError: If they do not match its checksum.
         """
         start, record = self._places[name]
         content = bytearray(record.size)
@@ -91,7 +92,7 @@ class Archive:
         return content
 
     def _directory(self, size: int) -> tuple[list[_Record], int]:
-        """The records in their order, and where the directory begins."""
+        """The records in their order, and the offset of the directory."""
         end = size - _END.size
         sign, disk, first_disk, here, count, length, start, comment = _END.unpack(self._bytes(end, _END.size))
         if sign != b"PK\5\6" or disk or first_disk or here != count or comment:
@@ -125,15 +126,15 @@ class Archive:
         return records, start
 
     def _check(self, record: _Record, end: int) -> int:
-        """Where the bytes of a record begin, if its local header says the same and nothing lies before `end`."""
+        """The offset of a record's bytes, after checking its local header and that the record ends at `end`."""
         header = self._bytes(record.header, _LOCAL.size)
         sign, _, flags, method, _, _, crc, *sizes, name_length, extra = _LOCAL.unpack(header)
         name = self._bytes(record.header + _LOCAL.size, name_length)
-        unsaid = {0} if flags & _SIZES_FOLLOW else set()
+        not_yet_known = {0} if flags & _SIZES_FOLLOW else set()
         if (
             (sign, flags, method, name) != (b"PK\3\4", record.flags, 0, record.name)
-            or crc not in {record.crc} | unsaid
-            or not {record.size, _MOST32} | unsaid >= set(sizes)
+            or crc not in {record.crc} | not_yet_known
+            or not {record.size, _MOST32} | not_yet_known >= set(sizes)
         ):
             raise FormatError("a zip file whose directory and records contradict each other")
         start = record.header + _LOCAL.size + name_length + extra
@@ -158,7 +159,7 @@ class Archive:
 
 
 def _record(directory: bytes, position: int) -> tuple[_Record, int]:
-    """The record whose line begins there, and where the next one begins."""
+    """The record at a position in the directory, and the position of the next one."""
     if position + _CENTRAL.size > len(directory):
         raise FormatError("a zip file whose directory ends too early")
     values = _CENTRAL.unpack_from(directory, position)
@@ -179,10 +180,10 @@ def _record(directory: bytes, position: int) -> tuple[_Record, int]:
 
 
 def _large(extra: bytes, size: int, header: int) -> tuple[int, int]:
-    """Size and place of a record beyond 4 GiB, from the field that holds them (4.5.3)."""
-    wanted = ([size] * 2 if size == _MOST32 else []) + ([header] if header == _MOST32 else [])
-    field = struct.Struct(f"<2H{len(wanted)}Q")
-    if extra[:4] != struct.pack("<2H", 1, 8 * len(wanted)) or len(extra) < field.size:
+    """Size and offset of a record beyond 4 GiB, from the ZIP64 extra field (4.5.3)."""
+    count = (2 if size == _MOST32 else 0) + (1 if header == _MOST32 else 0)
+    field = struct.Struct(f"<2H{count}Q")
+    if extra[:4] != struct.pack("<2H", 1, 8 * count) or len(extra) < field.size:
         raise FormatError("a zip file whose directory does not say how large a record is")
     numbers = list(field.unpack_from(extra)[2:])
     if size == _MOST32:

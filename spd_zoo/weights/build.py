@@ -1,4 +1,4 @@
-"""Builds networks with timm: the manifest's entries as timm configurations, and weights that are verified first."""
+"""Builds networks with timm: turns the manifest's entries into timm's configurations, and verifies weights first."""
 
 import inspect
 import pickle
@@ -43,7 +43,7 @@ from spd_zoo.weights.manifest import (
 
 __all__ = ["build", "create", "default_cfgs", "use_manifest"]
 
-_CLASSES = ("label_names", "label_descriptions")  # what a configuration says of the outputs
+_CLASSES = ("label_names", "label_descriptions")  # fields of a configuration that describe the classes
 _NOT_OF_WEIGHTS = ("num_classes", "in_chans", "features_only", "out_indices", "feature_cls")
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -52,11 +52,15 @@ Network = TypeVar("Network", bound=nn.Module)
 def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any]:
     """timm's configurations of all networks and checkpoints in a group of the manifest.
 
-    `classifier` names the last layer; detectors have one per map. `first_conv` depends on arguments of the network, so
-    `build` fills it in.
+    Only a checkpoint with a known SHA-256 counts as pretrained weights for timm, and only such a checkpoint without
+    `"default": false` can be the default. `build` adds `first_conv`, which depends on arguments of the network.
 
-    timm sees a checkpoint as pretrained weights, and it can be the default, only if its SHA-256 is known. An entry
-    with `"default": false` is never the default.
+    Args:
+        group: The group.
+        classifier: Name of the last layer; detectors have one per map.
+
+    Returns:
+        The configurations by name.
     """
     cfgs: dict[str, Any] = {}
     found = entries_for_import()
@@ -67,7 +71,7 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
             continue
         key = entry.name
         if key == default.get(entry.network):
-            key += "*"  # timm's mark
+            key += "*"  # timm's mark of a default
         elif not entry.tag and entry.network in default and default[entry.network] is None:
             key += ".*"  # without a default checkpoint, the name alone means the network without weights
         cfgs[key] = _input_of(entry) | {
@@ -90,13 +94,16 @@ def _input_of(entry: Entry) -> dict[str, Any]:
 
 
 def use_manifest(path: str | Path | None) -> None:
-    """Adds the entries of a private manifest; entries of the same name replace the package's own. None removes them.
+    """Adds the entries of a private manifest; entries of the same name replace the package's own.
 
     The environment variable `SPD_ZOO_MANIFEST=FILE` does the same at import. `spd_zoo/weights/manifest.schema.json`
     describes the format. timm lists the new tags, and the first verified checkpoint of a network is its default.
 
+    Args:
+        path: The manifest; None removes the entries again.
+
     Raises:
-        WeightsError: If `path` is no valid manifest; then nothing changes.
+        WeightsError: If `path` is not a valid manifest; then nothing changes.
     """
     set_private(path)
     entrypoints = [timm.model_entrypoint(name) for name in own_networks()]
@@ -127,6 +134,19 @@ def build(
     `pretrained_cfg_overlay`, the number of classes is that of the file unless `num_classes` is set. `features_only`
     returns every map that the network's `feature_info` describes unless `out_indices` selects some.
 
+    Args:
+        cls: The network's class.
+        variant: The network's name.
+        pretrained: Load weights.
+        pretrained_cfg: A tag, or timm's configuration; None: the default.
+        pretrained_cfg_overlay: Fields that replace those of the configuration.
+        pretrained_filter_fn: Renames a checkpoint's keys to the network's.
+        cache_dir: Where to keep downloads (default: the Hugging Face cache).
+        **kwargs: Arguments of the network and of timm's function.
+
+    Returns:
+        The network.
+
     Raises:
         TypeError: If the network does not have an argument.
         WeightsError: If the weights do not exist, cannot be downloaded, differ from the manifest's, or do not fit.
@@ -134,7 +154,7 @@ def build(
     overlay = dict(pretrained_cfg_overlay or {})
     read: StateDict | None = None
     overwritten: tuple[Any, ...] = ()  # numbers of classes with which the checkpoint replaces every tensor
-    ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; anything else is the caller's own source
+    ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; a dict is the caller's own source
     if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
         tag = pretrained_cfg
         if overlay.get("file"):
@@ -155,7 +175,7 @@ def build(
             overlay["num_classes"] = described["num_classes"]
             overwritten = (0, described["num_classes"])
         overlay = described | overlay
-    if read is not None:  # timm copies a state dict instead of opening the file; `fitting` adds the tensors
+    if read is not None:  # timm copies a state dict instead of opening the file; `_checked` adds the tensors
         overlay["state_dict"] = {"": ""}
     feature_cfg: dict[str, Any] = {"flatten_sequential": True}
     first_conv = ""
@@ -235,10 +255,17 @@ class _Undrawn(TorchFunctionMode):
 
 
 def create(entry: Entry, file: Path) -> nn.Module:
-    """The network of a checkpoint with the weights in `file`; also for the networks of timm, which do not know the tag.
+    """Creates the network of a checkpoint with the weights in a file.
+
+    Args:
+        entry: The checkpoint; it may be of one of timm's networks, although timm does not know the tag.
+        file: The weights.
+
+    Returns:
+        The network.
 
     Raises:
-        WeightsError: If `file` is not what the manifest pins, or does not fit.
+        WeightsError: If `file` is not the one that the manifest pins, or does not fit.
     """
     name = entry.network if entry.group == "timm" else entry.name
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
@@ -272,9 +299,9 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
 def _described(
     variant: str, tag: str | None, read: StateDict, filter_fn: FilterFn, model_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """The fields of timm's configuration that depend on a file's tensors: its classes and its input.
+    """The fields of timm's configuration that depend on a file's tensors: classes and input.
 
-    Without a tag that is the network's own input, not that of the default weights.
+    Without a tag, the input is the network's own one, not that of the default weights.
     """
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
     model_args = {name: value for name, value in model_args.items() if name not in _NOT_OF_WEIGHTS} | {"device": "meta"}
@@ -310,9 +337,9 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
 
 
 def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None) -> FilterFn:
-    """`filter_fn`, and an error if what it returns does not fit the network.
+    """Extends `filter_fn` by an error if its result does not fit the network.
 
-    The classifier may differ if timm drops the checkpoint's. If a file was already `read`, its tensors replace the
+    The classifier may differ if timm drops the checkpoint's one. If a file was already `read`, its tensors replace the
     state dict, because timm would read the file again with another parser.
     """
 

@@ -37,7 +37,7 @@ _PACKAGE_SOURCE = re.compile(rf"package:(?P<package>{_NAME}):(?P<file>{_NAME}(/{
 HUB_SOURCE = re.compile(
     rf"hf://(?P<repo>{_NAME}/{_NAME})@(?P<commit>[0-9a-f]{{40}}):(?P<file>{_NAME}(/{_NAME})*)", re.A
 )
-_LARGEST_HEADER = 100_000_000  # bytes; what safetensors itself allows
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 
 
 def sha256_of(path: Path) -> str:
@@ -55,7 +55,15 @@ def original_of(entry: Entry) -> Entry:
 
 
 def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
-    """The file of `entry` on this machine, unchecked: in a package, imported, or in the Hugging Face cache."""
+    """Finds the file of an entry on this machine: in a package, imported, or in the Hugging Face cache.
+
+    Args:
+        entry: The weights.
+        cache_dir: Where to look for downloads (default: the Hugging Face cache).
+
+    Returns:
+        The file, whose contents are not checked; None if there is none.
+    """
     entry = original_of(entry)
     installed, hub = sources(entry)
     if installed:
@@ -68,7 +76,15 @@ def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
 
 
 def is_right(entry: Entry, path: Path) -> bool | None:
-    """Whether the SHA-256 of a file that `find` or `fetch` returned is right; None if it is not known."""
+    """Whether a file that `find` or `fetch` returned has the expected SHA-256.
+
+    Args:
+        entry: The weights.
+        path: The file.
+
+    Returns:
+        True or False; None if no SHA-256 is known.
+    """
     entry = original_of(entry)
     if not path.is_file():
         return False
@@ -84,10 +100,17 @@ def is_right(entry: Entry, path: Path) -> bool | None:
 
 
 def sources(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:
-    """The source of an entry: a file that this package or another one installs, or a file on the Hub.
+    """Parses the source of an entry.
+
+    Args:
+        entry: The weights.
+
+    Returns:
+        A match for a file that this package or another one installs, and a match for a file on the Hub; at most one
+        of them is not None.
 
     Raises:
-        WeightsError: If it is neither.
+        WeightsError: If the source is neither.
     """
     if entry.source is None:
         return None, None
@@ -102,7 +125,7 @@ def sources(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:
 
 
 def _installed_file(source: re.Match[str]) -> Path | None:
-    """Where the file of an installed package lies, without importing it; None if the package is not installed."""
+    """The path of a file in an installed package, which is not imported; None if the package is not installed."""
     package = source.groupdict().get("package")
     if package is None:
         return BUNDLED / source["file"]
@@ -113,8 +136,8 @@ def _installed_file(source: re.Match[str]) -> Path | None:
 
 
 def _hugging_face_folder(name: str) -> Path:
-    """The folder "HUB_CACHE" or "ASSETS_CACHE" of huggingface_hub, by its own rules."""
-    if constants := sys.modules.get("huggingface_hub.constants"):  # a program may have changed it there
+    """The folder "HUB_CACHE" or "ASSETS_CACHE" of huggingface_hub, by its rules but without importing it."""
+    if constants := sys.modules.get("huggingface_hub.constants"):  # the program may have changed them
         return Path(getattr(constants, f"HF_{name}"))
     home = os.environ.get("XDG_CACHE_HOME", str(Path("~", ".cache")))
     home = os.environ.get("HF_HOME", str(Path(home, "huggingface")))

@@ -13,7 +13,7 @@ from spd_zoo.weights.manifest import Entry
 
 __all__ = ["model_card"]
 
-_METRICS = {  # the manifest's -> the Hub's, ours
+_METRICS = {  # name in the manifest -> name on the Hub, name in the text
     "top1": ("accuracy", "top-1"),
     "top5": ("top_5_accuracy", "top-5"),
     "agreement": ("agreement", "same class as the original network"),
@@ -46,11 +46,14 @@ def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str)
         entry: The weights.
         net: Their network; its docstring describes it, and its module's docstring lists the papers.
         repo: ORG/NAME on the Hub.
-        sha256: Of the weights' file.
+        sha256: The SHA-256 of the weights' file.
         notes: Further remarks.
+
+    Returns:
+        The text.
     """
     data = ModelCardData(
-        license=_slug(entry.license),  # the Hub knows them in lower case
+        license=_slug(entry.license),  # lower case on the Hub
         library_name="timm",
         pipeline_tag=_task(entry),
         tags=[_task(entry), "timm", *(() if _detects(entry) else ("transformers",)), "spd_zoo"],
@@ -74,15 +77,15 @@ def _slug(name: str | None) -> str:
 
 
 def _result(entry: Entry, metric: dict[str, Any]) -> EvalResult:
-    kind, words = _METRICS[metric["metric"]]
+    metric_type, metric_name = _METRICS[metric["metric"]]
     return EvalResult(
         task_type=_task(entry),
         dataset_type=_slug(entry.dataset),
         dataset_name=metric["dataset"],
         dataset_split=metric["dataset"].removeprefix(entry.dataset or "").strip() or None,
-        metric_type=kind,
+        metric_type=metric_type,
         metric_name=(
-            f"{words} in per cent at {metric['input_size']} pixels{_note(metric)}, {_WHO[metric['measured_by']]}"
+            f"{metric_name} in per cent at {metric['input_size']} pixels{_note(metric)}, {_WHO[metric['measured_by']]}"
         ),
         metric_value=metric["value"],
     )
@@ -98,7 +101,7 @@ def _lines(lines: Iterable[str]) -> str:
 
 def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> str:
     if entry.group == "timm":
-        about, sources = f"timm's {entry.network}, as others trained it.", f"Original code: {entry.origin_url}"
+        about, sources = f"timm's {entry.network}, trained by others.", f"Original code: {entry.origin_url}"
     else:
         summary, sources, *more = (inspect.getdoc(sys.modules[type(net).__module__]) or "").split("\n\n")
         about = "\n\n".join([inspect.getdoc(timm.model_entrypoint(entry.network)) or "", summary, *more])
@@ -112,10 +115,10 @@ def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> s
         f"- {name.replace('_', ' ')}: {value}" for name, value in (entry.recipe or {}).items() if value is not None
     ]
     limits = [
-        f"- It only takes images of {pixels}, unless it is created for another size."
+        f"- It only accepts images of {pixels}, unless it is created for another size."
         if entry.fixed_input_size
-        else f"- Its images are resized to {pixels}; the figures hold for the sizes in the table above.",
-        f"- It knows {entry.num_classes} classes of objects, and may mistake other things for them."
+        else f"- Images are resized to {pixels}; the figures hold for the sizes in the table above.",
+        f"- It detects {entry.num_classes} classes of objects, and may mistake other things for them."
         if _detects(entry)
         else f"- It predicts one of its {entry.num_classes} classes even if an image shows none of them.",
         "- Nothing else was measured: no other data, no damaged images, no bias.",
@@ -123,7 +126,7 @@ def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> s
     if notes:
         limits.append(f"- {notes}")
     wrapper = "" if _detects(entry) else _TRANSFORMERS.format(repo=repo)
-    theirs = f", the licence of {entry.origin_url}: its copyright notice holds" if entry.origin_url else ""
+    theirs = f", the licence of {entry.origin_url}, whose copyright notice applies" if entry.origin_url else ""
     return f"""
 # {entry.name}
 

@@ -1,4 +1,4 @@
-"""Lists of networks and checkpoints, and which of these are on this machine. Needs no torch."""
+"""Lists networks and checkpoints, and those on this machine. Needs no torch."""
 
 import difflib
 from collections.abc import Sequence
@@ -28,18 +28,29 @@ class ModelError(ValueError):
 
 
 def unknown_network(name: str, what: str = "network") -> ModelError:
-    """The error for an unknown network, with the nearest names; `what` is all that the name could have been."""
+    """Creates the error for an unknown network, which lists the nearest names.
+
+    Args:
+        name: The unknown name.
+        what: All that the name could have been.
+
+    Returns:
+        The error.
+    """
     nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
     advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
     return ModelError(f"there is no {what} {name!r}; {advice}")
 
 
 def networks(filters: Sequence[str] = (), pretrained: bool = False) -> list[Entry]:
-    """One entry per checkpoint, and one for every network without checkpoints.
+    """Lists every checkpoint, and every network without checkpoints.
 
     Args:
-        filters: Names with wildcards, of which one must match; all entries without any.
-        pretrained: Verified checkpoints only.
+        filters: Names with wildcards, of which at least one must match; empty: no filter.
+        pretrained: Only verified checkpoints.
+
+    Returns:
+        The entries.
 
     Raises:
         ModelError: If nothing matches.
@@ -47,10 +58,10 @@ def networks(filters: Sequence[str] = (), pretrained: bool = False) -> list[Entr
     """
     everything = [entry for entry in entries().values() if entry.group != "timm"]
     tagged = {entry.network for entry in everything if entry.tag}
-    wanted = (
+    candidates = (
         entry for entry in everything if (entry.verified if pretrained else entry.tag or entry.network not in tagged)
     )
-    found = [entry for entry in wanted if _matches(entry, filters)]
+    found = [entry for entry in candidates if _matches(entry, filters)]
     if not found:
         what = "verified weights" if pretrained else "networks"
         called = f" called {' or '.join(filters)}" if filters else ""
@@ -81,7 +92,7 @@ def summarize(entry: Entry) -> dict[str, Any]:
 
 
 def top1(entry: Entry) -> dict[str, Any] | None:
-    """The top-1 accuracy at the checkpoint's own input size, or else the first that the manifest has."""
+    """The top-1 accuracy at the checkpoint's own input size, or otherwise the first one in the manifest."""
     found = [metric for metric in entry.metrics if metric["metric"] == "top1"]
     own = (metric for metric in found if metric["input_size"] == entry.input_size[-1])
     return next(own, found[0] if found else None)
@@ -95,9 +106,13 @@ def _availability(entry: Entry) -> str:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """All fields of the manifest about a network or a checkpoint, with `weights` and `default` as in `summarize`.
+    """Returns all fields of a network or checkpoint in the manifest.
 
-    A network also has its `checkpoints`.
+    Args:
+        name: The network, with or without a tag.
+
+    Returns:
+        The fields, `weights` and `default` as in `summarize`, and for a network its `checkpoints`.
 
     Raises:
         ModelError: If there is no such network; with the nearest names.
@@ -119,7 +134,13 @@ def _fields(entry: Entry) -> dict[str, Any]:
 
 
 def checkpoints(filters: Sequence[str] = ()) -> list[Entry]:
-    """The checkpoints of the manifest, then those that the user imported under tags of their own.
+    """Lists the checkpoints of the manifest, then those that the user imported under tags of their own.
+
+    Args:
+        filters: Names with wildcards, of which at least one must match; empty: no filter.
+
+    Returns:
+        The entries.
 
     Raises:
         WeightsError: If nothing matches the filters, or a manifest is invalid.
@@ -135,14 +156,20 @@ def checkpoints(filters: Sequence[str] = ()) -> list[Entry]:
 
 
 def _imported(name: str, network: Entry) -> Entry:
-    """An entry for an imported checkpoint, with the network's size and input, but no facts about other files."""
+    """An entry for an imported checkpoint, with the network's size and input only."""
     of_network = ("group", "num_classes", "input_size", "params", "macs", "pool_size", "mean", "std", "crop_pct")
     fields = {field: getattr(network, field) for field in (*of_network, "interpolation", "fixed_input_size")}
     return Entry(name=name, **fields)
 
 
 def checkpoint(name: str) -> Entry:
-    """The checkpoint of this name; for the name of a network alone, its default.
+    """Returns the checkpoint of a name.
+
+    Args:
+        name: A network with a tag, or without one for its default.
+
+    Returns:
+        The entry.
 
     Raises:
         WeightsError: If there is none, or a manifest is invalid.
@@ -168,6 +195,9 @@ def locate(entry: Entry, verify: bool = False) -> dict[str, Any]:
     Args:
         entry: The checkpoint.
         verify: Whether to compute the SHA-256 of its file; otherwise `verified` is None.
+
+    Returns:
+        The fields of the row.
     """
     file = find(entry)
     if file is None:

@@ -1,7 +1,8 @@
-"""Checkpoints as others wrote them, read without running anything in them: safetensors, and what `torch.save` writes.
+"""Reads checkpoints from others without running code in them: safetensors, and the formats of `torch.save`.
 
-Files are told apart by their first bytes, and each format has one parser here. None is passed on to another that might
-see something else in it, least of all to `torch.load`, which also runs TorchScript and unpacks tar files.
+The first bytes of a file determine its format, and each format has one parser here. No file is passed to a second
+parser, which might read something else from it; in particular not to `torch.load`, which also runs TorchScript and
+unpacks tar files.
 """
 
 import os
@@ -24,30 +25,33 @@ from spd_zoo.weights.unpickle import Unknown, Unpickler
 
 __all__ = ["read_checkpoint", "read_saved"]
 
-_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # the first one counts
-_LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle, or safetensors' header: names and shapes, no numbers
-_LARGEST_NETWORK = 10_000_000  # characters of the names of its parts, and 50 more for each
+_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # in order of priority
+_LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle or safetensors' header, which hold names and shapes
+_LARGEST_NETWORK = 10_000_000  # characters in the names of its modules and tensors, plus 50 for each
 _LARGEST_NUMBER = 2**62
 _LONGEST_KEY = 100  # characters of a storage's name, which is a number
-_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6
-_UNREADABLE = (  # what parsers raise at damaged files
+_MAGIC = 0x1950A86A20F9469CFC6C  # starts a file of torch before 1.6
+_UNREADABLE = (  # exceptions of the parsers for damaged files
     *(ValueError, LookupError, TypeError, OverflowError, RuntimeError, MemoryError, SafetensorError),
 )
 
 
 def read_checkpoint(file: Path, called: str = "") -> StateDict:
-    """The tensors of a checkpoint; no code in it runs.
+    """Reads the tensors of a checkpoint, without running code in it.
 
-    Understands safetensors, and what `torch.save` writes: a state dict; one under `state_dict`, `model` or another
-    usual key, with or without `module.` before each name; a whole network, pickled by classes that need not exist
-    here, whose tensors are taken out of its modules. Averaged weights (`ema`) come before plain ones.
+    It reads safetensors and files of `torch.save`: a state dict, also under `state_dict`, `model` or another usual key,
+    also with `module.` before each name; or a whole pickled network, whose classes need not be installed. Averaged
+    weights (`ema`) have priority.
 
     Args:
         file: The checkpoint.
-        called: What error messages call it, if not by its path.
+        called: Its name in error messages, if it is not the path.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        WeightsError: If the file is none of these, is truncated or damaged, or asks for more than tensors.
+        WeightsError: If the file has another format, is truncated or damaged, or takes too much memory or time.
     """
     called = called or str(file)
     checked = checked_tensors(_found(file, called, _state_dict_in), called)
@@ -58,18 +62,23 @@ def read_checkpoint(file: Path, called: str = "") -> StateDict:
 
 
 def read_saved(file: Path) -> Any:
-    """What a checkpoint holds: tensors, numbers and strings, in dicts, lists and tuples; no code in it runs.
+    """Reads everything in a checkpoint, without running code in it.
 
-    What is of another class is an `Unknown`, and a key that is neither short text nor a small number is None.
+    Args:
+        file: The checkpoint.
+
+    Returns:
+        Tensors, numbers and strings, in dicts, lists and tuples. Objects of other classes are `Unknown`, and keys that
+        are neither short strings nor small numbers are None.
 
     Raises:
-        WeightsError: If the file is no checkpoint, is truncated or damaged, or takes more than its tensors to read.
+        WeightsError: If the file is not a checkpoint, is truncated or damaged, or takes too much memory or time.
     """
     return _found(file, str(file), lambda content: content)
 
 
 def _found(file: Path, called: str, take: Callable[[Any], Any]) -> Any:
-    """What `take` makes of a checkpoint's content."""
+    """Reads a checkpoint, and applies `take` to its content."""
     if not file.is_file():
         raise WeightsError(f"{called} does not exist or is no file; give the path of a checkpoint")
     try:
@@ -101,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read(content: BufferedReader, start: bytes, file: Path) -> Any:
-    """What a file holds that begins with `start`."""
+    """Reads a file whose first bytes are `start`."""
     size = os.fstat(content.fileno()).st_size
     if start.startswith(b"PK\3\4"):
         return _read_archive(Archive(content, size), size)
@@ -117,7 +126,7 @@ def _read(content: BufferedReader, start: bytes, file: Path) -> Any:
 
 
 def _state_dict_in(found: Any, depth: int = 0) -> Any:
-    """The state dict in what a checkpoint holds."""
+    """Finds the state dict in the content of a checkpoint."""
     if isinstance(found, Unknown):
         if found.attributes is not None and "_modules" in found.attributes:
             return _tensors_of_module(found)
@@ -130,32 +139,32 @@ def _state_dict_in(found: Any, depth: int = 0) -> Any:
 
 
 def _tensors_of_module(module: Unknown) -> StateDict:
-    """What `module.state_dict()` would give, by its parameters, persistent buffers and modules."""
+    """The result that `module.state_dict()` would have, from parameters, persistent buffers and submodules."""
     tensors: StateDict = {}
-    waiting: list[tuple[str, Any]] = [("", module)]
-    room = _LARGEST_NETWORK
-    while waiting:
-        prefix, part = waiting.pop()
-        if isinstance(part, Tensor):
-            tensors[prefix.removesuffix(".")] = part
-        attributes = part.attributes if isinstance(part, Unknown) else None
+    stack: list[tuple[str, Any]] = [("", module)]
+    budget = _LARGEST_NETWORK
+    while stack:
+        prefix, item = stack.pop()
+        if isinstance(item, Tensor):
+            tensors[prefix.removesuffix(".")] = item
+        attributes = item.attributes if isinstance(item, Unknown) else None
         if attributes is None:
             continue
         transient = attributes.get("_non_persistent_buffers_set")
         transient = transient if isinstance(transient, dict) else {}
-        for group in ("_modules", "_buffers", "_parameters"):  # taken from the end of the list, so in reverse
+        for group in ("_modules", "_buffers", "_parameters"):  # in reverse, because the stack is read from its end
             inner = attributes.get(group)
             inner = inner.items if isinstance(inner, Unknown) else inner
             if not isinstance(inner, dict):
                 continue
             for name in reversed(inner):
                 if not isinstance(name, str):
-                    raise FormatError("a network with a part whose name is no name")
-                room -= 50 + len(prefix) + len(name)
-                if room < 0:
-                    raise FormatError("a network without an end: its modules hold each other")
+                    raise FormatError("a network with a module or tensor whose name is not a string")
+                budget -= 50 + len(prefix) + len(name)
+                if budget < 0:
+                    raise FormatError("a network without an end: its modules contain each other")
                 if name not in transient:
-                    waiting.append((f"{prefix}{name}.", inner[name]))
+                    stack.append((f"{prefix}{name}.", inner[name]))
     return tensors
 
 
@@ -167,11 +176,11 @@ def _read_safetensors(file: Path) -> StateDict:
         return {name: content.get_tensor(name) for name in names}
 
 
-# What torch.save writes
+# Formats of torch.save
 
 
 class _Storage:
-    """Numbers that tensors share."""
+    """A storage: the numbers that tensors view."""
 
     __slots__ = ("dtype", "numbers")
 
@@ -181,7 +190,7 @@ class _Storage:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> Tensor:
-    """A tensor that lies inside its storage; `others` are hooks and the like, and in files of new types the dtype."""
+    """Creates a tensor inside its storage; `others` are hooks and such, and for newer data types the dtype."""
     if not (isinstance(storage, _Storage) and isinstance(size, tuple) and isinstance(stride, tuple)):
         raise FormatError("a tensor without numbers or a shape")
     if len(size) > MOST_DIMENSIONS or len(size) != len(stride):
@@ -191,32 +200,32 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> 
     dtype = next((other for other in others if isinstance(other, torch.dtype)), storage.dtype)
     if dtype in _WITH_SCALE:
         raise FormatError("a quantised tensor without its scale")
-    room = len(storage.numbers) // dtype.itemsize
+    available = len(storage.numbers) // dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= room:
+    if 0 not in size and last >= available:
         raise FormatError("a tensor that is larger than its numbers")
     count = 1
     for n in size:
         count *= n
-    if count > room:
+    if count > available:
         raise FormatError("a tensor that repeats its numbers")
     return torch.empty(0, dtype=dtype).set_(storage.numbers.untyped_storage(), offset, size, stride)
 
 
 def _data(data: Any, *others: Any) -> Any:
-    """What a parameter holds."""
+    """Creates a parameter, as its plain tensor."""
     return data
 
 
 def _plain(rebuild: Any, subclass: Any, arguments: Any, state: Any) -> Any:
-    """A tensor of a subclass, as a plain one."""
+    """Creates a tensor of a subclass, as a plain tensor."""
     if rebuild not in (_tensor, _data) or not isinstance(arguments, tuple):
-        raise FormatError("a tensor that is made by something else")
+        raise FormatError("a tensor that an unknown function creates")
     return rebuild(*arguments)
 
 
 def _shape(dimensions: Any) -> tuple[Any, ...]:
-    """A torch.Size."""
+    """Creates a torch.Size, as a tuple."""
     if not isinstance(dimensions, tuple | list):
         raise FormatError("a tensor whose shape is no numbers")
     return tuple(dimensions)
@@ -238,7 +247,7 @@ _STORAGES = {
     "QUInt8Storage": torch.quint8,
     "QInt8Storage": torch.qint8,
     "QInt32Storage": torch.qint32,
-    "UntypedStorage": torch.bits8,  # its tensors say their own
+    "UntypedStorage": torch.bits8,  # its tensors state their own type
 }
 _WITH_SCALE = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 _DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
@@ -256,9 +265,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 def _storage_of(persistent_id: Any) -> tuple[torch.dtype, str, int, Any]:
-    """Type, key and length of the storage that a persistent id means, and where it lies in another, if it does."""
+    """Type, key and length of the storage of a persistent id, and its position if it is a view of another storage."""
     if not isinstance(persistent_id, tuple) or not 5 <= len(persistent_id) <= 6 or type(persistent_id[0]) is not str:
-        raise FormatError("a persistent id that means no storage")
+        raise FormatError("a persistent id that is not of a storage")
     name, dtype, key, _, length, view = (*persistent_id, None)[:6]
     if name != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str or len(key) > _LONGEST_KEY:
         raise FormatError("a storage without a type or a name")
@@ -268,7 +277,7 @@ def _storage_of(persistent_id: Any) -> tuple[torch.dtype, str, int, Any]:
 
 
 def _read_archive(archive: Archive, size: int) -> Any:
-    """What a zip file of `torch.save`, of `size` bytes, holds."""
+    """Reads the object in a zip file of `torch.save` with `size` bytes."""
     if "data.pkl" not in archive.names:
         raise FormatError("a zip file that torch.save did not write")
     if any(name == "constants.pkl" or name.startswith("code/") for name in archive.names):
@@ -297,7 +306,7 @@ def _read_archive(archive: Archive, size: int) -> Any:
 
 
 def _read_stream(content: BufferedReader, size: int) -> Any:
-    """What a file of torch before 1.6 holds: five pickles, then the numbers of all storages."""
+    """Reads the object in a file of torch before 1.6: five pickles, then the numbers of all storages."""
     storages: dict[str, tuple[bytearray, _Storage]] = {}
     left = size
 
@@ -312,11 +321,11 @@ def _read_stream(content: BufferedReader, size: int) -> Any:
                 raise FormatError("a storage whose numbers are not in the file")
             buffer = bytearray(length * dtype.itemsize)  # filled when the pickle is read
             storages[key] = buffer, _Storage(buffer, dtype)
-        buffer, whole = storages[key]
-        if (whole.dtype, len(buffer)) != (dtype, length * dtype.itemsize):
+        buffer, full = storages[key]
+        if (full.dtype, len(buffer)) != (dtype, length * dtype.itemsize):
             raise FormatError("a storage of two types or lengths")
         if view is None:
-            return whole
+            return full
         if not (
             isinstance(view, tuple) and len(view) == 3 and all(type(n) is int and 0 <= n <= length for n in view[1:])
         ):
@@ -338,12 +347,12 @@ def _read_stream(content: BufferedReader, size: int) -> Any:
         raise FormatError("a storage whose numbers are not in the file")
     content.seek(unpickler.position)
     for key in keys:
-        buffer, whole = storages[key]
+        buffer, full = storages[key]
         length = int.from_bytes(content.read(8), "little")
-        if length * whole.dtype.itemsize != len(buffer) or content.readinto(buffer) != len(buffer):
+        if length * full.dtype.itemsize != len(buffer) or content.readinto(buffer) != len(buffer):
             raise FormatError("a file that ends too early, or a storage of another length than it says")
-        if sys.byteorder != "little" and whole.dtype.itemsize > 1:
-            whole.numbers.untyped_storage().byteswap(whole.dtype)
+        if sys.byteorder != "little" and full.dtype.itemsize > 1:
+            full.numbers.untyped_storage().byteswap(full.dtype)
     if content.tell() != size:
-        raise FormatError("a file that goes on where its last storage ends")
+        raise FormatError("a file with bytes after its last storage")
     return found

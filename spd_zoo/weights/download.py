@@ -1,4 +1,4 @@
-"""Files from the Hugging Face Hub and from the authors' links; the only code that uses the network to read.
+"""Downloads files from the Hugging Face Hub and from the authors' links; no other code here downloads anything.
 
 Temporary failures (a broken connection, an overloaded server) are retried a few times.
 """
@@ -26,23 +26,23 @@ from spd_zoo.weights.manifest import WeightsError
 __all__ = ["DownloadError", "download", "download_from_hub", "hub_url", "page_or_pointer"]
 
 _TRIES = 4
-_PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 4))  # seconds to wait for a server's first answer
+_TIMEOUT = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 4))  # seconds to wait for a server's first answer
 _LONGEST_PAUSE = 30.0  # seconds, if the server asks for one
 
 T = TypeVar("T")
 
 
 class DownloadError(WeightsError):
-    """A file that cannot be downloaded now; the message is only the reason."""
+    """A file that cannot be downloaded now; the message is the reason alone, for use inside a sentence."""
 
 
 def page_or_pointer(start: bytes) -> str | None:
-    """Describes the web page or git-lfs pointer that begins with these bytes; None for any other file."""
+    """Describes a web page or git-lfs pointer by its first bytes; None for any other file."""
     text = start.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").lstrip()
     if text.startswith(b"<"):
         return "a web page (a quota that is used up, a login, a question)"
     if text.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, the address of a file"
+        return "a git-lfs pointer, which only refers to a file"
     return None
 
 
@@ -52,7 +52,15 @@ def hub_url(source: re.Match[str]) -> str:
 
 
 def download_from_hub(source: re.Match[str], cache_dir: str | Path | None, again: bool = False) -> Path:
-    """The file of a `HUB_SOURCE` in the Hugging Face cache, downloaded if it is missing or with `again`.
+    """Downloads the file of a `HUB_SOURCE` to the Hugging Face cache, if it is not there.
+
+    Args:
+        source: A match of `HUB_SOURCE`.
+        cache_dir: The cache (default: the Hugging Face cache).
+        again: Download the file even if it is there.
+
+    Returns:
+        The file.
 
     Raises:
         DownloadError: If it cannot be downloaded; with the reason.
@@ -61,17 +69,22 @@ def download_from_hub(source: re.Match[str], cache_dir: str | Path | None, again
         raise DownloadError("OfflineModeIsEnabled: HF_HUB_OFFLINE is set")
 
     def get() -> Path:
-        get_hf_file_metadata(hub_url(source), timeout=_PATIENCE)  # without a server, hf_hub_download waits for minutes
+        get_hf_file_metadata(hub_url(source), timeout=_TIMEOUT)  # hf_hub_download alone waits minutes for a server
         file = hf_hub_download(
             source["repo"], source["file"], revision=source["commit"], cache_dir=cache_dir, force_download=again
         )
         return Path(file)
 
-    return _patiently(get)
+    return _with_retries(get)
 
 
 def download(link: str, file: str | None, path: Path) -> None:
-    """Downloads a link to `path`: a file on Google Drive, `file` in a folder there, or any HTTPS file.
+    """Downloads a link.
+
+    Args:
+        link: A file or folder on Google Drive, or any HTTPS file.
+        file: The file's name, if `link` is a folder.
+        path: The file to write.
 
     Raises:
         DownloadError: If it cannot be downloaded, with the reason, or is a web page.
@@ -81,7 +94,7 @@ def download(link: str, file: str | None, path: Path) -> None:
     if "drive.google.com" in link:
         _download_from_drive(link, file, path)
     else:
-        _patiently(lambda: _download_from_server(link, path))
+        _with_retries(lambda: _download_from_server(link, path))
     with path.open("rb") as content:
         what = page_or_pointer(content.read(512))
     if what:
@@ -89,7 +102,7 @@ def download(link: str, file: str | None, path: Path) -> None:
 
 
 def _download_from_server(link: str, path: Path) -> None:
-    pauses = (_PATIENCE, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _PATIENCE)  # connect, read, write, pool
+    pauses = (_TIMEOUT, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _TIMEOUT)  # connect, read, write, pool
     with get_session().stream("GET", link, timeout=pauses, follow_redirects=True) as response, path.open("wb") as out:
         response.raise_for_status()
         size = int(response.headers.get("Content-Length", 0)) or None
@@ -105,7 +118,7 @@ def _download_from_drive(link: str, file: str | None, path: Path) -> None:
         raise DownloadError("Google Drive needs the package gdown: pip install 'spd-zoo[gdrive]'") from error
 
     def get() -> None:
-        url, timeout = link, (_PATIENCE, 60.0)  # to connect, and between bytes
+        url, timeout = link, (_TIMEOUT, 60.0)  # to connect, and between bytes
         if "/folders/" in link:
             listed: Any = gdown.download_folder(link, skip_download=True, quiet=True, timeout=timeout)
             ids = {Path(item.path).name: item.id for item in listed}
@@ -114,14 +127,11 @@ def _download_from_drive(link: str, file: str | None, path: Path) -> None:
             url = f"https://drive.google.com/uc?id={ids[file]}"
         gdown.download(url, str(path), timeout=timeout, use_cookies=False, quiet=not sys.stderr.isatty())
 
-    _patiently(get, gdown.DownloadError)
+    _with_retries(get, gdown.DownloadError)
 
 
-def _patiently(get: Callable[[], T], vague: type[Exception] = ConnectionError) -> T:
-    """The result of `get`, which is retried after temporary errors.
-
-    `vague` errors do not state a reason; they are retried, too.
-    """
+def _with_retries(get: Callable[[], T], vague: type[Exception] = ConnectionError) -> T:
+    """Calls `get`, and retries it after temporary errors; `vague` errors, which give no reason, count as temporary."""
     attempt = 0
     while True:
         try:
@@ -140,17 +150,17 @@ def _pause(error: Exception, attempt: int) -> float | None:
     if response is not None:
         if response.status_code not in (408, 429) and response.status_code < 500:
             return None
-        wished = response.headers.get("Retry-After", "")
-        seconds = float(wished) if wished.isdigit() else 0.5 * 2**attempt
+        requested = response.headers.get("Retry-After", "")
+        seconds = float(requested) if requested.isdigit() else 0.5 * 2**attempt
         return seconds if seconds <= _LONGEST_PAUSE else None
     if type(error).__name__ in ("ReadTimeout", "ConnectTimeout"):
         return 0.0 if attempt == 0 else None  # more tries would take too long
     broken = type(error).__name__ in _BROKEN_CONNECTIONS
-    shortened = type(error) is OSError and error.errno is None  # huggingface_hub's error for a wrong length
-    return 0.5 * 2**attempt if broken or shortened else None
+    wrong_length = type(error) is OSError and error.errno is None  # as huggingface_hub raises it
+    return 0.5 * 2**attempt if broken or wrong_length else None
 
 
-# the same names in httpx, httpx2 and requests, which gdown uses
+# Names of exceptions that httpx, httpx2 and requests (used by gdown) share.
 _BROKEN_CONNECTIONS = {
     *("ConnectError", "ReadError", "WriteError", "CloseError", "RemoteProtocolError"),
     *("ConnectionError", "ChunkedEncodingError"),

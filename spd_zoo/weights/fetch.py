@@ -13,14 +13,17 @@ __all__ = ["fetch", "import_weights", "remove"]
 
 
 def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
-    """The file of `entry`, with its SHA-256 checked; it is downloaded if it is not on this machine.
+    """Returns the file of an entry, after checking its SHA-256; downloads it if it is not on this machine.
 
     A damaged file is downloaded once more. The authors' file is converted to our keys. Warns if no SHA-256 is known
-    for the file. The file of a derived entry is that of the original.
+    for the file. The file of a derived entry is that of its original.
 
     Args:
         entry: The weights.
         cache_dir: Where to keep downloads (default: the Hugging Face cache).
+
+    Returns:
+        The file.
 
     Raises:
         WeightsError: If the file cannot be downloaded, or is not the one that the manifest pins.
@@ -66,7 +69,7 @@ def _missing(entry: Entry, source: re.Match[str]) -> WeightsError:
 
 
 def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_dir: str | Path | None) -> Path:
-    """Downloads the file of `entry`, one process at a time; the others then find it."""
+    """Downloads the file of `entry`; processes that wait for the lock then find it."""
     if hub is None and entry.original_link is None:
         if damaged is not None:
             raise _wrong(entry, damaged, f"import it again: spd-zoo weights import {entry.name} FILE")
@@ -90,9 +93,15 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
 
 
 def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """`import_file` for a file, or for a link (https, Google Drive, hf://ORG/REPO@COMMIT:FILE), downloaded first.
+    """Imports a file, or downloads and imports a link (https, Google Drive, hf://ORG/REPO@COMMIT:FILE).
 
-    For a derived entry, the original is imported.
+    Args:
+        name: The network, with or without a tag; for a derived entry, its original is imported.
+        file: The file or link.
+        cache_dir: Where to keep the result (default: next to the Hugging Face cache).
+
+    Returns:
+        The imported file.
 
     Raises:
         WeightsError: If it cannot be downloaded, cannot be read or does not fit; then nothing is kept.
@@ -154,7 +163,14 @@ def _wrong(entry: Entry, path: Path, advice: str) -> WeightsError:
 
 
 def remove(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
-    """Deletes the file of `entry` from the user's cache; returns its path, or None if there was no file.
+    """Deletes the file of an entry from the user's cache.
+
+    Args:
+        entry: The weights.
+        cache_dir: Where downloads are (default: the Hugging Face cache).
+
+    Returns:
+        The path of the deleted file; None if there was none.
 
     Raises:
         WeightsError: If the file belongs to a package, or to the entry that this one is derived from.

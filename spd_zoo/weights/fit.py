@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint fit a network, and which network of the zoo they do fit."""
+"""Compares the tensors of a checkpoint with a network, and finds the network of the zoo that they fit."""
 
 import re
 import sys
@@ -31,7 +31,7 @@ __all__ = [
 
 StateDict = dict[str, Tensor]
 FilterFn = Callable[[StateDict, Any], StateDict]
-MOST_TENSORS, MOST_DIMENSIONS = 10_000, 64  # of a network; of a tensor, as in torch
+MOST_TENSORS, MOST_DIMENSIONS = 10_000, 64  # largest number of tensors, and of a tensor's dimensions (as in torch)
 _LONGEST_NAME = 1_000  # characters
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _OTHERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
@@ -39,7 +39,15 @@ Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
 def rename(state_dict: StateDict, renames: Renames) -> StateDict:
-    """The tensors under new keys: every pattern that matches a key is replaced, in order."""
+    """Renames the keys of a state dict with regular expressions.
+
+    Args:
+        state_dict: The tensors.
+        renames: Pairs of pattern and replacement, as for `re.sub`; all of them are applied to every key, in order.
+
+    Returns:
+        The tensors under their new keys.
+    """
     renamed = {}
     for key, tensor in state_dict.items():
         new = key
@@ -68,12 +76,23 @@ def fit_image_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 
 def first_conv_name(model: nn.Module) -> str:
-    """The name of a network's first convolution, which is its first one in order of construction."""
+    """The name of a network's first convolution, in the order of registration."""
     return next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
 
 
 def checked_tensors(state_dict: Any, name: str) -> StateDict:
-    """`state_dict`, after checking that it is one, and that it can be compared with a network and printed."""
+    """Checks that a state dict is a dict of tensors that can be compared with a network, and printed.
+
+    Args:
+        state_dict: What should be a state dict.
+        name: The checkpoint's name in errors.
+
+    Returns:
+        `state_dict`.
+
+    Raises:
+        WeightsError: If it is something else, or larger than any network.
+    """
     if (
         not isinstance(state_dict, dict)
         or not state_dict
@@ -90,15 +109,17 @@ def checked_tensors(state_dict: Any, name: str) -> StateDict:
 
 
 def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, Any]:
-    """The number of classes and of image channels that a checkpoint was made for.
+    """Infers the numbers of classes and of image channels from a checkpoint.
 
-    A tensor that does not fit `meta` in its other dimensions says nothing: networks made for what it says could be
-    many times as large as the file.
+    Only tensors whose other dimensions fit `meta` are used. Otherwise a small file could ask for a huge network.
 
     Args:
         state_dict: The tensors under the network's own keys.
         meta: The network, with `in_chans` image channels.
         in_chans: Image channels of `meta`.
+
+    Returns:
+        `num_classes` and `in_chans`.
     """
     first_conv = cfg_of(meta)["first_conv"]
     names = (
@@ -108,7 +129,7 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
     classifier, stem = (state_dict.get(f"{name}.weight") for name in names)
     own: list[Any] = [meta.get_submodule(name) for name in names]
     own_classifier, own_stem = (layer.weight for layer in own)
-    if stem is not None and own_stem is not None and _alike_but_in(1, stem, own_stem):
+    if stem is not None and own_stem is not None and _same_shape_except(1, stem, own_stem):
         in_chans = stem.shape[1] * in_chans // own_stem.shape[1]
     num_classes = cast("int", meta.num_classes)
     if classifier is None or own_classifier is None or _has_numbers_for_each_class(classifier, own_classifier):
@@ -116,17 +137,17 @@ def facts(state_dict: StateDict, meta: nn.Module, in_chans: int) -> dict[str, An
     return {"num_classes": num_classes, "in_chans": in_chans}
 
 
-def _alike_but_in(dimension: int, tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor has the shape of the network's own, outside one dimension."""
+def _same_shape_except(dimension: int, tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor has the shape of the network's own one, except in one dimension."""
     return tensor.ndim == own.ndim and all(
         a == b for i, (a, b) in enumerate(zip(tensor.shape, own.shape, strict=True)) if i != dimension
     )
 
 
 def _has_numbers_for_each_class(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a classifier's weight has at least a quarter of the numbers for a class that the network's own has.
+    """Whether a classifier's weight has at least a quarter as many numbers per class as the network's own one.
 
-    Not always as many: the width in front of a YOLOv8 classifier depends on the number of classes (32 to 100 in the
+    They need not be equal: the input width of a YOLOv8 classifier depends on the number of classes (32 to 100 in the
     smallest network, 80 in its default).
     """
     return tensor.ndim == own.ndim and 4 * tensor[:1].numel() >= own[:1].numel()
@@ -139,20 +160,29 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _num_classes(weight: Tensor | None, model: nn.Module) -> int:
-    """The number of classes of a checkpoint of a network like `model`, by its first classifier's weight, if any."""
-    of_outputs: Callable[[int], int] | None = getattr(model, "num_classes_of", None)  # detectors' layers say more
+    """Infers a checkpoint's number of classes from the weight of its first classifier, if any."""
+    of_outputs: Callable[[int], int] | None = getattr(model, "num_classes_of", None)  # detectors have more outputs
     if of_outputs is None:
         return 0 if weight is None else weight.shape[:1].numel()
     return cast("int", model.num_classes) if weight is None else of_outputs(weight.shape[:1].numel())
 
 
 def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = False) -> str | None:
-    """The first difference between a checkpoint and a network; None if there is none."""
+    """The first difference between a checkpoint and a network.
+
+    Args:
+        state_dict: The tensors under the network's own keys.
+        model: The network.
+        with_classifier: Compare the classifier, too.
+
+    Returns:
+        A description for an error; None if there is no difference.
+    """
     cfg, own = cfg_of(model), model.state_dict()
     other = () if with_classifier else tuple(f"{name}." for name in classifiers(model))
     expected = {key: list(tensor.shape) for key, tensor in own.items() if not key.startswith(other)}
     found = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
-    adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # by timm, to the image's channels
+    adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # timm adapts it to the image channels
     for key, shape in expected.items():
         if key not in found:
             missing = len(expected.keys() - found.keys())
@@ -166,14 +196,22 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
 
 
 def which_fits(state_dict: StateDict, other_than: str) -> str:
-    """A clause for an error: the networks of the zoo that a checkpoint with the authors' or our keys fits."""
+    """Finds the networks of the zoo that a checkpoint fits.
+
+    Args:
+        state_dict: The tensors under the authors' or our keys.
+        other_than: A network to leave out.
+
+    Returns:
+        A clause for an error.
+    """
     numbers = sum(tensor.numel() for tensor in state_dict.values())
     similar = [
         name
         for name in own_networks()
         if name != other_than and 1 / 3 < numbers / entries_for_import()[name].params < 3
     ]
-    fitting = [name for name in similar if _fits(state_dict, name)]  # takes long for all
+    fitting = [name for name in similar if _fits(state_dict, name)]  # comparing with all networks would take long
     return f"it fits {' and '.join(fitting)}" if fitting else "it fits no other network of the zoo"
 
 
@@ -184,6 +222,6 @@ def own_networks() -> list[str]:
 
 def _fits(state_dict: StateDict, name: str) -> bool:
     meta = timm.create_model(name, device="meta")
-    if len(state_dict) > 3 * len(meta.state_dict()):  # 10,000 names take long to compare
+    if len(state_dict) > 3 * len(meta.state_dict()):  # renaming 10,000 keys would take long
         return False
     return misfit(fit_image_channels(filter_of(meta)(state_dict, meta), meta), meta) is None

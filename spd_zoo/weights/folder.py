@@ -1,4 +1,4 @@
-"""A network as a folder that other libraries load: `model.safetensors` and timm's `config.json`."""
+"""Saves networks as folders that other libraries load: `model.safetensors` and timm's `config.json`."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ from spd_zoo.weights.manifest import WeightsError
 
 __all__ = ["CONFIG", "WEIGHTS", "check_config", "config_of", "save_network"]
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"  # where timm and transformers look
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the names that timm and transformers expect
 
 _NUMBERS: dict[str, Any] = {"type": ["array", "null"], "items": {"type": "number"}}
 _FACTS: dict[str, Any] = {  # what is read of config.json, and in it of pretrained_cfg, by timm or by us
@@ -98,15 +98,22 @@ def save_network(
 def config_of(
     net: nn.Module, cfg: dict[str, Any] | None = None, model_args: dict[str, Any] | None = None, **extra: Any
 ) -> dict[str, Any]:
-    """timm's `config.json`, in a form that transformers reads, too; the arguments are those of `save_network`.
+    """The contents of timm's `config.json`, in a form that transformers reads, too.
 
-    `extra` holds further fields.
+    Args:
+        net: As in `save_network`.
+        cfg: As in `save_network`.
+        model_args: As in `save_network`.
+        **extra: Further top-level fields.
+
+    Returns:
+        The fields.
     """
     cfg = dict(cfg or {})
     names = cfg.pop("label_names", None)
     described = vars(net)["pretrained_cfg"].get("label_descriptions") or {}
     if names and described and not described.keys() >= set(names):
-        cfg["label_descriptions"] = None  # those of a pretrained network, whose classes were others
+        cfg["label_descriptions"] = None  # they describe the pretrained network's classes, which differ
     extra = {"pretrained_cfg": cfg} | ({"label_names": names} if names else {}) | extra
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG

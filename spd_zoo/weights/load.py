@@ -1,4 +1,4 @@
-"""A network by its name, its tag or its folder, with its weights."""
+"""Loads networks with their weights, by name, by tag or from a folder."""
 
 import os
 from pathlib import Path
@@ -48,10 +48,15 @@ def timm_name(name: str) -> str:
     """timm's name for a network: `name` itself, or `local-dir:FOLDER` for the folder of a run.
 
     Args:
-        name: A network with or without a tag, a source of timm's such as `local-dir:` or `hf-hub:`, or a run's folder.
+        name: A network with or without a tag, one of timm's sources such as `local-dir:` or `hf-hub:`, or a run's
+            folder.
+
+    Returns:
+        The name for `timm.create_model`.
 
     Raises:
-        ModelError: If there is no such network, with the nearest names; or the folder has no weights in safetensors.
+        ModelError: If there is no such network (the message lists the nearest names), or the folder has no weights in
+            safetensors.
     """
     if name.endswith(".onnx"):
         raise ModelError(
@@ -81,7 +86,7 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder} is a folder without {CONFIG}; choose the folder of a finished run")
     if not (folder / WEIGHTS).is_file():
         raise ModelError(
-            f"{folder} holds no {WEIGHTS}, and nothing else is read from a folder; save the network as safetensors, as "
+            f"{folder} has no {WEIGHTS}, and no other file is read from a folder; save the network as safetensors, as "
             "timm's save_for_hf does, or import its checkpoint: spd-zoo weights import NETWORK FILE"
         )
     check_config(folder)
@@ -135,11 +140,14 @@ def _coco_names() -> list[str]:
 
 
 def load_network(model: str, device: str) -> nn.Module:
-    """A pretrained network on a torch device, channels last, in evaluation mode.
+    """Loads a pretrained network onto a device, in channels-last memory format and evaluation mode.
 
     Args:
         model: As for `timm_name`.
         device: torch device, as `pick_device` returns it.
+
+    Returns:
+        The network.
 
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.

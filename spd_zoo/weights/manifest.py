@@ -50,16 +50,16 @@ class Entry:
     num_classes: int
     input_size: tuple[int, int, int]
     params: int  # of the network with num_classes outputs
-    macs: int  # convolutions and linear layers, one image of input_size
-    pool_size: tuple[int, int] | None = None  # size of the last map at input_size; detectors do not pool it
+    macs: int  # of convolutions and linear layers, for one image of input_size
+    pool_size: tuple[int, int] | None = None  # size of the last map at input_size; None for detectors
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875
     interpolation: str = "bilinear"
-    fixed_input_size: bool = False  # whether the network only takes images of the size that it was created for
+    fixed_input_size: bool = False  # whether the network only accepts images of the size that it was created for
     source: str | None = None
     extra: str | None = None  # the extra of spd-zoo that installs the package of a source package:NAME:FILE
-    default: bool = True  # whether these may be the network's default weights
+    default: bool = True  # whether this checkpoint may be the network's default
     mirror: str | None = None
     sha256: str | None = None
     size: int | None = None
@@ -127,7 +127,7 @@ def set_private(path: str | Path | None) -> None:
 
 @cache
 def entries() -> dict[str, Entry]:
-    """All entries by name; those of a private manifest replace the package's own of the same name.
+    """All entries by name; those of a private manifest replace the package's entries of the same name.
 
     Raises:
         WeightsError: If a manifest is invalid.
@@ -136,7 +136,7 @@ def entries() -> dict[str, Entry]:
 
 
 def entries_for_import() -> dict[str, Entry]:
-    """`entries`, or only the package's own if the private manifest is invalid, so that `import spd_zoo` always works.
+    """`entries`, or the package's own ones if the private manifest is invalid, so that `import spd_zoo` always works.
 
     Loading weights calls `entries`, which then raises the error.
     """
@@ -173,7 +173,7 @@ def _own() -> dict[str, Entry]:
 
 
 def _derived(found: dict[str, Entry]) -> dict[str, Entry]:
-    """The entries; derived ones with the original's facts about the weights."""
+    """The entries, in which derived ones have the other fields of their original."""
     return {
         name: entry
         if entry.derived_from is None
@@ -191,7 +191,7 @@ def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entr
         for name, fields in members.items():
             if name in found:
                 raise WeightsError(f"{path} has {name} twice, in {found[name].group} and in {group}; remove one")
-            if "derived_from" in fields:  # the rest is the other entry's
+            if "derived_from" in fields:  # placeholders; `_derived` copies these fields from the original
                 fields = {"num_classes": 1, "input_size": (1, 1, 1), "pool_size": (1, 1)} | fields
             try:
                 found[name] = Entry(name=name, group=group, **{key: _tuple(value) for key, value in fields.items()})
@@ -213,8 +213,8 @@ def _tuple(value: Any) -> Any:
 
 
 def _read_private(path: Path) -> dict[str, Entry]:
-    """The entries of a manifest that others wrote, after checking everything that can be checked without a download."""
-    import jsonschema  # here, because few need it and importing it takes long
+    """The entries of a private manifest, after all checks that need no download."""
+    import jsonschema  # imported here, because it takes long and few users need it
 
     def refuse(reason: str, cause: BaseException | None = None) -> NoReturn:
         raise WeightsError(
@@ -240,11 +240,11 @@ def _read_private(path: Path) -> dict[str, Entry]:
         )
     except OSError as error:
         refuse(f"cannot be read ({error.strerror or error})", error)
-    except (ValueError, RecursionError) as error:  # of the text's encoding or JSON
+    except (ValueError, RecursionError) as error:  # invalid encoding or JSON
         refuse(f"is no JSON ({str(error)[:150]})", error)
     schema = json.loads((Path(__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
     problems = jsonschema.Draft202012Validator(schema).iter_errors(groups)
-    problem = jsonschema.exceptions.best_match(islice(problems, 20))  # not all: there may be very many
+    problem = jsonschema.exceptions.best_match(islice(problems, 20))  # a hostile manifest may have very many
     if problem is not None:
         where = "/".join(map(str, problem.absolute_path)) or "top level"
         refuse(f"is invalid at {where[:150]}: {problem.message[:200]}", problem)
@@ -267,7 +267,7 @@ def _read_private(path: Path) -> dict[str, Entry]:
 
 
 def _is_timms(network: str) -> bool:
-    import timm  # here, because it takes seconds and few private manifests have networks of timm's
+    import timm  # imported here, because it takes seconds and few private manifests name timm's networks
 
     return timm.is_model(network)
 
@@ -280,7 +280,15 @@ def _number(text: str) -> float:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> bool:
-    """Writes the manifest to `path` atomically if its content changes; returns whether it did."""
+    """Writes a manifest atomically if its content changes.
+
+    Args:
+        path: The file.
+        manifest: The groups of entries.
+
+    Returns:
+        Whether the file was written.
+    """
     text = json.dumps(manifest, indent=2) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False

@@ -1,4 +1,4 @@
-"""From the weights of an entry to a repository on the Hugging Face Hub, and its address back into the manifest."""
+"""Publishes weights in a repository on the Hugging Face Hub, and enters its address in the manifest."""
 
 import difflib
 import json
@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 UNSEEN = "sha256 is unknown because the bytes were never seen here; nothing about this file is verified."  # a note
-NOTE = "import spd_zoo before this is loaded: it registers the network, which timm does not have"
-FREE = (  # licences (SPDX) under which anybody may pass weights on with their notice
+NOTE = "import spd_zoo before loading this: it registers the network, which timm does not have"
+FREE = (  # licences (SPDX) that permit redistribution with their notice
     "apache-2.0",
     "mit",
     "bsd-2-clause",
@@ -53,15 +53,23 @@ FREE = (  # licences (SPDX) under which anybody may pass weights on with their n
 
 
 class LicenseError(WeightsError):
-    """Weights that may not be redistributed; the message says what their licence is."""
+    """Weights that may not be redistributed; the message states their licence."""
 
 
 @dataclass(frozen=True)
 class Publication:
-    """The files on the Hub for an entry: `file` as model.safetensors, and `texts` by name."""
+    """The files to publish for an entry.
+
+    Attributes:
+        entry: The entry.
+        repo: The repository, ORG/network.tag.
+        file: The weights, published as model.safetensors.
+        sha256: The SHA-256 of `file`.
+        texts: Contents of the other files, by name.
+    """
 
     entry: Entry
-    repo: str  # ORG/network.tag
+    repo: str
     file: Path
     sha256: str
     texts: dict[str, bytes]
@@ -77,11 +85,11 @@ def check_license(entry: Entry) -> None:
     if name in FREE:
         return
     if name in ("none", "unknown", "noassertion"):
-        why = f"{origin} gives no licence for them, so nobody but the authors may pass them on"
+        why = f"{origin} gives no licence for them, so only the authors may redistribute them"
     elif re.match(r"[al]?gpl\b", name):
-        why = f"{origin} has them under {name}, and this Apache-2.0 project passes no GPL weights on"
+        why = f"{origin} has them under {name}, and this Apache-2.0 project redistributes no GPL weights"
     else:
-        why = f"{origin} has them under {name}, which is not among the licences to pass weights on ({', '.join(FREE)})"
+        why = f"{origin} has them under {name}; weights are only redistributed under {', '.join(FREE)}"
     raise LicenseError(f"the weights of {entry.name} are not published: {why}")
 
 
@@ -98,13 +106,16 @@ def checkout_manifest() -> Path:
 
 
 def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = False) -> Publication:
-    """Prepares what `publish` puts on the Hub, without sending anything.
+    """Prepares the files that `publish` uploads, without sending anything.
 
     Args:
         entry: The weights.
         org: Organisation or user on the Hub.
         file: The weights under the network's own keys (default: the entry's file, fetched).
         offline: Only use files on this machine.
+
+    Returns:
+        The files.
 
     Raises:
         LicenseError: If they may not be redistributed.
@@ -126,9 +137,14 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
 
 
 def publish(publication: Publication, manifest: Path) -> str:
-    """Creates the repository, uploads in one commit, and enters the address in `manifest`; skips what is already done.
+    """Creates the repository, uploads the files in one commit, and enters the address in a manifest.
 
-    The address is entered only after the Hub has confirmed that it serves the same bytes.
+    Steps that are already done are skipped. The address is entered only after the Hub has confirmed that it serves the
+    same bytes.
+
+    Args:
+        publication: The files.
+        manifest: The manifest to write.
 
     Returns:
         A summary of what was done.
@@ -143,7 +159,7 @@ def publish(publication: Publication, manifest: Path) -> str:
     if token is None:
         raise WeightsError(
             f"cannot publish {entry.name}: there is no token for the Hub. "
-            "What to do: run `hf auth login`, or set HF_TOKEN, with a token that may write"
+            "What to do: run `hf auth login`, or set HF_TOKEN, with a token that has write access"
         )
     with _explained(publication):
         commit, new = _upload(publication, HfApi(token=token))
@@ -151,15 +167,22 @@ def publish(publication: Publication, manifest: Path) -> str:
     has, expected = (served.etag, served.size), (publication.sha256, publication.file.stat().st_size)
     if (served.commit_hash, *has) != (commit, *expected):
         raise WeightsError(
-            f"{repo} at {commit} serves a {WEIGHTS} of sha256 and size {has}, not {expected}; the manifest stays as it "
-            "is. What to do: look at the repository, then run the same again"
+            f"{repo} at {commit} serves a {WEIGHTS} of sha256 and size {has}, not {expected}; the manifest is "
+            "unchanged. What to do: look at the repository, then run the same command again"
         )
     written = write_manifest(manifest, _pinned(content, publication, commit))
     return f"{'published' if new else 'unchanged'} at {commit}, manifest {'written' if written else 'unchanged'}"
 
 
 def describe(publication: Publication, manifest: Path) -> str:
-    """Describes everything that `publish` would do: address, licence, files, texts, and the change to `manifest`.
+    """Describes everything that `publish` would do, for a dry run.
+
+    Args:
+        publication: The files.
+        manifest: The manifest that would be written.
+
+    Returns:
+        The address, licence, files, texts, and the change to the manifest.
 
     Raises:
         WeightsError: If the manifest cannot be written.
@@ -175,7 +198,7 @@ def describe(publication: Publication, manifest: Path) -> str:
     return "\n\n".join(
         [
             f"{entry.name} -> {constants.ENDPOINT}/{publication.repo}",
-            f"licence: {entry.license}, under which anybody may pass it on",
+            f"licence: {entry.license}, which permits redistribution",
             "\n".join(sizes),
             *(f"===== {name}\n{text.decode()}" for name, text in publication.texts.items()),
             f"===== {manifest}\n{change or 'unchanged'}",
@@ -195,16 +218,16 @@ def _fetch_offline(entry: Entry) -> Path:
 
 
 def _upload(publication: Publication, api: HfApi) -> tuple[str, bool]:
-    """The commit that has the files, and whether it was made now."""
+    """Uploads the files unless the Hub has them; returns the commit, and whether it is new."""
     repo, texts = publication.repo, publication.texts
     try:
         info = api.model_info(repo, files_metadata=True)
     except RepositoryNotFoundError:
         api.create_repo(repo, exist_ok=True)
     else:
-        there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
-        wanted = {name: git_hash(text) for name, text in texts.items()} | {WEIGHTS: publication.sha256}
-        if info.sha and wanted.items() <= there.items():
+        existing = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
+        expected = {name: git_hash(text) for name, text in texts.items()} | {WEIGHTS: publication.sha256}
+        if info.sha and expected.items() <= existing.items():
             return info.sha, False
     contents: dict[str, Path | bytes] = {WEIGHTS: publication.file, **texts}
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -217,26 +240,26 @@ def _explained(publication: Publication) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, ValueError, KeyError, RuntimeError) as error:
-        cause = error.__cause__ or error if type(error) is RuntimeError else error  # a wrapped error of one upload
+        cause = error.__cause__ or error if type(error) is RuntimeError else error  # uploads wrap their errors in it
         org = publication.repo.partition("/")[0]
         advice = {
-            401: "log in with a token that may write: `hf auth login`, or HF_TOKEN",
-            403: f"use a token that may write to {org}",
-            404: f"check that the Hub has {org} and that the token may write to it",
-        }.get(getattr(getattr(cause, "response", None), "status_code", 0), "run the same again later")
+            401: "log in with a token that has write access: `hf auth login`, or HF_TOKEN",
+            403: f"use a token with write access to {org}",
+            404: f"check that the Hub has {org} and that the token has write access to it",
+        }.get(getattr(getattr(cause, "response", None), "status_code", 0), "run the same command again later")
         reason = " ".join(str(cause).partition("(Request ID")[0].split())[:300].rstrip(". ")
         raise WeightsError(
             f"cannot publish {publication.entry.name} as {publication.repo} ({type(cause).__name__}: {reason}); the "
-            f"manifest stays as it is. What to do: {advice}; what the Hub has by then is not sent twice"
+            f"manifest is unchanged. What to do: {advice}; files that the Hub already has are not uploaded again"
         ) from error
 
 
 def _read(manifest: Path, entry: Entry) -> dict[str, Any]:
-    """The content of `manifest`, which must have the entry and be open to writing."""
+    """The content of `manifest`, after checking that it has the entry and is writable."""
     try:
         content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{manifest} is no manifest that can be read ({error})") from error
+        raise WeightsError(f"{manifest} cannot be read as a manifest ({error})") from error
     if entry.name not in content.get(entry.group, {}):
         raise WeightsError(f"{manifest} has no entry {entry.name} in {entry.group}; add it first")
     if not os.access(manifest.parent, os.W_OK):
@@ -245,7 +268,7 @@ def _read(manifest: Path, entry: Entry) -> dict[str, Any]:
 
 
 def _pinned(content: dict[str, Any], publication: Publication, commit: str) -> dict[str, Any]:
-    """The manifest's `content` with the address, size and sha256; a file in the package stays the source."""
+    """The manifest's `content` with the address, size and sha256; a bundled file remains the source."""
     group, name = publication.entry.group, publication.entry.name
     fields = dict(content[group][name])
     bundled = str(fields["source"]).startswith("bundled:")
@@ -257,12 +280,12 @@ def _pinned(content: dict[str, Any], publication: Publication, commit: str) -> d
 
 
 def _still_true(notes: str | None) -> str:
-    """`notes` without the note that publishing makes untrue."""
+    """`notes` without the remark that the bytes were never seen, which publishing makes untrue."""
     return (notes or "").replace(UNSEEN, "").strip()
 
 
 def _network(entry: Entry, file: Path) -> nn.Module:
-    """The network with the weights of `file`, which must fit it and give finite outputs."""
+    """The network with the weights of `file`, after checking that they fit and that its outputs are finite."""
     advice = f"import the weights of {entry.name} first"
     try:
         with safe_open(file, "pt") as tensors:
@@ -273,9 +296,9 @@ def _network(entry: Entry, file: Path) -> nn.Module:
     if keys != net.state_dict().keys():
         raise WeightsError(f"{file} does not have the keys of {entry.network}; {advice}")
     cfg = cast("dict[str, Any]", net.pretrained_cfg)
-    has, entered = (cfg["num_classes"], cfg["input_size"]), (entry.num_classes, entry.input_size)
-    if has != entered:
-        raise WeightsError(f"{file} has classes and image {has}, but {entry.name} is entered with {entered}")
+    has, expected = (cfg["num_classes"], cfg["input_size"]), (entry.num_classes, entry.input_size)
+    if has != expected:
+        raise WeightsError(f"{file} has classes and image size {has}, but the entry {entry.name} has {expected}")
     with torch.inference_mode():
         outputs = net(torch.rand(1, *entry.input_size, generator=torch.Generator().manual_seed(0)))
     if not all(output.isfinite().all() for output in tree_leaves(outputs)):
@@ -284,5 +307,5 @@ def _network(entry: Entry, file: Path) -> nn.Module:
 
 
 def _config(entry: Entry, net: nn.Module) -> bytes:
-    """`config.json`."""
+    """The contents of `config.json`."""
     return json.dumps(config_of(net, {"label_names": entry.label_names}, note=NOTE), indent=2).encode()

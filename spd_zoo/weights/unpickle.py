@@ -1,9 +1,9 @@
-"""Pickles, read without calling anything that they name.
+"""Reads pickles without calling anything that they name.
 
-A pickle is a program for a stack machine: it names functions and has them called. The machine here calls only those
-that its user passes in; whatever else a pickle calls or creates becomes an `Unknown`. Memory and time are bounded by
-the length of the file: each operation costs a constant beside the bytes that it takes from the file, what takes more
-is counted as many operations, and nothing is hashed, compared or printed but short strings and small numbers.
+A pickle is a program for a stack machine, which names functions to call. The machine here only calls functions that
+its caller passes in; everything else that a pickle calls or creates becomes an `Unknown`. Memory and time are bounded
+by the length of the file. An operation takes constant time, apart from reading its argument; a more expensive one
+counts as several. Only short strings and small numbers are hashed, compared or printed.
 """
 
 import pickletools
@@ -15,11 +15,11 @@ from spd_zoo.weights.archive import FormatError
 
 __all__ = ["Unknown", "Unpickler", "mapping"]
 
-_MOST_STEPS = 300_000  # a network of 1,000 tensors takes 30,000, with the state of its optimiser three times as many
-_BYTES_OF_STEP = 100  # of numbers beside the pickle, which allow a step more each
-_STEPS_OF_CALL = 5  # to make a tensor takes about as much memory as five other operations
+_MOST_STEPS = 300_000  # a network of 1,000 tensors takes 30,000, with its optimiser's state three times as many
+_BYTES_OF_STEP = 100  # bytes of the file that allow one more step
+_STEPS_OF_CALL = 5  # creating a tensor takes about as much memory as five other operations
 _LONGEST_KEY = 1_000  # characters
-_LARGEST_KEY = 10**6  # too small for many numbers of one hash
+_LARGEST_KEY = 10**6  # small enough that few numbers have the same hash
 _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 _STRINGS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
@@ -28,20 +28,26 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 
 
 class Unknown:
-    """Stands for a class or function that is not here, and for whatever it would make."""
+    """A placeholder for an unknown class or function, and for every object that it would create."""
 
     __slots__ = ("attributes", "items")
 
     def __init__(self) -> None:
         self.attributes: dict[Any, Any] | None = None
-        self.items: dict[Any, Any] | None = None  # what it holds if it is some kind of dict
+        self.items: dict[Any, Any] | None = None  # its items, if it is a kind of dict
 
 
 def mapping(pairs: Iterable[tuple[Any, Any]] = ()) -> dict[str | int | None, Any]:
-    """A dict of the pairs whose keys are short strings or small numbers; of all others the last stands under None.
+    """Creates a dict, in which every key that is not a short string or small number is replaced by None.
 
-    Weights have names, the states of an optimiser have indices. Other keys are not hashed: numbers can be chosen that
-    take hours to put into a dict.
+    Weights have names, and the states of an optimiser have indices. Other keys are not hashed, because a dict with keys
+    chosen to have the same hash can take hours to fill.
+
+    Args:
+        pairs: Keys and values.
+
+    Returns:
+        The dict.
     """
     return {key if _is_key(key) else None: value for key, value in pairs}
 
@@ -55,9 +61,9 @@ class Unpickler:
 
     Args:
         content: The pickles.
-        known: What stands under a module and a name beside dicts and sets: values, and functions that may be called.
-        persistent_load: Returns what a persistent id stands for.
-        size: Length of the whole file in bytes; a larger one may have more operations.
+        known: Values, and functions that may be called, by their module and name; dicts and sets are always known.
+        persistent_load: Returns the object of a persistent id.
+        size: Length of the whole file in bytes; larger files may have more operations.
     """
 
     def __init__(
@@ -74,18 +80,21 @@ class Unpickler:
 
     @property
     def position(self) -> int:
-        """Where the next pickle begins."""
+        """The offset of the next pickle."""
         return self._stream.tell()
 
     def load(self) -> Any:
-        """What the next pickle holds; sets are dicts.
+        """Reads the next pickle.
+
+        Returns:
+            Its object; sets are dicts.
 
         Raises:
-            FormatError: If it is damaged, takes too much work, or does what checkpoints do not.
+            FormatError: If it is damaged, has too many operations, or one that checkpoints do not have.
             ValueError, LookupError, TypeError, OverflowError: If it is damaged.
         """
         stack: list[Any] = []
-        marks: list[int] = []  # how long the stack was at each MARK
+        marks: list[int] = []  # length of the stack at each MARK
         memo: dict[int, Any] = {}
 
         def from_mark() -> list[Any]:
@@ -190,7 +199,7 @@ class Unpickler:
         return Unknown() if found is None else found
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """The result of a known function; nothing else that comes onto the stack can be called."""
+        """Calls a known function; the only callables that reach the stack are those of `known`."""
         if type(arguments) is not tuple:
             raise FormatError("a call without arguments")
         if not callable(function):
@@ -209,7 +218,7 @@ def _set(items: Any = ()) -> dict[str | int | None, Any]:
 
 
 def _sequence(items: Any) -> list[Any] | tuple[Any, ...]:
-    if not isinstance(items, list | tuple):  # whose length was counted
+    if not isinstance(items, list | tuple):  # `_call` counts the length of these only
         raise FormatError("a container that is made of something else than a list")
     return items
 
@@ -242,7 +251,7 @@ def _update(target: Any, items: dict[str | int | None, Any]) -> None:
 
 def _build(target: Any, state: Any) -> None:
     if isinstance(target, Unknown):
-        state = state[0] if isinstance(state, tuple) and state else state  # before the values of its __slots__
+        state = state[0] if isinstance(state, tuple) and state else state  # (attributes, values of __slots__)
         target.attributes = state if isinstance(state, dict) else None
     elif not isinstance(target, dict):  # the attributes of an OrderedDict are not needed
         raise FormatError("a pickle that gives a state to what has none")

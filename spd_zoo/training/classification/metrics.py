@@ -1,4 +1,4 @@
-"""How good a classifier is: top-1 and top-5, each class, confusion, calibration."""
+"""Metrics of a classifier: top-1 and top-5, metrics of each class, confusion, calibration."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ __all__ = ["Predictions", "predict", "score"]
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier predicts for labelled images: `logits` (N, classes) and `labels` (N,), on the CPU."""
+    """Predictions of a classifier for labelled images: `logits` (N, classes) and `labels` (N,), on the CPU."""
 
     logits: Tensor
     labels: Tensor
@@ -156,17 +156,20 @@ def predict(
 
     Args:
         net: The classifier.
-        batches: This process's images, as `eval_loader` deals them.
+        batches: This process's images, from `eval_loader`.
         class_names: The names of its classes.
-        preprocessing: How pixels become its input.
+        preprocessing: The network's preprocessing, device and precision.
         process: This process.
         flip: Whether to average the logits of every image and its mirror image.
+
+    Returns:
+        The predictions.
     """
     mine = [(logits.cpu(), labels.cpu()) for logits, labels in _outputs(net, batches, preprocessing, flip)]
     gathered = process.all_gather(mine)
     logits = torch.cat([logits for batches_of_rank in gathered for logits, _ in batches_of_rank])
     labels = torch.cat([labels for batches_of_rank in gathered for _, labels in batches_of_rank])
     ranks = range(process.world)
-    indices = [i for rank in ranks for i in range(rank, len(labels), process.world)]  # as `eval_loader` deals them
+    indices = [i for rank in ranks for i in range(rank, len(labels), process.world)]  # the order of `eval_loader`
     order = torch.tensor(indices).argsort()
     return Predictions(logits[order], labels[order], class_names)

@@ -1,4 +1,4 @@
-"""The report of a classifier's run: tables, figures, and one HTML page that holds them all."""
+"""The report of a classifier's run: tables, figures, and one HTML page that contains them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from spd_zoo.training.run import RunFolder
 
 __all__ = ["contact_sheet", "write"]
 
-TILE, COLUMNS, IMAGES = 96, 8, 24  # of a contact sheet: pixels of an image, images in a row, images in all
+TILE, COLUMNS, IMAGES = 96, 8, 24  # contact sheet: pixels per image, images per row, number of images
 
 
 def write(

@@ -1,4 +1,4 @@
-"""Classification as `finetune` and `evaluate` need it: data, loss, metrics and report."""
+"""The task of classification for `finetune` and `evaluate`: data, loss, metrics and report."""
 
 import math
 import os
@@ -76,7 +76,7 @@ class ClassifierTraining(ClassificationTask):
 
 
 def _class_weights(text: str, data: Images, device: torch.device) -> Tensor:
-    """The weight of each class, (classes,), as `class_weights` of the configuration asks for it."""
+    """The weight of each class, (classes,), from `class_weights` of the configuration."""
     if isinstance(data, StreamedImages):
         raise ValueError("class_weights need the counts of all classes, which a stream does not have")
     classes = len(data.class_names)
@@ -92,7 +92,7 @@ def _class_weights(text: str, data: Images, device: torch.device) -> Tensor:
 
 
 class Classification:
-    """The `Task` of networks that tell what an image shows."""
+    """The `Task` of classifiers."""
 
     networks = "classifiers"
     metric = "val_top1"
@@ -146,7 +146,7 @@ class Classification:
         return open_data(data, split, image_column, label_column)
 
     def warnings(self, data: Images) -> list[str]:
-        """Nothing: labels have no defects that an evaluation could go on with."""
+        """Nothing: every defect of labels is an error."""
         return []
 
     def training(self, net: Any, plan: Plan, data: Images, process: Process) -> ClassifierTraining:
@@ -232,7 +232,7 @@ class Classification:
         process: Process,
         flip: bool = False,
     ) -> metrics.Predictions:
-        """What the network predicts for all images."""
+        """The predictions for all images."""
         return metrics.predict(net, batches, data.class_names, preprocessing, process, flip)
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
@@ -240,7 +240,7 @@ class Classification:
         return f"val top-1 {row['val_top1']:.2f} %"
 
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
-        """What a trained network's config says of its preprocessing."""
+        """Fields of a trained network's config that describe its preprocessing."""
         return {
             "mean": preprocessing.mean,
             "std": preprocessing.std,

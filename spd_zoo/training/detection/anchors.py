@@ -8,7 +8,7 @@ from spd_zoo.models.yolov5_spd import YOLOv5SPD
 
 __all__ = ["anchor_fit", "fit_anchors", "kmeans"]
 
-MAX_RATIO = 4  # of the sides of a box and of an anchor that predicts it
+MAX_RATIO = 4  # largest ratio between the sides of a box and those of an anchor that predicts it
 MIN_RECALL = 0.98  # share of boxes that an anchor must fit
 RUNS, STEPS = 30, 1000  # restarts of k-means, steps of the random search
 
@@ -46,15 +46,15 @@ def kmeans(points: np.ndarray, count: int, generator: np.random.Generator, runs:
 
 
 def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int | tuple[int, int], seed: int) -> str:
-    """Gives `net` anchors that fit the boxes of `data` at `image_size`, if its own fit too few of them.
+    """Fits the anchors of `net` to the boxes of `data` at `image_size`, if the current ones fit too few of them.
 
-    By the rules of YOLOv5 v6.0: k-means, then a random search that raises the mean fit.
+    The method is that of YOLOv5 v6.0: k-means, then a random search that raises the mean fit.
 
     Args:
         net: Its anchors are changed in place.
         data: The training images.
         image_size: Height and width of the input in pixels, or one number for both.
-        seed: Of all random draws.
+        seed: Seed of all random draws.
 
     Returns:
         A sentence that says what was done.

@@ -37,7 +37,7 @@ Sample = dict[str, Any]  # image: tv_tensors.Image; boxes: tv_tensors.BoundingBo
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly images are changed; what is not YOLO's is 0 there.
+    """Strengths of the augmentation; options of YOLO are 0 for other networks.
 
     Attributes:
         hflip: Probability of a horizontal flip.
@@ -59,7 +59,7 @@ class Augmentation:
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> "Augmentation":
-        """What a configuration asks for."""
+        """The augmentation of a configuration."""
         return cls(
             config.hflip,
             config.vflip,
@@ -236,16 +236,13 @@ class _TrainImages(Dataset[tuple[Tensor, Target]]):
         return sample
 
     def others(self, epoch: int) -> list[int]:
-        """Three random images for a mosaic; none if the draw is against one."""
-        wanted = epoch < self.augmentation.mosaic_epochs and torch.rand(()) < self.augmentation.mosaic
-        return torch.randint(len(self.data), (3,)).tolist() if wanted else []
+        """Three random images for a mosaic, which is drawn with its probability; otherwise none."""
+        has_mosaic = epoch < self.augmentation.mosaic_epochs and torch.rand(()) < self.augmentation.mosaic
+        return torch.randint(len(self.data), (3,)).tolist() if has_mosaic else []
 
 
 class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int, float]]):
-    """Preprocessed images, where they lie in the input, and their objects in input pixels.
-
-    Then the index of the image, and the seconds that reading and preprocessing it took.
-    """
+    """For each image: the input, its placement, the objects in input pixels, the index, and the seconds for reading."""
 
     def __init__(self, data: BoxImages, net: DetectionNet, size: tuple[int, int]) -> None:
         self.data, self.net, self.size = data, net, size

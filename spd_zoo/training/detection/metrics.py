@@ -1,4 +1,4 @@
-"""How good a detector is: COCO's average precision, of all and of each class, and the time of each stage."""
+"""Metrics of a detector: COCO's average precision, for all classes and for each, and the time of each stage."""
 
 import contextlib
 import io
@@ -35,13 +35,13 @@ def coco_precision(
 
     Args:
         data: Images with their objects.
-        detections: Of each image.
-        scales: Of each image, factors in x and y by which sizes are multiplied before objects are sorted into small,
+        detections: Detections in each image.
+        scales: Factors in x and y for each image, by which sizes are multiplied before objects are sorted into small,
             medium and large; None: 1.
 
     Returns:
         (10 IoU thresholds 0.5, 0.55, ..., 101 recalls 0, 0.01, ..., classes, 4 areas as in `AREAS`), from 0 to 1, with
-        -1 where there is no object. The 100 best boxes of a class count in each image.
+        -1 for classes and areas without objects. Only the 100 best boxes of a class count in each image.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -83,13 +83,13 @@ def _mean(precision: np.ndarray) -> float | None:
 
 @dataclass(frozen=True)
 class BoxPredictions:
-    """What a detector predicts for images with boxes.
+    """Predictions of a detector for images with boxes.
 
     Attributes:
         data: The images.
-        detections: Of each image, boxes in its own pixels.
-        scales: Of each image, the network's input pixels per pixel, in x and in y.
-        losses: The mean of each term of the loss; none of an exported file, which has no loss.
+        detections: Detections in each image, in its own pixels.
+        scales: Input pixels per pixel of each image, in x and in y.
+        losses: The mean of each term of the loss; empty for an exported file, which has no loss.
         milliseconds: Per image and process: `prepare` (reading and preprocessing), `network`, and `boxes` (decoding and
             NMS; of an exported file, they are in `network`).
     """
@@ -178,11 +178,14 @@ def predict(
 
     Args:
         net: The detector.
-        batches: This process's images, as `box_eval_loader` deals them.
+        batches: This process's images, from `box_eval_loader`.
         data: All images.
         image_size: Height and width of the network's input in pixels.
-        preprocessing: Where and in which precision the network computes; the batches are normalised already.
+        preprocessing: The network's device and precision; the batches are normalised already.
         process: This process.
+
+    Returns:
+        The predictions.
     """
     threshold, max_detections = net.evaluation_score, net.evaluation_boxes
     net.eval()

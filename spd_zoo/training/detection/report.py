@@ -17,8 +17,8 @@ from spd_zoo.training.run import RunFolder
 
 __all__ = ["box_sheet", "matches", "write"]
 
-TILE, COLUMNS, IMAGES = 320, 3, 9  # of a contact sheet: pixels of an image, images in a row, images in all
-SCORE, IOU = 0.25, 0.5  # of boxes that are drawn: lowest score; lowest IoU with an object to count as correct
+TILE, COLUMNS, IMAGES = 320, 3, 9  # contact sheet: pixels per image, images per row, number of images
+SCORE, IOU = 0.25, 0.5  # minimum score of drawn boxes; minimum IoU with an object of correct ones
 
 
 def write(

@@ -1,4 +1,4 @@
-"""Detection as `finetune` and `evaluate` need it: data, loss, metrics and report."""
+"""The task of detection for `finetune` and `evaluate`: data, loss, metrics and report."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ class DetectorTraining(ClassificationTask):
 
 
 class Detection:
-    """The `Task` of networks that find objects."""
+    """The `Task` of detectors."""
 
     networks = "detectors"
     metric = "val_ap"
@@ -118,7 +118,7 @@ class Detection:
         return open_boxes(data, split)
 
     def warnings(self, data: BoxImages) -> list[str]:
-        """What is wrong with the boxes."""
+        """Defects of the boxes."""
         return [line.strip() for line in defects_in_words(data.defects)]
 
     def training(self, net: Any, plan: Plan, data: BoxImages, process: Process) -> DetectorTraining:
@@ -180,7 +180,7 @@ class Detection:
         process: Process,
         flip: bool = False,
     ) -> metrics.BoxPredictions:
-        """What the network predicts for all images; `check_evaluation` refuses `flip`."""
+        """The predictions for all images; `check_evaluation` refuses `flip`."""
         return metrics.predict(net, batches, data, image_size, preprocessing, process)
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
