@@ -251,7 +251,7 @@ def deployed(here: Path) -> None:
     torch.manual_seed(0)
     small: dict[str, Any] = {"chs": (4, 8, 8, 8, 8), "repeats": (0, 0)}
     config = {"pretrained_cfg": {"input_size": (3, 64, 64)}, "label_names": ["blue", "green", "red"]}
-    net: Any = timm.create_model("yolov8n_spd", num_classes=3, **small)
+    net: Any = timm.create_model("yolov8n", num_classes=3, **small)
     for conv in net.get_classifier():
         torch.nn.init.normal_(conv.bias)
     save_for_hf(net, str(here / "run"), config | {"model_args": small}, safe_serialization=True)
