@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import twins
 import twins_report
 import yaml
 from pictures import make_folders
+
+from spd_zoo.weights import entries, save_network
 
 NETWORKS: list[dict[str, Any]] = [
     {"name": "strided", "model": "resnet10t"},
@@ -123,6 +126,20 @@ def test_converted_twins_compute_the_same_before_training() -> None:
     torch.testing.assert_close(strided(images), spd(images))
     other = twins.build(NETWORKS[0], names, seed=2).eval()
     assert not torch.allclose(strided(images), other(images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("found", twins_report.configs(), ids=lambda found: found["name"])
+def test_the_networks_of_the_configs_are_saved_and_loaded_again(found: dict[str, Any], tmp_path: Path) -> None:
+    published = [spec for spec in found["networks"] if spec.get("backbone", "yolov8n_spd.bccd") in entries()]
+    for spec in published:
+        net = twins.build(spec, ["a", "b", "c"], seed=1)
+        save_network(net, tmp_path / spec["name"])
+        again = timm.create_model(f"local-dir:{tmp_path / spec['name']}", pretrained=True)
+        for key, tensor in net.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[key], tensor, msg=f"{spec['name']}: {key}")
+        other = timm.create_model(f"local-dir:{tmp_path / spec['name']}", pretrained=True, num_classes=5)
+        assert other.num_classes == 5
 
 
 def test_a_subset_is_even_over_the_classes_and_leaves_test_alone(tmp_path: Path) -> None:
