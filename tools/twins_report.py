@@ -13,7 +13,7 @@ import yaml
 from figures_common import BLUE, GREY, ORANGE
 from matplotlib.figure import Figure
 from readme_common import table
-from scipy import stats
+from scipy.special import stdtrit
 
 CONFIGS = Path(__file__).with_name("twins")
 NOT_MEASURED = "not measured yet"
@@ -130,7 +130,7 @@ def interval(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     error = statistics.stdev(values) / len(values) ** 0.5
-    return float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return float(stdtrit(len(values) - 1, 0.975)) * error
 
 
 def summary(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def summary(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[d
             measured = {seed: record["metrics"][metric] for seed, record in runs.items()}
             values[metric] = {seed: value for seed, value in measured.items() if value is not None}
         against = network.get("against", config["networks"][0]["name"]) if rows else ""
-        other = next((row["values"] for row in rows if row["network"] == against), {})
+        other: dict[str, dict[int, float]] = next((row["values"] for row in rows if row["network"] == against), {})
         differences = {
             metric: {seed: value - other[metric][seed] for seed, value in of.items() if seed in other[metric]}
             for metric, of in values.items()
