@@ -33,6 +33,7 @@ from spd_zoo.training.classification import report
 from spd_zoo.training.classification.head import ridge_classifier
 from spd_zoo.training.classification.task import LR, Classification, ClassifierTraining
 from spd_zoo.training.config import RECIPES, FinetuneConfig, Plan, load_config, make_config, to_yaml
+from spd_zoo.training.detection.task import Detection
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 from spd_zoo.training.layers import mostly_depthwise
 from spd_zoo.training.preprocessing import Preprocessing
@@ -144,6 +145,19 @@ def test_the_pretrained_outputs_of_known_classes_are_used_where_they_are_better(
     assert torch.allclose(other.get_classifier().weight, net.get_classifier().weight[[0, 2]], atol=1e-6)
 
 
+def test_a_pretrained_run_that_is_stopped_resumes_to_the_same_bits(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": "cifar_resnet20.cifar100", "pretrained": True, "ema": 0.9}
+    run(folders, tmp_path / "whole", **options)
+    stop_in(monkeypatch, 0, 1)
+    with pytest.raises(Stopped):
+        run(folders, tmp_path / "stopped", **options)
+    result = run(folders, tmp_path / "stopped", **options)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert (result.before["epoch"], result.before["val_top1"]) == (0, 100)
+
+
 @pytest.mark.parametrize("keep", [None, "last"])
 def test_a_run_that_only_loses_says_so_and_keeps_the_start_unless_told_otherwise(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keep: str | None
@@ -245,6 +259,12 @@ def test_deviations_from_the_options_are_reported(
         printed = capsys.readouterr().out
         assert said in printed and ("a step has" in printed) == bool(said)
         assert f"{name} has no pretrained weights: all weights begin at random" in printed
+
+
+def test_a_run_from_scratch_names_weights_that_are_no_default(capsys: pytest.CaptureFixture[str]) -> None:
+    asked, process = FinetuneConfig(model="yolov8n_spd", data="data", out=Path("run")), Process(torch.device("cpu"))
+    training.plan(asked, Detection(), training._blank("yolov8n_spd"), 24, 3, process)
+    assert "by name: yolov8n_spd.bccd (BCCD, 3 classes: RBC, WBC, Platelets, 320 px)" in capsys.readouterr().out
 
 
 def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:

@@ -86,7 +86,12 @@ class FinetuneConfig:
     head_epochs: int | None = _option(
         None, "epochs in which only the classifier is trained (default: 1 if it starts at zero or is a detector's)"
     )
-    freeze_bn: bool | None = _option(None, "use BatchNorm's pretrained statistics and do not update them", former=False)
+    freeze_bn: bool | None = _option(
+        None,
+        "use BatchNorm's pretrained statistics and do not update them (default: for pretrained classifiers with "
+        "steps of up to 64 images)",
+        former=False,
+    )
     # steps
     epochs: int = _option(20, "passes over the training images")
     batch_size: int | None = _option(
@@ -168,7 +173,7 @@ class FinetuneConfig:
     # augmentation
     crop_scale: float | None = _option(
         None,
-        "smallest share of the area that a random resized crop keeps (default: CROPDEFAULT)",
+        "smallest share of the area that a random resized crop keeps (default: 0.5)",
         only="classifiers",
         former=0.5,
     )

@@ -57,6 +57,7 @@ from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, task_of
 from spd_zoo.weights import WeightsError
 from spd_zoo.weights.load import timm_name
+from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
 
@@ -184,14 +185,17 @@ def plan(
     verified = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
     pretrained = verified if config.pretrained is None else config.pretrained
     if config.pretrained is None and not pretrained:
-        process.print(f"note: {config.model} has no pretrained weights: all weights begin at random")
+        tags = tags_in_words(config.model)
+        others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
+        which = "default" if tags else "pretrained"
+        process.print(f"note: {config.model} has no {which} weights: all weights begin at random{others}")
     batch_size = _batch_size(config, images, process)
     if config.batch_size is not None and min(batch_size, images) < config.batch_size:
         process.print(f"note: {images} training images: a step has {min(batch_size, images)}, not {config.batch_size}")
     defaults = task.defaults(config, net, batch_size, pretrained)
     bf16 = _has_bf16(process.device) and not (process.device.type == "cpu" and mostly_depthwise(net))
-    defaults = {"head_epochs": int(pretrained)} | defaults
-    defaults |= {"pretrained": pretrained, "bf16": bf16, "freeze_bn": False, "keep": "best"}
+    defaults = {"head_epochs": int(pretrained), "freeze_bn": False} | defaults
+    defaults |= {"pretrained": pretrained, "bf16": bf16, "keep": "best"}
     defaults |= {"warmup_epochs": min(2, config.epochs // 4)}
     options = {name: value if (asked := getattr(config, name)) is None else asked for name, value in defaults.items()}
     options |= {"batch_size": batch_size}  # Mixup may have made it smaller than what was asked for

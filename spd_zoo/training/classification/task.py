@@ -52,6 +52,7 @@ ImagesT = TypeVar("ImagesT", LabelledImages, StreamedImages)
 IMAGE_SIZE = "64"
 SMALL = 48  # pixels up to which random resized crops lose too much
 CROP_SCALE = 0.5
+FEW = 64  # images of a step whose BatchNorm statistics make pretrained networks worse
 PROBED = 20_000  # training images of which the first classifier is made, a few hundred megabytes of features
 LR = {"lamb": 6e-3, "adamw": 2e-3}  # for steps of 128 images; proportional to the square root of the batch size
 
@@ -123,6 +124,7 @@ class Classification:
             "crop_padding": padding,
             "head_init": head,
             "head_epochs": int((config.head_init or head) == "zero"),
+            "freeze_bn": pretrained and batch_size <= FEW,
             "opt": opt,
             "lr": LR.get(opt, 0.0) * math.sqrt(batch_size / 128),
             "layer_decay": 0.8 if pretrained else 1.0,
