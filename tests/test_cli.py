@@ -490,6 +490,10 @@ def test_finetune_names_missing_options(capsys: Capture) -> None:
 def test_finetune_explains_its_options(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["finetune", "--help"])
+    short = capsys.readouterr().out
+    assert "--epochs" in short and "--help-all" in short and short.count("\n  --") <= 15 and "--mixup" not in short
+    with pytest.raises(SystemExit, match="0"):
+        main(["finetune", "--help-all"])
     printed = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(FinetuneConfig):
         assert " ".join(field.metadata["help"].split()) in printed.replace("held- out", "held-out")
