@@ -51,7 +51,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     with explained():
         load_networks()
         from spd_zoo.training.config import FinetuneConfig
-    command.add_argument("-h", "--help", action=_ShortHelp, nargs=0, help="show the options used most and exit")
+    suppress: dict[str, Any] = {"default": argparse.SUPPRESS}
+    command.add_argument(
+        "-h", "--help", action=_ShortHelp, nargs=0, help="show the options used most and exit", **suppress
+    )
     command.add_argument("--help-all", action="help", help="show all options and exit")
     command.add_argument("--config", metavar="FILE", help="YAML file with options, or the name of a recipe")
     hints = typing.get_type_hints(FinetuneConfig)
