@@ -17,7 +17,7 @@ import csv
 import json
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,30 @@ TIMM = ["--opt", "sgd", "--weight-decay", "2e-5", "--layer-decay", "1", "--head-
 TIMM += ["--head-epochs", "0", "--crop-scale", "0.08", "--color-jitter", "0.4", "--warmup-lr", "1e-5"]
 
 
-def unpack(parquet: Path, folder: Path) -> None:
-    """Writes the images of the splits train and test as class folders; does nothing if that is done."""
+def unpack(parquet: Path, folder: Path, tests: int) -> None:
+    """Writes the training images and the first `tests` test images of each class as class folders, if there are none.
+
+    Args:
+        parquet: The data set.
+        folder: Where they go.
+        tests: Test images of a class.
+    """
     if folder.is_dir():
         return
     unfinished = folder.with_suffix(".tmp")
     for split in ("train", "test"):
-        data = open_data(str(parquet), split, label_column="fine_label")
+        data = open_data(str(parquet), split)
         if data is None:
             raise SystemExit(f"{parquet} has no split {split}")
         for name in data.class_names:
             (unfinished / split / name).mkdir(parents=True, exist_ok=True)
+        written: Counter[int] = Counter()
         for i in range(len(data)):
-            data.image(i).save(unfinished / split / data.class_names[data.label(i)] / f"{i}.png")
+            label = data.label(i)
+            if split == "test" and written[label] == tests:
+                continue
+            written[label] += 1
+            data.image(i).save(unfinished / split / data.class_names[label] / f"{i}.png")
     unfinished.rename(folder)
 
 
@@ -93,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--images", type=int, default=100, help="training images of a class")
+    parser.add_argument("--test-images", type=int, default=20, help="test images of a class, with --parquet")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=1)
@@ -100,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.parquet is not None:
         folder = options.out / options.name
-        unpack(options.parquet, folder)
+        unpack(options.parquet, folder, options.test_images)
         options.train, options.test = folder / "train", folder / "test"
     for seed in range(options.seeds):
         images = options.out / f"{options.name}_{options.classes}_{options.images}_{seed}"

@@ -117,7 +117,8 @@ class Classification:
             raise ValueError(f"head_init {config.head_init} is for pretrained networks; leave it out")
         side = min(min(size) for size, _ in parse_sizes(config.image_size or IMAGE_SIZE))
         padding = side // 8 if side <= SMALL and config.crop_scale is None else 0
-        head = "random" if not pretrained else "zero" if config.stream else "probe"
+        can_probe = not config.stream and linear_classifier(net) is not None
+        head = "random" if not pretrained else "probe" if can_probe else "zero"
         return {
             "image_size": IMAGE_SIZE,
             "crop_scale": CROP_SCALE,
@@ -211,6 +212,7 @@ class Classification:
         text = f"a linear probe of {len(probed)} training images, {100 * right:.1f} % right with each image left out"
         if outputs is not None:
             arguments = parse_model_args(config.model_args)
+            arguments.pop("num_classes", None)
             old = pretrained_classifier(config.model, arguments, outputs)
             share = (inputs @ old[0].T + old[1]).argmax(1).eq(labels).double().mean().item()
             if share >= right:
