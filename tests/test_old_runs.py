@@ -66,7 +66,7 @@ def test_a_run_that_older_code_stopped_ends_as_if_it_had_not_been_stopped(name: 
 @pytest.mark.parametrize("name", sorted(old_runs.RUNS))
 def test_a_run_writes_what_older_code_wrote(name: str, tmp_path: Path) -> None:
     data, whole = old_runs.make_data(name, tmp_path / "data"), old_runs.GOLDEN / name / "whole"
-    former = {"classifier": {"head_init": "zero", "crop_scale": 0.5, "crop_padding": 0}}.get(name, {})
+    former: dict[str, Any] = {"head_init": "zero", "crop_scale": 0.5, "crop_padding": 0} if name == "classifier" else {}
     finetune(FinetuneConfig(data=str(data), out=tmp_path / "new", **old_runs.RUNS[name], **former))
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
     state, old = (

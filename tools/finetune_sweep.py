@@ -85,10 +85,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         facts = (row["data"], row["network"], str(row["classes"]), str(row["images"]), str(row["epochs"]))
         found[(*facts, row["method"])].append((row.get("start"), row["end"]))
     table = []
-    for facts, results in sorted(found.items()):
+    for key, results in sorted(found.items()):
         starts = [start for start, _ in results if start is not None]
         means = (f"{statistics.mean(values):.1f}" if values else "" for values in (starts, [end for _, end in results]))
-        table.append((*facts, *means, str(len(results))))
+        table.append((*key, *means, str(len(results))))
     return table
 
 

@@ -720,10 +720,13 @@ def _choices(plan: Plan, process: Process) -> str:
 
 def _augmentation(config: FinetuneConfig) -> str:
     """The augmentation that is in use."""
-    names = ("crop_scale", "hflip", "vflip", "rotation", "color_jitter", "auto_augment", "erase", "mixup", "cutmix")
-    names = ("crop_padding", *names, "mosaic", "zoom", "shift", "hsv")
+    names = "crop_padding crop_scale hflip vflip rotation color_jitter auto_augment erase mixup cutmix"
     hidden = {"crop_scale"} if config.crop_padding or config.mosaic is not None else set()
-    found = {name: getattr(config, name) for name in names if name not in hidden and getattr(config, name)}
+    found = {
+        name: getattr(config, name)
+        for name in f"{names} mosaic zoom shift hsv".split()
+        if name not in hidden and getattr(config, name)
+    }
     return "augmentation " + (" ".join(f"{name} {value}" for name, value in found.items()) or "none")
 
 
