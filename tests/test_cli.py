@@ -451,6 +451,8 @@ TEXTS = {
     "std": "0.1",
     "hsv": "0.1,0.2,0.3",
     "interpolation": "bicubic",
+    "head_init": "zero",
+    "keep": "last",
     "resume": "never",
     "teacher_size": "96",
 }
@@ -490,9 +492,13 @@ def test_finetune_names_missing_options(capsys: Capture) -> None:
 def test_finetune_explains_its_options(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["finetune", "--help"])
-    printed = " ".join(capsys.readouterr().out.split())
+    short = capsys.readouterr().out
+    assert "--epochs" in short and "--help-all" in short and short.count("\n  --") <= 15 and "--mixup" not in short
+    with pytest.raises(SystemExit, match="0"):
+        main(["finetune", "--help-all"])
+    printed = "".join(capsys.readouterr().out.split())  # argparse breaks lines after hyphens, too
     for field in dataclasses.fields(FinetuneConfig):
-        assert " ".join(field.metadata["help"].split()) in printed.replace("held- out", "held-out")
+        assert "".join(field.metadata["help"].split()) in printed
 
 
 @pytest.mark.parametrize(

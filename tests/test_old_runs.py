@@ -66,19 +66,22 @@ def test_a_run_that_older_code_stopped_ends_as_if_it_had_not_been_stopped(name: 
 @pytest.mark.parametrize("name", sorted(old_runs.RUNS))
 def test_a_run_writes_what_older_code_wrote(name: str, tmp_path: Path) -> None:
     data, whole = old_runs.make_data(name, tmp_path / "data"), old_runs.GOLDEN / name / "whole"
-    finetune(FinetuneConfig(data=str(data), out=tmp_path / "new", **old_runs.RUNS[name]))
+    former: dict[str, Any] = {"head_init": "zero", "crop_scale": 0.5, "crop_padding": 0} if name == "classifier" else {}
+    finetune(FinetuneConfig(data=str(data), out=tmp_path / "new", **old_runs.RUNS[name], **former))
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == json.loads((whole / "config.json").read_text())
     state, old = (
         torch.load(folder / "last.pt", weights_only=True)
         for folder in (tmp_path / "new", old_runs.GOLDEN / name / "stopped")
     )
-    assert state.keys() == old.keys()
+    assert state.keys() - old.keys() == {"before", "evaluated"} and old.keys() <= state.keys()
     for part in ("net", "ema", "best"):
         assert state[part].keys() == old[part].keys()
     (start,) = json.loads((tmp_path / "new" / "environment.json").read_text())
     recorded = json.loads((old_runs.GOLDEN / name / "stopped" / "environment.json").read_text())[0]
     assert start.keys() == recorded.keys()
-    if computes_alike(recorded):
+    rows = rows_of(tmp_path / "new" / "metrics.csv")
+    assert [row["epoch"] for row in rows][-3:] == ["1", "2", "3"]
+    if computes_alike(recorded) and state["best"] and not state["before"]:
         assert same_run(whole, tmp_path / "new")
 
 

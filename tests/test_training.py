@@ -30,9 +30,12 @@ from spd_zoo.process import Process, StopSignals
 from spd_zoo.training import finetune as training
 from spd_zoo.training import memory
 from spd_zoo.training.classification import report
+from spd_zoo.training.classification.head import ridge_classifier
 from spd_zoo.training.classification.task import LR, Classification, ClassifierTraining
 from spd_zoo.training.config import RECIPES, FinetuneConfig, Plan, load_config, make_config, to_yaml
+from spd_zoo.training.detection.task import Detection
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
+from spd_zoo.training.layers import mostly_depthwise
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
 from spd_zoo.training.steps import seed_everything
@@ -85,7 +88,7 @@ def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders: Pa
 
 
 def test_a_new_classifier_on_pretrained_layers_starts_with_equal_probabilities(folders: Path, tmp_path: Path) -> None:
-    still = {"epochs": 1, "lr": 1e-9, "label_smoothing": 0.0, "pretrained": True}
+    still = {"epochs": 1, "lr": 1e-9, "label_smoothing": 0.0, "pretrained": True, "head_init": "zero"}
     begun = run(folders, tmp_path / "new", model="cifar_resnet20.cifar100", **still)
     assert begun.history[0]["train_loss"] == pytest.approx(math.log(3), abs=1e-3)
     net: Any = timm.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
@@ -93,6 +96,103 @@ def test_a_new_classifier_on_pretrained_layers_starts_with_equal_probabilities(f
     save_network(net, tmp_path / "known")
     kept = run(folders, tmp_path / "kept", model=f"local-dir:{tmp_path / 'known'}", **still)
     assert kept.history[0]["train_loss"] > 5
+
+
+def test_a_new_classifier_starts_as_a_linear_probe_and_is_evaluated_before_the_first_epoch(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model": "cifar_resnet20.cifar100", "pretrained": True, "epochs": 1, "lr": 1e-9}
+    result = run(folders, tmp_path / "run", **options)
+    assert result.before["val_top1"] == 100  # three colours
+    assert result.history[0]["train_loss"] < 1  # below log 3: the first epoch is no loss
+    first, second = rows_of(tmp_path / "run" / "metrics.csv")
+    assert (first["epoch"], first["train_loss"], float(first["val_top1"])) == ("0", "", 100)
+    assert second["epoch"] == "1" and first["val_loss"] == str(result.before["val_loss"])
+    printed = capsys.readouterr().out
+    assert "the classifier starts as a linear probe of 24 training images, 100.0 % right" in printed
+    assert "before the first epoch: val top-1 100.00 %" in printed
+    (chosen,) = (line for line in printed.splitlines() if line.startswith("chosen: "))
+    assert "weights cifar_resnet20.cifar100, 1 epoch at 16 px, batch 8, adamw" in chosen and "float32 on cpu" in chosen
+    assert f"spd-zoo predict {tmp_path / 'run'} IMAGE" in printed and f"spd-zoo export {tmp_path / 'run'}" in printed
+
+
+def test_the_linear_probe_finds_what_separates_classes_and_leaves_each_image_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centers = 3 * torch.randn(4, 20, generator=generator)
+    labels = torch.arange(400) % 4
+    inputs = centers[labels] + torch.randn(400, 20, generator=generator)
+    for images in (slice(0, 12), slice(0, 400)):  # fewer and more than there are features
+        weight, bias, right = ridge_classifier(inputs[images], labels[images], 4)
+        found = (inputs @ weight.T + bias).argmax(1).eq(labels).float().mean().item()
+        assert found > 0.9 and right > 0.7
+        nothing = ridge_classifier(torch.randn(inputs[images].shape, generator=generator), labels[images], 4)[2]
+        assert nothing < 0.6  # although it fits the images themselves
+
+
+def test_the_pretrained_outputs_of_known_classes_are_used_where_they_are_better(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = make_folders(tmp_path / "data", train=8, val=2)
+    options = {"pretrained": True, "epochs": 1, "lr": 1e-9}
+    run(folders, tmp_path / "first", model="cifar_resnet20.cifar100", **options)
+    net: Any = timm.create_model(f"local-dir:{tmp_path / 'first'}", pretrained=True)
+    for split in ("train", "val"):
+        (folders / split / "green").rename(tmp_path / f"green_{split}")
+    capsys.readouterr()
+    run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", **options)
+    assert "the classifier starts as the pretrained outputs of these classes, 100.0 % right" in capsys.readouterr().out
+    other: Any = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True)
+    assert torch.allclose(other.get_classifier().weight, net.get_classifier().weight[[0, 2]], atol=1e-6)
+
+
+def test_a_pretrained_run_that_is_stopped_resumes_to_the_same_bits(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": "cifar_resnet20.cifar100", "pretrained": True, "ema": 0.9}
+    run(folders, tmp_path / "whole", **options)
+    stop_in(monkeypatch, 0, 1)
+    with pytest.raises(Stopped):
+        run(folders, tmp_path / "stopped", **options)
+    result = run(folders, tmp_path / "stopped", **options)
+    assert same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert (result.before["epoch"], result.before["val_top1"]) == (0, 100)
+
+
+@pytest.mark.parametrize("keep", [None, "last"])
+def test_a_run_that_only_loses_says_so_and_keeps_the_start_unless_told_otherwise(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keep: str | None
+) -> None:
+    scores, states, score = iter([80.0, 40.0, 60.0]), [], Classification.score
+
+    def prescribed(task: Classification, net: Any, *arguments: Any) -> dict[str, float]:
+        states.append({key: value.clone() for key, value in net.state_dict().items()})
+        return score(task, net, *arguments) | {"top1": next(scores)}
+
+    monkeypatch.setattr(Classification, "score", prescribed)
+    run(folders, tmp_path / "run", model="cifar_resnet20.cifar100", pretrained=True, keep=keep)
+    kept = weights_of(tmp_path / "run")
+    assert all(torch.equal(kept[key], states[0 if keep is None else 2][key]) for key in kept)
+    printed = capsys.readouterr().out
+    assert "training ended below where it began: val top-1 60.00 %, before the first epoch val top-1 80.00 %" in printed
+    assert ("the network is kept as it began" in printed) == (keep is None)
+
+
+def test_small_images_are_padded_rather_than_cut_and_frozen_statistics_stay(folders: Path, tmp_path: Path) -> None:
+    asked = config(folders, folders, image_size="32")
+    assert (chosen_for(asked, 480).config.crop_padding, chosen_for(asked, 480).config.crop_scale) == (4, 0.5)
+    assert chosen_for(replace(asked, crop_scale=0.3), 480).config.crop_padding == 0
+    assert chosen_for(replace(asked, image_size="64"), 480).config.crop_padding == 0
+    options = {"model": "cifar_resnet20.cifar100", "pretrained": True, "keep": "last"}
+    run(folders, tmp_path / "run", freeze_bn=True, **options)
+    start = timm.create_model("cifar_resnet20.cifar100", pretrained=True, num_classes=3).state_dict()
+    end = weights_of(tmp_path / "run")
+    assert all(torch.equal(start[key], end[key]) for key in end if "running" in key)
+    assert not torch.equal(start["stem.0.weight"], end["stem.0.weight"])
+
+
+def test_networks_of_depthwise_convolutions_are_recognised() -> None:
+    depthwise = {name: mostly_depthwise(timm.create_model(name)) for name in ("tf_efficientnet_lite0_spd", "resnet18")}
+    assert depthwise == {"tf_efficientnet_lite0_spd": True, "resnet18": False}
 
 
 def test_a_run_records_how_it_was_made(folders: Path, tmp_path: Path) -> None:
@@ -159,6 +259,12 @@ def test_deviations_from_the_options_are_reported(
         printed = capsys.readouterr().out
         assert said in printed and ("a step has" in printed) == bool(said)
         assert f"{name} has no pretrained weights: all weights begin at random" in printed
+
+
+def test_a_run_from_scratch_names_weights_that_are_no_default(capsys: pytest.CaptureFixture[str]) -> None:
+    asked, process = FinetuneConfig(model="yolov8n_spd", data="data", out=Path("run")), Process(torch.device("cpu"))
+    training.plan(asked, Detection(), training._blank("yolov8n_spd"), 24, 3, process)
+    assert "by name: yolov8n_spd.bccd (BCCD, 3 classes: RBC, WBC, Platelets, 320 px)" in capsys.readouterr().out
 
 
 def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
@@ -814,7 +920,7 @@ def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folde
         asked = config(folders, folders, model=name, lr=None, pretrained=None)
         chosen = chosen_for(asked, 480)
         assert chosen.pretrained is expected
-        assert chosen.head_epochs == int(expected)
+        assert (chosen.head_epochs, chosen.config.head_init) == (0, "probe" if expected else "random")
         assert chosen.opt == ("adamw" if expected else "lamb")
         assert chosen.lr == pytest.approx(LR[chosen.opt] / 4)
 

@@ -27,6 +27,7 @@ from timm.models import load_checkpoint, save_for_hf
 
 import spd_zoo
 from spd_zoo import WeightsError
+from spd_zoo.inference.detector import Detector
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, fit, save_network, sha256_of
 from spd_zoo.weights.cache import BUNDLED
@@ -173,6 +174,13 @@ def test_only_verified_weights_are_a_default(network: str) -> None:
         assert tag is None
         with pytest.raises(WeightsError, match=r"no default weights|there are no weights"):
             timm.create_model(network, pretrained=True)
+
+
+def test_a_network_without_default_weights_says_what_each_of_its_weights_is_for() -> None:
+    with pytest.raises(
+        WeightsError, match=r"no default weights; .*: yolov8n_spd\.bccd \(BCCD, 3 classes: RBC, .* 320 px\)"
+    ):
+        Detector("yolov8n_spd")
 
 
 # Fetching

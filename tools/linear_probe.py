@@ -135,6 +135,7 @@ def fine_tune(options: argparse.Namespace, data: Path, pixels: int, seed: int) -
     """Top-1 in per cent after `spd-zoo finetune`, with the weights of the last epoch, on the images in `data/val`."""
     run = options.out / "_".join([f"run_{seed}_{pixels}", *options.option])
     command = ["finetune", options.model, "--data", str(data), "--out", str(run), "--image-size", str(pixels)]
+    command += ["--keep", "last"]  # the test images must not choose the epoch
     if cli.main([*command, "--seed", str(seed), *(f"--{option}" for option in options.option)]):
         raise SystemExit(1)
     with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:

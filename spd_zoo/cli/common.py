@@ -43,7 +43,12 @@ class CommandError(Exception):
 
 
 def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str, networks: bool = True
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    networks: bool = True,
+    own_help: bool = False,
 ) -> argparse.ArgumentParser:
     """Adds a command.
 
@@ -53,11 +58,12 @@ def add_command(
         run: Runs the command and returns its exit status.
         text: Its description in the help.
         networks: Whether it needs the networks, and therefore torch and timm.
+        own_help: Whether it defines --help itself.
 
     Returns:
         The command's parser.
     """
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", add_help=not own_help)
     command.set_defaults(run=run, needs_networks=networks)
     return command
 

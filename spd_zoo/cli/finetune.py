@@ -11,10 +11,35 @@ from spd_zoo.cli.deferred import load_networks
 
 __all__ = ["add", "add_options"]
 
+_FIRST = (
+    "data",
+    "out",
+    "config",
+    "epochs",
+    "image_size",
+    "batch_size",
+    "lr",
+    "pretrained",
+    "device",
+    "dry_run",
+)  # options used most
+
+
+class _ShortHelp(argparse.Action):
+    """Prints the help with the options used most."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        shown = (*_FIRST, "help", "help_all")
+        for action in parser._actions:
+            if action.option_strings and action.dest not in shown:
+                action.help = argparse.SUPPRESS  # this process prints the help and ends
+        parser.print_help()
+        parser.exit()
+
 
 def add(commands: Commands) -> None:
     """Adds the command without its options."""
-    add_command(commands, "finetune", _run, "train a network on your images")
+    add_command(commands, "finetune", _run, "train a network on your images", own_help=True)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -26,6 +51,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     with explained():
         load_networks()
         from spd_zoo.training.config import FinetuneConfig
+    suppress: dict[str, Any] = {"default": argparse.SUPPRESS}
+    command.add_argument(
+        "-h", "--help", action=_ShortHelp, nargs=0, help="show the options used most and exit", **suppress
+    )
+    command.add_argument("--help-all", action="help", help="show all options and exit")
     command.add_argument("--config", metavar="FILE", help="YAML file with options, or the name of a recipe")
     hints = typing.get_type_hints(FinetuneConfig)
     for field in dataclasses.fields(FinetuneConfig):

@@ -1,6 +1,5 @@
 """The configuration of a run, whose fields are the command's options and the keys of a YAML file; and its plan."""
 
-import dataclasses
 import difflib
 import json
 import os
@@ -37,9 +36,13 @@ DISTILLATION = ("teacher_model", "teacher_size", "teacher_digest", "distill_weig
 UNKNOWN = "unknown"  # in a recipe: its source does not give the value
 
 
-def _option(default: Any, text: str, free: bool = False, only: str = "") -> Any:
-    """A field: `free` ones may change when a run is resumed, and some are for `only` classifiers or detectors."""
-    return field(default=default, metadata={"help": f"{only}: {text}" if only else text, "free": free, "only": only})
+def _option(default: Any, text: str, free: bool = False, only: str = "", **former: Any) -> Any:
+    """A field: `free` ones may change when a run is resumed, and some are for `only` classifiers or detectors.
+
+    `former` is the value of runs that a version without this option, or with another default, began.
+    """
+    metadata = {"help": f"{only}: {text}" if only else text, "free": free, "only": only}
+    return field(default=default, metadata=metadata | {"former": former.get("former", default)})
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,22 @@ class FinetuneConfig:
     pretrained: bool | None = _option(None, "start from pretrained weights (default: if there are verified ones)")
     model_args: str = _option("", "arguments of the network, for example zero_init_residual=true,drop_path_rate=0.1")
     freeze: str = _option("", "modules that are not trained, for example stem,stages.0")
-    head_epochs: int | None = _option(None, "epochs in which only the classifier is trained (default: 1 if pretrained)")
+    head_init: str | None = _option(
+        None,
+        "first weights of the classifier of a pretrained network: probe (a linear probe of the training images, or the "
+        "pretrained outputs of the same classes, whichever is better), zero, or random (default: probe; zero with "
+        "--stream)",
+        only="classifiers",
+    )
+    head_epochs: int | None = _option(
+        None, "epochs in which only the classifier is trained (default: 1 if it starts at zero or is a detector's)"
+    )
+    freeze_bn: bool | None = _option(
+        None,
+        "use BatchNorm's pretrained statistics and do not update them (default: for pretrained classifiers with "
+        "steps of up to 64 images)",
+        former=False,
+    )
     # steps
     epochs: int = _option(20, "passes over the training images")
     batch_size: int | None = _option(
@@ -88,8 +106,11 @@ class FinetuneConfig:
         "pixels, 48x96 is height by width; 32,48@11 means 32, then 48 from epoch 11 on, counted from 0 (default: 64; "
         "detectors: the network's)",
     )
-    patience: int = _option(
-        0, "stop after this many epochs without a better val top-1 or AP, and keep the best network (0: never)"
+    patience: int = _option(0, "stop after this many epochs without a better val top-1 or AP (0: never)")
+    keep: str | None = _option(
+        None,
+        "network to keep: best, of the epoch with the best val top-1 or AP, which may be the start; or last "
+        "(default: best)",
     )
     # optimiser
     opt: str | None = _option(None, "optimiser, by timm's name (default: adamw; lamb for classifiers from scratch)")
@@ -150,9 +171,18 @@ class FinetuneConfig:
     )
     distill_temperature: float = _option(4.0, "softmax temperature of teacher and student", only="classifiers")
     # augmentation
-    crop_scale: float = _option(0.5, "smallest share of the area that a random resized crop keeps", only="classifiers")
-    crop_padding: int = _option(
-        0, "instead: pad each side by this many black pixels, then crop at random", only="classifiers"
+    crop_scale: float | None = _option(
+        None,
+        "smallest share of the area that a random resized crop keeps (default: 0.5)",
+        only="classifiers",
+        former=0.5,
+    )
+    crop_padding: int | None = _option(
+        None,
+        "instead: pad each side by this many black pixels, then crop at random; 0: do not (default: an eighth of "
+        "images of up to 48 pixels, unless --crop-scale is set)",
+        only="classifiers",
+        former=0,
     )
     interpolation: str = _option(
         "random", "interpolation of the random crop: random, bilinear or bicubic", only="classifiers"
@@ -194,7 +224,11 @@ class FinetuneConfig:
     crop_pct: float = _option(1.0, "share of the shorter side that evaluation keeps", only="classifiers")
     auto_anchors: bool = _option(True, "YOLOv5: fit the anchors to the data if too few boxes fit", only="detectors")
     # computing
-    bf16: bool | None = _option(None, "mixed precision with bfloat16 (default: if the hardware supports it)")
+    bf16: bool | None = _option(
+        None,
+        "mixed precision with bfloat16 (default: if the hardware supports it, but not on a CPU for networks of "
+        "depthwise convolutions, which it slows down)",
+    )
     compile: bool = _option(False, "torch.compile the network")
     seed: int = _option(0, "seed of initial weights, data order, augmentation and held-out images")
     workers: int = _option(2, "worker processes that read and augment images", free=True)
@@ -250,6 +284,10 @@ class FinetuneConfig:
             raise ValueError(f"resume is auto or never, got {self.resume!r}")
         if self.crop_mode not in ("center", "squash", "border"):
             raise ValueError(f"crop_mode is center, squash or border, got {self.crop_mode!r}")
+        if self.keep not in (None, "best", "last"):
+            raise ValueError(f"keep is best or last, got {self.keep!r}")
+        if self.head_init not in (None, "probe", "zero", "random"):
+            raise ValueError(f"head_init is probe, zero or random, got {self.head_init!r}")
         if self.interpolation not in ("random", "bilinear", "bicubic"):
             raise ValueError(f"interpolation is random, bilinear or bicubic, got {self.interpolation!r}")
         try:
@@ -292,6 +330,8 @@ class Plan:
         warmup_lr: Learning rate at the start of warmup.
         ema: Decay of the moving average of the weights; 0: no average.
         bf16: Whether autocast computes in bfloat16.
+        freeze_bn: Whether BatchNorm uses its pretrained statistics and does not update them.
+        keep: Which network is kept: "best" or "last".
     """
 
     config: FinetuneConfig
@@ -308,6 +348,8 @@ class Plan:
     warmup_lr: float
     ema: float
     bf16: bool
+    freeze_bn: bool
+    keep: str
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> "Plan":
@@ -336,7 +378,8 @@ def refuse_others(config: FinetuneConfig, networks: str) -> None:
     """
     for item in fields(config):
         only = item.metadata.get("only")
-        if only and only != networks and getattr(config, item.name) != item.default:
+        neutral = (item.default, item.metadata.get("former"))  # a run.yaml lists every option
+        if only and only != networks and getattr(config, item.name) not in neutral:
             raise ValueError(f"{item.name} is an option for {only}, and {config.model} is none of them; leave it out")
 
 
@@ -476,8 +519,11 @@ def merged(stored: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
         ValueError: If `config` asks for something else.
     """
     values, hints = {}, typing.get_type_hints(FinetuneConfig)
-    for item in dataclasses.fields(FinetuneConfig):
-        old, new = item.default, getattr(config, item.name)
+    former = {item.name: item.metadata.get("former", item.default) for item in fields(FinetuneConfig)}
+    former |= {"keep": "best" if stored.get("patience") else "last"}  # as it was before there was a choice
+    former |= {"head_init": None if not stored.get("pretrained") else "zero"}
+    for item in fields(FinetuneConfig):
+        old, new = former[item.name], getattr(config, item.name)
         if item.name in stored:
             old = _as(hints[item.name], stored[item.name], f"{config.out / 'run.yaml'}: {item.name}")
         if item.metadata.get("free") and not (

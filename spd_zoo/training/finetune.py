@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
 from spd_zoo.errors import first_line
 from spd_zoo.process import Process, Stopped, StopSignals, join, ran_out_of_memory
@@ -39,7 +41,14 @@ from spd_zoo.training.config import (
     parse_sizes,
     refuse_others,
 )
-from spd_zoo.training.layers import classifier_of, frozen_layers, lies_in, set_trainable, set_training_mode
+from spd_zoo.training.layers import (
+    classifier_of,
+    frozen_layers,
+    lies_in,
+    mostly_depthwise,
+    set_trainable,
+    set_training_mode,
+)
 from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
 from spd_zoo.training.page import plot_notes
 from spd_zoo.training.preprocessing import Preprocessing, per_channel
@@ -49,6 +58,7 @@ from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, task_of
 from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
 from spd_zoo.weights.load import timm_name
+from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
 
@@ -63,11 +73,13 @@ class Result:
         folder: What it wrote.
         history: The metrics of each epoch.
         metrics: The metrics of the network that it wrote.
+        before: The metrics before the first epoch; empty if the network did not know the classes.
     """
 
     folder: Path
     history: list[dict[str, Any]]
     metrics: dict[str, float]
+    before: dict[str, Any] = field(default_factory=dict)
 
 
 def finetune(config: FinetuneConfig) -> Result | None:
@@ -108,7 +120,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
         timm_name(config.model)  # checks the folder
     blank = _blank(config.model)
     task = task_of(blank)
-    refuse_others(config, task.networks)
+    if began is None:
+        refuse_others(config, task.networks)
 
     splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
     teacher = None
@@ -130,9 +143,11 @@ def finetune(config: FinetuneConfig) -> Result | None:
         process.print(f"note: {note}")
 
     chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process, teacher)
-    run = start(chosen, task, splits, folder, process, teacher)
+    process.print(_choices(chosen, process))
     try:
+        run = start(chosen, task, splits, folder, process, teacher)
         with StopSignals() as signals, _progress_bar(run) as bar:
+            begin(run, signals)
             while len(run.history) < config.epochs and not _stagnates(run):
                 train_epoch(run, signals, bar)
                 end_epoch(run, signals)
@@ -171,7 +186,10 @@ def plan(
     verified = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
     pretrained = verified if config.pretrained is None else config.pretrained
     if config.pretrained is None and not pretrained:
-        process.print(f"note: {config.model} has no pretrained weights: all weights begin at random")
+        tags = tags_in_words(config.model)
+        others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
+        which = "default" if tags else "pretrained"
+        process.print(f"note: {config.model} has no {which} weights: all weights begin at random{others}")
     batch_size = _batch_size(config, images, process)
     if config.batch_size is not None and min(batch_size, images) < config.batch_size:
         process.print(f"note: {images} training images: a step has {min(batch_size, images)}, not {config.batch_size}")
@@ -179,8 +197,9 @@ def plan(
     only_backbone = pretrained and ":" not in config.model and loads_backbone_only(config.model)
     if only_backbone:
         process.print(f"note: the weights of {config.model} are a backbone: neck and head begin at random")
-    head_epochs = int(pretrained and not only_backbone)
-    defaults |= {"pretrained": pretrained, "head_epochs": head_epochs, "bf16": _has_bf16(process.device)}
+    bf16 = _has_bf16(process.device) and not (process.device.type == "cpu" and mostly_depthwise(net))
+    defaults = {"head_epochs": int(pretrained and not only_backbone), "freeze_bn": False} | defaults
+    defaults |= {"pretrained": pretrained, "bf16": bf16, "keep": "best"}
     defaults |= {"warmup_epochs": min(2, config.epochs // 4)}
     options = {name: value if (asked := getattr(config, name)) is None else asked for name, value in defaults.items()}
     options |= {"batch_size": batch_size}  # Mixup may have made it smaller than what was asked for
@@ -293,7 +312,9 @@ class Run:
         scheduler: timm's.
         steps: The images of each step.
         history: The metrics of each finished epoch.
-        best: For early stopping, the network of the best epoch and its image size.
+        best: The network with the best metric so far and its image size, unless the last one is kept.
+        before: The metrics before the first epoch; empty if the network did not know the classes.
+        evaluated: Whether the start has been evaluated, or need not be.
         done: Finished steps of the current epoch.
         losses: The sums of the loss and its terms over these steps.
         began: When the current epoch began, in seconds of the monotonic clock.
@@ -321,6 +342,8 @@ class Run:
     steps: Steps
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+    evaluated: bool = True
     done: int = 0
     losses: dict[str, Tensor] = field(default_factory=dict)
     began: float = 0.0
@@ -342,19 +365,18 @@ class Run:
             averaged = self.eval_net.state_dict() if self.plan.ema else None
             state = {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "history": self.history}
             state |= {"best": self.best, "ema": averaged, "step": self.done, "losses": losses}
+            state |= {"before": self.before, "evaluated": self.evaluated}
             self.folder.save(state | {"class_names": self.splits.train.class_names})
         self.saved = time.monotonic()
 
-    def resume(self) -> None:
-        """Continues from `last.pt` if it exists."""
-        state = self.process.broadcast(self.folder.load() if self.process.first else None)
-        if state is None:
-            return
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continues from the contents of `last.pt`."""
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.plan.ema:
             self.eval_net.load_state_dict(state["ema"])
         self.history, self.best, self.done = state["history"], state["best"], state["step"]
+        self.before, self.evaluated = state.get("before", {}), state.get("evaluated", True)  # older versions had none
         mine = state["losses"][self.process.rank :: self.process.world]  # the number of processes may have changed
         for losses in mine:
             self.add_losses({name: torch.tensor(value, device=self.process.device) for name, value in losses.items()})
@@ -412,6 +434,8 @@ def start(
     if plan.head_epochs and (not classifier_of(net) or any(lies_in(name, frozen) for name in classifier_of(net))):
         raise ValueError("the classifier cannot train alone, it is frozen or unknown; give --head-epochs 0")
     set_trainable(net, [""], frozen)
+    state = process.broadcast(folder.load() if process.first else None)
+    knows_classes = state is None and task.init_head(net, plan, splits.train, process, preprocessing)
     training: Any = task.training(net, plan, splits.train, process)
     if teacher is not None:
         training = DistilledTraining(training, teacher, config, preprocessing)
@@ -426,12 +450,13 @@ def start(
     prepare = task.preparation(config, preprocessing, classes)
     run = Run(
         plan, task, splits, folder, process, preprocessing, net, training, eval_net, prepare, frozen,
-        optimizer, scheduler, steps,
+        optimizer, scheduler, steps, evaluated=not knows_classes,
     )  # fmt: skip
     if process.first:
         folder.begin(config, splits.about)
         task.write_data_report(folder, config, net, splits)
-    run.resume()
+    if state is not None:
+        run.resume(state)
     return run
 
 
@@ -467,6 +492,29 @@ def _scheduler(optimizer: Any, plan: Plan, steps_per_epoch: int) -> Any:
         updates_per_epoch=updates,
     )
     return scheduler
+
+
+def begin(run: Run, signals: StopSignals) -> None:
+    """Evaluates a network that knows the classes before its first epoch; does nothing if that is done.
+
+    Raises:
+        DataError: If an image cannot be read.
+        RunError: If a file cannot be written.
+        Stopped: After a signal, when the state is saved.
+    """
+    if run.evaluated:
+        return
+    _set_image_size(run, 0)
+    metrics = _score(run, signals, "stopped before the first epoch")
+    row = {"epoch": 0, "image_size": size_value(run.image_size)}
+    run.before, run.evaluated = row | {f"val_{name}": value for name, value in metrics.items()}, True
+    _keep_if_best(run, run.before)
+    run.save()
+    line = f"before the first epoch: {run.task.epoch_in_words(run.before)}"
+    run.process.print(line)
+    if run.process.first:
+        run.folder.log(line)
+    _stop_if_asked(run, signals, "stopped before the first epoch")
 
 
 def train_epoch(run: Run, signals: StopSignals, bar: "tqdm[Any]") -> None:
@@ -538,26 +586,17 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
     if process.world > 1:  # unsynchronised BatchNorm: the statistics of the first process count
         distribute_bn(run.net, process.world)
         distribute_bn(run.eval_net, process.world)
-    try:
-        metrics = task.score(run.eval_net, run.val_batches, run.preprocessing, process)
-    except RuntimeError as error:
-        if not signals.number or process.world > 1:
-            raise
-        run.save()  # the signal reached the loader workers, too
-        raise Stopped(signals.number, f"stopped after the last step of epoch {epoch + 1}") from error
+    metrics = _score(run, signals, f"stopped after the last step of epoch {epoch + 1}")
     losses = run.gathered_losses()
     row: dict[str, Any] = {"epoch": epoch + 1, "image_size": size_value(run.image_size)}
     row |= {"lr": max(group["lr"] for group in run.optimizer.param_groups)}
     row |= {f"train_{name}": sum(sums[name] for sums in losses) / run.steps.per_epoch for name in losses[0]}
     row |= {f"val_{name}": value for name, value in metrics.items()}
-    if run.plan.config.patience and row[task.metric] > max(
-        (old[task.metric] for old in run.history), default=-math.inf
-    ):
-        run.best = {"net": copy.deepcopy(run.eval_net.state_dict()), "image_size": size_value(run.image_size)}
+    _keep_if_best(run, row)
     run.history.append(row)
     run.done, run.losses = 0, {}
     if process.first:
-        run.folder.write_history(run.history)
+        run.folder.write_history([*_before_in_columns(run), *run.history])
     run.save()
     speed = (run.steps.per_epoch - run.began_at) * run.steps.batch_size / train_seconds
     minutes = (epochs - epoch - 1) * (run.saved - run.began) / 60
@@ -604,7 +643,97 @@ def finish(run: Run) -> Result:
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )
-    return Result(config.out, run.history, figures | {"image_size": size_value(size)})
+    for line in [*_verdict(run), *_next_commands(run)]:
+        process.print(line)
+    return Result(config.out, run.history, figures | {"image_size": size_value(size)}, run.before)
+
+
+def _score(run: Run, signals: StopSignals, stopped: str) -> dict[str, float]:
+    """The metrics on the validation images; saves and raises Stopped if a signal has ended the loader workers."""
+    try:
+        return run.task.score(run.eval_net, run.val_batches, run.preprocessing, run.process)
+    except RuntimeError as error:
+        if not signals.number or run.process.world > 1:
+            raise
+        run.save()
+        raise Stopped(signals.number, stopped) from error
+
+
+def _scores(run: Run) -> list[float]:
+    """The metric that counts, before the first epoch if it is known, then after each one."""
+    return [row[run.task.metric] for row in (*filter(None, [run.before]), *run.history)]
+
+
+def _keep_if_best(run: Run, row: dict[str, Any]) -> None:
+    """Copies the network if `row`, the newest metrics, is the best so far and the best one is to be kept."""
+    earlier = [old for old in (run.before, *run.history) if old and old is not row]
+    if run.plan.keep == "best" and row[run.task.metric] > max((old[run.task.metric] for old in earlier), default=-1):
+        run.best = {"net": copy.deepcopy(run.eval_net.state_dict()), "image_size": size_value(run.image_size)}
+
+
+def _before_in_columns(run: Run) -> list[dict[str, Any]]:
+    """The metrics before the first epoch, with the columns of an epoch; those of training are empty."""
+    return [{name: run.before.get(name, "") for name in run.history[0]}] if run.before else []
+
+
+def _verdict(run: Run) -> list[str]:
+    """Which network was kept, if not the last; and what to try if training made the network worse."""
+    scores, task = _scores(run), run.task
+    best, rows = scores.index(max(scores)), [*filter(None, [run.before]), *run.history]
+    lines = []
+    if run.best and rows[best]["epoch"] and best < len(rows) - 1:
+        lines.append(f"kept: the network of epoch {rows[best]['epoch']}, which had the best {task.metric}")
+    if run.before and scores[-1] < scores[0]:
+        lower = f"--lr {run.plan.lr / 4:.1g}"
+        frozen = "" if run.plan.freeze_bn else ", --freeze-bn"
+        kept = "; the network is kept as it began" if run.best and best == 0 else ""
+        began, ended = (task.epoch_in_words(row) for row in (run.before, run.history[-1]))
+        lines.append(
+            f"note: training ended below where it began: {ended}, before the first epoch {began}{kept}. Try a smaller "
+            f"learning rate ({lower}){frozen}, more --epochs, or weaker augmentation"
+        )
+    return lines
+
+
+def _next_commands(run: Run) -> list[str]:
+    """Commands that use the network."""
+    out, data = shlex.quote(str(run.plan.config.out)), shlex.quote(run.plan.config.data)
+    classifier = run.task.networks == "classifiers"
+    lines = [
+        f"  spd-zoo {'predict' if classifier else 'detect'} {out} IMAGE",
+        f"  spd-zoo evaluate {out} --data {data}",
+    ]
+    return ["next:", *lines, *([f"  spd-zoo export {out} --to onnx"] if classifier else [])]
+
+
+def _choices(plan: Plan, process: Process) -> str:
+    """What a run does, on one line."""
+    config = plan.config
+    known = get_pretrained_cfg(config.model)
+    weights = "random weights"
+    if plan.pretrained:
+        tag = known.tag if known is not None and ":" not in config.model else ""
+        weights = f"weights {config.model if '.' in config.model or not tag else f'{config.model}.{tag}'}"
+    rate = f"{plan.opt} with learning rate {plan.lr:.2g}"
+    if plan.layer_decay != 1:
+        rate += f" (times {plan.layer_decay:g} per layer from the end)"
+    sizes = ", ".join(size_text(size) for size, _ in plan.sizes)
+    parts = [weights, f"{count(config.epochs, 'epoch')} at {sizes} px", f"batch {plan.batch_size}", rate]
+    parts += [_augmentation(config), "BatchNorm statistics frozen" if plan.freeze_bn else ""]
+    parts += [f"{'bfloat16' if plan.bf16 else 'float32'} on {process.device}", f"keep {plan.keep}"]
+    return f"chosen: {', '.join(filter(None, parts))}"
+
+
+def _augmentation(config: FinetuneConfig) -> str:
+    """The augmentation that is in use."""
+    names = "crop_padding crop_scale hflip vflip rotation color_jitter auto_augment erase mixup cutmix"
+    hidden = {"crop_scale"} if config.crop_padding or config.mosaic is not None else set()
+    found = {
+        name: getattr(config, name)
+        for name in f"{names} mosaic zoom shift hsv".split()
+        if name not in hidden and getattr(config, name)
+    }
+    return "augmentation " + (" ".join(f"{name} {value}" for name, value in found.items()) or "none")
 
 
 def _set_image_size(run: Run, epoch: int) -> None:
@@ -638,7 +767,7 @@ def _set_trained(run: Run, epoch: int) -> None:
         if run.process.world > 1:
             device = run.process.device
             run.training.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
-    set_training_mode(run.net, trained, run.frozen)
+    set_training_mode(run.net, trained, run.frozen, run.plan.freeze_bn)
 
 
 def _batches_of_epoch(batches: Batches, epoch: int, first: int, steps: Steps) -> Iterator[Any]:
@@ -670,7 +799,7 @@ def _stop_if_asked(run: Run, signals: StopSignals, message: str) -> None:
 
 def _stagnates(run: Run) -> bool:
     """Whether the last `patience` epochs brought no improvement."""
-    patience, scores = run.plan.config.patience, [row[run.task.metric] for row in run.history]
+    patience, scores = run.plan.config.patience, _scores(run)
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
@@ -681,5 +810,6 @@ def _progress_bar(run: Run) -> "tqdm[Any]":
         total=run.plan.config.epochs * steps.images,
         initial=len(run.history) * steps.images + run.done * steps.batch_size,
         unit=" images",
+        smoothing=0,  # the mean over the run: a time left that does not jump with every evaluation
         disable=None if run.process.first else True,
     )

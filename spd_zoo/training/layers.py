@@ -4,8 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["classifier_of", "frozen_layers", "lies_in", "set_trainable", "set_training_mode", "zero_classifier"]
+__all__ = [
+    "classifier_of",
+    "frozen_layers",
+    "lies_in",
+    "mostly_depthwise",
+    "set_trainable",
+    "set_training_mode",
+    "zero_classifier",
+]
 
 
 def frozen_layers(net: nn.Module, text: str) -> list[str]:
@@ -41,6 +50,15 @@ def zero_classifier(net: nn.Module) -> None:
                 nn.init.zeros_(parameter)
 
 
+def mostly_depthwise(net: nn.Module) -> bool:
+    """Whether more than half of a network's convolutions over more than one pixel are depthwise.
+
+    On CPUs, torch computes depthwise convolutions more slowly in bfloat16 than in float32.
+    """
+    spatial = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    return 2 * sum(m.groups == m.in_channels > 1 for m in spatial) > len(spatial)
+
+
 def lies_in(name: str, modules: Sequence[str]) -> bool:
     """Whether a parameter or module belongs to one of the `modules`; the module "" is the whole network."""
     return any(not module or name == module or name.startswith(f"{module}.") for module in modules)
@@ -57,9 +75,17 @@ def set_trainable(net: nn.Module, trained: Sequence[str], frozen: Sequence[str])
         parameter.requires_grad = lies_in(name, trained) and not lies_in(name, frozen)
 
 
-def set_training_mode(net: nn.Module, trained: Sequence[str], frozen: Sequence[str]) -> None:
-    """Puts everything that does not train into evaluation mode, so that its BatchNorm statistics stay."""
+def set_training_mode(net: nn.Module, trained: Sequence[str], frozen: Sequence[str], freeze_bn: bool = False) -> None:
+    """Puts everything that does not train into evaluation mode, so that its BatchNorm statistics stay.
+
+    Args:
+        net: The network.
+        trained: The modules that train.
+        frozen: Modules in them that do not.
+        freeze_bn: Whether no BatchNorm statistics change; their scales and shifts train.
+    """
     net.train()
     for name, module in net.named_modules():
-        if name and (lies_in(name, frozen) or not (lies_in(name, trained) or _contains(name, trained))):
+        idle = lies_in(name, frozen) or not (lies_in(name, trained) or _contains(name, trained))
+        if name and (idle or (freeze_bn and isinstance(module, _BatchNorm))):
             module.eval()

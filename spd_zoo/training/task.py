@@ -94,6 +94,20 @@ class Task(Protocol[DataT]):
     def training(self, net: Any, plan: Plan, data: DataT, process: Process) -> TrainingTask:
         """The network with its loss: images and targets -> a dict with `loss` and perhaps its `terms`."""
 
+    def init_head(self, net: Any, plan: Plan, data: DataT, process: Process, preprocessing: Preprocessing) -> bool:
+        """Gives the classifier of a new run its first weights.
+
+        Args:
+            net: The network, with pretrained weights if the plan says so.
+            plan: What the run does.
+            data: The training images.
+            process: This process.
+            preprocessing: How pixels become the network's input.
+
+        Returns:
+            Whether the network knows the classes, so that evaluating it has a meaning.
+        """
+
     def preparation(
         self, config: FinetuneConfig, preprocessing: Preprocessing, classes: int
     ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:

@@ -40,6 +40,7 @@ from spd_zoo.weights.manifest import (
     entries_for_import,
     find_entry,
     set_private,
+    tags_in_words,
 )
 
 __all__ = ["BackboneWarning", "build", "create", "default_cfgs", "loads_backbone_only", "use_manifest"]
@@ -349,7 +350,8 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     if entry is None:
         raise WeightsError(f"there are no weights called {variant}.{tag}; there are: {', '.join(tags) or 'none'}")
     if not tag and not entry.verified and (tags or entry.source):
-        raise WeightsError(f"{variant} has no default weights; select some by name: {', '.join(tags) or 'none'}")
+        named = tags_in_words(variant) or ", ".join(tags) or "none"
+        raise WeightsError(f"{variant} has no default weights; select some by name: {named}")
     return entry
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "find_entry",
     "manifest_path",
     "set_private",
+    "tags_in_words",
     "write_manifest",
 ]
 
@@ -166,6 +167,19 @@ def find_entry(name: str) -> Entry | None:
         WeightsError: If a manifest is invalid.
     """
     return entries().get(name)
+
+
+def tags_in_words(network: str) -> str:
+    """The verified weights of a network, by name and with what each is for; empty if there are none."""
+    tagged = [entry for entry in entries().values() if entry.network == network and entry.tag and entry.verified]
+    found = []
+    for entry in tagged:
+        classes = f"{entry.num_classes} classes"
+        if entry.class_names and entry.num_classes <= 5:
+            classes += f": {', '.join(entry.class_names)}"
+        facts = (entry.dataset, classes, f"{'x'.join(map(str, dict.fromkeys(entry.input_size[1:])))} px")
+        found.append(f"{entry.name} ({', '.join(filter(None, facts))})")
+    return "; ".join(found)
 
 
 @cache

@@ -15,7 +15,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from spd_zoo.data.check import check, notes_on
-from spd_zoo.data.classes import without_unused
+from spd_zoo.data.classes import network_classes, without_unused
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
@@ -30,7 +30,15 @@ from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.process import Process
 from spd_zoo.training.classification import metrics, report
 from spd_zoo.training.classification.augment import eval_loader, eval_transform, train_loader, train_transform
-from spd_zoo.training.config import FinetuneConfig, Plan
+from spd_zoo.training.classification.head import (
+    features,
+    linear_classifier,
+    pretrained_classifier,
+    pretrained_outputs,
+    ridge_classifier,
+    set_classifier,
+)
+from spd_zoo.training.config import FinetuneConfig, Plan, parse_model_args, parse_sizes
 from spd_zoo.training.layers import zero_classifier
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
@@ -41,6 +49,11 @@ __all__ = ["LR", "Classification", "ClassifierTraining"]
 
 Images = LabelledImages | StreamedImages
 ImagesT = TypeVar("ImagesT", LabelledImages, StreamedImages)
+IMAGE_SIZE = "64"
+SMALL = 48  # pixels up to which random resized crops lose too much
+CROP_SCALE = 0.5
+FEW = 64  # images of a step whose BatchNorm statistics make pretrained networks worse
+PROBED = 20_000  # training images of which the first classifier is made, a few hundred megabytes of features
 LR = {"lamb": 6e-3, "adamw": 2e-3}  # for steps of 128 images; proportional to the square root of the batch size
 
 
@@ -100,8 +113,19 @@ class Classification:
     def defaults(self, config: FinetuneConfig, net: nn.Module, batch_size: int, pretrained: bool) -> dict[str, Any]:
         """The values of options that depend on the task."""
         opt = config.opt or ("adamw" if pretrained else "lamb")
+        if config.head_init not in (None, "random") and not pretrained:
+            raise ValueError(f"head_init {config.head_init} is for pretrained networks; leave it out")
+        side = min(min(size) for size, _ in parse_sizes(config.image_size or IMAGE_SIZE))
+        padding = side // 8 if side <= SMALL and config.crop_scale is None else 0
+        can_probe = not config.stream and linear_classifier(net) is not None
+        head = "random" if not pretrained else "probe" if can_probe else "zero"
         return {
-            "image_size": "64",
+            "image_size": IMAGE_SIZE,
+            "crop_scale": CROP_SCALE,
+            "crop_padding": padding,
+            "head_init": head,
+            "head_epochs": int((config.head_init or head) == "zero"),
+            "freeze_bn": pretrained and batch_size <= FEW,
             "opt": opt,
             "lr": LR.get(opt, 0.0) * math.sqrt(batch_size / 128),
             "layer_decay": 0.8 if pretrained else 1.0,
@@ -153,10 +177,50 @@ class Classification:
         return []
 
     def training(self, net: Any, plan: Plan, data: Images, process: Process) -> ClassifierTraining:
-        """The network with its loss; on pretrained layers, a classifier that the weights do not have starts at zero."""
-        if plan.pretrained and net.pretrained_cfg["num_classes"] != len(data.class_names):
-            zero_classifier(net)
+        """The network with its loss."""
         return ClassifierTraining(net, plan.config, data, process.device)
+
+    def init_head(self, net: Any, plan: Plan, data: Images, process: Process, preprocessing: Preprocessing) -> bool:
+        """Sets the classifier of a pretrained network as `head_init` says, and prints what was chosen.
+
+        A classifier whose outputs have no names is kept if there are as many as classes.
+        """
+        config, classes = plan.config, data.class_names
+        if not plan.pretrained:
+            return False
+        known = network_classes(net.pretrained_cfg, net.pretrained_cfg["num_classes"])
+        outputs = pretrained_outputs(config.model, known, classes)
+        unnamed = not known.named and len(known.names) == len(classes)
+        trained = unnamed or outputs == list(range(len(known.names)))
+        layer = linear_classifier(net)
+        probe = config.head_init == "probe" and not unnamed
+        if probe and (layer is None or isinstance(data, StreamedImages)):
+            process.print("note: no linear probe of a stream, or of more than one layer: a new classifier is zero")
+            probe = False
+        if not probe and config.head_init != "random" and not trained:
+            zero_classifier(net)
+        if not probe or layer is None or isinstance(data, StreamedImages):
+            return trained
+        chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))[:PROBED]
+        probed = data.subset(sorted(chosen.tolist()))
+        batches = self.eval_batches(
+            net, probed, plan.sizes[0][0], max(1, plan.batch_size // plan.micro_batches), config.workers,
+            preprocessing, process,
+        )  # fmt: skip
+        inputs, labels = features(net, layer, batches, preprocessing, process)
+        weight, bias, right = ridge_classifier(inputs, labels, len(classes))
+        text = f"a linear probe of {len(probed)} training images, {100 * right:.1f} % right with each image left out"
+        if outputs is not None:
+            arguments = parse_model_args(config.model_args)
+            arguments.pop("num_classes", None)
+            old = pretrained_classifier(config.model, arguments, outputs)
+            share = (inputs @ old[0].T + old[1]).argmax(1).eq(labels).double().mean().item()
+            if share >= right:
+                (weight, bias), text = old, f"the pretrained outputs of these classes, {100 * share:.1f} % right"
+        weight, bias = process.broadcast((weight, bias))
+        set_classifier(layer, weight, bias)
+        process.print(f"the classifier starts as {text}")
+        return True
 
     def preparation(
         self, config: FinetuneConfig, preprocessing: Preprocessing, classes: int
@@ -192,8 +256,8 @@ class Classification:
         """The training images, augmented, in the order of `steps`."""
         transform = train_transform(
             image_size,
-            config.crop_scale,
-            config.crop_padding,
+            CROP_SCALE if config.crop_scale is None else config.crop_scale,
+            config.crop_padding or 0,
             config.rotation,
             interpolation=config.interpolation,
             hflip=config.hflip,

@@ -152,6 +152,10 @@ class Detection:
             process.print(fit_anchors(net, data, plan.sizes[-1][0], plan.config.seed))
         return DetectorTraining(net, process.device)
 
+    def init_head(self, net: Any, plan: Plan, data: BoxImages, process: Process, preprocessing: Preprocessing) -> bool:
+        """Changes nothing; the network knows the classes if its weights have as many."""
+        return plan.pretrained and bool(net.pretrained_cfg["num_classes"] == len(data.class_names))
+
     def preparation(
         self, config: FinetuneConfig, preprocessing: Preprocessing, classes: int
     ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
