@@ -25,9 +25,9 @@ from spd_zoo.training.config import DISTILLATION, FinetuneConfig
 from spd_zoo.weights import Entry, entries
 from spd_zoo.weights.fit import own_networks
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
 NETWORKS = own_networks()
-ROOT = EXAMPLES.parent
+ROOT = EXAMPLES.parents[1]
 ENTRY_POINT = re.findall(r'^spd-zoo = "(\w+):(\w+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 Capture = pytest.CaptureFixture[str]

@@ -24,7 +24,7 @@ from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights.load import ModelError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
 Box = tuple[int, int, int, int]
 
 

@@ -157,13 +157,28 @@ def _at_least(least: int, text: str) -> int:
     return number
 
 
-def print_table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], right: tuple[int, ...] = ()) -> None:
-    """Prints columns as wide as needed; `right` are the numbers of those that are right-aligned."""
+def print_table(
+    header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], right: tuple[int, ...] = (), width: int = 0
+) -> None:
+    """Prints columns as wide as needed.
+
+    Args:
+        header: The titles.
+        rows: The cells.
+        right: The numbers of the columns that are right-aligned.
+        width: Characters of a line, for which the first column may become narrower: a first cell that is too long for
+            it gets a line of its own. 0: no limit.
+    """
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if width:
+        widths[0] = max(len(header[0]), min(widths[0], width - sum(2 + each for each in widths[1:])))
     for line in lines:
         cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.rjust(each) if i in right else cell.ljust(each)
+            for i, (cell, each) in enumerate(zip(line, widths, strict=True))
         ]
+        if len(cells[0]) > widths[0]:
+            print(cells[0])
+            cells[0] = " " * widths[0]
         print("  ".join(cells).rstrip())

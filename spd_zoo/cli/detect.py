@@ -74,7 +74,8 @@ def _run(options: argparse.Namespace) -> int:
                 found = image.detections
                 objects = zip(found.names, found.scores, found.boxes.tolist(), strict=True)
                 lines = (f"  {score:.2f}  {name}  {' '.join(f'{x:.0f}' for x in box)}" for name, score, box in objects)
-                tqdm.write("\n".join((str(image.path), *lines)))
+                nothing = () if len(found) else (f"  no objects above {options.score:g}",)
+                tqdm.write("\n".join((str(image.path), *lines, *nothing)))
     if options.json:
         print(json.dumps(as_coco(done, detector.class_names), indent=2))
     print_notes(notes.lines())

@@ -48,10 +48,7 @@ def _run(options: argparse.Namespace) -> int:
     lower += "; where the run has saved its state, also another --out"
     on_command_line = {key: value for key, value in vars(options).items() if key not in ours}
     with explained(lower):
-        from spd_zoo.training.config import make_config
-        from spd_zoo.training.finetune import finetune
-        from spd_zoo.weights.load import timm_name
+        from spd_zoo.training.call import finetune
 
-        config = make_config(on_command_line, options.config)
-        finetune(dataclasses.replace(config, model=timm_name(config.model)))
+        finetune(config=options.config, **on_command_line)
     return 0

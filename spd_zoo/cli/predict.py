@@ -34,7 +34,10 @@ def add(commands: Commands) -> None:
     command.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: 32)")
     command.add_argument("--device", help=DEVICE)
     command.add_argument("--json", action="store_true", help="print JSON")
-    results.add_options(command)
+    group = results.add_options(command)
+    group.add_argument(
+        "--probabilities", action="store_true", help="a column with the probabilities of all classes, in their order"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -45,9 +48,13 @@ def _run(options: argparse.Namespace) -> int:
 
         return results.write(
             options,
-            lambda device: classification(options.model, options.top_k, options.batch_size, device, class_map),
+            lambda device: classification(
+                options.model, options.top_k, options.batch_size, device, class_map, options.probabilities
+            ),
             _LOWER,
         )
+    if options.probabilities:
+        raise CommandError("--probabilities is a column of --results; add --results FILE")
     from tqdm import tqdm
 
     from spd_zoo.data.notes import Notes

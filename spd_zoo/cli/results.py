@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["add_options", "class_map", "find_images", "write"]
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """Adds the options for a file of results."""
+def add_options(command: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """Adds the options for a file of results, and returns their group."""
     command.add_argument(
         "--class-map", metavar="FILE", help="other names for the classes: a YAML file with lines like `mine: network's`"
     )
@@ -34,6 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--save-every", type=positive, default=512, metavar="N", help="save after so many images (default: 512)"
     )
     group.add_argument("--overwrite", action="store_true", help="replace an existing FILE at the end")
+    return group
 
 
 def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:

@@ -15,6 +15,7 @@ from spd_zoo.data.classes import match_classes, network_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import channel_mode, size_value
 from spd_zoo.files import write_csv
+from spd_zoo.inference.images import as_html
 from spd_zoo.process import Process, pick_device
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, task_of
@@ -40,6 +41,12 @@ class Evaluation:
     split: str
     warnings: list[str]
     notes: list[str]
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self.row['model']} at {self.in_words()})"
+
+    def _repr_html_(self) -> str:
+        return as_html(None, ("measure", "value"), self.row.items())
 
     def in_words(self) -> str:
         """The line to print."""
