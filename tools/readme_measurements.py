@@ -70,7 +70,7 @@ def converted_speed() -> str:
     columns = ("ours", "as it was", "/ as it was")
     rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
     settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
-    head = ("network", "form", "converted and trained, images/s", "as it was, images/s", "ratio")
+    head = ("network", "form", "converted and trained, images/s", "original, images/s", "ratio")
     return f"{'; '.join(sorted(settings))}\n\n{table(head, rows)}"
 
 

@@ -208,7 +208,7 @@ def _open_folders(root: Path, split: str) -> LabelledImages | None:
     if splits:
         notes = split_notes(root, split, found)
         if others:
-            notes.append(f"folders beside the splits of {root} are not read: {some(others)}")
+            notes.append(f"folders of {root} that are no splits are not read: {some(others)}")
         return _open_classes(root / found[0], notes) if found else None
     if folders and all(map(looks_like_split, folders)):
         raise DataError(
@@ -246,7 +246,7 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
         labels += [class_names.index(clean_name(top.name))] * len(images)
     if split_inside and len(split_inside) == len(classes):
         raise DataError(
-            f"the class folders of {folder} hold splits in place of images, as {split_inside[0]}; arrange them as "
+            f"the class folders of {folder} hold splits instead of images, such as {split_inside[0]}; arrange them as "
             "<split>/<class name>/, or give the folder with the splits"
         )
     stray = [entry.name for entry in entries if not entry.is_dir() and is_image(entry, folder)]
@@ -254,7 +254,7 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
     if nested:
         notes.append(f"class folders of {folder} with images in inner folders alone, all of one class: {some(nested)}")
     if stray:
-        notes.append(f"{count(len(stray), 'image')} beside the class folders of {folder} left out: {some(stray)}")
+        notes.append(f"{count(len(stray), 'image')} outside the class folders of {folder} left out: {some(stray)}")
     return LabelledImages(files, labels, class_names, range(len(files)), tuple(notes))
 
 
