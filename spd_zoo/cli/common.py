@@ -13,6 +13,8 @@ __all__ = [
     "DEVICE",
     "CommandError",
     "add_command",
+    "bar_disabled",
+    "be_quiet",
     "complain",
     "explained",
     "image_size",
@@ -37,6 +39,8 @@ _EXTRAS = {
     "shtab": "[completion]",
 }
 
+_quiet = False  # whether the command was asked for results and errors alone
+
 
 class CommandError(Exception):
     """A command that cannot be carried out; the message is one sentence for the user."""
@@ -59,7 +63,21 @@ def add_command(
     """
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run, needs_networks=networks)
+    if name != "finetune":  # whose output is its progress
+        command.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
+    command.add_argument("-v", "--verbose", action="store_true", help="print where in the code an error came from")
     return command
+
+
+def be_quiet(quiet: bool) -> None:
+    """Sets whether notes and progress bars are left out from now on."""
+    global _quiet
+    _quiet = quiet
+
+
+def bar_disabled(few: bool = False) -> bool | None:
+    """The argument `disable` of tqdm: no bar in a quiet command, for `few` steps, or outside a terminal."""
+    return True if few or _quiet else None
 
 
 def complain(text: str) -> None:
@@ -74,8 +92,8 @@ def complain(text: str) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Prints what was guessed or left out, a line for each, to standard error, which keeps results apart."""
-    for note in notes:
+    """Prints what was guessed or left out, a line for each, to standard error, which keeps results apart; nothing if quiet."""
+    for note in () if _quiet else notes:
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -11,6 +11,7 @@ from spd_zoo.cli.common import (
     CommandError,
     Commands,
     add_command,
+    bar_disabled,
     complain,
     explained,
     image_size,
@@ -64,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
         detector = _detector(options, options.device)
         few = len(paths) <= options.batch_size
         detected = detect(detector, paths, options.out)
-        for image in tqdm(detected, total=len(paths), unit="image", leave=False, disable=True if few else None):
+        for image in tqdm(detected, total=len(paths), unit="image", leave=False, disable=bar_disabled(few)):
             done.append(image)
             for note in image.notes:
                 notes.add(note, str(image.path))

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_zoo.cli import results
-from spd_zoo.cli.common import DEVICE, CommandError, Commands, add_command, complain, explained, positive, print_notes
+from spd_zoo.cli.common import (
+    DEVICE,
+    CommandError,
+    Commands,
+    add_command,
+    bar_disabled,
+    complain,
+    explained,
+    positive,
+    print_notes,
+)
 
 if TYPE_CHECKING:
     from spd_zoo.inference.classifier import Prediction
@@ -67,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     failed = False
     separator = "[\n"
     with explained(_LOWER):
-        for prediction in tqdm(predictions, total=len(paths), unit="image", leave=False, disable=True if few else None):
+        for prediction in tqdm(predictions, total=len(paths), unit="image", leave=False, disable=bar_disabled(few)):
             for note in prediction.notes:
                 notes.add(note, str(prediction.path))
             if prediction.error is not None:

@@ -106,7 +106,14 @@ def write(options: argparse.Namespace, job_for: "Callable[[str], Job]", lower: s
             images = Files([str(path) for path in find_images(options.images, left_out)])
         job = job_for(str(process.device))
         summary = write_results(
-            images, job, options.results, process, options.workers, options.save_every, options.overwrite
+            images,
+            job,
+            options.results,
+            process,
+            options.workers,
+            options.save_every,
+            options.overwrite,
+            progress=not options.quiet,
         )
     if summary is None:
         return 0  # another process writes the file and prints the summary

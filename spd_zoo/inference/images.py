@@ -18,7 +18,7 @@ from spd_zoo.data.reading import collect_notes, find_images, read_image, upright
 
 __all__ = ["ImageLike", "as_html", "listed", "open_image", "pandas", "show"]
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor"
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
 
 _SHOWN = 640  # longest side of an image in a notebook, in pixels
 

@@ -212,6 +212,7 @@ def write_results(
     workers: int = 2,
     save_every: int = 512,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> Summary | None:
     """Writes a row per image, in the order of the images, to a new file; resumes where the same call was interrupted.
 
@@ -226,6 +227,7 @@ def write_results(
         workers: Processes that read images for this one; 0: it reads them itself.
         save_every: Images per part: an interruption loses at most so many.
         overwrite: Whether to replace an existing file at the end.
+        progress: Whether the first process shows a progress bar in a terminal.
 
     Returns:
         The number of images; None if another process, the last one to finish its parts, wrote the file.
@@ -259,7 +261,13 @@ def write_results(
         done = total - sum(len(parts.rows(part)) for part in todo)
         with (
             StopSignals(interrupt=True) as signals,
-            tqdm(total=total, initial=done, unit="image", leave=False, disable=None if process.first else True) as bar,
+            tqdm(
+                total=total,
+                initial=done,
+                unit="image",
+                leave=False,
+                disable=None if process.first and progress else True,
+            ) as bar,
         ):
             try:
                 for part, rows in _finished(images, job, parts, todo, workers, bar, notes):
