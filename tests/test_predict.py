@@ -341,7 +341,7 @@ def test_a_saved_folder_with_another_networks_name_is_refused(saved: str, tmp_pa
 
 def test_a_detector_is_refused(tmp_path: Path) -> None:
     save_for_hf(timm.create_model("yolov8n_spd", num_classes=3), str(tmp_path), safe_serialization=True)
-    with pytest.raises(ModelError, match="is a detector; run `spd-zoo detect .* IMAGES`"):
+    with pytest.raises(ModelError, match=r"is a detector; run `spd-zoo detect .* IMAGES`"):
         next(predict(str(tmp_path), [write_image(tmp_path / "a.png")], device="cpu"))
 
 

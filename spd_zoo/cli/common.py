@@ -92,7 +92,7 @@ def complain(text: str) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Prints what was guessed or left out, a line for each, to standard error, which keeps results apart; nothing if quiet."""
+    """Prints what was guessed or left out, a line for each, to standard error; nothing in a quiet command."""
     for note in () if _quiet else notes:
         print(f"note: {note}", file=sys.stderr)
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, read_image, size_text
 from spd_zoo.errors import first_line
+from spd_zoo.inference.exported import load_model
 from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, pandas
 from spd_zoo.inference.loop import Files, Task, batches, run
-from spd_zoo.models._detector import DetectionNet
+from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, load_network, pretrained_cfg
+from spd_zoo.weights.load import ModelError, pretrained_cfg
 
 __all__ = [
     "DEFAULT_CLASSIFIER",
@@ -174,8 +175,8 @@ class Classifier:
     """Names what an image shows. For objects and where they are, see `Detector`.
 
     Args:
-        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, or the
-            folder of a run.
+        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, the
+            folder of a run, or an ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         device: torch device; by default a network stays where it is, and a name is loaded on a GPU if there is one.
         batch_size: Images per batch.
         class_map: Other names for the network's classes: from the new name to the network's own.
@@ -205,7 +206,7 @@ class Classifier:
             check_classifier(model, self.name)
             net = model if device is None else model.to(pick_device(device))
         else:
-            net = load_classifier(self.name, pick_device(device))
+            net = load_classifier(self.name, device)
         self.net: Any = net.eval()
         self.batch_size = batch_size
         cfg = pretrained_cfg(self.net)
@@ -295,14 +296,14 @@ def predict(
             yield Prediction(paths[index], top, outcome.error, outcome.notes)
 
 
-def load_classifier(model: str, device: str) -> nn.Module:
-    """A pretrained classifier on a torch device, channels last, in evaluation mode.
+def load_classifier(model: str, device: str | None) -> nn.Module:
+    """A pretrained classifier as `load_model` returns it.
 
     Raises:
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights are unavailable or must not be used.
     """
-    net = load_network(model, device)
+    net = load_model(model, device)
     check_classifier(net, model)
     return net
 
@@ -313,7 +314,7 @@ def check_classifier(net: nn.Module, model: str) -> None:
     Raises:
         ModelError: If it is a detector or has no classes.
     """
-    if isinstance(net, DetectionNet):
+    if isinstance(net, ObjectFinder):
         raise ModelError(f"{model} is a detector; run `spd-zoo detect {model} IMAGES`, or use spd_zoo.Detector")
     if not hasattr(net, "pretrained_cfg"):
         raise ModelError(f"{model} is no network of timm, whose pretrained_cfg says what its inputs are")

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from spd_zoo.models._detector import DetectionNet
+from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
 from spd_zoo.training.classification.task import Classification
 from spd_zoo.training.config import FinetuneConfig, Plan
@@ -167,4 +167,4 @@ class Task(Protocol[DataT]):
 
 def task_of(net: nn.Module) -> Task[Any]:
     """The task of a network."""
-    return Detection() if isinstance(net, DetectionNet) else Classification()
+    return Detection() if isinstance(net, ObjectFinder) else Classification()
