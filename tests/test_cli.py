@@ -148,12 +148,26 @@ def test_the_list_tells_the_state_of_weights(capsys: Capture) -> None:
     }
 
 
-def test_the_list_marks_the_weights_that_pretrained_true_loads(capsys: Capture) -> None:
+def test_the_list_marks_the_weights_that_pretrained_true_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
-    defaults = {name for name in NETWORKS if config_of(name).has_weights}
-    marked = (line.split()[0] for line in " ".join(lines).replace("*", "*\n").splitlines() if "*" in line)
-    assert all(any(name.startswith(default) for default in defaults) for name in marked)
+    cfgs = {name: config_of(name) for name in NETWORKS}
+    defaults = {f"{name}.{cfg.tag}" for name, cfg in cfgs.items() if cfg.has_weights}
+    assert {line.split()[0] for line in lines if line.endswith("*")} == defaults
+
+
+def test_quiet_leaves_out_notes_and_verbose_shows_where_an_error_came_from(image: Path, capsys: Capture) -> None:
+    assert main(["predict", str(image), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["predict", str(image)]) == 0
+    assert capsys.readouterr().err.startswith("note: no network is named")
+    assert main(["predict", "yolov8n_spd.bccd", str(image)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["predict", "yolov8n_spd.bccd", str(image), "-v"]) == 1
+    assert "check_classifier" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("made_up_entries")
@@ -527,6 +541,49 @@ def test_finetune_takes_other_options_from_a_yaml_file(configs: list[FinetuneCon
     arguments = ["finetune", "--config", str(tmp_path / "mine.yaml"), "--data", "photos", "--out", "run", "--lr", "0.1"]
     assert main(arguments) == 0
     assert (configs[0].model, configs[0].epochs, configs[0].lr) == ("resnet18_spd", 7, 0.1)
+
+
+def test_the_function_finetune_takes_the_options_of_the_command(configs: list[FinetuneConfig], tmp_path: Path) -> None:
+    wanted = FinetuneConfig(model="resnet18_spd", data="photos", out=Path("run"), epochs=3, image_size="32", lr=1.0)
+    spd_zoo.finetune("resnet18_spd", data=Path("photos"), out="run", epochs=3, image_size=32, lr=1)
+    spd_zoo.finetune(wanted)
+    (tmp_path / "mine.yaml").write_text("epochs: 3\nlr: 1\nimage_size: 64\n")
+    spd_zoo.finetune("resnet18_spd", config=tmp_path / "mine.yaml", data="photos", out="run", image_size="32")
+    assert configs == [wanted] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, "finetune has an unknown option 'epoch'; did you mean epochs?"),
+        ({"epochs": "many"}, "finetune: epochs is 'many', not of the type int"),
+        ({"data": ""}, "give --data"),
+    ],
+    ids=str,
+)
+def test_the_function_finetune_refuses_other_options(
+    options: dict[str, object], message: str, configs: list[FinetuneConfig]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        spd_zoo.finetune("resnet18_spd", **{"data": "photos", "out": "run"} | options)
+    with pytest.raises(ValueError, match="alone"):
+        spd_zoo.finetune(FinetuneConfig(model="resnet18_spd", data="photos", out=Path("run")), epochs=3)
+    assert configs == []
+
+
+def test_no_module_of_the_package_hides_a_public_name() -> None:
+    modules = {file.stem for file in Path(spd_zoo.__file__).parent.iterdir()} - {"models", "__init__"}
+    assert not modules & {*spd_zoo.__all__, "predict", "detect"}
+    assert {*spd_zoo.__all__} <= {*dir(spd_zoo)}
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        spd_zoo.nonsense  # noqa: B018
+
+
+@pytest.mark.slow
+def test_importing_the_package_does_not_import_training() -> None:
+    code = "import spd_zoo, sys; print([name for name in sys.modules if name.startswith('spd_zoo.training')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_finetune_names_missing_options(capsys: Capture) -> None:

@@ -74,7 +74,7 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
         if damaged is not None:
             raise _wrong(entry, damaged, f"import it again: spd-zoo weights import {entry.name} FILE")
         raise WeightsError(
-            f"there are no weights for {entry.name}; create it with pretrained=False, or train it with `spd-zoo finetune "
+            f"there are no weights for {entry.name}; create it with pretrained=False, or train it: `spd-zoo finetune "
             f"{entry.name} --data DIR --out RUN`"
         )
     with locked(entry.name, cache_dir) as folder:
