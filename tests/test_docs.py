@@ -255,7 +255,7 @@ def deployed(here: Path) -> None:
     for conv in net.get_classifier():
         torch.nn.init.normal_(conv.bias)
     save_for_hf(net, str(here / "run"), config | {"model_args": small}, safe_serialization=True)
-    shutil.copytree(ROOT / "examples", here / "photos", ignore=shutil.ignore_patterns("ray", "onnx"))
+    shutil.copytree(ROOT / "examples" / "images", here / "photos")
     make_coco(here / "cells", train=2, val=2)
 
 
