@@ -247,6 +247,11 @@ def detector(here: Path) -> None:
     shutil.copytree(ROOT / "examples" / "images", here / "photos")
 
 
+def detector_and_cells(here: Path) -> None:
+    detector(here)
+    make_coco(here / "cells", train=2, val=1)
+
+
 def deployed(here: Path) -> None:
     torch.manual_seed(0)
     small: dict[str, Any] = {"chs": (4, 8, 8, 8, 8), "repeats": (0, 0)}
@@ -279,8 +284,8 @@ PREPARE: dict[str, Callable[[Path], None]] = {
     "docs/index.md": examples,
     "docs/convert.md": examples,
     "docs/finetuning.md": tutorial,
+    "docs/detectors.md": detector_and_cells,
     "docs/deploy.md": deployed,
-    "docs/detectors.md": detector,
     "docs/many_images.md": many,
     "docs/families/efficientnet_lite.md": examples,
     "docs/families/yolov8.md": blood,

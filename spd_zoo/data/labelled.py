@@ -24,6 +24,7 @@ __all__ = [
     "DataError",
     "LabelledImages",
     "StreamedImages",
+    "load_hugging_face",
     "open_data",
     "open_stream",
     "train_val_split",
@@ -315,7 +316,7 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
     return LabelledImages(paths, labels, class_names, range(len(rows)), (*notes, *look_alikes(class_names)))
 
 
-def _load_hugging_face(name: str) -> Any:
+def load_hugging_face(name: str) -> Any:
     """The splits of a data set of the Hub, or of a folder with files of one."""
     import datasets
 
@@ -346,7 +347,7 @@ def _files_by_split(folder: Path) -> dict[str, list[str]]:
 
 
 def _open_hugging_face(name: str, split: str, image_column: str, label_column: str) -> LabelledImages | None:
-    splits = _load_hugging_face(name)
+    splits = load_hugging_face(name)
     found = find_split(splits, split)
     if not found:
         _refuse_without_train(name, split, splits)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spd_zoo.data.boxes import BoxImages
+from spd_zoo.data.boxes import EVERY_CLASS, BoxImages
 from spd_zoo.files import write_csv
 from spd_zoo.inference.detector import Detections, postprocess
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
@@ -54,11 +54,10 @@ def coco_precision(
     for i in range(len(data)):
         x, y = scales[i] if scales is not None else (1.0, 1.0)
         truth["images"].append({"id": i + 1})
-        for box, label, area, crowd in zip(*(tensor.tolist() for tensor in data.objects_in(i)), strict=True):
-            annotation = {"id": len(truth["annotations"]) + 1, "image_id": i + 1, "category_id": label + 1}
-            truth["annotations"].append(
-                annotation | {"bbox": _xywh(box, x, y), "area": area * x * y, "iscrowd": int(crowd)}
-            )
+        for box, label, area, ignored in zip(*(tensor.tolist() for tensor in data.objects_in(i)), strict=True):
+            shared = {"image_id": i + 1, "bbox": _xywh(box, x, y), "area": area * x * y, "iscrowd": int(ignored)}
+            for category in range(1, len(data.class_names) + 1) if label == EVERY_CLASS else (label + 1,):
+                truth["annotations"].append({"id": len(truth["annotations"]) + 1, "category_id": category, **shared})
         columns = (detections[i].boxes.tolist(), detections[i].scores.tolist(), detections[i].labels.tolist())
         for box, score, label in zip(*columns, strict=True):
             results.append({"image_id": i + 1, "category_id": label + 1, "bbox": _xywh(box, x, y), "score": score})
