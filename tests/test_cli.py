@@ -7,7 +7,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import timm
@@ -562,7 +562,7 @@ def test_the_function_finetune_takes_the_options_of_the_command(configs: list[Fi
     ids=str,
 )
 def test_the_function_finetune_refuses_other_options(
-    options: dict[str, object], message: str, configs: list[FinetuneConfig]
+    options: dict[str, Any], message: str, configs: list[FinetuneConfig]
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         spd_zoo.finetune("resnet18_spd", **{"data": "photos", "out": "run"} | options)

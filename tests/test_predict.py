@@ -74,7 +74,14 @@ def test_a_classifier_gives_for_images_in_any_form_what_predict_gives(net: Any, 
     pictures = [Image.open(path) for path in paths]
     arrays = [np.asarray(picture) for picture in pictures]
     tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
-    forms = [paths, [str(path) for path in paths], pictures, arrays, tensors, [tensor / 255 for tensor in tensors]]
+    forms: list[Any] = [
+        paths,
+        [str(path) for path in paths],
+        pictures,
+        arrays,
+        tensors,
+        [tensor / 255 for tensor in tensors],
+    ]
     for images in [*forms, tuple(paths), tmp_path, str(tmp_path)]:
         found = classifier(images)
         assert [each.name for each in found] == [answer.top[0].name for answer in answers]

@@ -204,10 +204,10 @@ class Classifier:
         self.name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
         if isinstance(model, nn.Module):
             check_classifier(model, self.name)
-            net = model if device is None else model.to(pick_device(device))
+            self.net: Any = model if device is None else model.to(pick_device(device))
         else:
-            net = load_classifier(self.name, device)
-        self.net: Any = net.eval()
+            self.net = load_classifier(self.name, device)
+        self.net.eval()
         self.batch_size = batch_size
         cfg = pretrained_cfg(self.net)
         self.names = tuple(renamed(network_classes(cfg, self.net.num_classes), class_map or {}))

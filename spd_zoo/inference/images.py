@@ -131,7 +131,7 @@ def pandas() -> Any:
         ModuleNotFoundError: If it is missing.
     """
     try:
-        import pandas
+        import pandas  # type: ignore[import-untyped, unused-ignore]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"to_pandas needs the package {error.name}: pip install {error.name}", name=error.name
