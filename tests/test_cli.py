@@ -588,7 +588,26 @@ def test_importing_the_package_does_not_import_training() -> None:
 
 def test_finetune_names_missing_options(capsys: Capture) -> None:
     assert main(["finetune", "--data", "photos"]) == 1
-    assert capsys.readouterr().err == "spd-zoo: error: give MODEL and --out\n"
+    usage = "`spd-zoo finetune MODEL --data DATA --out RUN`"
+    assert capsys.readouterr().err == f"spd-zoo: error: give MODEL and --out: {usage}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["detect", "IMAGE"], "give IMAGES: `spd-zoo detect MODEL IMAGES`"),
+        (["export", "IMAGE", "--to", "onnx"], "is a file or folder, but no network; commands take the network first"),
+        (["predict", "pyconvresnet18", "IMAGE"], "train it: `spd-zoo finetune pyconvresnet18 --data DIR --out RUN`"),
+        (["predict", "yolov8n_spd.bccd", "IMAGE"], "run `spd-zoo detect yolov8n_spd.bccd IMAGES`"),
+        (["detect", "cifar_resnet20", "IMAGE"], "run `spd-zoo predict cifar_resnet20 IMAGES`"),
+        (["predict", "cifar_resnet20", "IMAGE", "--probabilities"], "add --results FILE"),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_an_error_names_the_command_to_run(words: list[str], message: str, image: Path, capsys: Capture) -> None:
+    assert main([str(image) if word == "IMAGE" else word for word in words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_finetune_explains_its_options(capsys: Capture) -> None:

@@ -600,4 +600,4 @@ def test_the_example_for_ray_gives_the_same_answers(folder: Path, tmp_path: Path
     for row, answer in zip(rows, answers, strict=True):
         assert Path(row["path"]).name == answer.path.name
         assert row["error"] == answer.error
-        assert row["name"] == (answer.top[0].name if answer.top else None)
+        assert row["class"] == (answer.top[0].name if answer.top else None)

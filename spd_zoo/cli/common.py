@@ -62,7 +62,7 @@ def add_command(
         The command's parser.
     """
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run, needs_networks=networks)
+    command.set_defaults(run=run, needs_networks=networks, command=name)
     if name != "finetune":  # whose output is its progress
         command.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
     command.add_argument("-v", "--verbose", action="store_true", help="print where in the code an error came from")

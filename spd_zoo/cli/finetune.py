@@ -43,7 +43,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    ours = ("run", "config", "needs_networks", "verbose")
+    ours = ("run", "config", "needs_networks", "command", "verbose")
     lower = "use a smaller --batch-size or --image-size, a larger --accumulate, or fewer --workers"
     lower += "; where the run has saved its state, also another --out"
     on_command_line = {key: value for key, value in vars(options).items() if key not in ours}

@@ -53,7 +53,8 @@ def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:
     from spd_zoo.data.reading import find_images
 
     if options.data or not options.images:
-        raise CommandError("give IMAGES; a data set (--data) needs --results")
+        usage = f"spd-zoo {options.command} MODEL"
+        raise CommandError(f"give IMAGES: `{usage} IMAGES`, or `{usage} --data DATA --results FILE`")
     with explained():
         return find_images(options.images, notes)
 

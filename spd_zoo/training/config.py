@@ -457,7 +457,8 @@ def make_config(options: dict[str, Any], file: str | Path | None = None) -> Fine
         raise ValueError(f"the source of {file} does not say everything: give {', '.join(unknown)}")
     missing = [name for name in ("model", "data", "out") if not values.get(name)]
     if missing:
-        raise ValueError(f"give {' and '.join(name.upper() if name == 'model' else f'--{name}' for name in missing)}")
+        names = " and ".join(name.upper() if name == "model" else f"--{name}" for name in missing)
+        raise ValueError(f"give {names}: `spd-zoo finetune MODEL --data DATA --out RUN`")
     return FinetuneConfig(**values)
 
 

@@ -1,6 +1,7 @@
 """Lists networks and checkpoints, and those on this machine. Needs no torch."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -40,6 +41,8 @@ def unknown_network(name: str, what: str = "network") -> ModelError:
     Returns:
         The error.
     """
+    if os.path.exists(name):  # noqa: PTH110  (which raises for names that are too long)
+        return ModelError(f"{name} is a file or folder, but no {what}; commands take the network first, then the rest")
     nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
     advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
     return ModelError(f"there is no {what} {name!r}; {advice}")
