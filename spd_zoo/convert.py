@@ -8,6 +8,7 @@ Space-to-depth: Sunkara and Luo, No More Strided Convolutions or Pooling, https:
 keep the function: Chen, Goodfellow and Shlens, Net2Net, https://arxiv.org/abs/1511.05641.
 """
 
+import html
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -106,6 +107,14 @@ class SPDReport:
     params: tuple[int, int]
     macs: tuple[int, int]
     difference: float | None = None
+
+    def __repr__(self) -> str:
+        (params, new_params), (macs, new_macs) = self.params, self.macs
+        costs = f"parameters {params:,} -> {new_params:,}, MACs {macs:,} -> {new_macs:,}"
+        return f"SPDReport({len(self.replaced)} layers replaced, {len(self.unchanged)} unchanged, {costs})"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("module", "was", "is", "parameters", "", "MACs", "")]

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import html
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -71,6 +72,12 @@ class FoldReport:
     folded: tuple[Folded, ...]
     unchanged: tuple[Unchanged, ...]
     difference: float | None = None
+
+    def __repr__(self) -> str:
+        return f"FoldReport({len(self.folded)} layers folded, {len(self.unchanged)} unchanged)"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         rows = [("module", "was", "is"), *((layer.module, layer.old, layer.new) for layer in self.folded)]

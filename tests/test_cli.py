@@ -7,7 +7,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import timm
@@ -25,9 +25,9 @@ from spd_zoo.training.config import DISTILLATION, FinetuneConfig
 from spd_zoo.weights import Entry, entries
 from spd_zoo.weights.fit import own_networks
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
 NETWORKS = own_networks()
-ROOT = EXAMPLES.parent
+ROOT = EXAMPLES.parents[1]
 ENTRY_POINT = re.findall(r'^spd-zoo = "(\w+):(\w+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 Capture = pytest.CaptureFixture[str]
@@ -81,14 +81,20 @@ def test_the_list_has_every_network_and_every_checkpoint(capsys: Capture) -> Non
     assert len({row["name"] for row in rows}) == len(rows)
 
 
-def test_the_list_is_an_aligned_table(capsys: Capture) -> None:
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_list_is_an_aligned_table_that_fits_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["list"]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 50
-    assert header.split() == ["name", "tag", "params", "MACs", "input", "top-1", "licence", "weights"]
-    for title in ("tag", "input", "top-1", "licence", "weights"):
+    header, *lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert len(lines) > 50 and max(map(len, lines)) <= columns
+    assert re.split("  +", header) == ["name", "command", "top-1 or AP (%)", "params", "weights"]
+    rows = [line for line in lines if len(line.split()) > 1]  # a name that is too long has its own line
+    assert (len(rows) < len(lines)) == (columns == 80)
+    for title in ("command", "top-1", "weights"):
         start = header.index(title)
-        assert all(line[start - 1] == " " and line[start] != " " for line in lines)
+        assert all(line[start - 1] == " " and line[start] != " " for line in rows)
 
 
 @pytest.mark.parametrize("name", ["pyconvresnet50_spd", "pyconvresnet50.in1k"])
@@ -102,6 +108,27 @@ def test_filters_select_as_timms_do(capsys: Capture) -> None:
     expected = timm.list_models(["pyconv*_spd", "resnet1*_spd"])
     assert {row["network"] for row in rows} == set(expected)
     assert {row["tag"] for row in rows_of(capsys, "list", "*.in1k")} == {"in1k"}
+
+
+def test_a_filter_without_wildcards_is_a_name_or_else_a_part_of_names(capsys: Capture) -> None:
+    rows = rows_of(capsys, "list", "Yolo")
+    assert {row["network"] for row in rows} == {name for name in NETWORKS if "yolo" in name}
+    assert {row["network"] for row in rows_of(capsys, "list", "resnet18_spd")} == {"resnet18_spd"}
+    assert main(["list", "pyconvresnet50", "--pretrained"]) == 1  # and not the weights of pyconvresnet50_spd
+
+
+def test_list_models_takes_filters_and_tasks() -> None:
+    assert spd_zoo.list_models() == list(dict.fromkeys(spd_zoo.list_models())) and {*spd_zoo.list_models()} == {
+        *NETWORKS
+    }
+    assert spd_zoo.list_models("*.cifar100") == ["pyconvresnet50_spd", "cifar_resnet20", "cifar_resnet20_pfd"]
+    detectors = spd_zoo.list_models(task="detection")
+    assert {*detectors} == {name for name in NETWORKS if name.startswith(("yolo", "ssd"))}
+    assert {*detectors} | {*spd_zoo.list_models(task="classification")} == {*NETWORKS}
+    assert spd_zoo.list_models(["yolo", "ssd"], pretrained=True) == ["yolov8n_spd.bccd"]
+    assert spd_zoo.list_models("vit") == []
+    with pytest.raises(ValueError, match="classification and detection"):
+        spd_zoo.list_models(task="segmentation")
 
 
 def test_a_filter_that_fits_nothing_is_an_error(capsys: Capture) -> None:
@@ -121,11 +148,26 @@ def test_the_list_tells_the_state_of_weights(capsys: Capture) -> None:
     }
 
 
-def test_the_list_marks_the_weights_that_pretrained_true_loads(capsys: Capture) -> None:
+def test_the_list_marks_the_weights_that_pretrained_true_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    defaults = {name for name in NETWORKS if config_of(name).has_weights}
-    assert {line.split()[0] for line in lines if "(default)" in line} == defaults
+    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    cfgs = {name: config_of(name) for name in NETWORKS}
+    defaults = {f"{name}.{cfg.tag}" for name, cfg in cfgs.items() if cfg.has_weights}
+    assert {line.split()[0] for line in lines if line.endswith("*")} == defaults
+
+
+def test_quiet_leaves_out_notes_and_verbose_shows_where_an_error_came_from(image: Path, capsys: Capture) -> None:
+    assert main(["predict", str(image), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["predict", str(image)]) == 0
+    assert capsys.readouterr().err.startswith("note: no network is named")
+    assert main(["predict", "yolov8n_spd.bccd", str(image)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["predict", "yolov8n_spd.bccd", str(image), "-v"]) == 1
+    assert "check_classifier" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("made_up_entries")
@@ -135,24 +177,43 @@ def test_the_list_can_leave_out_what_is_not_verified(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("made_up_entries")
-def test_the_list_gives_top_1_at_the_input_size_with_who_measured_it(capsys: Capture) -> None:
+def test_the_list_gives_top_1_at_the_input_size(capsys: Capture) -> None:
     assert main(["list", "pyconvresnet50.b"]) == 0
-    assert "78.12 % Photos at 224 px (us)" in capsys.readouterr().out
+    assert "78.12 Photos" in capsys.readouterr().out
 
 
-def test_info_prints_what_the_manifest_knows(capsys: Capture) -> None:
-    assert main(["info", "pyconvresnet50.in1k"]) == 0
+def test_all_of_info_is_what_the_manifest_knows(capsys: Capture) -> None:
+    assert main(["info", "pyconvresnet50.in1k", "--all"]) == 0
     printed = capsys.readouterr().out
     entry = entries()["pyconvresnet50.in1k"]
     for known in (entry.name, entry.license, entry.original_link, entry.notes, "24,847,720", "77.88", "unverified"):
         assert str(known) in printed
 
 
+@pytest.mark.parametrize("name", spd_zoo.list_models())
+def test_info_is_a_card_whose_figures_say_who_measured_them(name: str, capsys: Capture) -> None:
+    assert main(["info", name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 14
+    weights = [line for line in lines if line.startswith("weights ")]
+    own = [entry for entry in entries().values() if entry.network == name and entry.tag]
+    assert len(weights) == max(1, min(3, len(own)))
+    default = next(
+        (entry.name for entry in own if config_of(name).has_weights and entry.tag == config_of(name).tag), ""
+    )
+    assert default in weights[0]
+    assert all("measured by" in line for line in weights if " % on " in line)
+    (snippet,) = (line.strip() for line in lines if "timm.create_model(" in line)
+    assert ("pretrained=True" in snippet) == bool(own)
+
+
 def test_info_as_json_has_every_field_of_the_manifest(capsys: Capture) -> None:
     assert main(["info", "pyconvresnet50.in1k", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     known = dataclasses.asdict(entries()["pyconvresnet50.in1k"])
-    assert printed == json.loads(json.dumps(known | {"weights": "unverified", "default": False}))
+    assert printed == json.loads(
+        json.dumps(known | {"task": "classification", "weights": "unverified", "default": False})
+    )
 
 
 def test_info_about_a_network_describes_its_checkpoints(capsys: Capture) -> None:
@@ -484,9 +545,71 @@ def test_finetune_takes_other_options_from_a_yaml_file(configs: list[FinetuneCon
     assert (configs[0].model, configs[0].epochs, configs[0].lr) == ("resnet18_spd", 7, 0.1)
 
 
+def test_the_function_finetune_takes_the_options_of_the_command(configs: list[FinetuneConfig], tmp_path: Path) -> None:
+    wanted = FinetuneConfig(model="resnet18_spd", data="photos", out=Path("run"), epochs=3, image_size="32", lr=1.0)
+    spd_zoo.finetune("resnet18_spd", data=Path("photos"), out="run", epochs=3, image_size=32, lr=1)
+    spd_zoo.finetune(wanted)
+    (tmp_path / "mine.yaml").write_text("epochs: 3\nlr: 1\nimage_size: 64\n")
+    spd_zoo.finetune("resnet18_spd", config=tmp_path / "mine.yaml", data="photos", out="run", image_size="32")
+    assert configs == [wanted] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, "finetune has an unknown option 'epoch'; did you mean epochs?"),
+        ({"epochs": "many"}, "finetune: epochs is 'many', not of the type int"),
+        ({"data": ""}, "give --data"),
+    ],
+    ids=str,
+)
+def test_the_function_finetune_refuses_other_options(
+    options: dict[str, Any], message: str, configs: list[FinetuneConfig]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        spd_zoo.finetune("resnet18_spd", **{"data": "photos", "out": "run"} | options)
+    with pytest.raises(ValueError, match="alone"):
+        spd_zoo.finetune(FinetuneConfig(model="resnet18_spd", data="photos", out=Path("run")), epochs=3)
+    assert configs == []
+
+
+def test_no_module_of_the_package_hides_a_public_name() -> None:
+    modules = {file.stem for file in Path(spd_zoo.__file__).parent.iterdir()} - {"models", "__init__"}
+    assert not modules & {*spd_zoo.__all__, "predict", "detect"}
+    assert {*spd_zoo.__all__} <= {*dir(spd_zoo)}
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        spd_zoo.nonsense  # noqa: B018
+
+
+@pytest.mark.slow
+def test_importing_the_package_does_not_import_training() -> None:
+    code = "import spd_zoo, sys; print([name for name in sys.modules if name.startswith('spd_zoo.training')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_finetune_names_missing_options(capsys: Capture) -> None:
     assert main(["finetune", "--data", "photos"]) == 1
-    assert capsys.readouterr().err == "spd-zoo: error: give MODEL and --out\n"
+    usage = "`spd-zoo finetune MODEL --data DATA --out RUN`"
+    assert capsys.readouterr().err == f"spd-zoo: error: give MODEL and --out: {usage}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["detect", "IMAGE"], "give IMAGES: `spd-zoo detect MODEL IMAGES`"),
+        (["export", "IMAGE", "--to", "onnx"], "is a file or folder, but no network; commands take the network first"),
+        (["predict", "pyconvresnet18", "IMAGE"], "train it: `spd-zoo finetune pyconvresnet18 --data DIR --out RUN`"),
+        (["predict", "yolov8n_spd.bccd", "IMAGE"], "run `spd-zoo detect yolov8n_spd.bccd IMAGES`"),
+        (["detect", "cifar_resnet20", "IMAGE"], "run `spd-zoo predict cifar_resnet20 IMAGES`"),
+        (["predict", "cifar_resnet20", "IMAGE", "--probabilities"], "add --results FILE"),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_an_error_names_the_command_to_run(words: list[str], message: str, image: Path, capsys: Capture) -> None:
+    assert main([str(image) if word == "IMAGE" else word for word in words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_finetune_explains_its_options(capsys: Capture) -> None:
@@ -527,7 +650,9 @@ def test_errors_of_finetune_are_one_clear_sentence(
 def test_training_code_that_lacks_a_package_is_one_clear_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.delitem(sys.modules, "spd_zoo.training.finetune")
+    for module in ("finetune", "call"):
+        monkeypatch.delitem(sys.modules, f"spd_zoo.training.{module}", raising=False)
+        monkeypatch.delattr(f"spd_zoo.training.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "timm.optim", None)
     assert main(["finetune", *REQUIRED]) == 1
     assert capsys.readouterr().err == ("spd-zoo: error: this needs the package timm.optim: pip install 'spd-zoo'\n")

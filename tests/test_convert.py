@@ -887,7 +887,7 @@ def test_the_command_converts_and_predicts_the_same(tmp_path: Path, capsys: pyte
     assert lines[-1] == f'saved: timm.create_model("local-dir:{tmp_path / "spd"}", pretrained=True)'
     said = []
     for model in ("cifar_resnet20", str(tmp_path / "spd")):
-        assert main(["predict", model, str(ROOT / "examples"), "--json"]) == 0
+        assert main(["predict", model, str(ROOT / "examples" / "images"), "--json"]) == 0
         said.append([[top["name"] for top in row["top"]] for row in json.loads(capsys.readouterr().out)])
     assert said[0] == said[1]
     assert main(["convert", "cifar_resnet20", "--out", str(tmp_path / "spd")]) == 1
@@ -901,7 +901,9 @@ def test_the_command_converts_detectors_too(tmp_path: Path, capsys: pytest.Captu
     assert main(["convert", name, "--out", str(tmp_path / "spd")]) == 0
     answers = []
     for model in (name, str(tmp_path / "spd")):
-        assert main(["detect", model, str(ROOT / "examples" / "coffee.png"), "--score", "0.01", "--json"]) == 0
+        assert (
+            main(["detect", model, str(ROOT / "examples" / "images" / "coffee.png"), "--score", "0.01", "--json"]) == 0
+        )
         answers.append(json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""])))
     assert answers[0] == answers[1] and answers[0]["annotations"]
 

@@ -29,7 +29,7 @@ from spd_zoo.inference.detector import Detections
 from spd_zoo.weights.catalogue import local_checkpoints
 from spd_zoo.weights.load import ModelError
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "images"
 ROCKET = str(EXAMPLES / "rocket.jpg")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STRIDED, PADDING_FREE = "cifar_resnet20.cifar100", "cifar_resnet20_pfd.cifar100"

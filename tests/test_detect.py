@@ -1,5 +1,6 @@
 """Boxes come back in the pixels of the original image, with tiles or without, in Python and on the command line."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -24,7 +25,7 @@ from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights.load import ModelError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
 Box = tuple[int, int, int, int]
 
 
@@ -370,6 +371,28 @@ def test_a_classifier_is_refused_with_the_command_for_it() -> None:
         Detector(timm.create_model("cifar_resnet20"))
     with pytest.raises(ModelError, match="spd-zoo predict"):
         Detector("cifar_resnet20_pfd", device="cpu")
+
+
+def test_objects_know_their_image_and_show_it_in_a_notebook(tmp_path: Path) -> None:
+    picture((60, 40)).save(tmp_path / "a.png")
+    picture((40, 60)).save(tmp_path / "b.png")
+    detector = Detector(Finder())
+    folder = detector(tmp_path)
+    assert [each.image for each in folder] == [tmp_path / "a.png", tmp_path / "b.png"]
+    found = detector(str(tmp_path / "a.png"))
+    for image in (None, tmp_path / "a.png", np.asarray(picture((60, 40))), picture((60, 40))):
+        assert np.array_equal(np.asarray(found.draw(image)), np.asarray(folder[0].draw()))
+    assert "<img src=" in found._repr_html_()
+    assert repr(found).startswith("Detections(") and "\n" not in repr(found) + repr(detector)
+    assert len(found.to_pandas()) == len(found.to_dict()) == len(found)
+    with pytest.raises(ValueError, match="do not know their image"):
+        dataclasses.replace(found, image=None).draw()
+
+
+def test_an_image_without_objects_says_so(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture((60, 40)).save(tmp_path / "a.png")
+    status, out, _ = run_command(capsys, run, str(tmp_path / "a.png"), "--score", "0.99")
+    assert status == 0 and out.splitlines()[1:] == ["  no objects above 0.99"]
 
 
 # the command

@@ -226,7 +226,7 @@ def examples(here: Path) -> None:
     (here / "path" / "to").mkdir(parents=True)
     (here / "path" / "to" / "spd_zoo").symlink_to(ROOT)
     make_folders(here / "DIR", train=2, val=1)
-    shutil.copy(ROOT / "examples" / "rocket.jpg", here / "IMAGE")
+    shutil.copy(ROOT / "examples" / "images" / "rocket.jpg", here / "IMAGE")
 
 
 def tutorial(here: Path) -> None:
@@ -244,7 +244,7 @@ def detector(here: Path) -> None:
     for conv in net.get_classifier():
         torch.nn.init.constant_(conv.bias, 1.0)  # it finds cells everywhere
     save_for_hf(net, str(here / "run"), config, safe_serialization=True)
-    shutil.copytree(ROOT / "examples", here / "photos")
+    shutil.copytree(ROOT / "examples" / "images", here / "photos")
 
 
 def detector_and_cells(here: Path) -> None:
@@ -260,7 +260,7 @@ def deployed(here: Path) -> None:
     for conv in net.get_classifier():
         torch.nn.init.normal_(conv.bias)
     save_for_hf(net, str(here / "run"), config | {"model_args": small}, safe_serialization=True)
-    shutil.copytree(ROOT / "examples", here / "photos", ignore=shutil.ignore_patterns("ray", "onnx"))
+    shutil.copytree(ROOT / "examples" / "images", here / "photos")
     make_coco(here / "cells", train=2, val=2)
 
 
@@ -306,7 +306,7 @@ def check_tutorial(here: Path) -> None:
 
 
 def check_detector(here: Path) -> None:
-    names = {"detections.json", *(file.name for file in (ROOT / "examples").glob("*.*"))}
+    names = {"detections.json", *(file.name for file in (ROOT / "examples" / "images").glob("*.*"))}
     for folder in ("found", "tiles"):
         assert {file.name for file in (here / folder).iterdir()} == names
         assert json.loads((here / folder / "detections.json").read_text())["annotations"]

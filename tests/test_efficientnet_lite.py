@@ -215,7 +215,7 @@ def test_the_bundled_weights_recognise_the_example_images() -> None:
     net: Any = timm.create_model(LITE0, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     names = class_names(net.pretrained_cfg)
-    folder = Path(__file__).parent.parent / "examples"
+    folder = Path(__file__).parent.parent / "examples" / "images"
     with torch.inference_mode():
         for file, expected in (("chelsea.png", "tiger cat"), ("coffee.png", "espresso"), ("rocket.jpg", "missile")):
             image = read_image(folder / file)

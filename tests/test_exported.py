@@ -213,7 +213,7 @@ def test_options_of_detectors_are_refused_for_classifiers(classifier: Path) -> N
 
 @pytest.mark.slow
 def test_a_detectors_file_is_a_detector(run: Path) -> None:
-    image = ROOT / "examples" / "coffee.png"
+    image = ROOT / "examples" / "images" / "coffee.png"
     for options in ({}, {"score_threshold": 0.6, "tile": 300}, {"iou_threshold": 0.3}, {"image_size": (96, 128)}):
         expected = Detector(run, **options)(image)
         assert_same_objects(Detector(run / "model.onnx", **options)(image), expected)
@@ -232,10 +232,10 @@ def test_detect_takes_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     printed: list[list[str]] = []
     rows: list[list[Any]] = []
     for model in (run, run / "model.onnx"):
-        assert main(["detect", str(model), str(ROOT / "examples" / "rocket.jpg"), "--score", "0.5"]) == 0
+        assert main(["detect", str(model), str(ROOT / "examples" / "images" / "rocket.jpg"), "--score", "0.5"]) == 0
         printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")])
         results = tmp_path / f"{len(rows)}.jsonl"
-        command = ["detect", str(model), str(ROOT / "examples"), "--results", str(results), "--score", "0.5"]
+        command = ["detect", str(model), str(ROOT / "examples" / "images"), "--results", str(results), "--score", "0.5"]
         assert main([*command, "--workers", "1"]) == 0
         rows.append([json.loads(line) for line in results.read_text().splitlines()])
     assert len(printed[0]) == len(printed[1]) > 1
@@ -268,7 +268,7 @@ def test_a_classifiers_file_predicts_and_is_evaluated_as_the_network(
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and "top-1" in printed[0]
     with pytest.raises(ImageSizeError, match="takes images of 32 pixels only, got 48"):
-        evaluate(str(classifier / "model.onnx"), data, workers=0, image_sizes=[48])
+        evaluate(str(classifier / "model.onnx"), data, workers=0, image_size=48)
     with pytest.raises(ModelError, match="`spd-zoo predict`"):
         Detector(classifier / "model.onnx")
 
@@ -427,7 +427,7 @@ def test_a_missing_package_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    image = str(ROOT / "examples" / "coffee.png")
+    image = str(ROOT / "examples" / "images" / "coffee.png")
     for command in (["predict", "x.onnx", image], ["detect", "x.onnx", image], ["evaluate", "x.onnx", "--data", "x"]):
         assert main(command) == 1
         assert capsys.readouterr().err == (
@@ -440,7 +440,7 @@ def test_a_missing_package_is_one_sentence(
 
 @pytest.mark.slow
 def test_the_script_without_torch_draws_the_detectors_boxes(run: Path, tmp_path: Path) -> None:
-    image = ROOT / "examples" / "coffee.png"
+    image = ROOT / "examples" / "images" / "coffee.png"
     script = (ROOT / "examples" / "onnx" / "detect.py").read_text()
     blocked = "import sys\nsys.modules['torch'] = sys.modules['spd_zoo'] = None\n"
     command = [sys.executable, "-c", blocked + script, str(run / "model.onnx"), str(image), str(tmp_path / "out.png")]

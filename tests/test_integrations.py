@@ -93,7 +93,7 @@ def test_datasets_gives_the_images_and_takes_the_predictions(by_datasets: dict[s
 @pytest.mark.slow
 def test_transformers_computes_what_timm_does(run: Any) -> None:
     pytest.importorskip("transformers", reason=MISSING)
-    shutil.copy(ROOT / "examples" / "rocket.jpg", "photo.jpg")
+    shutil.copy(ROOT / "examples" / "images" / "rocket.jpg", "photo.jpg")
     images = noise(2, 3, 32, 32)
     left = run_section("transformers", images=images)
     assert_close(left["logits"].detach(), logits_of(run, images), rtol=1e-5)
@@ -323,7 +323,7 @@ def test_fiftyone_reads_what_detect_writes(detector: str, capsys: pytest.Capture
 @pytest.mark.filterwarnings("ignore:OpenCV .* is not installed:UserWarning")  # which supervision says at import
 def test_supervision_draws_what_a_detector_found(detector: str) -> None:
     pytest.importorskip("supervision", reason="supervision is not in the extra: docs/integrations.md")
-    shutil.copy(ROOT / "examples" / "rocket.jpg", "photo.jpg")
+    shutil.copy(ROOT / "examples" / "images" / "rocket.jpg", "photo.jpg")
     left = run_section("supervision")
     assert len(left["found"]) > 0
     assert left["picture"].size == left["image"].size and left["picture"].tobytes() != left["image"].tobytes()

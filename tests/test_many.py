@@ -26,7 +26,7 @@ from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import read_image
 from spd_zoo.inference import results as many
-from spd_zoo.inference.classifier import ImageReader, predict
+from spd_zoo.inference.classifier import Classifier, ImageReader, predict
 from spd_zoo.inference.loop import Files, Task
 from spd_zoo.inference.results import Job, ResultsError, Summary, open_split, write_results
 from spd_zoo.process import Process, Stopped
@@ -95,7 +95,10 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     with file.open(encoding="utf-8", newline="") as lines:
         return [
-            {name: json.loads(cell) if name == "top" and cell else cell or None for name, cell in row.items()}
+            {
+                name: json.loads(cell) if name in ("top", "probabilities", "probability") and cell else cell or None
+                for name, cell in row.items()
+            }
             for row in csv.DictReader(lines)
         ]
 
@@ -116,7 +119,23 @@ def test_every_format_has_what_predict_answers_in_the_order_of_the_images(
         for guess in expected:
             guess["probability"] = pytest.approx(guess["probability"], abs=2e-6)
         assert row["top"] == (expected or None)
+        best = answer.top[0] if answer.top else None
+        assert row["class"] == (best and best.name)
+        assert row["probability"] == (best and pytest.approx(best.probability, abs=2e-6))
     assert {file.name for file in tmp_path.iterdir()} == {results.name, f".{results.name}.lock"}
+
+
+@pytest.mark.parametrize("suffix", many.FORMATS)
+def test_the_probabilities_of_all_classes_are_a_column_in_their_order(
+    images: Files, suffix: str, tmp_path: Path
+) -> None:
+    run(images, many.classification(MODEL, 1, device="cpu", probabilities=True), tmp_path / f"results{suffix}")
+    for row, path in zip(rows_of(tmp_path / f"results{suffix}"), images.paths, strict=True):
+        if row["error"]:
+            assert row["probabilities"] is None
+        else:
+            expected = Classifier(MODEL, device="cpu")(path).probabilities.tolist()
+            assert row["probabilities"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("tile", [None, 24], ids=["whole", "tiles"])
@@ -581,4 +600,4 @@ def test_the_example_for_ray_gives_the_same_answers(folder: Path, tmp_path: Path
     for row, answer in zip(rows, answers, strict=True):
         assert Path(row["path"]).name == answer.path.name
         assert row["error"] == answer.error
-        assert row["name"] == (answer.top[0].name if answer.top else None)
+        assert row["class"] == (answer.top[0].name if answer.top else None)

@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 from spd_zoo.data.labelled import open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import find_images, read_image
-from spd_zoo.inference.classifier import predict
+from spd_zoo.inference.classifier import Classifier, predict
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.finetune import finetune
 from spd_zoo.weights import WeightsError
@@ -65,6 +65,95 @@ def test_predictions_are_those_of_the_network_in_the_order_of_the_images(net: An
             assert guess.probability == pytest.approx(expected[guess.index].item(), abs=1e-4)
             assert guess.name == NAMES[guess.index]
     assert len({round(answer.top[0].probability, 3) for answer in answers}) > 1
+
+
+def test_a_classifier_gives_for_images_in_any_form_what_predict_gives(net: Any, saved: str, tmp_path: Path) -> None:
+    paths = [write_image(tmp_path / f"{i}.png", seed=i) for i in range(5)]
+    answers = list(predict(saved, paths, top_k=3, device="cpu"))
+    classifier = Classifier(saved, device="cpu", batch_size=2)
+    pictures = [Image.open(path) for path in paths]
+    arrays = [np.asarray(picture) for picture in pictures]
+    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
+    forms: list[Any] = [
+        paths,
+        [str(path) for path in paths],
+        pictures,
+        arrays,
+        tensors,
+        [tensor / 255 for tensor in tensors],
+    ]
+    for images in [*forms, tuple(paths), tmp_path, str(tmp_path)]:
+        found = classifier(images)
+        assert [each.name for each in found] == [answer.top[0].name for answer in answers]
+        for each, answer in zip(found, answers, strict=True):
+            expected = [one.probability for one in answer.top]  # of a batch of another size
+            assert [one.probability for one in each.top(3)] == pytest.approx(expected, abs=1e-4)
+    alone = classifier(paths[0])
+    assert alone.name == answers[0].top[0].name and alone.image == paths[0]
+    assert classifier([]) == []
+    again = Classifier(classifier.net)(arrays[0])
+    torch.testing.assert_close(again.probabilities, alone.probabilities)
+
+
+def test_a_classification_is_a_small_object(saved: str, tmp_path: Path) -> None:
+    classifier = Classifier(saved, device="cpu", class_map={"kitten": "cat"})
+    path = write_image(tmp_path / "a.png")
+    found = classifier(path)
+    assert found.names == classifier.names == ("kitten", "dog", "owl")
+    assert found.probabilities.sum().item() == pytest.approx(1)
+    best = found.top(1)[0]
+    assert (
+        (best.name, best.probability)
+        == (found.name, found.probability)
+        == (found.names[best.index], max(found.probabilities))
+    )
+    assert json.loads(json.dumps(found.to_dict(2)))["top"][0] == {
+        "index": best.index,
+        "name": best.name,
+        "probability": best.probability,
+    }
+    assert len(found.to_dict(2)["top"]) == 2
+    table = pytest.importorskip("pandas") and found.to_pandas()
+    assert list(table["class"]) == list(found.names)
+    assert table["probability"].tolist() == found.probabilities.tolist()
+    assert repr(found).startswith(f"Classification({found.name} ") and "\n" not in repr(found)
+    assert "3 classes, 32 pixels, on cpu" in repr(classifier) and "\n" not in repr(classifier)
+    assert "<img src=" in found._repr_html_() and found.name in found._repr_html_()
+    path.unlink()
+    assert "<img" not in found._repr_html_() and found.name in found._repr_html_()
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        found.top(0)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("missing.png", "missing.png: there is no such file"),
+        (["."], "is a folder; give it alone"),
+        ("empty", "this folder holds no image"),
+        (np.zeros((4, 4), np.uint8), "an array must be"),
+        (None, "got NoneType"),
+    ],
+    ids=str,
+)
+def test_an_image_that_no_classifier_takes_is_one_sentence(
+    image: Any, words: str, saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match=words):
+        Classifier(saved, device="cpu")(image)
+
+
+def test_networks_that_cannot_classify_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"spd_zoo\.Detector"):
+        Classifier(timm.create_model("yolov8n_spd"))
+    with pytest.raises(ModelError, match="pretrained_cfg"):
+        Classifier(torch.nn.Linear(3, 2))
+    with pytest.raises(ModelError, match="only features"):
+        Classifier(timm.create_model("cifar_resnet20", num_classes=0))
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        Classifier("cifar_resnet20", batch_size=0)
 
 
 def test_more_classes_than_there_are_give_all_of_them(saved: str, tmp_path: Path) -> None:
@@ -341,7 +430,7 @@ def test_a_saved_folder_with_another_networks_name_is_refused(saved: str, tmp_pa
 
 def test_a_detector_is_refused(tmp_path: Path) -> None:
     save_for_hf(timm.create_model("yolov8n_spd", num_classes=3), str(tmp_path), safe_serialization=True)
-    with pytest.raises(ModelError, match="is a detector; `spd-zoo detect` finds"):
+    with pytest.raises(ModelError, match=r"is a detector; run `spd-zoo detect .* IMAGES`"):
         next(predict(str(tmp_path), [write_image(tmp_path / "a.png")], device="cpu"))
 
 

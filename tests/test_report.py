@@ -84,7 +84,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_evaluation_gives_a_row_of_timms_table_per_image_size(saved: Path, folders: Path, tmp_path: Path) -> None:
-    small, large = evaluate(str(saved), folders, image_sizes=[16, 32], workers=0)
+    small, large = evaluate(str(saved), folders, image_size=[16, 32], workers=0)
     save([small, large], tmp_path)
     (row, other) = csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text()))
     assert list(row) == [

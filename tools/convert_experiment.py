@@ -56,7 +56,7 @@ def make_images(options: argparse.Namespace, target: Path) -> None:
 
 def top1(model: str, data: Path, split: str, image_size: int) -> float:
     """Top-1 in per cent."""
-    (found,) = evaluate(model, data, split, (image_size,), workers=0)
+    (found,) = evaluate(model, data, split, image_size, workers=0)
     return float(found.row["top1"])
 
 

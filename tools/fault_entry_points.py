@@ -15,7 +15,7 @@ from limited import MEMORY, out_of_memory, set_limits
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "cifar_resnet20"
-IMAGE = ROOT / "examples" / "rocket.jpg"
+IMAGE = ROOT / "examples" / "images" / "rocket.jpg"
 
 Answer = tuple[str, str, float, float]  # "value", "error" or "CRASH"; text; seconds; seconds of processor time
 

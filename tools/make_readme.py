@@ -16,7 +16,7 @@ import readme_networks
 from readme_command_line import command_line
 from readme_common import ROOT
 
-from spd_zoo.models.families import FAMILIES
+from spd_zoo.weights.families import FAMILIES
 
 RECIPES = {  # page: recipes of its published figures
     "pyconv": ("imagenet_pyconv", "imagenet_pyconv_augment"),

@@ -7,8 +7,8 @@ from typing import Any
 import check_published
 from readme_common import ROOT, table
 
-from spd_zoo.models.families import FAMILIES
 from spd_zoo.weights import Entry, entries
+from spd_zoo.weights.families import FAMILIES
 
 
 def families(pages: str) -> str:

@@ -13,13 +13,13 @@ from io import BytesIO
 import ray
 import torch
 
+from spd_zoo import Classifier
 from spd_zoo.data.reading import SUFFIXES
-from spd_zoo.inference.classifier import Classifier
 
 
 class Namer:
     def __init__(self, model):
-        self.predictor = Classifier(model, top_k=1)
+        self.predictor = Classifier(model)
 
     def __call__(self, batch):
         inputs, errors = [], []
@@ -29,9 +29,9 @@ class Namer:
                 errors.append(None)
             except ValueError as error:
                 errors.append(str(error))
-        tops = iter(self.predictor(torch.stack(inputs)) if inputs else [])
-        best = [next(tops)[0] if error is None else None for error in errors]
-        rows = {"name": [guess and guess.name for guess in best], "probability": [g and g.probability for g in best]}
+        found = iter(self.predictor.compute(torch.stack(inputs)) if inputs else [])
+        best = [next(found).top(1)[0] if error is None else None for error in errors]
+        rows = {"class": [guess and guess.name for guess in best], "probability": [g and g.probability for g in best]}
         return {"path": batch["path"], "error": errors} | rows
 
 

@@ -13,6 +13,8 @@ __all__ = [
     "DEVICE",
     "CommandError",
     "add_command",
+    "bar_disabled",
+    "be_quiet",
     "complain",
     "explained",
     "image_size",
@@ -36,6 +38,8 @@ _EXTRAS = {
     "onnxruntime": "[export]",
     "shtab": "[completion]",
 }
+
+_quiet = False  # whether the command was asked for results and errors alone
 
 
 class CommandError(Exception):
@@ -64,8 +68,22 @@ def add_command(
         The command's parser.
     """
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", add_help=not own_help)
-    command.set_defaults(run=run, needs_networks=networks)
+    command.set_defaults(run=run, needs_networks=networks, command=name)
+    if name != "finetune":  # whose output is its progress
+        command.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
+    command.add_argument("-v", "--verbose", action="store_true", help="print where in the code an error came from")
     return command
+
+
+def be_quiet(quiet: bool) -> None:
+    """Sets whether notes and progress bars are left out from now on."""
+    global _quiet
+    _quiet = quiet
+
+
+def bar_disabled(few: bool = False) -> bool | None:
+    """The argument `disable` of tqdm: no bar in a quiet command, for `few` steps, or outside a terminal."""
+    return True if few or _quiet else None
 
 
 def complain(text: str) -> None:
@@ -80,8 +98,8 @@ def complain(text: str) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Prints what was guessed or left out, a line for each, to standard error, which keeps results apart."""
-    for note in notes:
+    """Prints what was guessed or left out, a line for each, to standard error; nothing in a quiet command."""
+    for note in () if _quiet else notes:
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -163,13 +181,28 @@ def _at_least(least: int, text: str) -> int:
     return number
 
 
-def print_table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], right: tuple[int, ...] = ()) -> None:
-    """Prints columns as wide as needed; `right` are the numbers of those that are right-aligned."""
+def print_table(
+    header: tuple[str, ...], rows: Iterable[tuple[Any, ...]], right: tuple[int, ...] = (), width: int = 0
+) -> None:
+    """Prints columns as wide as needed.
+
+    Args:
+        header: The titles.
+        rows: The cells.
+        right: The numbers of the columns that are right-aligned.
+        width: Characters of a line, for which the first column may become narrower: a first cell that is too long for
+            it gets a line of its own. 0: no limit.
+    """
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if width:
+        widths[0] = max(len(header[0]), min(widths[0], width - sum(2 + each for each in widths[1:])))
     for line in lines:
         cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.rjust(each) if i in right else cell.ljust(each)
+            for i, (cell, each) in enumerate(zip(line, widths, strict=True))
         ]
+        if len(cells[0]) > widths[0]:
+            print(cells[0])
+            cells[0] = " " * widths[0]
         print("  ".join(cells).rstrip())

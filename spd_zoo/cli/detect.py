@@ -11,6 +11,7 @@ from spd_zoo.cli.common import (
     CommandError,
     Commands,
     add_command,
+    bar_disabled,
     complain,
     explained,
     image_size,
@@ -66,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
         detector = _detector(options, options.device)
         few = len(paths) <= options.batch_size
         detected = detect(detector, paths, options.out)
-        for image in tqdm(detected, total=len(paths), unit="image", leave=False, disable=True if few else None):
+        for image in tqdm(detected, total=len(paths), unit="image", leave=False, disable=bar_disabled(few)):
             done.append(image)
             for note in image.notes:
                 notes.add(note, str(image.path))
@@ -76,7 +77,8 @@ def _run(options: argparse.Namespace) -> int:
                 found = image.detections
                 objects = zip(found.names, found.scores, found.boxes.tolist(), strict=True)
                 lines = (f"  {score:.2f}  {name}  {' '.join(f'{x:.0f}' for x in box)}" for name, score, box in objects)
-                tqdm.write("\n".join((str(image.path), *lines)))
+                nothing = () if len(found) else (f"  no objects above {options.score:g}",)
+                tqdm.write("\n".join((str(image.path), *lines, *nothing)))
     if options.json:
         print(json.dumps(as_coco(done, detector.class_names), indent=2))
     print_notes(notes.lines())

@@ -41,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
             options.model,
             options.data,
             split=options.split,
-            image_sizes=options.image_size,
+            image_size=list(options.image_size),
             flip=options.flip,
             batch_size=options.batch_size,
             workers=options.workers,

@@ -73,15 +73,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    ours = ("run", "config", "needs_networks")
+    ours = ("run", "config", "needs_networks", "command", "verbose")
     lower = "use a smaller --batch-size or --image-size, a larger --accumulate, or fewer --workers"
     lower += "; where the run has saved its state, also another --out"
     on_command_line = {key: value for key, value in vars(options).items() if key not in ours}
     with explained(lower):
-        from spd_zoo.training.config import make_config
-        from spd_zoo.training.finetune import finetune
-        from spd_zoo.weights.load import timm_name
+        from spd_zoo.training.call import finetune
 
-        config = make_config(on_command_line, options.config)
-        finetune(dataclasses.replace(config, model=timm_name(config.model)))
+        finetune(config=options.config, **on_command_line)
     return 0

@@ -1,19 +1,27 @@
-"""`spd-zoo info`: all that the manifest says about a network or a checkpoint."""
+"""`spd-zoo info`: a card of a network or a checkpoint, or all that the manifest says about it."""
 
 import argparse
 import json
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from spd_zoo.cli.common import Commands, add_command
 from spd_zoo.weights import catalogue
+from spd_zoo.weights.families import FAMILIES
 
 __all__ = ["add"]
+
+_METRICS = {"top1": "top-1", "ap": "AP"}
+_SHOWN = 3  # checkpoints of a network
+_WIDTH = 100
 
 
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "info", _run, "print what is known about a network or its weights", networks=False)
     command.add_argument("model", metavar="MODEL", help="network, with or without a tag")
+    command.add_argument("--all", action="store_true", help="all that the manifest says instead of a card")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -21,9 +29,71 @@ def _run(options: argparse.Namespace) -> int:
     described = catalogue.describe(options.model)
     if options.json:
         print(json.dumps(described, indent=2))
-    else:
+    elif options.all:
         _print_tree(described)
+    else:
+        for title, text in _card(described):
+            print(f"{title:<9} {text}")
     return 0
+
+
+def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The lines of the card, each with a title: best weights first, what they are for, figures, how to use them."""
+    name, network = described["name"], described["name"].partition(".")[0]
+    checkpoints = sorted(described.get("checkpoints", [described] if "." in name else []), key=_rank)
+    best = checkpoints[0] if checkpoints else described
+    family = next(family for family in FAMILIES.values() if described["group"] in family.groups)
+    detects = described["task"] == "detection"
+    data = f" of {best['dataset']}" if best["dataset"] else ""
+    yield "name", f"{name}: {described['task']}, {best['num_classes']:,} classes{data}"
+    yield "family", f"{family.title}: {family.text}"
+    size = "x".join(map(str, best["input_size"][1:]))
+    yield "size", f"{best['params'] / 1e6:.1f} M parameters, {best['macs'] / 1e9:.2f} G MACs at {size} pixels"
+    for checkpoint in checkpoints[:_SHOWN]:
+        yield "weights", f"{checkpoint['name']}: {_figure(checkpoint)}; {_place(checkpoint)}"
+    if len(checkpoints) > _SHOWN:
+        yield "", f"and {len(checkpoints) - _SHOWN} more"
+    if not checkpoints:
+        yield "weights", f"none; train it: spd-zoo finetune {network} --data DIR --out RUN"
+    elif best["notes"]:
+        yield "note", textwrap.shorten(best["notes"], _WIDTH, placeholder=" ...")
+    if checkpoints:
+        if best["weights"] == "unverified":
+            yield "get", f"spd-zoo weights pull {best['name']}"
+        yield "use", f"spd-zoo {'detect' if detects else 'predict'} {best['name']} IMAGES"
+        yield "", f'spd_zoo.{"Detector" if detects else "Classifier"}("{best["name"]}")("IMAGE")'
+    pretrained = ", pretrained=True" if checkpoints else ""
+    yield "", f'timm.create_model("{best["name"]}"{pretrained})'
+    yield "more", f"spd-zoo info {name} --all"
+
+
+def _rank(checkpoint: dict[str, Any]) -> tuple[bool, bool, float]:
+    """The order of checkpoints: those that load at once, the default first, then by accuracy."""
+    found = _accuracy(checkpoint)
+    return checkpoint["weights"] == "unverified", not checkpoint["default"], -(found["value"] if found else 0.0)
+
+
+def _accuracy(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    metric = "ap" if checkpoint["task"] == "detection" else "top1"
+    return catalogue.accuracy(checkpoint["metrics"], checkpoint["input_size"], metric)
+
+
+def _place(checkpoint: dict[str, Any]) -> str:
+    place = {
+        "bundled": "in this package",
+        "package": f"in the extra {checkpoint['extra']}",
+        "hub": "downloaded when used",
+        "unverified": "at its authors'",
+    }[checkpoint["weights"]]
+    return f"{place} ({checkpoint['license'] or 'licence unknown'})"
+
+
+def _figure(checkpoint: dict[str, Any]) -> str:
+    found = _accuracy(checkpoint)
+    if found is None:
+        return "accuracy unknown"
+    words = f"{_METRICS[found['metric']]} {found['value']:.2f} % on {found['dataset']} at {found['input_size']} px"
+    return f"{words}, measured by {'the authors' if found['measured_by'] == 'authors' else found['measured_by']}"
 
 
 def _print_tree(fields: dict[str, Any], indent: str = "") -> None:

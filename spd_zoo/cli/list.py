@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from typing import Any
 
 from spd_zoo.cli.common import Commands, add_command, print_table
@@ -9,13 +10,21 @@ from spd_zoo.weights import catalogue
 
 __all__ = ["add"]
 
-_HEADER = ("name", "tag", "params", "MACs", "input", "top-1", "licence", "weights")
+_HEADER = ("name", "command", "top-1 or AP (%)", "params", "weights")
+_COMMANDS = {"classification": "predict", "detection": "detect"}
+_WEIGHTS = {"unverified": "import", "none": "-"}
+
+_LEGEND = """
+* loaded by pretrained=True; import: `spd-zoo weights pull NAME` reads the file
+of the authors. `spd-zoo info NAME` tells who measured the figure, and where."""
 
 
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "list", _run, "list the networks and their weights", networks=False)
-    command.add_argument("filters", metavar="FILTER", nargs="*", help="name with wildcards, for example 'pyconv*_spd'")
+    command.add_argument(
+        "filters", metavar="FILTER", nargs="*", help="part of a name, or name with wildcards, such as 'pyconv*_spd'"
+    )
     command.add_argument("--pretrained", action="store_true", help="only verified weights")
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -25,19 +34,17 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
-        print_table(_HEADER, map(_cells, rows), right=(2, 3))
+        print_table(_HEADER, map(_cells, rows), right=(3,), width=shutil.get_terminal_size().columns)
+        print(_LEGEND)
     return 0
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    top1 = row["top1"]
+    found = row["top1"] or row["ap"]
     return (
-        row["network"],
-        f"{row['tag'] or '-'}{' (default)' if row['default'] else ''}",
+        row["name"],
+        _COMMANDS[row["task"]],
+        f"{found['value']:.2f} {found['dataset']}" if found else "-",
         f"{row['params'] / 1e6:.1f} M",
-        f"{row['macs'] / 1e9:.2f} G",
-        "x".join(map(str, row["input_size"])),
-        f"{top1['value']:.2f} % {top1['dataset']} at {top1['input_size']} px ({top1['measured_by']})" if top1 else "-",
-        row["license"] or "-",
-        row["weights"],
+        f"{_WEIGHTS.get(row['weights'], row['weights'])}{'*' if row['default'] else ''}",
     )

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 from spd_zoo.cli import (
@@ -21,7 +22,7 @@ from spd_zoo.cli import (
     weights,
 )
 from spd_zoo.cli import list as list_command
-from spd_zoo.cli.common import CommandError, complain, explained
+from spd_zoo.cli.common import CommandError, be_quiet, complain, explained
 from spd_zoo.cli.deferred import load_networks
 from spd_zoo.version import __version__
 from spd_zoo.weights.catalogue import ModelError
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid Unicode
     try:
         options = make_parser("finetune" in arguments[:1]).parse_args(arguments)
+        be_quiet(getattr(options, "quiet", False))
         if options.needs_networks:
             with explained():
                 load_networks()
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             complain(f"{stopped}; the state is saved, and the same command resumes")
         return 128 + getattr(stopped, "number", signal.SIGINT)
     except (CommandError, ModelError, WeightsError, OSError) as error:
+        if {"-v", "--verbose"} & {*arguments}:
+            traceback.print_exc()
         complain(str(error))
         return 1
 

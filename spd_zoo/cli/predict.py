@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spd_zoo.cli import results
-from spd_zoo.cli.common import DEVICE, CommandError, Commands, add_command, complain, explained, positive, print_notes
+from spd_zoo.cli.common import (
+    DEVICE,
+    CommandError,
+    Commands,
+    add_command,
+    bar_disabled,
+    complain,
+    explained,
+    positive,
+    print_notes,
+)
 
 if TYPE_CHECKING:
     from spd_zoo.inference.classifier import Prediction
@@ -34,7 +44,10 @@ def add(commands: Commands) -> None:
     command.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: 32)")
     command.add_argument("--device", help=DEVICE)
     command.add_argument("--json", action="store_true", help="print JSON")
-    results.add_options(command)
+    group = results.add_options(command)
+    group.add_argument(
+        "--probabilities", action="store_true", help="a column with the probabilities of all classes, in their order"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -45,9 +58,13 @@ def _run(options: argparse.Namespace) -> int:
 
         return results.write(
             options,
-            lambda device: classification(options.model, options.top_k, options.batch_size, device, class_map),
+            lambda device: classification(
+                options.model, options.top_k, options.batch_size, device, class_map, options.probabilities
+            ),
             _LOWER,
         )
+    if options.probabilities:
+        raise CommandError("--probabilities is a column of --results; add --results FILE")
     from tqdm import tqdm
 
     from spd_zoo.data.notes import Notes
@@ -60,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     failed = False
     separator = "[\n"
     with explained(_LOWER):
-        for prediction in tqdm(predictions, total=len(paths), unit="image", leave=False, disable=True if few else None):
+        for prediction in tqdm(predictions, total=len(paths), unit="image", leave=False, disable=bar_disabled(few)):
             for note in prediction.notes:
                 notes.add(note, str(prediction.path))
             if prediction.error is not None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["add_options", "class_map", "find_images", "write"]
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    """Adds the options for a file of results."""
+def add_options(command: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """Adds the options for a file of results, and returns their group."""
     command.add_argument(
         "--class-map", metavar="FILE", help="other names for the classes: a YAML file with lines like `mine: network's`"
     )
@@ -34,6 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--save-every", type=positive, default=512, metavar="N", help="save after so many images (default: 512)"
     )
     group.add_argument("--overwrite", action="store_true", help="replace an existing FILE at the end")
+    return group
 
 
 def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:
@@ -52,7 +53,8 @@ def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:
     from spd_zoo.data.reading import find_images
 
     if options.data or not options.images:
-        raise CommandError("give IMAGES; a data set (--data) needs --results")
+        usage = f"spd-zoo {options.command} MODEL"
+        raise CommandError(f"give IMAGES: `{usage} IMAGES`, or `{usage} --data DATA --results FILE`")
     with explained():
         return find_images(options.images, notes)
 
@@ -105,7 +107,14 @@ def write(options: argparse.Namespace, job_for: "Callable[[str], Job]", lower: s
             images = Files([str(path) for path in find_images(options.images, left_out)])
         job = job_for(str(process.device))
         summary = write_results(
-            images, job, options.results, process, options.workers, options.save_every, options.overwrite
+            images,
+            job,
+            options.results,
+            process,
+            options.workers,
+            options.save_every,
+            options.overwrite,
+            progress=not options.quiet,
         )
     if summary is None:
         return 0  # another process writes the file and prints the summary

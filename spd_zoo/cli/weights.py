@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spd_zoo.cli.common import Commands, add_command, complain, print_table
+from spd_zoo.cli.common import Commands, add_command, bar_disabled, complain, print_table
 from spd_zoo.weights import catalogue
 from spd_zoo.weights.cache import find, is_right
 from spd_zoo.weights.manifest import WeightsError, entries
@@ -82,7 +82,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     damaged = False
     rows = []
-    for entry in tqdm(catalogue.checkpoints(options.filters), unit="file", leave=False, disable=None):
+    for entry in tqdm(catalogue.checkpoints(options.filters), unit="file", leave=False, disable=bar_disabled()):
         file = find(entry)
         right = None if file is None else is_right(entry, file)
         damaged |= right is False

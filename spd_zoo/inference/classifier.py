@@ -1,11 +1,13 @@
-"""Classifies image files, as `spd-zoo predict` does."""
+"""Classifies images, as `spd-zoo predict` does."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -13,16 +15,19 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from spd_zoo.data.classes import network_classes, renamed
-from spd_zoo.data.reading import channel_mode, read_image
+from spd_zoo.data.reading import channel_mode, read_image, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.inference.exported import load_model
+from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, pandas
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import ObjectFinder
+from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError, pretrained_cfg
 
 __all__ = [
     "DEFAULT_CLASSIFIER",
     "ClassProbability",
+    "Classification",
     "Classifier",
     "ImageReader",
     "Prediction",
@@ -43,6 +48,67 @@ class ClassProbability:
     index: int
     name: str
     probability: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The probability of every class for one image.
+
+    Attributes:
+        probabilities: (classes,), in the network's order; their sum is 1.
+        names: The name of each class, in the same order.
+        image: The image as it was given to the classifier; None if it is unknown.
+    """
+
+    probabilities: Tensor
+    names: tuple[str, ...]
+    image: ImageLike | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        best = (f"{each.name} {100 * each.probability:.1f} %" for each in self.top(3))
+        return f"Classification({', '.join(best)})"
+
+    def _repr_html_(self) -> str:
+        try:
+            image = open_image(self.image) if self.image is not None else None
+        except ValueError:  # the file is gone
+            image = None
+        rows = ((each.name, f"{100 * each.probability:.2f} %") for each in self.top())
+        return as_html(image, ("class", "probability"), rows)
+
+    @property
+    def name(self) -> str:
+        """The name of the most probable class."""
+        return self.top(1)[0].name
+
+    @property
+    def probability(self) -> float:
+        """The probability of the most probable class."""
+        return self.top(1)[0].probability
+
+    def top(self, k: int = 5) -> tuple[ClassProbability, ...]:
+        """The `k` most probable classes, or all if there are fewer, in descending order.
+
+        Raises:
+            ValueError: If `k` is less than 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        best = self.probabilities.topk(min(k, len(self.names)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return tuple(ClassProbability(index, self.names[index], probability) for index, probability in pairs)
+
+    def to_dict(self, k: int = 5) -> dict[str, Any]:
+        """`class` and `probability` of the most probable class, and `top`, the best `k` as dicts; ready for JSON."""
+        return {"class": self.name, "probability": self.probability, "top": [asdict(each) for each in self.top(k)]}
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with the columns `class` and `probability`, a row per class in the network's order.
+
+        Raises:
+            ModuleNotFoundError: If the package pandas is missing.
+        """
+        return pandas().DataFrame({"class": self.names, "probability": self.probabilities.tolist()})
 
 
 @dataclass(frozen=True)
@@ -87,7 +153,14 @@ class ImageReader:
         Raises:
             ValueError: If it cannot be read, or it is too long for its width.
         """
-        image = read_image(file, self.mode)
+        return self.prepare(read_image(file, self.mode))
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An upright image of the mode -> (C, H, W).
+
+        Raises:
+            ValueError: If it is too long for its width.
+        """
         short, long = sorted(image.size)
         if self.side**2 * long > _MOST_PIXELS * short:
             raise ValueError(
@@ -99,49 +172,96 @@ class ImageReader:
 
 
 class Classifier:
-    """A pretrained classifier with its preprocessing (`reader`) and the names of its classes (`names`).
+    """Names what an image shows. For objects and where they are, see `Detector`.
 
     Args:
-        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, the folder of a run, or an
-            ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
-        top_k: Classes per image.
-        device: torch device; a GPU by default if there is one.
+        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, the
+            folder of a run, or an ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
+        device: torch device; by default a network stays where it is, and a name is loaded on a GPU if there is one.
+        batch_size: Images per batch.
         class_map: Other names for the network's classes: from the new name to the network's own.
+
+    Attributes:
+        names: The name of each class, in the network's order.
 
     Raises:
         DataError: If `class_map` names a class that the network does not have.
-        ModelError: If there is no such network, or it cannot be used.
-        ValueError: If there is no such device.
+        ModelError: If there is no such network, it is no classifier, or it cannot be used.
+        ValueError: If `batch_size` is less than 1, or there is no such device.
         WeightsError: If its weights are unavailable or must not be used.
     """
 
     def __init__(
-        self, model: str, top_k: int = 5, device: str | None = None, class_map: Mapping[str, str] | None = None
+        self,
+        model: nn.Module | str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        batch_size: int = 32,
+        class_map: Mapping[str, str] | None = None,
     ) -> None:
-        self.net = load_classifier(model, device)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
+        if isinstance(model, nn.Module):
+            check_classifier(model, self.name)
+            self.net: Any = model if device is None else model.to(pick_device(device))
+        else:
+            self.net = load_classifier(self.name, device)
+        self.net.eval()
+        self.batch_size = batch_size
         cfg = pretrained_cfg(self.net)
-        self.names = renamed(network_classes(cfg, cfg["num_classes"]), class_map or {})
-        self.top_k = top_k
+        self.names = tuple(renamed(network_classes(cfg, self.net.num_classes), class_map or {}))
         config = resolve_data_config(pretrained_cfg=cfg)
-        mode = channel_mode(config["input_size"][0], model)
+        self.image_size: tuple[int, int] = (config["input_size"][1], config["input_size"][2])
+        mode = channel_mode(config["input_size"][0], self.name)
         never_larger = config["crop_mode"] in ("border", "squash")  # the resized image is never larger than the input
         side = 0 if never_larger else math.ceil(max(config["input_size"][1:]) / config["crop_pct"])
         self.reader = ImageReader(create_transform(**config), mode, side)
 
-    @torch.inference_mode()
-    def __call__(self, inputs: Tensor) -> list[tuple[ClassProbability, ...]]:
-        """Inputs (N, C, H, W) -> the most probable classes of each, in descending order."""
+    def __repr__(self) -> str:
         device = next(self.net.parameters()).device
-        images = inputs.to(device, memory_format=torch.channels_last)
-        best = self.net(images).float().softmax(1).topk(min(self.top_k, len(self.names)))
-        return [
-            tuple(ClassProbability(i, self.names[i], p) for i, p in zip(indices, probabilities, strict=True))
-            for indices, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        return f"Classifier({self.name}, {len(self.names)} classes, {size_text(self.image_size)} pixels, on {device})"
 
-    def task(self, batch_size: int) -> Task[tuple[ClassProbability, ...]]:
-        """The task for the loop over images."""
-        return Task(self.reader, torch.stack, self, batch_size)
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Classification]: ...
+
+    @overload
+    def __call__(self, images: ImageLike) -> Any: ...
+
+    def __call__(self, images: Any) -> Any:
+        """What an image shows, or each image of a list or folder.
+
+        Args:
+            images: A file, a PIL image, an array (H, W, 3) of uint8 in RGB, a tensor (3, H, W) of uint8 or of floats
+                from 0 to 1, or a list of these, of any sizes; or a folder, for the images in it, in the order of their
+                paths. Files and PIL images are turned as their EXIF says.
+
+        Returns:
+            A `Classification`; for a list or a folder, a list of them.
+
+        Raises:
+            ValueError: If an image cannot be read or is none of these.
+        """
+        sources, several = listed(images)
+        found = []
+        for batch in batches(range(len(sources)), self.batch_size):
+            inputs = [self.reader.prepare(open_image(sources[i], self.reader.mode)) for i in batch]
+            results = zip(batch, self.compute(torch.stack(inputs)), strict=True)
+            found += [replace(each, image=sources[i]) for i, each in results]
+        return found if several else found[0]
+
+    @torch.inference_mode()
+    def compute(self, inputs: Tensor) -> list[Classification]:
+        """Preprocessed inputs (N, C, H, W) -> the probabilities for each."""
+        weight = next(self.net.parameters())  # its device and precision are those of the inputs
+        images = inputs.to(weight, memory_format=torch.channels_last)
+        probabilities = self.net(images).float().softmax(1).cpu()
+        return [Classification(each, self.names) for each in probabilities]
+
+    @property
+    def task(self) -> Task[Classification]:
+        """The task for the loop over image files."""
+        return Task(self.reader, torch.stack, self.compute, self.batch_size)
 
 
 def predict(
@@ -168,11 +288,12 @@ def predict(
         ValueError: If there is no such device.
         WeightsError: If its weights are unavailable or must not be used.
     """
-    task = Classifier(model, top_k, device, class_map).task(batch_size)
+    task = Classifier(model, device=device, batch_size=batch_size, class_map=class_map).task
     images = Files([str(path) for path in paths])
     for batch, outcomes in run(images, task, batches(range(len(paths)), batch_size)):
         for index, outcome in zip(batch, outcomes, strict=True):
-            yield Prediction(paths[index], outcome.result or (), outcome.error, outcome.notes)
+            top = outcome.result.top(top_k) if outcome.result is not None else ()
+            yield Prediction(paths[index], top, outcome.error, outcome.notes)
 
 
 def load_classifier(model: str, device: str | None) -> nn.Module:
@@ -194,6 +315,8 @@ def check_classifier(net: nn.Module, model: str) -> None:
         ModelError: If it is a detector or has no classes.
     """
     if isinstance(net, ObjectFinder):
-        raise ModelError(f"{model} is a detector; `spd-zoo detect` finds objects with it")
-    if not pretrained_cfg(net)["num_classes"]:
+        raise ModelError(f"{model} is a detector; run `spd-zoo detect {model} IMAGES`, or use spd_zoo.Detector")
+    if not hasattr(net, "pretrained_cfg"):
+        raise ModelError(f"{model} is no network of timm, whose pretrained_cfg says what its inputs are")
+    if not getattr(net, "num_classes", 0):
         raise ModelError(f"{model} has no classifier, only features")

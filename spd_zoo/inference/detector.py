@@ -4,13 +4,13 @@ import itertools
 import json
 import math
 import os
-import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
 from spd_zoo.data.classes import network_classes, renamed
-from spd_zoo.data.reading import channel_mode, collect_notes, read_image, upright
+from spd_zoo.data.reading import channel_mode, read_image, size_text, upright
 from spd_zoo.files import whole
 from spd_zoo.inference.exported import ExportedDetector, load_model
+from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, pandas, show
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
@@ -31,9 +32,8 @@ from spd_zoo.weights.load import ModelError
 
 __all__ = ["Detections", "Detector", "ImageDetections", "Placement", "as_coco", "detect", "postprocess", "prepare"]
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor"
-
 GREY = 114  # of 255; YOLO's authors pad with this value
+_IN_REPR = 3  # classes
 EDGE = 0.01  # share of a tile's shorter side: a box that ends nearer to an inner side may be cut off
 COVERED = 0.5  # a cut-off box is dropped if a complete one covers at least this share of it
 SAME_OBJECT = 0.5  # IoU of boxes from different views from which on they are one object
@@ -70,23 +70,54 @@ class Detections:
         scores: (M,), 0..1.
         labels: (M,), classes from 0.
         class_names: The names of all classes.
+        image: The image as it was given to the detector, for `draw` and `show`; None if it is unknown.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    image: ImageLike | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        counts = Counter(self.names)
+        found = ", ".join(f"{number} {name}" for name, number in counts.most_common(_IN_REPR))
+        more = f", and {len(counts) - _IN_REPR} more classes" if len(counts) > _IN_REPR else ""
+        return f"Detections({found or 'no objects'}{more})"
+
+    def _repr_html_(self) -> str:
+        rows = [(each["name"], f"{each['score']:.2f}", *(f"{x:.0f}" for x in each["box"])) for each in self.to_dict()]
+        try:
+            drawn = self.draw() if self.image is not None else None
+        except ValueError:  # the file is gone
+            drawn = None
+        return as_html(drawn, ("object", "score", "x1", "y1", "x2", "y2"), rows)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> "Detections":
-        return Detections(self.boxes[index], self.scores[index], self.labels[index], self.class_names)
+        return Detections(self.boxes[index], self.scores[index], self.labels[index], self.class_names, self.image)
 
     @property
     def names(self) -> list[str]:
         """The class name of each object."""
         return [self.class_names[label] for label in self.labels.tolist()]
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """A dict per object, ready for JSON: `label`, `name`, `score`, and `box` as x1 y1 x2 y2 in pixels."""
+        columns = (self.labels.tolist(), self.names, self.scores.tolist(), self.boxes.tolist())
+        return [dict(zip(("label", "name", "score", "box"), each, strict=True)) for each in zip(*columns, strict=True)]
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a row per object: `label`, `name`, `score`, `x1`, `y1`, `x2`, `y2`.
+
+        Raises:
+            ModuleNotFoundError: If the package pandas is missing.
+        """
+        boxes = dict(zip(("x1", "y1", "x2", "y2"), self.boxes.T.tolist(), strict=True))
+        columns = {"label": self.labels.tolist(), "name": self.names, "score": self.scores.tolist()}
+        return pandas().DataFrame(columns | boxes)
 
     def to_torchvision(self) -> dict[str, Tensor]:
         """`boxes`, `scores` and `labels` in torchvision's form, but labels count from 0 without background."""
@@ -111,11 +142,20 @@ class Detections:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def draw(self, image: Image.Image) -> Image.Image:
-        """A copy of the image, upright and in colour, with a box, the name and the score of every object."""
-        image = upright(image)
-        pen = ImageDraw.Draw(image)
-        width = max(1, round(max(image.size) / 500))
+    def draw(self, image: ImageLike | None = None) -> Image.Image:
+        """A copy of the image, upright and in colour, with a box, the name and the score of every object.
+
+        Args:
+            image: In any form that `Detector` takes; by default the one that the detector was given.
+
+        Raises:
+            ValueError: If the image is unknown or cannot be read.
+        """
+        if image is None and self.image is None:
+            raise ValueError("these objects do not know their image; give it to draw or show")
+        drawn = open_image(self.image if image is None else image)
+        pen = ImageDraw.Draw(drawn)
+        width = max(1, round(max(drawn.size) / 500))
         font = ImageFont.load_default(max(10, 6 * width))
         objects = zip(self.boxes.round().tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
         for (left, top, right, bottom), score, label in reversed(list(objects)):  # the most certain on top
@@ -125,7 +165,16 @@ class Detections:
             place = (left, max(0.0, top - font.getbbox(text)[3] - 2))
             pen.rectangle(pen.textbbox(place, text, font), fill=colour)
             pen.text(place, text, (0, 0, 0), font)
-        return image
+        return drawn
+
+    def show(self, image: ImageLike | None = None) -> None:
+        """Shows what `draw` returns, in a notebook or in the system's viewer.
+
+        Raises:
+            RuntimeError: If there is no viewer.
+            ValueError: If the image is unknown or cannot be read.
+        """
+        show(self.draw(image))
 
 
 def prepare(image: Image.Image, net: ObjectFinder, image_size: tuple[int, int]) -> tuple[Tensor, Placement]:
@@ -266,11 +315,11 @@ class Detector:
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
         net = model if isinstance(model, nn.Module) else load_model(name, device)
         if not isinstance(net, ObjectFinder):
-            raise ModelError(f"{name} is no detector; `spd-zoo predict` names what images show with it")
+            raise ModelError(f"{name} is no detector; run `spd-zoo predict {name} IMAGES`, or use spd_zoo.Classifier")
         if device is not None:
             net.to(pick_device(device))
         net.eval()
-        self.net = net
+        self.net, self.name = net, name
         channel_mode(net.in_chans, name)  # an error now, not at the first image
         self.class_map = dict(class_map or {})
         self.class_names = tuple(renamed(network_classes(net.pretrained_cfg, net.num_classes), self.class_map))
@@ -287,27 +336,37 @@ class Detector:
         self.batch_size = batch_size
         self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
 
-    @overload
-    def __call__(self, images: ImageLike) -> Detections: ...
+    def __repr__(self) -> str:
+        device = next(self.net.parameters()).device
+        classes = f"{len(self.class_names)} classes"
+        return f"Detector({self.name}, {classes}, {size_text(self.image_size)} pixels, on {device})"
 
     @overload
     def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Detections]: ...
 
-    def __call__(self, images: Any) -> Detections | list[Detections]:
-        """The objects in an image, or in each image of a list.
+    @overload
+    def __call__(self, images: ImageLike) -> Any: ...
+
+    def __call__(self, images: Any) -> Any:
+        """The objects in an image, or in each image of a list or folder.
 
         Args:
             images: A file, a PIL image, an array (H, W, 3) of uint8 in RGB, a tensor (3, H, W) of uint8 or of floats
-                from 0 to 1, or a list of these, of any sizes. Files and PIL images are turned as their EXIF says.
+                from 0 to 1, or a list of these, of any sizes; or a folder, for the images in it, in the order of their
+                paths. Files and PIL images are turned as their EXIF says.
+
+        Returns:
+            `Detections`; for a list or a folder, a list of them.
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
             ValueError: If an image cannot be read or is none of these.
         """
-        if not isinstance(images, list | tuple):
-            return self([images])[0]
-        opened = enumerate(map(_open, images))
-        return self.find((i, *view) for i, image in opened for view in self.views(image))
+        sources, several = listed(images)
+        opened = enumerate(map(open_image, sources))
+        found = self.find((i, *view) for i, image in opened for view in self.views(image))
+        found = [replace(each, image=source) for each, source in zip(found, sources, strict=True)]
+        return found if several else found[0]
 
     def find(self, views: Iterable[tuple[int, Tensor, Placement]]) -> list[Detections]:
         """Merges the detections of all views of each image.
@@ -350,42 +409,6 @@ class Detector:
             tile = image.crop((left, top, min(left + side, image.width), min(top + side, image.height)))
             pixels, placement = prepare(tile, self.net, self.image_size)
             yield pixels, replace(placement, corner=(left, top))
-
-
-def _open(image: Any) -> Image.Image:
-    """An upright 8-bit colour image; warns of what was guessed about it."""
-    with collect_notes() as notes:
-        opened = _opened(image)
-    for note in notes:
-        warnings.warn(f"an image with {note}", stacklevel=2)
-    return opened
-
-
-def _opened(image: Any) -> Image.Image:
-    if isinstance(image, str | os.PathLike):
-        try:
-            return read_image(os.fspath(image))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(image)}: {error}") from error
-    if isinstance(image, Image.Image):
-        return upright(image)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"an array must be (H, W, 3) of uint8 in RGB, got {image.shape} of {image.dtype}")
-        return Image.fromarray(image)
-    if not isinstance(image, Tensor):
-        kind = type(image).__name__
-        raise ValueError(f"an image must be a file, a PIL image, an array or a tensor, or a list of these, got {kind}")
-    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        raise ValueError(f"a tensor must be (3, H, W), got {tuple(image.shape)}; give several images as a list")
-    image = image.detach().cpu()
-    if image.is_floating_point():
-        if not ((image >= 0) & (image <= 1)).all():
-            raise ValueError("a tensor of floats must hold values from 0 to 1")
-        image = (image.float() * 255).round().to(torch.uint8)
-    if image.dtype != torch.uint8:
-        raise ValueError(f"a tensor must be of uint8, or of floats from 0 to 1, got {image.dtype}")
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:
@@ -473,6 +496,7 @@ def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -
                     done.append(ImageDetections(path, error=outcome.error, notes=outcome.notes))
                 else:
                     image, found = outcome.result
+                    found = replace(found, image=path)  # the file, so that its pixels do not stay in memory
                     done.append(ImageDetections(path, (image.height, image.width), found, notes=outcome.notes))
                     if folder is not None:
                         _save(found.draw(image), folder / places[path])

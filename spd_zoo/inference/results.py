@@ -32,7 +32,7 @@ from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import read_image
 from spd_zoo.errors import first_line
 from spd_zoo.files import is_leftover, remove_leftovers, whole
-from spd_zoo.inference.classifier import Classifier, ClassProbability, transform_errors
+from spd_zoo.inference.classifier import Classification, Classifier, transform_errors
 from spd_zoo.inference.detector import Detections, Detector, Placement
 from spd_zoo.inference.loop import ImageFile, Images, Task, batches, run
 from spd_zoo.process import Process, Stopped, StopSignals
@@ -96,24 +96,37 @@ def classification(
     batch_size: int = 32,
     device: str | None = None,
     class_map: Mapping[str, str] | None = None,
+    probabilities: bool = False,
 ) -> Job:
-    """The most probable classes of every image, in the column `top`; arguments as for `predict`.
+    """The most probable class of every image in the columns `class` and `probability`, and the best ones in `top`.
+
+    Args:
+        model: As for `Classifier`.
+        top_k: Classes in `top`.
+        batch_size: Images per batch.
+        device: torch device; a GPU by default if there is one.
+        class_map: As for `Classifier`.
+        probabilities: Whether the column `probabilities` has the probability of every class, in the network's order.
 
     Raises:
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights are unavailable or must not be used.
     """
-    classifier = Classifier(model, top_k, device, class_map)
+    classifier = Classifier(model, device=device, batch_size=batch_size, class_map=class_map)
 
-    def row(top: tuple[ClassProbability, ...]) -> Row:
-        return {"top": [asdict(each) | {"probability": round(each.probability, 6)} for each in top]}
+    def row(found: Classification) -> Row:
+        top = [asdict(each) | {"probability": round(each.probability, 6)} for each in found.top(top_k)]
+        every = {"probabilities": [round(each, 6) for each in found.probabilities.tolist()]} if probabilities else {}
+        return {"class": top[0]["name"], "probability": top[0]["probability"], "top": top} | every
 
-    columns = {"top": [{"index": int, "name": str, "probability": float}]}
-    settings = _settings(classifier.net, model, batch_size) | {"top_k": top_k}
+    columns: dict[str, Any] = {"class": str, "probability": float}
+    columns |= {"top": [{"index": int, "name": str, "probability": float}]}
+    columns |= {"probabilities": [float]} if probabilities else {}
+    settings = _settings(classifier.net, model, batch_size) | {"top_k": top_k, "columns": list(columns)}
     if class_map:
         settings |= {"class_map": dict(class_map)}
-    return Job(classifier.task(batch_size), row, columns, settings)
+    return Job(classifier.task, row, columns, settings)
 
 
 def detection(detector: Detector, model: str) -> Job:
@@ -199,6 +212,7 @@ def write_results(
     workers: int = 2,
     save_every: int = 512,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> Summary | None:
     """Writes a row per image, in the order of the images, to a new file; resumes where the same call was interrupted.
 
@@ -213,6 +227,7 @@ def write_results(
         workers: Processes that read images for this one; 0: it reads them itself.
         save_every: Images per part: an interruption loses at most so many.
         overwrite: Whether to replace an existing file at the end.
+        progress: Whether the first process shows a progress bar in a terminal.
 
     Returns:
         The number of images; None if another process, the last one to finish its parts, wrote the file.
@@ -246,7 +261,13 @@ def write_results(
         done = total - sum(len(parts.rows(part)) for part in todo)
         with (
             StopSignals(interrupt=True) as signals,
-            tqdm(total=total, initial=done, unit="image", leave=False, disable=None if process.first else True) as bar,
+            tqdm(
+                total=total,
+                initial=done,
+                unit="image",
+                leave=False,
+                disable=None if process.first and progress else True,
+            ) as bar,
         ):
             try:
                 for part, rows in _finished(images, job, parts, todo, workers, bar, notes):

@@ -6,6 +6,7 @@ import os
 import reprlib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "DISTILLATION",
     "FinetuneConfig",
     "Plan",
+    "as_options",
     "load_config",
     "make_config",
     "merged",
@@ -460,14 +462,29 @@ def load_config(file: str | Path) -> dict[str, Any]:
     found = read_yaml(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold lines like `epochs: 20`")
+    return as_options(found, str(path))
+
+
+def as_options(found: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Options by their names, with values of the types of `FinetuneConfig`.
+
+    Args:
+        found: The options; paths may be of any type.
+        where: Where they come from, for messages.
+
+    Raises:
+        ValueError: If one is unknown, or a value has another type.
+    """
     hints = typing.get_type_hints(FinetuneConfig)
     for name in found:
         if name not in hints:
             nearest = difflib.get_close_matches(str(name), hints, n=1)
             advice = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{path} has an unknown option {reprlib.repr(name)}{advice}")
+            raise ValueError(f"{where} has an unknown option {reprlib.repr(name)}{advice}")
+    values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in found.items()}
     return {
-        name: value if value == UNKNOWN else _as(hints[name], value, f"{path}: {name}") for name, value in found.items()
+        name: value if value == UNKNOWN else _as(hints[name], value, f"{where}: {name}")
+        for name, value in values.items()
     }
 
 
@@ -483,7 +500,8 @@ def make_config(options: dict[str, Any], file: str | Path | None = None) -> Fine
         raise ValueError(f"the source of {file} does not say everything: give {', '.join(unknown)}")
     missing = [name for name in ("model", "data", "out") if not values.get(name)]
     if missing:
-        raise ValueError(f"give {' and '.join(name.upper() if name == 'model' else f'--{name}' for name in missing)}")
+        names = " and ".join(name.upper() if name == "model" else f"--{name}" for name in missing)
+        raise ValueError(f"give {names}: `spd-zoo finetune MODEL --data DATA --out RUN`")
     return FinetuneConfig(**values)
 
 

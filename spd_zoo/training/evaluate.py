@@ -16,6 +16,7 @@ from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import channel_mode, size_value
 from spd_zoo.files import write_csv
 from spd_zoo.inference.exported import Exported, load_model
+from spd_zoo.inference.images import as_html
 from spd_zoo.process import Process
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, task_of
@@ -41,6 +42,12 @@ class Evaluation:
     warnings: list[str]
     notes: list[str]
 
+    def __repr__(self) -> str:
+        return f"Evaluation({self.row['model']} at {self.in_words()})"
+
+    def _repr_html_(self) -> str:
+        return as_html(None, ("measure", "value"), self.row.items())
+
     def in_words(self) -> str:
         """The line to print."""
         predictions: Predictions = self.predictions
@@ -56,7 +63,7 @@ def evaluate(
     model: str,
     data: str | Path,
     split: str = "",
-    image_sizes: Sequence[int | tuple[int, int]] = (),
+    image_size: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
     flip: bool = False,
     batch_size: int = 64,
     workers: int = 2,
@@ -66,14 +73,15 @@ def evaluate(
     label_column: str = "",
     class_map: Mapping[str, str] | None = None,
 ) -> list[Evaluation]:
-    """Evaluates a classifier or a detector on the readable images of a data set, at one image size after the other.
+    """Evaluates a classifier or a detector on the readable images of a data set, at one image size or several.
 
     Args:
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, the folder of a run, or an
             ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         data: As `open_data` takes it, or for a detector `open_boxes`.
         split: The split to evaluate on; by default the first that exists of test, val and train.
-        image_sizes: Heights and widths, or one number for both; by default the network's own input size.
+        image_size: Height and width, or one number for both, or a list of these; by default the network's own input
+            size.
         flip: Whether to average the logits of every image and its mirror image; not for detectors.
         batch_size: Images in memory at once.
         workers: Worker processes that read images.
@@ -96,11 +104,10 @@ def evaluate(
     if bf16 and isinstance(net, Exported):
         raise ValueError(f"bf16 is for torch; {model} computes as it was exported")
     task_of(net).check_evaluation(net, model, bool(flip or image_column or label_column))
+    sizes = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]
     columns = (image_column, label_column)
     place: torch.device = next(net.parameters()).device
-    return evaluate_network(
-        net, model, data, split, image_sizes, flip, batch_size, workers, place, bf16, columns, class_map
-    )
+    return evaluate_network(net, model, data, split, sizes, flip, batch_size, workers, place, bf16, columns, class_map)
 
 
 def evaluate_network(

@@ -29,6 +29,7 @@ from spd_zoo.data.labelled import DataError
 from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
 from spd_zoo.errors import first_line
+from spd_zoo.inference.images import as_html
 from spd_zoo.process import Process, Stopped, StopSignals, join, ran_out_of_memory
 from spd_zoo.training.classification.distillation import DistilledTraining, Teacher, load_teacher
 from spd_zoo.training.config import (
@@ -50,7 +51,7 @@ from spd_zoo.training.layers import (
     set_training_mode,
 )
 from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
-from spd_zoo.training.page import plot_notes
+from spd_zoo.training.page import plot_notes, short
 from spd_zoo.training.preprocessing import Preprocessing, per_channel
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
@@ -80,6 +81,15 @@ class Result:
     history: list[dict[str, Any]]
     metrics: dict[str, float]
     before: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items() if isinstance(value, float))
+        return f"Result({self.folder}, {len(self.history)} epochs, {figures})"
+
+    def _repr_html_(self) -> str:
+        columns = list(self.history[-1])
+        rows = ([short(each.get(name)) for name in columns] for each in self.history)
+        return as_html(None, columns, rows) + f"<p>{self.folder / 'report.html'}</p>"
 
 
 def finetune(config: FinetuneConfig) -> Result | None:

@@ -1,9 +1,10 @@
 """Pretrained weights: the manifest, its files, and loading them into a network after verifying them.
 
-`manifest` says what there is, `cache` where it is on this machine, `catalogue` what the user is shown of both; these
-need no torch. `download` gets files, `checkpoint` reads those of others (by `archive` and `unpickle`), `fit` compares
-them with a network, `imported` converts and keeps them, `fetch` makes a verified file of an entry, `build` stands
-between a variant and timm, `folder` writes a network for others, `publish` and `card` put weights on the Hub.
+`manifest` says what there is, `families` how it is grouped, `cache` where it is on this machine, `catalogue` what the
+user is shown of these; they need no torch. `download` gets files, `checkpoint` reads those of others (by `archive` and
+`unpickle`), `fit` compares them with a network, `imported` converts and keeps them, `fetch` makes a verified file of an
+entry, `build` stands between a variant and timm, `folder` writes a network for others, `publish` and `card` put weights
+on the Hub.
 """
 
 from spd_zoo.weights.build import (

@@ -1,9 +1,10 @@
 """Lists networks and checkpoints, and those on this machine. Needs no torch."""
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any
 
 from spd_zoo.weights.cache import find, imported_names, is_right, origin_of, original_of
@@ -11,16 +12,19 @@ from spd_zoo.weights.manifest import Entry, WeightsError, default_checkpoints, e
 
 __all__ = [
     "ModelError",
+    "accuracy",
     "checkpoint",
     "checkpoints",
     "describe",
+    "list_models",
     "local_checkpoints",
     "locate",
     "networks",
     "summarize",
-    "top1",
     "unknown_network",
 ]
+
+TASKS = ("classification", "detection")
 
 
 class ModelError(ValueError):
@@ -37,16 +41,41 @@ def unknown_network(name: str, what: str = "network") -> ModelError:
     Returns:
         The error.
     """
+    if os.path.exists(name):  # noqa: PTH110  (which raises for names that are too long)
+        return ModelError(f"{name} is a file or folder, but no {what}; commands take the network first, then the rest")
     nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
     advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
     return ModelError(f"there is no {what} {name!r}; {advice}")
+
+
+def list_models(filter: str | Sequence[str] = "", pretrained: bool = False, task: str | None = None) -> list[str]:
+    """Lists the names of networks, for `timm.create_model`, `Classifier`, `Detector` and the command `spd-zoo`.
+
+    Args:
+        filter: Text that the name contains, or a name with wildcards such as "pyconv*_spd", or several of these, of
+            which at least one must match.
+        pretrained: Only networks with verified weights: one name with its tag for each set of weights.
+        task: "classification" or "detection"; None: both.
+
+    Returns:
+        The names, in the order of the families; empty if nothing matches.
+
+    Raises:
+        ValueError: If there is no such task.
+        WeightsError: If a manifest is invalid.
+    """
+    if task not in (None, *TASKS):
+        raise ValueError(f"the tasks are {' and '.join(TASKS)}, got {task!r}")
+    filters = [filter] if isinstance(filter, str) else filter
+    found = [each for each in _selected([text for text in filters if text], pretrained) if task in (None, each.task)]
+    return list(dict.fromkeys(each.name if pretrained else each.network for each in found))
 
 
 def networks(filters: Sequence[str] = (), pretrained: bool = False) -> list[Entry]:
     """Lists every checkpoint, and every network without checkpoints.
 
     Args:
-        filters: Names with wildcards, of which at least one must match; empty: no filter.
+        filters: Parts of names, or names with wildcards, of which at least one must match; empty: no filter.
         pretrained: Only verified checkpoints.
 
     Returns:
@@ -56,12 +85,7 @@ def networks(filters: Sequence[str] = (), pretrained: bool = False) -> list[Entr
         ModelError: If nothing matches.
         WeightsError: If a manifest is invalid.
     """
-    everything = [entry for entry in entries().values() if entry.group != "timm"]
-    tagged = {entry.network for entry in everything if entry.tag}
-    candidates = (
-        entry for entry in everything if (entry.verified if pretrained else entry.tag or entry.network not in tagged)
-    )
-    found = [entry for entry in candidates if _matches(entry, filters)]
+    found = _selected(filters, pretrained)
     if not found:
         what = "verified weights" if pretrained else "networks"
         called = f" called {' or '.join(filters)}" if filters else ""
@@ -69,9 +93,28 @@ def networks(filters: Sequence[str] = (), pretrained: bool = False) -> list[Entr
     return found
 
 
-def _matches(entry: Entry, filters: Sequence[str]) -> bool:
-    """Whether a filter matches the whole name or, as in timm, the name without the tag."""
-    return not filters or any(fnmatch(name, pattern) for pattern in filters for name in (entry.name, entry.network))
+def _selected(filters: Sequence[str], pretrained: bool) -> list[Entry]:
+    everything = [entry for entry in entries().values() if entry.group != "timm"]
+    tagged = {entry.network for entry in everything if entry.tag}
+    candidates = (
+        entry for entry in everything if (entry.verified if pretrained else entry.tag or entry.network not in tagged)
+    )
+    return _filtered(candidates, filters)
+
+
+def _filtered(candidates: Iterable[Entry], filters: Sequence[str]) -> list[Entry]:
+    """The entries that a filter matches, in their order.
+
+    A filter with wildcards matches the whole name or, as in timm, the name without the tag. Any other filter is a name,
+    or else a part of names in upper or lower case.
+    """
+    if not filters:
+        return list(candidates)
+    named = [(entry, {entry.name.lower(), entry.network.lower()}) for entry in candidates]
+    exact = {name.lower() for name in entries()}.union(*(names for _, names in named))
+    patterns = [text.lower() for text in filters]
+    patterns = [text if text in exact or set(text) & set("*?[") else f"*{text}*" for text in patterns]
+    return [entry for entry, names in named if any(fnmatchcase(name, text) for name in names for text in patterns)]
 
 
 def summarize(entry: Entry) -> dict[str, Any]:
@@ -80,21 +123,32 @@ def summarize(entry: Entry) -> dict[str, Any]:
         "name": entry.name,
         "network": entry.network,
         "tag": entry.tag or None,
+        "task": entry.task,
         "default": entry.name == default_checkpoints(entries()).get(entry.network),
         "params": entry.params,
         "macs": entry.macs,
         "input_size": entry.input_size,
         "num_classes": entry.num_classes,
-        "top1": top1(entry),
+        "top1": accuracy(entry.metrics, entry.input_size, "top1"),
+        "ap": accuracy(entry.metrics, entry.input_size, "ap"),
         "license": entry.license,
         "weights": _availability(entry),
     }
 
 
-def top1(entry: Entry) -> dict[str, Any] | None:
-    """The top-1 accuracy at the checkpoint's own input size, or otherwise the first one in the manifest."""
-    found = [metric for metric in entry.metrics if metric["metric"] == "top1"]
-    own = (metric for metric in found if metric["input_size"] == entry.input_size[-1])
+def accuracy(metrics: Iterable[dict[str, Any]], input_size: tuple[int, ...], metric: str) -> dict[str, Any] | None:
+    """The first measurement of a metric at the checkpoint's own input size, or otherwise at any.
+
+    Args:
+        metrics: The measurements in the manifest.
+        input_size: The checkpoint's own input size.
+        metric: "top1" or "ap".
+
+    Returns:
+        The measurement, or None.
+    """
+    found = [each for each in metrics if each["metric"] == metric]
+    own = (each for each in found if each["input_size"] == input_size[-1])
     return next(own, found[0] if found else None)
 
 
@@ -112,7 +166,7 @@ def describe(name: str) -> dict[str, Any]:
         name: The network, with or without a tag.
 
     Returns:
-        The fields, `weights` and `default` as in `summarize`, and for a network its `checkpoints`.
+        The fields, `task`, `weights` and `default` as in `summarize`, and for a network its `checkpoints`.
 
     Raises:
         ModelError: If there is no such network; with the nearest names.
@@ -130,14 +184,14 @@ def describe(name: str) -> dict[str, Any]:
 
 def _fields(entry: Entry) -> dict[str, Any]:
     row = summarize(entry)
-    return asdict(entry) | {key: row[key] for key in ("weights", "default")}
+    return asdict(entry) | {key: row[key] for key in ("task", "weights", "default")}
 
 
 def checkpoints(filters: Sequence[str] = ()) -> list[Entry]:
     """Lists the checkpoints of the manifest, then those that the user imported under tags of their own.
 
     Args:
-        filters: Names with wildcards, of which at least one must match; empty: no filter.
+        filters: Parts of names, or names with wildcards, of which at least one must match; empty: no filter.
 
     Returns:
         The entries.
@@ -149,7 +203,7 @@ def checkpoints(filters: Sequence[str] = ()) -> list[Entry]:
     mine = [name for name in imported_names() if name not in entries() and name.partition(".")[0] in known]
     found = [entry for entry in entries().values() if entry.tag]
     found += [_imported(name, known[name.partition(".")[0]]) for name in mine]
-    found = [entry for entry in found if _matches(entry, filters)]
+    found = _filtered(found, filters)
     if filters and not found:
         raise WeightsError(f"there are no weights called {' or '.join(filters)}; `spd-zoo weights list` shows all")
     return found

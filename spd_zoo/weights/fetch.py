@@ -73,7 +73,10 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
     if hub is None and entry.original_link is None:
         if damaged is not None:
             raise _wrong(entry, damaged, f"import it again: spd-zoo weights import {entry.name} FILE")
-        raise WeightsError(f"there are no weights for {entry.name}; create it with pretrained=False")
+        raise WeightsError(
+            f"there are no weights for {entry.name}; create it with pretrained=False, or train it: `spd-zoo finetune "
+            f"{entry.name} --data DIR --out RUN`"
+        )
     with locked(entry.name, cache_dir) as folder:
         path = find(entry, cache_dir)
         if path is not None and is_right(entry, path) is not False:

@@ -87,6 +87,11 @@ class Entry:
         return self.name.partition(".")[2]
 
     @property
+    def task(self) -> str:
+        """What the network is for: "classification" or "detection"."""
+        return "classification" if self.pool_size is not None else "detection"
+
+    @property
     def label_names(self) -> tuple[str, ...] | None:
         """The name of every class, written out; for ImageNet's, timm must be installed."""
         return tuple(_imagenet().label_names()) if isinstance(self.class_names, str) else self.class_names

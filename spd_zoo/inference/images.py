@@ -1,0 +1,139 @@
+"""Images in every form that `Classifier` and `Detector` take, and how results show them."""
+
+import base64
+import html
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageShow
+from torch import Tensor
+
+from spd_zoo.data.reading import collect_notes, find_images, read_image, upright
+
+__all__ = ["ImageLike", "as_html", "listed", "open_image", "pandas", "show"]
+
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
+
+_SHOWN = 640  # longest side of an image in a notebook, in pixels
+
+
+def listed(images: Any) -> tuple[list[Any], bool]:
+    """The images that a caller means: one, those of a list, or those in a folder.
+
+    Args:
+        images: An image, a list of images, or the path of a folder.
+
+    Returns:
+        The images, and whether they are several.
+
+    Raises:
+        ValueError: If a list has a folder in it.
+    """
+    if isinstance(images, list | tuple):
+        folder = next((image for image in images if _is_folder(image)), None)
+        if folder is not None:
+            raise ValueError(f"{os.fspath(folder)} is a folder; give it alone, not in a list")
+        return list(images), True
+    if _is_folder(images):
+        return list(find_images([os.fspath(images)])), True
+    return [images], False
+
+
+def _is_folder(image: Any) -> bool:
+    # os.path.isdir returns False for over-long or forbidden paths; pathlib raises
+    return isinstance(image, str | os.PathLike) and os.path.isdir(image)  # noqa: PTH112
+
+
+def open_image(image: Any, mode: str = "RGB") -> Image.Image:
+    """Opens an image, upright and with 8 bits per channel; warns of what was guessed about it.
+
+    Args:
+        image: A file, a PIL image, an array (H, W, 3) of uint8 in RGB, or a tensor (3, H, W) of uint8 or of floats from
+            0 to 1.
+        mode: PIL's mode of the result.
+
+    Returns:
+        The image.
+
+    Raises:
+        ValueError: If it cannot be read or is none of these.
+    """
+    with collect_notes() as notes:
+        opened = _opened(image, mode)
+    for note in notes:
+        warnings.warn(f"an image with {note}", stacklevel=2)
+    return opened
+
+
+def _opened(image: Any, mode: str) -> Image.Image:
+    if isinstance(image, str | os.PathLike):
+        try:
+            return read_image(os.fspath(image), mode)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(image)}: {error}") from error
+    if isinstance(image, Image.Image):
+        return upright(image, mode)
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"an array must be (H, W, 3) of uint8 in RGB, got {image.shape} of {image.dtype}")
+        return Image.fromarray(image).convert(mode)
+    if not isinstance(image, Tensor):
+        kind = type(image).__name__
+        raise ValueError(f"an image must be a file, a PIL image, an array or a tensor, or a list of these, got {kind}")
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise ValueError(f"a tensor must be (3, H, W), got {tuple(image.shape)}; give several images as a list")
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        if not ((image >= 0) & (image <= 1)).all():
+            raise ValueError("a tensor of floats must hold values from 0 to 1")
+        image = (image.float() * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ValueError(f"a tensor must be of uint8, or of floats from 0 to 1, got {image.dtype}")
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).convert(mode)
+
+
+def show(image: Image.Image) -> None:
+    """Shows an image in the notebook that runs this code, or else in the system's viewer.
+
+    Raises:
+        RuntimeError: If there is no viewer.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and hasattr(shell, "kernel"):
+        sys.modules["IPython"].display.display(image)
+    elif not ImageShow.show(image):
+        raise RuntimeError("this machine has no program that shows images; save what `draw` returns instead")
+
+
+def as_html(image: Image.Image | None, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """An image, if there is one, and a table, for notebooks."""
+    picture = ""
+    if image is not None:
+        small, file = image.copy(), BytesIO()
+        small.thumbnail((_SHOWN, _SHOWN))
+        small.save(file, format="PNG")
+        picture = f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div>{picture}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def pandas() -> Any:
+    """The package pandas, for `to_pandas`.
+
+    Raises:
+        ModuleNotFoundError: If it is missing.
+    """
+    try:
+        import pandas  # type: ignore[import-untyped, unused-ignore]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"to_pandas needs the package {error.name}: pip install {error.name}", name=error.name
+        ) from error
+    return pandas

@@ -1,0 +1,49 @@
+"""`spd_zoo.finetune`: a training by keyword arguments, as on the command line."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spd_zoo.training import finetune as training
+from spd_zoo.training.config import FinetuneConfig, as_options, make_config
+from spd_zoo.weights.load import timm_name
+
+__all__ = ["finetune"]
+
+
+def finetune(
+    model: str | os.PathLike[str] | FinetuneConfig | None = None,
+    *,
+    config: str | Path | None = None,
+    **options: Any,
+) -> training.Result | None:
+    """Trains a network on your images, as `spd-zoo finetune` does; see `spd_zoo.training.finetune.finetune`.
+
+    For example `finetune("cifar_resnet20", data="photos", out="run", epochs=5)`.
+
+    Args:
+        model: A network, with or without a tag, or a run's folder; or a `FinetuneConfig` with everything.
+        config: A YAML file with options, or the name of a recipe.
+        **options: The fields of `FinetuneConfig`, which are the options of the command; they take precedence over
+            those in `config`.
+
+    Returns:
+        The result; None after a dry run.
+
+    Raises:
+        DataError: If the data set cannot be used.
+        ModelError: If there is no such network.
+        RunError: If the run cannot continue.
+        Stopped: After SIGINT or SIGTERM, when the current step is done and the state is saved.
+        ValueError: If an option is unknown or has no meaning, or a required one is missing.
+        WeightsError: If pretrained weights are unavailable or must not be used.
+    """
+    if isinstance(model, FinetuneConfig):
+        if config is not None or options:
+            raise ValueError("give a FinetuneConfig alone; dataclasses.replace changes its fields")
+        chosen = model
+    else:
+        everything = options if model is None else {"model": model, **options}
+        chosen = make_config(as_options(everything, "finetune"), config)
+    return training.finetune(replace(chosen, model=timm_name(chosen.model)))
