@@ -2,30 +2,54 @@
 
 import json
 import math
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torchvision.ops import box_convert, nms
 
 import spd_zoo
+from spd_zoo.boxes import class_nms
+from spd_zoo.complexity import count_params
 from spd_zoo.convert import ConversionError
+from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.classes import network_classes
+from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import channel_mode, size_text
 from spd_zoo.files import whole
 from spd_zoo.fold import fold_spd
-from spd_zoo.inference.classifier import load_classifier
+from spd_zoo.inference.classifier import Classifier, check_classifier
+from spd_zoo.inference.detector import GREY, Detector
+from spd_zoo.inference.exported import (
+    THRESHOLDS,
+    ExportedDetector,
+    read_exported,
+    start_session,
+    with_threshold_inputs,
+)
+from spd_zoo.models._detector import DetectionNet
+from spd_zoo.training.evaluate import Evaluation, evaluate
+from spd_zoo.weights.load import class_synonyms, load_network
 
-__all__ = ["FORMATS", "ExportError", "export"]
+__all__ = ["FORMATS", "ExportError", "export", "export_int8", "quantize"]
 
-Computation = Callable[[Tensor], Tensor]
+Outputs = tuple[Tensor, ...]
+# Images and a detector's minimum score -> the outputs; of a detector with NMS then also what NMS chose from
+Computation = Callable[[Tensor, float], Outputs]
 
-TOLERANCE = 1e-3  # largest difference of a logit, as a share of the logits' standard deviation
+TOLERANCE = 1e-3  # largest difference, as a share of the outputs' standard deviation, of the image's side, or of 1
+MISSED = 0.02  # share of boxes that NMS may keep differently, because their IoU is next to the threshold
+CANDIDATES = ("nms_boxes", "nms_compared", "nms_scores")
+CALIBRATION = 128  # images from which the ranges of int8 are taken
 
 
 class ExportError(ValueError):
@@ -33,26 +57,41 @@ class ExportError(ValueError):
 
 
 def export(
-    model: str,
+    model: str | nn.Module,
     to: str,
     out: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
     fold: bool = True,
     notes: Notes | None = None,
+    raw: bool = False,
+    score_threshold: float = 0.25,
+    iou_threshold: float | None = None,
+    max_detections: int = 300,
 ) -> Path:
     """Writes a network to one file for any number of images, after checking the file's outputs.
 
-    Input `images`, float32 (N, C, height, width); output `logits`, float32 (N, classes). The file's metadata describe
-    the preprocessing and the outputs: the ONNX model's `metadata_props`, or the extra file `metadata.json` of a pt2
-    file.
+    Input `images`, float32 (N, C, height, width). Outputs of a classifier: `logits`, float32 (N, classes). Outputs of a
+    detector, which decodes and suppresses boxes within each class: `num`, int64 (N,); `boxes`, float32 (N,
+    max_detections, 4), x1 y1 x2 y2 in pixels of the input; `scores`, float32, and `classes`, int64 (N, max_detections).
+    The first `num` rows count, by descending score; behind them are zeros, and the class -1. YOLO takes any height and
+    width that are multiples of 32, every other network those it is exported with.
+
+    What must be done to an image first, and what the outputs mean, is in the file's metadata: the ONNX model's
+    `metadata_props`, or the extra file `metadata.json` of a pt2 file. Import torchvision before a detector's pt2 file
+    is loaded.
 
     Args:
-        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
+        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, or the
+            folder of a run.
         to: "onnx" or "pt2".
         out: The file; by default `model.onnx` or `model.pt2` in the run's folder, or one named after the network.
         image_size: Height and width in pixels, or one number for both; by default the network's own input size.
         fold: Write the network folded by `fold_spd`, which has the same outputs with fewer and plainer operators.
         notes: Receives the assumptions that were made; the file's metadata contain them, too.
+        raw: Detectors: write the raw predictions, `raw_0`, `raw_1`, ..., in place of boxes.
+        score_threshold: Detectors: minimum score.
+        iou_threshold: Detectors: IoU threshold of NMS; None: the authors' value.
+        max_detections: Detectors: the number of rows for boxes.
 
     Returns:
         The file.
@@ -63,30 +102,268 @@ def export(
     """
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
-    net: Any = load_classifier(model, "cpu").to(memory_format=torch.contiguous_format)
-    channel_mode(net.in_chans, model)
+    name = model if isinstance(model, str) else str(vars(model)["pretrained_cfg"]["architecture"])
+    net: Any = load_network(model, "cpu") if isinstance(model, str) else model.eval()
+    net = net.to(memory_format=torch.contiguous_format)
+    if isinstance(net, DetectionNet):
+        iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
+        if not (0 <= score_threshold <= 1 and 0 <= iou_threshold <= 1 and max_detections >= 1):
+            raise ExportError("thresholds are from 0 to 1, and there is room for at least one detection")
+    else:
+        check_classifier(net, name)
+        if raw or (score_threshold, iou_threshold, max_detections) != (0.25, None, 300):
+            raise ExportError(f"{name} is a classifier; thresholds and raw predictions are for detectors")
+    channel_mode(net.in_chans, name)
     own = resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][1:]
     size: tuple[int, int] = to_2tuple(image_size or tuple(own))
     if image_size and hasattr(net, "set_input_size"):
         net.set_input_size(size)
-    classes = network_classes(net.pretrained_cfg, net.pretrained_cfg["num_classes"])
+    classes = network_classes(net.pretrained_cfg, net.num_classes)
     notes = notes if notes is not None else Notes()
     if not classes.named:
         last = len(classes.names) - 1
-        notes.add(f"{model} does not name its classes: the file calls them by their numbers, 0 to {last}")
-    folder = Path(model)
-    name = f"model.{to}" if folder.is_dir() else f"{model.replace('/', '_').replace(':', '_')}.{to}"
-    path = Path(out) if out is not None else (folder if folder.is_dir() else Path()) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+        notes.add(f"{name} does not name its classes: the file calls them by their numbers, 0 to {last}")
+    path = _place(name, out, f".{to}")
     with whole(path) as temporary:
-        form = _folded(net, size, model) if fold else net
-        metadata = _metadata(net, size) | {
+        form = _folded(net, size, name) if fold else net
+        part: _Part
+        if not isinstance(net, DetectionNet):
+            part = _Part(form, ("logits",))
+        elif raw:
+            count = len(net(_images(net, 1, size)))
+            part = _Raw(form, tuple(f"raw_{i}" for i in range(count)), net.size_multiple)
+        else:
+            part = _Boxes(form, score_threshold, cast("float", iou_threshold), max_detections)
+        metadata = _metadata(net, size, part) | {
             "class_names": json.dumps(list(classes.names), ensure_ascii=False),
             "notes": json.dumps(notes.lines(), ensure_ascii=False),
         }
-        compute = FORMATS[to](form, size, metadata, temporary)
-        _check(net, size, compute)
+        if classes.named:
+            labels = [names[0] for names in class_synonyms(net.pretrained_cfg) or ()]
+            metadata["label_names"] = json.dumps(labels, ensure_ascii=False)
+        example = _images(net, 2, (size[0], size[1] + part.multiple))  # sides that differ are not taken for one
+        compute = FORMATS[to](part, example, metadata, temporary)
+        part.check(net, size, compute)
     return path
+
+
+def _place(name: str, out: str | Path | None, suffix: str) -> Path:
+    folder = Path(name)
+    file = f"model{suffix}" if folder.is_dir() else f"{name.replace('/', '_').replace(':', '_')}{suffix}"
+    path = Path(out) if out is not None else (folder if folder.is_dir() else Path()) / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class _Part(nn.Module):
+    """What of a network is exported: here all, a classifier's logits.
+
+    Attributes:
+        net: The network.
+        outputs: The names of the outputs.
+        multiple: Height and width may be any multiples of this; 0: they are those of the example.
+    """
+
+    words = "logits, one per class; softmax makes them probabilities"
+
+    def __init__(self, net: nn.Module, outputs: tuple[str, ...], multiple: int = 0) -> None:
+        super().__init__()
+        self.net: Any = net
+        self.outputs, self.multiple = outputs, multiple
+
+    def forward(self, images: Tensor) -> Any:
+        """(N, C, H, W) -> the outputs."""
+        return self.net(images)
+
+    def traced(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """What torch writes as ONNX, and the names of its outputs."""
+        return self, self.outputs
+
+    def finish(self, model: Any) -> None:
+        """Adds what torch cannot write to an ONNX model."""
+
+    def check(self, net: Any, size: tuple[int, int], compute: Computation) -> None:
+        """Raises ExportError unless `compute` gives what the network does for one image and for several."""
+        for images in _noise(net, size, self.multiple):
+            with torch.inference_mode():
+                expected = net(images)
+                expected = (expected,) if isinstance(expected, Tensor) else tuple(expected)
+                found = compute(images, 0.0)
+            same = [a.shape for a in found] == [a.shape for a in expected]
+            pairs = list(zip(found, expected, strict=False))
+            worst = max(_worst(*pair) for pair in pairs) if same else math.inf
+            if not worst <= TOLERANCE:
+                what = "logits" if self.outputs == ("logits",) else "raw predictions"
+                raise ExportError(
+                    f"the exported network computes something else: {what} differ by {worst:.2g} of their std"
+                )
+
+
+def _worst(found: Tensor, expected: Tensor) -> float:
+    """The largest difference in standard deviations; infinite if it is no number."""
+    worst = ((found - expected).abs().max() / expected.std()).item()
+    return math.inf if math.isnan(worst) else worst
+
+
+def _noise(net: Any, size: tuple[int, int], multiple: int) -> Iterator[Tensor]:
+    yield _images(net, 1, size)
+    yield _images(net, 3, (size[0] + multiple, size[1]))
+
+
+class _Raw(_Part):
+    """A detector's raw predictions."""
+
+    words = "raw predictions as the detector's decode takes them"
+
+    def forward(self, images: Tensor) -> Outputs:
+        """(N, C, H, W) -> raw predictions."""
+        return tuple(self.net(images))
+
+
+class _Candidates(nn.Module):
+    """All boxes of a detector, those that NMS compares, and the scores of each class."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net: Any = net
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, C, H, W) -> (N, boxes, 4) twice, and (N, classes, boxes)."""
+        size = (images.shape[-2], images.shape[-1])
+        decoded = self.net.decode(self.net(images), size)
+        boxes = box_convert(decoded[..., :4], "cxcywh", "xyxy")
+        compared = self.net.overlap_boxes(boxes, size)
+        return boxes, boxes.clone() if compared is boxes else compared, self.net.class_scores(decoded).mT
+
+
+class _Boxes(_Part):
+    """A detector's boxes after non-maximum suppression."""
+
+    words = (
+        "num: boxes of each image; boxes: x1 y1 x2 y2 in pixels of the input; scores from 0 to 1; classes from 0. The "
+        "first num rows count, by descending score"
+    )
+
+    def __init__(self, net: Any, score_threshold: float, iou_threshold: float, max_detections: int) -> None:
+        super().__init__(_Candidates(net), ("num", "boxes", "scores", "classes"), net.size_multiple)
+        self.score_threshold: Tensor
+        self.register_buffer("score_threshold", torch.tensor(score_threshold))
+        self.iou_threshold, self.max_detections = iou_threshold, max_detections
+
+    def forward(self, images: Tensor) -> Outputs:
+        """(N, C, H, W) -> `num`, `boxes`, `scores` and `classes`."""
+        boxes, compared, scores = self.net(images)
+        image, label, box = (scores > self.score_threshold).nonzero().unbind(1)
+        # one NMS for all images and classes, which are moved apart; in float64, where that costs no accuracy
+        compared = compared.double().clamp(-1e6, 1e6)
+        apart = (image * scores.shape[1] + label) * (compared.amax() - compared.amin() + 1)
+        kept = nms(compared[image, box] + apart[:, None], scores[image, label, box].double(), self.iou_threshold)
+        image, label, box = image[kept], label[kept], box[kept]
+        of_image = image == torch.arange(images.shape[0], device=images.device)[:, None]
+        per_image = torch.where(of_image, scores[image, label, box], -1.0)
+        best, rank = F.pad(per_image, [0, self.max_detections], value=-1.0).topk(self.max_detections)
+        found = best >= 0
+        image, label, box = (F.pad(values, [0, self.max_detections])[rank] for values in (image, label, box))
+        boxes = torch.where(found[..., None], boxes[image, box], 0.0)
+        return found.sum(1), boxes, torch.where(found, best, 0.0), torch.where(found, label, -1)
+
+    def traced(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """What torch writes as ONNX: all candidates."""
+        return self.net, CANDIDATES
+
+    def finish(self, model: Any) -> None:
+        """Adds NMS to an ONNX model of `_Candidates`."""
+        from onnx import TensorProto, helper, numpy_helper, parser
+
+        graph, most = model.graph, self.max_detections
+        selection = parser.parse_graph(SELECTION.replace("MOST", str(most)))
+        graph.node.extend(selection.node)
+        graph.initializer.extend(selection.initializer)
+        thresholds = (self.score_threshold, torch.tensor(self.iou_threshold))
+        for name, value in zip(THRESHOLDS, thresholds, strict=True):
+            graph.initializer.append(numpy_helper.from_array(value.reshape(1).numpy(), name))
+        del graph.output[:]
+        rows: list[str | int] = ["batch", most]
+        shapes = {"num": rows[:1], "boxes": [*rows, 4], "scores": rows, "classes": rows}
+        for name, shape in shapes.items():
+            number = TensorProto.INT64 if name in ("num", "classes") else TensorProto.FLOAT
+            graph.output.append(helper.make_tensor_value_info(name, number, shape))
+
+    def check(self, net: Any, size: tuple[int, int], compute: Computation) -> None:
+        """Raises ExportError unless all boxes are the network's, and those that NMS kept are what its own NMS keeps.
+
+        NMS is compared on the file's own boxes: among many that overlap, rounding alone decides which are kept.
+        """
+        for images in _noise(net, size, self.multiple):
+            with torch.inference_mode():
+                expected = _Candidates(net)(images)
+                score = _between(expected[2], self.max_detections)
+                *kept, boxes, compared, scores = compute(images, score)
+            near = [
+                ((found - own).abs() <= TOLERANCE * own.abs().clamp(min=least)).all()
+                for found, own, least in zip((boxes, scores), expected[::2], (max(images.shape[-2:]), 1), strict=True)
+            ]
+            if not all(near):
+                raise ExportError("the exported network computes something else: other boxes or scores")
+            wrong = total = 0
+            for i, (number, *mine) in enumerate(zip(*kept, strict=True)):
+                rows, labels = class_nms(compared[i], scores[i].mT, score, self.iou_threshold)
+                rows, labels = rows[: self.max_detections], labels[: self.max_detections]
+                passing = scores[i][scores[i] > score]
+                if len(passing.unique()) < len(passing):
+                    continue  # equal scores, as of an untrained network, leave the order open
+                kept_boxes, kept_scores, kept_labels = (values[: int(number), None] for values in mine)
+                same = (kept_boxes == boxes[i, rows]).all(-1)
+                same &= (kept_scores == scores[i, labels, rows]) & (kept_labels == labels)
+                wrong += int((~same.any(0)).sum() + (~same.any(1)).sum())
+                total += len(rows)
+            if wrong > MISSED * 2 * total:
+                raise ExportError(
+                    f"the exported network computes something else: NMS differs in {wrong} of {total} boxes"
+                )
+
+
+def _between(scores: Tensor, wanted: int) -> float:
+    """A minimum score that about `wanted` scores pass, in the widest gap there, so that rounding changes none."""
+    best = scores.flatten().sort(descending=True).values[: max(2, wanted)]
+    start = len(best) // 2
+    at = start - 1 + int((best[start - 1 : -1] - best[start:]).argmax())
+    return ((best[at] + best[at + 1]) / 2).item()
+
+
+# Of (N, boxes, 4) and (N, classes, boxes), the best of each image: NMS selects rows (image, class, box) of all images,
+# and of each image's scores among them the best MOST are taken.
+SELECTION = """
+select (float[n, p, 4] nms_boxes) => (int64[n] num) <
+  int64[1] nms_most = {MOST}, int64 nms_zero = {0}, int64 nms_one = {1}, int64 nms_none = {-1},
+  float nms_minus = {-1}, float nms_nil = {0}, int64[1] nms_second = {1}, int64[1] nms_third = {2},
+  int64[2] nms_ends = {0, 2}, int64[4] nms_more_columns = {0, 0, 0, MOST}, int64[4] nms_more_rows = {0, 0, MOST, 0}
+> {
+  nms_selected = NonMaxSuppression (nms_compared, nms_scores, nms_most, iou_threshold, score_threshold)
+  nms_score = GatherND (nms_scores, nms_selected)
+  nms_image = Gather <axis = 1> (nms_selected, nms_zero)
+  nms_shape = Shape <start = 0, end = 1> (nms_boxes)
+  nms_images = Squeeze (nms_shape)
+  nms_numbers = Range (nms_zero, nms_images, nms_one)
+  nms_column = Unsqueeze (nms_numbers, nms_second)
+  nms_own = Equal (nms_image, nms_column)
+  nms_of_image = Where (nms_own, nms_score, nms_minus)
+  nms_padded = Pad (nms_of_image, nms_more_columns, nms_minus)
+  nms_best, nms_rank = TopK <axis = -1> (nms_padded, nms_most)
+  nms_found = GreaterOrEqual (nms_best, nms_nil)
+  nms_counted = Cast <to = 7> (nms_found)
+  num = ReduceSum <keepdims = 0> (nms_counted, nms_second)
+  nms_rows = Pad (nms_selected, nms_more_rows)
+  nms_ranked = Gather <axis = 0> (nms_rows, nms_rank)
+  nms_places = Gather <axis = 2> (nms_ranked, nms_ends)
+  nms_kept = GatherND (nms_boxes, nms_places)
+  nms_mask = Unsqueeze (nms_found, nms_third)
+  boxes = Where (nms_mask, nms_kept, nms_nil)
+  scores = Where (nms_found, nms_best, nms_nil)
+  nms_label = Gather <axis = 2> (nms_ranked, nms_one)
+  classes = Where (nms_found, nms_label, nms_none)
+}
+"""
 
 
 def _folded(net: nn.Module, size: tuple[int, int], model: str) -> nn.Module:
@@ -97,9 +374,30 @@ def _folded(net: nn.Module, size: tuple[int, int], model: str) -> nn.Module:
         raise ExportError(f"{model} cannot be folded: {error}. --no-fold exports it as it is") from error
 
 
-def _metadata(net: Any, size: tuple[int, int]) -> dict[str, str]:
+def _metadata(net: Any, size: tuple[int, int], part: _Part) -> dict[str, str]:
     """How to use the file, in words and numbers."""
     config = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
+    described = _boxes_metadata(net, size, part) if isinstance(net, DetectionNet) else _crop_metadata(net, size, config)
+    return {
+        "architecture": str(net.pretrained_cfg["architecture"]),
+        "parameters": str(count_params(net)),
+        "channels": str(net.in_chans),
+        "image_size": size_text(size),
+        "mean": json.dumps(list(config["mean"])),
+        "std": json.dumps(list(config["std"])),
+        **described,
+        "output": part.words,
+        "made_by": f"spd-zoo {spd_zoo.__version__}, torch {torch.__version__}",
+    }
+
+
+_NORMALISED = (
+    "divide by 255, subtract mean, divide by std, channel by channel; order (image, channel, row, column), float32."
+)
+
+
+def _crop_metadata(net: Any, size: tuple[int, int], config: dict[str, Any]) -> dict[str, str]:
+    """How a classifier's images are resized and cropped."""
     crop_mode = config["crop_mode"] or "center"
     scaled = tuple(math.floor(side / config["crop_pct"]) for side in size)
     square = size[0] == size[1]
@@ -113,75 +411,227 @@ def _metadata(net: Any, size: tuple[int, int]) -> dict[str, str]:
     colours = "RGB" if net.in_chans == 3 else "grey"
     shorter_side = {"resize_shorter_side": str(scaled[0])} if crop_mode == "center" and square else {}
     return {
-        "architecture": str(net.pretrained_cfg["architecture"]),
         "preprocessing": (
             f"Turn the image upright, make it {colours} with 8 bits; resize it ({config['interpolation']}) "
-            f"{ways[crop_mode]} (sizes are height x width); divide by 255, subtract mean, divide by std, channel by "
-            "channel; order (image, channel, row, column), float32."
+            f"{ways[crop_mode]} (sizes are height x width); {_NORMALISED}"
         ),
-        "image_size": size_text(size),
         "crop_mode": crop_mode,
+        "crop_pct": repr(float(config["crop_pct"])),
         "resize_to": size_text(scaled),
         **shorter_side,
         "interpolation": str(config["interpolation"]),
-        "mean": json.dumps(list(config["mean"])),
-        "std": json.dumps(list(config["std"])),
-        "output": "logits, one per class; softmax makes them probabilities",
-        "made_by": f"spd-zoo {spd_zoo.__version__}, torch {torch.__version__}",
     }
 
 
-def _to_onnx(net: nn.Module, size: tuple[int, int], metadata: dict[str, str], file: Path) -> Computation:
+def _boxes_metadata(net: DetectionNet, size: tuple[int, int], part: _Part) -> dict[str, str]:
+    """How a detector's images are resized, and its thresholds."""
+    cut = f"{size[0]}x{size[1]}"
+    way = f"to {cut} pixels (height x width), whatever its shape"
+    if net.keeps_aspect:
+        way = (
+            f"so that it just fits into {cut} pixels (height x width); put it in the middle of such an image of grey "
+            f"{GREY}, if the space is odd one pixel nearer to the top and to the left"
+        )
+    colours = "RGB" if net.in_chans == 3 else "grey"
+    order = "; reverse the channels to BGR" if net.in_chans == 3 and net.channel_order == "BGR" else ""
+    thresholds = {}
+    if isinstance(part, _Boxes):
+        thresholds = {
+            "score_threshold": repr(round(part.score_threshold.item(), 6)),
+            "iou_threshold": repr(part.iou_threshold),
+            "max_detections": str(part.max_detections),
+        }
+    return {
+        "preprocessing": (
+            f"Turn the image upright, make it {colours} with 8 bits; resize it (bilinear, antialiased) {way}{order}; "
+            f"{_NORMALISED}"
+        ),
+        "interpolation": "bilinear",
+        "keeps_aspect": json.dumps(net.keeps_aspect),
+        "channel_order": net.channel_order,
+        "size_multiple": str(net.size_multiple),
+        "evaluation_score": repr(net.evaluation_score),
+        **thresholds,
+    }
+
+
+def _to_onnx(part: _Part, example: Tensor, metadata: dict[str, str], file: Path) -> Computation:
     """Writes an ONNX file; returns what ONNX Runtime computes with it."""
-    import onnxruntime
+    import onnx
     import onnxscript  # noqa: F401  (torch's exporter needs it)
 
+    traced, outputs = part.traced()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own exporter
         program = torch.onnx.export(
-            net,
-            (_images(net, 2, size),),
+            traced,
+            (example,),
             dynamo=True,
             verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=(_dynamic(part),),
             input_names=["images"],
-            output_names=["logits"],
+            output_names=list(outputs),
         )
     assert program is not None
     model = program.model_proto
+    sides = model.graph.input[0].type.tensor_type.shape.dim
+    if part.multiple and any(side.dim_value for side in sides[2:]):
+        raise ExportError("torch's exporter fixed the size of the images, which should be free")
+    for side, name in zip(sides, ("batch", "channels", "height", "width"), strict=True):
+        if side.dim_param:
+            side.dim_param = name
+    del model.graph.value_info[:]  # it has torch's names of the sizes
+    part.finish(model)
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     file.write_bytes(model.SerializeToString())
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    names = list(part.outputs)
+    if isinstance(part, _Boxes):
+        model = with_threshold_inputs(model)
+        names += CANDIDATES
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in CANDIDATES)
+    session = start_session(model, str(file))
+
+    def compute(images: Tensor, score: float) -> Outputs:
+        feeds = {"images": images.numpy()}
+        if isinstance(part, _Boxes):
+            feeds["score_threshold"] = torch.tensor([score]).numpy()
+        return tuple(map(torch.from_numpy, session.run(names, feeds)))
+
+    return compute
 
 
-def _to_pt2(net: nn.Module, size: tuple[int, int], metadata: dict[str, str], file: Path) -> Computation:
+def _dynamic(part: _Part) -> dict[int, Any]:
+    """The free dimensions of the input."""
+    free = {0: torch.export.Dim("batch")}
+    return free | ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO} if part.multiple else {})
+
+
+def _to_pt2(part: _Part, example: Tensor, metadata: dict[str, str], file: Path) -> Computation:
     """Writes a file of torch.export; returns what torch computes with it."""
-    shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(net, (_images(net, 2, size),), dynamic_shapes=shapes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torchvision about its own NMS
+        program = torch.export.export(part, (example,), dynamic_shapes=(_dynamic(part),))
     torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata, ensure_ascii=False)})
-    return torch.export.load(file).module()
+    loaded: Any = torch.export.load(file).module()
+
+    def compute(images: Tensor, score: float) -> Outputs:
+        if isinstance(part, _Boxes):
+            loaded.score_threshold.fill_(score)
+            return *loaded(images), *part.net(images)
+        found = loaded(images)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    return compute
 
 
-FORMATS: dict[str, Callable[[nn.Module, tuple[int, int], dict[str, str], Path], Computation]] = {
-    "onnx": _to_onnx,
-    "pt2": _to_pt2,
-}
+FORMATS: dict[str, Callable[[_Part, Tensor, dict[str, str], Path], Computation]] = {"onnx": _to_onnx, "pt2": _to_pt2}
 
 
 def _images(net: Any, count: int, size: tuple[int, int]) -> Tensor:
     return torch.randn(count, net.in_chans, *size, generator=torch.Generator().manual_seed(count))
 
 
-def _check(net: nn.Module, size: tuple[int, int], compute: Computation) -> None:
-    """Raises ExportError unless `compute` gives the network's logits for one image and for several."""
-    for count in (1, 3):
-        images = _images(net, count, size)
-        with torch.inference_mode():
-            expected, found = net(images), compute(images)
-        worst = ((found - expected).abs().max() / expected.std()).item() if found.shape == expected.shape else math.inf
-        if not worst <= TOLERANCE:
-            raise ExportError(
-                f"the exported network computes something else: logits differ by {worst:.2g} of their std"
-            )
+def export_int8(
+    model: str,
+    data: str | Path,
+    out: str | Path | None = None,
+    image_column: str = "",
+    label_column: str = "",
+    notes: Notes | None = None,
+    workers: int = 2,
+    **options: Any,
+) -> tuple[Path, Evaluation, Evaluation]:
+    """Writes a network into an ONNX file that computes convolutions and linear layers in int8, and measures the loss.
+
+    ONNX Runtime's static quantisation, with scales per channel of weights; the ranges of activations are those on 128
+    training images. Decoding and suppression of boxes stay in float32. The network's accuracy is measured on the
+    test images (or val, or train) before and after, as ONNX Runtime computes it.
+
+    Args:
+        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
+        data: The data set, as `evaluate` takes it.
+        out: The file; by default `model_int8.onnx` in the run's folder, or one named after the network.
+        image_column: As for `evaluate`.
+        label_column: As for `evaluate`.
+        notes: Takes what was guessed.
+        workers: Processes that read images for the evaluation.
+        options: Other arguments of `export`.
+
+    Returns:
+        The file, and the evaluations in float32 and in int8.
+
+    Raises:
+        DataError: If the data cannot be used, or its classes are not the network's.
+        ExportError: If the network cannot be exported.
+        ModelError: If there is no such network, or it cannot be used.
+    """
+    notes = notes if notes is not None else Notes()
+    path = _place(model, out, "_int8.onnx")
+    measure = partial(evaluate, data=data, workers=workers, image_column=image_column, label_column=label_column)
+    with tempfile.TemporaryDirectory() as folder, whole(path) as temporary:
+        plain = export(model, "onnx", Path(folder) / "float32.onnx", notes=notes, **options)
+        before = measure(str(plain))[0]
+        quantize(plain, temporary, _calibration(str(plain), data, image_column, label_column, notes))
+        after = measure(str(temporary))[0]
+    return path, before, after
+
+
+def quantize(file: Path, out: Path, images: Iterator[Tensor]) -> None:
+    """Writes an exported ONNX file again, with convolutions and linear layers in int8.
+
+    Args:
+        file: What `export` wrote.
+        out: The new file.
+        images: Inputs (C, H, W), from which the ranges of activations are taken.
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    class Images(quantization.CalibrationDataReader):
+        """The images one by one, as ONNX Runtime asks for them."""
+
+        def get_next(self) -> Any:
+            image = next(images, None)
+            return None if image is None else {"images": image[None].numpy()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        described = onnx.shape_inference.infer_shapes(onnx.load(file))
+        described.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")  # this was it
+        onnx.save(described, Path(folder) / "described.onnx")
+        quantization.quantize_static(
+            Path(folder) / "described.onnx",
+            out,
+            Images(),
+            op_types_to_quantize=QUANTIZED[isinstance(read_exported(file), ExportedDetector)],
+            per_channel=True,
+            reduce_range=True,  # 7 bits of weights: processors without VNNI add pairs of products in 16 bits
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+
+
+# Of a detector's head and boxes only the convolutions; that of a classifier is small enough to stay whole in int8
+QUANTIZED = {True: ["Conv"], False: ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]}
+
+
+def _calibration(file: str, data: str | Path, image_column: str, label_column: str, notes: Notes) -> Iterator[Tensor]:
+    """Inputs (C, H, W) of an exported file: images spread evenly over the training images."""
+    detector = Detector(file) if isinstance(read_exported(Path(file)), ExportedDetector) else None
+    opened = (
+        open_boxes(data, split) if detector else open_data(data, split, image_column, label_column)
+        for split in ("train", "val", "test")
+    )
+    images: Any = next((images for images in opened if images), None)
+    if images is None:
+        raise DataError(f"{data} has no images to take the ranges of int8 from")
+    reader = Classifier(file).reader if detector is None else None
+    count = min(CALIBRATION, len(images))
+    for i in (i * len(images) // count for i in range(count)):
+        try:
+            if reader is not None:
+                yield reader(images.file(i))
+            elif detector is not None:
+                yield next(detector.views(images.image(i)))[0]
+        except ValueError as error:
+            notes.add(f"left out of the calibration: {error}", images.name(i))

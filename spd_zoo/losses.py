@@ -13,19 +13,36 @@ from torchvision.ops import box_convert, box_iou
 
 from spd_zoo.boxes import anchor_boxes, as_float, complete_iou, expected_distances, ssd_encode, yolov8_predictions
 
-__all__ = ["Target", "check_targets", "ssd_loss", "yolov5_loss", "yolov5_matches", "yolov8_loss", "yolov8_matches"]
+__all__ = [
+    "Target",
+    "check_targets",
+    "ignored_regions",
+    "ssd_loss",
+    "yolov5_loss",
+    "yolov5_matches",
+    "yolov8_loss",
+    "yolov8_matches",
+]
 
 
-class Target(TypedDict):
-    """The objects of an image.
+class _Objects(TypedDict):
+    boxes: Tensor
+    labels: Tensor
+
+
+class Target(_Objects, total=False):
+    """The objects of an image, and what is neither object nor background.
 
     Attributes:
         boxes: (M, 4), x1 y1 x2 y2 in pixels of the network's input.
         labels: (M,), classes from 0.
+        ignored: (K, 4), boxes in which nothing is taken for background: crowds, difficult objects, regions to ignore.
+            Optional.
+        ignored_labels: (K,), the classes that are no background there; -1 for all. Optional: all.
     """
 
-    boxes: Tensor
-    labels: Tensor
+    ignored: Tensor
+    ignored_labels: Tensor
 
 
 def check_targets(
@@ -74,6 +91,26 @@ def check_targets(
                 "leave out boxes without width or height"
             )
     return checked
+
+
+def ignored_regions(target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The regions of an image in which nothing is background.
+
+    Args:
+        target: What the image shows.
+        device: Device of the result.
+
+    Returns:
+        Boxes (K, 4), float32, and their classes (K,), int64, with -1 for all.
+    """
+    boxes = torch.as_tensor(target.get("ignored", torch.zeros(0, 4))).reshape(-1, 4)
+    labels = torch.as_tensor(target.get("ignored_labels", torch.full((len(boxes),), -1)))
+    return boxes.to(device, torch.float32), labels.to(device, torch.long)
+
+
+def _inside(points: Tensor, boxes: Tensor) -> Tensor:
+    """Whether each of the points (P, 2) is in each of the boxes (K, 4), as (P, K)."""
+    return ((points[:, None] >= boxes[:, :2]) & (points[:, None] <= boxes[:, 2:])).all(-1)
 
 
 def _described(target: object) -> str:
@@ -173,7 +210,8 @@ def yolov5_loss(
             cells = ((image * level.shape[1] + anchor) * height + row) * width + column
             last = _last_writer(cells, overlap.numel())
             overlap = torch.where(last < 0, 0.0, iou.detach().clamp(min=0)[last]).view_as(overlap)
-        objectness = objectness + weight * F.binary_cross_entropy_with_logits(level[..., 4], overlap)
+        counted = _counted_cells(targets, overlap, stride)
+        objectness = objectness + weight * F.binary_cross_entropy_with_logits(level[..., 4], overlap, counted)
 
     longer = max(image_size or (raw[0].shape[2] * strides[0], raw[0].shape[3] * strides[0]))
     scale = batch * 3 / len(raw)
@@ -182,6 +220,29 @@ def yolov5_loss(
         "objectness": (longer / 640) ** 2 * scale * objectness,
         "class": 0.5 * num_classes / 80 * scale * classes,
     }
+
+
+def _counted_cells(targets: Sequence[Target], overlap: Tensor, stride: int) -> Tensor | None:
+    """1 for the cells that count as object or background, 0 for those without an object that are ignored.
+
+    Args:
+        targets: What each image shows.
+        overlap: The wanted objectness, (N, 3, H, W); above 0 where there is an object.
+        stride: Pixels per cell.
+
+    Returns:
+        A tensor like `overlap`; None if nothing is ignored, and all cells count.
+    """
+    if not any(len(target.get("ignored", ())) for target in targets):
+        return None
+    height, width = overlap.shape[2:]
+    rows, columns = torch.meshgrid(
+        *(torch.arange(side, device=overlap.device) for side in (height, width)), indexing="ij"
+    )
+    centres = (torch.stack([columns, rows], -1).flatten(0, 1) + 0.5) * stride
+    ignored = [_inside(centres, ignored_regions(target, overlap.device)[0]).any(1) for target in targets]
+    inside = torch.stack(ignored).view(-1, 1, height, width)
+    return (~inside | (overlap > 0)).to(overlap)
 
 
 # YOLOv8
@@ -262,7 +323,8 @@ def yolov8_loss(
                 target_boxes.append(boxes[found] / stride[anchor])
                 weights.append(score)
     total = target_scores.sum().clamp(min=1)
-    classes = F.binary_cross_entropy_with_logits(logits, target_scores, reduction="sum") / total
+    counted = _counted_scores(targets, centres * stride, target_scores)
+    classes = F.binary_cross_entropy_with_logits(logits, target_scores, counted, reduction="sum") / total
     if not images:
         zero = sides[:0].sum()  # has a gradient, unlike a constant
         return {"box": zero, "class": 0.5 * batch * classes, "dfl": zero}
@@ -282,6 +344,28 @@ def yolov8_loss(
         "class": 0.5 * batch * classes,
         "dfl": 1.5 * batch * (weight * dfl).sum() / total,
     }
+
+
+def _counted_scores(targets: Sequence[Target], centres: Tensor, wanted: Tensor) -> Tensor | None:
+    """1 for the scores that count, 0 for those of classes that are ignored at an anchor's centre.
+
+    Args:
+        targets: What each image shows.
+        centres: Centre of each anchor in pixels, (A, 2).
+        wanted: Target scores, (N, A, classes); above 0 where there is an object.
+
+    Returns:
+        A tensor like `wanted`; None if nothing is ignored, and all scores count.
+    """
+    if not any(len(target.get("ignored", ())) for target in targets):
+        return None
+    classes = torch.arange(wanted.shape[2], device=wanted.device)
+    ignored = []
+    for target in targets:
+        boxes, labels = ignored_regions(target, wanted.device)
+        of_class = (labels[:, None] == classes) | (labels[:, None] < 0)  # (K, classes)
+        ignored.append(_inside(centres, boxes).float() @ of_class.float() > 0)
+    return (~torch.stack(ignored) | (wanted > 0)).to(wanted)
 
 
 # SSD
@@ -348,8 +432,21 @@ def ssd_loss(
     location = F.smooth_l1_loss(loc[positive], codes[positive], reduction="sum")
 
     hardness = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none").view(batch, count)
-    order = hardness.detach().masked_fill(positive, -torch.inf).argsort(1, descending=True)
+    ignored = _ignored_priors(targets, priors, scale) & ~positive
+    order = hardness.detach().masked_fill(positive | ignored, -torch.inf).argsort(1, descending=True)
     rank = order.argsort(1)
-    used = positive | (rank < negatives * positive.sum(1, keepdim=True))
+    used = positive | ((rank < negatives * positive.sum(1, keepdim=True)) & ~ignored)
     divisor = positive.sum().clamp(min=1)
     return {"location": location / divisor, "class": hardness[used].sum() / divisor}
+
+
+def _ignored_priors(targets: Sequence[Target], priors: Tensor, scale: Tensor) -> Tensor:
+    """Whether at least half of each prior lies in a region that is ignored, (N, P)."""
+    corners = box_convert(priors, "cxcywh", "xyxy")
+    ignored = []
+    for target in targets:
+        boxes = ignored_regions(target, priors.device)[0] / scale
+        sides = torch.minimum(corners[:, None, 2:], boxes[:, 2:]) - torch.maximum(corners[:, None, :2], boxes[:, :2])
+        shared = sides.clamp(min=0).prod(-1)  # (P, K)
+        ignored.append((shared >= 0.5 * priors[:, None, 2:].prod(-1)).any(1))
+    return torch.stack(ignored)

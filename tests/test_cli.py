@@ -202,13 +202,13 @@ def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint
     capsys.readouterr()
     rows = {row["name"]: row for row in rows_of(capsys, "weights", "list")}
     assert {name for name, entry in entries().items() if entry.tag} | {"cifar_resnet20.mine"} == set(rows)
-    assert rows["cifar_resnet20.mine"]["here"] == "imported"
+    assert rows["cifar_resnet20.mine"]["location"] == "imported"
     assert rows["cifar_resnet20.mine"]["from"] == checkpoint.as_uri()
-    assert rows["pyconvresnet50_spd.cifar100"]["here"] == "bundled"
-    assert rows["pyconvresnet50.in1k"]["here"] == "missing"
+    assert rows["pyconvresnet50_spd.cifar100"]["location"] == "bundled"
+    assert rows["pyconvresnet50.in1k"]["location"] == "missing"
     assert main(["weights", "list", "*.mine"]) == 0
     header, line = capsys.readouterr().out.splitlines()
-    assert header.split() == ["name", "here", "sha256", "size", "licence", "from"]
+    assert header.split() == ["name", "location", "sha256", "size", "licence", "from"]
     assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "unknown"]
     assert main(["weights", "list", "*.mine", "--verify"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["cifar_resnet20.mine", "imported", "verified"]

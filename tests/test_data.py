@@ -129,7 +129,7 @@ def test_images_without_a_class_and_images_in_inner_folders_are_noted(folders: P
     (folders / "red").rename(folders / "train" / "red" / "inner")
     data = opened(folders)
     assert data.counts() == [8, 8, 8]
-    assert any("1 image beside the class folders" in note and "stray.png" in note for note in data.notes)
+    assert any("1 image outside the class folders" in note and "stray.png" in note for note in data.notes)
     assert any("inner folders alone" in note and note.endswith("red") for note in data.notes)
 
 
@@ -139,7 +139,7 @@ def test_splits_inside_of_class_folders_are_not_mixed(folders: Path, names: tupl
         for colour in ("blue", "red"):
             (folders / "set" / colour).mkdir(parents=True, exist_ok=True)
             (folders / old / colour).rename(folders / "set" / colour / new)
-    with pytest.raises(DataError, match=r"hold splits in place of images, as .*blue; arrange them as"):
+    with pytest.raises(DataError, match=r"hold splits instead of images, such as .*blue; arrange them as"):
         open_data(folders / "set", "train")
 
 

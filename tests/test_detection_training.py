@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from box_pictures import NAMES, make_coco, make_yolo
+from PIL import Image
 from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
 
@@ -77,11 +78,25 @@ def test_a_run_leaves_a_detector_that_timm_loads_with_the_class_names(folder: Pa
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert state["class_names"] == NAMES
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "AP of small objects, in what the network sees" in page and page.count("data:image/png;base64,") == 3
+    assert "AP of small objects, in what the network sees" in page and page.count("data:image/png;base64,") == 4
     assert [row["class"] for row in rows_of(tmp_path / "run" / "per_class.csv")] == NAMES
 
 
 @pytest.mark.slow
+def test_a_run_begins_with_a_picture_of_its_data(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spd_zoo.training.finetune.train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "run")
+    with Image.open(tmp_path / "run" / "data.png") as picture:
+        assert picture.width > 900 and len(picture.convert("RGB").getcolors(2**24) or ()) > 1000
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The run is not finished" in page and "COCO: train 12 images in images, val 4 images in images" in page
+    assert "boxes at 64 px, by the root of their area" in page and page.count("<img") == 1
+
+
 def test_options_that_are_not_set_get_the_defaults_of_detectors(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path / "run", epochs=1, batch_size=None, lr=None, bf16=None)
     stored = make_config({}, tmp_path / "run" / "run.yaml")
@@ -253,9 +268,31 @@ def test_object_sizes_can_be_those_at_the_network_input() -> None:
 
 def test_a_crowd_is_not_an_object_and_boxes_in_it_are_not_errors() -> None:
     data = truth([(0, 0, 0, 40, 40)], [(0, 0, 0, 400, 400)])
-    data.objects[1].crowd[:] = True
+    data.objects[1].ignored[:] = True
     figures = said(data, found((0, 0.5, 0, 0, 40, 40)), found((0, 0.9, 50, 50, 90, 90))).summary()
     assert figures["ap"] == pytest.approx(100) and figures["objects"] == 1
+
+
+def test_a_region_of_no_class_is_ignored_for_every_class() -> None:
+    data = truth([(0, 0, 0, 40, 40), (1, 0, 100, 40, 140), (0, 300, 0, 500, 200)])
+    data.objects[0].ignored[2] = True
+    right = [(0, 0.5, 0, 0, 40, 40), (1, 0.5, 0, 100, 40, 140)]
+    inside = [(0, 0.9, 310, 10, 350, 50), (1, 0.9, 410, 10, 450, 50)]
+    assert said(data, found(*right, *inside)).summary()["ap"] == pytest.approx(75)  # of class b it is a mistake
+    data.objects[0].labels[2] = -1
+    figures = said(data, found(*right, *inside)).summary()
+    assert figures["ap"] == pytest.approx(100) and figures["objects"] == 2
+    drawn, correct, detected = matches(found(*right, *inside), data.objects[0])
+    assert len(drawn) == 4 and correct.all() and detected.all()
+
+
+def test_a_box_on_an_object_inside_a_crowd_is_that_object() -> None:
+    data = truth([(0, 50, 50, 90, 90), (0, 0, 0, 400, 400)])
+    data.objects[0].ignored[1] = True
+    _, correct, detected = matches(found((0, 0.9, 50, 50, 90, 92)), data.objects[0])
+    assert correct.tolist() == [True] and detected.tolist() == [True, True]
+    _, correct, detected = matches(found((0, 0.9, 200, 50, 240, 90)), data.objects[0])
+    assert correct.tolist() == [True] and detected.tolist() == [False, True]
 
 
 def test_average_precision_agrees_with_cocos_own_code() -> None:
@@ -274,7 +311,7 @@ def test_average_precision_agrees_with_cocos_own_code() -> None:
         rows = zip([*labels, *labels], scores, near, strict=True)
         detections.append(found(*((int(label), float(score), *box.tolist()) for label, score, box in rows)))
     data = truth(*images)
-    data.objects[3].crowd[:2] = True
+    data.objects[3].ignored[:2] = True
     ours = coco_precision(data, detections)
 
     content: dict[str, Any] = {"images": [{"id": i} for i in range(20)], "annotations": []}

@@ -333,6 +333,47 @@ def test_the_loss_of_ssd_is_the_authors(case: dict[str, Any], name: str) -> None
         assert classes[0, recorded["contested_priors"]].tolist() == recorded["classes_at_contested_priors"]
 
 
+@pytest.mark.parametrize("label", [-1, 2])
+@pytest.mark.parametrize("name", WAYS)
+def test_nothing_in_a_region_to_ignore_is_background(name: str, label: int) -> None:
+    """Of all classes (-1) or, where the loss tells classes apart there, of one."""
+    net = random_network(name, num_classes=5)
+    net.eval()  # each image for itself
+    images, everywhere = noise(1, 3, *SIZE), torch.tensor([[0.0, 0, SIZE[1], SIZE[0]]])
+    ignored = {"ignored": everywhere, "ignored_labels": torch.tensor([label])}
+    nothing: Any = target()
+    raw = net(images)
+    background = net.loss(raw, [nothing], image_size=SIZE)
+    none = net.loss(raw, [nothing | ignored], image_size=SIZE)
+    some_of_it = nothing | {"ignored": everywhere / 2, "ignored_labels": torch.tensor([label])}
+    half = net.loss(raw, [some_of_it], image_size=SIZE)
+    term = "objectness" if "objectness" in background else "class"
+    if name.startswith("ssd"):  # SSD counts no background without an object
+        one: Any = target([8, 8, 24, 24])
+        background, none, half = (
+            net.loss(raw, [more | one], image_size=SIZE) for more in (nothing, ignored, some_of_it)
+        )
+        assert none[term] < half[term] <= background[term] and none["location"] == background["location"]
+    elif term == "objectness" or label == -1:
+        assert none[term] == 0 < half[term] < background[term]
+    else:
+        assert 0 < none[term] < half[term] < background[term]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_objects_count_where_the_rest_is_ignored(name: str) -> None:
+    net = random_network(name, num_classes=5)
+    everywhere: Any = {"ignored": torch.tensor([[0.0, 0, SIZE[1], SIZE[0]]]), "ignored_labels": torch.tensor([-1])}
+    net.eval()
+    raw = net(noise(1, 3, *SIZE))
+    objects: Any = target(*OBJECTS)
+    alone, ignored = (net.loss(raw, [each], image_size=SIZE) for each in (objects, objects | everywhere))
+    for term in alone:
+        if term in ("box", "dfl", "location"):
+            assert ignored[term] == alone[term] > 0
+    assert 0 < sum(ignored.values()) < sum(alone.values())
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_images_without_objects_are_fine(name: str) -> None:
     net = random_network(name, num_classes=5)

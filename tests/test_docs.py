@@ -247,6 +247,23 @@ def detector(here: Path) -> None:
     shutil.copytree(ROOT / "examples", here / "photos")
 
 
+def detector_and_cells(here: Path) -> None:
+    detector(here)
+    make_coco(here / "cells", train=2, val=1)
+
+
+def deployed(here: Path) -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"chs": (4, 8, 8, 8, 8), "repeats": (0, 0)}
+    config = {"pretrained_cfg": {"input_size": (3, 64, 64)}, "label_names": ["blue", "green", "red"]}
+    net: Any = timm.create_model("yolov8n", num_classes=3, **small)
+    for conv in net.get_classifier():
+        torch.nn.init.normal_(conv.bias)
+    save_for_hf(net, str(here / "run"), config | {"model_args": small}, safe_serialization=True)
+    shutil.copytree(ROOT / "examples", here / "photos", ignore=shutil.ignore_patterns("ray", "onnx"))
+    make_coco(here / "cells", train=2, val=2)
+
+
 def many(here: Path) -> None:
     detector(here)
     make_folders(here / "cifar100", train=1, val=1)
@@ -267,7 +284,8 @@ PREPARE: dict[str, Callable[[Path], None]] = {
     "docs/index.md": examples,
     "docs/convert.md": examples,
     "docs/finetuning.md": tutorial,
-    "docs/detectors.md": detector,
+    "docs/detectors.md": detector_and_cells,
+    "docs/deploy.md": deployed,
     "docs/many_images.md": many,
     "docs/families/efficientnet_lite.md": examples,
     "docs/families/yolov8.md": blood,
@@ -295,7 +313,13 @@ def check_detector(here: Path) -> None:
     assert (here / "coffee_marked.png").is_file()
 
 
+def check_deployed(here: Path) -> None:
+    for file in ("run/model.onnx", "run/model_int8.onnx", "found/detections.json"):
+        assert (here / file).is_file()
+
+
 CHECK: dict[str, Callable[[Path], None]] = {
+    "docs/deploy.md": check_deployed,
     "README.md": check_examples,
     "docs/index.md": check_examples,
     "docs/convert.md": check_examples,
@@ -343,7 +367,10 @@ def run_commands(block: Block) -> None:
             assert "--dry-run" not in words or set(Path().iterdir()) == there, f"{block.where} wrote files"
 
 
-SLOW = {"README.md", *(f"docs/{page}.md" for page in ("index", "finetuning", "convert", "detectors"))}  # they train
+SLOW = {
+    "README.md",
+    *(f"docs/{page}.md" for page in ("index", "finetuning", "convert", "detectors", "deploy")),
+}  # they train
 
 
 def runs(page: str) -> bool:

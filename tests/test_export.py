@@ -91,7 +91,7 @@ def test_a_file_has_strided_convolutions_unless_asked_otherwise(fold: bool, tmp_
 def test_a_file_with_other_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(net: Any, *arguments: Any) -> Any:
         arguments[-1].write_text("a file")
-        return lambda images: 1.01 * net(images)
+        return lambda images, score: (1.01 * net(images),)
 
     monkeypatch.setitem(exporting.FORMATS, "onnx", wrong)
     with pytest.raises(ExportError, match="computes something else: logits differ by"):

@@ -10,6 +10,7 @@ import benchmark_merge
 import bundle_weights
 import compare_starts
 import convert_experiment
+import latency
 import linear_probe
 import plain_networks
 import pytest
@@ -270,6 +271,15 @@ def test_the_experiment_resumes_where_it_was_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "results.svg").stat().st_size > 1000
     before = [line.split(",")[-2:] for line in first.splitlines()[1:3]]
     assert before[0] == before[1]  # converting alone changes nothing
+
+
+@pytest.mark.slow
+def test_latency_compares_the_runtimes_of_an_exported_file() -> None:
+    for library in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(library)
+    row = latency.measure_exported("cifar_resnet20_pfd", 32, rounds=2)
+    assert list(row) == ["network", "image_size", "torch", "onnxruntime", "openvino", "int8"]
+    assert all(row[runtime] > 0 for runtime in list(row)[2:])
 
 
 @pytest.mark.slow

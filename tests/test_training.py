@@ -841,7 +841,7 @@ def test_a_plan_has_a_value_for_every_option(folders: Path) -> None:
 def started(folders: Path, out: Path, **changes: Any) -> training.Run:
     asked, process = config(folders, out, **changes), Process(torch.device("cpu"))
     task = Classification()
-    splits = task.open_splits(asked, process, None)
+    splits = task.open_splits(asked, timm.create_model(asked.model, device="meta"), process, None)
     plan = training.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, 3, process)
     return training.start(plan, task, splits, RunFolder(out), process)
 

@@ -614,7 +614,7 @@ def test_a_broken_file_in_a_folder_or_in_the_callers_configuration_is_named(tmp_
 def test_a_row_of_the_catalogue_says_where_the_weights_are() -> None:
     bundled = next(entry for entry in CHECKPOINTS if "bundled:" in str(entry.source))
     row = locate(bundled, verify=True)
-    assert (row["name"], row["here"], row["verified"]) == (bundled.name, "bundled", True)
+    assert (row["name"], row["location"], row["verified"]) == (bundled.name, "bundled", True)
     assert (row["size"], row["sha256"], row["licence"]) == (bundled.size, bundled.sha256, bundled.license)
     assert locate(bundled)["verified"] is None
 
@@ -624,7 +624,7 @@ def test_a_row_of_the_catalogue_is_of_the_file_in_the_cache(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     entry = replace(UNVERIFIED[0], source=PINNED, derived_from=None, sha256=an_entry().sha256, size=12345)
-    assert (locate(entry)["here"], locate(entry)["size"]) == ("missing", 12345)
+    assert (locate(entry)["location"], locate(entry)["size"]) == ("missing", 12345)
     fetch(entry)
     row = locate(entry, verify=True)
-    assert (row["here"], row["size"], row["verified"]) == ("cached", len(b"the weights"), True)
+    assert (row["location"], row["size"], row["verified"]) == ("cached", len(b"the weights"), True)

@@ -64,7 +64,7 @@ def classification(
     """Metrics on the held-out images at the best of `options.image_sizes`, those on the test images, and that size."""
     data_file = options.run / "data.json"
     recorded = json.loads(data_file.read_text(encoding="utf-8")) if data_file.exists() else None
-    val = Classification().open_splits(config, Process(torch.device("cpu")), recorded).val
+    val = Classification().open_splits(config, net, Process(torch.device("cpu")), recorded).val
     test = open_data(config.data, "test", config.image_column, config.label_column)
     if test is None or not isinstance(val, LabelledImages):
         raise DataError(f"{config.data} has no test split, or was streamed")

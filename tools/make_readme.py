@@ -47,6 +47,7 @@ SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
     "docs/many_images.md": {"many_images": readme_measurements.many_images},
     "docs/speed.md": {"latency": readme_measurements.latency, "speed": readme_measurements.speed},
     "docs/command_line.md": {"command_line": command_line},
+    "docs/deploy.md": {"deploy_latency": readme_measurements.deploy_latency},
     "docs/convert.md": {
         "converted_speed": readme_measurements.converted_speed,
         "conversions": readme_measurements.conversions,

@@ -43,6 +43,16 @@ def latency() -> str:
     return table(("network", "pixels", "runtime", "padded (ms)", "padding-free (ms)", "ratio"), rows)
 
 
+def deploy_latency() -> str:
+    """What `tools/latency.py --exported --json` printed into `tools/deploy_latency.jsonl`."""
+    columns = ("torch", "onnxruntime", "openvino", "int8")
+    rows = [
+        [f"`{row['network']}`", str(row["image_size"]), *(f"{row[column]:.2f}" for column in columns)]
+        for row in records("deploy_latency.jsonl")
+    ]
+    return table(("network", "pixels", "torch (ms)", "ONNX Runtime (ms)", "OpenVINO (ms)", "int8 (ms)"), rows)
+
+
 def faults() -> str:
     """What `tools/fault_report.py --json` printed into `tools/faults.jsonl`."""
     record = records("faults.jsonl")
@@ -89,7 +99,7 @@ def converted_speed() -> str:
     columns = ("ours", "as it was", "/ as it was")
     rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
     settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
-    head = ("network", "form", "converted and trained, images/s", "as it was, images/s", "ratio")
+    head = ("network", "form", "converted and trained, images/s", "original, images/s", "ratio")
     return f"{'; '.join(sorted(settings))}\n\n{table(head, rows)}"
 
 

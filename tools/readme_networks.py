@@ -20,7 +20,7 @@ def families(pages: str) -> str:
         costs = [sorted(costs) for costs in ([n.params / 1e6 for n in nets], [n.macs / 1e9 for n in nets])]
         spans = [f"{cost[0]:.2g} to {cost[-1]:.3g}" for cost in costs]
         rows.append([f"[{title}]({pages}/{page}.md)", text, str(len(nets)), *spans, ", ".join(bundled) or "none"])
-    head = ("family", "what", "networks", "parameters (M)", "MACs (G)", "weights in the package")
+    head = ("family", "description", "networks", "parameters (M)", "MACs (G)", "weights in the package")
     return table(head, rows)
 
 
@@ -68,7 +68,7 @@ def _figure(metric: dict[str, Any]) -> str:
     if name.startswith("ap"):
         value = f"{name.replace('ap', 'AP').replace('_', ' ')} {metric['value']:.1f} %"
     elif name == "agreement":
-        value = f"as the original in {value}"
+        value = f"{value} agreement with the original network"
     elif name != "top1":
         value = f"{name} {value}"
     notes = f", {metric['notes']}" if metric.get("notes") else ""

@@ -29,7 +29,9 @@ _LOWER = "use a smaller --batch-size or --image-size; with --tile, small objects
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "detect", _run, "detect objects in images")
-    command.add_argument("model", metavar="MODEL", help="detector, with or without a tag, or the folder of a run")
+    command.add_argument(
+        "model", metavar="MODEL", help="detector, with or without a tag, a run, or an exported .onnx file"
+    )
     command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
     command.add_argument("--out", type=Path, metavar="DIR", help="new folder for marked images and detections.json")
     command.add_argument("--score", type=float, default=0.25, metavar="X", help="minimum score (default: 0.25)")

@@ -12,7 +12,9 @@ __all__ = ["add"]
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "evaluate", _run, "measure a network on labelled images")
-    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
+    command.add_argument(
+        "model", metavar="MODEL", help="network, with or without a tag, a run, or an exported .onnx file"
+    )
     command.add_argument("--data", required=True, help="as for finetune")
     command.add_argument("--split", default="", help="split of the data (default: test, else val)")
     command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")

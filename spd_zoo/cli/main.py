@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from spd_zoo.cli import (
     completion,
     convert,
+    convert_data,
     demo,
     detect,
     evaluate,
@@ -28,7 +29,7 @@ from spd_zoo.weights.manifest import WeightsError
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (list_command, info, predict, detect, convert, weights, finetune, evaluate, export, demo)
+_COMMANDS = (list_command, info, predict, detect, convert, convert_data, weights, finetune, evaluate, export, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

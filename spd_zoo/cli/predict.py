@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="network, with or without a tag, or the folder of a run (default: tf_efficientnet_lite0_spd, which knows "
+        help="network, with or without a tag, a run, or an ONNX file (default: tf_efficientnet_lite0_spd, which knows "
         "the 1,000 classes of ImageNet)",
     )
     command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
@@ -108,6 +108,8 @@ def _is_model(first: str) -> bool:
     suffix = Path(first).suffix.lower()
     if (suffix in SUFFIXES and not is_folder) or "://" in first:
         return False
+    if suffix == ".onnx" and not is_folder:
+        return True
     if is_network(first):
         if exists:
             raise CommandError(

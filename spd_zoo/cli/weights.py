@@ -43,7 +43,7 @@ def _list(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
         return 0
-    header = ("name", "here", "sha256", "size", "licence", "from")
+    header = ("name", "location", "sha256", "size", "licence", "from")
     print_table(header, [tuple(row[name] or "-" for name in header) for row in map(_readable, rows)], right=(3,))
     return 0
 
@@ -86,7 +86,8 @@ def _verify(options: argparse.Namespace) -> int:
         file = find(entry)
         right = None if file is None else is_right(entry, file)
         damaged |= right is False
-        verdict = {True: "right", False: "DAMAGED", None: "not here" if file is None else "sha256 unknown"}[right]
+        unknown = "not on this machine" if file is None else "sha256 unknown"
+        verdict = {True: "verified", False: "DAMAGED", None: unknown}[right]
         rows.append((entry.name, verdict, str(file or "-")))
     print_table(("name", "sha256", "file"), rows)
     if damaged:

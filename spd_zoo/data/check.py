@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from spd_zoo.data.boxes import BoxImages
+from spd_zoo.data.boxes.sizes import sizes_in_words
 from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
 from spd_zoo.data.notes import Notes, some
 from spd_zoo.data.reading import collect_notes
@@ -127,6 +128,8 @@ def _read_all(data: LabelledImages | BoxImages, workers: int, process: Process, 
 
 def in_words(about: dict[str, Any]) -> Iterator[str]:
     """The lines to print for the result of `check`; only notes if nothing was checked."""
+    if "found" in about:
+        yield about["found"]
     for split in ("train", "val"):
         if split in about:
             yield from _split_in_words(split, about[split])
@@ -162,6 +165,8 @@ def _split_in_words(split: str, about: dict[str, Any]) -> Iterator[str]:
         yield f"  {len(named)} images cannot be read and are left out: {some(named)}"
     if about.get("without boxes"):
         yield f"  {about['without boxes']} images show no object: they are taken as background"
+    if "box sizes" in about:
+        yield from sizes_in_words(about["box sizes"])
     yield from defects_in_words(about.get("boxes", {}))
     if about["duplicates"]:
         named = [" = ".join(names) for names in about["duplicates"]]

@@ -15,6 +15,7 @@ from spd_zoo.files import compose_yaml
 from spd_zoo.weights.load import class_names, class_synonyms
 
 __all__ = [
+    "UNUSED",
     "DataError",
     "NetworkClasses",
     "clean_name",
@@ -28,6 +29,7 @@ __all__ = [
     "without_unused",
 ]
 
+UNUSED = -2  # in place of the number of a class that does not occur
 LISTED = 20  # classes of each side that an error lists
 
 
@@ -164,7 +166,7 @@ def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str
     merged = [f"{' and '.join(same)} as {outputs[number]}" for number, same in sources.items() if len(same) > 1]
     notes = [note] if note else []
     notes += [f"several classes of the data are one of the network: {some(merged)}"] if merged else []
-    return data.renumbered([numbers.get(i, 0) for i in range(len(names))], outputs, notes)
+    return data.renumbered([numbers.get(i, UNUSED) for i in range(len(names))], outputs, notes)
 
 
 def outputs_of(class_names: Sequence[str], network: NetworkClasses, called: str) -> tuple[list[int], str]:
@@ -203,7 +205,7 @@ def without_unused(data: _T) -> _T:
     unused = [name for i, name in enumerate(data.class_names) if i not in set(used)]
     note = f"{count(len(unused), 'class', 'classes')} without anything to train on left out: {some(unused)}"
     place = {label: i for i, label in enumerate(used)}
-    return data.renumbered([place.get(i, 0) for i in range(len(data.class_names))], names, [note])
+    return data.renumbered([place.get(i, UNUSED) for i in range(len(data.class_names))], names, [note])
 
 
 def _found(

@@ -24,6 +24,7 @@ __all__ = [
     "DataError",
     "LabelledImages",
     "StreamedImages",
+    "load_hugging_face",
     "open_data",
     "open_stream",
     "train_val_split",
@@ -208,7 +209,7 @@ def _open_folders(root: Path, split: str) -> LabelledImages | None:
     if splits:
         notes = split_notes(root, split, found)
         if others:
-            notes.append(f"folders beside the splits of {root} are not read: {some(others)}")
+            notes.append(f"folders of {root} that are no splits are not read: {some(others)}")
         return _open_classes(root / found[0], notes) if found else None
     if folders and all(map(looks_like_split, folders)):
         raise DataError(
@@ -246,7 +247,7 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
         labels += [class_names.index(clean_name(top.name))] * len(images)
     if split_inside and len(split_inside) == len(classes):
         raise DataError(
-            f"the class folders of {folder} hold splits in place of images, as {split_inside[0]}; arrange them as "
+            f"the class folders of {folder} hold splits instead of images, such as {split_inside[0]}; arrange them as "
             "<split>/<class name>/, or give the folder with the splits"
         )
     stray = [entry.name for entry in entries if not entry.is_dir() and is_image(entry, folder)]
@@ -254,7 +255,7 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
     if nested:
         notes.append(f"class folders of {folder} with images in inner folders alone, all of one class: {some(nested)}")
     if stray:
-        notes.append(f"{count(len(stray), 'image')} beside the class folders of {folder} left out: {some(stray)}")
+        notes.append(f"{count(len(stray), 'image')} outside the class folders of {folder} left out: {some(stray)}")
     return LabelledImages(files, labels, class_names, range(len(files)), tuple(notes))
 
 
@@ -315,7 +316,7 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
     return LabelledImages(paths, labels, class_names, range(len(rows)), (*notes, *look_alikes(class_names)))
 
 
-def _load_hugging_face(name: str) -> Any:
+def load_hugging_face(name: str) -> Any:
     """The splits of a data set of the Hub, or of a folder with files of one."""
     import datasets
 
@@ -346,7 +347,7 @@ def _files_by_split(folder: Path) -> dict[str, list[str]]:
 
 
 def _open_hugging_face(name: str, split: str, image_column: str, label_column: str) -> LabelledImages | None:
-    splits = _load_hugging_face(name)
+    splits = load_hugging_face(name)
     found = find_split(splits, split)
     if not found:
         _refuse_without_train(name, split, splits)

@@ -24,6 +24,7 @@ __all__ = [
     "ImageFilter",
     "channel_mode",
     "collect_notes",
+    "exceeds_pixel_limit",
     "files_in",
     "find_images",
     "is_url",
@@ -174,6 +175,19 @@ def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
     except Exception as error:  # decoders of damaged files raise anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"cannot read this image: {reason}") from error
+
+
+def exceeds_pixel_limit(file: Path | str | BytesIO) -> bool:
+    """Whether Pillow refuses an image because it has too many pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(file).close()
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # whatever Pillow's parsers raise, reading the image says what is wrong
+        return False
+    return False
 
 
 def _is_heic(file: Path | str | BytesIO) -> bool:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, read_image
 from spd_zoo.errors import first_line
+from spd_zoo.inference.exported import load_model
 from spd_zoo.inference.loop import Files, Task, batches, run
-from spd_zoo.models._detector import DetectionNet
-from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, load_network, pretrained_cfg
+from spd_zoo.models._detector import ObjectFinder
+from spd_zoo.weights.load import ModelError, pretrained_cfg
 
 __all__ = [
     "DEFAULT_CLASSIFIER",
@@ -102,7 +102,8 @@ class Classifier:
     """A pretrained classifier with its preprocessing (`reader`) and the names of its classes (`names`).
 
     Args:
-        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
+        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, the folder of a run, or an
+            ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         top_k: Classes per image.
         device: torch device; a GPU by default if there is one.
         class_map: Other names for the network's classes: from the new name to the network's own.
@@ -117,7 +118,7 @@ class Classifier:
     def __init__(
         self, model: str, top_k: int = 5, device: str | None = None, class_map: Mapping[str, str] | None = None
     ) -> None:
-        self.net = load_classifier(model, pick_device(device))
+        self.net = load_classifier(model, device)
         cfg = pretrained_cfg(self.net)
         self.names = renamed(network_classes(cfg, cfg["num_classes"]), class_map or {})
         self.top_k = top_k
@@ -174,14 +175,14 @@ def predict(
             yield Prediction(paths[index], outcome.result or (), outcome.error, outcome.notes)
 
 
-def load_classifier(model: str, device: str) -> nn.Module:
-    """A pretrained classifier on a torch device, channels last, in evaluation mode.
+def load_classifier(model: str, device: str | None) -> nn.Module:
+    """A pretrained classifier as `load_model` returns it.
 
     Raises:
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights are unavailable or must not be used.
     """
-    net = load_network(model, device)
+    net = load_model(model, device)
     check_classifier(net, model)
     return net
 
@@ -192,7 +193,7 @@ def check_classifier(net: nn.Module, model: str) -> None:
     Raises:
         ModelError: If it is a detector or has no classes.
     """
-    if isinstance(net, DetectionNet):
+    if isinstance(net, ObjectFinder):
         raise ModelError(f"{model} is a detector; `spd-zoo detect` finds objects with it")
     if not pretrained_cfg(net)["num_classes"]:
         raise ModelError(f"{model} has no classifier, only features")

@@ -23,10 +23,11 @@ from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, collect_notes, read_image, upright
 from spd_zoo.files import whole
+from spd_zoo.inference.exported import ExportedDetector, load_model
 from spd_zoo.inference.loop import Files, Task, batches, run
-from spd_zoo.models._detector import DetectionNet
+from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, load_network
+from spd_zoo.weights.load import ModelError
 
 __all__ = ["Detections", "Detector", "ImageDetections", "Placement", "as_coco", "detect", "postprocess", "prepare"]
 
@@ -127,7 +128,7 @@ class Detections:
         return image
 
 
-def prepare(image: Image.Image, net: DetectionNet, image_size: tuple[int, int]) -> tuple[Tensor, Placement]:
+def prepare(image: Image.Image, net: ObjectFinder, image_size: tuple[int, int]) -> tuple[Tensor, Placement]:
     """Preprocesses an image as the authors of the detector do, but always with bilinear scaling and antialiasing.
 
     YOLO: letterboxed in grey, RGB from 0 to 1. SSD: stretched, BGR, mean subtracted. The colours' mean and
@@ -166,14 +167,14 @@ def prepare(image: Image.Image, net: DetectionNet, image_size: tuple[int, int]) 
     return (pixels / 255 - mean) / std, placement
 
 
-def _per_channel(net: DetectionNet, name: str) -> Tensor:
+def _per_channel(net: ObjectFinder, name: str) -> Tensor:
     """`mean` or `std` of the network's configuration, (in_chans, 1, 1)."""
     values = torch.tensor(net.pretrained_cfg[name])
     return (values if len(values) == net.in_chans else values.mean().expand(net.in_chans))[:, None, None]
 
 
 def postprocess(
-    net: DetectionNet,
+    net: ObjectFinder,
     raw: Any,
     placements: Sequence[Placement],
     image_size: tuple[int, int],
@@ -219,13 +220,13 @@ class Detector:
     whole image; without that view it may be found in several pieces.
 
     Args:
-        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, or the
-            folder of a run.
+        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, the
+            folder of a run, or an ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         device: torch device; by default a network stays where it is, and a name is loaded on a GPU if there is one.
         image_size: Height and width of the network's input, or one number for both; by default those of its weights.
         score_threshold: Minimum score.
         iou_threshold: IoU threshold of NMS; None: the authors' value.
-        max_detections: Maximum number of objects per image.
+        max_detections: Maximum number of objects per image; by default 300, or what an exported file has room for.
         batch_size: Images or tiles per batch.
         tile: Side of the tiles in pixels of the image; None: no tiles.
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
@@ -247,7 +248,7 @@ class Detector:
         image_size: int | tuple[int, int] | None = None,
         score_threshold: float = 0.25,
         iou_threshold: float | None = None,
-        max_detections: int = 300,
+        max_detections: int | None = None,
         batch_size: int = 8,
         tile: int | None = None,
         overlap: float = 0.2,
@@ -263,8 +264,8 @@ class Detector:
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
-        net = model if isinstance(model, nn.Module) else load_network(name, pick_device(device))
-        if not isinstance(net, DetectionNet):
+        net = model if isinstance(model, nn.Module) else load_model(name, device)
+        if not isinstance(net, ObjectFinder):
             raise ModelError(f"{name} is no detector; `spd-zoo predict` names what images show with it")
         if device is not None:
             net.to(pick_device(device))
@@ -279,7 +280,10 @@ class Detector:
         self.image_size: tuple[int, int] = (height, width)
         self.score_threshold = score_threshold
         self.iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
-        self.max_detections = max_detections
+        room = net.max_detections if isinstance(net, ExportedDetector) else None
+        if max_detections is not None and room is not None and max_detections > room:
+            raise ValueError(f"{name} was exported with room for {room} objects, fewer than {max_detections}")
+        self.max_detections: int = max_detections or room or 300
         self.batch_size = batch_size
         self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
 

@@ -15,7 +15,7 @@ from spd_zoo.losses import Target
 from spd_zoo.models._backbone import Backbone
 from spd_zoo.spd import is_exporting
 
-__all__ = ["DetectionNet", "YoloHead", "YoloNet", "check_num_classes"]
+__all__ = ["DetectionNet", "ObjectFinder", "YoloHead", "YoloNet", "check_num_classes"]
 
 
 def check_num_classes(num_classes: int) -> None:
@@ -28,21 +28,50 @@ def check_num_classes(num_classes: int) -> None:
         raise ValueError(f"a detector needs at least one class of objects, got num_classes={num_classes}")
 
 
-class DetectionNet(Backbone, ABC):
+class ObjectFinder(nn.Module, ABC):
+    """What inference and evaluation ask of a detector, be it a network or an exported file.
+
+    Attributes:
+        pretrained_cfg: timm's configuration.
+        num_classes: Number of classes.
+        in_chans: Image channels.
+        channel_order: Order of the image's colour channels.
+        keeps_aspect: Whether images keep their aspect ratio and are padded with grey; else they are stretched.
+        iou_threshold: IoU threshold of non-maximum suppression in the authors' evaluation.
+        evaluation_score: Minimum score in the authors' evaluation.
+        evaluation_boxes: Maximum number of detections per image in the authors' evaluation.
+        size_multiple: Height and width must be multiples of it; 0: an exported file takes one size only.
+    """
+
+    pretrained_cfg: dict[str, Any]
+    num_classes: int
+    in_chans: int
+    channel_order = "RGB"
+    keeps_aspect = True
+    iou_threshold: float
+    evaluation_score = 0.001
+    evaluation_boxes = 300
+    size_multiple = 0
+
+    @abstractmethod
+    def detections(
+        self,
+        raw: Any,
+        image_size: tuple[int, int],
+        score_threshold: float,
+        iou_threshold: float | None = None,
+        max_detections: int | None = 300,
+        max_candidates: int | None = 30000,
+    ) -> list[dict[str, Tensor]]:
+        """What `forward` returned -> for each image `boxes`, `scores` and `labels`; see `DetectionNet.detections`."""
+
+
+class DetectionNet(Backbone, ObjectFinder):
     """stem -> stages -> neck -> raw predictions, with timm's interface as far as it applies to detectors.
 
     Raw predictions are a list of maps, or for SSD a pair of tensors. `image_size` is the height and width of the input
     images. SSD needs it and YOLO does not, so code for any detector should pass it.
-
-    Attributes:
-        channel_order: Order of the image's colour channels.
-        keeps_aspect: Whether images keep their aspect ratio and are padded with grey; else they are stretched.
-        iou_threshold: IoU threshold of non-maximum suppression in the authors' evaluation.
     """
-
-    channel_order = "RGB"
-    keeps_aspect = True
-    iou_threshold: float
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -193,6 +222,7 @@ class YoloNet(DetectionNet):
     """
 
     strides: tuple[int, ...] = (8, 16, 32)
+    size_multiple = 32
 
     def __init__(
         self,

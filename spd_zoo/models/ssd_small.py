@@ -165,6 +165,8 @@ class SSD(DetectionNet):
     channel_order = "BGR"
     keeps_aspect = False
     iou_threshold = 0.6
+    evaluation_score = 0.01
+    evaluation_boxes = 10**6  # no limit
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ class FinetuneConfig:
     data: str = field(
         metadata={
             "help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME; for detectors a "
-            "folder in the form of COCO, YOLO or Pascal VOC",
+            "folder with boxes in any usual format, a data.yaml, a COCO .json, a list of images, or a CSV file",
             "free": True,  # it may move; a run recognises its images by their fingerprint
         }
     )

@@ -15,10 +15,10 @@ from spd_zoo.data.classes import match_classes, network_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import channel_mode, size_value
 from spd_zoo.files import write_csv
-from spd_zoo.process import Process, pick_device
+from spd_zoo.inference.exported import Exported, load_model
+from spd_zoo.process import Process
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, task_of
-from spd_zoo.weights.load import load_network
 
 __all__ = ["Evaluation", "evaluate", "evaluate_network", "save"]
 
@@ -69,7 +69,8 @@ def evaluate(
     """Evaluates a classifier or a detector on the readable images of a data set, at one image size after the other.
 
     Args:
-        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
+        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, the folder of a run, or an
+            ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         data: As `open_data` takes it, or for a detector `open_boxes`.
         split: The split to evaluate on; by default the first that exists of test, val and train.
         image_sizes: Heights and widths, or one number for both; by default the network's own input size.
@@ -91,12 +92,14 @@ def evaluate(
         ValueError: If an option has no meaning for a detector, or there is no such device.
         WeightsError: If the weights are unavailable or must not be used.
     """
-    name = pick_device(device)
-    net: Any = load_network(model, name)
+    net: Any = load_model(model, device)
+    if bf16 and isinstance(net, Exported):
+        raise ValueError(f"bf16 is for torch; {model} computes as it was exported")
     task_of(net).check_evaluation(net, model, bool(flip or image_column or label_column))
     columns = (image_column, label_column)
+    place: torch.device = next(net.parameters()).device
     return evaluate_network(
-        net, model, data, split, image_sizes, flip, batch_size, workers, torch.device(name), bf16, columns, class_map
+        net, model, data, split, image_sizes, flip, batch_size, workers, place, bf16, columns, class_map
     )
 
 
@@ -158,7 +161,7 @@ def evaluate_network(
         row = {
             "model": model,
             **predictions.columns(),
-            "param_count": round(count_params(net) / 1e6, 2),
+            "param_count": round((net.param_count if isinstance(net, Exported) else count_params(net)) / 1e6, 2),
             "img_size": size_value(size),
             **task.result_columns(preprocessing),
         }

@@ -109,7 +109,7 @@ def finetune(config: FinetuneConfig) -> Result | None:
     task = task_of(blank)
     refuse_others(config, task.networks)
 
-    splits = task.open_splits(config, process, began.about_data if began is not None else None)
+    splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
     teacher = None
     if config.teacher:
         channels = parse_model_args(config.model_args).get("in_chans", blank.in_chans)
@@ -423,6 +423,7 @@ def start(
     )  # fmt: skip
     if process.first:
         folder.begin(config, splits.about)
+        task.write_data_report(folder, config, net, splits)
     run.resume()
     return run
 

@@ -5,14 +5,14 @@ import html
 import importlib.util
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 
-__all__ = ["fitting", "image_png", "page", "plot_notes", "png", "short", "table"]
+__all__ = ["data_page", "fitting", "image_png", "page", "plot_notes", "png", "short", "table"]
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
@@ -60,6 +60,25 @@ def page(
     sections += ["<h2>Epochs</h2>", table(list(history[0]), epochs)]
     sections += [f"<h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre></html>"]
     return "\n".join(sections)
+
+
+def data_page(config: FinetuneConfig, lines: Iterable[str], picture: bytes) -> str:
+    """An HTML page on what a run is trained on, until the report of the run takes its place.
+
+    Args:
+        config: What is trained.
+        lines: What the check found.
+        picture: A PNG file.
+    """
+    name, source = html.escape(config.model), base64.b64encode(picture).decode()
+    return "\n".join(
+        [
+            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>",
+            f"<h1>{name}</h1><p>The run is not finished. It is trained on {html.escape(config.data)}:</p>",
+            f"<pre>{html.escape(chr(10).join(lines))}</pre><img alt='data' src='data:image/png;base64,{source}'>",
+            f"<h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre></html>",
+        ]
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

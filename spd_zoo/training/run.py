@@ -88,7 +88,8 @@ class RunFolder:
     def abandon(self) -> None:
         """Undoes `begin` if nothing is saved yet, so that a run with other options can begin here."""
         if not (self.path / "last.pt").exists():
-            for name in ("run.yaml", "metrics.csv", *_FIRST_FILES):  # without run.yaml, it is no run any more
+            # without run.yaml, which goes first, it is no run any more
+            for name in ("run.yaml", "metrics.csv", "data.png", "report.html", *_FIRST_FILES):
                 (self.path / name).unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> None:

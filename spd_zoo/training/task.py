@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from spd_zoo.models._detector import DetectionNet
+from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
 from spd_zoo.training.classification.task import Classification
 from spd_zoo.training.config import FinetuneConfig, Plan
@@ -66,11 +66,14 @@ class Task(Protocol[DataT]):
             ValueError: If an option has no meaning for the network.
         """
 
-    def open_splits(self, config: FinetuneConfig, process: Process, began_with: dict[str, Any] | None) -> Splits[DataT]:
+    def open_splits(
+        self, config: FinetuneConfig, net: Any, process: Process, began_with: dict[str, Any] | None
+    ) -> Splits[DataT]:
         """Opens, splits and checks the data of a run.
 
         Args:
             config: Where the data is, and how much of it is held out.
+            net: The network, perhaps on torch's meta device.
             process: This process.
             began_with: For a resumed run, the recorded facts about its data, which is then not checked again.
 
@@ -78,6 +81,9 @@ class Task(Protocol[DataT]):
             DataError: If the data cannot be used, or is not what the run began with.
             ValueError: If the run's folder lies in the data.
         """
+
+    def write_data_report(self, folder: RunFolder, config: FinetuneConfig, net: Any, splits: Splits[DataT]) -> None:
+        """Writes what is trained on, when a run begins."""
 
     def open_split(self, data: str | Path, split: str, image_column: str = "", label_column: str = "") -> DataT | None:
         """The images of a split; None if there is none of that name."""
@@ -167,4 +173,4 @@ class Task(Protocol[DataT]):
 
 def task_of(net: nn.Module) -> Task[Any]:
     """The task of a network."""
-    return Detection() if isinstance(net, DetectionNet) else Classification()
+    return Detection() if isinstance(net, ObjectFinder) else Classification()

@@ -201,18 +201,18 @@ def locate(entry: Entry, verify: bool = False) -> dict[str, Any]:
     """
     file = find(entry)
     if file is None:
-        here, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
+        location, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
     elif str(entry.source).startswith("bundled:"):
-        here, origin = "bundled", "spd-zoo"
+        location, origin = "bundled", "spd-zoo"
     elif str(entry.source).startswith("package:"):
-        here, origin = "package", str(entry.source).split(":")[1]
+        location, origin = "package", str(entry.source).split(":")[1]
     elif original_of(entry).name in imported_names():
-        here, origin = "imported", origin_of(file).get("origin", "")
+        location, origin = "imported", origin_of(file).get("origin", "")
     else:
-        here, origin = "cached", str(entry.source)
+        location, origin = "cached", str(entry.source)
     return {
         "name": entry.name,
-        "here": here,
+        "location": location,
         "sha256": entry.sha256,
         "verified": is_right(entry, file) if verify and file is not None else None,
         "size": entry.size if file is None else file.stat().st_size,

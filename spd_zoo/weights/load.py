@@ -58,6 +58,11 @@ def timm_name(name: str) -> str:
         ModelError: If there is no such network (the message lists the nearest names), or the folder has no weights in
             safetensors.
     """
+    if name.endswith(".onnx"):
+        raise ModelError(
+            f"{name} is an exported file, which predict, detect and evaluate run and nothing else takes; give the "
+            "network or the run that it was exported from"
+        )
     if name.startswith("local-dir:"):
         _check_folder(Path(name.removeprefix("local-dir:")))
     if is_network(name):

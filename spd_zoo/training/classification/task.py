@@ -110,7 +110,7 @@ class Classification:
         }
 
     def open_splits(
-        self, config: FinetuneConfig, process: Process, began_with: dict[str, Any] | None
+        self, config: FinetuneConfig, net: nn.Module, process: Process, began_with: dict[str, Any] | None
     ) -> Splits[Images]:
         """Opens, splits and checks the data; see `Task.open_splits`."""
         columns: dict[str, Any] = {"image_column": config.image_column, "label_column": config.label_column}
@@ -129,6 +129,9 @@ class Classification:
             about |= {"notes": notes_on([train, val])}
         train, val = without_unreadable(train, val, about, "image")
         return Splits(train, val, about)
+
+    def write_data_report(self, folder: RunFolder, config: FinetuneConfig, net: Any, splits: Splits[Images]) -> None:
+        """Nothing: only boxes are drawn before training."""
 
     def _open_stream(
         self, config: FinetuneConfig, began_with: dict[str, Any] | None, columns: dict[str, Any]

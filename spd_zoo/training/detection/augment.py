@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 CACHE = 2**28  # bytes of scaled images that each loader worker keeps
-Sample = dict[str, Any]  # image: tv_tensors.Image; boxes: tv_tensors.BoundingBoxes, x1 y1 x2 y2; labels: (M,)
+# image: tv_tensors.Image; boxes: tv_tensors.BoundingBoxes, x1 y1 x2 y2; labels: (M,); ignored: (M,), as in `Objects`
+Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,30 @@ class Augmentation:
 
 
 def read_sample(data: BoxImages, index: int, mode: str) -> Sample:
-    """The image at `index`, uint8, with its boxes except crowds."""
+    """The image at `index`, uint8, with its boxes."""
     image = tv_tensors.Image(data.image(index, mode))
     objects = data.objects_in(index)
-    return _sample(image, objects.boxes[~objects.crowd], objects.labels[~objects.crowd])
+    return _sample(image, objects.boxes, objects.labels, objects.ignored)
 
 
-def _sample(image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
+def _sample(image: Tensor, boxes: Tensor, labels: Tensor, ignored: Tensor) -> Sample:
     size = (image.shape[-2], image.shape[-1])
     pixels = tv_tensors.Image(image)
     return {
         "image": pixels,
         "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
         "labels": labels,
+        "ignored": ignored,
+    }
+
+
+def _target(boxes: Tensor, labels: Tensor, ignored: Tensor) -> Target:
+    """What the loss takes: objects, and apart from them what is ignored."""
+    return {
+        "boxes": boxes[~ignored],
+        "labels": labels[~ignored],
+        "ignored": boxes[ignored],
+        "ignored_labels": labels[ignored],
     }
 
 
@@ -113,7 +125,8 @@ def mosaic(samples: Sequence[Sample], size: int | tuple[int, int]) -> Sample:
         x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, 2 * columns), min(top + height, 2 * rows)
         canvas[:, y1:y2, x1:x2] = sample["image"][:, y1 - top : y2 - top, x1 - left : x2 - left]
         boxes.append(sample["boxes"].as_subclass(Tensor) + torch.tensor([left, top, left, top]))
-    made = _sample(canvas, torch.cat(boxes), torch.cat([sample["labels"] for sample in samples]))
+    labels, ignored = (torch.cat([sample[name] for sample in samples]) for name in ("labels", "ignored"))
+    made = _sample(canvas, torch.cat(boxes), labels, ignored)
     return _kept(F.clamp_bounding_boxes(made["boxes"]), made, torch.ones(len(made["labels"]), dtype=torch.bool))
 
 
@@ -121,13 +134,14 @@ def _kept(boxes: Tensor, sample: Sample, keep: Tensor) -> Sample:
     """`sample` with those of its new `boxes` for which `keep` (M,) holds and which have an area."""
     flat = boxes.as_subclass(Tensor)
     keep = keep & (flat[:, 2:] > flat[:, :2]).all(1)
-    return _sample(sample["image"], flat[keep], sample["labels"][keep])
+    return _sample(sample["image"], flat[keep], sample["labels"][keep], sample["ignored"][keep])
 
 
 def window(sample: Sample, size: int | tuple[int, int], zoom: float, shift: float) -> Sample:
     """`sample` scaled about its centre by 1 +- `zoom`, shifted by up to `shift` of `size`, cropped to `size`.
 
-    A box stays if both sides are above 2 pixels, their ratio is below 100, and more than a tenth of its area is left.
+    A box stays if both sides are above 2 pixels, their ratio is below 100, and more than a tenth of its area is left;
+    what is ignored stays however little of it is left.
     """
     scale = 1 + zoom * (2 * torch.rand(()).item() - 1)
     rows, columns = to_2tuple(size)
@@ -145,7 +159,7 @@ def window(sample: Sample, size: int | tuple[int, int], zoom: float, shift: floa
     sides = cut[:, 2:] - cut[:, :2]
     area = (moved[:, 2:] - moved[:, :2]).prod(1)
     keep = (sides > 2).all(1) & (sides.amax(1) < 100 * sides.amin(1)) & (sides.prod(1) > 0.1 * area)
-    return _kept(cut, _sample(image, whole, sample["labels"]), keep)
+    return _kept(cut, sample | {"image": image}, keep | sample["ignored"])
 
 
 def yolo_augment(
@@ -183,7 +197,7 @@ def ssd_augment(original: Sample, size: tuple[int, int], fill: list[float], augm
     side of at most a hundredth of the image are dropped; if none is left, the original image is used.
     """
     stretch = v2.Resize(list(size))
-    if not len(original["labels"]):
+    if bool(original["ignored"].all()):  # no object
         return stretch(original)
     jitters = (
         v2.ColorJitter(0.125),
@@ -193,15 +207,15 @@ def ssd_augment(original: Sample, size: tuple[int, int], fill: list[float], augm
     )
     colours = v2.Compose([v2.RandomApply([jitter], 0.5) for jitter in jitters])
     sample = v2.RandomIoUCrop()(original)
-    sample = colours(sample["image"]), sample["boxes"], sample["labels"]
+    sample = colours(sample["image"]), sample["boxes"], sample["labels"], sample["ignored"]
     expand = v2.RandomZoomOut(fill, (1.0, 4.0), p=0.6)
     flips = [v2.RandomHorizontalFlip(augmentation.hflip), v2.RandomVerticalFlip(augmentation.vflip)]
-    image, boxes, labels = v2.Compose([expand, *flips])(*sample)
+    image, boxes, labels, ignored = v2.Compose([expand, *flips])(*sample)
     height, width = image.shape[-2:]
     flat = boxes.as_subclass(Tensor)
     fractions = (flat[:, 2:] - flat[:, :2]) / torch.tensor([width, height])
-    sample = _kept(boxes, _sample(image, flat, labels), (fractions > 0.01).all(1))
-    return stretch(sample if len(sample["labels"]) else original)
+    sample = _kept(boxes, _sample(image, flat, labels, ignored), (fractions > 0.01).all(1) | ignored)
+    return stretch(original if bool(sample["ignored"].all()) else sample)
 
 
 class _TrainImages(Dataset[tuple[Tensor, Target]]):
@@ -225,7 +239,7 @@ class _TrainImages(Dataset[tuple[Tensor, Target]]):
         else:
             sample = ssd_augment(read_sample(self.data, index, self.mode), self.size, self.fill, self.augmentation)
         image = sample["image"].as_subclass(Tensor)
-        target: Target = {"boxes": sample["boxes"].as_subclass(Tensor), "labels": sample["labels"]}
+        target = _target(sample["boxes"].as_subclass(Tensor), sample["labels"], sample["ignored"])
         return image.flip(0) if self.flipped else image, target
 
     def scaled(self, index: int) -> Sample:
@@ -254,8 +268,8 @@ class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int, float]]):
         inputs, placement = prepare(self.data.image(index), self.net, self.size)
         seconds = time.perf_counter() - began
         objects = self.data.objects_in(index)
-        boxes = placement.to_input(objects.boxes[~objects.crowd])
-        return inputs, placement, {"boxes": boxes, "labels": objects.labels[~objects.crowd]}, index, seconds
+        target = _target(placement.to_input(objects.boxes), objects.labels, objects.ignored)
+        return inputs, placement, target, index, seconds
 
 
 def _collate(samples: list[tuple[Any, ...]]) -> tuple[Any, ...]:

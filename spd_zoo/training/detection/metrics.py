@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spd_zoo.data.boxes import BoxImages
+from spd_zoo.data.boxes import EVERY_CLASS, BoxImages
 from spd_zoo.files import write_csv
 from spd_zoo.inference.detector import Detections, postprocess
-from spd_zoo.models._detector import DetectionNet, YoloNet
+from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
 from spd_zoo.process import Process
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.steps import Batches, read
@@ -54,11 +54,10 @@ def coco_precision(
     for i in range(len(data)):
         x, y = scales[i] if scales is not None else (1.0, 1.0)
         truth["images"].append({"id": i + 1})
-        for box, label, area, crowd in zip(*(tensor.tolist() for tensor in data.objects_in(i)), strict=True):
-            annotation = {"id": len(truth["annotations"]) + 1, "image_id": i + 1, "category_id": label + 1}
-            truth["annotations"].append(
-                annotation | {"bbox": _xywh(box, x, y), "area": area * x * y, "iscrowd": int(crowd)}
-            )
+        for box, label, area, ignored in zip(*(tensor.tolist() for tensor in data.objects_in(i)), strict=True):
+            shared = {"image_id": i + 1, "bbox": _xywh(box, x, y), "area": area * x * y, "iscrowd": int(ignored)}
+            for category in range(1, len(data.class_names) + 1) if label == EVERY_CLASS else (label + 1,):
+                truth["annotations"].append({"id": len(truth["annotations"]) + 1, "category_id": category, **shared})
         columns = (detections[i].boxes.tolist(), detections[i].scores.tolist(), detections[i].labels.tolist())
         for box, score, label in zip(*columns, strict=True):
             results.append({"image_id": i + 1, "category_id": label + 1, "bbox": _xywh(box, x, y), "score": score})
@@ -89,9 +88,9 @@ class BoxPredictions:
         data: The images.
         detections: Detections in each image, in its own pixels.
         scales: Input pixels per pixel of each image, in x and in y.
-        losses: The mean of each term of the loss.
+        losses: The mean of each term of the loss; empty for an exported file, which has no loss.
         milliseconds: Per image and process: `prepare` (reading and preprocessing), `network`, and `boxes` (decoding and
-            NMS).
+            NMS; of an exported file, they are in `network`).
     """
 
     data: BoxImages
@@ -114,7 +113,7 @@ class BoxPredictions:
         """Images, objects, loss, AP in per cent, AP by area in the image and (`input_`) in the input, milliseconds."""
         own, scaled = self.precision, self.input_precision
         figures: dict[str, Any] = {"images": len(self.data), "objects": sum(self.data.counts())}
-        figures |= {"loss": sum(self.losses.values())}
+        figures |= {"loss": sum(self.losses.values()) if self.losses else None}
         figures |= {"ap": _mean(own[..., 0]), "ap50": _mean(own[0, ..., 0]), "ap75": _mean(own[5, ..., 0])}
         for name, precision in (("", own), ("input_", scaled)):
             figures |= {f"{name}ap_{area}": _mean(precision[..., i]) for i, area in enumerate(AREAS) if i}
@@ -151,11 +150,11 @@ class BoxPredictions:
         by_area = ", ".join(f"{area} {_words(row[f'ap_{area}'])}" for area in AREAS[1:])
         in_input = ", ".join(f"{area} {_words(row[f'input_ap_{area}'])}" for area in AREAS[1:])
         classes = ", ".join(f"{row['class']} {_words(row['ap'])}" for row in self.per_class())
+        boxes = f"{row['ms_boxes']:.1f} ms" if "ms_boxes" in row else "in it"
         return (
             f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; "
             f"{by_area} (as the network sees them: {in_input}); {classes}; per image {row['ms_prepare']:.1f} ms to "
-            f"read and preprocess, {row['ms_network']:.1f} ms in the network, {row['ms_boxes']:.1f} ms to decode and "
-            "suppress boxes"
+            f"read and preprocess, {row['ms_network']:.1f} ms in the network, {boxes} to decode and suppress boxes"
         )
 
     def write_tables(self, folder: Path, suffix: str = "") -> None:
@@ -165,7 +164,7 @@ class BoxPredictions:
 
 
 def predict(
-    net: DetectionNet,
+    net: ObjectFinder,
     batches: Batches,
     data: BoxImages,
     image_size: tuple[int, int],
@@ -187,7 +186,7 @@ def predict(
     Returns:
         The predictions.
     """
-    threshold, max_detections = (0.001, 300) if isinstance(net, YoloNet) else (0.01, 10**6)
+    threshold, max_detections = net.evaluation_score, net.evaluation_boxes
     net.eval()
     device = preprocessing.device
     mine: dict[int, tuple[Detections, tuple[float, float]]] = {}
@@ -203,11 +202,15 @@ def predict(
                 raw = net(images)
             with _timed(clock, "boxes", device):
                 found = postprocess(net, raw, placements, image_size, threshold, max_detections=max_detections)
-            terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
+            terms = {}
+            if isinstance(net, DetectionNet):
+                terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.item() * len(images)
         for i, detections, placement in zip(indices, found, placements, strict=True):
             mine[i] = (detections, placement.scale)
+    if not isinstance(net, DetectionNet):  # an exported file computes all in one
+        clock["network"] += clock.pop("boxes")
     gathered = process.all_gather((mine, sums, clock))
     merged = {i: result for results, _, _ in gathered for i, result in results.items()}
     order = range(len(data))

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_area, box_iou
 
-from spd_zoo.data.boxes import Objects
+from spd_zoo.data.boxes import EVERY_CLASS, Objects
 from spd_zoo.inference.detector import Detections
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection.metrics import BoxPredictions
@@ -41,6 +41,8 @@ def write(
         figures = {name: png for name, png in (("curves", _curves(history)), ("worst", worst), ("best", best)) if png}
         for name, content in figures.items():
             (pictures / f"{name}.png").write_bytes(content)
+    if (folder.path / "data.png").exists():
+        figures["data"] = (folder.path / "data.png").read_bytes()
     numbers = predictions.summary()
     summary = {"images": str(numbers["images"]), "objects": str(numbers["objects"])}
     summary |= {f"AP{name[2:]}": _percent(numbers[name]) for name in ("ap", "ap50", "ap75")}
@@ -59,6 +61,7 @@ def write(
     cells = [[row["class"], row["objects"], *(_percent(row[name]) for name in names)] for row in rows]
     colours = "correct boxes are green, wrong ones red, missed objects yellow"
     titles = {"curves": "Training", "worst": f"Worst images: {colours}", "best": f"Best images: {colours}"}
+    titles |= {"data": "Training images: sizes and positions of boxes, and some images"}
     folder.write("report.html", page(config, history, summary, titles, figures, table(header, cells), notes))
 
 
@@ -89,17 +92,23 @@ def matches(detections: Detections, objects: Objects) -> tuple[Tensor, Tensor, T
 
     Returns:
         The boxes as indices into `detections` (D,), whether each is correct (D,), and whether each object is detected
-        (M,). Crowds count as detected, and boxes in one as correct.
+        (M,). What is ignored counts as detected, and boxes on it as correct.
     """
     drawn = (detections.scores >= SCORE).nonzero().squeeze(1)
-    correct, detected = torch.zeros(len(drawn), dtype=torch.bool), objects.crowd.clone()
+    correct, detected = torch.zeros(len(drawn), dtype=torch.bool), objects.ignored.clone()
     if len(drawn) and len(detected):
-        iou = box_iou(detections.boxes[drawn], objects.boxes)
-        iou[detections.labels[drawn][:, None] != objects.labels] = 0
+        boxes, ignored = detections.boxes[drawn], objects.ignored
+        iou = box_iou(boxes, objects.boxes)
+        iou[(detections.labels[drawn][:, None] != objects.labels) & (objects.labels != EVERY_CLASS)] = 0
+        # of what is ignored a box needs to lie in it, not to cover it; iou / (1 + iou) is intersection / sum of areas
+        sums = box_area(boxes)[:, None] + box_area(objects.boxes)
+        in_ignored = ((iou / (1 + iou) * sums / box_area(boxes)[:, None]) * ignored).amax(1) >= IOU
         for i in range(len(drawn)):
-            best, index = iou[i].masked_fill(detected & ~objects.crowd, 0).max(0)
+            best, index = iou[i].masked_fill(detected, 0).max(0)
             if best >= IOU:
                 correct[i] = detected[index] = True
+            else:
+                correct[i] = in_ignored[i]
     return drawn, correct, detected
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,23 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor
 
-from spd_zoo.data.boxes import BoxImages, open_boxes, with_names
+from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes, with_names
 from spd_zoo.data.boxes import hold_out as split_boxes
-from spd_zoo.data.check import check, defects_in_words, notes_on
+from spd_zoo.data.boxes.sizes import describe_sizes
+from spd_zoo.data.check import check, defects_in_words, in_words, notes_on
 from spd_zoo.data.classes import without_unused
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import size_text
+from spd_zoo.files import whole
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.models.yolov5_spd import YOLOv5SPD
 from spd_zoo.process import Process
-from spd_zoo.training.config import FinetuneConfig, Plan
-from spd_zoo.training.detection import metrics, report
+from spd_zoo.training.config import FinetuneConfig, Plan, parse_sizes
+from spd_zoo.training.detection import data_report, metrics, report
 from spd_zoo.training.detection.anchors import fit_anchors
 from spd_zoo.training.detection.augment import box_eval_loader, box_train_loader
+from spd_zoo.training.page import data_page
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
 from spd_zoo.training.splits import Splits, describe, hold_out, without_unreadable
@@ -50,6 +54,12 @@ class DetectorTraining(ClassificationTask):
         """(N, C, H, W) and N targets -> `loss`, a scalar, and its `terms`."""
         terms = self.criterion(self.trainable_module(images), targets, (images.shape[-2], images.shape[-1]))
         return {"loss": torch.stack(list(terms.values())).sum(), "terms": terms}
+
+
+def _input_size(config: FinetuneConfig, net: Any) -> tuple[int, int]:
+    """The height and width in pixels at which training ends."""
+    size = config.image_size or size_text(net.pretrained_cfg["input_size"][1:])
+    return parse_sizes(size)[-1][0]
 
 
 class Detection:
@@ -85,26 +95,30 @@ class Detection:
         return values
 
     def open_splits(
-        self, config: FinetuneConfig, process: Process, began_with: dict[str, Any] | None
+        self, config: FinetuneConfig, net: Any, process: Process, began_with: dict[str, Any] | None
     ) -> Splits[BoxImages]:
         """Opens, splits and checks the data; see `Task.open_splits`."""
         train, val = open_boxes(config.data, "train"), open_boxes(config.data, config.val_name)
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
         about = describe(config, train, val, began_with)
+        found = found_in_words({"train": train, config.val_name: val})
         train = without_unused(train)
         train, val = hold_out(config, train, val, split_boxes)
+        if began_with is None:
+            about["found"] = found
         val = with_names(val, train.class_names)
         splits = {"train": train, "val": val}
         if began_with is None and config.check:
             about |= check(splits, config.workers, process)
             for name, data in splits.items():
                 readable = data.without(about[name]["unreadable"])
-                about[name]["boxes"] = data.defects
+                about[name]["boxes"] = data.problems()
                 about[name]["without boxes"] = sum(not len(readable.objects_in(i).labels) for i in range(len(readable)))
+                about[name]["box sizes"] = describe_sizes(data, _input_size(config, net), net.keeps_aspect)
         elif began_with is None:
             about |= {"notes": notes_on(splits.values())}
-            for line in (line for data in splits.values() for line in defects_in_words(data.defects)):
+            for line in (line for data in splits.values() for line in defects_in_words(data.problems())):
                 process.print(line)
         train, val = without_unreadable(train, val, about, "box")
         if not sum(val.counts()):
@@ -115,11 +129,22 @@ class Detection:
         self, data: str | Path, split: str, image_column: str = "", label_column: str = ""
     ) -> BoxImages | None:
         """The images of a split; None if there is none of that name. Folders with boxes have no columns."""
-        return open_boxes(data, split)
+        opened = open_boxes(data, split)
+        return opened and replace(opened, notes=(found_in_words({split: opened}), *opened.notes))
+
+    def write_data_report(self, folder: RunFolder, config: FinetuneConfig, net: Any, splits: Splits[BoxImages]) -> None:
+        """Writes `data.png` and a first `report.html`, unless the run is resumed."""
+        if (folder.path / "data.png").exists():
+            return
+        size = _input_size(config, net)
+        picture = data_report.data_picture(splits.train, size, net.keeps_aspect, config.seed)
+        with folder.writing("data.png"), whole(folder.path / "data.png") as temporary:
+            temporary.write_bytes(picture)
+        folder.write("report.html", data_page(config, in_words(splits.about), picture))
 
     def warnings(self, data: BoxImages) -> list[str]:
         """Defects of the boxes."""
-        return [line.strip() for line in defects_in_words(data.defects)]
+        return [line.strip() for line in defects_in_words(data.problems())]
 
     def training(self, net: Any, plan: Plan, data: BoxImages, process: Process) -> DetectorTraining:
         """The network with its loss; YOLOv5's anchors are fitted to the data first."""
@@ -132,11 +157,9 @@ class Detection:
     ) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
         """Normalises a batch of pixels, and moves its targets to the device."""
 
-        def prepare(pixels: Tensor, targets: list[Target]) -> tuple[Tensor, list[Target]]:
+        def prepare(pixels: Tensor, targets: list[dict[str, Tensor]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
             device = preprocessing.device
-            moved: list[Target] = [
-                {"boxes": target["boxes"].to(device), "labels": target["labels"].to(device)} for target in targets
-            ]
+            moved = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
             return preprocessing.normalize(pixels), moved
 
         return prepare

@@ -1,0 +1,120 @@
+"""What the readers of all forms ask of folders: the images in them, the splits, and files whose paths are stale."""
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from spd_zoo.data.classes import DataError
+from spd_zoo.data.notes import count, some
+from spd_zoo.data.reading import SUFFIXES, ImageFilter, files_in
+from spd_zoo.data.splits import split_of
+
+__all__ = [
+    "child",
+    "files_with",
+    "find_moved",
+    "folders_in",
+    "hidden_in",
+    "images_in",
+    "is_hidden",
+    "relative_to",
+    "split_folders",
+    "text_of",
+    "unread_folders",
+]
+
+_ANNOTATIONS = (".txt", ".xml", ".json", ".csv")  # which lie beside images
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a path in a folder is hidden, as what macOS puts beside files is."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+
+
+def folders_in(folder: Path) -> dict[str, Path]:
+    """The folders in a folder, if there are any, by their names."""
+    return {entry.name: entry for entry in sorted(folder.glob("*")) if entry.is_dir() and not is_hidden(entry, folder)}
+
+
+def child(folder: Path, *names: str) -> Path | None:
+    """The folder in `folder` with one of these names in any case, the first name first."""
+    found = {name.lower(): path for name, path in folders_in(folder).items()}
+    return next((found[name.lower()] for name in names if name.lower() in found), None)
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder by their names, if any of them is called like a split."""
+    found = folders_in(folder)
+    return found if any(map(split_of, found)) else {}
+
+
+def unread_folders(folder: Path, splits: Iterable[str]) -> list[str]:
+    """A note on folders beside those of the splits."""
+    others = [name for name in splits if not split_of(name)]
+    return [f"folders beside the splits in {folder} are not read: {some(others)}"] if others else []
+
+
+def files_with(folder: Path, suffix: str, deep: bool = True) -> list[Path]:
+    """The files in a folder whose names end with a suffix in any case, without hidden ones, in order."""
+    found = map(Path, files_in(folder)) if deep else folder.glob("*")
+    return sorted(
+        file for file in found if file.suffix.lower() == suffix and not is_hidden(file, folder) and file.is_file()
+    )
+
+
+def images_in(folder: Path) -> tuple[list[Path], list[str]]:
+    """The images in a folder and the folders in it, in order, and notes on what else is there."""
+    is_image = ImageFilter()
+    images = [
+        file
+        for file in sorted(map(Path, files_in(folder)))
+        if file.suffix.lower() not in _ANNOTATIONS and not is_hidden(file, folder) and is_image(file, folder)
+    ]
+    return images, [*is_image.notes(folder), *hidden_in(folder)]
+
+
+def hidden_in(folder: Path) -> list[str]:
+    """A note on hidden images and annotations in a folder, if there are any."""
+    hidden = sorted(
+        file.name
+        for file in map(Path, files_in(folder))
+        if file.suffix.lower() in (*SUFFIXES, *_ANNOTATIONS) and is_hidden(file, folder)
+    )
+    if not hidden:
+        return []
+    files = count(len(hidden), "hidden file")
+    return [f"{files} in {folder} skipped, such as macOS puts beside others: {some(hidden)}"]
+
+
+def find_moved(path: str, folders: Iterable[Path], least: int = 1) -> Path | None:
+    """What a path of perhaps another machine stands for: as many of its last parts as there are in one of the folders.
+
+    Args:
+        path: The path.
+        folders: Where to look, the most likely first.
+        least: How many parts must be there; fewer if the path has fewer.
+    """
+    plain = PureWindowsPath(path) if "\\" in path else PurePosixPath(path)
+    parts = [part for part in plain.parts if part not in (plain.anchor, ".", "..")]
+    places = list(folders)
+    for i in range(max(len(parts) - least + 1, min(1, len(parts)))):
+        for folder in places:
+            if (found := folder.joinpath(*parts[i:])).exists():
+                return found
+    return None
+
+
+def relative_to(path: Path, root: Path) -> str:
+    """A path as messages name it: within `root`, if it is there."""
+    return str(path.relative_to(root)) if path.is_relative_to(root) and path != root else str(path)
+
+
+def text_of(file: Path) -> str:
+    """What is in a text file, with or without a byte order mark.
+
+    Raises:
+        DataError: If it is not in UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not in UTF-8 ({error.reason} at byte {error.start}); save it in UTF-8") from error

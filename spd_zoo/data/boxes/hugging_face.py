@@ -1,0 +1,100 @@
+"""Data sets of the library `datasets` with a feature `objects`: `bbox` (x, y, width, height in pixels) and categories.
+
+That is the convention of Hugging Face for object detection; `metadata.jsonl` beside images has it, too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, upright_size
+from spd_zoo.data.classes import DataError, in_order
+from spd_zoo.data.labelled import load_hugging_face
+from spd_zoo.data.notes import some
+
+__all__ = ["find", "find_named"]
+
+_FILES = ("dataset_dict.json", "*.parquet", "*.arrow", "metadata.*")
+CATEGORIES = ("category", "categories", "category_id", "label", "labels", "class")
+
+
+def find(root: Path) -> Source | None:
+    """The splits of a folder that the library reads; None if it is no such folder."""
+    patterns = (f"{folder}{pattern}" for pattern in _FILES for folder in ("", "*/"))
+    return find_named(str(root.resolve())) if any(next(root.glob(pattern), None) for pattern in patterns) else None
+
+
+def find_named(name: str) -> Source:
+    """The splits of a data set of the Hub, or of a folder.
+
+    Raises:
+        DataError: If it cannot be read, or has no feature `objects`.
+    """
+    splits = load_hugging_face(name)
+    for split in splits:
+        if "objects" not in splits[split].features:
+            raise DataError(f"{name} has no feature objects with bbox, but {', '.join(splits[split].features)}")
+    return Source("data set of Hugging Face", {str(s): partial(_open, name, str(s), splits[s]) for s in splits})
+
+
+class _Rows:
+    """The images of a data set, not decoded."""
+
+    def __init__(self, dataset: Any, column: str) -> None:
+        import datasets
+
+        self.dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self.column = column
+
+    def __getitem__(self, index: int) -> str | BytesIO:
+        image = self.dataset[index][self.column]
+        return BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+
+
+def _open(name: str, split: str, dataset: Any) -> BoxImages:
+    import datasets
+
+    columns = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if len(columns) != 1:
+        raise DataError(f"{name} needs one column of images, and has {some(columns) or 'none'}")
+    feature = dataset.features["objects"]
+    feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    keys = list(feature)
+    category = next((key for key in CATEGORIES if key in keys), None)
+    if "bbox" not in keys or category is None:
+        raise DataError(f"{name}: the feature objects needs bbox and category, and has {some(keys)}")
+    described = feature[category]
+    described = described[0] if isinstance(described, list) else getattr(described, "feature", described)
+    rows = [_by_key(objects, keys) for objects in dataset.select_columns(["objects"])[:]["objects"]]
+    values = [value for objects in rows for value in objects[category]]
+    declared = getattr(described, "names", None)
+    class_names = declared or in_order(str(value) for value in values)
+    number = {i if declared else class_name: i for i, class_name in enumerate(class_names)}
+    collected, images = Collector(class_names, name), _Rows(dataset, columns[0])
+    for i, objects in enumerate(rows):
+        image = images[i]
+        called = image if isinstance(image, str) else f"{split} row {i}"
+        boxes = []
+        for j, (bbox, value) in enumerate(zip(objects["bbox"], objects[category], strict=True)):
+            where = f"{called} object {j + 1}"
+            try:
+                x, y, width, height = map(float, bbox)
+            except (TypeError, ValueError):
+                collected.leave_out("objects lack four numbers of a box and are left out", where, called)
+                continue
+            label = number.get(value if declared else str(value))
+            ignored = any(bool(objects[key][j]) for key in ("iscrowd", "ignore", "difficult") if key in keys)
+            area = float(objects["area"][j]) if "area" in keys and objects["area"][j] is not None else None
+            boxes.append(Box(label, x, y, x + width, y + height, where, area, ignored))
+        collected.add(called, upright_size(image), boxes)
+    return replace(collected.images(f"{name} {split}", split), encoded=images)
+
+
+def _by_key(objects: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """The objects of an image as a list for each key, whichever way the library has them."""
+    if isinstance(objects, dict):
+        return {key: list(objects.get(key) or ()) for key in keys}
+    return {key: [each[key] for each in objects or ()] for key in keys}

@@ -1,0 +1,81 @@
+"""How large the boxes of a data set are in a network's input, and what of that is hard to learn."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from spd_zoo.data.boxes.images import BoxImages
+from spd_zoo.data.notes import count, some
+from spd_zoo.data.reading import exceeds_pixel_limit, size_text
+
+__all__ = ["describe_sizes", "sides_in_input", "sizes_in_words"]
+
+EDGES = (8, 16, 32, 64, 128)  # pixels in the input, of the square root of a box's area
+NAMES = ("tiny (< 8 px)", "small (< 16)", "< 32", "< 64", "< 128", "larger")
+SMALLEST = 2  # pixels in the input; augmentation leaves out boxes with a smaller side
+LISTED = 12  # classes that are printed
+
+
+def sides_in_input(data: BoxImages, image_size: tuple[int, int], keeps_aspect: bool) -> np.ndarray:
+    """Label, width and height in pixels of the input of every object, (M, 3), without what is ignored.
+
+    Args:
+        data: The images.
+        image_size: Height and width of the input in pixels.
+        keeps_aspect: Whether an image is scaled to fit into the input, or stretched to it.
+    """
+    rows = [np.zeros((0, 3))]
+    for i in range(len(data)):
+        objects = data.objects_in(i)
+        width, height = data.sizes[data.rows[i]]
+        x, y = image_size[1] / max(width, 1), image_size[0] / max(height, 1)
+        scale = (min(x, y), min(x, y)) if keeps_aspect else (x, y)
+        boxes = objects.boxes[~objects.ignored].double().numpy()
+        labels = objects.labels[~objects.ignored].numpy()
+        rows.append(np.column_stack([labels, (boxes[:, 2:] - boxes[:, :2]) * scale]))
+    return np.concatenate(rows)
+
+
+def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: bool) -> dict[str, Any]:
+    """What matters of the boxes in a network's input, as JSON; for the arguments see `sides_in_input`."""
+    table = sides_in_input(data, image_size, keeps_aspect)
+    size = np.digitize(np.sqrt(table[:, 1] * table[:, 2]), EDGES)
+    per_class = {
+        name: np.bincount(size[table[:, 0] == label], minlength=len(NAMES)).tolist()
+        for label, name in enumerate(data.class_names)
+    }
+    numbers = [int((~data.objects_in(i).ignored).sum()) for i in range(len(data))]
+    most = max(range(len(data)), key=numbers.__getitem__)
+    return {
+        "image size": size_text(image_size),
+        "sizes": per_class,
+        "below 2 px": int((table[:, 1:] < SMALLEST).any(1).sum()),
+        "ignored": sum(int(data.objects_in(i).ignored.sum()) for i in range(len(data))),
+        "most objects": {"image": data.name(most), "objects": numbers[most]},
+        "above the pixel limit": [data.name(i) for i in range(len(data)) if exceeds_pixel_limit(data.file(i))],
+    }
+
+
+def sizes_in_words(about: Mapping[str, Any]) -> Iterator[str]:
+    """The lines to print for what `describe_sizes` found."""
+    size, per_class = about["image size"], about["sizes"]
+    total = [sum(column) for column in zip(*per_class.values(), strict=True)]
+    yield f"  {count(sum(total), 'box', 'boxes')} at {size} px, by the root of their area: {_listed(total)}"
+    if 1 < len(per_class) <= LISTED:
+        yield from (f"    {name}: {_listed(numbers)}" for name, numbers in per_class.items() if sum(numbers))
+    if about["below 2 px"]:
+        yield (
+            f"  {count(about['below 2 px'], 'box', 'boxes')} with a side below 2 px at {size} px are hardly seen in "
+            "training; a larger --image-size helps"
+        )
+    if about["ignored"]:
+        yield f"  {about['ignored']} crowds, difficult objects or regions to ignore: neither object nor background"
+    yield f"  at most {count(about['most objects']['objects'], 'object')} in an image: {about['most objects']['image']}"
+    if about["above the pixel limit"]:
+        names = about["above the pixel limit"]
+        yield f"  {count(len(names), 'image')} above Pillow's limit of pixels: {some(names)}; cut them into tiles"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in zip(NAMES, numbers, strict=True) if number) or "none"

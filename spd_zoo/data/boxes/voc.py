@@ -1,0 +1,195 @@
+"""Pascal VOC: one XML file for each image, in `Annotations` or beside the images.
+
+Paper: The Pascal Visual Object Classes (VOC) Challenge, https://doi.org/10.1007/s11263-009-0275-4. Pixels are counted
+from 1, the last one included.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from spd_zoo.data.boxes.folders import (
+    child,
+    files_with,
+    folders_in,
+    hidden_in,
+    relative_to,
+    split_folders,
+    text_of,
+)
+from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
+from spd_zoo.data.classes import DataError, clean_name
+from spd_zoo.data.notes import some
+from spd_zoo.data.reading import SUFFIXES
+from spd_zoo.data.splits import split_of
+
+__all__ = ["find", "image_of"]
+
+
+class _Folder(NamedTuple):
+    """Where the XML files and the images are."""
+
+    annotations: Path
+    images: Path
+
+
+def find(root: Path) -> Source | None:
+    """The splits of a folder in the form of Pascal VOC: by `ImageSets/Main`, by folders, or all as train."""
+    inside = [child(root, "VOCdevkit") or root]
+    inside += list(folders_in(inside[0]).values()) if child(root, "VOCdevkit") else []
+    for folder in inside:
+        if (source := _find(folder)) is not None:
+            return source
+    return None
+
+
+def _find(root: Path) -> Source | None:
+    annotations = child(root, "Annotations")
+    images = child(root, "JPEGImages", "images") or root
+    if annotations is not None and (any(files_with(annotations, ".xml")) or child(root, "ImageSets")):
+        lists = child(root, "ImageSets") or root
+        lists = child(lists, "Main") or lists
+        files = {file.stem: file for file in files_with(lists, ".txt", deep=False)}
+        notes = []
+        whole = files.get("trainval")
+        if whole is not None and not any(split_of(name) in ("train", "val") for name in files):
+            notes.append(f"{relative_to(whole, root)} is the only list of images to train on: it is taken as train")
+            files["train"] = whole
+        files = {name: file for name, file in files.items() if split_of(name) or name == "trainval"}
+        folder = _Folder(annotations, images)
+        by_list = {name: partial(_open, root, folder, file) for name, file in files.items()}
+        if by_list:
+            return Source("Pascal VOC", by_list, notes)
+        nested = {name: path for name, path in split_folders(annotations).items() if split_of(name)}
+        if nested:  # Annotations/train, images/train
+            pairs = {name: _Folder(path, child(images, name) or images) for name, path in nested.items()}
+            return Source("Pascal VOC", {name: partial(_open, root, pair, None) for name, pair in pairs.items()})
+        note = f"{root} has no ImageSets/Main with lists: all its images are the split train"
+        return Source("Pascal VOC", {"train": partial(_open, root, folder, None)}, [note])
+    splits = {name: path for name, path in split_folders(root).items() if split_of(name)}
+    found = {name: pair for name, path in splits.items() if (pair := _beside(path)) is not None}
+    if not found and (here := _beside(root)) is not None:
+        found = {"train": here}
+    if not found:
+        return None
+    return Source("Pascal VOC", {name: partial(_open, root, pair, None) for name, pair in found.items()})
+
+
+def _beside(folder: Path) -> _Folder | None:
+    """XML files beside the images, or in folders `annotations` and `images` of a split."""
+    annotations = child(folder, "Annotations") or folder
+    images = child(folder, "JPEGImages", "images") or folder
+    return _Folder(annotations, images) if any(files_with(annotations, ".xml", deep=annotations != folder)) else None
+
+
+def image_of(stem: str, folder: Path) -> Path | None:
+    """The image in a folder with this name but for its suffix."""
+    usual = (folder / f"{stem}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".bmp"))
+    found = next((path for path in usual if path.is_file()), None)
+    if found is None and folder.is_dir():
+        # a stem may hold what a glob takes for a pattern
+        others = (path for path in sorted(folder.iterdir()) if path.stem == stem and path.suffix.lower() in SUFFIXES)
+        found = next(others, None)
+    return found
+
+
+def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
+    """The images of a list, or all that have an XML file."""
+    notes = hidden_in(folder.annotations)
+    if listed is not None:
+        files = [folder.annotations / f"{stem}.xml" for stem in _stems(listed, folder)]
+    else:
+        files = files_with(folder.annotations, ".xml")
+    where = listed or folder.annotations
+    read: list[tuple[Path, _Annotation]] = []
+    damaged: list[tuple[str, Path]] = []
+    for file in files:
+        try:
+            read.append((file, _read(file)))
+        except OSError:
+            damaged.append(("images have no XML file and are left out", file))
+        except (ElementTree.ParseError, ValueError):
+            damaged.append(("XML files are not in Pascal VOC's form; their images are left out", file))
+    if not read:
+        raise DataError(
+            f"none of the XML files of {where} can be read, such as {some([str(file) for file in files], 1)}"
+        )
+    names = sorted({box.name for _, annotation in read for box in annotation.boxes})
+    collected = Collector(names, where)
+    number = {name: i for i, name in enumerate(names)}
+    for sort, file in damaged:
+        collected.leave_out(sort, str(file))
+    for file, annotation in read:
+        below = file.parent.relative_to(folder.annotations)
+        image = image_of(file.stem, folder.images / below) or image_of(file.stem, folder.images)
+        if image is None:  # for once the name in the file decides
+            image = folder.images / (annotation.file_name or f"{file.stem}.jpg")
+        elif annotation.file_name and Path(annotation.file_name.replace("\\", "/")).name not in (
+            image.name,
+            image.stem,
+        ):
+            collected.defect("XML files name another image than they are called after, which is read", str(file), image)
+        for problem, where_it_is in annotation.problems:
+            collected.leave_out(problem, where_it_is, image)
+        boxes = [Box(number[box.name], *box.corners, box.where, None, box.difficult) for box in annotation.boxes]
+        collected.add(image, annotation.size, boxes)
+    return collected.images(where, relative_to(folder.images, root), notes)
+
+
+def _stems(file: Path, folder: _Folder) -> list[str]:
+    """The names of the images of a list; they may have blanks in them, and 1 or -1 after them."""
+    stems = []
+    for line in (line.strip() for line in text_of(file).splitlines()):
+        name, _, sign = line.rpartition(" ")
+        is_sign = sign in ("1", "-1", "0") and not (folder.annotations / f"{line}.xml").is_file()
+        stems += [name.strip() if is_sign and name.strip() else line] if line else []
+    return [Path(stem).stem if Path(stem).suffix.lower() in SUFFIXES else stem for stem in stems]
+
+
+class _Object(NamedTuple):
+    name: str
+    corners: tuple[float, float, float, float]
+    difficult: bool
+    where: str
+
+
+class _Annotation(NamedTuple):
+    """What an XML file says: the image's name, its size if it stands there, objects, and what is wrong with others."""
+
+    file_name: str
+    size: tuple[int, int] | None
+    boxes: list[_Object]
+    problems: list[tuple[str, str]]
+
+
+def _read(file: Path) -> _Annotation:
+    tree = ElementTree.parse(file).getroot()
+    width, height = (_side(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+    boxes, problems = [], []
+    for i, item in enumerate(tree.iter("object"), 1):
+        name, where = clean_name(item.findtext("name") or ""), f"{file} object {i}"
+        box = item.find("bndbox")
+        if not name:
+            problems.append(("objects have no name and are left out", where))
+            continue
+        if box is None:
+            problems.append(("objects have no bndbox and are left out", where))
+            continue
+        try:
+            x1, y1, x2, y2 = (float(box.findtext(side) or "") for side in ("xmin", "ymin", "xmax", "ymax"))
+        except ValueError:
+            problems.append(("objects have a bndbox without four numbers and are left out", where))
+            continue
+        difficult = (item.findtext("difficult") or "0").strip().lower() in ("1", "true")
+        boxes.append(_Object(name, (x1 - 1, y1 - 1, x2, y2), difficult, where))
+    size = (width, height) if width > 0 and height > 0 else None
+    return _Annotation((tree.findtext("filename") or "").strip(), size, boxes, problems)
+
+
+def _side(text: str | None) -> int:
+    """A side of the image in pixels; 0 where the file does not say it."""
+    try:
+        return int(float(text or 0))
+    except (ValueError, OverflowError):
+        return 0

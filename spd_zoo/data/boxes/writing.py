@@ -1,0 +1,227 @@
+"""Writes a data set with boxes in another form; images are linked, not copied."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import yaml
+from PIL import Image
+
+from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, found_in_words
+from spd_zoo.data.boxes.opening import find_source, open_boxes
+from spd_zoo.data.classes import DataError
+from spd_zoo.data.notes import count, some
+from spd_zoo.data.splits import split_of
+from spd_zoo.files import whole
+
+__all__ = ["FORMS", "convert_data"]
+
+REGION = "ignored regions"  # the class of regions of no class; the readers know it
+
+
+@dataclass
+class _Split:
+    """A split to write, with the name of each image's file."""
+
+    name: str
+    data: BoxImages
+    files: list[str]
+
+    def rows(self, index: int) -> Iterator[tuple[list[float], int, float, bool]]:
+        """Corners, label, area and whether it is ignored, of each object of an image."""
+        yield from zip(*(tensor.tolist() for tensor in self.data.objects_in(index)), strict=True)
+
+
+def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
+    """Writes all splits of a data set in another form, atomically.
+
+    Args:
+        data: What `open_boxes` takes.
+        to: yolo (`images/SPLIT`, `labels/SPLIT`, `data.yaml`), coco (`images/SPLIT`,
+            `annotations/instances_SPLIT.json`) or voc (`JPEGImages`, `Annotations`, `ImageSets/Main`).
+        out: A new or empty folder.
+
+    Returns:
+        Lines that say what was found, written, guessed and left out.
+
+    Raises:
+        DataError: If there is no such data set, it cannot be used, or `out` is not empty.
+        OSError: If something cannot be written; `out` is as it was.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is no empty folder; give another --out")
+    splits, lines = _open_splits(data)
+    names = _common_names(splits)
+    used: set[str] = set()
+    made = [_Split(name, each, _file_names(each, used)) for name, each in splits.items()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole(out) as folder:
+        folder.mkdir()
+        copied = FORMS[to](folder, made, names)
+    for split in made:
+        boxes = sum(split.data.counts())
+        lines.append(f"{split.name}: wrote {count(len(split.data), 'image')} with {count(boxes, 'box', 'boxes')}")
+    if copied:
+        lines.append(f"note: {count(len(copied), 'image')} copied, because links to them cannot be made")
+    ignored = sum(int(split.data.objects_in(i).ignored.sum()) for split in made for i in range(len(split.data)))
+    if to == "yolo" and ignored:
+        lines.append(f"note: {ignored} crowds, difficult objects or regions to ignore left out: YOLO's form has none")
+    return lines
+
+
+def _open_splits(data: str | Path) -> tuple[dict[str, BoxImages], list[str]]:
+    """The splits that can be read, and what to say about them."""
+    names = list(find_source(data).splits)
+    usual = [name for name in ("train", "val", "test") if any(split_of(each) == name for each in names)]
+    others = [name for name in names if split_of(name) is None]
+    opened = {name: open_boxes(data, name) for name in usual or others}
+    splits = {name: each for name, each in opened.items() if each is not None}
+    notes = dict.fromkeys(note for each in splits.values() for note in each.notes)
+    if usual and others:
+        notes[f"not converted, because they are no usual splits: {some(others)}"] = None
+    lines = [found_in_words(splits), *(f"note: {note}" for note in notes)]
+    problems = Counter[str]()
+    where: dict[str, list[str]] = {}
+    for name, each in list(splits.items()):
+        for sort, places in each.problems().items():
+            problems[sort] += len(places)
+            where.setdefault(sort, []).extend(places)
+        unreadable = {each.name(i) for i in range(len(each)) if not all(each.sizes[each.rows[i]])}
+        if unreadable:
+            number = count(len(unreadable), "image")
+            lines.append(f"note: {number} of {name} cannot be read and are left out: {some(sorted(unreadable))}")
+            splits[name] = each.without(unreadable)
+    lines += [f"note: {times} {sort}: {some(where[sort])}" for sort, times in problems.items()]
+    return splits, lines
+
+
+def _common_names(splits: dict[str, BoxImages]) -> list[str]:
+    """The classes of all splits, to which each is renumbered."""
+    names = list(dict.fromkeys(name for data in splits.values() for name in data.class_names))
+    for split, data in splits.items():
+        splits[split] = data.renumbered([names.index(name) for name in data.class_names], names)
+    return names
+
+
+def _file_names(data: BoxImages, used: set[str]) -> list[str]:
+    """A name for each image whose stem no other image of the data set has."""
+    names = []
+    for i in range(len(data)):
+        path = Path(data.name(i))
+        suffix = path.suffix
+        if not suffix:
+            with Image.open(data.file(i)) as image:
+                suffix = f".{(image.format or 'png').lower()}"
+        stem, number = path.stem.replace(" ", "_") if data.encoded is not None else path.stem, 2
+        unique = stem
+        while unique in used:
+            unique, number = f"{stem}_{number}", number + 1
+        used.add(unique)
+        names.append(f"{unique}{suffix}")
+    return names
+
+
+def _put_images(split: _Split, folder: Path) -> set[str]:
+    """Links to the images of a split; returns the stems of those that are copied, because a link is impossible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copied = set()
+    for i, name in enumerate(split.files):
+        file, target = split.data.file(i), folder / name
+        if isinstance(file, BytesIO):
+            target.write_bytes(file.getvalue())
+            copied.add(target.stem)
+            continue
+        source = Path(file).resolve()
+        try:
+            target.symlink_to(source)
+        except OSError:  # Windows without the right to, or a file system without links
+            shutil.copyfile(source, target)
+            copied.add(target.stem)
+    return copied
+
+
+def _write_yolo(folder: Path, splits: list[_Split], names: list[str]) -> set[str]:
+    copied: set[str] = set()
+    for split in splits:
+        copied |= _put_images(split, folder / "images" / split.name)
+        labels = folder / "labels" / split.name
+        labels.mkdir(parents=True)
+        for i, file in enumerate(split.files):
+            width, height = split.data.sizes[split.data.rows[i]]
+            lines = [
+                f"{label} {(x1 + x2) / 2 / width:.9g} {(y1 + y2) / 2 / height:.9g} "
+                f"{(x2 - x1) / width:.9g} {(y2 - y1) / height:.9g}\n"
+                for (x1, y1, x2, y2), label, _, ignored in split.rows(i)
+                if not ignored
+            ]
+            (labels / file).with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+    config: dict[str, Any] = {split.name: f"images/{split.name}" for split in splits}
+    config |= {"nc": len(names), "names": dict(enumerate(names))}
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (folder / "data.yaml").write_text(text, encoding="utf-8")
+    return copied
+
+
+def _write_coco(folder: Path, splits: list[_Split], names: list[str]) -> set[str]:
+    copied: set[str] = set()
+    (folder / "annotations").mkdir()
+    regions = any(EVERY_CLASS in data.labels.tolist() for split in splits for data in split.data.objects)
+    categories = [{"id": i, "name": name} for i, name in enumerate([*names, *([REGION] if regions else [])], 1)]
+    for split in splits:
+        copied |= _put_images(split, folder / "images" / split.name)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for i, file in enumerate(split.files):
+            width, height = split.data.sizes[split.data.rows[i]]
+            images.append({"id": i + 1, "file_name": file, "width": width, "height": height})
+            for (x1, y1, x2, y2), label, area, ignored in split.rows(i):
+                category = len(categories) if label == EVERY_CLASS else label + 1
+                annotation = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": category}
+                box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": area, "iscrowd": int(ignored)}
+                annotations.append(annotation | box)
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        text = json.dumps(content, ensure_ascii=False)
+        (folder / "annotations" / f"instances_{split.name}.json").write_text(text, encoding="utf-8")
+    return copied
+
+
+def _write_voc(folder: Path, splits: list[_Split], names: list[str]) -> set[str]:
+    copied: set[str] = set()
+    lists = folder / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (folder / "Annotations").mkdir()
+    for split in splits:
+        copied |= _put_images(split, folder / "JPEGImages")
+        for i, file in enumerate(split.files):
+            tree = ElementTree.Element("annotation")
+            ElementTree.SubElement(tree, "filename").text = file
+            size = ElementTree.SubElement(tree, "size")
+            for side, pixels in zip(("width", "height"), split.data.sizes[split.data.rows[i]], strict=True):
+                ElementTree.SubElement(size, side).text = str(pixels)
+            for (x1, y1, x2, y2), label, _, ignored in split.rows(i):
+                item = ElementTree.SubElement(tree, "object")
+                ElementTree.SubElement(item, "name").text = REGION if label == EVERY_CLASS else names[label]
+                ElementTree.SubElement(item, "difficult").text = str(int(ignored))
+                box = ElementTree.SubElement(item, "bndbox")
+                # pixels are counted from 1, the last one included
+                for side, value in zip(("xmin", "ymin", "xmax", "ymax"), (x1 + 1, y1 + 1, x2, y2), strict=True):
+                    ElementTree.SubElement(box, side).text = f"{value:.9g}"
+            target = (folder / "Annotations" / file).with_suffix(".xml")
+            ElementTree.ElementTree(tree).write(target, encoding="utf-8")
+        stems = "".join(f"{Path(file).stem}\n" for file in split.files)
+        (lists / f"{split.name}.txt").write_text(stems, encoding="utf-8")
+    return copied
+
+
+FORMS: dict[str, Callable[[Path, list[_Split], list[str]], set[str]]] = {
+    "yolo": _write_yolo,
+    "coco": _write_coco,
+    "voc": _write_voc,
+}
