@@ -42,7 +42,7 @@ DETECTORS = ("yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1")
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """ "cpu", or "cuda" with convolutions in full float32 precision; skips without a GPU."""
+    """The CPU, or a GPU with convolutions in full float32 precision; skips without a GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA GPU")
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):

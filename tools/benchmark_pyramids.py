@@ -45,6 +45,11 @@ def levels_of(network: str, image_size: int) -> Iterator[tuple[Any, int]]:
     yield from found.values()
 
 
+def channels_of(level: Any) -> int:
+    """Input channels of a level."""
+    return level.weight.shape[1] * level.groups // (4 if isinstance(level, SPDConv2d) else 1)
+
+
 def dense(level: Any) -> Callable[[Tensor], Tensor]:
     """The level as one convolution without groups; the zeros are a part of its weight, as training would have them."""
     weight, stride, before = level.weight, level.stride[0], level.padding[0]
@@ -72,7 +77,7 @@ def measure(level: Any, side: int, args: argparse.Namespace) -> Iterator[dict[st
     level = level.to_empty(device=args.device).to(dtype)
     nn.init.normal_(level.weight, std=0.1)
     level.weight.data = level.weight.data.to(memory_format=torch.channels_last)
-    channels = level.weight.shape[1] * level.groups // (4 if isinstance(level, SPDConv2d) else 1)
+    channels = channels_of(level)
     x = torch.randn(args.batch, channels, side, side, dtype=dtype, device=args.device)
     x = x.to(memory_format=torch.channels_last)
     forms: dict[str, Callable[[Tensor], Tensor]] = {

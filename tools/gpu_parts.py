@@ -6,7 +6,8 @@
     python tools/gpu_parts.py join OUT FILE                 # these -> one safetensors file
 
 `unpack` takes parts of any order, and again when others arrive; it prints how many are there. `checkpoint` reads
-`last.pt`, so it works while the run goes on; it takes the moving average if there is one.
+`last.pt`, so it works while the run goes on; it takes the moving average if there is one. Only the commands that need
+torch import it, because that takes seconds.
 """
 
 import argparse
@@ -16,11 +17,6 @@ import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from safetensors.torch import load, save
-
-from spd_zoo.files import whole
-from spd_zoo.weights.checkpoint import read_saved
 
 MIB = 2**20
 
@@ -68,6 +64,11 @@ def unpack(parts: Path, target: Path, _: float) -> str:
 
 def checkpoint(run: Path, out: Path, mib: float) -> str:
     """Writes the weights of a run in fp16, in files of at most `mib` MiB."""
+    from safetensors.torch import save
+
+    from spd_zoo.files import whole
+    from spd_zoo.weights.checkpoint import read_saved
+
     if not (run / "last.pt").exists():
         return f"{run} has saved no state yet"
     state = read_saved(run / "last.pt")
@@ -84,6 +85,10 @@ def checkpoint(run: Path, out: Path, mib: float) -> str:
 
 def join(out: Path, file: Path, _: float) -> str:
     """Joins the files that `checkpoint` wrote; safetensors checks that none is missing."""
+    from safetensors.torch import load
+
+    from spd_zoo.files import whole
+
     pieces = sorted(out.glob("model.fp16.*"), key=lambda piece: int(piece.suffix[1:]))
     content = b"".join(piece.read_bytes() for piece in pieces)
     count = len(load(content))

@@ -12,7 +12,7 @@
 # The exit status is 0 if every stage that ran succeeded; one that the time cut short counts as a success.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD:$PWD/tools${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/tools:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 seconds=600 out=gpu_report parts="" run=runs/gpu_report only=smoke,tests,benchmarks,training dry=""
 while [ $# -gt 0 ]; do
     case $1 in
@@ -120,9 +120,9 @@ if asked training && [ "$dry$parts" ]; then
     if [ "$dry" ]; then
         stage "pictures, split" 60 "$python" -c "
 from pathlib import Path
-from benchmark_epoch import make_pictures
 from gpu_parts import split
-print(split(make_pictures(Path('$work/made'), False, 200, 20), Path('$work/parts'), 0.1))"
+from pictures import make_folders
+print(split(make_folders(Path('$work/made'), train=60, val=10), Path('$work/parts'), 0.1))"
         parts=$work/parts
     fi
     stage data 120 "$python" tools/gpu_parts.py unpack "$parts" "$data"
