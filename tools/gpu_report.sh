@@ -33,8 +33,8 @@ if [ "$dry" ]; then run=$work/run; fi
 status=0 copier="" reserved=0
 trap 'if [ "$copier" ]; then kill "$copier" 2>/dev/null; fi; rm -rf "$work"' EXIT
 
-# Seconds that are left for a stage; ten are kept for the last copy, and until it begins a part for the training.
-left() { echo $((seconds - SECONDS - 10 - reserved)); }
+# Seconds that are left for a stage: some are kept for the end and the last copy, and until it begins for the training.
+left() { echo $((seconds - SECONDS - 30 - reserved)); }
 
 # stage NAME LIMIT COMMAND...: runs a command for at most LIMIT seconds; what it prints goes to the report.
 stage() {
@@ -42,7 +42,7 @@ stage() {
     shift 2
     if [ "$limit" -gt "$(left)" ]; then limit=$(left); fi
     if [ "$limit" -lt 5 ]; then echo "== $name: no time left" | tee -a "$report" && return; fi
-    timeout --signal=TERM --kill-after=15 "$limit" "$@" >"$work/output" 2>&1 || code=$?
+    timeout --signal=TERM --kill-after=10 "$limit" "$@" >"$work/output" 2>&1 || code=$?
     # at most 200 kB of each stage, so that the report stays small
     { echo "== $name" && tail -c 200000 "$work/output"; } >>"$report"
     case $code in
@@ -128,7 +128,7 @@ print(split(make_folders(Path('$work/made'), train=60, val=10), Path('$work/part
     stage data 120 "$python" tools/gpu_parts.py unpack "$parts" "$data"
     (while sleep "$([ "$dry" ] && echo 10 || echo 60)"; do copy >>"$work/copies" 2>&1; done) &
     copier=$!
-    stage training "$(($(left) - 5))" "$python" -m spd_zoo finetune "${training[@]}" --no-pretrained --data "$data" \
+    stage training "$(left)" "$python" -m spd_zoo finetune "${training[@]}" --no-pretrained --data "$data" \
         --out "$run" --no-check --device "$device" --save-minutes "$([ "$dry" ] && echo 0 || echo 1)"
     kill "$copier" 2>/dev/null
     copier=""
