@@ -473,7 +473,7 @@ def _to_onnx(part: _Part, example: Tensor, metadata: dict[str, str], file: Path)
             output_names=list(outputs),
         )
     assert program is not None
-    model = program.model_proto
+    model: Any = program.model_proto
     sides = model.graph.input[0].type.tensor_type.shape.dim
     if part.multiple and any(side.dim_value for side in sides[2:]):
         raise ExportError("torch's exporter fixed the size of the images, which should be free")

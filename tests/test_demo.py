@@ -117,7 +117,7 @@ def test_the_differences_of_two_detectors_are_those_of_the_same_objects(monkeypa
 
 def test_networks_of_different_classes_are_not_compared() -> None:
     net, twin = (timm.create_model(name, device="meta") for name in ("cifar_resnet20", "pyconvresnet18"))
-    with pytest.raises(ModelError, match="know different classes, so their predictions cannot be compared"):
+    with pytest.raises(ModelError, match="have different classes, so their predictions cannot be compared"):
         demo.compare(net, twin, Image.new("RGB", (64, 64)))
 
 

@@ -558,7 +558,7 @@ def test_a_hidden_layer_is_not_silently_replaced_by_another_pooling() -> None:
     net: Any = timm.create_model("cifar_ghostnet", device="meta")
     with pytest.raises(AssertionError, match="cannot read pooling 'catavgmax'; give global_pool at creation"):
         net.reset_classifier(5, "catavgmax")
-    with pytest.raises(AssertionError, match='global_pool="" needs num_classes=0'):
+    with pytest.raises(AssertionError, match='global_pool="" works with num_classes=0 only'):
         net.reset_classifier(5, "")
 
 

@@ -178,7 +178,7 @@ def test_the_name_of_saved_networks_cannot_be_created_directly() -> None:
 
 def test_a_network_without_strides_has_none_to_take_away() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
-    with pytest.raises(ValueError, match=r"no convolution and no pooling of Sequential .* no stride to take away"):
+    with pytest.raises(ValueError, match=r"no convolution and no pooling of Sequential .* no stride to remove"):
         keep_resolution(net, example_input=torch.zeros(1, 3, 32, 32))
 
 
@@ -197,7 +197,7 @@ class LargeImages(nn.Module):
 
 def test_a_network_that_takes_no_smaller_images_stays_as_it_was() -> None:
     net = LargeImages()
-    reason = r"does not take images of 16x16 pixels without the stride of conv: images of 32 pixels at least$"
+    reason = r"does not accept images of 16x16 pixels without the stride of conv: images of 32 pixels at least$"
     with pytest.raises(ValueError, match=reason):
         keep_resolution(net, inplace=True, example_input=torch.zeros(1, 3, 32, 32))
     assert net.conv.stride == (2, 2)

@@ -53,11 +53,10 @@ def onnx_session(net: nn.Module, x: Tensor) -> Callable[[], Any]:
         warnings.simplefilter("ignore")  # torch warns about its own exporter
         program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
     assert program is not None
+    model: Any = program.model_proto
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
     expected = net(x)
     torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), expected, rtol=1e-3, atol=1e-3)
@@ -119,7 +118,7 @@ def runtimes(name: str, image_size: int, folder: Path) -> dict[str, Callable[[],
     file = export(net, "onnx", folder / "float32.onnx", image_size=image_size)
     quantize(file, folder / "int8.onnx", iter(images))
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1", "NUM_STREAMS": "1"}
-    compiled = openvino.compile_model(str(file), "CPU", settings)
+    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
     plain, small = (read_exported(folder / f"{way}.onnx").session for way in ("float32", "int8"))
     net = net.to(memory_format=torch.channels_last)
     wide = images.to(memory_format=torch.channels_last)

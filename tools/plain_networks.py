@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spd_zoo.blocks import PyConv2d
 from spd_zoo.models._classifier import Classifier
-from spd_zoo.spd import PhaseMix, SpaceToDepth, SPDConv2d
+from spd_zoo.spd import MaxPool2d, PhaseMix, SpaceToDepth, SPDConv2d
 
 __all__ = ["check_agreement", "plain_twin", "with_plain_version"]
 
@@ -60,6 +60,10 @@ def plain(module: nn.Module) -> nn.Module:
         return nn.Sequential(down, nn.ZeroPad2d((before, after, before, after)), conv)
     if isinstance(module, PyConv2d):
         return PlainPyConv({name: plain(level) for name, level in module.items()})
+    if type(module) is MaxPool2d:
+        return nn.MaxPool2d(
+            module.kernel_size, module.stride, module.padding, module.dilation, ceil_mode=module.ceil_mode
+        )
     for name, child in module.named_children():
         setattr(module, name, plain(child))
     return module

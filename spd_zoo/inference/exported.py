@@ -207,7 +207,7 @@ def read_exported(file: Path) -> Exported:
 
     called = str(file)
     content = _content(file)
-    model = onnx.ModelProto()
+    model: Any = onnx.ModelProto()
     try:
         model.ParseFromString(content)
     except DecodeError as error:
@@ -293,7 +293,7 @@ def with_threshold_inputs(model: Any) -> Any:
     names = {tensor.name for tensor in model.graph.initializer}
     if not names.issuperset(THRESHOLDS):
         raise ValueError("no thresholds for NMS")
-    copied = ModelProto()
+    copied: Any = ModelProto()
     copied.CopyFrom(model)
     copied.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in THRESHOLDS)
     return copied

@@ -1,9 +1,10 @@
 """YOLOv8 with a fourth, finer map, of stride 4, for small objects; with strides and with space-to-depth.
 
 P2 is the usual name of a map of stride 4. The strided networks are the variant "P2" of YOLOv8 (Jocher et al., 2023, no
-paper). No source has the networks with space-to-depth: they replace the same convolutions as `yolov8n_spd` does, and
-the additional one of the neck.
-Written from a specification in words and from recorded outputs; nothing is taken from ultralytics' code (AGPL-3.0).
+paper). No source has the networks with space-to-depth: as `yolov8n_spd` does, they apply the idea of No More Strided
+Convolutions or Pooling, https://arxiv.org/abs/2208.03641, to the same convolutions and to the additional one of the
+neck.
+Written from a verbal specification and recorded outputs; nothing is taken from ultralytics' code (AGPL-3.0).
 """
 
 from collections.abc import Sequence
