@@ -20,7 +20,7 @@ from box_pictures import make_coco
 from networks import noise, random_network
 from pictures import make_folders
 from runs import rows_of, same_run, stop_in
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_iou
 
 from spd_zoo import convert_to_spd, fold_spd
@@ -74,7 +74,7 @@ def flat(output: Any) -> Tensor:
     return output.flatten() if isinstance(output, Tensor) else torch.cat([tensor.flatten() for tensor in output])
 
 
-def run(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def run(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Output and gradients with respect to all weights, on the CPU in float64."""
     net.zero_grad()
     output = flat(net(x))
@@ -90,7 +90,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 @cache
-def reference(family: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+def reference(family: str) -> tuple[Any, Tensor, Tensor, Tensor]:
     """The smallest network of a family, an input, and its output and gradients in float64 on the CPU."""
     name, side = smallest(family)
     net, x = random_network(name), noise(2, 3, side, side)
@@ -128,11 +128,11 @@ def test_bf16_autocast_is_within_its_rounding(family: str, device: str) -> None:
 @pytest.mark.slow
 @on_cpu_too
 def test_the_compiled_network_computes_the_same(device: str) -> None:
-    net = random_network("cifar_resnet20_pfd").to(device)
+    net: Any = random_network("cifar_resnet20_pfd").to(device)
     x = noise(2, 3, 32, 32).to(device)
     with torch.inference_mode():
         expected = net(x)
-        compiled = torch.compile(net, backend="inductor" if device == "cuda" else "aot_eager")
+        compiled: Any = torch.compile(net, backend="inductor" if device == "cuda" else "aot_eager")
         torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()
 
@@ -163,7 +163,7 @@ def test_losses_and_detections_are_those_of_the_cpu(name: str, device: str) -> N
     with torch.inference_mode():
         losses, found = net.loss(raw, targets, size), net.detections(raw, size, 0.3)
         net = net.to(device)
-        on_device = [{"boxes": each["boxes"].to(device), "labels": each["labels"].to(device)} for each in targets]
+        on_device: list[Target] = [{"boxes": each["boxes"].to(device), "labels": each["labels"].to(device)} for each in targets]
         for given in (targets, on_device):  # wherever the targets are
             for term, value in net.loss(moved(raw, device), given, size).items():
                 assert value.device.type == device
@@ -192,7 +192,7 @@ def test_a_detector_finds_in_tiles_what_it_finds_on_the_cpu(device: str) -> None
     assert same_objects(*found) > 0.95
 
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "classifier": {"model": "cifar_resnet20_pfd", "image_size": "32", "mixup": 0.2, "erase": 0.2, "ema": 0.9},
     "detector": {"model": "yolov8n_spd", "image_size": "64"},
 }
@@ -227,7 +227,7 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(
 @pytest.mark.parametrize("task", TASKS)
 @on_gpu
 def test_two_processes_share_a_gpu(task: str, device: str, tmp_path: Path) -> None:
-    plain = {"opt": "momentum", "bf16": False, "mixup": 0.0, "erase": 0.0, "ema": None}
+    plain: dict[str, Any] = {"opt": "momentum", "bf16": False, "mixup": 0.0, "erase": 0.0, "ema": None}
     if task == "detector":
         plain = {"opt": "momentum", "bf16": False}
     one = config(task, tmp_path, "one", device, accumulate=2, **plain)

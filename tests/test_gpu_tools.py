@@ -92,7 +92,7 @@ def test_groups_of_a_batch_are_augmented_differently() -> None:
 
 def test_the_time_inside_a_stage_belongs_to_the_innermost(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 6.0, 10.0])
-    monkeypatch.setattr(benchmark_epoch.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr("benchmark_epoch.time.perf_counter", lambda: next(now))
     stages = benchmark_epoch.Stages(torch.device("cpu"))
     with stages.stage("loss"), stages.stage("forward"):
         pass
