@@ -163,7 +163,9 @@ def test_losses_and_detections_are_those_of_the_cpu(name: str, device: str) -> N
     with torch.inference_mode():
         losses, found = net.loss(raw, targets, size), net.detections(raw, size, 0.3)
         net = net.to(device)
-        on_device: list[Target] = [{"boxes": each["boxes"].to(device), "labels": each["labels"].to(device)} for each in targets]
+        on_device: list[Target] = [
+            {"boxes": each["boxes"].to(device), "labels": each["labels"].to(device)} for each in targets
+        ]
         for given in (targets, on_device):  # wherever the targets are
             for term, value in net.loss(moved(raw, device), given, size).items():
                 assert value.device.type == device
@@ -248,7 +250,7 @@ def test_two_processes_share_a_gpu(task: str, device: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(("name", "side", "images"), [("pyconvresnet50_spd", 64, 128), ("yolov8n", 320, 16)])
 @on_gpu
 def test_the_memory_of_a_step_is_estimated_within_a_fifth(name: str, side: int, images: int, device: str) -> None:
-    net: Any = timm.create_model(name).to(device, memory_format=torch.channels_last).train()
+    net: Any = timm.create_model(name).to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, torch.device(device))
     weights = sum(parameter.nbytes for parameter in net.parameters())

@@ -95,7 +95,7 @@ def make_step(
 ) -> Callable[[], None]:
     """A function, already warmed up, that runs one batch through a copy of `net` (which must be folded before)."""
     layout = torch.channels_last if form.layout == "channels_last" else torch.contiguous_format
-    net = copy.deepcopy(net).train(form.step == "train").to(device, memory_format=layout)
+    net = copy.deepcopy(net).train(form.step == "train").to(device).to(memory_format=layout)
     size = (image_size, image_size)
     x = torch.randn(batch, 3, *size).to(device, memory_format=layout)
     bf16 = form.precision == "bf16"

@@ -112,7 +112,7 @@ def measure(config: FinetuneConfig) -> dict[str, float]:
     process = join(config.device)
     blank: Any = timm.create_model(config.model, device="meta")
     task = task_of(blank)
-    splits = task.open_splits(config, process, None)
+    splits = task.open_splits(config, blank, process, None)
     chosen = training.plan(config, task, blank, len(splits.train), len(splits.train.class_names), process)
     run = training.start(chosen, task, splits, RunFolder(config.out), process)
     stages = Stages(process.device)
@@ -155,7 +155,7 @@ def benchmark(network: str, options: argparse.Namespace) -> dict[str, Any]:
         data = options.data or make_pictures(Path(folder) / "data", detector, images, max(CLASSES, images // 10))
         config = FinetuneConfig(
             network,
-            data,
+            str(data),
             Path(folder) / "run",
             check=False,
             pretrained=False,
@@ -168,7 +168,7 @@ def benchmark(network: str, options: argparse.Namespace) -> dict[str, Any]:
             bf16=options.bf16,
             workers=options.workers,
             device=options.device,
-            **({"mosaic_off": 0} if detector else {}),
+            mosaic_off=0 if detector else None,
         )
         with redirect_stdout(sys.stderr):
             seconds = measure(config)

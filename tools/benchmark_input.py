@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     device, size = args.device, args.image_size
     images = torch.randint(0, 256, (args.images, 3, size, size), dtype=torch.uint8)
     labels = torch.randint(0, 1000, (args.images,))
-    net: Any = timm.create_model(args.network, num_classes=1000).to(device, memory_format=torch.channels_last)
+    net: Any = timm.create_model(args.network, num_classes=1000).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
     augment = make_augment(size, args.groups)
     fixed = torch.randn(args.batch, 3, size, size).to(device, memory_format=torch.channels_last)
