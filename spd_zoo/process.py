@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import os
 import re
 import signal
 import sys
@@ -189,6 +190,8 @@ def pick_device(name: str | None = None) -> str:
 def join(device: str | None) -> Process:
     """Joins the other processes that torchrun started, if any.
 
+    If there are more processes than GPUs, they share the GPUs, and exchange gradients by gloo, since NCCL would refuse.
+
     Args:
         device: As in `pick_device`.
 
@@ -199,8 +202,13 @@ def join(device: str | None) -> Process:
         ValueError: If the device cannot be used.
     """
     name = pick_device(device)
+    shares = name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
     try:
-        placement = init_distributed_device_so(name)
+        placement = init_distributed_device_so("cpu" if shares else name)
+        if shares:
+            name = f"cuda:{placement['local_rank'] % torch.cuda.device_count()}"
+            torch.cuda.set_device(name)
+            placement["device"] = name
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot use device {name!r}: {first_line(error)}") from error
     group = None

@@ -63,6 +63,7 @@ PROGRAMS = {  # other programs than spd-zoo, which are never run here
     "python": "a tool that measures for long or writes into the checkout",
     "torchrun": "starts several processes",
     ".ci/run": "takes long",
+    "tools/gpu_report.sh": "needs a GPU",
     **dict.fromkeys(("git", "cd", "hf", "twine"), "is for releases"),
     "accelerate": "starts several processes",
 }

@@ -1,6 +1,7 @@
 """Measures the speed of our networks, compared with plain implementations of them and with timm's resnet50.
 
     python tools/benchmark.py --network pyconvresnet50 [--threads 2] [--batch 16] [--forms 'inference-fp32-*'] [--quick]
+    python tools/benchmark.py --network pyconvresnet50 --device cuda --batch 1 256 [--record] [...]
     python tools/benchmark.py --network resnet50 --convert [...]
     python tools/benchmark.py --network ghostnet_pfd --against ghostnet [...]
     python tools/benchmark.py --cli
@@ -10,6 +11,10 @@ convolution for every level of a pyramid. "/ plain" compares with it in the pape
 not folded, same precision), "/ plain, same form" and "/ resnet50" in the same form. All contenders alternate in one
 process; images/s are medians over the rounds, ratios are medians of the ratios of each round. Before anything is timed,
 the outputs of all contenders must agree. Peak memory is the additional memory of one step in a new process (Linux).
+
+With --device cuda a step is timed by CUDA events after --warmup steps of each contender, and peak memory is what torch
+allocates for the network and a step. The first step of every form lets cuDNN measure its kernels (`cudnn.benchmark`).
+--record adds the rows, with the card's name, to tools/speed.jsonl, of which docs/speed.md is made.
 
 A detector is only compared with its plain implementation, at its own input size and not folded. Its space-to-depth is
 the plain one, so only the memory layout can make a difference. A last row has the milliseconds per image of decoding
@@ -56,6 +61,7 @@ from spd_zoo import convert_to_spd, fold_spd
 from spd_zoo.fold import fold_batchnorm
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.process import pick_device
 from spd_zoo.weights.fit import own_networks
 
 QUICK = ("*-fp32-channels_last-eager", "inference-bf16-channels_last-eager")  # patterns of forms
@@ -84,12 +90,14 @@ FORMS = [
 ]
 
 
-def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callable[[], None]:
+def make_step(
+    net: nn.Module, form: Form, batch: int, image_size: int, device: str = "cpu", warmup: int = 1
+) -> Callable[[], None]:
     """A function, already warmed up, that runs one batch through a copy of `net` (which must be folded before)."""
     layout = torch.channels_last if form.layout == "channels_last" else torch.contiguous_format
-    net = copy.deepcopy(net).train(form.step == "train").to(memory_format=layout)
+    net = copy.deepcopy(net).train(form.step == "train").to(device).to(memory_format=layout)
     size = (image_size, image_size)
-    x = torch.randn(batch, 3, *size).to(memory_format=layout)
+    x = torch.randn(batch, 3, *size).to(device, memory_format=layout)
     bf16 = form.precision == "bf16"
     if bf16 and form.step == "inference":
         net, x = net.bfloat16(), x.bfloat16()
@@ -101,11 +109,12 @@ def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callab
                 run(x)
     else:
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
-        labels = torch.zeros(batch, dtype=torch.long)
-        box: Target = {"boxes": torch.tensor([[0.25, 0.25, 0.5, 0.5]]) * image_size, "labels": labels[:1]}
+        labels = torch.zeros(batch, dtype=torch.long, device=device)
+        boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5]], device=device) * image_size
+        box: Target = {"boxes": boxes, "labels": labels[:1]}
 
         def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 result = run(x)
                 if isinstance(net, DetectionNet):
                     loss = torch.stack(list(net.loss(result, [box] * batch, size).values())).sum()
@@ -115,19 +124,33 @@ def make_step(net: nn.Module, form: Form, batch: int, image_size: int) -> Callab
             optimizer.step()
             optimizer.zero_grad()
 
-    step()
+    for _ in range(warmup):
+        step()
     return step
 
 
-def time_steps(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def time_steps(steps: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each step in each round; every second round runs the steps in reverse order."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds):
         for name, step in reversed(steps.items()) if i % 2 else steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time_on(step, device))
     return seconds
+
+
+def time_on(step: Callable[[], Any], device: str) -> float:
+    """Seconds of one step: on a GPU between two events in its queue, on a CPU by the clock."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    step()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1000
 
 
 def build(network: str, way: str, folded: bool = False) -> nn.Module:
@@ -161,7 +184,14 @@ def _high_water_mib() -> float:
 
 
 def measure_memory(network: str, way: str, form: Form, args: argparse.Namespace) -> float:
-    """Peak memory of one step in a fresh process, in MiB."""
+    """Peak memory of the network and one step in MiB: on a CPU, in a fresh process, with torch's own."""
+    if args.device.startswith("cuda"):
+        net = build(network, way, bool(form.folded))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        make_step(net, form, args.batch, args.image_size, args.device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_mib, network, way, form, args.batch, args.image_size, torch.get_num_threads()).result()
 
@@ -196,14 +226,15 @@ def benchmark(network: str, forms: Iterable[Form], args: argparse.Namespace) -> 
 def time_suppression(net: DetectionNet, args: argparse.Namespace) -> dict[str, float]:
     """Milliseconds per image of decoding and NMS, by the number of scores above the threshold."""
     size = (args.image_size, args.image_size)
+    net = net.to(args.device)
     with torch.inference_mode():
-        raw = net(torch.randn(1, 3, *size))
+        raw = net(torch.randn(1, 3, *size).to(args.device))
         scores = net.class_scores(net.decode(raw, size)).flatten().sort(descending=True).values
         counts = [count for count in (300, 3000, 30000) if count < len(scores)]
         steps: dict[str, Callable[[], Any]] = {
             f"ms, {count} scores": partial(net.detections, raw, size, scores[count].item()) for count in counts
         }
-        seconds = time_steps(steps, args.rounds + 1)  # the first round warms up
+        seconds = time_steps(steps, args.rounds + 1, args.device)  # the first round warms up
     return {name: 1000 * statistics.median(times[1:]) for name, times in seconds.items()}
 
 
@@ -236,8 +267,11 @@ def _compare(
 ) -> dict[str, Any]:
     """Images/s of all contenders, and the ratio of the first one's speed to each of the others."""
     torch._dynamo.reset()
-    steps = {name: make_step(net, its, args.batch, args.image_size) for name, (net, its) in contenders.items()}
-    seconds = time_steps(steps, args.rounds)
+    steps = {
+        name: make_step(net, its, args.batch, args.image_size, args.device, args.warmup)
+        for name, (net, its) in contenders.items()
+    }
+    seconds = time_steps(steps, args.rounds, args.device)
     row: dict[str, Any] = {"network": network, "form": str(form)}
     for name, times in seconds.items():
         row[name] = args.batch / statistics.median(times)
@@ -273,10 +307,15 @@ def main(argv: list[str]) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="pyconvresnet50", help='a name, or "all" with a plain implementation')
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--batch", dest="batches", type=int, nargs="+", default=[16], help="one size or several, one after the other"
+    )
     parser.add_argument("--image-size", type=int, help="default: 224, or the input of a detector")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--warmup", type=int, help="steps before the timed ones (default: 1, on a GPU 5)")
+    parser.add_argument("--record", action="store_true", help="add the rows to tools/speed.jsonl; only with a GPU")
     parser.add_argument("--forms", nargs="+", default=["*"], help="patterns, for example train-fp32-channels_last-*")
     parser.add_argument("--convert", action="store_true", help="compare with the converted network; without memory")
     parser.add_argument("--against", metavar="NETWORK", help="only compare with this network; without memory")
@@ -296,13 +335,27 @@ def main(argv: list[str]) -> int:
         net = None if args.network == "all" else timm.create_model(args.network, device="meta")
         args.image_size = net.pretrained_cfg["input_size"][-1] if isinstance(net, DetectionNet) else 224
     torch.set_num_threads(args.threads)
-    note = f"batch {args.batch}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
-    print(f"# {note}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; images/s", file=sys.stderr)
+    args.device = pick_device(args.device)
+    on_gpu = args.device.startswith("cuda")
+    args.warmup = args.warmup if args.warmup is not None else 5 if on_gpu else 1
+    torch.backends.cudnn.benchmark = on_gpu
+    if args.record and not on_gpu:
+        parser.error("--record is for rows of a GPU: give --device cuda, too")
+    hardware = torch.cuda.get_device_name(args.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    note = f"batch {args.batches}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
+    print(f"# {note}, torch {torch.__version__}, {hardware}; images/s", file=sys.stderr)
     measure_rows = benchmark_converted if args.convert else benchmark_against if args.against else benchmark
-    for name in with_plain_version(own_networks()) if args.network == "all" else [args.network]:
+    names = with_plain_version(own_networks()) if args.network == "all" else [args.network]
+    for name, batch in itertools.product(names, args.batches):
+        args.batch = batch
         for row in measure_rows(name, forms, args):
+            full = row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}
+            full |= {"device": hardware, "torch": torch.__version__} if on_gpu else {}
+            if args.record:
+                with (Path(__file__).parent / "speed.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(full) + "\n")
             if args.json:
-                print(json.dumps(row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}))
+                print(json.dumps(full), flush=True)
             else:
                 cells = (f"{key} {value:.2f}" for key, value in row.items() if isinstance(value, float))
                 print(f"{row['network']} {row['form']}: {' | '.join(cells)}", flush=True)

@@ -49,7 +49,11 @@ SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
     "docs/weights.md": {"bundled": readme_networks.bundled},
     "docs/reliability.md": {"faults": readme_measurements.faults},
     "docs/many_images.md": {"many_images": readme_measurements.many_images},
-    "docs/speed.md": {"latency": readme_measurements.latency, "speed": readme_measurements.speed},
+    "docs/speed.md": {
+        "latency": readme_measurements.latency,
+        "speed": readme_measurements.speed,
+        "gpu_speed": readme_measurements.gpu_speed,
+    },
     "docs/command_line.md": {"command_line": command_line},
     "docs/deploy.md": {"deploy_latency": readme_measurements.deploy_latency},
     "docs/convert.md": {

@@ -11,11 +11,30 @@ from readme_common import ROOT, records, table
 
 def speed() -> str:
     """What `tools/benchmark.py --json` printed into `tools/speed.jsonl`."""
-    record = records("speed.jsonl")
+    record = [row for row in records("speed.jsonl") if "device" not in row]
     columns = ("ours", "/ plain", "/ plain, same form", "/ resnet50")
     rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
     settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
     return f"{'; '.join(sorted(settings))}\n\n{table(['network', 'form', 'images/s', *columns[1:]], rows)}"
+
+
+def gpu_speed() -> str:
+    """What `tools/benchmark.py --device cuda --record` added to `tools/speed.jsonl`."""
+    record = [row for row in records("speed.jsonl") if "ours" in row and "device" in row]
+    if not record:
+        return "No GPU has been measured yet."
+    columns = ("ours", "/ plain", "/ plain, same form", "/ resnet50", "MiB")
+    rows = [
+        [
+            f"`{row['network']}`",
+            row["form"],
+            f"{row['batch']} x {row['image_size']} px",
+            *(f"{row[column]:.4g}" if column in row else "" for column in columns),
+            row["device"],
+        ]
+        for row in record
+    ]
+    return table(["network", "form", "batch", "images/s", *columns[1:], "card"], rows)
 
 
 def latency() -> str:
