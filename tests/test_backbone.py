@@ -59,7 +59,8 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publish
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_the_classifier_has_the_layers_of_the_detector(detector: str) -> None:
-    net, whole = classifier(detector).eval(), timm.create_model(detector).eval()
+    net: Any = classifier(detector).eval()
+    whole: Any = timm.create_model(detector).eval()
     shapes = {key: tensor.shape for key, tensor in net.state_dict().items() if key.startswith(BACKBONE)}
     assert shapes == {key: tensor.shape for key, tensor in whole.state_dict().items() if key.startswith(BACKBONE)}
     whole.load_state_dict(net.state_dict(), strict=False)
@@ -77,7 +78,7 @@ def test_only_yolos_have_such_a_backbone(detector: str) -> None:
 @pytest.mark.parametrize("classes", [None, 3], ids=["own classes", "3 classes"])
 def test_pretrained_loads_the_backbone_and_says_that_the_rest_is_random(publish: Publish, classes: int | None) -> None:
     tensors = publish("yolov8n")
-    arguments = {} if classes is None else {"num_classes": classes}
+    arguments: Any = {} if classes is None else {"num_classes": classes}
     torch.manual_seed(0)
     fresh = timm.create_model("yolov8n", **arguments).state_dict()
     torch.manual_seed(0)
@@ -138,13 +139,13 @@ def test_a_detector_begins_with_the_backbone_of_a_run(tmp_path: Path) -> None:
     model_args = 'detector="yolov8n_spd"'
     finetune(FinetuneConfig("backbone_classifier", str(data), tmp_path / "run", model_args=model_args, **options))
     trained = load_file(tmp_path / "run" / "model.safetensors")
-    net = timm.create_model("yolov8n_spd", num_classes=3)
+    net: Any = timm.create_model("yolov8n_spd", num_classes=3)
     head = net.head.cv2[0][2].weight.clone()
     load_backbone(net, tmp_path / "run")
     own = net.state_dict()
     assert all(torch.equal(own[key], tensor) for key, tensor in trained.items() if key.startswith(BACKBONE))
     assert torch.equal(net.head.cv2[0][2].weight, head)
-    again = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    again: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert torch.equal(again.stem[0].conv.weight, trained["stem.0.conv.weight"])
 
 

@@ -28,11 +28,11 @@ from spd_zoo.exporter import export
 from spd_zoo.inference.detector import Detector
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.models.families import FAMILIES
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 from spd_zoo.training.finetune import Stopped, finetune
 from spd_zoo.training.memory import bytes_per_image
 from spd_zoo.training.preprocessing import Preprocessing
+from spd_zoo.weights.families import FAMILIES
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms, before CUDA is used
 on_cpu_too = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)

@@ -14,6 +14,8 @@ import twins_report
 import yaml
 from pictures import make_folders
 
+from spd_zoo.data.labelled import open_data
+from spd_zoo.process import Stopped
 from spd_zoo.weights import entries, save_network
 
 NETWORKS: list[dict[str, Any]] = [
@@ -145,7 +147,7 @@ def test_the_networks_of_the_configs_are_saved_and_loaded_again(found: dict[str,
 def test_a_subset_is_even_over_the_classes_and_leaves_test_alone(tmp_path: Path) -> None:
     data = make_folders(tmp_path / "colours", train=4, val=2)
     twins.write_subset(data, 6, tmp_path / "subset.csv")
-    splits = {split: twins.open_data(tmp_path / "subset.csv", split) for split in ("train", "val")}
+    splits = {split: open_data(tmp_path / "subset.csv", split) for split in ("train", "val")}
     assert {split: images and images.counts() for split, images in splits.items()} == {
         "train": [2, 2, 2],
         "val": [2, 2, 2],
@@ -171,7 +173,7 @@ def test_a_stopped_sweep_repeats_no_finished_run(tmp_path: Path, monkeypatch: py
 
     def run(config: dict[str, Any], spec: dict[str, Any], seed: int, data: Path, out: Path) -> dict[str, Any]:
         if len(done) == limit:
-            raise twins.Stopped(15, "stopped")
+            raise Stopped(15, "stopped")
         done.append((spec["name"], seed))
         return record(config, config["networks"].index(spec), seed)
 

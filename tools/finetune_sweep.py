@@ -83,7 +83,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     found = defaultdict(list)
     for row in rows:
         facts = (row["data"], row["network"], str(row["classes"]), str(row["images"]), str(row["epochs"]))
-        found[(*facts, row["method"])].append((row.get("start"), row["end"]))
+        found[facts + (row["method"],)].append((row.get("start"), row["end"]))
     table = []
     for key, results in sorted(found.items()):
         starts = [start for start, _ in results if start is not None]

@@ -237,7 +237,8 @@ def run_all(cells: Sequence[tuple[Any, ...]], jobs: int, file: Path) -> int:
         for cell in cells:
             work(cell, file, quiet=False)
         return 0
-    waiting, running, failed = list(cells), {}, 0
+    waiting, failed = list(cells), 0
+    running: dict[Any, tuple[Any, Any]] = {}
     processes = multiprocessing.get_context("spawn")
     with StopSignals() as signals:
         while running or (waiting and not signals.number):
@@ -247,7 +248,7 @@ def run_all(cells: Sequence[tuple[Any, ...]], jobs: int, file: Path) -> int:
                 process.start()
                 running[process.sentinel] = (process, cell)
             for sentinel in wait(list(running), timeout=1):
-                process, cell = running.pop(sentinel)  # type: ignore[call-overload]
+                process, cell = running.pop(sentinel)
                 process.join()
                 if process.exitcode and not signals.number:
                     failed += 1
