@@ -82,8 +82,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A line for each setting and method: mean top-1 over the seeds at the start and at the end, and the seeds."""
     found = defaultdict(list)
     for row in rows:
-        facts = (row["data"], row["network"], str(row["classes"]), str(row["images"]), str(row["epochs"]))
-        found[facts + (row["method"],)].append((row.get("start"), row["end"]))
+        settings = ("data", "network", "classes", "images", "epochs", "method")
+        found[tuple(str(row[name]) for name in settings)].append((row.get("start"), row["end"]))
     table = []
     for key, results in sorted(found.items()):
         starts = [start for start, _ in results if start is not None]
