@@ -52,7 +52,9 @@ def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:
     """
     from spd_zoo.data.reading import find_images
 
-    if options.data or not options.images:
+    if options.data:
+        raise CommandError("--data needs --results FILE, which receives a row for each image")
+    if not options.images:
         usage = f"spd-zoo {options.command} MODEL"
         raise CommandError(f"give IMAGES: `{usage} IMAGES`, or `{usage} --data DATA --results FILE`")
     with explained():
