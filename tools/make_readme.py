@@ -45,7 +45,11 @@ SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
         "twins": readme_measurements.twins,
     },
     **{f"docs/families/{page}.md": _family(page) for page in FAMILIES},
-    "docs/finetuning.md": {"starts": readme_measurements.starts, "training_speed": readme_measurements.training_speed},
+    "docs/finetuning.md": {
+        "linear_probe": readme_measurements.linear_probe,
+        "starts": readme_measurements.starts,
+        "training_speed": readme_measurements.training_speed,
+    },
     "docs/weights.md": {"bundled": readme_networks.bundled},
     "docs/reliability.md": {"faults": readme_measurements.faults},
     "docs/many_images.md": {"many_images": readme_measurements.many_images},

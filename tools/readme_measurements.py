@@ -1,7 +1,7 @@
 """Sections of `make_readme.py` about measurements, made from what other tools recorded in `tools/`."""
 
 import csv
-from collections import Counter
+from collections import Counter, defaultdict
 
 import convert_experiment
 import convert_report
@@ -71,6 +71,21 @@ def faults() -> str:
     sums = [str(sum(row.get(name, 0) for row in record)) for name in columns]
     heads = ("faults", "right network", "clear error", "refused", "all noticed", "anything else")
     return table(("", "entry point", *heads), [*rows, ["sum", "", *sums]])
+
+
+def linear_probe() -> str:
+    """What `tools/linear_probe.py` recorded in `tools/linear_probe.jsonl`, a row for each draw."""
+    found: dict[tuple[int, int], dict[str, float]] = defaultdict(dict)
+    for row in records("linear_probe.jsonl"):
+        found[row["pixels"], row["seed"]] |= {name: value for name, value in row.items() if name in _PROBES}
+    rows = [
+        [str(seed), f"{pixels} px", *(f"{results[name]:.1f} %" if name in results else "" for name in _PROBES)]
+        for (pixels, seed), results in sorted(found.items())
+    ]
+    return table(("seed", "image size", *_PROBES), rows)
+
+
+_PROBES = ("fine-tuned", "ridge probe", "logistic probe")
 
 
 def starts() -> str:
