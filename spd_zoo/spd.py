@@ -547,10 +547,13 @@ class MaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H', W')."""
-        if torch.jit.is_scripting() or self.dilation not in (1, (1, 1)) or self.ceil_mode or self.return_indices:
-            return F.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        if torch.jit.is_scripting():
+            pooled = F.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        elif to_2tuple(self.dilation) != (1, 1) or self.ceil_mode or self.return_indices:
+            pooled = super().forward(input)
         else:
-            return max_pool2d(input, to_2tuple(self.kernel_size), to_2tuple(self.stride), to_2tuple(self.padding))
+            pooled = max_pool2d(input, to_2tuple(self.kernel_size), to_2tuple(self.stride), to_2tuple(self.padding))
+        return pooled
 
 
 @register_notrace_module

@@ -75,7 +75,7 @@ def run(data: Path, out: Path, **changes: Any) -> Result:
 
 @pytest.mark.slow
 def test_a_run_learns_and_timm_loads_its_result_with_the_class_names(folders: Path, tmp_path: Path) -> None:
-    result = run(folders, tmp_path / "run", epochs=8, batch_size=4, lr=2e-3, image_size="16,32@2")
+    result = run(folders, tmp_path / "run", epochs=8, batch_size=4, lr=2e-3, image_size="16,32@2", keep="last")
     assert result.metrics["top1"] > 60  # three colours; chance is 33
     net: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
     assert net.pretrained_cfg["label_names"] == ["blue", "green", "red"]
@@ -586,7 +586,7 @@ def test_frozen_modules_stay_and_the_head_learns_first(folders: Path, tmp_path: 
     assert {"stages.1", "stages.2", "head.fc"} <= parts
     run(folders, tmp_path / "head", epochs=1, head_epochs=1)
     assert changed(start, weights_of(tmp_path / "head")) == {"head.fc"}
-    run(folders, tmp_path / "both", epochs=2, head_epochs=1)
+    run(folders, tmp_path / "both", epochs=2, head_epochs=1, keep="last")
     assert {"stages.0", "head.fc"} <= changed(start, weights_of(tmp_path / "both"))
     with pytest.raises(ValueError, match="freeze names 'layer1', which the network does not have; its modules are"):
         run(folders, tmp_path / "wrong", freeze="layer1")
@@ -703,7 +703,7 @@ def test_the_moving_average_is_the_result(folders: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_run_may_start_from_another_one(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "first", epochs=1)
-    still = {"pretrained": None, "epochs": 1, "lr": 1e-12, "weight_decay": 0.0}
+    still = {"pretrained": None, "epochs": 1, "lr": 1e-12, "weight_decay": 0.0, "head_init": "random"}
     run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", **still)
     first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
     assert all(torch.allclose(first[key], second[key]) for key in first if "running" not in key and "num" not in key)

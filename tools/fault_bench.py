@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Bench:
         self.checkpoint.write_bytes(content)
         self.content = content
         self.tags = iter(tags)
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # another one would not know this environment
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["fault_entry_points", "spd_zoo.inference.classifier"])
         self.active: dict[str, NetworkFault] = {}  # by repository
