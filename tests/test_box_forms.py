@@ -717,7 +717,8 @@ def test_labelme_files_are_read(folder: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_data_sets_of_hugging_face_have_objects(named: bool, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     category: Any = datasets.ClassLabel(names=NAMES) if named else datasets.Value("string")
     rows: dict[str, list[Any]] = {"image": [], "objects": []}
     for image, boxes in scenes(8):
@@ -725,7 +726,8 @@ def test_data_sets_of_hugging_face_have_objects(named: bool, tmp_path: Path) -> 
         bbox = [[float(x1), float(y1), float(x2 - x1), float(y2 - y1)] for _, x1, y1, x2, y2 in boxes]
         rows["objects"].append({"bbox": bbox, "category": [label if named else NAMES[label] for label, *_ in boxes]})
     objects = {"bbox": datasets.List(datasets.List(datasets.Value("float32"), 4)), "category": datasets.List(category)}
-    features = datasets.Features({"image": datasets.Image(), "objects": objects})
+    columns: Any = {"image": datasets.Image(), "objects": objects}
+    features = datasets.Features(columns)
     saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)})
     saved.save_to_disk(tmp_path / "data")
     data = opened(tmp_path / "data")
@@ -736,7 +738,6 @@ def test_data_sets_of_hugging_face_have_objects(named: bool, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_images_with_metadata_are_a_data_set_of_hugging_face(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     (tmp_path / "train").mkdir()
     lines = []
     for i, (image, boxes) in enumerate(scenes(8)):

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -27,9 +29,6 @@ from spd_zoo.weights.load import ModelError
 
 ROOT = Path(__file__).parent.parent
 TINY: dict[str, Any] = {"chs": (4, 8, 8, 8, 8), "repeats": (0, 0)}
-onnx = pytest.importorskip("onnx", reason="ONNX needs the extra `export`")
-onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
-pytest.importorskip("onnxscript", reason="ONNX needs the extra `export`")
 
 
 def make_detector(folder: Path, name: str = "yolov8n", **kwargs: Any) -> Any:
@@ -95,7 +94,7 @@ def assert_same_objects(found: Any, expected: Any) -> None:
 
 @pytest.mark.slow
 def test_a_detectors_file_finds_what_the_network_finds_for_any_number_and_size(run: Path) -> None:
-    session = onnxruntime.InferenceSession(str(run / "model.onnx"), providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(str(run / "model.onnx"), providers=["CPUExecutionProvider"])
     assert [each.name for each in session.get_inputs()] == ["images"]
     net: Any = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     for shape in ((1, 3, 64, 64), (4, 3, 96, 64)):
@@ -141,7 +140,7 @@ def test_every_detectors_file_computes_the_same_on_noise_on_zeros_and_on_saturat
 ) -> None:
     net = random_network(name, num_classes=3)
     size = 64 if "yolo" in name else 128 if name == "ssd_mobilenetv1" else 300  # the others take no smaller images
-    model = onnx.load(export(net, "onnx", tmp_path / "net.onnx", image_size=size))
+    model: Any = onnx.load(export(net, "onnx", tmp_path / "net.onnx", image_size=size))
     model.graph.output.extend(onnx.ValueInfoProto(name=output) for output in exporting.CANDIDATES)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for images in (noise(2, 3, size, size), torch.zeros(1, 3, size, size), torch.full((1, 3, size, size), 151.0)):

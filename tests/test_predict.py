@@ -113,7 +113,7 @@ def test_a_classification_is_a_small_object(saved: str, tmp_path: Path) -> None:
         "probability": best.probability,
     }
     assert len(found.to_dict(2)["top"]) == 2
-    table = pytest.importorskip("pandas") and found.to_pandas()
+    table = found.to_pandas()
     assert list(table["class"]) == list(found.names)
     assert table["probability"].tolist() == found.probabilities.tolist()
     assert repr(found).startswith(f"Classification({found.name} ") and "\n" not in repr(found)
