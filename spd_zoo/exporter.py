@@ -617,7 +617,8 @@ QUANTIZED = {True: ["Conv"], False: ["Conv", "Gemm", "MatMul", "Add", "MaxPool",
 
 def _calibration(file: str, data: str | Path, image_column: str, label_column: str, notes: Notes) -> Iterator[Tensor]:
     """Inputs (C, H, W) of an exported file: images spread evenly over the training images."""
-    detector = Detector(file) if isinstance(read_exported(Path(file)), ExportedDetector) else None
+    net = read_exported(Path(file))
+    detector = Detector(net) if isinstance(net, ExportedDetector) else None
     opened = (
         open_boxes(data, split) if detector else open_data(data, split, image_column, label_column)
         for split in ("train", "val", "test")
@@ -625,7 +626,7 @@ def _calibration(file: str, data: str | Path, image_column: str, label_column: s
     images: Any = next((images for images in opened if images), None)
     if images is None:
         raise DataError(f"{data} has no images to take the ranges of int8 from")
-    reader = Classifier(file).reader if detector is None else None
+    reader = Classifier(net).reader if detector is None else None
     count = min(CALIBRATION, len(images))
     for i in (i * len(images) // count for i in range(count)):
         try:

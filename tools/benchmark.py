@@ -129,6 +129,12 @@ def make_step(
     return step
 
 
+def hardware(device: str) -> str:
+    """What computes: the name of the GPU, or the instruction set of the CPU."""
+    on_gpu = device.startswith("cuda")
+    return torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+
+
 def time_steps(steps: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each step in each round; every second round runs the steps in reverse order."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -341,16 +347,16 @@ def main(argv: list[str]) -> int:
     torch.backends.cudnn.benchmark = on_gpu
     if args.record and not on_gpu:
         parser.error("--record is for rows of a GPU: give --device cuda, too")
-    hardware = torch.cuda.get_device_name(args.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    machine = hardware(args.device)
     note = f"batch {args.batches}, {args.image_size} px, {args.threads} threads, {args.rounds} rounds"
-    print(f"# {note}, torch {torch.__version__}, {hardware}; images/s", file=sys.stderr)
+    print(f"# {note}, torch {torch.__version__}, {machine}; images/s", file=sys.stderr)
     measure_rows = benchmark_converted if args.convert else benchmark_against if args.against else benchmark
     names = with_plain_version(own_networks()) if args.network == "all" else [args.network]
     for name, batch in itertools.product(names, args.batches):
         args.batch = batch
         for row in measure_rows(name, forms, args):
             full = row | {"batch": args.batch, "image_size": args.image_size, "threads": args.threads}
-            full |= {"device": hardware, "torch": torch.__version__} if on_gpu else {}
+            full |= {"device": machine, "torch": torch.__version__} if on_gpu else {}
             if args.record:
                 with (Path(__file__).parent / "speed.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(full) + "\n")

@@ -18,7 +18,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark import time_steps
+from benchmark import hardware, time_steps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -101,9 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = args.device != "cpu"
     row = measure(args)
     if args.json:
-        hardware = torch.cuda.get_device_name() if args.device != "cpu" else torch.backends.cpu.get_cpu_capability()
         settings = {key: getattr(args, key) for key in ("network", "image_size", "images", "batch", "groups", "bf16")}
-        print(json.dumps(settings | row | {"device": hardware}))
+        print(json.dumps(settings | row | {"device": hardware(args.device)}))
     else:
         print(
             f"{args.network}: {row['input']:.0f} images/s with input, {row['random tensors']:.0f} on random tensors | "

@@ -18,7 +18,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark import time_steps
+from benchmark import hardware, time_steps
 from torch import Tensor, nn
 
 from spd_zoo.blocks import PyConv2d, _four_at_a_time
@@ -135,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     on_gpu = args.device.startswith("cuda")
     torch.backends.cudnn.benchmark = on_gpu
-    hardware = torch.cuda.get_device_name(args.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    machine = hardware(args.device)
     for level, side in levels_of(args.network, args.image_size):
         for row in measure(level, side, args):
             if args.json:
-                settings = {"network": args.network, "batch": args.batch, "bf16": args.bf16, "device": hardware}
+                settings = {"network": args.network, "batch": args.batch, "bf16": args.bf16, "device": machine}
                 print(json.dumps(settings | row), flush=True)
             else:
                 shape = "{in} -> {out}, {kernel}x{kernel}, groups {groups}, stride {stride}, {side} px".format(**row)

@@ -18,7 +18,7 @@ from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, read_image, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.inference.exported import load_model
-from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, pandas
+from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, optional_package
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
@@ -108,7 +108,8 @@ class Classification:
         Raises:
             ModuleNotFoundError: If the package pandas is missing.
         """
-        return pandas().DataFrame({"class": self.names, "probability": self.probabilities.tolist()})
+        columns = {"class": self.names, "probability": self.probabilities.tolist()}
+        return optional_package("pandas", "to_pandas").DataFrame(columns)
 
 
 @dataclass(frozen=True)

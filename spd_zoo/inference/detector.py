@@ -24,7 +24,7 @@ from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, read_image, size_text, upright
 from spd_zoo.files import whole
 from spd_zoo.inference.exported import ExportedDetector, load_model
-from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, pandas, show
+from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, optional_package, show
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
@@ -117,7 +117,7 @@ class Detections:
         """
         boxes = dict(zip(("x1", "y1", "x2", "y2"), self.boxes.T.tolist(), strict=True))
         columns = {"label": self.labels.tolist(), "name": self.names, "score": self.scores.tolist()}
-        return pandas().DataFrame(columns | boxes)
+        return optional_package("pandas", "to_pandas").DataFrame(columns | boxes)
 
     def to_torchvision(self) -> dict[str, Tensor]:
         """`boxes`, `scores` and `labels` in torchvision's form, but labels count from 0 without background."""
@@ -129,13 +129,7 @@ class Detections:
         Raises:
             ModuleNotFoundError: If the package supervision is missing.
         """
-        try:
-            import supervision  # type: ignore[import-not-found, unused-ignore]
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"to_supervision needs the package {error.name}: pip install {error.name}", name=error.name
-            ) from error
-        return supervision.Detections(
+        return optional_package("supervision", "to_supervision").Detections(
             xyxy=self.boxes.numpy(),
             confidence=self.scores.numpy(),
             class_id=self.labels.numpy(),

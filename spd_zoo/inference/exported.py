@@ -164,12 +164,7 @@ class ExportedDetector(Exported, ObjectFinder):
             ImageSizeError: If the file does not take images of this size.
             ModelError: If it cannot be run, or computes something else than boxes.
         """
-        height, width = raw.shape[-2:]
-        if self.size_multiple and (height % self.size_multiple or width % self.size_multiple):
-            raise ImageSizeError(
-                f"height and width must be multiples of {self.size_multiple}, got {height}x{width}: resize or pad the "
-                "images"
-            )
+        self.check_size(*raw.shape[-2:])
         thresholds = {
             "score_threshold": score_threshold,
             "iou_threshold": self.iou_threshold if iou_threshold is None else iou_threshold,
@@ -356,9 +351,7 @@ def _pretrained_cfg(metadata: dict[str, str]) -> dict[str, Any]:
         "input_size": (int(_choice(metadata["channels"], "1", "3")), height, width),
         "mean": mean,
         "std": std,
-        "interpolation": _choice(
-            metadata["interpolation"], "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"
-        ),
+        "interpolation": _choice(metadata["interpolation"], *_INTERPOLATIONS),
         "crop_pct": crop_pct,
         "crop_mode": _choice(metadata.get("crop_mode", "center"), "center", "squash", "border"),
         "label_names": None,

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from io import BytesIO
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from spd_zoo.data.reading import collect_notes, find_images, read_image, upright
 
-__all__ = ["ImageLike", "as_html", "listed", "open_image", "pandas", "show"]
+__all__ = ["ImageLike", "as_html", "listed", "open_image", "optional_package", "show"]
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
 
@@ -124,16 +125,19 @@ def as_html(image: Image.Image | None, header: Sequence[str], rows: Iterable[Seq
     return f"<div>{picture}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def pandas() -> Any:
-    """The package pandas, for `to_pandas`.
+def optional_package(name: str, needed_by: str) -> Any:
+    """A package that is no dependency.
+
+    Args:
+        name: The package.
+        needed_by: What needs it, for the error.
 
     Raises:
         ModuleNotFoundError: If it is missing.
     """
     try:
-        import pandas  # type: ignore[import-untyped, unused-ignore]
+        return import_module(name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"to_pandas needs the package {error.name}: pip install {error.name}", name=error.name
+            f"{needed_by} needs the package {error.name}: pip install {error.name}", name=error.name
         ) from error
-    return pandas

@@ -53,6 +53,18 @@ class ObjectFinder(nn.Module, ABC):
     evaluation_boxes = 300
     size_multiple = 0
 
+    def check_size(self, height: int, width: int) -> None:
+        """Checks the size of an input in pixels.
+
+        Raises:
+            ImageSizeError: If a side is not a multiple of `size_multiple`.
+        """
+        multiple = self.size_multiple
+        if multiple and (height % multiple or width % multiple):
+            raise ImageSizeError(
+                f"height and width must be multiples of {multiple}, got {height}x{width}: resize or pad the images"
+            )
+
     @abstractmethod
     def detections(
         self,
@@ -249,11 +261,8 @@ class YoloNet(DetectionNet):
         Raises:
             ImageSizeError: If H and W are not multiples of 32.
         """
-        height, width = x.shape[-2:]
-        if not is_exporting() and (height % 32 or width % 32):
-            raise ImageSizeError(
-                f"height and width must be multiples of 32, got {height}x{width}: resize or pad the images"
-            )
+        if not is_exporting():
+            self.check_size(*x.shape[-2:])
         return self.neck(*self.pyramid(self.stem(x))[-len(self.strides) :])
 
     def forward_head(self, maps: list[Tensor]) -> list[Tensor]:

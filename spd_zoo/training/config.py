@@ -353,6 +353,11 @@ class Plan:
     freeze_bn: bool
     keep: str
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per batch of an evaluation: those of a micro-batch."""
+        return max(1, self.batch_size // self.micro_batches)
+
     @classmethod
     def of(cls, config: FinetuneConfig) -> "Plan":
         """The plan of a configuration in which every value is set.

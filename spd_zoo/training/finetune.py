@@ -364,6 +364,11 @@ class Run:
     train_batches: Any = None
     val_batches: Any = None
 
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The metrics before the first epoch, if they are known, then those of each epoch."""
+        return [self.before, *self.history] if self.before else self.history
+
     def save(self) -> None:
         """Writes `last.pt`.
 
@@ -671,12 +676,12 @@ def _score(run: Run, signals: StopSignals, stopped: str) -> dict[str, float]:
 
 def _scores(run: Run) -> list[float]:
     """The metric that counts, before the first epoch if it is known, then after each one."""
-    return [row[run.task.metric] for row in (*filter(None, [run.before]), *run.history)]
+    return [row[run.task.metric] for row in run.evaluations]
 
 
 def _keep_if_best(run: Run, row: dict[str, Any]) -> None:
     """Copies the network if `row`, the newest metrics, is the best so far and the best one is to be kept."""
-    earlier = [old for old in (run.before, *run.history) if old and old is not row]
+    earlier = [old for old in run.evaluations if old is not row]
     if run.plan.keep == "best" and row[run.task.metric] > max((old[run.task.metric] for old in earlier), default=-1):
         run.best = {"net": copy.deepcopy(run.eval_net.state_dict()), "image_size": size_value(run.image_size)}
 
@@ -689,7 +694,7 @@ def _before_in_columns(run: Run) -> list[dict[str, Any]]:
 def _verdict(run: Run) -> list[str]:
     """Which network was kept, if not the last; and what to try if training made the network worse."""
     scores, task = _scores(run), run.task
-    best, rows = scores.index(max(scores)), [*filter(None, [run.before]), *run.history]
+    best, rows = scores.index(max(scores)), run.evaluations
     lines = []
     if run.best and rows[best]["epoch"] and best < len(rows) - 1:
         lines.append(f"kept: the network of epoch {rows[best]['epoch']}, which had the best {task.metric}")
@@ -758,7 +763,7 @@ def _set_image_size(run: Run, epoch: int) -> None:
 
 
 def _val_batches(run: Run, image_size: tuple[int, int]) -> Batches:
-    batch_size = max(1, run.plan.batch_size // run.plan.micro_batches)
+    batch_size = run.plan.eval_batch_size
     workers = run.plan.config.workers
     return run.task.eval_batches(
         run.net, run.splits.val, image_size, batch_size, workers, run.preprocessing, run.process

@@ -44,8 +44,9 @@ def zero_classifier(net: nn.Module) -> None:
     timm draws the classifier of EfficientNets from +-1/sqrt(classes), which with few classes gives logits of more than
     ten. Zero is the start of Kolesnikov et al., Big Transfer, https://arxiv.org/abs/1912.11370.
     """
+    classifier = classifier_of(net)
     for name, module in net.named_modules():
-        if name in classifier_of(net) and type(module) in (nn.Linear, nn.Conv2d):
+        if name in classifier and type(module) in (nn.Linear, nn.Conv2d):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
 

@@ -16,7 +16,7 @@ from spd_zoo.data.boxes.folders import (
     child,
     files_with,
     find_moved,
-    folders_in,
+    folders_of_split,
     relative_to,
     split_folders,
     text_of,
@@ -25,7 +25,7 @@ from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import some
 from spd_zoo.data.reading import is_url
-from spd_zoo.data.splits import find_split, split_of
+from spd_zoo.data.splits import split_of
 
 __all__ = ["find", "find_file"]
 
@@ -255,7 +255,5 @@ def _split_folders(root: Path | None, split: str) -> list[Path]:
     """Where the images of a split may be: in the folder of its name, or of another name of the same split."""
     if root is None:
         return []
-    folders = folders_in(root)
-    names = find_split(folders, split) or find_split(folders, split_of(split) or split)
-    found = [folders[name] for name in names]
-    return [inner for folder in found for inner in (folder, child(folder, "images")) if inner is not None]
+    places = (place for folder in folders_of_split(root, split) for place in (folder, child(folder, "images")))
+    return [place for place in places if place is not None]

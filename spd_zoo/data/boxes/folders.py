@@ -6,13 +6,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import SUFFIXES, ImageFilter, files_in
-from spd_zoo.data.splits import split_of
+from spd_zoo.data.splits import find_split, split_of
 
 __all__ = [
     "child",
     "files_with",
     "find_moved",
     "folders_in",
+    "folders_of_split",
     "hidden_in",
     "images_in",
     "is_hidden",
@@ -45,6 +46,12 @@ def split_folders(folder: Path) -> dict[str, Path]:
     """The folders in a folder by their names, if any of them is called like a split."""
     found = folders_in(folder)
     return found if any(map(split_of, found)) else {}
+
+
+def folders_of_split(folder: Path, split: str) -> list[Path]:
+    """The folders in a folder that are called like a split, or else like another name of the same split."""
+    found = folders_in(folder)
+    return [found[name] for name in find_split(found, split) or find_split(found, split_of(split) or split)]
 
 
 def unread_folders(folder: Path, splits: Iterable[str]) -> list[str]:

@@ -57,6 +57,10 @@ class Objects(NamedTuple):
     areas: Tensor
     ignored: Tensor
 
+    def counted(self) -> "Objects":
+        """The objects that are not ignored."""
+        return Objects(*(column[~self.ignored] for column in self))
+
 
 class Defect(NamedTuple):
     """Something wrong: where it stands, and the image that has it."""
@@ -145,13 +149,11 @@ class BoxImages:
 
     def used(self) -> set[int]:
         """The classes of which there is an object that is not ignored."""
-        return {label for objects in self.objects for label in objects.labels[~objects.ignored].tolist()}
+        return {label for objects in self.objects for label in objects.counted().labels.tolist()}
 
     def counts(self) -> list[int]:
         """How many objects each class has, without those that are ignored."""
-        found = Counter(
-            label for i in range(len(self)) for label in self.objects_in(i).labels[~self.objects_in(i).ignored].tolist()
-        )
+        found = Counter(label for i in range(len(self)) for label in self.objects_in(i).counted().labels.tolist())
         return [found[label] for label in range(len(self.class_names))]
 
     def problems(self) -> dict[str, list[str]]:

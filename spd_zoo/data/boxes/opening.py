@@ -9,7 +9,7 @@ from spd_zoo.data.classes import DataError
 from spd_zoo.data.reading import is_url
 from spd_zoo.data.splits import find_split, split_notes
 
-__all__ = ["find_source", "open_boxes"]
+__all__ = ["find_source", "open_boxes", "open_split"]
 
 _FORMS = (coco.find, yolo.find, voc.find, table.find, labelme.find, hugging_face.find)
 _FILES = {".json": coco.find_file, ".csv": table.find_file, ".txt": yolo.find_list}
@@ -27,7 +27,11 @@ def open_boxes(data: str | Path, split: str) -> BoxImages | None:
     Raises:
         DataError: If there is no such data set, or it cannot be used.
     """
-    source = find_source(data)
+    return open_split(find_source(data), data, split)
+
+
+def open_split(source: Source, data: str | Path, split: str) -> BoxImages | None:
+    """The `split` of what `find_source` found for `data`; see `open_boxes`."""
     found = find_split(source.splits, split)
     if not found:
         return None

@@ -27,13 +27,12 @@ def sides_in_input(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
     """
     rows = [np.zeros((0, 3))]
     for i in range(len(data)):
-        objects = data.objects_in(i)
+        objects = data.objects_in(i).counted()
         width, height = data.sizes[data.rows[i]]
         x, y = image_size[1] / max(width, 1), image_size[0] / max(height, 1)
         scale = (min(x, y), min(x, y)) if keeps_aspect else (x, y)
-        boxes = objects.boxes[~objects.ignored].double().numpy()
-        labels = objects.labels[~objects.ignored].numpy()
-        rows.append(np.column_stack([labels, (boxes[:, 2:] - boxes[:, :2]) * scale]))
+        boxes = objects.boxes.double().numpy()
+        rows.append(np.column_stack([objects.labels.numpy(), (boxes[:, 2:] - boxes[:, :2]) * scale]))
     return np.concatenate(rows)
 
 
@@ -45,7 +44,7 @@ def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
         name: np.bincount(size[table[:, 0] == label], minlength=len(NAMES)).tolist()
         for label, name in enumerate(data.class_names)
     }
-    numbers = [int((~data.objects_in(i).ignored).sum()) for i in range(len(data))]
+    numbers = [len(data.objects_in(i).counted().labels) for i in range(len(data))]
     most = max(range(len(data)), key=numbers.__getitem__)
     return {
         "image size": size_text(image_size),

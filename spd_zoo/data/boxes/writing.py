@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, found_in_words
-from spd_zoo.data.boxes.opening import find_source, open_boxes
+from spd_zoo.data.boxes.opening import find_source, open_split
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.splits import split_of
@@ -78,10 +78,11 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
 
 def _open_splits(data: str | Path) -> tuple[dict[str, BoxImages], list[str]]:
     """The splits that can be read, and what to say about them."""
-    names = list(find_source(data).splits)
+    source = find_source(data)
+    names = list(source.splits)
     usual = [name for name in ("train", "val", "test") if any(split_of(each) == name for each in names)]
     others = [name for name in names if split_of(name) is None]
-    opened = {name: open_boxes(data, name) for name in usual or others}
+    opened = {name: open_split(source, data, name) for name in usual or others}
     splits = {name: each for name, each in opened.items() if each is not None}
     notes = dict.fromkeys(note for each in splits.values() for note in each.notes)
     if usual and others:

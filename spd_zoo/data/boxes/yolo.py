@@ -17,7 +17,7 @@ from spd_zoo.data.boxes.folders import (
     child,
     files_with,
     find_moved,
-    folders_in,
+    folders_of_split,
     hidden_in,
     images_in,
     is_hidden,
@@ -30,7 +30,7 @@ from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import SUFFIXES, files_in
-from spd_zoo.data.splits import find_split, split_of
+from spd_zoo.data.splits import split_of
 from spd_zoo.files import compose_yaml, read_yaml
 
 __all__ = ["find", "find_by_config", "find_list"]
@@ -294,9 +294,7 @@ def _label_folder(folder: Path) -> Path | None:
         found = child(Path(*parts[:i]) if i else Path(), "labels")
         for part in parts[i + 1 :]:
             if found is not None and not (found / part).is_dir():  # images/train2017, labels/train
-                inside = folders_in(found)
-                names = find_split(inside, part) or find_split(inside, split_of(part) or part)
-                found = inside[names[0]] if names else None
+                found = next(iter(folders_of_split(found, part)), None)
             elif found is not None:
                 found = found / part
         if found is not None and any(files_with(found, ".txt")):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spd_zoo.data.classes import NetworkClasses, network_classes, outputs_of
 from spd_zoo.data.reading import parse_size, size_text
+from spd_zoo.errors import first_line
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.training.classification.task import ClassifierTraining
 from spd_zoo.training.config import FinetuneConfig
@@ -179,9 +180,9 @@ def load_teacher(config: FinetuneConfig, class_names: Sequence[str], channels: i
             net.set_input_size(size)
         return Teacher(net, size, outputs, digest, notes, device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{called} cannot compute images of {size_text(size)} pixels ({reason}); give another --teacher-size"
+            f"{called} cannot compute images of {size_text(size)} pixels ({first_line(error)}); give another "
+            "--teacher-size"
         ) from error
 
 

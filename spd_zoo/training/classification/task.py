@@ -203,10 +203,8 @@ class Classification:
             return trained
         chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))[:PROBED]
         probed = data.subset(sorted(chosen.tolist()))
-        batches = self.eval_batches(
-            net, probed, plan.sizes[0][0], max(1, plan.batch_size // plan.micro_batches), config.workers,
-            preprocessing, process,
-        )  # fmt: skip
+        size, batch_size = plan.sizes[0][0], plan.eval_batch_size
+        batches = self.eval_batches(net, probed, size, batch_size, config.workers, preprocessing, process)
         inputs, labels = features(net, layer, batches, preprocessing, process)
         weight, bias, right = ridge_classifier(inputs, labels, len(classes))
         text = f"a linear probe of {len(probed)} training images, {100 * right:.1f} % right with each image left out"

@@ -62,8 +62,7 @@ def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int | tuple[int, in
     generator = np.random.default_rng(seed)
     sizes, jittered = [], []
     for i in range(len(data)):
-        objects = data.objects_in(i)
-        boxes = objects.boxes[~objects.ignored].double().numpy()
+        boxes = data.objects_in(i).counted().boxes.double().numpy()
         sides = zip(to_2tuple(image_size), data.sizes[data.rows[i]][::-1], strict=True)
         there, here = min(sides, key=lambda pair: pair[0] / pair[1])  # the image fits into the input
         scaled = (boxes[:, 2:] - boxes[:, :2]) * there / here

@@ -75,8 +75,7 @@ def _centres(data: BoxImages) -> np.ndarray:
     """The centre of every object as a share of its image, (M, 2)."""
     rows = [np.zeros((0, 2))]
     for i in range(len(data)):
-        objects = data.objects_in(i)
-        boxes = objects.boxes[~objects.ignored].double().numpy()
+        boxes = data.objects_in(i).counted().boxes.double().numpy()
         rows.append((boxes[:, :2] + boxes[:, 2:]) / 2 / np.maximum(data.sizes[data.rows[i]], 1))
     return np.concatenate(rows)
 
