@@ -33,9 +33,14 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "model", metavar="MODEL", help="detector, with or without a tag, a run, or an exported .onnx file"
     )
-    command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
+    command.add_argument("images", metavar="IMAGES", nargs="*", help="images, videos, folders, globs, .txt lists, addresses, a camera's number")
     command.add_argument("--out", type=Path, metavar="DIR", help="new folder for marked images and detections.json")
-    command.add_argument("--score", type=float, default=0.25, metavar="X", help="minimum score (default: 0.25)")
+    command.add_argument("--save-txt", action="store_true", help="also write YOLO's label files to DIR/labels")
+    command.add_argument("--save-crops", action="store_true", help="also write every object's pixels to DIR/crops")
+    command.add_argument("--no-images", action="store_true", help="write no marked images and videos to DIR")
+    command.add_argument(
+        "--score", type=_score, default=0.25, metavar="X|auto", help="minimum score; auto: the run's own (default: 0.25)"
+    )
     command.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
     command.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the network's)")
     command.add_argument("--tile", type=positive, metavar="N", help="also cut large images into squares of N pixels")
@@ -46,6 +51,10 @@ def add(commands: Commands) -> None:
     command.add_argument("--device", help=DEVICE)
     command.add_argument("--json", action="store_true", help="print JSON, as in detections.json")
     results.add_options(command)
+
+
+def _score(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--data", required=True, help="as for finetune")
     command.add_argument("--split", default="", help="split of the data (default: test, else val)")
     command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
+    command.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
     command.add_argument("--flip", action="store_true", help="average over every image and its mirror image")
     command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
     command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (default: 64)")
