@@ -1,15 +1,12 @@
 """Detects objects in images, as `spd-zoo detect` does; boxes are in pixels of the original images."""
 
 import itertools
-import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -17,20 +14,18 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
 from spd_zoo.data.classes import network_classes, renamed
-from spd_zoo.data.reading import channel_mode, read_image, size_text, upright
-from spd_zoo.files import whole
+from spd_zoo.data.reading import channel_mode, size_text, upright
 from spd_zoo.inference.exported import ExportedDetector, load_model
-from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, optional_package, show
-from spd_zoo.inference.loop import Files, Task, batches, run
+from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package, show
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError
 
-__all__ = ["Detections", "Detector", "ImageDetections", "Placement", "as_coco", "detect", "postprocess", "prepare"]
+__all__ = ["Detections", "Detector", "Placement", "postprocess", "prepare"]
 
 GREY = 114  # of 255; YOLO's authors pad with this value
 _IN_REPR = 3  # classes
@@ -275,6 +270,7 @@ class Detector:
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
         whole_image: Whether a tiled image is also a view as a whole.
         class_map: Other names for the network's classes: from the new name to the network's own.
+        colour: The order of the channels of arrays: "rgb", or "bgr" as OpenCV reads them.
 
     Raises:
         DataError: If `class_map` names a class that the network does not have.
@@ -297,7 +293,10 @@ class Detector:
         overlap: float = 0.2,
         whole_image: bool = True,
         class_map: Mapping[str, str] | None = None,
+        colour: str = "rgb",
     ) -> None:
+        check_colour(colour)
+        self.colour = colour
         for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
@@ -345,9 +344,10 @@ class Detector:
         """The objects in an image, or in each image of a list or folder.
 
         Args:
-            images: A file, a PIL image, an array (H, W, 3) of uint8 in RGB, a tensor (3, H, W) of uint8 or of floats
-                from 0 to 1, or a list of these, of any sizes; or a folder, for the images in it, in the order of their
-                paths. Files and PIL images are turned as their EXIF says.
+            images: A file, a PIL image, an array of uint8, (H, W, 3) in the order `colour` or grey (H, W), a tensor
+                (3, H, W) or grey (1, H, W) of uint8 or of floats from 0 to 1, or a list of these, of any sizes; or a
+                folder, for the images in it, in the order of their paths. Files and PIL images are turned as their
+                EXIF says.
 
         Returns:
             `Detections`; for a list or a folder, a list of them.
@@ -356,7 +356,7 @@ class Detector:
             ImageSizeError: If the network does not take inputs of `image_size`.
             ValueError: If an image cannot be read or is none of these.
         """
-        sources, several = listed(images)
+        sources, several = listed(images, self.colour)
         opened = enumerate(map(open_image, sources))
         found = self.find((i, *view) for i, image in opened for view in self.views(image))
         found = [replace(each, image=source) for each, source in zip(found, sources, strict=True)]
@@ -445,113 +445,3 @@ def _concatenate(found: Sequence[Detections]) -> Detections:
 
 def _nms(found: Detections, iou_threshold: float) -> Detections:
     return found[labelled_nms(found.boxes, found.scores, found.labels, iou_threshold)]
-
-
-@dataclass(frozen=True)
-class ImageDetections:
-    """The objects in an image file and its upright size, or the reason why it could not be read."""
-
-    path: Path
-    size: tuple[int, int] = (0, 0)  # height and width
-    detections: Detections | None = None
-    error: str | None = None
-    notes: tuple[str, ...] = ()  # what was guessed when it was read
-
-
-def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -> Iterator[ImageDetections]:
-    """Detects objects in image files, in order; yields those of each image as soon as its batch is computed.
-
-    `out` appears after the last image. It has a copy of every image with the objects marked, in the subfolders that the
-    images have below their common folder, and `detections.json`, which `as_coco` describes.
-
-    Args:
-        detector: The detector.
-        paths: Image files, as `spd_zoo.data.reading.find_images` returns them; duplicates count once.
-        out: A folder that does not exist or is empty; it is written atomically.
-
-    Raises:
-        ImageSizeError: If the network does not take inputs of the detector's size.
-        ValueError: If `out` is something else.
-    """
-    paths = list(dict.fromkeys(paths))
-    images = Files([str(path) for path in paths])
-    at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
-
-    def compute(opened: list[Image.Image]) -> list[tuple[Image.Image, Detections]]:
-        return list(zip(opened, detector(opened), strict=True))
-
-    task = Task(read_image, list, compute, at_once)
-    with _new_folder(out) if out is not None else nullcontext() as folder:
-        done = []
-        places = _places(paths)
-        for batch, outcomes in run(images, task, batches(range(len(paths)), at_once)):
-            for path, outcome in zip(paths[batch.start : batch.stop], outcomes, strict=True):
-                if outcome.result is None:
-                    done.append(ImageDetections(path, error=outcome.error, notes=outcome.notes))
-                else:
-                    image, found = outcome.result
-                    found = replace(found, image=path)  # the file, so that its pixels do not stay in memory
-                    done.append(ImageDetections(path, (image.height, image.width), found, notes=outcome.notes))
-                    if folder is not None:
-                        _save(found.draw(image), folder / places[path])
-                yield done[-1]
-        if folder is not None:
-            text = json.dumps(as_coco(done, detector.class_names), indent=1)
-            (folder / "detections.json").write_text(text + "\n", encoding="utf-8")
-
-
-def as_coco(found: Sequence[ImageDetections], class_names: Sequence[str]) -> dict[str, Any]:
-    """Detections as a data set in COCO's format, whose `annotations` have a `score` as in COCO's results.
-
-    Categories and images are numbered from 1. Images that could not be read are left out.
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for each in found:
-        if each.detections is None:
-            continue
-        height, width = each.size
-        images.append({"id": len(images) + 1, "file_name": str(each.path), "width": width, "height": height})
-        boxes = box_convert(each.detections.boxes, "xyxy", "xywh").tolist()
-        rows = zip(boxes, each.detections.scores.tolist(), each.detections.labels.tolist(), strict=True)
-        for box, score, label in rows:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": len(images),
-                    "category_id": label + 1,
-                    "bbox": [round(value, 2) for value in box],
-                    "area": round(box[2] * box[3], 2),
-                    "iscrowd": 0,
-                    "score": round(score, 5),
-                }
-            )
-    categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
-    return {"images": images, "categories": categories, "annotations": annotations}
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends, and is deleted if the block fails."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty; choose a new folder with --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        temporary.mkdir()
-        yield temporary
-
-
-def _places(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Where the copy of each image goes, relative to their common folder; as PNG unless it was JPEG."""
-    full = [Path(os.path.normpath(path.absolute())) for path in paths]  # ".." would lead out of the folder
-    shared = os.path.commonpath([path.parent for path in full]) if full else ""
-    places = {}
-    for path, place in zip(paths, full, strict=True):
-        name = place.name if place.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{place.name}.png"
-        places[path] = place.relative_to(shared).with_name(name)
-    return places
-
-
-def _save(image: Image.Image, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, quality=95)

@@ -15,17 +15,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spd_zoo.data.boxes import EVERY_CLASS, BoxImages
-from spd_zoo.files import write_csv
+from spd_zoo.data.boxes import EVERY_CLASS, BoxImages, Objects
+from spd_zoo.data.boxes.sizes import EDGES
+from spd_zoo.data.boxes.sizes import NAMES as SIZES
+from spd_zoo.files import whole, write_csv
 from spd_zoo.inference.detector import Detections, postprocess
+from spd_zoo.inference.output import CocoFile, ImageDetections
+from spd_zoo.inference.scores import SCORES_FILE, scores_text
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
 from spd_zoo.process import Process
+from spd_zoo.training.detection.curves import Curve, Outcome, confusion_matrix, curves, match, outcome
+from spd_zoo.training.detection.plots import BACKGROUND, plot_confusion, plot_curves
+from spd_zoo.training.detection.sheets import IMAGES, box_sheet, false_positives, missed_objects
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.steps import Batches, read
 
 __all__ = ["AREAS", "BoxPredictions", "coco_precision", "mean_terms", "predict", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
+
+SCORE = 0.25  # minimum score of classes that no box detects, as in `Detector`
 
 
 def coco_precision(
@@ -109,18 +118,57 @@ class BoxPredictions:
         """`coco_precision` with areas in the network's input pixels."""
         return coco_precision(self.data, self.detections, self.scales)
 
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """Precision, recall and F1 of each class by the minimum score."""
+        return curves(self.detections, self._matches, self.data.counts())
+
+    @cached_property
+    def thresholds(self) -> list[float]:
+        """The minimum score with the best F1 of each class; `SCORE` for a class without a correct box."""
+        best = [curve.threshold() for curve in self.curves]
+        return [SCORE if threshold is None else threshold for threshold in best]
+
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        """What is detected in each image with the minimum scores `thresholds`."""
+        images = zip(self.detections, self._objects, self._matches, strict=True)
+        return [outcome(detections, objects, found, self.thresholds) for detections, objects, found in images]
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """`confusion_matrix` with the minimum scores `thresholds`."""
+        return confusion_matrix(self.detections, self._objects, self.outcomes, len(self.data.class_names))
+
+    @cached_property
+    def _objects(self) -> list[Objects]:
+        return [self.data.objects_in(i) for i in range(len(self.data))]
+
+    @cached_property
+    def _matches(self) -> list[Tensor]:
+        return [match(*each) for each in zip(self.detections, self._objects, strict=True)]
+
     def summary(self) -> dict[str, Any]:
-        """Images, objects, loss, AP in per cent, AP by area in the image and (`input_`) in the input, milliseconds."""
+        """Images, objects, loss, AP in per cent, AP by area in the image and (`input_`) in the input, milliseconds.
+
+        Also `precision`, `recall` and `f1` in per cent: means over the classes that have objects, each with its best
+        minimum score, at an IoU of 0.5.
+        """
         own, scaled = self.precision, self.input_precision
         figures: dict[str, Any] = {"images": len(self.data), "objects": sum(self.data.counts())}
         figures |= {"loss": sum(self.losses.values()) if self.losses else None}
         figures |= {"ap": _mean(own[..., 0]), "ap50": _mean(own[0, ..., 0]), "ap75": _mean(own[5, ..., 0])}
+        figures |= {name: _mean_of([row[name] for row in self.per_class()]) for name in ("precision", "recall", "f1")}
         for name, precision in (("", own), ("input_", scaled)):
             figures |= {f"{name}ap_{area}": _mean(precision[..., i]) for i, area in enumerate(AREAS) if i}
         return figures | {f"ms_{stage}": value for stage, value in self.milliseconds.items()}
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Objects and AP of each class, also by area in the image and (`input_`) in the network's input."""
+        """Objects and AP of each class, also by area in the image and (`input_`) in the network's input.
+
+        Also its best minimum score (`score`, None without a correct box), and with it precision, recall, F1, and the
+        number of `correct` and `wrong` boxes and of `missed` objects, at an IoU of 0.5.
+        """
         own, scaled = self.precision, self.input_precision
         return [
             {
@@ -129,6 +177,7 @@ class BoxPredictions:
                 "ap": _mean(own[:, :, i, 0]),
                 "ap50": _mean(own[0, :, i, 0]),
                 "ap75": _mean(own[5, :, i, 0]),
+                **_at_best(self.curves[i], self.thresholds[i]),
                 **{f"ap_{area}": _mean(own[:, :, i, a]) for a, area in enumerate(AREAS) if a},
                 **{f"input_ap_{area}": _mean(scaled[:, :, i, a]) for a, area in enumerate(AREAS) if a},
             }
@@ -151,16 +200,98 @@ class BoxPredictions:
         in_input = ", ".join(f"{area} {_words(row[f'input_ap_{area}'])}" for area in AREAS[1:])
         classes = ", ".join(f"{row['class']} {_words(row['ap'])}" for row in self.per_class())
         boxes = f"{row['ms_boxes']:.1f} ms" if "ms_boxes" in row else "in it"
+        scores = {name: curve.threshold() for name, curve in zip(self.data.class_names, self.curves, strict=True)}
+        best = ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if score is not None)
         return (
-            f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; "
+            f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; precision "
+            f"{_words(row['precision'])}, recall {_words(row['recall'])}, F1 {_words(row['f1'])} at the minimum score "
+            f"with the best F1 of each class ({best or 'no box is correct'}); "
             f"{by_area} (as the network sees them: {in_input}); {classes}; per image {row['ms_prepare']:.1f} ms to "
             f"read and preprocess, {row['ms_network']:.1f} ms in the network, {boxes} to decode and suppress boxes"
         )
 
+    def by_size(self) -> list[dict[str, Any]]:
+        """Objects, how many of them are detected, and recall in per cent, by size in the network's input."""
+        sizes, detected = [], []
+        for objects, result, (x, y) in zip(self._objects, self.outcomes, self.scales, strict=True):
+            sizes.append((objects.areas.double() * x * y).sqrt()[~objects.ignored])
+            detected.append(result.detected[~objects.ignored])
+        place = np.digitize(torch.cat(sizes).numpy(), EDGES)
+        found = np.bincount(place[torch.cat(detected).numpy()], minlength=len(SIZES)).tolist()
+        return [
+            {"size": name, "objects": objects, "detected": right, "recall": 100 * right / objects if objects else None}
+            for name, objects, right in zip(
+                SIZES, np.bincount(place, minlength=len(SIZES)).tolist(), found, strict=True
+            )
+        ]
+
     def write_tables(self, folder: Path, suffix: str = "") -> None:
-        """Writes `per_class.csv`."""
-        classes = self.per_class()
-        write_csv(folder / f"per_class{suffix}.csv", classes[0], [row.values() for row in classes])
+        """Writes the tables as CSV and JSON, and the figures.
+
+        `curves.csv` has a row for every score at which precision or recall of a class changes. `predictions.json` has
+        the form of `detections.json`, which `spd-zoo detect` writes.
+        """
+        names, best = self.data.class_names, [curve.threshold() for curve in self.curves]
+        columns = ("precision", "recall", "f1")
+        points = [
+            [name, *(f"{value:.6g}" for value in values)]
+            for name, curve in zip(names, self.curves, strict=True)
+            for values in zip(curve.scores, *(100 * getattr(curve, column) for column in columns), strict=True)
+        ]
+        write_csv(folder / f"curves{suffix}.csv", ["class", "score", *columns], points)
+        rows = zip([*names, BACKGROUND], self.confusion.tolist(), strict=True)
+        write_csv(folder / f"confusion{suffix}.csv", ["", *names, BACKGROUND], [[name, *row] for name, row in rows])
+        for name, table in (("per_class", self.per_class()), ("by_size", self.by_size())):
+            write_csv(folder / f"{name}{suffix}.csv", table[0], [row.values() for row in table])
+        with whole(folder / f"{Path(SCORES_FILE).stem}{suffix}.json") as temporary:
+            temporary.write_text(scores_text(dict(zip(names, best, strict=True))), encoding="utf-8")
+        with whole(folder / f"predictions{suffix}.json") as temporary, CocoFile(names) as coco:
+            for i, found in enumerate(self.detections):
+                width, height = self.data.sizes[self.data.rows[i]]
+                coco.add(ImageDetections(self.data.name(i), (height, width), found))
+            with temporary.open("w", encoding="utf-8") as file:
+                coco.write(file)
+        pictures = folder / f"figures{suffix}"
+        pictures.mkdir(exist_ok=True)
+        for name, content in self._figures().items():
+            (pictures / f"{name}.png").write_bytes(content)
+
+    def _figures(self) -> dict[str, bytes]:
+        """Plots and contact sheets as PNG, by name; without matplotlib no plots."""
+        names = self.data.class_names
+        order = sorted(range(len(self.data)), key=lambda i: self.outcomes[i].f1())
+        images = (self.data, self.detections, self.outcomes)
+        figures = {
+            "precision_recall": plot_curves(self.precision[0, ..., 0], self.curves, names),
+            "confusion": plot_confusion(self.confusion, names),
+            "false_positives": false_positives(*images),
+            "missed": missed_objects(*images, self._matches, self.thresholds),
+            "worst": box_sheet(*images, order[:IMAGES]),
+            "best": box_sheet(*images, order[::-1][:IMAGES]),
+        }
+        return {name: content for name, content in figures.items() if content}
+
+
+def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:
+    """A class at its best minimum score; precision and F1 are None if they are undefined."""
+    entries = int(curve.entries(np.array(threshold)))
+    correct, wrong = (int(column[entries - 1]) if entries else 0 for column in (curve.correct, curve.wrong))
+    boxes, objects = correct + wrong, curve.objects
+    return {
+        "score": curve.threshold(),
+        "precision": 100 * correct / boxes if boxes else None,
+        "recall": 100 * correct / objects if objects else None,
+        "f1": 200 * correct / (boxes + objects) if objects else None,
+        "correct": correct,
+        "wrong": wrong,
+        "missed": objects - correct,
+    }
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are defined; None if there are none."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def predict(
@@ -170,6 +301,7 @@ def predict(
     image_size: tuple[int, int],
     preprocessing: Preprocessing,
     process: Process,
+    iou_threshold: float | None = None,
 ) -> BoxPredictions:
     """Predictions for the images of all processes; every process gets all of them.
 
@@ -182,6 +314,7 @@ def predict(
         image_size: Height and width of the network's input in pixels.
         preprocessing: The network's device and precision; the batches are normalised already.
         process: This process.
+        iou_threshold: IoU threshold of NMS; None: the authors' value.
 
     Returns:
         The predictions.
@@ -201,7 +334,7 @@ def predict(
             with _timed(clock, "network", device), preprocessing.autocast():
                 raw = net(images)
             with _timed(clock, "boxes", device):
-                found = postprocess(net, raw, placements, image_size, threshold, max_detections=max_detections)
+                found = postprocess(net, raw, placements, image_size, threshold, iou_threshold, max_detections)
             terms = {}
             if isinstance(net, DetectionNet):
                 terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
