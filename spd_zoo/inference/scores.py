@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spd_zoo.weights.catalogue import ModelError
 
-__all__ = ["SCORES_FILE", "read_scores", "scores_text"]
+__all__ = ["SCORES_FILE", "read_scores", "scores_file", "scores_text"]
 
 SCORES_FILE = "scores.json"
 _LARGEST = 2**26  # bytes
@@ -15,6 +15,11 @@ _LARGEST = 2**26  # bytes
 def scores_text(scores: Mapping[str, float | None]) -> str:
     """The content of `scores.json`: the minimum score of each class; None where no box was correct."""
     return json.dumps(dict(scores), indent=1, ensure_ascii=False) + "\n"
+
+
+def scores_file(model: str) -> Path:
+    """Where the minimum scores of a run are; the model is its folder, with or without `local-dir:`."""
+    return Path(model.removeprefix("local-dir:")) / SCORES_FILE
 
 
 def read_scores(model: str, class_names: Sequence[str]) -> dict[int, float]:
@@ -30,7 +35,7 @@ def read_scores(model: str, class_names: Sequence[str]) -> dict[int, float]:
     Raises:
         ModelError: If the model has no such file, or it is not for these classes.
     """
-    file = Path(model.removeprefix("local-dir:")) / SCORES_FILE
+    file = scores_file(model)
     advice = f"measure them: spd-zoo evaluate {model} --data DATA --split val --out DIR, which writes {SCORES_FILE}"
     try:
         if not file.is_file():

@@ -59,7 +59,7 @@ def _in_images(
     at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
 
     def compute(opened: list[Image.Image]) -> list[tuple[Image.Image, Detections]]:
-        return list(zip(opened, detector(opened), strict=True))
+        return list(zip(opened, detector.find_in(opened), strict=True))
 
     task = Task(read_source, list, compute, at_once)
     for batch, outcomes in run(Files([str(source) for source in sources]), task, batches(range(len(sources)), at_once)):
@@ -71,7 +71,8 @@ def _in_images(
                 image, found = outcome.result
                 # the file, so that its pixels do not stay in memory
                 found = replace(found, image=source if isinstance(source, Path) else None)
-                yield ImageDetections(name, (image.height, image.width), found, notes=outcome.notes), image, 0.0
+                notes = (*outcome.notes, *_limits(detector, found))
+                yield ImageDetections(name, (image.height, image.width), found, notes=notes), image, 0.0
 
 
 def _in_video(
@@ -86,8 +87,13 @@ def _in_video(
     with frames:
         coming = enumerate(itertools.takewhile(lambda _: not (video.live and stopped()), frames))
         while batch := list(itertools.islice(coming, at_once)):
-            for (number, image), found in zip(batch, detector([image for _, image in batch]), strict=True):
-                found = replace(found, image=None)
-                yield ImageDetections(video.name, (image.height, image.width), found, frame=number), image, frames.rate
+            for (number, image), found in zip(batch, detector.find_in(image for _, image in batch), strict=True):
+                size, notes = (image.height, image.width), _limits(detector, found)
+                yield ImageDetections(video.name, size, found, notes=notes, frame=number), image, frames.rate
         if frames.note:
             yield ImageDetections(video.name, notes=(frames.note,)), None, frames.rate
+
+
+def _limits(detector: Detector, found: Detections) -> tuple[str, ...]:
+    """A note if objects may have been left out."""
+    return (detector.limit_in_words(),) if found.limited else ()

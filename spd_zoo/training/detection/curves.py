@@ -96,7 +96,7 @@ class Curve:
         return rounded if lower < rounded < higher else (higher + lower) / 2
 
     def entries(self, thresholds: np.ndarray) -> np.ndarray:
-        """For each minimum score the number of entries that reach it; 0: no box does."""
+        """For each minimum score the number of entries above it; 0: no box is."""
         return np.searchsorted(-self.scores, -thresholds, side="left")
 
 
@@ -149,7 +149,7 @@ class Outcome:
 
 
 def outcome(detections: Detections, objects: Objects, matches: Tensor, thresholds: Sequence[float]) -> Outcome:
-    """The boxes that reach the minimum score of their class (exclusive), and the objects that these detect.
+    """The boxes above the minimum score of their class, and the objects that these detect.
 
     Args:
         detections: The detections in an image.
