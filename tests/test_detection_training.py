@@ -25,8 +25,8 @@ from spd_zoo.inference.detector import Detections
 from spd_zoo.training.config import FinetuneConfig, make_config, to_yaml
 from spd_zoo.training.detection import report as box_report
 from spd_zoo.training.detection.anchors import anchor_fit, fit_anchors, kmeans
-from spd_zoo.training.detection.metrics import AREAS, BoxPredictions, coco_precision
 from spd_zoo.training.detection.curves import FALSE_POSITIVE, IN_IGNORED, match, outcome
+from spd_zoo.training.detection.metrics import AREAS, BoxPredictions, coco_precision
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import Result, Stopped, finetune
 from spd_zoo.weights.load import ModelError
