@@ -99,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hardware", required=True)
     parser.add_argument("--notes")
     parser.add_argument("--held-out", default="held-out train", help="name of the validation images in the manifest")
-    parser.add_argument(
-        "--test-data", help="the data set of the test images of a classifier; by default that of the run"
-    )
+    parser.add_argument("--test-data", help="the data set of a classifier's test images; by default that of the run")
     parser.add_argument("--test-split", default="test", help="the split of a classifier's test images")
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[48, 56, 64])

@@ -19,9 +19,7 @@ from hub_double import COMMIT, HubDouble, Request, Response, hub_double
 
 RIGHT = f"{NETWORK}.right"  # a tag that nothing goes wrong with
 FILE = "weights.safetensors"
-PATIENCE = (
-    500.0  # seconds; more than any case takes on a busy machine, so that only a process that waits for ever hangs
-)
+PATIENCE = 500.0  # seconds; more than any case takes on a busy machine, so only one that waits for ever hangs
 
 
 @dataclass
