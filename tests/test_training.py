@@ -20,6 +20,7 @@ import hostile
 import pytest
 import timm
 import torch
+from box_pictures import make_coco, make_yolo
 from pictures import make_folders
 from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
@@ -45,6 +46,7 @@ from spd_zoo.training.config import (
     to_yaml,
 )
 from spd_zoo.training.detection.task import Detection
+from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 from spd_zoo.training.layers import mostly_depthwise
 from spd_zoo.training.preprocessing import Preprocessing
@@ -841,6 +843,20 @@ def test_what_cannot_be_trained_leaves_no_folder(
     with pytest.raises(ValueError, match=message):
         run(folders, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("form", [make_coco, make_yolo], ids=["coco", "yolo"])
+def test_data_of_the_other_task_is_answered_with_the_command_that_takes_it(
+    folders: Path, tmp_path: Path, form: Any
+) -> None:
+    boxes = form(tmp_path / "boxes", train=2, val=1)
+    given = {"out": tmp_path / "run", "dry_run": True}
+    with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo finetune yolov8n_spd --da"):
+        call.finetune("cifar_resnet20", data=boxes, **given)
+    with pytest.raises(DataError, match="it has class folders, which classifiers take, as in `spd-zoo finetune tf_eff"):
+        call.finetune("yolov8n_spd", data=folders, **given)
+    with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo evaluate RUN --data"):
+        evaluate("cifar_resnet20.cifar100", boxes, workers=0)
 
 
 def test_a_yaml_file_holds_options(tmp_path: Path) -> None:

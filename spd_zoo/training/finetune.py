@@ -57,7 +57,7 @@ from spd_zoo.training.preprocessing import Preprocessing, per_channel
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
-from spd_zoo.training.task import Task, task_of
+from spd_zoo.training.task import Task, names_other_task, task_of
 from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
 from spd_zoo.weights.load import timm_name
 from spd_zoo.weights.manifest import tags_in_words
@@ -137,7 +137,8 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continu
     if began is None:
         refuse_others(config, task.networks)
 
-    splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
+    with names_other_task(task, config.data, "finetune"):
+        splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
     if goes_on is not None and goes_on.fingerprint != splits.about["fingerprint"]:
         raise DataError(f"{config.data} is not what {config.model.partition(':')[2]} was trained on; begin a new run")
     teacher = None
