@@ -25,6 +25,7 @@ from spd_zoo.inference.output import CocoFile, ImageDetections
 from spd_zoo.inference.scores import SCORES_FILE, scores_text
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
 from spd_zoo.process import Process
+from spd_zoo.training import comments
 from spd_zoo.training.detection.curves import Curve, Outcome, confusion_matrix, curves, match, outcome
 from spd_zoo.training.detection.plots import BACKGROUND, plot_confusion, plot_curves
 from spd_zoo.training.detection.sheets import IMAGES, box_sheet, false_positives, missed_objects
@@ -182,6 +183,13 @@ class BoxPredictions:
         return confusion_matrix(self.detections, self._objects, self.outcomes, len(self.data.class_names))
 
     @cached_property
+    def halves(self) -> dict[str, list[int]]:
+        """The `worst` and the `best` images by F1 with the minimum scores `thresholds`, without repeats."""
+        order = sorted(range(len(self.data)), key=lambda i: self.outcomes[i].f1())
+        halves = dict(zip(("worst", "best"), comments.halves(order, IMAGES), strict=True))
+        return {name: chosen for name, chosen in halves.items() if chosen}
+
+    @cached_property
     def _objects(self) -> list[Objects]:
         return [self.data.objects_in(i) for i in range(len(self.data))]
 
@@ -321,15 +329,13 @@ class BoxPredictions:
     def _figures(self) -> dict[str, bytes]:
         """Plots and contact sheets as PNG, by name; without matplotlib no plots."""
         names = self.data.class_names
-        order = sorted(range(len(self.data)), key=lambda i: self.outcomes[i].f1())
         images = (self.data, self.detections, self.outcomes)
         figures = {
             "precision_recall": plot_curves(self.precision[0, ..., 0], self.curves, names),
             "confusion": plot_confusion(self.confusion, names),
             "false_positives": false_positives(*images),
             "missed": missed_objects(*images, self._matches, self.thresholds),
-            "worst": box_sheet(*images, order[:IMAGES]),
-            "best": box_sheet(*images, order[::-1][:IMAGES]),
+            **{name: box_sheet(*images, chosen) for name, chosen in self.halves.items()},
         }
         return {name: content for name, content in figures.items() if content}
 
