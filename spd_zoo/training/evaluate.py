@@ -18,8 +18,8 @@ from spd_zoo.files import write_csv
 from spd_zoo.inference.exported import Exported, load_model
 from spd_zoo.inference.images import as_html
 from spd_zoo.process import Process
-from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.detection.metrics import Suppression
+from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, task_of
 
 __all__ = ["Evaluation", "evaluate", "evaluate_network", "save"]

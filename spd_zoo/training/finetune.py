@@ -619,11 +619,12 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
         f"epoch {epoch + 1}/{epochs} at {size_text(run.image_size)} px: train loss {row['train_loss']:.3f}, "
         f"{task.epoch_in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
     )
-    process.print(line)
-    if process.first:
-        run.folder.log(line)
-        if run.plan.config.tensorboard:
-            run.folder.to_tensorboard(row)
+    for each in (line, *(f"note: {note}" for note in task.epoch_notes(row))):
+        process.print(each)
+        if process.first:
+            run.folder.log(each)
+    if process.first and run.plan.config.tensorboard:
+        run.folder.to_tensorboard(row)
     number = int(process.all_reduce_max(signals.number)[0])
     if number:
         raise Stopped(number, f"stopped after epoch {epoch + 1}")
