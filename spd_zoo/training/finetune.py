@@ -630,9 +630,11 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
         f"epoch {epoch + 1}/{epochs} at {size_text(run.image_size)} px: train loss {row['train_loss']:.3f}, "
         f"{task.epoch_in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
     )
-    process.print(line)
+    for each in (line, *(f"note: {note}" for note in task.epoch_notes(row))):
+        process.print(each)
+        if process.first:
+            run.folder.log(each)
     if process.first:
-        run.folder.log(line)
         run.log(row)
     number = int(process.all_reduce_max(signals.number)[0])
     if number:

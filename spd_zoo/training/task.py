@@ -162,6 +162,9 @@ class Task(Protocol[DataT]):
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch, a row of `metrics.csv`."""
 
+    def epoch_notes(self, row: dict[str, Any]) -> list[str]:
+        """What is wrong with an epoch, a row of `metrics.csv`, a line for each."""
+
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Fields of a trained network's config that describe its preprocessing."""
 
