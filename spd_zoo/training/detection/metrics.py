@@ -26,7 +26,7 @@ from spd_zoo.inference.scores import SCORES_FILE, scores_text
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
 from spd_zoo.process import Process
 from spd_zoo.training import comments
-from spd_zoo.training.detection.curves import Curve, Outcome, confusion_matrix, curves, match, outcome
+from spd_zoo.training.detection.curves import Curve, Outcome, confusion_matrix, curves, match, outcome, rates
 from spd_zoo.training.detection.plots import BACKGROUND, plot_confusion, plot_curves
 from spd_zoo.training.detection.sheets import IMAGES, box_sheet, false_positives, missed_objects
 from spd_zoo.training.preprocessing import Preprocessing
@@ -35,6 +35,7 @@ from spd_zoo.training.steps import Batches, read
 __all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
+SCORES = np.linspace(0, 1, 101)  # minimum scores of the table of curves
 COCO_BOXES = 100  # of a class in an image, the best ones, which count by COCO's rules
 
 
@@ -207,7 +208,8 @@ class BoxPredictions:
         figures: dict[str, Any] = {"images": len(self.data), "objects": sum(self.data.counts())}
         figures |= {"loss": sum(self.losses.values()) if self.losses else None}
         figures |= {"ap": _mean(own[..., 0]), "ap50": _mean(own[0, ..., 0]), "ap75": _mean(own[5, ..., 0])}
-        figures |= {name: _mean_of([row[name] for row in self.per_class()]) for name in ("precision", "recall", "f1")}
+        classes = [row for row in self.per_class() if row["objects"]]
+        figures |= {name: _mean_of([row[name] for row in classes]) for name in ("precision", "recall", "f1")}
         for name, precision in (("", own), ("input_", scaled)):
             figures |= {f"{name}ap_{area}": _mean(precision[..., i]) for i, area in enumerate(AREAS) if i}
         return figures | {f"ms_{stage}": value for stage, value in self.milliseconds.items()}
@@ -298,17 +300,15 @@ class BoxPredictions:
     def write_tables(self, folder: Path, suffix: str = "") -> None:
         """Writes the tables as CSV and JSON, and the figures.
 
-        `curves.csv` has a row for every score at which precision or recall of a class changes. `predictions.json` has
-        the form of `detections.json`, which `spd-zoo detect` writes.
+        `curves.csv` has a row for each class and each of the minimum scores `SCORES`. `predictions.json` has the form of `detections.json`, which `spd-zoo detect` writes.
         """
         names, best = self.data.class_names, [curve.threshold() for curve in self.curves]
-        columns = ("precision", "recall", "f1")
         points = [
-            [name, *(f"{value:.6g}" for value in values)]
+            [name, f"{score:.2f}", *("" if math.isnan(value) else f"{100 * value:.6g}" for value in values)]
             for name, curve in zip(names, self.curves, strict=True)
-            for values in zip(curve.scores, *(100 * getattr(curve, column) for column in columns), strict=True)
+            for score, *values in zip(SCORES, *rates(*curve.at(SCORES), curve.objects).values(), strict=True)
         ]
-        write_csv(folder / f"curves{suffix}.csv", ["class", "score", *columns], points)
+        write_csv(folder / f"curves{suffix}.csv", ["class", "score", "precision", "recall", "f1"], points)
         rows = zip([*names, BACKGROUND], self.confusion.tolist(), strict=True)
         write_csv(folder / f"confusion{suffix}.csv", ["", *names, BACKGROUND], [[name, *row] for name, row in rows])
         for name, table in (("per_class", self.per_class()), ("by_size", self.by_size())):
@@ -341,18 +341,15 @@ class BoxPredictions:
 
 
 def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:
-    """A class at its best minimum score; precision and F1 are None if they are undefined."""
-    entries = int(curve.entries(np.array(threshold)))
-    correct, wrong = (int(column[entries - 1]) if entries else 0 for column in (curve.correct, curve.wrong))
-    boxes, objects = correct + wrong, curve.objects
+    """A class at its best minimum score; rates that are undefined are None."""
+    correct, wrong = curve.at(np.array(threshold))
+    figures = {name: float(rate) for name, rate in rates(correct, wrong, curve.objects).items()}
     return {
         "score": curve.threshold(),
-        "precision": 100 * correct / boxes if boxes else None,
-        "recall": 100 * correct / objects if objects else None,
-        "f1": 200 * correct / (boxes + objects) if objects else None,
-        "correct": correct,
-        "wrong": wrong,
-        "missed": objects - correct,
+        **{name: 100 * rate if math.isfinite(rate) else None for name, rate in figures.items()},
+        "correct": int(correct),
+        "wrong": int(wrong),
+        "missed": curve.objects - int(correct),
     }
 
 
