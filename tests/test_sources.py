@@ -33,7 +33,9 @@ Capture = pytest.CaptureFixture[str]
 
 def make_video(file: Path, frames: int = 5, size: tuple[int, int] = (128, 96)) -> Path:
     """A red square that moves to the right by 16 pixels a frame."""
-    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"MJPG"), 8.0, size)
+    writer = cv2.VideoWriter(
+        str(file), cv2.VideoWriter_fourcc(*("mp4v" if file.suffix == ".mp4" else "MJPG")), 8.0, size
+    )
     for i in range(frames):
         image = picture(size, red=(16 * i, 32, 16 * i + 32, 64))
         writer.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
