@@ -192,6 +192,13 @@ def test_a_camera_ends_when_asked_to_and_keeps_what_it_found(tmp_path: Path, mon
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())["images"]) == 7
 
 
+def test_a_stream_that_is_not_there_is_an_error_without_its_password(run: Path, capsys: Capture) -> None:
+    assert main(["detect", str(run), "rtsp://me:secret@127.0.0.1:9/x", "--device", "cpu"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("spd-zoo: error: rtsp://127.0.0.1:9/x: OpenCV cannot open this camera or stream")
+    assert "secret" not in errors
+
+
 # sources
 
 

@@ -192,6 +192,8 @@ class Frames:
             self.capture = cv2.VideoCapture(video.opened)
         if not self.capture.isOpened():
             self.capture.release()
+            if video.live:
+                raise ValueError("OpenCV cannot open this camera or stream; is it there, and free?")
             raise ValueError("OpenCV cannot open this as a video, and it is no image in a format that Pillow knows")
         rate = float(self.capture.get(cv2.CAP_PROP_FPS))
         self.rate = rate if math.isfinite(rate) and 0 < rate <= 1000 else USUAL_RATE
