@@ -23,7 +23,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark import hardware, time_steps
+from benchmark_steps import hardware, time_steps
 from torch import Tensor, nn
 
 from spd_zoo.blocks import PyConv2d, _four_at_a_time
