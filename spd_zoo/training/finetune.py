@@ -654,7 +654,7 @@ def finish(run: Run) -> Result:
     size = parse_size(run.best["image_size"] if run.best else run.history[-1]["image_size"])
     preprocessing = replace(run.preprocessing, bf16=False)  # the precision in which the network is used
     predictions = run.task.predict(net, _val_batches(run, size), val, size, preprocessing, process)
-    figures = predictions.summary()
+    figures, missed = predictions.summary(), predictions.notes()
     if process.first:
         own = net.pretrained_cfg.items()
         cfg = {
@@ -665,13 +665,14 @@ def finish(run: Run) -> Result:
             "label_names": val.class_names,
         }
         run.folder.write_network(net, cfg, parse_model_args(config.model_args))
-        notes = [*run.splits.about.get("notes", []), *plot_notes(), *predictions.notes()]
+        notes = [*run.splits.about.get("notes", []), *plot_notes(), *missed]
         run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )
-    noted = [f"note: {note}" for note in predictions.notes()]
-    for line in [*noted, *verdict(run.plan, run.task, run.evaluations), *next_commands(config, run.task)]:
+    for note in missed:
+        process.print(f"note: {note}")
+    for line in [*verdict(run.plan, run.task, run.evaluations), *next_commands(config, run.task)]:
         process.print(line)
     return Result(config.out, run.history, figures | {"image_size": size_value(size)}, run.before)
 
