@@ -52,12 +52,12 @@ EXAMPLES = (  # a picture and a network that is right about it
 
 _ABOUT = """# spd_zoo: small pictures, small objects
 Choose an example, or drop a picture and choose a network: a classifier predicts its class, a detector finds objects in
-it. Everything is computed on the machine that serves this page."""
+it. Drag the line between the picture on the left and what the network sees or finds on the right. Everything is
+computed on the machine that serves this page."""
 _NO_PICTURE = "Drop a picture on the page, or click to choose one."
 _SMALLER = """## The effect of image size
-The same network gets the picture at fewer (or more) pixels: drag the line between the picture on the left and the
-network's input on the right. No network was trained at every size, so predictions can get worse at smaller and at
-larger sizes than its own."""
+The same network gets the picture at fewer (or more) pixels. No network was trained at every size, so predictions
+can get worse at smaller and at larger sizes than its own."""
 _CSS = ".answer table { width: 100%; margin-left: 0 } .answer td + td { text-align: right }"
 
 
@@ -252,8 +252,8 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
         raise ModelError("no weights are on this machine; `spd-zoo weights pull` gets some")
     import gradio as gr
 
-    def view() -> gr.Image:
-        return gr.Image(show_label=False, interactive=False, height=SHOWN, format="png", buttons=[])
+    def view() -> gr.ImageSlider:
+        return gr.ImageSlider(show_label=False, interactive=False, height=SHOWN, buttons=[])
 
     def answer() -> gr.HTML:
         return gr.HTML(elem_classes="answer")
@@ -276,8 +276,7 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
                 for size in SIZES:
                     with gr.Column(min_width=200):
                         gr.Markdown(f"**{size} x {size} pixels**")
-                        slider = gr.ImageSlider(show_label=False, interactive=False, height=SHOWN, buttons=[])
-                        smaller += [slider, answer()]
+                        smaller += [view(), answer()]
             with gr.Column(visible=False) as pair:
                 described, other = gr.Markdown(), answer()
         outputs = [message, more, *own, *smaller, pair, described, other]
@@ -286,7 +285,8 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
             """All outputs for a picture; only a message if there is nothing to show."""
             try:
                 picture, net = read_picture(path), load(model)
-                shown: list[Any] = [*predict_html(net, picture)]
+                seen, text = predict_html(net, picture)
+                shown: list[Any] = [_beside(net, picture, seen), text]
                 for size in SIZES:
                     seen, text = _at(net, picture, size)
                     shown += [_beside(net, picture, seen), text]
