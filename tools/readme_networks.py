@@ -53,7 +53,8 @@ def recommended() -> str:
     timed = [*exported, *((f"{row['network']}_pfd", row["image_size"], row["padding_free_ms"]) for row in free)]
     tagged = {name.partition(".")[0]: entries()[name] for name in OVERVIEW}
     rows = []
-    for network, size, time in timed:
+    ours = {entry.network for entry in entries().values()}
+    for network, size, time in (row for row in timed if row[0] in ours):
         entry = tagged.get(network)
         accuracy = "no weights" if entry is None else _accuracy(entry)
         rows.append([f"`{entry.name if entry else network}`", accuracy, f"{time:.1f}", f"{size} px"])
