@@ -19,7 +19,7 @@ from spd_zoo.inference.exported import Exported, load_model
 from spd_zoo.inference.images import as_html
 from spd_zoo.process import Process
 from spd_zoo.training.preprocessing import Preprocessing
-from spd_zoo.training.task import Predictions, task_of
+from spd_zoo.training.task import Predictions, names_other_task, task_of
 
 __all__ = ["Evaluation", "evaluate", "evaluate_network", "save"]
 
@@ -147,10 +147,11 @@ def evaluate_network(
     channel_mode(net.in_chans, model)
     splits = (split,) if split else ("test", "val", "train")
     opened = ((name, task.open_split(data, name, *columns)) for name in splits)
-    split, images = next(((name, found) for name, found in opened if found), ("", None))
-    if images is None:
-        raise DataError(f"{data} has no split {' or '.join(splits)}")
-    images = match_classes(images, network_classes(net.pretrained_cfg, net.num_classes), class_map)
+    with names_other_task(task, data, "evaluate"):
+        split, images = next(((name, found) for name, found in opened if found), ("", None))
+        if images is None:
+            raise DataError(f"{data} has no split {' or '.join(splits)}")
+        images = match_classes(images, network_classes(net.pretrained_cfg, net.num_classes), class_map)
     about = check({split: images}, workers, process)
     unreadable = about[split]["unreadable"]
     images = images.without(unreadable)
