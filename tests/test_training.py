@@ -387,7 +387,9 @@ def test_a_second_signal_is_not_held_back(folders: Path, tmp_path: Path, monkeyp
         step(*arguments, **more)
 
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", impatient)
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell runs this behind &
+    usual = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell that runs this in the background ignores it
     try:
         with pytest.raises(KeyboardInterrupt) as stopped:
             run(folders, tmp_path / "run")

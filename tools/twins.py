@@ -1,4 +1,4 @@
-"""Does space-to-depth help? Trains networks that differ in their downsampling alone, with several seeds each.
+"""Does space-to-depth help? Trains networks that differ only in their downsampling, with several seeds each.
 
     python tools/twins.py tools/twins/*.yaml --data-root DATA --out RUNS [--jobs 2] [--records tools/twins.jsonl]
 

@@ -45,7 +45,7 @@ def finetune(
     """
     if isinstance(model, FinetuneConfig):
         if config is not None or recipe is not None or options:
-            raise ValueError("give a FinetuneConfig alone; dataclasses.replace changes its fields")
+            raise ValueError("give a FinetuneConfig without other options; dataclasses.replace changes its fields")
         return training.finetune(replace(model, model=timm_name(model.model)))
     epochs = options.get("epochs")
     if isinstance(epochs, str) and epochs.startswith("+"):

@@ -277,7 +277,7 @@ def _names_of_config(config: Config) -> Names:
         raise DataError(f"{file} says that there are {number} classes (nc), but names {len(by_number)}; correct it")
     shape = config.values.get("kpt_shape")
     if isinstance(shape, list) and shape:
-        notes.append(f"{file} has keypoints (kpt_shape): the boxes alone are read")
+        notes.append(f"{file} has keypoints (kpt_shape): only the boxes are read")
     return Names(by_number, file, math.prod(shape) if isinstance(shape, list) and shape else 0, tuple(notes))
 
 

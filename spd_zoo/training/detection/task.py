@@ -97,7 +97,11 @@ class Detection:
     def open_splits(
         self, config: FinetuneConfig, net: Any, process: Process, began_with: dict[str, Any] | None
     ) -> Splits[BoxImages]:
-        """Opens, splits and checks the data; see `Task.open_splits`."""
+        """Opens, splits and checks the data; see `Task.open_splits`.
+
+        Raises:
+            DataError: If there are no training images, or no validation box of a class that is trained.
+        """
         train, val = open_boxes(config.data, "train"), open_boxes(config.data, config.val_name)
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
@@ -231,7 +235,11 @@ class Detection:
         report.write(folder, config, history, predictions, notes)
 
     def check_evaluation(self, net: Any, model: str, only_classifiers: bool) -> None:
-        """Raises ValueError if an option is only for classifiers."""
+        """Checks the options of an evaluation.
+
+        Raises:
+            ValueError: If one is for classifiers only.
+        """
         if only_classifiers:
             raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
 
