@@ -488,9 +488,13 @@ def test_counts_must_be_positive(option: str, value: str, capsys: Capture) -> No
 
 @pytest.fixture
 def configs(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
-    given: list[FinetuneConfig] = []  # its append returns None, as a dry run does
-    monkeypatch.setattr("spd_zoo.training.finetune.finetune", given.append)
-    return given
+    configs: list[FinetuneConfig] = []
+
+    def finetune(config: FinetuneConfig, recipe: str | None = None) -> None:
+        configs.append(config)  # returns None, as a dry run does
+
+    monkeypatch.setattr("spd_zoo.training.finetune.finetune", finetune)
+    return configs
 
 
 REQUIRED = ["resnet18_spd", "--data", "photos", "--out", "run"]
