@@ -518,6 +518,7 @@ TEXTS = {
     "interpolation": "bicubic",
     "head_init": "zero",
     "keep": "last",
+    "log": "tensorboard",
     "resume": "never",
     "teacher_size": "96",
 }
@@ -643,7 +644,7 @@ def test_finetune_explains_its_options(capsys: Capture) -> None:
 def test_errors_of_finetune_are_one_clear_sentence(
     raised: Exception, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def stop(_: FinetuneConfig) -> NoReturn:
+    def stop(*_: object) -> NoReturn:
         raise raised
 
     monkeypatch.setattr("spd_zoo.training.finetune.finetune", stop)

@@ -79,6 +79,6 @@ def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
     if options["lr"] > last:
         rate = f"a tenth of the peak of {folder}, which ended at {last:.2g}"
     if "lr" in asked:
-        rate = "as given"
+        rate = "as set"
     words = f"goes on from the network that {folder} kept: {int(epochs)} epochs from learning rate {options['lr']:.2g}"
     return Continuation(options, fingerprint, f"{words} ({rate}), into {options['out']}")
