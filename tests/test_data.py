@@ -159,12 +159,12 @@ def test_names_that_differ_in_blanks_or_unicode_form_are_one_class(folders: Path
     assert data.class_names == ["caf\u00e9", "red"] and data.counts() == [16, 8]
 
 
-def test_class_folders_alone_are_images_to_train_on(folders: Path) -> None:
+def test_class_folders_without_splits_are_training_images(folders: Path) -> None:
     assert len(opened(folders / "train")) == 24
     assert open_data(folders / "train", "val") is None
 
 
-def test_a_folder_with_val_alone_has_nothing_to_train_on(folders: Path) -> None:
+def test_a_folder_with_only_val_has_no_training_images(folders: Path) -> None:
     shutil.rmtree(folders / "train")
     assert open_data(folders, "train") is None
 

@@ -364,11 +364,11 @@ def test_a_small_model_is_read(tmp_path: Path) -> None:
         ({"parameters": "many"}, "metadata"),
     ],
 )
-def test_metadata_that_is_wrong_is_one_sentence(changes: dict[str, str | None], words: str, tmp_path: Path) -> None:
+def test_wrong_metadata_is_refused_in_a_sentence(changes: dict[str, str | None], words: str, tmp_path: Path) -> None:
     assert words in refusal(small(**changes), tmp_path)
 
 
-def test_what_is_no_onnx_file_is_one_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_no_onnx_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert "is empty" in refusal(b"", tmp_path)
     assert "no ONNX file, or damaged" in refusal(b"PK\3\4" + bytes(200), tmp_path)
     assert "a web page" in refusal(b"<html>", tmp_path)
@@ -397,7 +397,7 @@ def test_weights_in_other_files_are_refused(tmp_path: Path) -> None:
     assert "weights in other files" in refusal(constant, tmp_path)
 
 
-def test_what_could_compute_without_end_is_refused(tmp_path: Path) -> None:
+def test_what_no_exported_network_contains_is_refused(tmp_path: Path) -> None:
     loop = small()
     node = loop.graph.node.add(op_type="Loop", output=["x"])
     node.attribute.add(name="body", type=onnx.AttributeProto.GRAPH).g.CopyFrom(small().graph)
@@ -416,7 +416,7 @@ def test_what_could_compute_without_end_is_refused(tmp_path: Path) -> None:
     assert "cannot load" in refusal(unknown, tmp_path)
 
 
-def test_outputs_that_are_not_promised_are_one_sentence(tmp_path: Path) -> None:
+def test_unexpected_outputs_are_refused_in_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
     file.write_bytes(small(class_names='["a", "b"]').SerializeToString())
     with pytest.raises(ModelError, match=r"computes \[1, 3\] logits for 2 classes"):

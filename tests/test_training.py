@@ -173,7 +173,7 @@ def test_a_pretrained_run_that_is_stopped_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize("keep", [None, "last"])
-def test_a_run_that_only_loses_says_so_and_keeps_the_start_unless_told_otherwise(
+def test_a_run_that_only_gets_worse_warns_and_keeps_the_start_by_default(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keep: str | None
 ) -> None:
     scores, states, score = iter([80.0, 40.0, 60.0]), [], Classification.score
@@ -191,7 +191,7 @@ def test_a_run_that_only_loses_says_so_and_keeps_the_start_unless_told_otherwise
     assert ("the network is kept as it began" in printed) == (keep is None)
 
 
-def test_small_images_are_padded_rather_than_cut_and_frozen_statistics_stay(folders: Path, tmp_path: Path) -> None:
+def test_small_images_are_padded_and_frozen_statistics_stay(folders: Path, tmp_path: Path) -> None:
     asked = config(folders, folders, image_size="32")
     assert (chosen_for(asked, 480).config.crop_padding, chosen_for(asked, 480).config.crop_scale) == (4, 0.5)
     assert chosen_for(replace(asked, crop_scale=0.3), 480).config.crop_padding == 0
