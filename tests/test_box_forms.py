@@ -1,4 +1,4 @@
-"""The forms in which people have images with boxes: what is found, what is guessed, and what is wrong with lines."""
+"""Annotation formats of images with boxes: what is found, what is guessed, and what is wrong with lines."""
 
 import json
 from collections.abc import Callable
@@ -439,7 +439,7 @@ def test_coco_is_read_however_it_was_written(change: Callable[[Path], None], tmp
     assert boxes_of(data) == truth() and data.class_names == NAMES and not data.defects
     noted: dict[Callable[[Path], None], str] = {
         roboflow_coco: "the category blue has no box and is only the parent of others",
-        cvat: "instances_default.json is of no usual split: it is taken as train",
+        cvat: "instances_default.json names no usual split: it is read as train",
     }
     assert [noted[change] in note for note in data.notes] == [True] * (change in noted)
 
@@ -666,7 +666,7 @@ def test_a_class_that_is_only_ignored_is_no_class_to_train_on(tmp_path: Path) ->
     assert with_names(data, ["red", "blue"]).counts() == [data.counts()[2], 0]
 
 
-# other forms
+# other formats
 
 
 def make_csv(root: Path, file: str) -> Path:
