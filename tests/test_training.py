@@ -1053,9 +1053,9 @@ def test_a_finished_run_goes_on_from_what_it_kept_and_resumes_to_the_same_bits(
     ("model", "epochs", "options", "message"),
     [
         ("cifar_resnet20", "+3", {}, r"epochs \+3 goes on from a finished run; give its folder instead of cifar_resn"),
-        ("run", "+0", {}, r"epochs \+0 is not a whole number, or like \+10"),
-        ("run", "+1.5", {}, r"epochs \+1.5 is not a whole number"),
-        ("run", "+3", {"seed": 2}, "run fixes seed of a run that goes on from it; leave that out"),
+        ("run", "+0", {}, r"epochs must be a whole number, or like \+10, got \+0"),
+        ("run", "+1.5", {}, r"epochs must be a whole number, or like \+10, got \+1.5"),
+        ("run", "+3", {"seed": 2}, "a run that goes on from .*run keeps its seed; leave that out"),
         ("run", "+3", {"recipe": "best"}, r"epochs \+3 takes the options of a finished run: give its folder"),
         ("run", "+3", {"epoch": 2}, "did you mean epochs"),
     ],

@@ -50,7 +50,9 @@ def finetune(
     epochs = options.get("epochs")
     if isinstance(epochs, str) and epochs.startswith("+"):
         if config is not None or recipe is not None or model is None:
-            raise ValueError(f"epochs {epochs} takes the options of a finished run: give its folder, and no other set")
+            raise ValueError(
+                f"epochs {epochs} takes the options of a finished run: give its folder, and no config or recipe"
+            )
         asked = as_options({name: value for name, value in options.items() if name != "epochs"}, "finetune")
         goes_on = continuation(os.fspath(model), epochs, asked)
         return training.finetune(make_config(goes_on.options), goes_on=goes_on)
