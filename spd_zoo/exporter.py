@@ -502,9 +502,14 @@ def _to_onnx(part: _Part, example: Tensor, metadata: dict[str, str], file: Path)
 
 
 def _dynamic(part: _Part) -> dict[int, Any]:
-    """The free dimensions of the input."""
-    free = {0: torch.export.Dim("batch")}
-    return free | ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO} if part.multiple else {})
+    """The free dimensions of the input.
+
+    Sides are written as multiples, so that torch can divide them by strides instead of carrying the remainders along.
+    """
+    free: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if part.multiple:
+        free |= {i: part.multiple * torch.export.Dim(name) for i, name in ((2, "rows"), (3, "columns"))}
+    return free
 
 
 def _to_pt2(part: _Part, example: Tensor, metadata: dict[str, str], file: Path) -> Computation:

@@ -58,7 +58,7 @@ from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, task_of
 from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
-from spd_zoo.weights.load import timm_name
+from spd_zoo.weights.load import has_weights, timm_name
 from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
@@ -192,9 +192,7 @@ def plan(
         DataError: If there are too few images.
         ValueError: If an option has no meaning for the network or the data.
     """
-    known = get_pretrained_cfg(config.model)
-    verified = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
-    pretrained = verified if config.pretrained is None else config.pretrained
+    pretrained = has_weights(config.model) if config.pretrained is None else config.pretrained
     if config.pretrained is None and not pretrained:
         tags = tags_in_words(config.model)
         others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
@@ -724,11 +722,11 @@ def _next_commands(run: Run) -> list[str]:
 def _choices(plan: Plan, process: Process) -> str:
     """What a run does, on one line."""
     config = plan.config
-    known = get_pretrained_cfg(config.model)
     weights = "random weights"
     if plan.pretrained:
+        known = get_pretrained_cfg(config.model) if "." not in config.model else None
         tag = known.tag if known is not None and ":" not in config.model else ""
-        weights = f"weights {config.model if '.' in config.model or not tag else f'{config.model}.{tag}'}"
+        weights = f"weights {f'{config.model}.{tag}' if tag else config.model}"
     rate = f"{plan.opt} with learning rate {plan.lr:.2g}"
     if plan.layer_decay != 1:
         rate += f" (times {plan.layer_decay:g} per layer from the end)"
