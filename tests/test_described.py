@@ -13,7 +13,6 @@ import torch
 from box_pictures import make_coco
 from huggingface_hub import constants
 from networks import random_network
-from runs import rows_of
 from safetensors.torch import save_file
 from shared_data import shared
 from torch import Tensor, nn
@@ -77,6 +76,7 @@ def meta(name: str = "yolov8n") -> nn.Module:
 # Kept and used
 
 
+@pytest.mark.slow
 def test_classes_and_image_size_of_a_pickled_network_are_kept_and_used(
     tensors: dict[str, Tensor], tmp_path: Path, cache: Path, capsys: Capture
 ) -> None:
@@ -211,10 +211,10 @@ def test_the_outputs_of_imported_weights_go_to_the_classes_of_their_names(
     before, after = (timm.create_model(n, pretrained=True) for n in ("yolov8n.mine", f"local-dir:{tmp_path / 'run'}"))
     old, new = (net.head.cv3[0][-1].bias for net in (before, after))
     torch.testing.assert_close(new, old.flip(0))
-    assert rows_of(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolov5n_spd", "ssd_mobilenet_v2_small"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolov8n", "yolov5n_spd", "ssd_mobilenetv1"])
 def test_classes_in_another_order_have_the_same_scores(name: str) -> None:
     net: DetectionNet = random_network(name, num_classes=3).eval()
     images = torch.randn(1, 3, *net.pretrained_cfg["input_size"][1:])[..., :320, :320]
@@ -241,9 +241,8 @@ def test_a_checkpoint_that_others_trained_with_a_map_of_stride_4_loads(case: dic
     net: Any = timm.create_model(f"{case['model']}.mine", pretrained=True, cache_dir=tmp_path).eval()
     assert net.pretrained_cfg["label_names"] == list(names.values())
     with torch.inference_mode():
-        outputs = net(torch.from_numpy(golden.make_input(**case["input"])))
-    for output, expected in zip(outputs, case["outputs"], strict=True):
-        golden.assert_matches(output.numpy(), expected)
+        boxes = net.decode(net(torch.from_numpy(golden.make_input(**case["input"]))))
+    golden.assert_matches(boxes.mT.numpy(), case["outputs"][0])
 
 
 def test_a_network_with_a_map_of_stride_4_is_not_one_without(tmp_path: Path) -> None:
@@ -251,6 +250,7 @@ def test_a_network_with_a_map_of_stride_4_is_not_one_without(tmp_path: Path) -> 
         described({"stride": torch.tensor([4.0, 8.0, 16.0, 32.0])}, meta(), 80, "x")
 
 
+@pytest.mark.slow
 def test_weights_trained_elsewhere_are_imported_and_converted_exactly(cache: Path, capsys: Capture) -> None:
     import_weights("yolov8n.cells", shared(TRAINED_ELSEWHERE), cache)
     net: Any = timm.create_model("yolov8n.cells", pretrained=True).eval()
