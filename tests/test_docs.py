@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from box_pictures import make_coco
+from box_pictures import NAMES, make_coco
+from huggingface_hub import constants
+from networks import random_network
 from pictures import make_folders
 from safetensors.torch import save_file
 from shared_data import shared
@@ -230,6 +232,14 @@ def examples(here: Path) -> None:
     shutil.copy(ROOT / "examples" / "images" / "rocket.jpg", here / "IMAGE")
 
 
+def conversions(here: Path) -> None:
+    examples(here)
+    net = random_network("yolov8n", num_classes=len(NAMES))
+    net.names, net.args = dict(enumerate(NAMES)), {"task": "detect", "imgsz": 64}
+    torch.save({"model": net}, here / "best.pt")
+    make_coco(here / "cells", train=8, val=2)
+
+
 def tutorial(here: Path) -> None:
     make_folders(here / "photos", train=14, val=6)
     for split in (here / "photos").iterdir():
@@ -283,7 +293,7 @@ def weights(here: Path) -> None:
 PREPARE: dict[str, Callable[[Path], None]] = {
     "README.md": examples,
     "docs/index.md": examples,
-    "docs/convert.md": examples,
+    "docs/convert.md": conversions,
     "docs/finetuning.md": tutorial,
     "docs/detectors.md": detector_and_cells,
     "docs/deploy.md": deployed,
@@ -392,6 +402,7 @@ def test_the_code_blocks_of_a_page_give_their_output(
     if page in PREPARE:
         PREPARE[page](tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))  # imported weights
     names: dict[str, Any] = {"__name__": "page"}
     printed = ""
     for block in blocks(page):

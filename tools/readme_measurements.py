@@ -52,6 +52,13 @@ def twins() -> str:
     return "\n\n".join([figure, *tables] if record else tables)
 
 
+def imported_twins() -> str:
+    """The same for the configs that begin with imported weights."""
+    record = twins_report.read_records(ROOT / "tools" / "twins.jsonl")
+    found = twins_report.configs(twins_report.CONFIGS / "imported")
+    return "\n\n".join(twins_report.markdown(config, record) for config in found)
+
+
 def deploy_latency() -> str:
     """What `tools/latency.py --exported --json` printed into `tools/deploy_latency.jsonl`."""
     columns = ("torch", "onnxruntime", "openvino", "int8")

@@ -3,10 +3,10 @@
     python tools/twins.py tools/twins/*.yaml --data-root DATA --out RUNS [--jobs 2] [--records tools/twins.jsonl]
 
 A config names a data set (a folder of DATA, as `spd-zoo finetune` takes it), the options of `finetune`, and networks:
-`model` with random weights, with the `weights` of a checkpoint (`network.tag`), or with those of a `backbone` (another
-such tag); then `keep_resolution: N` removes strides, and `convert: true` makes space-to-depth of the others. Each is
-compared with the first, or with the one named by `against`. Equal seeds have equal held-out images, order and
-augmentation.
+`model` with random weights, with the `weights` of a checkpoint (`network.tag`, perhaps imported), or with those of a
+`backbone` (another such tag); then `keep_resolution: N` removes strides, and `convert: true` makes space-to-depth of
+the others. Each is compared with the first, or with the one named by `against`. Equal seeds have equal held-out images,
+order and augmentation.
 
 Each of --jobs processes trains one network on one thread. A finished run is evaluated on the split test, or val if
 there is none, and becomes a line of --records (default: RUNS/twins.jsonl). After a stop the same command resumes the
@@ -47,23 +47,22 @@ from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import finetune
 from spd_zoo.training.steps import seed_everything
 from spd_zoo.training.task import task_of
-from spd_zoo.weights import WeightsError, fetch, find_entry, save_network
+from spd_zoo.weights import WeightsError, catalogue, fetch, save_network
 from spd_zoo.weights.load import load_backbone, load_file, load_network
 
 BATCH, TIMES = 8, 15  # images per batch, and timed batches
 
 
 def checkpoint(name: str) -> Path:
-    """The verified file of a checkpoint.
+    """The verified file of a checkpoint, which may be an imported one.
 
     Raises:
-        ConfigError: If there is no such checkpoint.
-        WeightsError: If it is unavailable.
+        ConfigError: If the name has no tag.
+        WeightsError: If there is no such checkpoint, or it is unavailable.
     """
-    entry = find_entry(name)
-    if entry is None or not entry.tag:
+    if "." not in name:
         raise ConfigError(f"there are no weights called {name}; give network.tag")
-    return fetch(entry)
+    return fetch(catalogue.checkpoint(name))
 
 
 def build(spec: dict[str, Any], class_names: list[str], seed: int) -> nn.Module:
