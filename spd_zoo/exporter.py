@@ -217,7 +217,19 @@ class _Raw(_Part):
 
     def forward(self, images: Tensor) -> Outputs:
         """(N, C, H, W) -> raw predictions."""
-        return tuple(self.net(images))
+        return tuple(self.net(_in_multiples(images, self.multiple)))
+
+
+def _in_multiples(images: Tensor, multiple: int) -> Tensor:
+    """The same images, of sides that torch knows to be multiples while it records a graph.
+
+    It then halves them exactly. Otherwise it carries a remainder along for each halving inside of the next, which takes
+    minutes. A recorded graph refuses images of other sides here. With a multiple of 0, nothing changes.
+    """
+    if not multiple:
+        return images
+    height, width = (side // multiple * multiple for side in images.shape[2:])
+    return images.expand(images.shape[0], images.shape[1], height, width)
 
 
 class _Candidates(nn.Module):
@@ -229,6 +241,7 @@ class _Candidates(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C, H, W) -> (N, boxes, 4) twice, and (N, classes, boxes)."""
+        images = _in_multiples(images, self.net.size_multiple)
         size = (images.shape[-2], images.shape[-1])
         decoded = self.net.decode(self.net(images), size)
         boxes = box_convert(decoded[..., :4], "cxcywh", "xyxy")
@@ -502,14 +515,9 @@ def _to_onnx(part: _Part, example: Tensor, metadata: dict[str, str], file: Path)
 
 
 def _dynamic(part: _Part) -> dict[int, Any]:
-    """The free dimensions of the input.
-
-    Sides are written as multiples, so that torch can divide them by strides instead of carrying the remainders along.
-    """
-    free: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if part.multiple:
-        free |= {i: part.multiple * torch.export.Dim(name) for i, name in ((2, "rows"), (3, "columns"))}
-    return free
+    """The free dimensions of the input."""
+    free = {0: torch.export.Dim("batch")}
+    return free | ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO} if part.multiple else {})
 
 
 def _to_pt2(part: _Part, example: Tensor, metadata: dict[str, str], file: Path) -> Computation:
