@@ -7,6 +7,7 @@ import convert_experiment
 import convert_report
 import twins_report
 from readme_common import ROOT, records, table
+from twins_config import CONFIGS, read_configs, read_records
 
 
 def speed() -> str:
@@ -46,8 +47,8 @@ def latency() -> str:
 
 def twins() -> str:
     """What `tools/twins.py` recorded in `tools/twins.jsonl`; a figure where anything is measured."""
-    record = twins_report.read_records(ROOT / "tools" / "twins.jsonl")
-    tables = [twins_report.markdown(config, record) for config in twins_report.configs()]
+    record = read_records(ROOT / "tools" / "twins.jsonl")
+    tables = [twins_report.markdown(config, record) for config in read_configs()]
     figure = f"![{twins_report.TITLE}](figures/seeds.svg)"
     return "\n\n".join([figure, *tables] if record else tables)
 
@@ -55,7 +56,7 @@ def twins() -> str:
 def imported_twins() -> str:
     """The same for the configs that begin with imported weights."""
     record = twins_report.read_records(ROOT / "tools" / "twins.jsonl")
-    found = twins_report.configs(twins_report.CONFIGS / "imported")
+    found = read_configs(CONFIGS / "imported")
     return "\n\n".join(twins_report.markdown(config, record) for config in found)
 
 
@@ -127,10 +128,9 @@ def training_speed() -> str:
 def converted_speed() -> str:
     """What `tools/benchmark.py --convert --json` printed into `tools/convert_speed.jsonl`."""
     record = records("convert_speed.jsonl")
-    columns = ("ours", "as it was", "/ as it was")
-    rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
+    rows = [[f"`{row['network']}`", row["form"], f"{row['/ as it was']:.2f}"] for row in record]
     settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
-    head = ("network", "form", "converted and trained, images/s", "original, images/s", "ratio")
+    head = ("network", "form", "speed, converted / original")
     return f"{'; '.join(sorted(settings))}\n\n{table(head, rows)}"
 
 

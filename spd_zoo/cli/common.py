@@ -15,6 +15,7 @@ __all__ = [
     "add_command",
     "bar_disabled",
     "be_quiet",
+    "class_scores",
     "complain",
     "explained",
     "image_size",
@@ -32,6 +33,8 @@ _EXTRAS = {
     "datasets": "[train]",
     "pyarrow": "[train]",
     "faster_coco_eval": "[train]",
+    "tensorboard": "[tensorboard]",
+    "wandb": "[wandb]",
     "gradio": "[demo]",
     "onnx": "[export]",
     "onnxscript": "[export]",
@@ -39,7 +42,7 @@ _EXTRAS = {
     "shtab": "[completion]",
 }
 
-_quiet = False  # whether the command was asked for results and errors alone
+_quiet = False  # whether only results and errors are printed
 
 
 class CommandError(Exception):
@@ -117,12 +120,33 @@ def image_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def class_scores(text: str) -> dict[str, float]:
+    """Minimum scores of classes: cell=0.4,2=0.1.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    found: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, score = item.rpartition("=")
+        try:
+            if not name or name in found:
+                raise ValueError
+            found[name] = float(score)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be like cell=0.4,platelet=0.1, got {item!r}") from error
+    return found
+
+
 @contextmanager
 def explained(lower: str = "") -> Iterator[None]:
     """Turns a ValueError, a missing package or missing memory into one sentence for the user.
 
     Args:
         lower: What needs less memory: the advice after "out of memory".
+
+    Raises:
+        CommandError: In place of those errors, with the sentence.
     """
     try:
         yield
@@ -146,8 +170,7 @@ def _sentence(error: Exception, lower: str) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        install = package if package == "tensorboard" else f"spd-zoo{_EXTRAS.get(package, '')}"
-        return f"this needs the package {error.name}: pip install '{install}'"
+        return f"this needs the package {error.name}: pip install 'spd-zoo{_EXTRAS.get(package, '')}'"
     reason = first_line(error)
     if isinstance(error, RuntimeError) and reason.startswith("DataLoader worker (pid"):  # ended by the system
         return f"a process that reads images ended: {reason}; if memory ran out, use fewer --workers"

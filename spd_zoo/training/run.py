@@ -50,6 +50,7 @@ class RunFolder:
         """The beginning of the run in the folder, which is resumed; None without a run, or for a dry run.
 
         Raises:
+            RunError: If its `run.yaml` or `data.json` is damaged.
             ValueError: If the folder holds something else, or a run although `asked.resume` is "never".
         """
         if asked.dry_run:
@@ -101,14 +102,6 @@ class RunFolder:
         """Adds a line to `log.txt`, with the time."""
         with self.writing("log.txt"), (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{_now()} {line}\n")
-
-    def to_tensorboard(self, row: dict[str, Any]) -> None:
-        """Writes the metrics of an epoch as TensorBoard events."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        with self.writing("tensorboard"), SummaryWriter(self.path / "tensorboard") as writer:
-            for name in row.keys() - {"epoch", *(name for name in row if isinstance(row[name], str))}:
-                writer.add_scalar(name, row[name], row["epoch"])
 
     def write_history(self, history: Sequence[dict[str, Any]]) -> None:
         """Writes `metrics.csv`, a line per epoch."""

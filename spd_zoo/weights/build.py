@@ -80,7 +80,7 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
         if key == default.get(entry.network):
             key += "*"  # timm's mark of a default
         elif not entry.tag and entry.network in default and default[entry.network] is None:
-            key += ".*"  # without a default checkpoint, the name alone means the network without weights
+            key += ".*"  # without a default checkpoint, the plain name means the network without weights
         cfgs[key] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
             "num_classes": entry.num_classes,
@@ -365,8 +365,7 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     if entry is None:
         raise WeightsError(f"there are no weights called {variant}.{tag}; there are: {', '.join(tags) or 'none'}")
     if not tag and not entry.verified and (tags or entry.source):
-        named = tags_in_words(variant) or ", ".join(tags) or "none"
-        raise WeightsError(f"{variant} has no default weights; select some by name: {named}")
+        raise WeightsError(f"{variant} has no default weights; select some by name: {tags_in_words(variant) or 'none'}")
     return entry
 
 

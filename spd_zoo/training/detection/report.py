@@ -10,6 +10,7 @@ from torchvision.ops import box_area, box_iou
 
 from spd_zoo.data.boxes import EVERY_CLASS, Objects
 from spd_zoo.inference.detector import Detections
+from spd_zoo.training import comments
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection.metrics import BoxPredictions
 from spd_zoo.training.page import fitting, image_png, page, png, table
@@ -37,8 +38,9 @@ def write(
             range(len(predictions.data)),
             key=lambda i: image_f1(predictions.detections[i], predictions.data.objects_in(i)),
         )
-        worst, best = box_sheet(predictions, order[:IMAGES]), box_sheet(predictions, order[::-1][:IMAGES])
-        figures = {name: png for name, png in (("curves", _curves(history)), ("worst", worst), ("best", best)) if png}
+        halves = dict(zip(("worst", "best"), comments.halves(order, IMAGES), strict=True))
+        sheets = [(name, box_sheet(predictions, chosen)) for name, chosen in halves.items() if chosen]
+        figures = {name: png for name, png in (("curves", _curves(history)), *sheets) if png}
         for name, content in figures.items():
             (pictures / f"{name}.png").write_bytes(content)
     if (folder.path / "data.png").exists():
@@ -61,8 +63,10 @@ def write(
     cells = [[row["class"], row["objects"], *(_percent(row[name]) for name in names)] for row in rows]
     colours = "correct boxes are green, wrong ones red, missed objects yellow"
     titles = {"curves": "Training", "worst": f"Worst images: {colours}", "best": f"Best images: {colours}"}
+    remarks = {name: _errors(predictions, chosen) for name, chosen in halves.items()}
+    remarks |= {"curves": comments.on_training(history, "val_ap")}
     titles |= {"data": "Training images: sizes and positions of boxes, and some images"}
-    folder.write("report.html", page(config, history, summary, titles, figures, table(header, cells), notes))
+    folder.write("report.html", page(config, history, summary, titles, figures, table(header, cells), notes, remarks))
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> bytes:
@@ -71,17 +75,17 @@ def _curves(history: Sequence[dict[str, Any]]) -> bytes:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return b""
-    figure = Figure((10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure((5.5, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
     losses = [name for name in history[0] if name.startswith("train_") or name == "val_loss"]
-    for axes, names in ((left, losses), (right, ["val_ap50", "val_ap"])):
+    for axes, names in ((above, losses), (below, ["val_ap50", "val_ap"])):
         for name in names:
             axes.plot(epochs, [row[name] for row in history], ".-", label=name.replace("_", " "))
         axes.legend()
         axes.grid(alpha=0.3)
-    left.set(xlabel="epoch", ylabel="loss", yscale="log")
-    right.set(xlabel="epoch", ylabel="%", ylim=(0, 101))
+    above.set(ylabel="loss", yscale="log")
+    below.set(xlabel="epoch", ylabel="%", ylim=(0, 101))
     return png(figure)
 
 
@@ -110,6 +114,22 @@ def matches(detections: Detections, objects: Objects) -> tuple[Tensor, Tensor, T
             else:
                 correct[i] = in_ignored[i]
     return drawn, correct, detected
+
+
+def _errors(predictions: BoxPredictions, indices: Sequence[int]) -> str:
+    """What is wrong in some images, in one sentence."""
+    right, wrong, confused, missed = 0, 0, 0, 0
+    for index in indices:
+        detections, objects = predictions.detections[index], predictions.data.objects_in(index)
+        drawn, correct, detected = matches(detections, objects)
+        on_object = box_iou(detections.boxes[drawn[~correct]], objects.boxes) >= IOU
+        other_class = detections.labels[drawn[~correct]][:, None] != objects.labels
+        right, wrong = right + int(correct.sum()), wrong + int((~correct).sum())
+        confused, missed = confused + int((on_object & other_class).any(1).sum()), missed + int((~detected).sum())
+    return (
+        f"With a score of {SCORE} or more, {right} boxes are correct, {wrong} are wrong ({confused} of them on an "
+        f"object of another class), and {missed} objects are missed."
+    )
 
 
 def image_f1(detections: Detections, objects: Objects) -> float:
