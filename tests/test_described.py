@@ -200,16 +200,17 @@ def test_metadata_of_an_imported_file_that_was_changed_are_checked_like_those_of
 def test_the_outputs_of_imported_weights_go_to_the_classes_of_their_names(
     tensors: dict[str, Tensor], tmp_path: Path, cache: Path
 ) -> None:
-    names = open_boxes(make_coco(tmp_path / "data", train=8, val=4), "train").class_names  # type: ignore[union-attr]
-    turned = dict(enumerate(reversed(names)))
-    import_weights("yolov8n.mine", checkpoint(random_network("yolov8n", num_classes=len(names)).state_dict(),
-                                              tmp_path / "a.pt", names=turned, nc=len(names)), cache)  # fmt: skip
+    classes = open_boxes(make_coco(tmp_path / "data", train=8, val=4), "train").class_names  # type: ignore[union-attr]
+    turned = dict(enumerate(reversed(classes)))
+    import_weights("yolov8n.mine", checkpoint(random_network("yolov8n", num_classes=len(classes)).state_dict(),
+                                              tmp_path / "a.pt", names=turned, nc=len(classes)), cache)  # fmt: skip
     config = FinetuneConfig(model="yolov8n.mine", data=str(tmp_path / "data"), out=tmp_path / "run", epochs=1,
                             lr=1e-12, warmup_epochs=0, batch_size=8, workers=0)  # fmt: skip
     finetune(config)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 96, 96]
-    before, after = (timm.create_model(n, pretrained=True) for n in ("yolov8n.mine", f"local-dir:{tmp_path / 'run'}"))
-    old, new = (net.head.cv3[0][-1].bias for net in (before, after))
+    names = ("yolov8n.mine", f"local-dir:{tmp_path / 'run'}")
+    nets: list[Any] = [timm.create_model(name, pretrained=True) for name in names]
+    old, new = (net.head.cv3[0][-1].bias for net in nets)
     torch.testing.assert_close(new, old.flip(0))
 
 
@@ -256,7 +257,7 @@ def test_weights_trained_elsewhere_are_imported_and_converted_exactly(cache: Pat
     net: Any = timm.create_model("yolov8n.cells", pretrained=True).eval()
     assert net.pretrained_cfg["label_names"] == list(NAMES.values())
     assert net.pretrained_cfg["input_size"] == (3, 320, 320)
-    converted = spd_zoo.convert_to_spd(net)
+    converted: Any = spd_zoo.convert_to_spd(net)
     assert len(converted.spd_report.replaced) == 7
     for size in ((96, 64), (64, 64)):
         images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))

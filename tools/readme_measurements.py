@@ -55,7 +55,7 @@ def twins() -> str:
 
 def imported_twins() -> str:
     """The same for the configs that begin with imported weights."""
-    record = twins_report.read_records(ROOT / "tools" / "twins.jsonl")
+    record = read_records(ROOT / "tools" / "twins.jsonl")
     found = read_configs(CONFIGS / "imported")
     return "\n\n".join(twins_report.markdown(config, record) for config in found)
 

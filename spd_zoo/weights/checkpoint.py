@@ -157,7 +157,7 @@ def _weights_in(content: Any) -> tuple[Any, dict[str, Any]]:
         return content.tensors, fields_of_metadata(content.metadata)
     places = [content]  # from the whole file to the weights in it
     while len(places) <= _DEEPEST and not _is_network(places[-1]):
-        last = places[-1].items if isinstance(places[-1], Unknown) else places[-1]
+        last: Any = places[-1].items if isinstance(places[-1], Unknown) else places[-1]
         keys = _KEYS if isinstance(last, dict) else ()
         inner = next((last[key] for key in keys if isinstance(last.get(key), dict | Unknown)), None)
         if inner is None:
