@@ -221,7 +221,19 @@ class _Raw(_Part):
 
     def forward(self, images: Tensor) -> Outputs:
         """(N, C, H, W) -> raw predictions."""
-        return tuple(self.net(images))
+        return tuple(self.net(_in_multiples(images, self.multiple)))
+
+
+def _in_multiples(images: Tensor, multiple: int) -> Tensor:
+    """The same images, of sides that torch knows to be multiples while it records a graph.
+
+    It then halves them exactly. Otherwise it carries a remainder along for each halving inside of the next, which takes
+    minutes. A recorded graph refuses images of other sides here. With a multiple of 0, nothing changes.
+    """
+    if not multiple:
+        return images
+    height, width = (side // multiple * multiple for side in images.shape[2:])
+    return images.expand(images.shape[0], images.shape[1], height, width)
 
 
 class _Candidates(nn.Module):
@@ -233,6 +245,7 @@ class _Candidates(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C, H, W) -> (N, boxes, 4) twice, and (N, classes, boxes)."""
+        images = _in_multiples(images, self.net.size_multiple)
         size = (images.shape[-2], images.shape[-1])
         decoded = self.net.decode(self.net(images), size)
         boxes = box_convert(decoded[..., :4], "cxcywh", "xyxy")

@@ -115,6 +115,21 @@ def test_a_detectors_file_finds_what_the_network_finds_for_any_number_and_size(r
 
 
 @pytest.mark.slow
+def test_an_spd_detectors_file_pads_nothing_and_refuses_sides_that_are_no_multiples(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("yolov8n_spd", num_classes=3, **TINY).eval()
+    file = export(net, "onnx", tmp_path / "spd.onnx", image_size=64, raw=True)
+    assert "Pad" not in {node.op_type for node in onnx.load(file).graph.node}
+    session = onnxruntime.InferenceSession(str(file))
+    images = noise(1, 3, 32, 160)
+    with torch.inference_mode():
+        for found, expected in zip(session.run(None, {"images": images.numpy()}), net(images), strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument):
+        session.run(None, {"images": noise(1, 3, 48, 64).numpy()})
+
+
+@pytest.mark.slow
 def test_a_file_says_how_to_use_it(run: Path) -> None:
     described = {item.key: item.value for item in onnx.load(run / "model.onnx").metadata_props}
     assert json.loads(described["class_names"]) == ["blue", "green", "red"]

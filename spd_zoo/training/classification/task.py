@@ -15,7 +15,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from spd_zoo.data.check import check, notes_on
-from spd_zoo.data.classes import network_classes, without_unused
+from spd_zoo.data.classes import network_classes, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
@@ -34,7 +34,6 @@ from spd_zoo.training.classification.head import (
     features,
     linear_classifier,
     pretrained_classifier,
-    pretrained_outputs,
     ridge_classifier,
     set_classifier,
 )
