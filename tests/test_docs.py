@@ -143,7 +143,7 @@ def test_the_parsers_accept_every_command() -> None:
                 parse(rest, block.where)
                 continue
             assert program in PROGRAMS, f"{block.where}: {program} is neither run nor listed"
-            if "spd_zoo" in rest and "..." not in rest:  # behind python -m
+            if "spd_zoo" in rest and "..." not in rest:  # after python -m
                 parse(rest[rest.index("spd_zoo") + 1 :], block.where)
             elif program == "python" and rest[0] != "-m":
                 tool = (ROOT / rest[0]).read_text()
@@ -350,7 +350,7 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """The words behind `spd-zoo`, so that a training that is not told how long takes one epoch, in one process."""
+    """The arguments of `spd-zoo`, with one epoch and one process where the page sets none."""
     short = [] if words[1] != "finetune" or "--epochs" in words or "--config" in words else ["--epochs", "1"]
     return words[1:] + short + (["--workers", "0"] if words[1] in ("finetune", "evaluate") else [])
 

@@ -1,7 +1,10 @@
 """Space-to-depth layers and pyramids give exactly the outputs of the layers that they replace."""
 
+import json
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +40,7 @@ from spd_zoo.spd import (
     spd_weight,
 )
 
+ROOT = Path(__file__).parent.parent
 SIZES = [(1, 1), (2, 3), (7, 4), (12, 13), (16, 16), (31, 26)]
 
 
@@ -115,7 +119,7 @@ def test_four_output_pixels_at_once_are_those_of_the_convolution_exactly(kernel:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9])
-def test_an_spd_convolution_stands_for_a_strided_one(kernel: int, groups: int, size: tuple[int, int]) -> None:
+def test_an_spd_convolution_equals_a_strided_one(kernel: int, groups: int, size: tuple[int, int]) -> None:
     strided = nn.Conv2d(8, 12, kernel, 2, kernel // 2, groups=groups, dtype=torch.float64)
     layer = SPDConv2d(8, 12, kernel, groups=groups, bias=True, dtype=torch.float64)
     layer.load_state_dict({"weight": layer.from_strided(strided.weight), "bias": strided.bias})
@@ -220,7 +224,7 @@ def test_a_packed_pyramid_equals_plain_convolutions(name: str, stride: int, size
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", PYRAMIDS)
-def test_a_pyramid_with_space_to_depth_stands_for_a_strided_one(name: str, size: tuple[int, int]) -> None:
+def test_a_pyramid_with_space_to_depth_equals_a_strided_one(name: str, size: tuple[int, int]) -> None:
     strided, layer = pyramid(name, 2), pyramid(name, 2, spd=True)
     levels: Any = layer.items()
     layer.load_state_dict({f"{key}.weight": level.from_strided(strided[key].weight) for key, level in levels})
@@ -596,7 +600,7 @@ def test_blueprint_separable_convolutions_are_products_of_matrices_and_one_kerne
     assert layer is BSConvU2d or conv.pw1.weight.shape == (4, 16, 1, 1)
 
 
-def test_orthonormality_is_zero_for_orthonormal_kernels_alone() -> None:
+def test_orthonormality_is_zero_only_for_orthonormal_kernels() -> None:
     rows = torch.linalg.qr(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))[0].T[:, :, None, None]
     assert orthonormality(rows).item() == pytest.approx(0, abs=1e-5)
     assert orthonormality(2 * rows).item() == pytest.approx(3 * 4**0.5, rel=1e-5)  # |4 I - I|
@@ -653,3 +657,20 @@ def test_a_circular_kernel_keeps_its_answer_to_a_constant_map_at_another_size(ax
         after = layer(torch.ones(1, 4, 9, 8))
     assert after.shape == (1, 4, 9, 8)
     torch.testing.assert_close(after[:, :, :6, :5], before)
+
+
+def test_the_form_of_a_level_is_the_faster_one_of_those_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with AVX-512 and on one without; up to three tenths, by which measurements of a level may differ."""
+    rows = [json.loads(line) for line in (ROOT / "tools" / "pyramids.jsonl").read_text(encoding="utf-8").splitlines()]
+    times: defaultdict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        level = [row[key] for key in ("device", "in", "out", "kernel", "groups", "stride", "spd", "step")]
+        times[tuple(level)].update({form: row[form] for form in ("grouped", "packed")})
+    assert {device for device, *_ in times} == {"AVX512", "AVX2"}
+    for (device, inputs, outputs, kernel, groups, stride, spd, step), milliseconds in times.items():
+        monkeypatch.setattr(blocks, "_HAS_AVX512", device == "AVX512")
+        strided_kernel = 2 * kernel - 1 if spd else kernel
+        layer = PyConv2d(inputs, [outputs], [strided_kernel], [groups], stride, spd=spd).double()
+        packed = narrow_levels(layer.train(step == "train"), noise(1, inputs, 4 * stride, 4 * stride))
+        chosen = milliseconds["packed" if packed else "grouped"]
+        assert chosen <= 1.3 * min(milliseconds.values()), (device, inputs, outputs, kernel, groups, stride, spd, step)

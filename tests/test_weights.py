@@ -181,7 +181,7 @@ def test_a_network_without_default_weights_says_what_each_of_its_weights_is_for(
         WeightsError, match=r"no default weights; .*: yolov8n_spd\.bccd \(BCCD, 3 classes: RBC, .* 320 px\)"
     ):
         Detector("yolov8n_spd")
-    with pytest.raises(WeightsError, match=r"spd_cifar10 \(CIFAR-10, .*, at their authors': spd-zoo info resnet"):
+    with pytest.raises(WeightsError, match=r"spd_cifar10 \(.*, at their authors': spd-zoo info resnet50_spd\."):
         timm.create_model("resnet50_spd", pretrained=True)
 
 
@@ -413,7 +413,7 @@ class Large:
 @pytest.mark.parametrize(
     "wrap", [lambda net: {"model": net}, lambda net: {"state_dict": net.state_dict(), "a": Large()}]
 )
-def test_a_file_is_read_by_our_parser_alone(
+def test_a_file_is_read_only_by_our_parser(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], Any], features: dict[str, Any]
 ) -> None:
     """Not a second time by timm, which calls what torch allows, and knows no networks pickled as a whole."""

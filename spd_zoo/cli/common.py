@@ -15,6 +15,7 @@ __all__ = [
     "add_command",
     "bar_disabled",
     "be_quiet",
+    "class_scores",
     "complain",
     "explained",
     "image_size",
@@ -41,7 +42,7 @@ _EXTRAS = {
     "shtab": "[completion]",
 }
 
-_quiet = False  # whether the command was asked for results and errors alone
+_quiet = False  # whether only results and errors are printed
 
 
 class CommandError(Exception):
@@ -119,12 +120,33 @@ def image_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def class_scores(text: str) -> dict[str, float]:
+    """Minimum scores of classes: cell=0.4,2=0.1.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    found: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, score = item.rpartition("=")
+        try:
+            if not name or name in found:
+                raise ValueError
+            found[name] = float(score)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be like cell=0.4,platelet=0.1, got {item!r}") from error
+    return found
+
+
 @contextmanager
 def explained(lower: str = "") -> Iterator[None]:
     """Turns a ValueError, a missing package or missing memory into one sentence for the user.
 
     Args:
         lower: What needs less memory: the advice after "out of memory".
+
+    Raises:
+        CommandError: In place of those errors, with the sentence.
     """
     try:
         yield

@@ -1,5 +1,6 @@
 """Matches the classes of a data set with those of a network, by name."""
 
+import difflib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ __all__ = [
     "UNUSED",
     "DataError",
     "NetworkClasses",
+    "class_numbers",
     "clean_name",
     "in_order",
     "load_class_map",
@@ -61,12 +63,12 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def look_alikes(names: Iterable[str]) -> list[str]:
-    """A note if classes differ in case or leading zeros alone, which may be an accident."""
+    """A note if classes differ only in case or leading zeros, which may be an accident."""
     groups = defaultdict(list)
     for name in names:
         groups[name.lstrip("0") or "0" if name.isdecimal() else name.casefold()].append(name)
     alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
-    return [f"classes that differ in case or leading zeros alone are kept apart: {some(alike)}"] if alike else []
+    return [f"classes that differ only in case or leading zeros are kept apart: {some(alike)}"] if alike else []
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,16 @@ def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str
     return data.renumbered([numbers.get(i, UNUSED) for i in range(len(names))], outputs, notes)
 
 
-def outputs_of(class_names: Sequence[str], network: NetworkClasses, called: str) -> tuple[list[int], str]:
-    """The output of a network for each of some classes, which `match_classes` would find; and the note of a guess.
+def outputs_of(class_names: Sequence[str], network: NetworkClasses, network_name: str) -> tuple[list[int], str]:
+    """The output of a network for each class, as `match_classes` finds it, and a note if it is a guess.
 
     Args:
         class_names: The classes.
-        network: What the network tells apart.
-        called: What messages call the network.
+        network: The network's classes.
+        network_name: Its name in error messages.
+
+    Returns:
+        The outputs, and the note; empty without a guess.
 
     Raises:
         DataError: If a class is not among the network's, or the network does not tell two of them apart.
@@ -185,14 +190,14 @@ def outputs_of(class_names: Sequence[str], network: NetworkClasses, called: str)
     missing = next((class_names[i] for i in range(len(names)) if i not in numbers), None)
     if missing is not None:
         raise DataError(
-            f"{called} has no class {missing!r}. The data has {_listed(class_names)}; {called} has "
+            f"{network_name} has no class {missing!r}. The data has {_listed(class_names)}; {network_name} has "
             f"{_listed(network.names)}. Each class of the data must be one of them, by its name or WordNet id"
         )
     outputs = [numbers[i] for i in range(len(names))]
     twice = next((output for output, count in Counter(outputs).items() if count > 1), None)
     if twice is not None:
         same = [name for name, output in zip(class_names, outputs, strict=True) if output == twice]
-        raise DataError(f"{' and '.join(map(repr, same))} are one class of {called}, {network.names[twice]!r}")
+        raise DataError(f"{' and '.join(map(repr, same))} are one class of {network_name}, {network.names[twice]!r}")
     return outputs, note
 
 
@@ -283,6 +288,34 @@ def load_class_map(file: str | Path) -> dict[str, str]:
     if twice is not None:
         raise DataError(f"the class map {file} names {twice!r} twice")
     return dict(names)
+
+
+def class_numbers(classes: Iterable[str | int], names: Sequence[str]) -> list[int]:
+    """The numbers of classes.
+
+    Args:
+        classes: Names of classes, or their numbers from 0; a text is a number only if no class has that name.
+        names: The names of all classes.
+
+    Returns:
+        The numbers, in order and each once; several for a name that several classes have.
+
+    Raises:
+        DataError: If there is no such class.
+    """
+    found: set[int] = set()
+    for each in classes:
+        name = clean_name(each) if isinstance(each, str) else each
+        number = _number(name) if isinstance(name, str) else name
+        same = [i for i, other in enumerate(names) if clean_name(other) == name]
+        if not same and number is not None and 0 <= number < len(names):
+            same = [number]
+        if not same:
+            nearest = difflib.get_close_matches(str(name), names, n=1)
+            advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise DataError(f"there is no class {name!r} among the {_listed(names)}{advice}")
+        found.update(same)
+    return sorted(found)
 
 
 def renamed(network: NetworkClasses, class_map: Mapping[str, str]) -> list[str]:

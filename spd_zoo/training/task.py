@@ -14,6 +14,7 @@ from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
 from spd_zoo.training.classification.task import Classification
 from spd_zoo.training.config import FinetuneConfig, Plan
+from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.detection.task import Detection
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
@@ -41,6 +42,9 @@ class Predictions(Protocol):
     def in_words(self) -> str:
         """All figures on one line."""
 
+    def notes(self) -> list[str]:
+        """What the figures leave out, a line for each."""
+
     def write_tables(self, folder: Path, suffix: str = "") -> None:
         """Writes the figures of each class, and for classifiers the confusion matrix, as CSV."""
 
@@ -57,7 +61,7 @@ class Task(Protocol[DataT]):
     metric: str
 
     def defaults(self, config: FinetuneConfig, net: Any, batch_size: int, pretrained: bool) -> dict[str, Any]:
-        """The values of options that depend on the task, for those that are not given.
+        """The values of options that depend on the task, where the request leaves them out.
 
         Args:
             config: The request.
@@ -86,16 +90,46 @@ class Task(Protocol[DataT]):
         """
 
     def write_data_report(self, folder: RunFolder, config: FinetuneConfig, net: Any, splits: Splits[DataT]) -> None:
-        """Writes what is trained on, when a run begins."""
+        """Writes what is trained on, when a run begins.
+
+        Args:
+            folder: The run.
+            config: Its configuration.
+            net: The network, perhaps on torch's meta device.
+            splits: The data as `open_splits` returns it.
+        """
 
     def open_split(self, data: str | Path, split: str, image_column: str = "", label_column: str = "") -> DataT | None:
-        """The images of a split; None if there is none of that name."""
+        """The images of a split.
+
+        Args:
+            data: The data set.
+            split: The split: train, val, test, or a name of the data set's own.
+            image_column: For classifiers, the column with the images.
+            label_column: For classifiers, the column with the labels.
+
+        Returns:
+            The images; None if there is no split of that name.
+
+        Raises:
+            DataError: If the data cannot be read.
+        """
 
     def warnings(self, data: DataT) -> list[str]:
         """Problems of labels or boxes that do not prevent their use."""
 
     def training(self, net: Any, plan: Plan, data: DataT, process: Process) -> TrainingTask:
-        """The network with its loss: images and targets -> a dict with `loss` and perhaps its `terms`."""
+        """The network with its loss.
+
+        Args:
+            net: The network.
+            plan: What the run does.
+            data: The training images.
+            process: This process.
+
+        Returns:
+            timm's task: images and targets -> a dict with `loss` and perhaps its `terms`.
+        """
 
     def init_head(self, net: Any, plan: Plan, data: DataT, process: Process, preprocessing: Preprocessing) -> bool:
         """Gives the classifier of a new run its first weights.
@@ -125,7 +159,19 @@ class Task(Protocol[DataT]):
         config: FinetuneConfig,
         preprocessing: Preprocessing,
     ) -> Batches:
-        """The training images, augmented, in the order of `steps`."""
+        """The training images, augmented, in the order of `steps`.
+
+        Args:
+            net: The network.
+            data: The training images.
+            image_size: Height and width of the inputs.
+            steps: The images of each step.
+            config: Augmentation and worker processes.
+            preprocessing: How pixels become the network's input.
+
+        Returns:
+            Batches of pixels and targets.
+        """
 
     def eval_batches(
         self,
@@ -137,10 +183,33 @@ class Task(Protocol[DataT]):
         preprocessing: Preprocessing,
         process: Process,
     ) -> Batches:
-        """This process's share of the images, in order."""
+        """This process's share of the images, in order.
+
+        Args:
+            net: The network.
+            data: The images.
+            image_size: Height and width of the inputs.
+            batch_size: Images per batch.
+            workers: Processes that read images.
+            preprocessing: How pixels become the network's input.
+            process: This process.
+
+        Returns:
+            Batches of pixels and targets.
+        """
 
     def score(self, net: Any, batches: Batches, preprocessing: Preprocessing, process: Process) -> dict[str, float]:
-        """The metrics of an epoch."""
+        """The metrics of an epoch.
+
+        Args:
+            net: The network.
+            batches: As `eval_batches` returns them.
+            preprocessing: How pixels become the network's input.
+            process: This process; the others evaluate the rest of the images.
+
+        Returns:
+            The metrics by their columns in `metrics.csv`.
+        """
 
     def predict(
         self,
@@ -151,11 +220,29 @@ class Task(Protocol[DataT]):
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
-    ) -> Any:  # `Predictions`, which `write_report` takes
-        """The predictions for all images; with `flip` averaged over every image and its mirror image."""
+        suppression: Suppression | None = None,
+    ) -> Any:
+        """The predictions for all images.
+
+        Args:
+            net: The network.
+            batches: As `eval_batches` returns them.
+            data: The images.
+            image_size: Height and width of the inputs.
+            preprocessing: How pixels become the network's input.
+            process: This process; the others evaluate the rest of the images.
+            flip: Average over every image and its mirror image.
+            suppression: How a detector's boxes suppress each other.
+
+        Returns:
+            `Predictions`, as `write_report` takes them.
+        """
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch, a row of `metrics.csv`."""
+
+    def epoch_notes(self, row: dict[str, Any]) -> list[str]:
+        """What is wrong with an epoch, a row of `metrics.csv`, a line for each."""
 
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Fields of a trained network's config that describe its preprocessing."""
@@ -169,15 +256,27 @@ class Task(Protocol[DataT]):
         data: DataT,
         notes: Sequence[str],
     ) -> None:
-        """Writes the report of a run and its tables and figures; `notes` say what was guessed or left out."""
+        """Writes the report of a run with its tables and figures.
 
-    def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
+        Args:
+            folder: The run.
+            config: Its configuration.
+            history: The rows of `metrics.csv`.
+            predictions: As `predict` returns them.
+            data: The images that were evaluated.
+            notes: What was guessed or left out.
+        """
+
+    def check_evaluation(
+        self, net: nn.Module, model: str, only_classifiers: bool, suppression: Suppression | None = None
+    ) -> None:
         """Checks that the network and the options are valid for an evaluation.
 
         Args:
             net: The network.
             model: Its name, for the message.
-            only_classifiers: Whether options were given that only classifiers have.
+            only_classifiers: Whether options are set that only classifiers have.
+            suppression: Options that only detectors have, if any is set.
 
         Raises:
             ModelError: If the network cannot be evaluated.
