@@ -55,6 +55,8 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "spd-zoo weights rm pyconvresnet50.in1k": "deletes from this machine's cache",
     "spd-zoo weights publish --org ORG MODEL.tag": "needs the Hub",
     "spd-zoo demo": "serves until Ctrl-C",
+    "spd-zoo finetune yolov8n_p2 --data DIR --out RUN": "takes hours",
+    "spd-zoo detect RUN PHOTOS --tile 640 --out FOUND": "belongs to the one before",
 }
 PROGRAMS = {  # other programs than spd-zoo, which are never run here
     "pip": "changes what is installed",
@@ -282,6 +284,7 @@ def weights(here: Path) -> None:
 
 PREPARE: dict[str, Callable[[Path], None]] = {
     "README.md": examples,
+    "docs/choosing.md": examples,
     "docs/index.md": examples,
     "docs/convert.md": examples,
     "docs/finetuning.md": tutorial,
@@ -370,7 +373,7 @@ def run_commands(block: Block) -> None:
 
 SLOW = {
     "README.md",
-    *(f"docs/{page}.md" for page in ("index", "finetuning", "convert", "detectors", "deploy")),
+    *(f"docs/{page}.md" for page in ("choosing", "index", "finetuning", "convert", "detectors", "deploy")),
 }  # they train
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "add_command",
     "bar_disabled",
     "be_quiet",
+    "class_scores",
     "complain",
     "explained",
     "image_size",
@@ -117,6 +118,24 @@ def image_size(text: str) -> tuple[int, int]:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def class_scores(text: str) -> dict[str, float]:
+    """Minimum scores of classes: cell=0.4,2=0.1.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    found: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, score = item.rpartition("=")
+        try:
+            if not name or name in found:
+                raise ValueError
+            found[name] = float(score)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be like cell=0.4,platelet=0.1, got {item!r}") from error
+    return found
 
 
 @contextmanager

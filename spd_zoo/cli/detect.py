@@ -12,6 +12,7 @@ from spd_zoo.cli.common import (
     Commands,
     add_command,
     bar_disabled,
+    class_scores,
     complain,
     explained,
     image_size,
@@ -37,6 +38,14 @@ def add(commands: Commands) -> None:
     command.add_argument("--out", type=Path, metavar="DIR", help="new folder for marked images and detections.json")
     command.add_argument("--score", type=float, default=0.25, metavar="X", help="minimum score (default: 0.25)")
     command.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
+    command.add_argument(
+        "--class-scores", type=class_scores, metavar="CLASS=X,...", help="minimum scores of single classes"
+    )
+    command.add_argument("--classes", metavar="CLASS,...", help="detect these classes only, by name or number")
+    command.add_argument("--agnostic", action="store_true", help="boxes also suppress boxes of other classes")
+    command.add_argument(
+        "--max-detections", type=positive, metavar="N", help="objects per image (default: 300; a file: its room)"
+    )
     command.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the network's)")
     command.add_argument("--tile", type=positive, metavar="N", help="also cut large images into squares of N pixels")
     command.add_argument(
@@ -77,7 +86,8 @@ def _run(options: argparse.Namespace) -> int:
                 found = image.detections
                 objects = zip(found.names, found.scores, found.boxes.tolist(), strict=True)
                 lines = (f"  {score:.2f}  {name}  {' '.join(f'{x:.0f}' for x in box)}" for name, score, box in objects)
-                nothing = () if len(found) else (f"  no objects above {options.score:g}",)
+                least = f"{options.score:g}" if options.class_scores is None else "the minimum scores"
+                nothing = () if len(found) else (f"  no objects above {least}",)
                 tqdm.write("\n".join((str(image.path), *lines, *nothing)))
     if options.json:
         print(json.dumps(as_coco(done, detector.class_names), indent=2))
@@ -94,8 +104,12 @@ def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
         image_size=options.image_size,
         score_threshold=options.score,
         iou_threshold=options.iou,
+        max_detections=options.max_detections,
         batch_size=options.batch_size,
         tile=options.tile,
         overlap=options.overlap,
         class_map=results.class_map(options),
+        classes=options.classes.split(",") if options.classes is not None else None,
+        class_scores=options.class_scores,
+        agnostic=options.agnostic,
     )

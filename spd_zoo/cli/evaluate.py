@@ -18,6 +18,13 @@ def add(commands: Commands) -> None:
     command.add_argument("--data", required=True, help="as for finetune")
     command.add_argument("--split", default="", help="split of the data (default: test, else val)")
     command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
+    command.add_argument(
+        "--max-detections",
+        type=positive,
+        metavar="N",
+        help="detectors: boxes that count, per image and per class of it (default: the authors', and COCO's 100)",
+    )
+    command.add_argument("--agnostic", action="store_true", help="detectors: boxes also suppress other classes' boxes")
     command.add_argument("--flip", action="store_true", help="average over every image and its mirror image")
     command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
     command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (default: 64)")
@@ -43,6 +50,8 @@ def _run(options: argparse.Namespace) -> int:
             split=options.split,
             image_size=list(options.image_size),
             flip=options.flip,
+            max_detections=options.max_detections,
+            agnostic=options.agnostic,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, clip_boxes_to_image
 
 from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
-from spd_zoo.data.classes import network_classes, renamed
+from spd_zoo.data.classes import class_numbers, network_classes, renamed
+from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, read_image, size_text, upright
 from spd_zoo.files import whole
-from spd_zoo.inference.exported import ExportedDetector, load_model
+from spd_zoo.inference.exported import load_model
 from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, optional_package, show
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import ObjectFinder
@@ -71,6 +73,8 @@ class Detections:
         labels: (M,), classes from 0.
         class_names: The names of all classes.
         image: The image as it was given to the detector, for `draw` and `show`; None if it is unknown.
+        limited: Whether there may be more objects: more than `max_detections`, or than an exported file has room for,
+            or more than 30,000 scores of one view are high enough.
     """
 
     boxes: Tensor
@@ -78,6 +82,7 @@ class Detections:
     labels: Tensor
     class_names: tuple[str, ...]
     image: ImageLike | None = field(default=None, repr=False, compare=False)
+    limited: bool = field(default=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
         counts = Counter(self.names)
@@ -97,7 +102,7 @@ class Detections:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> "Detections":
-        return Detections(self.boxes[index], self.scores[index], self.labels[index], self.class_names, self.image)
+        return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index])
 
     @property
     def names(self) -> list[str]:
@@ -221,30 +226,33 @@ def postprocess(
     raw: Any,
     placements: Sequence[Placement],
     image_size: tuple[int, int],
-    score_threshold: float = 0.25,
+    score_threshold: float | Tensor = 0.25,
     iou_threshold: float | None = None,
-    max_detections: int = 300,
+    max_detections: int | None = 300,
+    agnostic: bool = False,
 ) -> list[Detections]:
     """Raw predictions of a batch -> the objects in each image, on the CPU.
 
-    NMS runs per class, and a box counts for every class above the score threshold, as in the authors' evaluation. Boxes
-    are clipped to the image; those outside it are dropped.
+    Unless it is `agnostic`, NMS runs per class, and a box counts for every class above the score threshold, as in the
+    authors' evaluation. Boxes are clipped to the image; those outside it are dropped.
 
     Args:
         net: The detector.
         raw: What its `forward` returned.
         placements: What `prepare` returned with each input.
         image_size: Height and width of the inputs.
-        score_threshold: Minimum score; evaluation takes 0.001, or 0.01 for SSD.
+        score_threshold: Minimum score, or one for each class (classes,); evaluation takes 0.001, or 0.01 for SSD.
         iou_threshold: IoU threshold of NMS; None: the authors' value.
-        max_detections: Maximum number of objects per image.
+        max_detections: Maximum number of objects per image; None: no limit.
+        agnostic: Whether boxes of different classes suppress each other, too.
     """
     names = tuple(network_classes(net.pretrained_cfg, net.num_classes).names)
     found = []
-    raw_found = net.detections(raw, image_size, score_threshold, iou_threshold, max_detections)
+    raw_found = net.detections(raw, image_size, score_threshold, iou_threshold, max_detections, agnostic=agnostic)
     for each, placement in zip(raw_found, placements, strict=True):
         boxes = placement.to_original(each["boxes"].cpu())
-        detections = Detections(boxes, each["scores"].cpu(), each["labels"].cpu(), names)
+        columns = (boxes, each["scores"].cpu(), each["labels"].cpu())
+        detections = Detections(*columns, names, limited=bool(each["limited"]))
         found.append(detections[(boxes[:, 2:] > boxes[:, :2]).all(1)])
     return found
 
@@ -259,6 +267,8 @@ class Detector:
        cut off, from another view, covers at least half of it.
     2. Duplicates of one class are removed by NMS at an IoU of 0.5 (or `iou_threshold`, if that is less).
 
+    With `agnostic` both rules compare boxes of all classes. `max_detections` counts merged boxes, not those of a tile.
+
     An object no larger than the overlap is complete in some tile. A larger one may be complete only in the view of the
     whole image; without that view it may be found in several pieces.
 
@@ -270,14 +280,19 @@ class Detector:
         score_threshold: Minimum score.
         iou_threshold: IoU threshold of NMS; None: the authors' value.
         max_detections: Maximum number of objects per image; by default 300, or what an exported file has room for.
+            Where the default leaves objects out, a warning says so; `Detections.limited` always does.
         batch_size: Images or tiles per batch.
         tile: Side of the tiles in pixels of the image; None: no tiles.
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
         whole_image: Whether a tiled image is also a view as a whole.
         class_map: Other names for the network's classes: from the new name to the network's own.
+        classes: The classes to detect, by name or number; None: all.
+        class_scores: Minimum scores of single classes, by name or number; others have `score_threshold`.
+        agnostic: Whether a box suppresses boxes of other classes, too, so that every object has one class. An exported
+            file suppresses boxes within each class first.
 
     Raises:
-        DataError: If `class_map` names a class that the network does not have.
+        DataError: If `class_map`, `classes` or `class_scores` names a class that the network does not have.
         ModelError: If there is no such network, it is no detector, or it cannot be used.
         ValueError: If an option is out of range, or there is no such device.
         WeightsError: If the weights are unavailable or must not be used.
@@ -297,13 +312,17 @@ class Detector:
         overlap: float = 0.2,
         whole_image: bool = True,
         class_map: Mapping[str, str] | None = None,
+        classes: Sequence[str | int] | None = None,
+        class_scores: Mapping[str | int, float] | None = None,
+        agnostic: bool = False,
     ) -> None:
-        for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+        scores = [("class_scores", value) for value in (class_scores or {}).values()]
+        for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold), *scores):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
-        for name, count in (("max_detections", max_detections), ("batch_size", batch_size), ("tile", tile)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+        for name, number in (("max_detections", max_detections), ("batch_size", batch_size), ("tile", tile)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
@@ -323,12 +342,34 @@ class Detector:
         self.image_size: tuple[int, int] = (height, width)
         self.score_threshold = score_threshold
         self.iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
-        room = net.max_detections if isinstance(net, ExportedDetector) else None
-        if max_detections is not None and room is not None and max_detections > room:
-            raise ValueError(f"{name} was exported with room for {room} objects, fewer than {max_detections}")
-        self.max_detections: int = max_detections or room or 300
+        net.check_room(max_detections, name)
+        self.max_detections: int = max_detections or net.max_detections or 300
+        self.warns = max_detections is None
+        self.agnostic = agnostic
+        self.thresholds = self._thresholds(classes, class_scores or {})
         self.batch_size = batch_size
         self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
+
+    def _thresholds(
+        self, classes: Sequence[str | int] | None, class_scores: Mapping[str | int, float]
+    ) -> float | Tensor:
+        """The minimum score of all classes, or of each (classes,), which is infinite for those that are left out."""
+        if isinstance(classes, str):
+            raise ValueError(f"classes must be a list of names or numbers, got the text {classes!r}")
+        if classes is None and not class_scores:
+            return self.score_threshold
+        names = self.class_names
+        chosen = range(len(names)) if classes is None else class_numbers(classes, names)
+        if not chosen:
+            raise ValueError("classes must name at least one class")
+        thresholds = torch.full((len(names),), math.inf)
+        thresholds[list(chosen)] = self.score_threshold
+        for each, score in class_scores.items():
+            for number in class_numbers([each], names):
+                if number not in chosen:
+                    raise ValueError(f"class_scores must not name {each!r}, which classes leaves out")
+                thresholds[number] = score
+        return thresholds
 
     def __repr__(self) -> str:
         device = next(self.net.parameters()).device
@@ -357,10 +398,20 @@ class Detector:
             ValueError: If an image cannot be read or is none of these.
         """
         sources, several = listed(images)
-        opened = enumerate(map(open_image, sources))
-        found = self.find((i, *view) for i, image in opened for view in self.views(image))
+        found = self.find_in(map(open_image, sources))
         found = [replace(each, image=source) for each, source in zip(found, sources, strict=True)]
+        limited = sum(each.limited for each in found)
+        if limited and self.warns:
+            warnings.warn(f"{count(limited, 'image')}: {self.limit_in_words()}", stacklevel=2)
         return found if several else found[0]
+
+    def find_in(self, images: Iterable[Image.Image]) -> list[Detections]:
+        """The objects in each upright image; whoever calls this says what `limited` means.
+
+        Raises:
+            ImageSizeError: If the network does not take inputs of `image_size`.
+        """
+        return self.find((i, *view) for i, image in enumerate(images) for view in self.views(image))
 
     def find(self, views: Iterable[tuple[int, Tensor, Placement]]) -> list[Detections]:
         """Merges the detections of all views of each image.
@@ -377,9 +428,21 @@ class Detector:
         found = []
         for _, of_image in itertools.groupby(self._compute(views), itemgetter(0)):
             _, placements, detections = zip(*of_image, strict=True)
-            merged = _merge(detections, placements, min(self.iou_threshold, SAME_OBJECT))
-            found.append(merged[: self.max_detections])
+            merged = _merge(detections, placements, min(self.iou_threshold, SAME_OBJECT), self.agnostic)
+            limited = any(each.limited for each in detections) or len(merged) > self.max_detections
+            found.append(replace(merged[: self.max_detections], limited=limited))
         return found
+
+    def limit_in_words(self) -> str:
+        """What it means that `Detections.limited` is true."""
+        room = self.net.max_detections
+        if room is not None:
+            full = f"objects took all the room for {room} that the exported file has, so some may be missing"
+            if self.max_detections == room:
+                return f"{full}; export it again with a larger --max-detections"
+            return f"more than {self.max_detections} objects (max_detections), or {full}"
+        limits = f"{self.max_detections} objects (max_detections), or 30,000 scores before suppression"
+        return f"more than {limits}, of which the best are kept"
 
     def _compute(self, views: Iterable[tuple[int, Tensor, Placement]]) -> Iterator[tuple[int, Placement, Detections]]:
         """Computes the views in batches: the number of each view's image, its placement and its detections."""
@@ -389,8 +452,8 @@ class Detector:
             numbers, inputs, placements = zip(*batch, strict=True)
             with torch.inference_mode():
                 raw = self.net(torch.stack(inputs).to(weight, memory_format=torch.channels_last))
-            thresholds = (self.score_threshold, self.iou_threshold)
-            found = postprocess(self.net, raw, placements, self.image_size, *thresholds, self.max_detections)
+            options = (self.thresholds, self.iou_threshold, None if self.tile else self.max_detections, self.agnostic)
+            found = postprocess(self.net, raw, placements, self.image_size, *options)
             named = [replace(each, class_names=self.class_names) for each in found]
             yield from zip(numbers, placements, named, strict=True)
 
@@ -413,20 +476,23 @@ def _starts(length: int, tile: int, overlap: float) -> list[int]:
     if length <= tile:
         return [0]
     last = length - tile
-    count = math.ceil(last / max(1, math.floor(tile * (1 - overlap))))
-    return [round(i * last / count) for i in range(count + 1)]
+    steps = math.ceil(last / max(1, math.floor(tile * (1 - overlap))))
+    return [round(i * last / steps) for i in range(steps + 1)]
 
 
-def _merge(found: Sequence[Detections], placements: Sequence[Placement], iou_threshold: float) -> Detections:
+def _merge(
+    found: Sequence[Detections], placements: Sequence[Placement], iou_threshold: float, agnostic: bool
+) -> Detections:
     """Merges the detections of one image's views by the rules of `Detector`."""
     if len(found) == 1:
         return found[0]
     width, height = (max(place.corner[i] + place.size[1 - i] for place in placements) for i in (0, 1))
     cut = torch.cat([_is_cut(each.boxes, place, width, height) for each, place in zip(found, placements, strict=True)])
     merged = _concatenate(found)
-    complete, cut_off = _nms(merged[~cut], iou_threshold), merged[cut]
-    dropped = mostly_covered(cut_off.boxes, cut_off.labels, complete.boxes, complete.labels, COVERED)
-    return _nms(_concatenate([complete, cut_off[~dropped]]), iou_threshold)
+    complete, cut_off = _nms(merged[~cut], iou_threshold, agnostic), merged[cut]
+    labels, others = (_compared(each, agnostic) for each in (cut_off, complete))
+    dropped = mostly_covered(cut_off.boxes, labels, complete.boxes, others, COVERED)
+    return _nms(_concatenate([complete, cut_off[~dropped]]), iou_threshold, agnostic)
 
 
 def _is_cut(boxes: Tensor, placement: Placement, width: int, height: int) -> Tensor:
@@ -446,8 +512,13 @@ def _concatenate(found: Sequence[Detections]) -> Detections:
     return Detections(boxes, scores, labels, found[0].class_names)
 
 
-def _nms(found: Detections, iou_threshold: float) -> Detections:
-    return found[labelled_nms(found.boxes, found.scores, found.labels, iou_threshold)]
+def _nms(found: Detections, iou_threshold: float, agnostic: bool) -> Detections:
+    return found[labelled_nms(found.boxes, found.scores, _compared(found, agnostic), iou_threshold)]
+
+
+def _compared(found: Detections, agnostic: bool) -> Tensor:
+    """The labels (M,) of which equal ones are compared."""
+    return torch.zeros_like(found.labels) if agnostic else found.labels
 
 
 @dataclass(frozen=True)
@@ -458,7 +529,7 @@ class ImageDetections:
     size: tuple[int, int] = (0, 0)  # height and width
     detections: Detections | None = None
     error: str | None = None
-    notes: tuple[str, ...] = ()  # what was guessed when it was read
+    notes: tuple[str, ...] = ()  # what was guessed when it was read, or left out
 
 
 def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -> Iterator[ImageDetections]:
@@ -481,7 +552,7 @@ def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -
     at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
 
     def compute(opened: list[Image.Image]) -> list[tuple[Image.Image, Detections]]:
-        return list(zip(opened, detector(opened), strict=True))
+        return list(zip(opened, detector.find_in(opened), strict=True))
 
     task = Task(read_image, list, compute, at_once)
     with _new_folder(out) if out is not None else nullcontext() as folder:
@@ -494,7 +565,8 @@ def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -
                 else:
                     image, found = outcome.result
                     found = replace(found, image=path)  # the file, so that its pixels do not stay in memory
-                    done.append(ImageDetections(path, (image.height, image.width), found, notes=outcome.notes))
+                    notes = (*outcome.notes, *([detector.limit_in_words()] if found.limited else []))
+                    done.append(ImageDetections(path, (image.height, image.width), found, notes=notes))
                     if folder is not None:
                         _save(found.draw(image), folder / places[path])
                 yield done[-1]

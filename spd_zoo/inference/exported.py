@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_zoo.blocks import ImageSizeError
+from spd_zoo.boxes import labelled_nms
 from spd_zoo.data.reading import parse_size, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.models._detector import ObjectFinder
@@ -139,6 +140,8 @@ class ExportedDetector(Exported, ObjectFinder):
         max_detections: The number of detections per image that it has room for.
     """
 
+    max_detections: int
+
     def __init__(self, model: Any, metadata: dict[str, str], content: bytes, name: str) -> None:
         super().__init__(with_threshold_inputs(model), metadata, content, name)
         self.channel_order = _choice(metadata["channel_order"], "RGB", "BGR")
@@ -158,22 +161,27 @@ class ExportedDetector(Exported, ObjectFinder):
         self,
         raw: Any,
         image_size: tuple[int, int],
-        score_threshold: float,
+        score_threshold: float | Tensor,
         iou_threshold: float | None = None,
         max_detections: int | None = 300,
         max_candidates: int | None = None,
+        agnostic: bool = False,
     ) -> list[dict[str, Tensor]]:
         """Images -> the best detections of each; see `DetectionNet.detections`.
+
+        The file has one minimum score and suppresses boxes within each class. Scores of each class are compared
+        afterwards, which leaves the same boxes as long as the file has room for all. Boxes of different classes
+        suppress each other after those of one class have done so, while a network compares all boxes at once.
+        `limited` says whether all room was taken, so that there may be more boxes.
 
         Raises:
             ImageSizeError: If the file does not take images of this size.
             ModelError: If it cannot be run, or computes something else than boxes.
         """
         self.check_size(*raw.shape[-2:])
-        thresholds = {
-            "score_threshold": score_threshold,
-            "iou_threshold": self.iou_threshold if iou_threshold is None else iou_threshold,
-        }
+        iou_threshold = self.iou_threshold if iou_threshold is None else iou_threshold
+        least = score_threshold.min().item() if isinstance(score_threshold, Tensor) else score_threshold
+        thresholds = {"score_threshold": least, "iou_threshold": iou_threshold}
         counts, boxes, scores, classes = self.compute(raw, ["num", "boxes", "scores", "classes"], **thresholds)
         shape = (len(raw), self.max_detections)
         right = (counts.shape, boxes.shape, scores.shape, classes.shape) == (shape[:1], (*shape, 4), shape, shape)
@@ -181,12 +189,24 @@ class ExportedDetector(Exported, ObjectFinder):
             raise ModelError(f"{self.name} computes something else than {self.max_detections} boxes an image")
         found = []
         for i, number in enumerate(counts.tolist()):
-            kept = number if max_detections is None else min(number, max_detections)
-            labels = classes[i, :kept].long()
+            labels = classes[i, :number].long()
             if not ((labels >= 0) & (labels < self.num_classes)).all():
                 raise ModelError(f"{self.name} finds classes beyond its {self.num_classes}")
-            found.append({"boxes": boxes[i, :kept].float(), "scores": scores[i, :kept].float(), "labels": labels})
+            each = {"boxes": boxes[i, :number].float(), "scores": scores[i, :number].float(), "labels": labels}
+            if isinstance(score_threshold, Tensor):
+                each = _rows(each, each["scores"] > score_threshold[labels])
+            if agnostic:
+                alike = torch.zeros_like(each["labels"])
+                each = _rows(each, labelled_nms(each["boxes"], each["scores"], alike, iou_threshold))
+            limited = number == self.max_detections or (
+                max_detections is not None and len(each["labels"]) > max_detections
+            )
+            found.append(_rows(each, slice(max_detections)) | {"limited": torch.tensor(limited)})
         return found
+
+
+def _rows(found: dict[str, Tensor], index: Tensor | slice) -> dict[str, Tensor]:
+    return {name: column[index] for name, column in found.items()}
 
 
 def read_exported(file: Path) -> Exported:

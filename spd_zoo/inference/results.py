@@ -85,12 +85,14 @@ class Job:
         row: Creates the row of an image from its result: a dict with the keys of `columns`.
         columns: The types of a row's values; for a list, the type of its elements.
         settings: Everything that the results depend on in addition to the images, as JSON.
+        notes: What a result leaves out.
     """
 
     task: Task[Any]
     row: Callable[[Any], Row]
     columns: dict[str, Any]
     settings: dict[str, Any]
+    notes: Callable[[Any], Sequence[str]] = lambda result: ()
 
 
 def classification(
@@ -144,20 +146,27 @@ def detection(detector: Detector, model: str) -> Job:
     settings = _settings(detector.net, model, detector.batch_size) | {name: getattr(detector, name) for name in options}
     if detector.class_map:
         settings |= {"class_map": dict(detector.class_map)}
+    if isinstance(detector.thresholds, Tensor):
+        settings |= {"thresholds": repr(detector.thresholds.tolist())}
+    if detector.agnostic:
+        settings |= {"agnostic": True}
+
+    def notes(detected: Detected) -> Sequence[str]:
+        return [detector.limit_in_words()] if detected[1].limited else ()
 
     def of_images(images: list[Image.Image]) -> list[Detected]:
-        return [(image.size, found) for image, found in zip(images, detector(images), strict=True)]
+        return [(image.size, found) for image, found in zip(images, detector.find_in(images), strict=True)]
 
     def of_views(inputs: tuple[Tensor, list[Placement]]) -> list[Detected]:
         found = detector.find(zip(itertools.count(), *inputs, strict=False))
         return [((place.size[1], place.size[0]), each) for place, each in zip(inputs[1], found, strict=True)]
 
     if detector.tile:  # all tiles of an image at once would need too much memory
-        return Job(Task(read_image, list, of_images, 1), _objects_row, columns, settings)
+        return Job(Task(read_image, list, of_images, 1), _objects_row, columns, settings, notes)
     reader = copy.copy(detector)
     reader.net = copy.deepcopy(detector.net).to("meta")  # the network's properties without its weights
     task = Task(partial(_read_view, reader), _collate_views, of_views, detector.batch_size)
-    return Job(task, _objects_row, columns, settings)
+    return Job(task, _objects_row, columns, settings, notes)
 
 
 def _objects_row(detected: Detected) -> Row:
@@ -312,7 +321,7 @@ def _finished(
             path = images.name(index).encode(errors="backslashreplace").decode()  # may not be valid Unicode
             values = empty if outcome.error is not None else job.row(outcome.result)
             rows.append({"path": path, "error": outcome.error} | values)
-            for note in outcome.notes:
+            for note in (*outcome.notes, *(() if outcome.error is not None else job.notes(outcome.result))):
                 notes.add(note, path)
         bar.update(len(batch))
         part = batch[0] // parts.size

@@ -217,6 +217,13 @@ class FinetuneConfig:
     hsv: str | None = _option(
         None, "largest change of hue, saturation and brightness (default: 0.015,0.7,0.4 for YOLO)", only="detectors"
     )
+    keep_tiny: bool | None = _option(
+        None,
+        "keep objects that augmentation makes smaller than 2 px (SSD: 1 % of the image), which the authors drop; what "
+        "it cuts off is dropped all the same (default: yes)",
+        only="detectors",
+        former=False,
+    )
     # input of the network
     mean: str = _option(
         "", "mean of each channel, from 0 to 1, for example 0.5,0.5,0.5 (default: the network's)", only="classifiers"

@@ -630,9 +630,11 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
         f"epoch {epoch + 1}/{epochs} at {size_text(run.image_size)} px: train loss {row['train_loss']:.3f}, "
         f"{task.epoch_in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
     )
-    process.print(line)
+    for each in (line, *(f"note: {note}" for note in task.epoch_notes(row))):
+        process.print(each)
+        if process.first:
+            run.folder.log(each)
     if process.first:
-        run.folder.log(line)
         run.log(row)
     number = int(process.all_reduce_max(signals.number)[0])
     if number:
@@ -652,7 +654,7 @@ def finish(run: Run) -> Result:
     size = parse_size(run.best["image_size"] if run.best else run.history[-1]["image_size"])
     preprocessing = replace(run.preprocessing, bf16=False)  # the precision in which the network is used
     predictions = run.task.predict(net, _val_batches(run, size), val, size, preprocessing, process)
-    figures = predictions.summary()
+    figures, missed = predictions.summary(), predictions.notes()
     if process.first:
         own = net.pretrained_cfg.items()
         cfg = {
@@ -663,11 +665,13 @@ def finish(run: Run) -> Result:
             "label_names": val.class_names,
         }
         run.folder.write_network(net, cfg, parse_model_args(config.model_args))
-        notes = [*run.splits.about.get("notes", []), *plot_notes()]
+        notes = [*run.splits.about.get("notes", []), *plot_notes(), *missed]
         run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )
+    for note in missed:
+        process.print(f"note: {note}")
     for line in [*verdict(run.plan, run.task, run.evaluations), *next_commands(config, run.task)]:
         process.print(line)
     return Result(config.out, run.history, figures | {"image_size": size_value(size)}, run.before)

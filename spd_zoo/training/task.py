@@ -14,6 +14,7 @@ from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
 from spd_zoo.training.classification.task import Classification
 from spd_zoo.training.config import FinetuneConfig, Plan
+from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.detection.task import Detection
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
@@ -40,6 +41,9 @@ class Predictions(Protocol):
 
     def in_words(self) -> str:
         """All figures on one line."""
+
+    def notes(self) -> list[str]:
+        """What the figures leave out, a line for each."""
 
     def write_tables(self, folder: Path, suffix: str = "") -> None:
         """Writes the figures of each class, and for classifiers the confusion matrix, as CSV."""
@@ -216,6 +220,7 @@ class Task(Protocol[DataT]):
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
+        suppression: Suppression | None = None,
     ) -> Any:
         """The predictions for all images.
 
@@ -227,6 +232,7 @@ class Task(Protocol[DataT]):
             preprocessing: How pixels become the network's input.
             process: This process; the others evaluate the rest of the images.
             flip: Average over every image and its mirror image.
+            suppression: How a detector's boxes suppress each other.
 
         Returns:
             `Predictions`, as `write_report` takes them.
@@ -234,6 +240,9 @@ class Task(Protocol[DataT]):
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch, a row of `metrics.csv`."""
+
+    def epoch_notes(self, row: dict[str, Any]) -> list[str]:
+        """What is wrong with an epoch, a row of `metrics.csv`, a line for each."""
 
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Fields of a trained network's config that describe its preprocessing."""
@@ -258,13 +267,16 @@ class Task(Protocol[DataT]):
             notes: What was guessed or left out.
         """
 
-    def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
+    def check_evaluation(
+        self, net: nn.Module, model: str, only_classifiers: bool, suppression: Suppression | None = None
+    ) -> None:
         """Checks that the network and the options are valid for an evaluation.
 
         Args:
             net: The network.
             model: Its name, for the message.
             only_classifiers: Whether options are set that only classifiers have.
+            suppression: Options that only detectors have, if any is set.
 
         Raises:
             ModelError: If the network cannot be evaluated.

@@ -300,13 +300,18 @@ class Classification:
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
+        suppression: Any = None,
     ) -> metrics.Predictions:
-        """The predictions for all images."""
+        """The predictions for all images; `check_evaluation` refuses `suppression`."""
         return metrics.predict(net, batches, data.class_names, preprocessing, process, flip)
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch."""
         return f"val top-1 {row['val_top1']:.2f} %"
+
+    def epoch_notes(self, row: dict[str, Any]) -> list[str]:
+        """Nothing."""
+        return []
 
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Fields of a trained network's config that describe its preprocessing."""
@@ -330,9 +335,11 @@ class Classification:
         """Writes the report and its tables and figures."""
         report.write(folder, config, history, predictions, data, notes)
 
-    def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
-        """Raises ModelError if the network has no classifier."""
+    def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool, suppression: Any = None) -> None:
+        """Raises ModelError if the network has no classifier, and ValueError if an option is only for detectors."""
         check_classifier(net, model)
+        if suppression is not None:
+            raise ValueError("max_detections and agnostic are options for detectors; leave them out")
 
     def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """How images were cropped and resized, as timm's results tables have it."""

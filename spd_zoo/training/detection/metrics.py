@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spd_zoo.data.boxes import EVERY_CLASS, BoxImages
+from spd_zoo.data.notes import count, some
 from spd_zoo.files import write_csv
 from spd_zoo.inference.detector import Detections, postprocess
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
@@ -23,13 +24,41 @@ from spd_zoo.process import Process
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.steps import Batches, read
 
-__all__ = ["AREAS", "BoxPredictions", "coco_precision", "mean_terms", "predict", "score"]
+__all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
+COCO_BOXES = 100  # of a class in an image, the best ones, which count by COCO's rules
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """Where an evaluation departs from the authors' suppression of boxes, and from COCO's rules.
+
+    Attributes:
+        max_detections: Maximum number of boxes per image, all of which count; None: the authors', of which COCO's rules
+            count 100 of each class.
+        agnostic: Whether boxes of different classes suppress each other, too.
+    """
+
+    max_detections: int | None = None
+    agnostic: bool = False
+
+    def columns(self) -> dict[str, Any]:
+        """What departs, by name."""
+        agnostic = {"agnostic": True} if self.agnostic else {}
+        return ({"max_detections": self.max_detections} if self.max_detections else {}) | agnostic
+
+    def in_words(self) -> str:
+        """What departs, after the figures; empty if nothing does."""
+        most = f"; up to {self.max_detections} boxes count in an image" if self.max_detections else ""
+        return most + ("; boxes suppress boxes of other classes" if self.agnostic else "")
 
 
 def coco_precision(
-    data: BoxImages, detections: Sequence[Detections], scales: Sequence[tuple[float, float]] | None = None
+    data: BoxImages,
+    detections: Sequence[Detections],
+    scales: Sequence[tuple[float, float]] | None = None,
+    max_boxes: int = COCO_BOXES,
 ) -> np.ndarray:
     """Precision by the rules of COCO (Lin et al., https://arxiv.org/abs/1405.0312), computed by faster-coco-eval.
 
@@ -38,10 +67,11 @@ def coco_precision(
         detections: Detections in each image.
         scales: Factors in x and y for each image, by which sizes are multiplied before objects are sorted into small,
             medium and large; None: 1.
+        max_boxes: Number of boxes of a class that count in each image, the best ones.
 
     Returns:
         (10 IoU thresholds 0.5, 0.55, ..., 101 recalls 0, 0.01, ..., classes, 4 areas as in `AREAS`), from 0 to 1, with
-        -1 for classes and areas without objects. Only the 100 best boxes of a class count in each image.
+        -1 for classes and areas without objects.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -64,6 +94,7 @@ def coco_precision(
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(truth)
         evaluation = COCOeval_faster(coco, coco.loadRes(results), "bbox")
+        evaluation.params.maxDets = [max_boxes]
         evaluation.evaluate()
         evaluation.accumulate()
     precision: np.ndarray = np.asarray(evaluation.eval["precision"])
@@ -91,6 +122,8 @@ class BoxPredictions:
         losses: The mean of each term of the loss; empty for an exported file, which has no loss.
         milliseconds: Per image and process: `prepare` (reading and preprocessing), `network`, and `boxes` (decoding and
             NMS; of an exported file, they are in `network`).
+        max_detections: Maximum number of boxes per image; None: no limit.
+        suppression: Where it departs from the authors' and COCO's rules.
     """
 
     data: BoxImages
@@ -98,16 +131,23 @@ class BoxPredictions:
     scales: list[tuple[float, float]]
     losses: dict[str, float]
     milliseconds: dict[str, float]
+    max_detections: int | None = None
+    suppression: Suppression = Suppression()
+
+    @property
+    def max_boxes(self) -> int:
+        """Number of boxes of a class that count in each image."""
+        return self.suppression.max_detections or COCO_BOXES
 
     @cached_property
     def precision(self) -> np.ndarray:
         """`coco_precision` with areas in the images' pixels."""
-        return coco_precision(self.data, self.detections)
+        return coco_precision(self.data, self.detections, max_boxes=self.max_boxes)
 
     @cached_property
     def input_precision(self) -> np.ndarray:
         """`coco_precision` with areas in the network's input pixels."""
-        return coco_precision(self.data, self.detections, self.scales)
+        return coco_precision(self.data, self.detections, self.scales, self.max_boxes)
 
     def summary(self) -> dict[str, Any]:
         """Images, objects, loss, AP in per cent, AP by area in the image and (`input_`) in the input, milliseconds."""
@@ -137,7 +177,27 @@ class BoxPredictions:
 
     def columns(self) -> dict[str, Any]:
         """The columns of the results table."""
-        return {name: value for name, value in self.summary().items() if name not in ("images", "objects")}
+        figures = {name: value for name, value in self.summary().items() if name not in ("images", "objects")}
+        return figures | self.suppression.columns()
+
+    def notes(self) -> list[str]:
+        """Says for which images fewer boxes count than there are objects."""
+        crowded, most = [], 0
+        for i in range(len(self.data)):
+            labels = self.data.objects_in(i).counted().labels
+            objects, of_a_class = len(labels), int(labels.bincount().max()) if len(labels) else 0
+            if of_a_class > self.max_boxes or objects > (self.max_detections or math.inf):
+                crowded.append(self.data.name(i))
+                most = max(most, objects)
+        if not crowded:
+            return []
+        limits = [f"{self.max_detections} of an image"] if self.max_detections else []
+        if not self.suppression.max_detections:
+            limits.append(f"by COCO's rules {COCO_BOXES} of a class in an image")
+        return [
+            f"{count(len(crowded), 'image')} with up to {count(most, 'object')} are more crowded than what AP counts, "
+            f"the best {' and '.join(limits)}: {some(crowded)}; evaluate --max-detections {most} counts all"
+        ]
 
     def headline(self) -> str:
         """The most important figures."""
@@ -155,6 +215,7 @@ class BoxPredictions:
             f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; "
             f"{by_area} (as the network sees them: {in_input}); {classes}; per image {row['ms_prepare']:.1f} ms to "
             f"read and preprocess, {row['ms_network']:.1f} ms in the network, {boxes} to decode and suppress boxes"
+            f"{self.suppression.in_words()}"
         )
 
     def write_tables(self, folder: Path, suffix: str = "") -> None:
@@ -170,10 +231,12 @@ def predict(
     image_size: tuple[int, int],
     preprocessing: Preprocessing,
     process: Process,
+    suppression: Suppression | None = None,
 ) -> BoxPredictions:
     """Predictions for the images of all processes; every process gets all of them.
 
-    Boxes are kept as the authors evaluate: scores above 0.001 (SSD: 0.01), at most 300 boxes an image (SSD: no limit).
+    Unless `suppression` says otherwise, boxes are kept as the authors evaluate: scores above 0.001 (SSD: 0.01), at most
+    300 boxes an image (SSD: no limit).
 
     Args:
         net: The detector.
@@ -182,11 +245,14 @@ def predict(
         image_size: Height and width of the network's input in pixels.
         preprocessing: The network's device and precision; the batches are normalised already.
         process: This process.
+        suppression: Where it departs from that.
 
     Returns:
         The predictions.
     """
-    threshold, max_detections = net.evaluation_score, net.evaluation_boxes
+    suppression = suppression or Suppression()
+    max_detections = suppression.max_detections or net.evaluation_boxes
+    limits = (net.evaluation_score, None, max_detections, suppression.agnostic)
     net.eval()
     device = preprocessing.device
     mine: dict[int, tuple[Detections, tuple[float, float]]] = {}
@@ -201,7 +267,7 @@ def predict(
             with _timed(clock, "network", device), preprocessing.autocast():
                 raw = net(images)
             with _timed(clock, "boxes", device):
-                found = postprocess(net, raw, placements, image_size, threshold, max_detections=max_detections)
+                found = postprocess(net, raw, placements, image_size, *limits)
             terms = {}
             if isinstance(net, DetectionNet):
                 terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
@@ -220,6 +286,8 @@ def predict(
         [merged[i][1] for i in order],
         {name: sum(sums.get(name, 0.0) for _, sums, _ in gathered) / len(data) for name in gathered[0][1]},
         {name: 1000 * sum(clock[name] for _, _, clock in gathered) / len(data) for name in clock},
+        max_detections,
+        suppression,
     )
 
 
