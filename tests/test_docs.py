@@ -55,6 +55,8 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "spd-zoo weights rm pyconvresnet50.in1k": "deletes from this machine's cache",
     "spd-zoo weights publish --org ORG MODEL.tag": "needs the Hub",
     "spd-zoo demo": "serves until Ctrl-C",
+    "spd-zoo finetune yolov8n_p2 --data DIR --out RUN": "takes hours",
+    "spd-zoo detect RUN PHOTOS --tile 640 --out FOUND": "belongs to the one before",
 }
 PROGRAMS = {  # other programs than spd-zoo, which are never run here
     "pip": "changes what is installed",
@@ -141,7 +143,7 @@ def test_the_parsers_accept_every_command() -> None:
                 parse(rest, block.where)
                 continue
             assert program in PROGRAMS, f"{block.where}: {program} is neither run nor listed"
-            if "spd_zoo" in rest and "..." not in rest:  # behind python -m
+            if "spd_zoo" in rest and "..." not in rest:  # after python -m
                 parse(rest[rest.index("spd_zoo") + 1 :], block.where)
             elif program == "python" and rest[0] != "-m":
                 tool = (ROOT / rest[0]).read_text()
@@ -282,6 +284,7 @@ def weights(here: Path) -> None:
 
 PREPARE: dict[str, Callable[[Path], None]] = {
     "README.md": examples,
+    "docs/choosing.md": examples,
     "docs/index.md": examples,
     "docs/convert.md": examples,
     "docs/finetuning.md": tutorial,
@@ -347,7 +350,7 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """The words behind `spd-zoo`, so that a training that is not told how long takes one epoch, in one process."""
+    """The arguments of `spd-zoo`, with one epoch and one process where the page sets none."""
     short = [] if words[1] != "finetune" or "--epochs" in words or "--config" in words else ["--epochs", "1"]
     return words[1:] + short + (["--workers", "0"] if words[1] in ("finetune", "evaluate") else [])
 
@@ -370,7 +373,7 @@ def run_commands(block: Block) -> None:
 
 SLOW = {
     "README.md",
-    *(f"docs/{page}.md" for page in ("index", "finetuning", "convert", "detectors", "deploy")),
+    *(f"docs/{page}.md" for page in ("choosing", "index", "finetuning", "convert", "detectors", "deploy")),
 }  # they train
 
 

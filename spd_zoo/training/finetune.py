@@ -94,7 +94,7 @@ class Result:
 
 
 def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continuation | None = None) -> Result | None:
-    """Trains `config.model` on `config.data`, and on what `config.teacher` says of its images if there is one.
+    """Trains `config.model` on `config.data`, also with the outputs of `config.teacher` as targets if there is one.
 
     `config.out` then holds
 

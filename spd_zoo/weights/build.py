@@ -79,7 +79,7 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
         if key == default.get(entry.network):
             key += "*"  # timm's mark of a default
         elif not entry.tag and entry.network in default and default[entry.network] is None:
-            key += ".*"  # without a default checkpoint, the name alone means the network without weights
+            key += ".*"  # without a default checkpoint, the plain name means the network without weights
         cfgs[key] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
             "num_classes": entry.num_classes,

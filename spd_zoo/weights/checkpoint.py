@@ -36,7 +36,7 @@ _UNREADABLE = (  # exceptions of the parsers for damaged files
 )
 
 
-def read_checkpoint(file: Path, called: str = "") -> StateDict:
+def read_checkpoint(file: Path, name: str = "") -> StateDict:
     """Reads the tensors of a checkpoint, without running code in it.
 
     It reads safetensors and files of `torch.save`: a state dict, also under `state_dict`, `model` or another usual key,
@@ -45,7 +45,7 @@ def read_checkpoint(file: Path, called: str = "") -> StateDict:
 
     Args:
         file: The checkpoint.
-        called: Its name in error messages, if it is not the path.
+        name: Its name in error messages, if it is not the path.
 
     Returns:
         The tensors by name.
@@ -53,11 +53,11 @@ def read_checkpoint(file: Path, called: str = "") -> StateDict:
     Raises:
         WeightsError: If the file has another format, is truncated or damaged, or takes too much memory or time.
     """
-    called = called or str(file)
-    checked = checked_tensors(_found(file, called, _state_dict_in), called)
+    name = name or str(file)
+    checked = checked_tensors(_found(file, name, _state_dict_in), name)
     tensors: StateDict = clean_state_dict(checked)
     if len(tensors) != len(checked):
-        raise WeightsError(f"{called} holds two tensors of one name, with and without `module.`; take one of them out")
+        raise WeightsError(f"{name} holds two tensors of one name, with and without `module.`; take one of them out")
     return tensors
 
 
@@ -77,26 +77,26 @@ def read_saved(file: Path) -> Any:
     return _found(file, str(file), lambda content: content)
 
 
-def _found(file: Path, called: str, take: Callable[[Any], Any]) -> Any:
+def _found(file: Path, name: str, take: Callable[[Any], Any]) -> Any:
     """Reads a checkpoint, and applies `take` to its content."""
     if not file.is_file():
-        raise WeightsError(f"{called} does not exist or is no file; give the path of a checkpoint")
+        raise WeightsError(f"{name} does not exist or is no file; give the path of a checkpoint")
     try:
         with file.open("rb") as content:
             start = content.read(512)
             what = page_or_pointer(start)
             found = take(_read(content, start, file)) if start and not what else None
     except OSError as error:
-        raise WeightsError(f"{called} cannot be read: {error.strerror or error}") from error
+        raise WeightsError(f"{name} cannot be read: {error.strerror or error}") from error
     except _UNREADABLE as error:
         raise WeightsError(
-            f"{called} is no checkpoint that can be read safely: {_reason(error)}. It must be a file of tensors: "
+            f"{name} is no checkpoint that can be read safely: {_reason(error)}. It must be a file of tensors: "
             "safetensors, or one of torch.save's. Get it again, or convert it where you trust it"
         ) from error
     if not start:
-        raise WeightsError(f"{called} is empty; get it again")
+        raise WeightsError(f"{name} is empty; get it again")
     if what:
-        raise WeightsError(f"{called} is {what}, not a checkpoint. Open the link in a browser and get the file itself")
+        raise WeightsError(f"{name} is {what}, not a checkpoint. Open the link in a browser and get the file itself")
     return found
 
 

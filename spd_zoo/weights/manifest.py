@@ -104,7 +104,7 @@ class Entry:
             return None
         try:
             return {name: _imagenet().label_name_to_description(name) for name in names}
-        except KeyError:  # timm has the synsets of ImageNet-21k alone
+        except KeyError:  # timm has only the synsets of ImageNet-21k
             return None
 
     @property

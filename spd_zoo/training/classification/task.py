@@ -111,7 +111,11 @@ class Classification:
     metric = "val_top1"
 
     def defaults(self, config: FinetuneConfig, net: nn.Module, batch_size: int, pretrained: bool) -> dict[str, Any]:
-        """The values of options that depend on the task."""
+        """The values of options that depend on the task; see `Task.defaults`.
+
+        Raises:
+            ValueError: If `head_init` needs a pretrained network, and this one is not.
+        """
         opt = config.opt or ("adamw" if pretrained else "lamb")
         if config.head_init not in (None, "random") and not pretrained:
             raise ValueError(f"head_init {config.head_init} is for pretrained networks; leave it out")

@@ -100,7 +100,11 @@ class Detection:
     def open_splits(
         self, config: FinetuneConfig, net: Any, process: Process, began_with: dict[str, Any] | None
     ) -> Splits[BoxImages]:
-        """Opens, splits and checks the data; see `Task.open_splits`."""
+        """Opens, splits and checks the data; see `Task.open_splits`.
+
+        Raises:
+            DataError: If there are no training images, or no validation box of a class that is trained.
+        """
         train, val = open_boxes(config.data, "train"), open_boxes(config.data, config.val_name)
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
@@ -247,7 +251,11 @@ class Detection:
     def check_evaluation(
         self, net: Any, model: str, only_classifiers: bool, suppression: metrics.Suppression | None = None
     ) -> None:
-        """Raises ValueError if an option is only for classifiers, or asks an exported file for too many boxes."""
+        """Checks the options of an evaluation.
+
+        Raises:
+            ValueError: If one is for classifiers only, or asks an exported file for more boxes than it has room for.
+        """
         if only_classifiers:
             raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
         net.check_room(suppression and suppression.max_detections, model)
