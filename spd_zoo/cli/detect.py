@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from spd_zoo.cli import results
 from spd_zoo.cli.common import (
     DEVICE,
+    MAX_PIXELS,
     CommandError,
     Commands,
     add_command,
@@ -42,6 +43,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--overlap", type=float, default=0.2, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)"
     )
+    command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images per batch (default: 8)")
     command.add_argument("--device", help=DEVICE)
     command.add_argument("--json", action="store_true", help="print JSON, as in detections.json")

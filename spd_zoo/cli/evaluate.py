@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from spd_zoo.cli.common import DEVICE, Commands, add_command, complain, explained, image_size, positive, print_notes
+from spd_zoo.cli.common import DEVICE, MAX_PIXELS, Commands, add_command, complain, explained, image_size, positive, print_notes
 
 __all__ = ["add"]
 
@@ -18,6 +18,14 @@ def add(commands: Commands) -> None:
     command.add_argument("--data", required=True, help="as for finetune")
     command.add_argument("--split", default="", help="split of the data (default: test, else val)")
     command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
+    command.add_argument(
+        "--tile",
+        type=int,
+        metavar="N",
+        help="detectors: also cut larger images into squares of N pixels; 0: do not (default: as the run was trained)",
+    )
+    command.add_argument("--overlap", type=float, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)")
+    command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     command.add_argument("--flip", action="store_true", help="average over every image and its mirror image")
     command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
     command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (default: 64)")

@@ -20,6 +20,7 @@ from spd_zoo.data.notes import Notes, count
 from spd_zoo.weights.catalogue import ModelError
 
 __all__ = [
+    "MAX_PIXELS",
     "SUFFIXES",
     "ImageFilter",
     "channel_mode",
@@ -45,6 +46,7 @@ SUFFIXES = tuple(
         suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN and form not in _NOT_READ
     )
 )
+MAX_PIXELS = 178_956_970  # of an image that is read as a whole: Pillow's own limit
 _HEIC = (".heic", ".heif", ".hif")
 
 _collected: ContextVar[list[str] | None] = ContextVar("notes on images", default=None)
