@@ -4,7 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
-from spd_zoo.cli.common import DEVICE, MAX_PIXELS, Commands, add_command, complain, explained, image_size, positive, print_notes
+from spd_zoo.cli.common import (
+    DEVICE,
+    MAX_PIXELS,
+    Commands,
+    add_command,
+    complain,
+    explained,
+    image_size,
+    positive,
+    print_notes,
+)
 
 __all__ = ["add"]
 

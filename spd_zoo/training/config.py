@@ -75,7 +75,9 @@ class FinetuneConfig:
     stream: bool = _option(False, "stream a Hugging Face data set instead of copying it", only="classifiers")
     stream_length: int = _option(0, "its number of training images, if it does not declare them", only="classifiers")
     tile: int = _option(
-        0, "train and validate on tiles of N pixels, cut from larger images when they are read (0: no)", only="detectors"
+        0,
+        "train and validate on tiles of N pixels, cut from larger images when they are read (0: no)",
+        only="detectors",
     )
     overlap: float = _option(0.2, "overlap of tiles, as a share of their side", only="detectors")
     max_pixels: int = _option(
