@@ -1,15 +1,13 @@
 """Reading regions of images, and images of very many pixels."""
 
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
-from spd_zoo.data import reading
 from spd_zoo.data.reading import read_image
-from spd_zoo.data.regions import Recent, TiffRegions, bands, open_regions, reduced
+from spd_zoo.data.regions import TiffRegions, bands, open_regions
 
 BOXES = ((0, 0, 100, 70), (37, 21, 90, 66), (-5, 40, 20, 90))
 STRIPED = {

@@ -67,6 +67,9 @@ def _run(options: argparse.Namespace) -> int:
             bf16=options.bf16,
             image_column=options.image_column,
             label_column=options.label_column,
+            tile=options.tile,
+            overlap=options.overlap,
+            max_pixels=options.max_pixels,
             class_map=load_class_map(options.class_map) if options.class_map is not None else None,
         )
         if options.out:

@@ -168,7 +168,8 @@ def read_image(file: Path | str | BytesIO, mode: str = "RGB", max_pixels: int | 
     """
     with opened(file, max_pixels is not None) as image:
         if max_pixels is not None:
-            refuse_larger(image.size, max_pixels)
+            tiles = "--tile N reads a TIFF by its parts, or " if image.format == "TIFF" else ""
+            refuse_larger(image.size, max_pixels, tiles)
         return upright(image, mode)
 
 

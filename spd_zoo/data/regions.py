@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from PIL import Image, TiffImagePlugin
 
-from spd_zoo.data.reading import note_pages, opened, read_image, refuse_larger, upright, white_of
+from spd_zoo.data.reading import collect_notes, note_pages, opened, read_image, refuse_larger, upright, white_of
 
 __all__ = ["Box", "Recent", "Regions", "TiffRegions", "bands", "bytes_of", "open_regions", "reduced"]
 
@@ -176,7 +176,7 @@ class TiffRegions:
                 stream.seek(offset)
                 data.append(stream.read(size))
         small = BytesIO(self._small_tiff(data, self.side if self.tiled else (self.width, inside[1])))
-        with opened(small, any_size=True) as image:
+        with collect_notes(), opened(small, any_size=True) as image:  # a dark part says nothing about the image
             decoded = upright(image, self.mode)
         return decoded if decoded.size == inside else decoded.crop((0, 0, *inside))
 

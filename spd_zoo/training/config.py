@@ -76,7 +76,7 @@ class FinetuneConfig:
     stream_length: int = _option(0, "its number of training images, if it does not declare them", only="classifiers")
     tile: int = _option(
         0,
-        "train and validate on tiles of N pixels, cut from larger images when they are read (0: no)",
+        "train and validate on tiles of N pixels, cut from larger images as they are read (0: no)",
         only="detectors",
     )
     overlap: float = _option(0.2, "overlap of tiles, as a share of their side", only="detectors")

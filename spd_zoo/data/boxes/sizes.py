@@ -1,5 +1,6 @@
 """How large the boxes of a data set are in a network's input, and what of that is hard to learn."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from spd_zoo.data.boxes.images import BoxImages
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import exceeds_pixel_limit, size_text
+from spd_zoo.data.reading import size_text
 
 __all__ = ["describe_sizes", "sides_in_input", "sizes_in_words"]
 
@@ -52,7 +53,9 @@ def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
         "below 2 px": int((table[:, 1:] < SMALLEST).any(1).sum()),
         "ignored": sum(int(data.objects_in(i).ignored.sum()) for i in range(len(data))),
         "most objects": {"image": data.name(most), "objects": numbers[most]},
-        "above the pixel limit": [data.name(i) for i in range(len(data)) if exceeds_pixel_limit(data.file(i))],
+        "above the pixel limit": [
+            data.name(i) for i in range(len(data)) if math.prod(data.sizes[data.rows[i]]) > data.max_pixels
+        ],
     }
 
 
@@ -73,7 +76,7 @@ def sizes_in_words(about: Mapping[str, Any]) -> Iterator[str]:
     yield f"  at most {count(about['most objects']['objects'], 'object')} in an image: {about['most objects']['image']}"
     if about["above the pixel limit"]:
         names = about["above the pixel limit"]
-        yield f"  {count(len(names), 'image')} above Pillow's limit of pixels: {some(names)}; cut them into tiles"
+        yield f"  {count(len(names), 'image')} above the limit of --max-pixels: {some(names)}"
 
 
 def _listed(numbers: list[int]) -> str:

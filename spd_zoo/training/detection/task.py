@@ -10,9 +10,10 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor
 
-from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes, with_names
+from spd_zoo.data.boxes import BoxImages, Tiling, found_in_words, open_boxes, with_names
 from spd_zoo.data.boxes import hold_out as split_boxes
 from spd_zoo.data.boxes.sizes import describe_sizes
+from spd_zoo.data.boxes.tiles import cut, describe_tiles
 from spd_zoo.data.check import check, defects_in_words, in_words, notes_on
 from spd_zoo.data.classes import without_unused
 from spd_zoo.data.labelled import DataError
@@ -98,7 +99,7 @@ class Detection:
         self, config: FinetuneConfig, net: Any, process: Process, began_with: dict[str, Any] | None
     ) -> Splits[BoxImages]:
         """Opens, splits and checks the data; see `Task.open_splits`."""
-        train, val = open_boxes(config.data, "train"), open_boxes(config.data, config.val_name)
+        train, val = (self._opened(config, name) for name in ("train", config.val_name))
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
         about = describe(config, train, val, began_with)
@@ -115,7 +116,8 @@ class Detection:
                 readable = data.without(about[name]["unreadable"])
                 about[name]["boxes"] = data.problems()
                 about[name]["without boxes"] = sum(not len(readable.objects_in(i).labels) for i in range(len(readable)))
-                about[name]["box sizes"] = describe_sizes(data, _input_size(config, net), net.keeps_aspect)
+                seen = cut(readable, _input_size(config, net), config.seed) if config.tile else readable
+                about[name]["box sizes"] = describe_sizes(seen, _input_size(config, net), net.keeps_aspect)
         elif began_with is None:
             about |= {"notes": notes_on(splits.values())}
             for line in (line for data in splits.values() for line in defects_in_words(data.problems())):
@@ -123,7 +125,16 @@ class Detection:
         train, val = without_unreadable(train, val, about, "box")
         if not sum(val.counts()):
             raise DataError(f"the split {config.val_name} has no box of a class that is trained; add some")
+        if config.tile:
+            train = cut(train, _input_size(config, net), config.seed)
+            about.setdefault("tiles", describe_tiles(train, val))
         return Splits(train, val, about)
+
+    def _opened(self, config: FinetuneConfig, split: str) -> BoxImages | None:
+        """A split, whose images are read as the configuration says."""
+        data = open_boxes(config.data, split)
+        tiling = Tiling(config.tile, config.overlap) if config.tile else None
+        return data and replace(data, max_pixels=config.max_pixels, tiling=tiling)
 
     def open_split(
         self, data: str | Path, split: str, image_column: str = "", label_column: str = ""
