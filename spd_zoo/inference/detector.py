@@ -293,6 +293,7 @@ class Detector:
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
         whole_image: Whether a tiled image is also a view as a whole.
         class_map: Other names for the network's classes: from the new name to the network's own.
+        max_pixels: Most pixels of an image file that is decoded as a whole; with `tile`, a TIFF is not.
 
     Raises:
         DataError: If `class_map` names a class that the network does not have.
@@ -315,6 +316,7 @@ class Detector:
         overlap: float = 0.2,
         whole_image: bool = True,
         class_map: Mapping[str, str] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
             if value is not None and not 0 <= value <= 1:
@@ -347,6 +349,7 @@ class Detector:
         self.max_detections: int = max_detections or room or 300
         self.batch_size = batch_size
         self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
+        self.max_pixels = max_pixels
 
     def __repr__(self) -> str:
         device = next(self.net.parameters()).device
@@ -375,10 +378,18 @@ class Detector:
             ValueError: If an image cannot be read or is none of these.
         """
         sources, several = listed(images)
-        opened = enumerate(map(open_image, sources))
+        opened = ((i, source if isinstance(source, TiffRegions) else open_image(source, read=self.read)) for i, source in enumerate(sources))
         found = self.find((i, *view) for i, image in opened for view in self.views(image))
         found = [replace(each, image=source) for each, source in zip(found, sources, strict=True)]
         return found if several else found[0]
+
+    def read(self, file: str | BytesIO, mode: str = "RGB") -> Regions:
+        """An image file, upright; with `tile`, those parts of it that are needed, if its format allows that.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        return (open_regions if self.tile else read_image)(file, mode, self.max_pixels)
 
     def find(self, views: Iterable[tuple[int, Tensor, Placement]]) -> list[Detections]:
         """Merges the detections of all views of each image.
@@ -495,10 +506,13 @@ def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -
     images = Files([str(path) for path in paths])
     at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
 
-    def compute(opened: list[Image.Image]) -> list[tuple[Image.Image, Detections]]:
-        return list(zip(opened, detector(opened), strict=True))
+    def compute(opened: list[Any]) -> list[tuple[Any, Detections | str]]:
+        try:
+            return list(zip(opened, detector(opened), strict=True))
+        except PartError as error:  # of an image that is read by its parts, one at a time
+            return [(opened[0], str(error))]
 
-    task = Task(read_image, list, compute, at_once)
+    task = Task(detector.read, list, compute, at_once)
     with _new_folder(out) if out is not None else nullcontext() as folder:
         done = []
         places = _places(paths)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from spd_zoo.data.boxes.images import BoxImages
+from spd_zoo.data.boxes.tiles import Tiles
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import size_text
 
@@ -39,6 +40,7 @@ def sides_in_input(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
 
 def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: bool) -> dict[str, Any]:
     """What matters of the boxes in a network's input, as JSON; for the arguments see `sides_in_input`."""
+    whole = data.source if isinstance(data, Tiles) and data.source is not None else data
     table = sides_in_input(data, image_size, keeps_aspect)
     size = np.digitize(np.sqrt(table[:, 1] * table[:, 2]), EDGES)
     per_class = {
@@ -51,10 +53,10 @@ def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
         "image size": size_text(image_size),
         "sizes": per_class,
         "below 2 px": int((table[:, 1:] < SMALLEST).any(1).sum()),
-        "ignored": sum(int(data.objects_in(i).ignored.sum()) for i in range(len(data))),
+        "ignored": sum(int(whole.objects_in(i).ignored.sum()) for i in range(len(whole))),
         "most objects": {"image": data.name(most), "objects": numbers[most]},
         "above the pixel limit": [
-            data.name(i) for i in range(len(data)) if math.prod(data.sizes[data.rows[i]]) > data.max_pixels
+            whole.name(i) for i in range(len(whole)) if math.prod(whole.sizes[whole.rows[i]]) > whole.max_pixels
         ],
     }
 

@@ -96,7 +96,7 @@ def view_boxes(size: tuple[int, int], side: int, overlap: float, whole: bool = T
 
 @dataclass(frozen=True)
 class Tiles(BoxImages):
-    """Tiles as images of their own: those with objects, then as many of the others as an epoch has.
+    """Tiles as images of their own: those with objects, then the others, of which an epoch has a few.
 
     Attributes:
         source: The images.
@@ -109,6 +109,10 @@ class Tiles(BoxImages):
     parts: Sequence[tuple[int, Box | None]] = ()
     with_objects: int = 0
     seed: int = 0
+
+    def __len__(self) -> int:
+        """How many tiles an epoch has."""
+        return self.with_objects + min(len(self.parts) - self.with_objects, round(EMPTY * self.with_objects))
 
     def image(self, index: int, mode: str = "RGB") -> Image.Image:
         """The tile at `index`.
@@ -126,7 +130,7 @@ class Tiles(BoxImages):
         first = self.with_objects
         if index < first:
             return index
-        return first + _drawn(len(self.files) - first, self.seed, epoch)[index - first]
+        return first + _drawn(len(self.parts) - first, self.seed, epoch)[index - first]
 
 
 @lru_cache(2)
@@ -171,7 +175,7 @@ def cut(data: BoxImages, fit: tuple[int, int], seed: int) -> Tiles:
         list(sizes),
         list(objects_of),
         data.class_names,
-        range(len(full) + min(len(empty), round(EMPTY * len(full)))),
+        range(len(parts)),
         form=data.form,
         place=data.place,
         source=data,
@@ -199,7 +203,7 @@ def describe_tiles(train: Tiles, val: BoxImages) -> dict[str, Any]:
             "objects": sum(source.counts()),
             "with objects": train.with_objects,
             "whole images": sum(box is None for _, box in train.parts),
-            "without objects": len(train.files) - train.with_objects,
+            "without objects": len(train.parts) - train.with_objects,
             "in an epoch": len(train),
             "objects in tiles": sum(int((~each.ignored).sum()) for each in objects),
         },
