@@ -347,24 +347,32 @@ def _ranges(lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_nms(
-    boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_candidates: int | None = 30000
+    boxes: Tensor,
+    scores: Tensor,
+    score_threshold: float | Tensor,
+    iou_threshold: float,
+    max_candidates: int | None = 30000,
+    agnostic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Non-maximum suppression within each class; a box may be a detection of several classes.
 
     Args:
         boxes: (P, 4).
         scores: (P, classes).
-        score_threshold: Lower scores, and equal ones, are ignored.
+        score_threshold: Lower scores, and equal ones, are ignored; one for all classes, or one for each (classes,).
         iou_threshold: Boxes whose IoU with a better box of their class is larger are dropped.
         max_candidates: Largest number of scores considered, over all classes together, best first; None: no limit.
+        agnostic: Whether better boxes of other classes count, too; then a box is a detection of one class.
 
     Returns:
         The row in `boxes` and the class of each detection, both (D,), by descending score.
     """
     flat = scores.flatten()
-    candidates = (flat > score_threshold).nonzero().squeeze(1)
+    threshold = score_threshold.to(scores.device) if isinstance(score_threshold, Tensor) else score_threshold
+    candidates = (scores > threshold).flatten().nonzero().squeeze(1)
     if max_candidates is not None and len(candidates) > max_candidates:
         candidates = candidates[flat[candidates].topk(max_candidates).indices]
     rows, labels = candidates // scores.shape[1], candidates % scores.shape[1]
-    keep = labelled_nms(boxes[rows], flat[candidates], labels, iou_threshold)
+    compared = torch.zeros_like(labels) if agnostic else labels
+    keep = labelled_nms(boxes[rows], flat[candidates], compared, iou_threshold)
     return rows[keep], labels[keep]

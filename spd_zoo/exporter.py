@@ -36,6 +36,7 @@ from spd_zoo.inference.exported import (
     start_session,
     with_threshold_inputs,
 )
+from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.training.evaluate import Evaluation, evaluate
 from spd_zoo.weights.load import class_synonyms, load_network
@@ -141,6 +142,9 @@ def export(
         if classes.named:
             labels = [names[0] for names in class_synonyms(net.pretrained_cfg) or ()]
             metadata["label_names"] = json.dumps(labels, ensure_ascii=False)
+        if isinstance(part, _Boxes) and scores_file(name).is_file():
+            measured = read_scores(name, classes.names)
+            metadata["class_scores"] = json.dumps([measured.get(i) for i in range(len(classes.names))])
         example = _images(net, 2, (size[0], size[1] + part.multiple))  # sides that differ are not taken for one
         compute = FORMATS[to](part, example, metadata, temporary)
         part.check(net, size, compute)

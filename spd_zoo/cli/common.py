@@ -16,6 +16,7 @@ __all__ = [
     "add_command",
     "bar_disabled",
     "be_quiet",
+    "class_scores",
     "complain",
     "explained",
     "image_size",
@@ -31,6 +32,7 @@ MAX_PIXELS = "refuse images of more pixels that must be read as a whole; of a TI
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _EXTRAS = {
+    "cv2": "[video]",
     "datasets": "[train]",
     "pyarrow": "[train]",
     "faster_coco_eval": "[train]",
@@ -117,6 +119,24 @@ def image_size(text: str) -> tuple[int, int]:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def class_scores(text: str) -> dict[str, float]:
+    """Minimum scores of classes: cell=0.4,2=0.1.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    found: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, score = item.rpartition("=")
+        try:
+            if not name or name in found:
+                raise ValueError
+            found[name] = float(score)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be like cell=0.4,platelet=0.1, got {item!r}") from error
+    return found
 
 
 @contextmanager

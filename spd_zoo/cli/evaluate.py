@@ -36,6 +36,16 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("--overlap", type=float, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)")
     command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
+    command.add_argument(
+        "--iou", type=float, metavar="X", help="detectors: IoU threshold of NMS (default: the authors')"
+    )
+    command.add_argument(
+        "--max-detections",
+        type=positive,
+        metavar="N",
+        help="detectors: boxes that count, per image and per class of it (default: the authors', and COCO's 100)",
+    )
+    command.add_argument("--agnostic", action="store_true", help="detectors: boxes also suppress other classes' boxes")
     command.add_argument("--flip", action="store_true", help="average over every image and its mirror image")
     command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
     command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (default: 64)")
@@ -61,6 +71,9 @@ def _run(options: argparse.Namespace) -> int:
             split=options.split,
             image_size=list(options.image_size),
             flip=options.flip,
+            max_detections=options.max_detections,
+            agnostic=options.agnostic,
+            iou_threshold=options.iou,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,

@@ -1,5 +1,6 @@
 """Matches the classes of a data set with those of a network, by name."""
 
+import difflib
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ __all__ = [
     "UNUSED",
     "DataError",
     "NetworkClasses",
+    "class_numbers",
     "clean_name",
     "in_order",
     "load_class_map",
@@ -283,6 +285,34 @@ def load_class_map(file: str | Path) -> dict[str, str]:
     if twice is not None:
         raise DataError(f"the class map {file} names {twice!r} twice")
     return dict(names)
+
+
+def class_numbers(classes: Iterable[str | int], names: Sequence[str]) -> list[int]:
+    """The numbers of classes.
+
+    Args:
+        classes: Names of classes, or their numbers from 0; a text is a number only if no class has that name.
+        names: The names of all classes.
+
+    Returns:
+        The numbers, in order and each once; several for a name that several classes have.
+
+    Raises:
+        DataError: If there is no such class.
+    """
+    found: set[int] = set()
+    for each in classes:
+        name = clean_name(each) if isinstance(each, str) else each
+        number = _number(name) if isinstance(name, str) else name
+        same = [i for i, other in enumerate(names) if clean_name(other) == name]
+        if not same and number is not None and 0 <= number < len(names):
+            same = [number]
+        if not same:
+            nearest = difflib.get_close_matches(str(name), names, n=1)
+            advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise DataError(f"there is no class {name!r} among the {_listed(names)}{advice}")
+        found.update(same)
+    return sorted(found)
 
 
 def renamed(network: NetworkClasses, class_map: Mapping[str, str]) -> list[str]:

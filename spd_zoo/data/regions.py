@@ -17,7 +17,7 @@ from PIL import Image, TiffImagePlugin
 
 from spd_zoo.data.reading import collect_notes, note_pages, opened, read_image, refuse_larger, upright, white_of
 
-__all__ = ["Box", "Recent", "Regions", "TiffRegions", "bands", "bytes_of", "open_regions", "reduced"]
+__all__ = ["Box", "PartError", "Recent", "Regions", "TiffRegions", "bands", "bytes_of", "open_regions", "reduced"]
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upright image
 CACHE = 2**28  # bytes of decoded pixels that `Recent` keeps
@@ -30,6 +30,10 @@ _KEPT = {258: 3, 259: 3, 262: 3, 266: 3, 277: 3, 284: 3, 292: 4, 293: 4, 317: 3,
 _KEPT |= {347: 7, 529: 5, 530: 3, 531: 3, 532: 5}
 _RAW, _OLD_JPEG, _YCBCR = 1, 6, 6  # compressions, and colours that may be stored in blocks of rows
 T = TypeVar("T")
+
+
+class PartError(ValueError):
+    """A part of an image that cannot be read, although its beginning can."""
 
 
 class Regions(Protocol):
@@ -149,7 +153,7 @@ class TiffRegions:
         """The pixels in a box; black outside the image.
 
         Raises:
-            ValueError: If a part of them cannot be read.
+            PartError: If a part of them cannot be read.
         """
         left, top, right, bottom = box
         region = Image.new(self.mode, (right - left, bottom - top))
@@ -170,6 +174,13 @@ class TiffRegions:
         )
         if not any(size for _, size in parts):  # GDAL leaves out tiles without data
             return Image.new(self.mode, inside)
+        try:
+            return self._pixels(parts, inside)
+        except (OSError, ValueError) as error:
+            raise PartError(str(error)) from error
+
+    def _pixels(self, parts: list[tuple[int, int]], inside: tuple[int, int]) -> Image.Image:
+        """What the bytes of a tile or strip, at an offset and of a length for each plane, stand for."""
         data = []
         with _binary(self.file) as stream:
             for offset, size in parts:

@@ -1,12 +1,13 @@
 """Detects objects in images, as `spd-zoo detect` does; boxes are in pixels of the original images."""
 
 import itertools
-import json
+import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, overload
@@ -16,26 +17,28 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
 from spd_zoo.data.boxes.tiles import view_boxes
-from spd_zoo.data.classes import network_classes, renamed
-from spd_zoo.data.reading import channel_mode, read_image, size_text, upright
-from spd_zoo.data.regions import Box, Regions, reduced
-from spd_zoo.files import read_yaml, whole
+from spd_zoo.data.classes import class_numbers, network_classes, renamed
+from spd_zoo.data.notes import count, some
+from spd_zoo.data.reading import MAX_PIXELS, channel_mode, read_image, size_text, upright
+from spd_zoo.data.regions import Box, Regions, open_regions, reduced
+from spd_zoo.files import read_yaml
 from spd_zoo.inference.exported import ExportedDetector, load_model
-from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, optional_package, show
-from spd_zoo.inference.loop import Files, Task, batches, run
+from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package, show
+from spd_zoo.inference.scores import read_scores
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError
 
-__all__ = ["Detections", "Detector", "ImageDetections", "Placement", "as_coco", "detect", "postprocess", "prepare"]
+__all__ = ["Detections", "Detector", "Placement", "postprocess", "prepare"]
 
 GREY = 114  # of 255; YOLO's authors pad with this value
 _IN_REPR = 3  # classes
 EDGE = 0.01  # share of a tile's shorter side: a box that ends nearer to an inner side may be cut off
+SCORE = 0.25  # minimum score
 COVERED = 0.5  # a cut-off box is dropped if a complete one covers at least this share of it
 SAME_OBJECT = 0.5  # IoU of boxes from different views from which on they are one object
 
@@ -72,6 +75,7 @@ class Detections:
         labels: (M,), classes from 0.
         class_names: The names of all classes.
         image: The image as it was given to the detector, for `draw` and `show`; None if it is unknown.
+        limited: Whether `max_detections` left objects out, or an exported file may have done so for lack of room.
     """
 
     boxes: Tensor
@@ -79,6 +83,7 @@ class Detections:
     labels: Tensor
     class_names: tuple[str, ...]
     image: ImageLike | None = field(default=None, repr=False, compare=False)
+    limited: bool = field(default=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
         counts = Counter(self.names)
@@ -98,7 +103,7 @@ class Detections:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> "Detections":
-        return Detections(self.boxes[index], self.scores[index], self.labels[index], self.class_names, self.image)
+        return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index])
 
     @property
     def names(self) -> list[str]:
@@ -239,30 +244,33 @@ def postprocess(
     raw: Any,
     placements: Sequence[Placement],
     image_size: tuple[int, int],
-    score_threshold: float = 0.25,
+    score_threshold: float | Tensor = SCORE,
     iou_threshold: float | None = None,
-    max_detections: int = 300,
+    max_detections: int | None = 300,
+    agnostic: bool = False,
 ) -> list[Detections]:
     """Raw predictions of a batch -> the objects in each image, on the CPU.
 
-    NMS runs per class, and a box counts for every class above the score threshold, as in the authors' evaluation. Boxes
-    are clipped to the image; those outside it are dropped.
+    Unless it is `agnostic`, NMS runs per class, and a box counts for every class above the score threshold, as in the
+    authors' evaluation. Boxes are clipped to the image; those outside it are dropped.
 
     Args:
         net: The detector.
         raw: What its `forward` returned.
         placements: What `prepare` returned with each input.
         image_size: Height and width of the inputs.
-        score_threshold: Minimum score; evaluation takes 0.001, or 0.01 for SSD.
+        score_threshold: Minimum score, or one for each class (classes,); evaluation takes 0.001, or 0.01 for SSD.
         iou_threshold: IoU threshold of NMS; None: the authors' value.
-        max_detections: Maximum number of objects per image.
+        max_detections: Maximum number of objects per image; None: no limit.
+        agnostic: Whether boxes of different classes suppress each other, too.
     """
     names = tuple(network_classes(net.pretrained_cfg, net.num_classes).names)
     found = []
-    raw_found = net.detections(raw, image_size, score_threshold, iou_threshold, max_detections)
+    raw_found = net.detections(raw, image_size, score_threshold, iou_threshold, max_detections, agnostic=agnostic)
     for each, placement in zip(raw_found, placements, strict=True):
         boxes = placement.to_original(each["boxes"].cpu())
-        detections = Detections(boxes, each["scores"].cpu(), each["labels"].cpu(), names)
+        columns = (boxes, each["scores"].cpu(), each["labels"].cpu())
+        detections = Detections(*columns, names, limited=bool(each["limited"]))
         found.append(detections[(boxes[:, 2:] > boxes[:, :2]).all(1)])
     return found
 
@@ -277,6 +285,8 @@ class Detector:
        cut off, from another view, covers at least half of it.
     2. Duplicates of one class are removed by NMS at an IoU of 0.5 (or `iou_threshold`, if that is less).
 
+    With `agnostic` both rules compare boxes of all classes. `max_detections` counts merged boxes, not those of a tile.
+
     An object no larger than the overlap is complete in some tile. A larger one may be complete only in the view of the
     whole image; without that view it may be found in several pieces.
 
@@ -285,18 +295,25 @@ class Detector:
             folder of a run, or an ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         device: torch device; by default a network stays where it is, and a name is loaded on a GPU if there is one.
         image_size: Height and width of the network's input, or one number for both; by default those of its weights.
-        score_threshold: Minimum score.
+        score_threshold: Minimum score. "auto": of each class the one with the best F1 on the validation images of the
+            run, as `scores.json` in its folder says; of classes without such a score 0.25.
         iou_threshold: IoU threshold of NMS; None: the authors' value.
         max_detections: Maximum number of objects per image; by default 300, or what an exported file has room for.
+            Where the default leaves objects out, a warning says so; `Detections.limited` always does.
         batch_size: Images or tiles per batch.
         tile: Side of the tiles in pixels of the image; None: no tiles.
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
         whole_image: Whether a tiled image is also a view as a whole.
         class_map: Other names for the network's classes: from the new name to the network's own.
+        classes: The classes to detect, by name or number; None: all.
+        class_scores: Minimum scores of single classes, by name or number; others have `score_threshold`.
+        agnostic: Whether a box suppresses boxes of other classes, too, so that every object has one class. An exported
+            file suppresses boxes within each class first.
+        colour: The order of the channels of arrays: "rgb", or "bgr" as OpenCV reads them.
         max_pixels: Most pixels of an image file that is decoded as a whole; with `tile`, a TIFF is not.
 
     Raises:
-        DataError: If `class_map` names a class that the network does not have.
+        DataError: If `class_map`, `classes` or `class_scores` names a class that the network does not have.
         ModelError: If there is no such network, it is no detector, or it cannot be used.
         ValueError: If an option is out of range, or there is no such device.
         WeightsError: If the weights are unavailable or must not be used.
@@ -308,7 +325,7 @@ class Detector:
         *,
         device: str | None = None,
         image_size: int | tuple[int, int] | None = None,
-        score_threshold: float = 0.25,
+        score_threshold: float | str = SCORE,
         iou_threshold: float | None = None,
         max_detections: int | None = None,
         batch_size: int = 8,
@@ -316,14 +333,24 @@ class Detector:
         overlap: float = 0.2,
         whole_image: bool = True,
         class_map: Mapping[str, str] | None = None,
+        classes: Sequence[str | int] | None = None,
+        class_scores: Mapping[str | int, float] | None = None,
+        agnostic: bool = False,
+        colour: str = "rgb",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+        check_colour(colour)
+        self.colour = colour
+        scores = [("class_scores", value) for value in (class_scores or {}).values()]
+        if isinstance(score_threshold, str) and score_threshold != "auto":
+            raise ValueError(f"score_threshold must be a number or 'auto', got {score_threshold!r}")
+        self.score_threshold = SCORE if isinstance(score_threshold, str) else score_threshold
+        for name, value in (("score_threshold", self.score_threshold), ("iou_threshold", iou_threshold), *scores):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
-        for name, count in (("max_detections", max_detections), ("batch_size", batch_size), ("tile", tile)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+        for name, number in (("max_detections", max_detections), ("batch_size", batch_size), ("tile", tile)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
@@ -341,15 +368,52 @@ class Detector:
         if min(height, width) < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.image_size: tuple[int, int] = (height, width)
-        self.score_threshold = score_threshold
         self.iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
-        room = net.max_detections if isinstance(net, ExportedDetector) else None
-        if max_detections is not None and room is not None and max_detections > room:
-            raise ValueError(f"{name} was exported with room for {room} objects, fewer than {max_detections}")
-        self.max_detections: int = max_detections or room or 300
+        net.check_room(max_detections, name)
+        self.max_detections: int = max_detections or net.max_detections or 300
+        self.warns = max_detections is None
+        self.agnostic = agnostic
+        self.measured = self._measured() if score_threshold == "auto" else {}
+        self.thresholds = self._thresholds(classes, class_scores or {})
         self.batch_size = batch_size
         self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
         self.max_pixels = max_pixels
+
+    def _measured(self) -> dict[int, float]:
+        """The best minimum score of each class by its number, as it was measured for the run or the exported file."""
+        if isinstance(self.net, ExportedDetector):
+            return self.net.scores_of_classes()
+        return read_scores(self.name, network_classes(self.net.pretrained_cfg, self.net.num_classes).names)
+
+    def _thresholds(
+        self, classes: Sequence[str | int] | None, class_scores: Mapping[str | int, float]
+    ) -> float | Tensor:
+        """The minimum score of all classes, or of each (classes,), which is infinite for those that are left out."""
+        if isinstance(classes, str):
+            raise ValueError(f"classes must be a list of names or numbers, got the text {classes!r}")
+        if classes is None and not class_scores and not self.measured:
+            return self.score_threshold
+        names = self.class_names
+        chosen = range(len(names)) if classes is None else class_numbers(classes, names)
+        if not chosen:
+            raise ValueError("classes must name at least one class")
+        thresholds = torch.full((len(names),), math.inf)
+        for number in chosen:
+            thresholds[number] = self.measured.get(number, self.score_threshold)
+        for each, score in class_scores.items():
+            for number in class_numbers([each], names):
+                if number not in chosen:
+                    raise ValueError(f"class_scores must not name {each!r}, which classes leaves out")
+                thresholds[number] = score
+        return thresholds
+
+    def scores_in_words(self) -> str:
+        """The minimum scores of `score_threshold="auto"`, on one line."""
+        names = self.class_names
+        measured = some([f"{names[i]} {score:.2f}" for i, score in self.measured.items()], 10)
+        others = [name for i, name in enumerate(names) if i not in self.measured]
+        rest = f"{self.score_threshold:g} for {some(others)}, of which no box was correct when the run was validated"
+        return f"minimum scores: {'; '.join([*([measured] if measured else []), *([rest] if others else [])])}"
 
     def __repr__(self) -> str:
         device = next(self.net.parameters()).device
@@ -366,9 +430,10 @@ class Detector:
         """The objects in an image, or in each image of a list or folder.
 
         Args:
-            images: A file, a PIL image, an array (H, W, 3) of uint8 in RGB, a tensor (3, H, W) of uint8 or of floats
-                from 0 to 1, or a list of these, of any sizes; or a folder, for the images in it, in the order of their
-                paths. Files and PIL images are turned as their EXIF says.
+            images: A file, a PIL image, an array of uint8, (H, W, 3) in the order `colour` or grey (H, W), a tensor
+                (3, H, W) or grey (1, H, W) of uint8 or of floats from 0 to 1, or a list of these, of any sizes; or a
+                folder, for the images in it, in the order of their paths. Files and PIL images are turned as their
+                EXIF says.
 
         Returns:
             `Detections`; for a list or a folder, a list of them.
@@ -377,10 +442,12 @@ class Detector:
             ImageSizeError: If the network does not take inputs of `image_size`.
             ValueError: If an image cannot be read or is none of these.
         """
-        sources, several = listed(images)
-        opened = ((i, source if isinstance(source, TiffRegions) else open_image(source, read=self.read)) for i, source in enumerate(sources))
-        found = self.find((i, *view) for i, image in opened for view in self.views(image))
+        sources, several = listed(images, self.colour)
+        found = self.find_in(open_image(source, read=self.read) for source in sources)
         found = [replace(each, image=source) for each, source in zip(found, sources, strict=True)]
+        limited = sum(each.limited for each in found)
+        if limited and self.warns:
+            warnings.warn(f"{count(limited, 'image')}: {self.limit_in_words()}", stacklevel=2)
         return found if several else found[0]
 
     def read(self, file: str | BytesIO, mode: str = "RGB") -> Regions:
@@ -390,6 +457,14 @@ class Detector:
             ValueError: If it cannot be read.
         """
         return (open_regions if self.tile else read_image)(file, mode, self.max_pixels)
+
+    def find_in(self, images: Iterable[Regions]) -> list[Detections]:
+        """The objects in each upright image; whoever calls this says what `limited` means.
+
+        Raises:
+            ImageSizeError: If the network does not take inputs of `image_size`.
+        """
+        return self.find((i, *view) for i, image in enumerate(images) for view in self.views(image))
 
     def find(self, views: Iterable[tuple[int, Tensor, Placement]]) -> list[Detections]:
         """Merges the detections of all views of each image.
@@ -403,9 +478,20 @@ class Detector:
         found = []
         for _, of_image in itertools.groupby(self._compute(views), itemgetter(0)):
             _, placements, detections = zip(*of_image, strict=True)
-            merged = merge_views(detections, placements, self.iou_threshold)
-            found.append(merged[: self.max_detections])
+            merged = merge_views(detections, placements, self.iou_threshold, self.agnostic)
+            limited = any(each.limited for each in detections) or len(merged) > self.max_detections
+            found.append(replace(merged[: self.max_detections], limited=limited))
         return found
+
+    def limit_in_words(self) -> str:
+        """What it means that `Detections.limited` is true."""
+        room = self.net.max_detections
+        if room is not None:
+            full = f"objects took all the room for {room} that the exported file has, so some may be missing"
+            if self.max_detections == room:
+                return f"{full}; export it again with a larger --max-detections"
+            return f"more than {self.max_detections} objects (max_detections), or {full}"
+        return f"more than {self.max_detections} objects (max_detections), of which the best are kept"
 
     def _compute(self, views: Iterable[tuple[int, Tensor, Placement]]) -> Iterator[tuple[int, Placement, Detections]]:
         """Computes the views in batches: the number of each view's image, its placement and its detections."""
@@ -415,8 +501,8 @@ class Detector:
             numbers, inputs, placements = zip(*batch, strict=True)
             with torch.inference_mode():
                 raw = self.net(torch.stack(inputs).to(weight, memory_format=torch.channels_last))
-            thresholds = (self.score_threshold, self.iou_threshold)
-            found = postprocess(self.net, raw, placements, self.image_size, *thresholds, self.max_detections)
+            options = (self.thresholds, self.iou_threshold, None if self.tile else self.max_detections, self.agnostic)
+            found = postprocess(self.net, raw, placements, self.image_size, *options)
             named = [replace(each, class_names=self.class_names) for each in found]
             yield from zip(numbers, placements, named, strict=True)
 
@@ -442,7 +528,9 @@ def trained_on_tiles(model: str) -> tuple[int, float] | None:
     return None
 
 
-def merge_views(found: Sequence[Detections], placements: Sequence[Placement], iou_threshold: float) -> Detections:
+def merge_views(
+    found: Sequence[Detections], placements: Sequence[Placement], iou_threshold: float, agnostic: bool = False
+) -> Detections:
     """Merges the detections of one image's views by the rules of `Detector`."""
     if len(found) == 1:
         return found[0]
@@ -450,9 +538,10 @@ def merge_views(found: Sequence[Detections], placements: Sequence[Placement], io
     width, height = (max(place.corner[i] + place.size[1 - i] for place in placements) for i in (0, 1))
     cut = torch.cat([_is_cut(each.boxes, place, width, height) for each, place in zip(found, placements, strict=True)])
     merged = _concatenate(found)
-    complete, cut_off = _nms(merged[~cut], iou_threshold), merged[cut]
-    dropped = mostly_covered(cut_off.boxes, cut_off.labels, complete.boxes, complete.labels, COVERED)
-    return _nms(_concatenate([complete, cut_off[~dropped]]), iou_threshold)
+    complete, cut_off = _nms(merged[~cut], iou_threshold, agnostic), merged[cut]
+    labels, others = (_compared(each, agnostic) for each in (cut_off, complete))
+    dropped = mostly_covered(cut_off.boxes, labels, complete.boxes, others, COVERED)
+    return _nms(_concatenate([complete, cut_off[~dropped]]), iou_threshold, agnostic)
 
 
 def _is_cut(boxes: Tensor, placement: Placement, width: int, height: int) -> Tensor:
@@ -472,118 +561,10 @@ def _concatenate(found: Sequence[Detections]) -> Detections:
     return Detections(boxes, scores, labels, found[0].class_names)
 
 
-def _nms(found: Detections, iou_threshold: float) -> Detections:
-    return found[labelled_nms(found.boxes, found.scores, found.labels, iou_threshold)]
+def _nms(found: Detections, iou_threshold: float, agnostic: bool) -> Detections:
+    return found[labelled_nms(found.boxes, found.scores, _compared(found, agnostic), iou_threshold)]
 
 
-@dataclass(frozen=True)
-class ImageDetections:
-    """The objects in an image file and its upright size, or the reason why it could not be read."""
-
-    path: Path
-    size: tuple[int, int] = (0, 0)  # height and width
-    detections: Detections | None = None
-    error: str | None = None
-    notes: tuple[str, ...] = ()  # what was guessed when it was read
-
-
-def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -> Iterator[ImageDetections]:
-    """Detects objects in image files, in order; yields those of each image as soon as its batch is computed.
-
-    `out` appears after the last image. It has a copy of every image with the objects marked, in the subfolders that the
-    images have below their common folder, and `detections.json`, which `as_coco` describes.
-
-    Args:
-        detector: The detector.
-        paths: Image files, as `spd_zoo.data.reading.find_images` returns them; duplicates count once.
-        out: A folder that does not exist or is empty; it is written atomically.
-
-    Raises:
-        ImageSizeError: If the network does not take inputs of the detector's size.
-        ValueError: If `out` is something else.
-    """
-    paths = list(dict.fromkeys(paths))
-    images = Files([str(path) for path in paths])
-    at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
-
-    def compute(opened: list[Any]) -> list[tuple[Any, Detections | str]]:
-        try:
-            return list(zip(opened, detector(opened), strict=True))
-        except PartError as error:  # of an image that is read by its parts, one at a time
-            return [(opened[0], str(error))]
-
-    task = Task(detector.read, list, compute, at_once)
-    with _new_folder(out) if out is not None else nullcontext() as folder:
-        done = []
-        places = _places(paths)
-        for batch, outcomes in run(images, task, batches(range(len(paths)), at_once)):
-            for path, outcome in zip(paths[batch.start : batch.stop], outcomes, strict=True):
-                if outcome.result is None:
-                    done.append(ImageDetections(path, error=outcome.error, notes=outcome.notes))
-                else:
-                    image, found = outcome.result
-                    found = replace(found, image=path)  # the file, so that its pixels do not stay in memory
-                    done.append(ImageDetections(path, (image.height, image.width), found, notes=outcome.notes))
-                    if folder is not None:
-                        _save(found.draw(image), folder / places[path])
-                yield done[-1]
-        if folder is not None:
-            text = json.dumps(as_coco(done, detector.class_names), indent=1)
-            (folder / "detections.json").write_text(text + "\n", encoding="utf-8")
-
-
-def as_coco(found: Sequence[ImageDetections], class_names: Sequence[str]) -> dict[str, Any]:
-    """Detections as a data set in COCO's format, whose `annotations` have a `score` as in COCO's results.
-
-    Categories and images are numbered from 1. Images that could not be read are left out.
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for each in found:
-        if each.detections is None:
-            continue
-        height, width = each.size
-        images.append({"id": len(images) + 1, "file_name": str(each.path), "width": width, "height": height})
-        boxes = box_convert(each.detections.boxes, "xyxy", "xywh").tolist()
-        rows = zip(boxes, each.detections.scores.tolist(), each.detections.labels.tolist(), strict=True)
-        for box, score, label in rows:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": len(images),
-                    "category_id": label + 1,
-                    "bbox": [round(value, 2) for value in box],
-                    "area": round(box[2] * box[3], 2),
-                    "iscrowd": 0,
-                    "score": round(score, 5),
-                }
-            )
-    categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
-    return {"images": images, "categories": categories, "annotations": annotations}
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends, and is deleted if the block fails."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty; choose a new folder with --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        temporary.mkdir()
-        yield temporary
-
-
-def _places(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Where the copy of each image goes, relative to their common folder; as PNG unless it was JPEG."""
-    full = [Path(os.path.normpath(path.absolute())) for path in paths]  # ".." would lead out of the folder
-    shared = os.path.commonpath([path.parent for path in full]) if full else ""
-    places = {}
-    for path, place in zip(paths, full, strict=True):
-        name = place.name if place.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{place.name}.png"
-        places[path] = place.relative_to(shared).with_name(name)
-    return places
-
-
-def _save(image: Image.Image, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, quality=95)
+def _compared(found: Detections, agnostic: bool) -> Tensor:
+    """The labels (M,) of which equal ones are compared."""
+    return torch.zeros_like(found.labels) if agnostic else found.labels

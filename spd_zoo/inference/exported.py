@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from spd_zoo.blocks import ImageSizeError
+from spd_zoo.boxes import labelled_nms
 from spd_zoo.data.reading import parse_size, size_text
 from spd_zoo.errors import first_line
+from spd_zoo.inference.scores import SCORES_FILE
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device, ran_out_of_memory
 from spd_zoo.weights.catalogue import ModelError
@@ -134,6 +136,8 @@ class ExportedDetector(Exported, ObjectFinder):
         max_detections: The number of detections per image that it has room for.
     """
 
+    max_detections: int
+
     def __init__(self, model: Any, metadata: dict[str, str], content: bytes, called: str) -> None:
         super().__init__(with_threshold_inputs(model), metadata, content, called)
         self.channel_order = _choice(metadata["channel_order"], "RGB", "BGR")
@@ -144,6 +148,21 @@ class ExportedDetector(Exported, ObjectFinder):
         self.max_detections = int(_number(metadata["max_detections"], 1, _MOST_DETECTIONS))
         self.evaluation_boxes = self.max_detections
         self.size_multiple = int(_number(metadata["size_multiple"], 0, 1024))
+        self.class_scores = _class_scores(metadata["class_scores"]) if "class_scores" in metadata else None
+        if self.class_scores is not None and len(self.class_scores) != self.num_classes:
+            raise ValueError("class_scores and class_names differ in number")
+
+    def scores_of_classes(self) -> dict[int, float]:
+        """The best minimum score of each class by its number, where it is known.
+
+        Raises:
+            ModelError: If the file has no such scores.
+        """
+        if self.class_scores is None:
+            raise ModelError(
+                f"{self.called} does not hold the best minimum score of each class; export a run that has {SCORES_FILE}"
+            )
+        return {number: score for number, score in enumerate(self.class_scores) if score is not None}
 
     def forward(self, images: Tensor) -> Tensor:
         """The images, unchanged: only `detections` knows the thresholds, with which the file computes all at once."""
@@ -153,22 +172,27 @@ class ExportedDetector(Exported, ObjectFinder):
         self,
         raw: Any,
         image_size: tuple[int, int],
-        score_threshold: float,
+        score_threshold: float | Tensor,
         iou_threshold: float | None = None,
         max_detections: int | None = 300,
         max_candidates: int | None = None,
+        agnostic: bool = False,
     ) -> list[dict[str, Tensor]]:
         """Images -> the best detections of each; see `DetectionNet.detections`.
+
+        The file has one minimum score and suppresses boxes within each class. Scores of each class are compared
+        afterwards, which leaves the same boxes as long as the file has room for all. Boxes of different classes
+        suppress each other after those of one class have done so, while a network compares all boxes at once.
+        `limited` says whether all room was taken, so that there may be more boxes.
 
         Raises:
             ImageSizeError: If the file does not take images of this size.
             ModelError: If it cannot be run, or computes something else than boxes.
         """
         self.check_size(*raw.shape[-2:])
-        thresholds = {
-            "score_threshold": score_threshold,
-            "iou_threshold": self.iou_threshold if iou_threshold is None else iou_threshold,
-        }
+        iou_threshold = self.iou_threshold if iou_threshold is None else iou_threshold
+        least = score_threshold.min().item() if isinstance(score_threshold, Tensor) else score_threshold
+        thresholds = {"score_threshold": least, "iou_threshold": iou_threshold}
         counts, boxes, scores, classes = self.compute(raw, ["num", "boxes", "scores", "classes"], **thresholds)
         shape = (len(raw), self.max_detections)
         right = (counts.shape, boxes.shape, scores.shape, classes.shape) == (shape[:1], (*shape, 4), shape, shape)
@@ -176,12 +200,24 @@ class ExportedDetector(Exported, ObjectFinder):
             raise ModelError(f"{self.called} computes something else than {self.max_detections} boxes an image")
         found = []
         for i, number in enumerate(counts.tolist()):
-            kept = number if max_detections is None else min(number, max_detections)
-            labels = classes[i, :kept].long()
+            labels = classes[i, :number].long()
             if not ((labels >= 0) & (labels < self.num_classes)).all():
                 raise ModelError(f"{self.called} finds classes beyond its {self.num_classes}")
-            found.append({"boxes": boxes[i, :kept].float(), "scores": scores[i, :kept].float(), "labels": labels})
+            each = {"boxes": boxes[i, :number].float(), "scores": scores[i, :number].float(), "labels": labels}
+            if isinstance(score_threshold, Tensor):
+                each = _rows(each, each["scores"] > score_threshold[labels])
+            if agnostic:
+                alike = torch.zeros_like(each["labels"])
+                each = _rows(each, labelled_nms(each["boxes"], each["scores"], alike, iou_threshold))
+            limited = number == self.max_detections or (
+                max_detections is not None and len(each["labels"]) > max_detections
+            )
+            found.append(_rows(each, slice(max_detections)) | {"limited": torch.tensor(limited)})
         return found
+
+
+def _rows(found: dict[str, Tensor], index: Tensor | slice) -> dict[str, Tensor]:
+    return {name: column[index] for name, column in found.items()}
 
 
 def read_exported(file: Path) -> Exported:
@@ -377,6 +413,13 @@ def _numbers(text: str) -> tuple[float, ...]:
     if not isinstance(numbers, list) or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
         raise ValueError(f"no list of numbers: {text[:50]}")
     return tuple(map(float, numbers))
+
+
+def _class_scores(text: str) -> list[float | None]:
+    scores = json.loads(text)
+    if not isinstance(scores, list):
+        raise ValueError(f"no list of scores: {text[:50]}")
+    return [None if score is None else _number(str(score), 0, 1) for score in scores]
 
 
 def _number(text: str, low: float, high: float) -> float:

@@ -23,18 +23,18 @@ from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.notes import Notes
-from spd_zoo.data.reading import read_image
+from spd_zoo.data.regions import Regions
 from spd_zoo.errors import first_line
 from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Classification, Classifier, transform_errors
 from spd_zoo.inference.detector import Detections, Detector, Placement
 from spd_zoo.inference.loop import ImageFile, Images, Task, batches, run
+from spd_zoo.inference.sources import read_source
 from spd_zoo.process import Process, Stopped, StopSignals
 from spd_zoo.version import __version__
 
@@ -82,12 +82,14 @@ class Job:
         row: Creates the row of an image from its result: a dict with the keys of `columns`.
         columns: The types of a row's values; for a list, the type of its elements.
         settings: Everything that the results depend on in addition to the images, as JSON.
+        notes: What a result leaves out.
     """
 
     task: Task[Any]
     row: Callable[[Any], Row]
     columns: dict[str, Any]
     settings: dict[str, Any]
+    notes: Callable[[Any], Sequence[str]] = lambda result: ()
 
 
 def classification(
@@ -141,20 +143,28 @@ def detection(detector: Detector, model: str) -> Job:
     settings = _settings(detector.net, model, detector.batch_size) | {name: getattr(detector, name) for name in options}
     if detector.class_map:
         settings |= {"class_map": dict(detector.class_map)}
+    if isinstance(detector.thresholds, Tensor):
+        settings |= {"thresholds": repr(detector.thresholds.tolist())}
+    if detector.agnostic:
+        settings |= {"agnostic": True}
 
-    def of_images(images: list[Image.Image]) -> list[Detected]:
-        return [(image.size, found) for image, found in zip(images, detector(images), strict=True)]
+    def notes(detected: Detected) -> Sequence[str]:
+        return [detector.limit_in_words()] if detected[1].limited else ()
+
+    def of_images(images: list[Regions]) -> list[Detected]:
+        return [(image.size, found) for image, found in zip(images, detector.find_in(images), strict=True)]
 
     def of_views(inputs: tuple[Tensor, list[Placement]]) -> list[Detected]:
         found = detector.find(zip(itertools.count(), *inputs, strict=False))
         return [((place.size[1], place.size[0]), each) for place, each in zip(inputs[1], found, strict=True)]
 
-    if detector.tile:  # all tiles of an image at once would need too much memory
-        return Job(Task(read_image, list, of_images, 1), _objects_row, columns, settings)
     reader = copy.copy(detector)
     reader.net = copy.deepcopy(detector.net).to("meta")  # the network's properties without its weights
+    if detector.tile:  # all tiles of an image at once would need too much memory
+        task = Task(partial(read_source, read=reader.read), list, of_images, 1)
+        return Job(task, _objects_row, columns, settings, notes)
     task = Task(partial(_read_view, reader), _collate_views, of_views, detector.batch_size)
-    return Job(task, _objects_row, columns, settings)
+    return Job(task, _objects_row, columns, settings, notes)
 
 
 def _objects_row(detected: Detected) -> Row:
@@ -168,7 +178,7 @@ def _objects_row(detected: Detected) -> Row:
 
 
 def _read_view(detector: Detector, file: ImageFile) -> tuple[Tensor, Placement]:
-    image = read_image(file)
+    image = read_source(file, read=detector.read)
     with transform_errors(image):
         (view,) = detector.views(image)
     return view
@@ -309,7 +319,7 @@ def _finished(
             path = images.name(index).encode(errors="backslashreplace").decode()  # may not be valid Unicode
             values = empty if outcome.error is not None else job.row(outcome.result)
             rows.append({"path": path, "error": outcome.error} | values)
-            for note in outcome.notes:
+            for note in (*outcome.notes, *(() if outcome.error is not None else job.notes(outcome.result))):
                 notes.add(note, path)
         bar.update(len(batch))
         part = batch[0] // parts.size

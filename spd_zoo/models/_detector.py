@@ -41,6 +41,7 @@ class ObjectFinder(nn.Module, ABC):
         evaluation_score: Minimum score in the authors' evaluation.
         evaluation_boxes: Maximum number of detections per image in the authors' evaluation.
         size_multiple: Height and width must be multiples of it; 0: an exported file takes one size only.
+        max_detections: Number of detections per image that an exported file has room for; None: no limit.
     """
 
     pretrained_cfg: dict[str, Any]
@@ -52,6 +53,7 @@ class ObjectFinder(nn.Module, ABC):
     evaluation_score = 0.001
     evaluation_boxes = 300
     size_multiple = 0
+    max_detections: int | None = None
 
     def check_size(self, height: int, width: int) -> None:
         """Checks the size of an input in pixels.
@@ -65,15 +67,26 @@ class ObjectFinder(nn.Module, ABC):
                 f"height and width must be multiples of {multiple}, got {height}x{width}: resize or pad the images"
             )
 
+    def check_room(self, max_detections: int | None, name: str) -> None:
+        """Checks the number of detections per image that somebody asks `name` for.
+
+        Raises:
+            ValueError: If an exported file has no room for so many.
+        """
+        room = self.max_detections
+        if max_detections is not None and room is not None and max_detections > room:
+            raise ValueError(f"{name} was exported with room for {room} objects, fewer than {max_detections}")
+
     @abstractmethod
     def detections(
         self,
         raw: Any,
         image_size: tuple[int, int],
-        score_threshold: float,
+        score_threshold: float | Tensor,
         iou_threshold: float | None = None,
         max_detections: int | None = 300,
         max_candidates: int | None = 30000,
+        agnostic: bool = False,
     ) -> list[dict[str, Tensor]]:
         """What `forward` returned -> for each image `boxes`, `scores` and `labels`; see `DetectionNet.detections`."""
 
@@ -149,24 +162,27 @@ class DetectionNet(Backbone, ObjectFinder):
         self,
         raw: Any,
         image_size: tuple[int, int],
-        score_threshold: float,
+        score_threshold: float | Tensor,
         iou_threshold: float | None = None,
         max_detections: int | None = 300,
         max_candidates: int | None = 30000,
+        agnostic: bool = False,
     ) -> list[dict[str, Tensor]]:
-        """Decodes raw predictions and applies non-maximum suppression per class.
+        """Decodes raw predictions and applies non-maximum suppression.
 
         Args:
             raw: Output of `forward`.
             image_size: Height and width of the images.
-            score_threshold: Minimum score, exclusive.
+            score_threshold: Minimum score, exclusive; one for all classes, or one for each (classes,).
             iou_threshold: IoU above which the box with the lower score is dropped; None: the authors' value.
             max_detections: Maximum number of detections per image; None: no limit.
             max_candidates: Maximum number of scores per image that enter suppression; None: no limit.
+            agnostic: Whether boxes of different classes suppress each other, too.
 
         Returns:
             For each image `boxes` (D, 4), x1 y1 x2 y2 in input pixels, `scores` and `labels` (D,), the best score
-            first. A box may occur with several labels, and boxes are not clipped to the image.
+            first, and `limited`, a scalar: whether `max_detections` left some out. Unless `agnostic`, a box may occur
+            with several labels. Boxes are not clipped to the image.
         """
         iou_threshold = self.iou_threshold if iou_threshold is None else iou_threshold
         found = []
@@ -174,9 +190,10 @@ class DetectionNet(Backbone, ObjectFinder):
         for centred, scores in zip(decoded[..., :4], self.class_scores(decoded), strict=True):
             boxes = box_convert(centred, "cxcywh", "xyxy")
             overlap = self.overlap_boxes(boxes, image_size)
-            rows, labels = class_nms(overlap, scores, score_threshold, iou_threshold, max_candidates)
+            rows, labels = class_nms(overlap, scores, score_threshold, iou_threshold, max_candidates, agnostic)
+            limited = torch.tensor(max_detections is not None and len(rows) > max_detections)
             rows, labels = rows[:max_detections], labels[:max_detections]
-            found.append({"boxes": boxes[rows], "scores": scores[rows, labels], "labels": labels})
+            found.append({"boxes": boxes[rows], "scores": scores[rows, labels], "labels": labels, "limited": limited})
         return found
 
     @abstractmethod

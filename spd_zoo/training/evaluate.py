@@ -21,6 +21,7 @@ from spd_zoo.inference.exported import Exported, load_model
 from spd_zoo.inference.images import as_html
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
+from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, task_of
 
@@ -75,6 +76,9 @@ def evaluate(
     image_column: str = "",
     label_column: str = "",
     class_map: Mapping[str, str] | None = None,
+    max_detections: int | None = None,
+    agnostic: bool = False,
+    iou_threshold: float | None = None,
     tile: int | None = None,
     overlap: float | None = None,
     max_pixels: int | None = None,
@@ -96,6 +100,10 @@ def evaluate(
         image_column: As `open_data` takes it; not for detectors.
         label_column: As `open_data` takes it; not for detectors.
         class_map: The network's names of classes that have other names in the data.
+        max_detections: Detectors: maximum number of boxes per image, all of which count; by default the authors' limit,
+            of which COCO's rules count 100 of each class.
+        agnostic: Detectors: whether boxes of different classes suppress each other, too.
+        iou_threshold: Detectors: IoU threshold of NMS; None: the authors' value.
         tile: For a detector: the side of the tiles into which larger images are cut, as `Detector` does; 0: no tiles;
             None: as the run that trained it.
         overlap: Minimum overlap of tiles, as a share of their side; None: that of the run, or else 0.2.
@@ -107,20 +115,25 @@ def evaluate(
     Raises:
         DataError: If the data set cannot be used, or its classes are not the network's.
         ModelError: If there is no such network, or it cannot be used.
-        ValueError: If an option has no meaning for a detector, or there is no such device.
+        ValueError: If an option has no meaning for the network, or there is no such device.
         WeightsError: If the weights are unavailable or must not be used.
     """
+    if max_detections is not None and max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1, got {max_detections}")
     net: Any = load_model(model, device)
     if bf16 and isinstance(net, Exported):
         raise ValueError(f"bf16 is for torch; {model} computes as it was exported")
-    task_of(net).check_evaluation(net, model, bool(flip or image_column or label_column))
+    if iou_threshold is not None and not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must be from 0 to 1, got {iou_threshold}")
+    asked = Suppression(max_detections, agnostic, iou_threshold)
+    suppression = None if asked == Suppression() else asked
+    task_of(net).check_evaluation(net, model, bool(flip or image_column or label_column), suppression)
     reading = _reading(net, model, tile, overlap, max_pixels)
     sizes = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]
     columns = (image_column, label_column)
     place: torch.device = next(net.parameters()).device
-    return evaluate_network(
-        net, model, data, split, sizes, flip, batch_size, workers, place, bf16, columns, class_map, reading
-    )
+    options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading)
+    return evaluate_network(net, model, data, split, sizes, *options)
 
 
 def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_pixels: int | None) -> dict[str, Any]:
@@ -162,6 +175,7 @@ def evaluate_network(
     bf16: bool = False,
     columns: tuple[str, str] = ("", ""),
     class_map: Mapping[str, str] | None = None,
+    suppression: Suppression | None = None,
     reading: Mapping[str, Any] | None = None,
 ) -> list[Evaluation]:
     """Evaluates a network that is loaded already; see `evaluate`.
@@ -179,6 +193,7 @@ def evaluate_network(
         bf16: Whether autocast computes in bfloat16.
         columns: The columns with images and labels.
         class_map: The network's names of classes that have other names in the data.
+        suppression: Where a detector's evaluation departs from the usual rules.
         reading: Fields of `BoxImages` that differ from those of the data; its notes are added to theirs.
 
     Raises:
@@ -207,7 +222,7 @@ def evaluate_network(
         if hasattr(net, "set_input_size"):
             net.set_input_size(size)
         batches = task.eval_batches(net, images, size, batch_size, workers, preprocessing, process)
-        predictions = task.predict(net, batches, images, size, preprocessing, process, flip)
+        predictions = task.predict(net, batches, images, size, preprocessing, process, flip, suppression)
         row = {
             "model": model,
             **predictions.columns(),
@@ -215,7 +230,7 @@ def evaluate_network(
             "img_size": size_value(size),
             **task.result_columns(preprocessing),
         }
-        evaluations.append(Evaluation(row, predictions, split, warnings, about["notes"]))
+        evaluations.append(Evaluation(row, predictions, split, warnings, [*about["notes"], *predictions.notes()]))
     return evaluations
 
 

@@ -653,12 +653,12 @@ def finish(run: Run) -> Result:
             "label_names": val.class_names,
         }
         run.folder.write_network(net, cfg, parse_model_args(config.model_args))
-        notes = [*run.splits.about.get("notes", []), *plot_notes()]
+        notes = [*run.splits.about.get("notes", []), *plot_notes(), *predictions.notes()]
         run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )
-    for line in [*_verdict(run), *_next_commands(run)]:
+    for line in [*(f"note: {note}" for note in predictions.notes()), *_verdict(run), *_next_commands(run)]:
         process.print(line)
     return Result(config.out, run.history, figures | {"image_size": size_value(size)}, run.before)
 

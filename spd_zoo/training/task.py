@@ -11,6 +11,7 @@ from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
 from spd_zoo.training.classification.task import Classification
 from spd_zoo.training.config import FinetuneConfig, Plan
+from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.detection.task import Detection
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
@@ -37,6 +38,9 @@ class Predictions(Protocol):
 
     def in_words(self) -> str:
         """All figures on one line."""
+
+    def notes(self) -> list[str]:
+        """What the figures leave out, a line for each."""
 
     def write_tables(self, folder: Path, suffix: str = "") -> None:
         """Writes the figures of each class, and for classifiers the confusion matrix, as CSV."""
@@ -148,6 +152,7 @@ class Task(Protocol[DataT]):
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
+        suppression: Suppression | None = None,
     ) -> Any:  # `Predictions`, which `write_report` takes
         """The predictions for all images; with `flip` averaged over every image and its mirror image."""
 
@@ -168,13 +173,16 @@ class Task(Protocol[DataT]):
     ) -> None:
         """Writes the report of a run and its tables and figures; `notes` say what was guessed or left out."""
 
-    def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
+    def check_evaluation(
+        self, net: nn.Module, model: str, only_classifiers: bool, suppression: Suppression | None = None
+    ) -> None:
         """Checks that the network and the options are valid for an evaluation.
 
         Args:
             net: The network.
             model: Its name, for the message.
             only_classifiers: Whether options were given that only classifiers have.
+            suppression: Options that only detectors have, if any was given.
 
         Raises:
             ModelError: If the network cannot be evaluated.

@@ -112,6 +112,10 @@ class Predictions:
         """All figures on one line."""
         return f"{self.headline()}, ECE {self.ece():.3f}"
 
+    def notes(self) -> list[str]:
+        """Nothing: every image counts."""
+        return []
+
     def write_tables(self, folder: Path, suffix: str = "") -> None:
         """Writes `per_class.csv` and `confusion.csv` (true classes down, predicted classes across)."""
         classes = self.per_class()

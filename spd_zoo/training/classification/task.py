@@ -296,8 +296,9 @@ class Classification:
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
+        suppression: Any = None,
     ) -> metrics.Predictions:
-        """The predictions for all images."""
+        """The predictions for all images; `check_evaluation` refuses `suppression`."""
         return metrics.predict(net, batches, data.class_names, preprocessing, process, flip)
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
@@ -326,9 +327,11 @@ class Classification:
         """Writes the report and its tables and figures."""
         report.write(folder, config, history, predictions, data, notes)
 
-    def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool) -> None:
-        """Raises ModelError if the network has no classifier."""
+    def check_evaluation(self, net: nn.Module, model: str, only_classifiers: bool, suppression: Any = None) -> None:
+        """Raises ModelError if the network has no classifier, and ValueError if an option is only for detectors."""
         check_classifier(net, model)
+        if suppression is not None:
+            raise ValueError("max_detections, agnostic and iou_threshold are options for detectors; leave them out")
 
     def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """How images were cropped and resized, as timm's results tables have it."""

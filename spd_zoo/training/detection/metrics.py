@@ -17,21 +17,60 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spd_zoo.data.boxes import EVERY_CLASS, BoxImages
-from spd_zoo.files import write_csv
-from spd_zoo.inference.detector import Detections, Placement, merge_views, postprocess
+from spd_zoo.data.boxes import EVERY_CLASS, BoxImages, Objects
+from spd_zoo.data.boxes.sizes import EDGES
+from spd_zoo.data.boxes.sizes import NAMES as SIZES
+from spd_zoo.data.notes import count, some
+from spd_zoo.files import whole, write_csv
+from spd_zoo.inference.detector import SCORE, Detections, Placement, merge_views, postprocess
+from spd_zoo.inference.output import CocoFile, ImageDetections
+from spd_zoo.inference.scores import SCORES_FILE, scores_text
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
 from spd_zoo.process import Process
+from spd_zoo.training.detection.curves import Curve, Outcome, confusion_matrix, curves, match, outcome
+from spd_zoo.training.detection.plots import BACKGROUND, plot_confusion, plot_curves
+from spd_zoo.training.detection.sheets import IMAGES, box_sheet, false_positives, missed_objects
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.steps import Batches, read
 
-__all__ = ["AREAS", "BoxPredictions", "coco_precision", "mean_terms", "predict", "score"]
+__all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
+COCO_BOXES = 100  # of a class in an image, the best ones, which count by COCO's rules
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """Where an evaluation departs from the authors' suppression of boxes, and from COCO's rules.
+
+    Attributes:
+        max_detections: Maximum number of boxes per image, all of which count; None: the authors', of which COCO's rules
+            count 100 of each class.
+        agnostic: Whether boxes of different classes suppress each other, too.
+        iou_threshold: IoU threshold of NMS; None: the authors'.
+    """
+
+    max_detections: int | None = None
+    agnostic: bool = False
+    iou_threshold: float | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """What departs, by name."""
+        own = {"max_detections": self.max_detections, "agnostic": self.agnostic, "iou_threshold": self.iou_threshold}
+        return {name: value for name, value in own.items() if value is not None and value is not False}
+
+    def in_words(self) -> str:
+        """What departs, after the figures; empty if nothing does."""
+        most = f"; up to {self.max_detections} boxes count in an image" if self.max_detections else ""
+        iou = f"; NMS at an IoU of {self.iou_threshold:g}" if self.iou_threshold is not None else ""
+        return most + iou + ("; boxes suppress boxes of other classes" if self.agnostic else "")
 
 
 def coco_precision(
-    data: BoxImages, detections: Sequence[Detections], scales: Sequence[tuple[float, float]] | None = None
+    data: BoxImages,
+    detections: Sequence[Detections],
+    scales: Sequence[tuple[float, float]] | None = None,
+    max_boxes: int = COCO_BOXES,
 ) -> np.ndarray:
     """Precision by the rules of COCO (Lin et al., https://arxiv.org/abs/1405.0312), computed by faster-coco-eval.
 
@@ -40,10 +79,11 @@ def coco_precision(
         detections: Detections in each image.
         scales: Factors in x and y for each image, by which sizes are multiplied before objects are sorted into small,
             medium and large; None: 1.
+        max_boxes: Number of boxes of a class that count in each image, the best ones.
 
     Returns:
         (10 IoU thresholds 0.5, 0.55, ..., 101 recalls 0, 0.01, ..., classes, 4 areas as in `AREAS`), from 0 to 1, with
-        -1 for classes and areas without objects. Only the 100 best boxes of a class count in each image.
+        -1 for classes and areas without objects.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -66,6 +106,7 @@ def coco_precision(
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(truth)
         evaluation = COCOeval_faster(coco, coco.loadRes(results), "bbox")
+        evaluation.params.maxDets = [max_boxes]
         evaluation.evaluate()
         evaluation.accumulate()
     precision: np.ndarray = np.asarray(evaluation.eval["precision"])
@@ -94,6 +135,8 @@ class BoxPredictions:
             has no loss.
         milliseconds: Per image and process: `prepare` (reading and preprocessing), `network`, and `boxes` (decoding and
             NMS; of an exported file, they are in `network`).
+        max_detections: Maximum number of boxes per image; None: no limit.
+        suppression: Where it departs from the authors' and COCO's rules.
     """
 
     data: BoxImages
@@ -101,29 +144,75 @@ class BoxPredictions:
     scales: list[tuple[float, float]]
     losses: dict[str, float]
     milliseconds: dict[str, float]
+    max_detections: int | None = None
+    suppression: Suppression = Suppression()
+
+    @property
+    def max_boxes(self) -> int:
+        """Number of boxes of a class that count in each image."""
+        return self.suppression.max_detections or COCO_BOXES
 
     @cached_property
     def precision(self) -> np.ndarray:
         """`coco_precision` with areas in the images' pixels."""
-        return coco_precision(self.data, self.detections)
+        return coco_precision(self.data, self.detections, max_boxes=self.max_boxes)
 
     @cached_property
     def input_precision(self) -> np.ndarray:
         """`coco_precision` with areas in the network's input pixels."""
-        return coco_precision(self.data, self.detections, self.scales)
+        return coco_precision(self.data, self.detections, self.scales, self.max_boxes)
+
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """Precision, recall and F1 of each class by the minimum score."""
+        return curves(self.detections, self._matches, self.data.counts())
+
+    @cached_property
+    def thresholds(self) -> list[float]:
+        """The minimum score with the best F1 of each class; `SCORE` for a class without a correct box."""
+        best = [curve.threshold() for curve in self.curves]
+        return [SCORE if threshold is None else threshold for threshold in best]
+
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        """What is detected in each image with the minimum scores `thresholds`."""
+        images = zip(self.detections, self._objects, self._matches, strict=True)
+        return [outcome(detections, objects, found, self.thresholds) for detections, objects, found in images]
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """`confusion_matrix` with the minimum scores `thresholds`."""
+        return confusion_matrix(self.detections, self._objects, self.outcomes, len(self.data.class_names))
+
+    @cached_property
+    def _objects(self) -> list[Objects]:
+        return [self.data.objects_in(i) for i in range(len(self.data))]
+
+    @cached_property
+    def _matches(self) -> list[Tensor]:
+        return [match(*each) for each in zip(self.detections, self._objects, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """Images, objects, loss, AP in per cent, AP by area in the image and (`input_`) in the input, milliseconds."""
+        """Images, objects, loss, AP in per cent, AP by area in the image and (`input_`) in the input, milliseconds.
+
+        Also `precision`, `recall` and `f1` in per cent: means over the classes that have objects, each with its best
+        minimum score, at an IoU of 0.5.
+        """
         own, scaled = self.precision, self.input_precision
         figures: dict[str, Any] = {"images": len(self.data), "objects": sum(self.data.counts())}
         figures |= {"loss": sum(self.losses.values()) if self.losses else None}
         figures |= {"ap": _mean(own[..., 0]), "ap50": _mean(own[0, ..., 0]), "ap75": _mean(own[5, ..., 0])}
+        figures |= {name: _mean_of([row[name] for row in self.per_class()]) for name in ("precision", "recall", "f1")}
         for name, precision in (("", own), ("input_", scaled)):
             figures |= {f"{name}ap_{area}": _mean(precision[..., i]) for i, area in enumerate(AREAS) if i}
         return figures | {f"ms_{stage}": value for stage, value in self.milliseconds.items()}
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Objects and AP of each class, also by area in the image and (`input_`) in the network's input."""
+        """Objects and AP of each class, also by area in the image and (`input_`) in the network's input.
+
+        Also its best minimum score (`score`, None without a correct box), and with it precision, recall, F1, and the
+        number of `correct` and `wrong` boxes and of `missed` objects, at an IoU of 0.5.
+        """
         own, scaled = self.precision, self.input_precision
         return [
             {
@@ -132,6 +221,7 @@ class BoxPredictions:
                 "ap": _mean(own[:, :, i, 0]),
                 "ap50": _mean(own[0, :, i, 0]),
                 "ap75": _mean(own[5, :, i, 0]),
+                **_at_best(self.curves[i], self.thresholds[i]),
                 **{f"ap_{area}": _mean(own[:, :, i, a]) for a, area in enumerate(AREAS) if a},
                 **{f"input_ap_{area}": _mean(scaled[:, :, i, a]) for a, area in enumerate(AREAS) if a},
             }
@@ -140,7 +230,27 @@ class BoxPredictions:
 
     def columns(self) -> dict[str, Any]:
         """The columns of the results table."""
-        return {name: value for name, value in self.summary().items() if name not in ("images", "objects")}
+        figures = {name: value for name, value in self.summary().items() if name not in ("images", "objects")}
+        return figures | self.suppression.columns()
+
+    def notes(self) -> list[str]:
+        """Says for which images fewer boxes count than there are objects."""
+        crowded, most = [], 0
+        for i in range(len(self.data)):
+            labels = self.data.objects_in(i).counted().labels
+            objects, of_a_class = len(labels), int(labels.bincount().max()) if len(labels) else 0
+            if of_a_class > self.max_boxes or objects > (self.max_detections or math.inf):
+                crowded.append(self.data.name(i))
+                most = max(most, objects)
+        if not crowded:
+            return []
+        limits = [f"{self.max_detections} of an image"] if self.max_detections else []
+        if not self.suppression.max_detections:
+            limits.append(f"by COCO's rules {COCO_BOXES} of a class in an image")
+        return [
+            f"{count(len(crowded), 'image')} with up to {count(most, 'object')} are more crowded than what AP counts, "
+            f"the best {' and '.join(limits)}: {some(crowded)}; --max-detections {most} counts all"
+        ]
 
     def headline(self) -> str:
         """The most important figures."""
@@ -154,16 +264,99 @@ class BoxPredictions:
         in_input = ", ".join(f"{area} {_words(row[f'input_ap_{area}'])}" for area in AREAS[1:])
         classes = ", ".join(f"{row['class']} {_words(row['ap'])}" for row in self.per_class())
         boxes = f"{row['ms_boxes']:.1f} ms" if "ms_boxes" in row else "in it"
+        scores = {name: curve.threshold() for name, curve in zip(self.data.class_names, self.curves, strict=True)}
+        best = ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if score is not None)
         return (
-            f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; "
+            f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; precision "
+            f"{_words(row['precision'])}, recall {_words(row['recall'])}, F1 {_words(row['f1'])} at the minimum score "
+            f"with the best F1 of each class ({best or 'no box is correct'}); "
             f"{by_area} (as the network sees them: {in_input}); {classes}; per image {row['ms_prepare']:.1f} ms to "
             f"read and preprocess, {row['ms_network']:.1f} ms in the network, {boxes} to decode and suppress boxes"
+            f"{self.suppression.in_words()}"
         )
 
+    def by_size(self) -> list[dict[str, Any]]:
+        """Objects, how many of them are detected, and recall in per cent, by size in the network's input."""
+        sizes, detected = [], []
+        for objects, result, (x, y) in zip(self._objects, self.outcomes, self.scales, strict=True):
+            sizes.append((objects.areas.double() * x * y).sqrt()[~objects.ignored])
+            detected.append(result.detected[~objects.ignored])
+        place = np.digitize(torch.cat(sizes).numpy(), EDGES)
+        found = np.bincount(place[torch.cat(detected).numpy()], minlength=len(SIZES)).tolist()
+        return [
+            {"size": name, "objects": objects, "detected": right, "recall": 100 * right / objects if objects else None}
+            for name, objects, right in zip(
+                SIZES, np.bincount(place, minlength=len(SIZES)).tolist(), found, strict=True
+            )
+        ]
+
     def write_tables(self, folder: Path, suffix: str = "") -> None:
-        """Writes `per_class.csv`."""
-        classes = self.per_class()
-        write_csv(folder / f"per_class{suffix}.csv", classes[0], [row.values() for row in classes])
+        """Writes the tables as CSV and JSON, and the figures.
+
+        `curves.csv` has a row for every score at which precision or recall of a class changes. `predictions.json` has
+        the form of `detections.json`, which `spd-zoo detect` writes.
+        """
+        names, best = self.data.class_names, [curve.threshold() for curve in self.curves]
+        columns = ("precision", "recall", "f1")
+        points = [
+            [name, *(f"{value:.6g}" for value in values)]
+            for name, curve in zip(names, self.curves, strict=True)
+            for values in zip(curve.scores, *(100 * getattr(curve, column) for column in columns), strict=True)
+        ]
+        write_csv(folder / f"curves{suffix}.csv", ["class", "score", *columns], points)
+        rows = zip([*names, BACKGROUND], self.confusion.tolist(), strict=True)
+        write_csv(folder / f"confusion{suffix}.csv", ["", *names, BACKGROUND], [[name, *row] for name, row in rows])
+        for name, table in (("per_class", self.per_class()), ("by_size", self.by_size())):
+            write_csv(folder / f"{name}{suffix}.csv", table[0], [row.values() for row in table])
+        with whole(folder / f"{Path(SCORES_FILE).stem}{suffix}.json") as temporary:
+            temporary.write_text(scores_text(dict(zip(names, best, strict=True))), encoding="utf-8")
+        with whole(folder / f"predictions{suffix}.json") as temporary, CocoFile(names) as coco:
+            for i, found in enumerate(self.detections):
+                width, height = self.data.sizes[self.data.rows[i]]
+                coco.add(ImageDetections(self.data.name(i), (height, width), found))
+            with temporary.open("w", encoding="utf-8") as file:
+                coco.write(file)
+        pictures = folder / f"figures{suffix}"
+        pictures.mkdir(exist_ok=True)
+        for name, content in self._figures().items():
+            (pictures / f"{name}.png").write_bytes(content)
+
+    def _figures(self) -> dict[str, bytes]:
+        """Plots and contact sheets as PNG, by name; without matplotlib no plots."""
+        names = self.data.class_names
+        order = sorted(range(len(self.data)), key=lambda i: self.outcomes[i].f1())
+        images = (self.data, self.detections, self.outcomes)
+        figures = {
+            "precision_recall": plot_curves(self.precision[0, ..., 0], self.curves, names),
+            "confusion": plot_confusion(self.confusion, names),
+            "false_positives": false_positives(*images),
+            "missed": missed_objects(*images, self._matches, self.thresholds),
+            "worst": box_sheet(*images, order[:IMAGES]),
+            "best": box_sheet(*images, order[::-1][:IMAGES]),
+        }
+        return {name: content for name, content in figures.items() if content}
+
+
+def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:
+    """A class at its best minimum score; precision and F1 are None if they are undefined."""
+    entries = int(curve.entries(np.array(threshold)))
+    correct, wrong = (int(column[entries - 1]) if entries else 0 for column in (curve.correct, curve.wrong))
+    boxes, objects = correct + wrong, curve.objects
+    return {
+        "score": curve.threshold(),
+        "precision": 100 * correct / boxes if boxes else None,
+        "recall": 100 * correct / objects if objects else None,
+        "f1": 200 * correct / (boxes + objects) if objects else None,
+        "correct": correct,
+        "wrong": wrong,
+        "missed": objects - correct,
+    }
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are defined; None if there are none."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def predict(
@@ -173,10 +366,12 @@ def predict(
     image_size: tuple[int, int],
     preprocessing: Preprocessing,
     process: Process,
+    suppression: Suppression | None = None,
 ) -> BoxPredictions:
     """Predictions for the images of all processes; every process gets all of them.
 
-    Boxes are kept as the authors evaluate: scores above 0.001 (SSD: 0.01), at most 300 boxes an image (SSD: no limit).
+    Unless `suppression` says otherwise, boxes are kept as the authors evaluate: scores above 0.001 (SSD: 0.01), at most
+    300 boxes an image (SSD: no limit).
 
     Args:
         net: The detector.
@@ -185,11 +380,14 @@ def predict(
         image_size: Height and width of the network's input in pixels.
         preprocessing: The network's device and precision; the batches are normalised already.
         process: This process.
+        suppression: Where it departs from that.
 
     Returns:
         The predictions.
     """
-    threshold, max_detections = net.evaluation_score, net.evaluation_boxes
+    suppression = suppression or Suppression()
+    max_detections = suppression.max_detections or net.evaluation_boxes
+    limits = (net.evaluation_score, suppression.iou_threshold, max_detections, suppression.agnostic)
     net.eval()
     device = preprocessing.device
     sums: dict[str, float] = {}
@@ -207,7 +405,7 @@ def predict(
                 with _timed(clock, "network", device), preprocessing.autocast():
                     raw = net(images)
                 with _timed(clock, "boxes", device):
-                    found = postprocess(net, raw, placements, image_size, threshold, max_detections=max_detections)
+                    found = postprocess(net, raw, placements, image_size, *limits)
                 terms = {}
                 if isinstance(net, DetectionNet):
                     terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
@@ -217,10 +415,11 @@ def predict(
             yield from zip(indices, placements, found, strict=True)
 
     mine: dict[int, tuple[Detections, tuple[float, float]]] = {}
+    iou_threshold = net.iou_threshold if suppression.iou_threshold is None else suppression.iou_threshold
     for i, group in itertools.groupby(of_views(), itemgetter(0)):
         _, placements, found = zip(*group, strict=True)
         began = time.perf_counter()
-        merged = merge_views(found, placements, net.iou_threshold)
+        merged = merge_views(found, placements, iou_threshold, suppression.agnostic)
         clock["boxes"] += time.perf_counter() - began
         mine[i] = (merged[:max_detections], placements[-1].scale)  # of the tiles, which come last
     if not isinstance(net, DetectionNet):  # an exported file computes all in one
@@ -235,6 +434,8 @@ def predict(
         [every[i][1] for i in order],
         {name: sum(sums.get(name, 0.0) for _, sums, *_ in gathered) / views for name in gathered[0][1]},
         {name: 1000 * sum(clock[name] for _, _, clock, _ in gathered) / len(data) for name in clock},
+        max_detections,
+        suppression,
     )
 
 

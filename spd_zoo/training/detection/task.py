@@ -217,9 +217,10 @@ class Detection:
         preprocessing: Preprocessing,
         process: Process,
         flip: bool = False,
+        suppression: metrics.Suppression | None = None,
     ) -> metrics.BoxPredictions:
         """The predictions for all images; `check_evaluation` refuses `flip`."""
-        return metrics.predict(net, batches, data, image_size, preprocessing, process)
+        return metrics.predict(net, batches, data, image_size, preprocessing, process, suppression)
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch."""
@@ -241,10 +242,13 @@ class Detection:
         """Writes the report and its tables and figures."""
         report.write(folder, config, history, predictions, notes)
 
-    def check_evaluation(self, net: Any, model: str, only_classifiers: bool) -> None:
-        """Raises ValueError if an option is only for classifiers."""
+    def check_evaluation(
+        self, net: Any, model: str, only_classifiers: bool, suppression: metrics.Suppression | None = None
+    ) -> None:
+        """Raises ValueError if an option is only for classifiers, or asks an exported file for too many boxes."""
         if only_classifiers:
             raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
+        net.check_room(suppression and suppression.max_detections, model)
 
     def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Nothing: detectors resize whole images."""
