@@ -63,6 +63,9 @@ class Recent(Generic[T]):
     def __reduce__(self) -> tuple[Any, ...]:
         return Recent, (self.limit,)
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     def get(self, key: Hashable, read: Callable[[], T], size: Callable[[T], int]) -> T:
         """The value of `key`, which `read` makes if it is not kept; `size` says how many bytes it has."""
         if key not in self._values:
