@@ -23,7 +23,10 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upr
 CACHE = 2**28  # bytes of decoded pixels that `Recent` keeps
 _SMALL = 2**24  # pixels of an image that is never reduced
 BAND = 256  # rows of `bands`
-_DATA, _RAW_ROWS = 16, 64  # where pixels begin in a small TIFF; rows of a strip that is not compressed
+_DATA, _ROWS = (
+    16,
+    64,
+)  # where pixels begin in a small TIFF; rows that strips are cut or joined to, where that is possible
 _FORMATS = {1: "B", 2: "c", 3: "H", 4: "L", 5: "LL", 7: "c"}  # of TIFF's types
 # what a decoder must know, by TIFF's numbers: bits, compression, colours, planes, predictor, JPEG's tables, ...
 _KEPT = {258: 3, 259: 3, 262: 3, 266: 3, 277: 3, 284: 3, 292: 4, 293: 4, 317: 3, 320: 3, 332: 3, 338: 3, 339: 3}
@@ -131,26 +134,27 @@ class TiffRegions:
         self.kept = {tag: (type_, tags[tag]) for tag, type_ in _KEPT.items() if tag in tags}
         self.table = list(zip(offsets, sizes, strict=True))
         raw = tags.get(259, _RAW) == _RAW and not self.tiled and self.planes == 1
-        if raw and self.side[1] > _RAW_ROWS and tags.get(262) != _YCBCR:
+        if raw and self.side[1] > _ROWS and tags.get(262) != _YCBCR:
             self._split_strips()
         across, down = (-(-length // side) for length, side in zip(self.size, self.side, strict=True))
         if len(self.table) < across * down * self.planes:
             raise ValueError("cannot read this image: its table of tiles or strips is damaged")
-        self.grid = (across, down)
-        self.recent: Recent[Image.Image] = Recent(CACHE // 4)
+        self.in_plane, self.rows = across * down, self.side[1]
+        self.together = 1 if self.tiled else max(1, _ROWS // self.rows)  # short strips are decoded together
+        self.side = (self.side[0], self.rows * self.together)
+        self.grid = (across, -(-down // self.together))
+        self.recent: Recent[Image.Image] = Recent()
 
     def _split_strips(self) -> None:
         """Makes short strips of long ones, which is possible without compression."""
         rows, short = self.side[1], []
         for number, (offset, size) in enumerate(self.table):
             inside = min(rows, self.height - number * rows)
-            if inside < 1 or size % inside or (rows % _RAW_ROWS and len(self.table) > 1):
+            if inside < 1 or size % inside or (rows % _ROWS and len(self.table) > 1):
                 return  # an odd file, which is read by its own strips
             row = size // inside
-            short += [
-                (offset + first * row, min(_RAW_ROWS, inside - first) * row) for first in range(0, inside, _RAW_ROWS)
-            ]
-        self.table, self.side = short, (self.width, _RAW_ROWS)
+            short += [(offset + first * row, min(_ROWS, inside - first) * row) for first in range(0, inside, _ROWS)]
+        self.table, self.side = short, (self.width, _ROWS)
 
     def crop(self, box: Box) -> Image.Image:
         """The pixels in a box; black outside the image.
@@ -168,9 +172,10 @@ class TiffRegions:
         return region
 
     def _decoded(self, column: int, row: int) -> Image.Image:
-        """A tile or strip, clipped to the image."""
-        across, down = self.grid
-        parts = [self.table[row * across + column + plane * across * down] for plane in range(self.planes)]
+        """A tile, or some strips, clipped to the image."""
+        first = (row * self.grid[0] + column) * self.together
+        numbers = range(first, min(first + self.together, self.in_plane))
+        parts = [self.table[plane * self.in_plane + number] for plane in range(self.planes) for number in numbers]
         inside = (
             min(self.side[0], self.width - column * self.side[0]),
             min(self.side[1], self.height - row * self.side[1]),
@@ -183,7 +188,7 @@ class TiffRegions:
             raise PartError(str(error)) from error
 
     def _pixels(self, parts: list[tuple[int, int]], inside: tuple[int, int]) -> Image.Image:
-        """What the bytes of a tile or strip, at an offset and of a length for each plane, stand for."""
+        """The pixels of a tile or of strips, whose bytes are at these offsets and of these lengths."""
         data = []
         with _binary(self.file) as stream:
             for offset, size in parts:
@@ -195,14 +200,14 @@ class TiffRegions:
         return decoded if decoded.size == inside else decoded.crop((0, 0, *inside))
 
     def _small_tiff(self, data: list[bytes], size: tuple[int, int]) -> bytes:
-        """A TIFF with a single tile or strip, or one for each plane."""
+        """A TIFF of this width and height with a single tile or a few strips, or those of each plane."""
         starts = [_DATA + sum(map(len, data[:i])) for i in range(len(data))]
         lengths = [len(each) for each in data]
         entries = self.kept | {256: (4, size[0]), 257: (4, size[1])}
         if self.tiled:
             entries |= {322: (4, size[0]), 323: (4, size[1]), 324: (4, starts), 325: (4, lengths)}
         else:
-            entries |= {273: (4, starts), 278: (4, size[1]), 279: (4, lengths)}
+            entries |= {273: (4, starts), 278: (4, min(self.rows, size[1])), 279: (4, lengths)}
         pixels = b"".join(data)
         pixels += b"\0" * (len(pixels) % 2)
         start = _DATA + len(pixels)
@@ -266,8 +271,7 @@ def _packed(type_: int, value: Any, order: str) -> tuple[int, bytes]:
 
 
 def bytes_of(image: Regions) -> int:
-    """The memory of an image: Pillow keeps colours in four bytes; a TIFF keeps its own recent tiles."""
-    if isinstance(image, TiffRegions):
-        return image.recent.limit
+    """The memory of an image: Pillow keeps colours in four bytes; a TIFF keeps what it has decoded last."""
     width, height = image.size
-    return width * height * (4 if getattr(image, "mode", "") != "L" else 1)
+    every = width * height * (4 if getattr(image, "mode", "") != "L" else 1)
+    return min(every, image.recent.limit) if isinstance(image, TiffRegions) else every
