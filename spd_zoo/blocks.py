@@ -37,6 +37,7 @@ __all__ = [
 # Attributes that `nn.Module.__call__` runs in addition to, or instead of, the `forward` of the class.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _FORWARDS = {nn.Conv2d: nn.Conv2d.forward, SPDConv2d: SPDConv2d.forward}
 
 
@@ -44,8 +45,8 @@ _FORWARDS = {nn.Conv2d: nn.Conv2d.forward, SPDConv2d: SPDConv2d.forward}
 class PyConv2d(nn.ModuleDict):
     """Pyramidal convolution: kernels of several sizes in parallel on the same input (arXiv 2006.11538, section 3).
 
-    On a CPU, levels with few output channels per group are computed four output pixels at a time (`phase_weight`),
-    which is faster (docs/speed.md) and gives the same output. A level with hooks, a patched `forward` or computed
+    On a CPU, levels with few output channels per group are computed four output pixels at a time (`phase_weight`) where
+    that was measured to be faster (`tools/pyramids.jsonl`); the output is the same. A level with hooks, a patched `forward` or computed
     weights is called like any module.
 
     Args:
@@ -104,7 +105,9 @@ class PyConv2d(nn.ModuleDict):
 def _is_narrow(level: Any) -> bool:
     """Whether a level has so few output channels per group that computing four pixels at a time is faster.
 
-    The limit is 4 channels, or 8 at stride 1 in evaluation. The kernel must be square and padded with half its size.
+    The limit is 4 channels, or 8 at stride 1 in evaluation; without AVX-512 it is half as many. It depends on nothing
+    that is measured at run time, so that a resumed run computes the same bits. The kernel must be square and padded
+    with half its size.
     """
     if not isinstance(level, nn.Conv2d) or level.padding_mode != "zeros" or level.dilation != (1, 1):
         return False
@@ -113,7 +116,8 @@ def _is_narrow(level: Any) -> bool:
         return False
     if level.stride not in ((1, 1), (2, 2)):
         return False
-    return level.out_channels // level.groups <= (4 if level.stride == (2, 2) or level.training else 8)
+    limit = 4 if level.stride == (2, 2) or level.training else 8
+    return level.out_channels // level.groups <= (limit if _HAS_AVX512 else limit // 2)
 
 
 def _is_plain(level: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_area, box_convert, nms
 
 __all__ = [
+    "above",
     "anchor_boxes",
     "as_float",
     "cell_corners",
@@ -346,6 +347,11 @@ def _ranges(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return which, torch.arange(len(which)) - (lengths.cumsum(0) - lengths)[which]
 
 
+def above(scores: Tensor, score_threshold: float | Tensor) -> Tensor:
+    """Which scores (P, classes) are above a threshold for all classes, or for each (classes,): (P, classes)."""
+    return scores > (score_threshold.to(scores.device) if isinstance(score_threshold, Tensor) else score_threshold)
+
+
 def class_nms(
     boxes: Tensor,
     scores: Tensor,
@@ -368,8 +374,7 @@ def class_nms(
         The row in `boxes` and the class of each detection, both (D,), by descending score.
     """
     flat = scores.flatten()
-    threshold = score_threshold.to(scores.device) if isinstance(score_threshold, Tensor) else score_threshold
-    candidates = (scores > threshold).flatten().nonzero().squeeze(1)
+    candidates = above(scores, score_threshold).flatten().nonzero().squeeze(1)
     if max_candidates is not None and len(candidates) > max_candidates:
         candidates = candidates[flat[candidates].topk(max_candidates).indices]
     rows, labels = candidates // scores.shape[1], candidates % scores.shape[1]

@@ -10,13 +10,14 @@ import timm
 import torch
 from box_pictures import COLOURS, NAMES, SIZE, make_coco, make_voc, make_yolo, scenes
 from PIL import Image
+from torchvision import tv_tensors
 
 from spd_zoo.data.boxes import BoxImages, hold_out, open_boxes, with_names
 from spd_zoo.data.classes import NetworkClasses, match_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.inference.detector import prepare
 from spd_zoo.training.config import FinetuneConfig
-from spd_zoo.training.detection.augment import box_train_loader
+from spd_zoo.training.detection.augment import Sample, box_train_loader, mosaic, window
 from spd_zoo.training.finetune import finetune
 from spd_zoo.training.steps import Steps
 
@@ -420,6 +421,112 @@ def test_crowds_are_ignored_in_training(model: str, options: dict[str, Any], tmp
                 assert middle.argmax() == torch.tensor(COLOURS[NAMES[label]]).argmax()
                 seen += 1
     assert seen >= 4
+
+
+# tiny objects: of 1.3 to 1.8 pixels in the input
+
+WITHOUT_SHIFTS = YOLO | {"zoom": 0.25, "shift": 0.0, "mosaic": 0.0}
+
+
+def make_tiny(root: Path, objects: int = 19) -> Path:
+    """Data whose images of 96x64 pixels have small objects alone, in rows."""
+    make_yolo(root, train=16)
+    for i, file in enumerate(sorted((root / "labels" / "train").iterdir())):
+        side = 1.95 + i / 16 * 0.75  # at 64 pixels two thirds of it
+        places = [(6 + 14 * (j % 6), 8 + 14 * (j // 6)) for j in range(objects)]
+        file.write_text(
+            "\n".join(f"{j % 3} {x / 96} {y / 64} {side / 96} {side / 64}" for j, (x, y) in enumerate(places))
+        )
+    return root
+
+
+def objects_in(root: Path, model: str, **options: Any) -> list[torch.Tensor]:
+    return [target["boxes"] for _, target in augmented(root, model, 0, **options)]
+
+
+@pytest.mark.parametrize(("model", "options"), [("yolov8n_spd", WITHOUT_SHIFTS), ("yolov5n_spd", WITHOUT_SHIFTS)])
+def test_tiny_objects_stay_unless_the_authors_rule_is_asked_for(
+    model: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    root = make_tiny(tmp_path)
+    kept, authors = (
+        sum(map(len, objects_in(root, model, **options, keep_tiny=keep_tiny))) for keep_tiny in (True, False)
+    )
+    assert kept > 0.8 * 16 * 19 > 0.5 * 16 * 19 > authors  # zoom moves those at the sides out of the image
+
+
+def test_ssd_keeps_objects_that_its_expansion_makes_tiny(tmp_path: Path) -> None:
+    root = make_tiny(tmp_path)
+    kept, authors = (objects_in(root, "ssd_mobilenetv1", keep_tiny=keep_tiny) for keep_tiny in (True, False))
+    smallest, authors_smallest = (
+        min((boxes[:, 2:] - boxes[:, :2]).min() for boxes in found if len(boxes)) for found in (kept, authors)
+    )
+    assert smallest < 0.64 < authors_smallest  # a hundredth of the image
+
+
+@pytest.mark.parametrize(("model", "options"), [("yolov8n_spd", YOLO | {"zoom": 0.1}), ("yolov5n_spd", WITHOUT_SHIFTS)])
+def test_what_is_not_tiny_is_augmented_as_the_authors_do(model: str, options: dict[str, Any], tmp_path: Path) -> None:
+    root = make_coco(tmp_path, train=16)
+    ours, authors = (objects_in(root, model, **options, keep_tiny=keep_tiny) for keep_tiny in (True, False))
+    assert sum(map(len, ours)) > 16 and all(map(torch.equal, ours, authors))
+
+
+def sample_of(*boxes: tuple[float, float, float, float], size: int = 64) -> Sample:
+    shape = torch.zeros(3, size, size, dtype=torch.uint8)
+    made = tv_tensors.BoundingBoxes(torch.tensor(boxes), format="XYXY", canvas_size=(size, size))
+    labels = torch.zeros(len(boxes), dtype=torch.long)
+    return {"image": tv_tensors.Image(shape), "boxes": made, "labels": labels, "ignored": labels.bool()}
+
+
+def test_a_sliver_of_a_larger_object_is_dropped_and_a_tiny_one_stays_while_half_of_its_side_is_seen() -> None:
+    left = [
+        (-18.1, 20.0),
+        (-1.0, 2.0),
+        (-0.5, 1.0),
+        (-0.8, 0.7),
+        (-2.5, 1.5),
+        (3.0, 4.0),
+    ]  # from x1 to x2, input from 0
+    sample = sample_of(*((32 + x1, 40.0, 32 + x2, 60.0) for x1, x2 in left), size=128)
+    for keep_tiny, expected in ((False, [20.0]), (True, [20.0, 2.0, 1.0, 1.0])):
+        boxes = window(sample, 64, 0.0, 0.0, keep_tiny)["boxes"]
+        assert (boxes[:, 2] - boxes[:, 0]).tolist() == pytest.approx(expected)
+
+
+def test_a_mosaic_remembers_how_large_objects_were_before_it_clipped_them() -> None:
+    torch.manual_seed(0)
+    slivers = 0
+    for _ in range(20):
+        made = mosaic([sample_of((0.0, 0.0, 40.0, 40.0)) for _ in range(4)], 64)
+        sides = (made["boxes"][:, 2:] - made["boxes"][:, :2]).as_subclass(torch.Tensor)
+        assert (made["sides"] == 40).all()
+        slivers += int((sides < 30).any())
+    assert slivers
+
+
+def test_a_network_learns_from_objects_below_a_pixel_with_finite_numbers() -> None:
+    boxes = torch.tensor([[10.0, 10.0, 10.3, 10.2], [20.0, 4.0, 20.001, 4.001], [4.0, 4.0, 4.6, 12.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([0, 1, 2])}
+    for name in ("yolov8n_p2", "yolov5n_spd", "ssd_mobilenetv1"):
+        net: Any = timm.create_model(name, num_classes=3).eval()
+        size = (300, 300) if name.startswith("ssd") else (64, 64)
+        terms = net.loss(net(torch.rand(1, 3, *size)), [target], size)
+        sum(terms.values()).backward()
+        assert all(term.isfinite() for term in terms.values()), (name, terms)
+        assert all(weight.grad is None or weight.grad.isfinite().all() for weight in net.parameters()), name
+
+
+@pytest.mark.slow
+def test_an_epoch_without_any_box_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_tiny(tmp_path / "data")
+    options: dict[str, Any] = WITHOUT_SHIFTS | {"zoom": 0.0, "epochs": 1, "warmup_epochs": 0, "device": "cpu"}
+    options |= {"image_size": "64", "batch_size": 8, "bf16": False}
+    finetune(config(root, tmp_path / "run", **options, keep_tiny=False))
+    line = "note: train_box and train_dfl were computed from no box in epoch 1"
+    assert line in capsys.readouterr().out and line in (tmp_path / "run" / "log.txt").read_text()
+    finetune(config(root, tmp_path / "kept", **options))
+    assert "from no box" not in capsys.readouterr().out
+    assert "keep_tiny: true" in (tmp_path / "kept" / "run.yaml").read_text()
 
 
 def test_training_and_evaluation_feed_ssd_the_same_colours(tmp_path: Path) -> None:

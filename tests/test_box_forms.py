@@ -832,6 +832,18 @@ def test_boxes_are_counted_by_their_size_in_the_input(tmp_path: Path) -> None:
     assert "2 boxes with a side below 2 px at 50 px" in words and "at most 4 objects in an image" in words
 
 
+def test_the_check_recommends_a_size_and_a_tile_with_which_tiny_boxes_become_larger(tmp_path: Path) -> None:
+    # 100 x 50 pixels; twenty boxes of 3 x 3, and one of 0.1 x 0.1 that is no reason for a huge input
+    lines = "\n".join(["0 .5 .5 .03 .06"] * 20 + ["0 .2 .2 .001 .002"] + ["1 .5 .5 .4 .8"])
+    lines = lines.replace(".5 .5 .03", "{} .5 .03").format(*(0.1 + 0.04 * i for i in range(20)))
+    data = opened(one_image(tmp_path, lines))
+    about = describe_sizes(data, (32, 32), keeps_aspect=True)
+    assert about["below 2 px"] == 21 and about["larger image size"] == "96" and about["tile"] == 48
+    (line,) = (line for line in sizes_in_words(about) if "below 2 px" in line)
+    assert line.endswith("; --image-size 96 or --tile 48, which cuts the images, makes nearly all of them larger")
+    assert describe_sizes(data, (96, 96), True)["below 2 px"] == 1
+
+
 def test_images_with_more_pixels_than_pillow_allows_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, Objects, open_boxes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.inference.detector import Detections
+from spd_zoo.training import call
 from spd_zoo.training.config import FinetuneConfig, make_config, to_yaml
 from spd_zoo.training.detection import report as box_report
 from spd_zoo.training.detection.anchors import anchor_fit, fit_anchors, kmeans
@@ -156,6 +157,24 @@ def test_a_run_may_start_from_another_one_with_other_classes(
     kept = [key for key in old if "cv3" not in key and key.endswith("weight")]
     assert all(torch.allclose(old[key], new[key]) for key in kept) and len(kept) > 50
     assert len(new["head.cv3.0.2.bias"]) == 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_and_can_be_exported(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(box_report, "write", lambda *_: None)
+    first, data = finished
+    options = {"out": tmp_path / "more", "lr": 1e-12, "weight_decay": 0.0, "keep": "last", "workers": 0}
+    result = call.finetune(first, epochs="+1", data=data, device="cpu", **options)
+    assert result is not None and result.before["val_ap"] == pytest.approx(rows_best(first), abs=0.5)
+    assert f"spd-zoo export {tmp_path / 'more'} --to onnx" in capsys.readouterr().out
+    old, new = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "more"))
+    assert all(torch.allclose(old[key], new[key]) for key in old if key.endswith(".weight"))
+
+
+def rows_best(run: Path) -> float:
+    return max(float(row["val_ap"]) for row in rows_of(run / "metrics.csv"))
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from shared_data import shared
 from sybil.document import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from test_sources import make_video
 from timm.models import save_for_hf
 
 from spd_zoo.cli.main import main, make_parser
@@ -240,16 +241,19 @@ def tutorial(here: Path) -> None:
 
 def detector(here: Path) -> None:
     torch.manual_seed(0)
-    config = {"pretrained_cfg": {"input_size": (3, 64, 64)}, "label_names": ["cell"]}
-    net: Any = timm.create_model("yolov8n_spd", num_classes=1)
+    config = {"pretrained_cfg": {"input_size": (3, 64, 64)}, "label_names": ["blue", "green", "red"]}
+    net: Any = timm.create_model("yolov8n_spd", num_classes=3)
     for conv in net.get_classifier():
-        torch.nn.init.constant_(conv.bias, 1.0)  # it finds cells everywhere
+        torch.nn.init.constant_(conv.bias, 1.0)  # it finds objects everywhere
     save_for_hf(net, str(here / "run"), config, safe_serialization=True)
     shutil.copytree(ROOT / "examples" / "images", here / "photos")
 
 
 def detector_and_cells(here: Path) -> None:
     detector(here)
+    (here / "run" / "scores.json").write_text('{"blue": 0.4, "green": 0.3, "red": null}')
+    make_video(here / "clip.mp4", 2)
+    (here / "list.txt").write_text("photos/coffee.png\n")
     make_coco(here / "cells", train=2, val=1)
 
 

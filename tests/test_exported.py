@@ -17,6 +17,7 @@ from pictures import make_folders
 from PIL import Image
 from timm.models import save_for_hf
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from spd_zoo import Detector
 from spd_zoo import exporter as exporting
@@ -223,6 +224,36 @@ def test_a_detectors_file_is_a_detector(run: Path) -> None:
         Detector(run / "model.onnx", image_size=(50, 64))(image)
     with pytest.raises(ValueError, match="on the CPU; leave the device cuda out"):
         Detector(run / "model.onnx", device="cuda")
+
+
+@pytest.mark.slow
+def test_a_file_finds_the_classes_that_are_asked_for(run: Path) -> None:
+    image, file = ROOT / "examples" / "images" / "coffee.png", run / "model.onnx"
+    everything = Detector(file)(image)
+    options: dict[str, Any]
+    for options in ({"classes": ["blue", "red"]}, {"class_scores": {"blue": 0.6, 1: 0.3}}):
+        actual = Detector(file, **options)(image)
+        assert_same_objects(actual, Detector(run, **options)(image))
+        assert 1 < len(actual) < len(everything) and not actual.limited
+    apart = Detector(file, agnostic=True)(image)  # after boxes of one class have suppressed each other in the file
+    assert 1 < len(apart) < len(everything)
+    overlaps = box_iou(apart.boxes, apart.boxes).fill_diagonal_(0)
+    assert overlaps.max() <= 0.7 < box_iou(everything.boxes, everything.boxes).fill_diagonal_(0).max()
+
+
+@pytest.mark.slow
+def test_a_file_says_when_its_room_is_full(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, file = str(ROOT / "examples" / "images" / "coffee.png"), str(run / "model.onnx")
+    with pytest.warns(UserWarning, match="all the room for 300 that the exported file has, so some may be missing"):
+        assert Detector(file, score_threshold=0.0, image_size=128)(image).limited
+    command = ["detect", file, image, "--score", "0", "--image-size", "128", "--classes", "blue"]
+    assert main([*command, "--max-detections", "2"]) == 0
+    assert "more than 2 objects (max_detections), or objects took all the room for 300" in capsys.readouterr().err
+    cells = make_coco(tmp_path / "data", 2, 2)
+    with pytest.raises(ValueError, match="was exported with room for 300 objects, fewer than 301"):
+        evaluate(file, cells, workers=0, max_detections=301)
+    (measured,) = evaluate(file, cells, workers=0, max_detections=50)
+    assert measured.row["max_detections"] == 50
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Space-to-depth layers and pyramids give exactly the outputs of the layers that they replace."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +39,7 @@ from spd_zoo.spd import (
     spd_weight,
 )
 
+ROOT = Path(__file__).parent.parent
 SIZES = [(1, 1), (2, 3), (7, 4), (12, 13), (16, 16), (31, 26)]
 
 
@@ -653,3 +656,16 @@ def test_a_circular_kernel_keeps_its_answer_to_a_constant_map_at_another_size(ax
         after = layer(torch.ones(1, 4, 9, 8))
     assert after.shape == (1, 4, 9, 8)
     torch.testing.assert_close(after[:, :, :6, :5], before)
+
+
+def test_the_form_of_a_level_is_the_faster_one_of_those_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with AVX-512 and on one without; up to a quarter that two runs differ by."""
+    rows = [json.loads(line) for line in (ROOT / "tools" / "pyramids.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["device"] for row in rows} == {"AVX512", "AVX2"}
+    for row in rows:
+        monkeypatch.setattr(blocks, "_HAS_AVX512", row["device"] == "AVX512")
+        shape = row["in"], [row["out"]], [row["kernel"]], [row["groups"]], row["stride"]
+        layer = PyConv2d(*shape, spd=row["spd"]).double().train(row["step"] == "train")
+        side = 4 * row["stride"]
+        form = "packed" if narrow_levels(layer, noise(1, row["in"], side, side)) else "grouped"
+        assert row[form] <= 1.25 * min(row["grouped"], row["packed"]), row

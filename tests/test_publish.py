@@ -391,7 +391,15 @@ def test_weights_that_may_be_redistributed_are_published_under_their_licence(che
     entry = checkout.enter(license=license.upper())
     publication = publish.prepare(entry, "org", checkout.file)
     card: Any = ModelCard(publication.texts["README.md"].decode())
-    assert card.data.license == license
+    assert license in (card.data.license, card.data.get("license_name"))
+
+
+def test_weights_trained_on_imagenet_are_published_with_its_terms(checkout: Checkout) -> None:
+    entry = checkout.enter(license="imagenet-research")
+    text = publish.prepare(entry, "org", checkout.file).texts["README.md"].decode()
+    data: Any = ModelCard(text).data
+    assert (data.license, data.license_name) == ("other", "imagenet-research")
+    assert data.license_link == "https://www.image-net.org/download" and "non-commercial research" in text
 
 
 def original(net: nn.Module, path: Path) -> Path:

@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -21,6 +23,7 @@ from spd_zoo.data.labelled import open_data
 from spd_zoo.data.reading import parse_size
 from spd_zoo.exporter import export
 from spd_zoo.inference.classifier import predict
+from spd_zoo.training import comments
 from spd_zoo.training.classification import report
 from spd_zoo.training.classification.metrics import Predictions
 from spd_zoo.training.config import FinetuneConfig
@@ -225,7 +228,7 @@ def test_invalid_evaluations_give_one_clear_sentence(
     assert message in errors and errors.count("\n") == 1
 
 
-def test_the_report_is_one_self_contained_page(folders: Path, tmp_path: Path) -> None:
+def test_the_report_is_one_self_contained_page(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra `train`")
     data = open_data(folders, "val")
     assert data is not None
@@ -233,6 +236,9 @@ def test_the_report_is_one_self_contained_page(folders: Path, tmp_path: Path) ->
     names = ["<b>lue", "gr$een", "röd 猫"]
     answers = Predictions(logits, torch.tensor(data.labels), names)
     same = {"image_size": 16, "lr": 0.1, "val_loss": 1.0, "val_top1": 50.0, "val_top5": 99.0}
+    shown: list[Sequence[int]] = []
+    sheet = report.contact_sheet
+    monkeypatch.setattr(report, "contact_sheet", lambda *given: (shown.append(given[2]), sheet(*given))[1])
     history = [{"epoch": i, "train_loss": 1 / i} | same for i in (1, 2)]
     config = FinetuneConfig("cifar_resnet20", str(folders), tmp_path)
     report.write(RunFolder(tmp_path), config, history, answers, data)
@@ -241,6 +247,11 @@ def test_the_report_is_one_self_contained_page(folders: Path, tmp_path: Path) ->
     assert not re.search(r"(src|href)=['\"](?!data:)", page)
     assert "&lt;b&gt;lue" in page and "<b>lue" not in page and "röd 猫" in page
     assert "model: cifar_resnet20" in page
+    assert "width=device-width" in page and "prefers-color-scheme: dark" in page
+    assert page.count("<table>") == page.count("<div class='wide'><table>")  # which scrolls on a narrow screen
+    for comment in ("Fewer than 5 epochs", "Confused most often: ", "the mean confidence is", "classified wrongly."):
+        assert comment in page
+    assert sorted(index for indices in shown for index in indices) == list(range(12))  # the worst, the best: no repeats
     for name in ("curves", "confusion", "calibration", "worst", "best"):
         with Image.open(tmp_path / "figures" / f"{name}.png") as figure:
             figure.load()
@@ -262,6 +273,37 @@ def test_a_browser_without_network_shows_all_of_the_report(folders: Path, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "<title>shown 5 of 5</title>" in done.stdout
     assert "cifar_resnet20" in done.stdout and "calibration" in done.stdout.lower()
+
+
+def curve(*losses: float, train: float = 0.0, scores: Sequence[float] = (50.0,)) -> list[dict[str, Any]]:
+    rows = enumerate(losses)
+    scores = [*scores, *[scores[-1]] * len(losses)]
+    return [{"epoch": i + 1, "val_loss": loss, "train_loss": 1 - train * i, "val_top1": scores[i]} for i, loss in rows]
+
+
+def test_curves_are_commented() -> None:
+    over = comments.on_training(curve(1.0, 0.8, 0.81, 0.9, 1.0, train=0.1), "val_top1")
+    assert over.startswith("Overfitting: the validation loss was lowest in epoch 2 (0.8) and rose to 1, while")
+    rising = curve(1.0, 0.9, 0.8, 0.7, 0.6, train=0.1, scores=(50, 60, 70, 80, 90))
+    assert comments.on_training(rising, "val_top1").startswith("No overfitting, and a gain of 20.0 points")
+    flat = curve(1.0, 0.9, 0.8, 0.8, 0.81, train=0.1, scores=(50, 80))
+    assert comments.on_training(flat, "val_top1").startswith("No overfitting: the validation loss stayed near")
+
+
+def test_confusion_and_calibration_are_commented() -> None:
+    confusion = np.array([[8, 2, 0], [0, 10, 0], [5, 0, 5]])
+    found = comments.on_confusion(confusion, ["a", "b", "c"])
+    assert found == "Confused most often: c is taken for a in 5 of 10 images, a is taken for b in 2 of 10 images."
+    assert comments.on_confusion(np.diag([3, 4]), ["a", "b"]) == "None of the 7 images is confused."
+    assert comments.on_calibration(0.99, 0.8, 1000).startswith("Overconfident: the mean confidence is 99.0 %, and 80.0")
+    assert comments.on_calibration(0.6, 0.8, 1000).startswith("Underconfident")
+    assert comments.on_calibration(0.85, 0.8, 50).startswith("Calibrated as far as 50 images can show")
+
+
+def test_the_worst_and_the_best_do_not_repeat() -> None:
+    assert comments.halves([5, 3, 1], 24) == ([5, 3], [1])
+    assert comments.halves(range(9), 2) == ([0, 1], [8, 7])
+    assert comments.halves([4], 24) == ([4], [])
 
 
 def test_the_contact_sheet_shows_the_images_asked_for(folders: Path) -> None:

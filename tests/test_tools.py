@@ -7,6 +7,7 @@ from typing import Any
 import benchmark
 import benchmark_finetune
 import benchmark_merge
+import benchmark_steps
 import bundle_weights
 import compare_starts
 import convert_experiment
@@ -49,7 +50,7 @@ def test_only_networks_with_our_layers_have_a_plain_version() -> None:
 
 @pytest.mark.parametrize("network", ["cifar_resnet20_pfd", "cifar_mobilenetv3_large", "cifar_shufflenetv2_pfd"])
 def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks(network: str) -> None:
-    net = benchmark.build(network, "ours")
+    net = benchmark_steps.build(network, "ours")
     folded = fold_batchnorm(net)
     plain_networks.check_agreement({"ours": net, "folded": folded}, image_size=49)
     norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in other.modules()) for other in (net, folded)]
@@ -59,8 +60,8 @@ def test_folding_keeps_the_activations_and_the_function_of_padding_free_networks
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_plain_twin_and_the_folded_networks_compute_the_same(network: str) -> None:
-    nets = {"ours": benchmark.build(network, "ours"), "plain": benchmark.build(network, "plain")}
-    folded = {f"{way}, folded": benchmark.build(network, way, folded=True) for way in nets}
+    nets = {"ours": benchmark_steps.build(network, "ours"), "plain": benchmark_steps.build(network, "plain")}
+    folded = {f"{way}, folded": benchmark_steps.build(network, way, folded=True) for way in nets}
     plain_networks.check_agreement({**nets, **folded}, image_size=49)
     norms = [
         [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)] for net in (nets["ours"], *folded.values())
@@ -92,7 +93,7 @@ def run(capsys: pytest.CaptureFixture[str], *forms: str, memory: str = "--no-mem
 @pytest.mark.exhaustive
 def test_every_eager_form_prints_its_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     rows = run(capsys, "*-eager", "*-eager-folded")
-    assert [row["form"] for row in rows] == [str(form) for form in benchmark.FORMS if form.mode == "eager"]
+    assert [row["form"] for row in rows] == [str(form) for form in benchmark_steps.FORMS if form.mode == "eager"]
     for row in rows:
         assert row["/ plain"] == pytest.approx(row["ours"] / row["plain"])
         assert row["/ resnet50"] == pytest.approx(row["ours"] / row["resnet50"])

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,27 +20,40 @@ import hostile
 import pytest
 import timm
 import torch
+from box_pictures import make_coco, make_yolo
 from pictures import make_folders
 from runs import rows_of, same_run, stop_in
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.process import Process, StopSignals
+from spd_zoo.training import call, memory
 from spd_zoo.training import finetune as training
-from spd_zoo.training import memory
 from spd_zoo.training.classification import report
 from spd_zoo.training.classification.head import ridge_classifier
 from spd_zoo.training.classification.task import LR, Classification, ClassifierTraining
-from spd_zoo.training.config import RECIPES, FinetuneConfig, Plan, load_config, make_config, to_yaml
+from spd_zoo.training.config import (
+    GENERAL,
+    RECIPES,
+    FinetuneConfig,
+    Plan,
+    load_config,
+    load_recipe,
+    make_config,
+    to_yaml,
+)
 from spd_zoo.training.detection.task import Detection
+from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
 from spd_zoo.training.layers import mostly_depthwise
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunFolder
 from spd_zoo.training.steps import seed_everything
 from spd_zoo.weights import save_network
+from spd_zoo.weights.catalogue import ModelError
 
 
 @pytest.fixture(autouse=True)
@@ -831,6 +845,20 @@ def test_what_cannot_be_trained_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("form", [make_coco, make_yolo], ids=["coco", "yolo"])
+def test_data_of_the_other_task_is_answered_with_the_command_that_takes_it(
+    folders: Path, tmp_path: Path, form: Any
+) -> None:
+    boxes = form(tmp_path / "boxes", train=2, val=1)
+    given = {"out": tmp_path / "run", "dry_run": True}
+    with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo finetune yolov8n_spd --da"):
+        call.finetune("cifar_resnet20", data=boxes, **given)
+    with pytest.raises(DataError, match="it has class folders, which classifiers take, as in `spd-zoo finetune tf_eff"):
+        call.finetune("yolov8n_spd", data=folders, **given)
+    with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo evaluate RUN --data"):
+        evaluate("cifar_resnet20.cifar100", boxes, workers=0)
+
+
 def test_a_yaml_file_holds_options(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 3\nlr: 1e-3\nimage_size: 32\nbf16: true\nauto_augment: null\n")
@@ -859,17 +887,18 @@ def test_a_yaml_file_without_meaning_is_refused(tmp_path: Path, text: str, messa
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_have_options_that_there_are_and_say_what_is_unknown(recipe: Path) -> None:
     given: dict[str, Any] = {"model": "cifar_resnet20", "data": "d", "out": "o"}
-    unknown = [name for name, value in load_config(recipe.stem).items() if value == "unknown"]
+    unknown = [name for name, value in load_recipe(recipe.stem).items() if value == "unknown"]
     if unknown:
         with pytest.raises(ValueError, match=f"give .*{unknown[-1].replace('_', '-')}"):
-            make_config(given, recipe.stem)
-    made = make_config(given | dict.fromkeys(unknown, 0), recipe.stem)
-    assert made.pretrained is False and made.lr is not None and made.warmup_epochs is not None
+            make_config(given, recipe=recipe.stem)
+    made = make_config(given | dict.fromkeys(unknown, 0), recipe=recipe.stem)
+    published = recipe.stem not in GENERAL
+    assert (made.pretrained is False and made.lr is not None and made.warmup_epochs is not None) == published
     assert unknown == (["weight_decay", "warmup_epochs", "cutmix", "mix_prob"] if "augment" in recipe.stem else [])
 
 
 def test_spds_recipe_begins_at_zero_and_falls_where_the_authors_count_from_one(folders: Path, tmp_path: Path) -> None:
-    values = load_config("tiny_imagenet_spd") | {"model": "cifar_resnet20", "image_size": "16", "batch_size": 12}
+    values = load_recipe("tiny_imagenet_spd") | {"model": "cifar_resnet20", "image_size": "16", "batch_size": 12}
     values |= {"data": str(folders), "out": tmp_path / "run", "epochs": 4, "decay_epochs": "2,3", "workers": 0}
     finetune(make_config(values))
     assert lr_of(tmp_path / "run") == pytest.approx([0.01793 / 2, 0.01793, 0.2 * 0.01793, 0.04 * 0.01793])  # of 2 steps
@@ -878,8 +907,10 @@ def test_spds_recipe_begins_at_zero_and_falls_where_the_authors_count_from_one(f
 def test_missing_options_are_named() -> None:
     with pytest.raises(ValueError, match="give MODEL and --out"):
         make_config({"data": "d"})
-    with pytest.raises(ValueError, match="there is no file mine, nor a recipe of that name; recipes: "):
+    with pytest.raises(ValueError, match=r"there is no file mine$"):
         make_config({}, "mine")
+    with pytest.raises(ValueError, match="there is no file best; the recipe of this name is --recipe best"):
+        make_config({}, "best")
 
 
 @pytest.mark.slow
@@ -983,3 +1014,106 @@ def test_the_error_for_a_full_disk_says_which_checkpoint_is_left(tmp_path: Path)
         (tmp_path / "last.pt").touch()
     with pytest.raises(RuntimeError, match="no error of the disk"), folder.writing("last.pt"):
         raise RuntimeError("no error of the disk")
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_from_what_it_kept_and_resumes_to_the_same_bits(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = {"model": "cifar_resnet20.cifar100", "pretrained": True, "lr": 4e-3, "image_size": "16,20@1"}
+    run(folders, Path("run"), **first)
+    kept = (tmp_path / "run" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(["finetune", "run", "--epochs", "+2", "--workers", "0", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "goes on from the network that run kept: 2 epochs from learning rate 0.0004 (a tenth of the peak" in printed
+    assert "into run+2" in printed and (tmp_path / "run" / "model.safetensors").read_bytes() == kept
+    result = call.finetune("run", epochs="+2", out="last", lr=1e-12, workers=0, device="cpu", keep="last")
+    assert result is not None
+    before, after = weights_of(tmp_path / "run"), weights_of(tmp_path / "last")
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before if "running" not in key)
+    assert result.before["val_top1"] == max(float(row["val_top1"]) for row in rows_of(tmp_path / "run" / "metrics.csv"))
+    rates = [float(row["lr"]) for row in rows_of(tmp_path / "run+2" / "metrics.csv")[1:]]
+    assert rates[0] > rates[1] and rates[0] < 4e-4
+    stop_in(monkeypatch, 0, 1)
+    with pytest.raises(Stopped):
+        call.finetune("run", epochs="+2", out="stopped", workers=0, device="cpu")
+    call.finetune("run", epochs="+2", out="stopped", workers=0, device="cpu")
+    assert same_run(tmp_path / "run+2", tmp_path / "stopped")
+    shutil.copytree(folders / "val", folders / "train", dirs_exist_ok=True)
+    (folders / "train" / "red" / "0.png").unlink()
+    with pytest.raises(DataError, match="is not what run was trained on"):
+        call.finetune("run", epochs="+2", out="other")
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs", "options", "message"),
+    [
+        ("cifar_resnet20", "+3", {}, r"epochs \+3 goes on from a finished run; give its folder instead of cifar_resn"),
+        ("run", "+0", {}, r"epochs \+0 is not a whole number, or like \+10"),
+        ("run", "+1.5", {}, r"epochs \+1.5 is not a whole number"),
+        ("run", "+3", {"seed": 2}, "run fixes seed of a run that goes on from it; leave that out"),
+        ("run", "+3", {"recipe": "best"}, r"epochs \+3 takes the options of a finished run: give its folder"),
+        ("run", "+3", {"epoch": 2}, "did you mean epochs"),
+    ],
+)
+def test_what_a_run_cannot_go_on_from_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, epochs: str, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("lr: 0.1\n")
+    save_network(timm.create_model("cifar_resnet20"), tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        call.finetune(model, epochs=epochs, **options)
+
+
+def test_an_unfinished_run_or_a_damaged_one_does_not_go_on(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lr: 0.1\n")
+    with pytest.raises(ModelError, match="choose the folder of a finished run"):
+        call.finetune(tmp_path, epochs="+3")
+    save_network(timm.create_model("cifar_resnet20"), tmp_path)
+    with pytest.raises(RunError, match=r"damaged run\.yaml, data\.json or metrics\.csv"):
+        call.finetune(tmp_path, epochs="+3")
+
+
+def test_a_recipe_is_named_and_options_override_it(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("ema: 0.5\nlr: 1e-3\nlog: ''\n")
+    options = {"data": folders, "out": tmp_path / "run", "image_size": "16", "workers": 0, "device": "cpu"}
+    call.finetune("cifar_resnet20", recipe="best", config=tmp_path / "mine.yaml", epochs=1, **options)
+    printed = capsys.readouterr().out
+    assert "chosen: recipe best, weights cifar_resnet20.cifar100, 1 epoch at 16 px" in printed
+    assert "moving average 0.5" in printed
+    assert load_recipe("best")["epochs"] > 20 > load_recipe("quick")["epochs"]
+    with pytest.raises(ValueError, match="there is no recipe 'bst'; recipes: quick, best, cifar100_first"):
+        call.finetune("cifar_resnet20", recipe="bst")
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_metrics_of_each_epoch(folders: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(folders, tmp_path / "run", log="tensorboard", model="cifar_resnet20.cifar100", pretrained=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    rows = [result.before, *result.history]
+    assert logged == [(row["epoch"], pytest.approx(row["val_loss"], rel=1e-6)) for row in rows]
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2]
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_metrics_of_each_epoch_offline(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = run(folders, tmp_path / "run", log="wandb")
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    logged = file.read_bytes()  # numbers are text in it
+    assert all(
+        json.dumps(row[name]).encode() in logged for row in result.history for name in ("train_loss", "val_loss")
+    )
+    assert b"cifar_resnet20" in logged and str(folders).encode() in logged

@@ -10,7 +10,9 @@ import pytest
 import timm
 import torch
 import twins
+import twins_config
 import twins_report
+import twins_run
 import yaml
 from pictures import make_folders
 
@@ -38,14 +40,14 @@ def read(tmp_path: Path) -> Any:
     def read(**fields: Any) -> dict[str, Any]:
         file = tmp_path / "colours.yaml"
         file.write_text(yaml.safe_dump(config(**fields)))
-        return twins_report.read_config(file)
+        return twins_config.read_config(file)
 
     return read
 
 
 def record(config: dict[str, Any], network: int, seed: int, **fields: Any) -> dict[str, Any]:
     """A recorded run with an accuracy that depends on both."""
-    digest = twins_report.digest(config, config["networks"][network])
+    digest = twins_config.digest(config, config["networks"][network])
     found = {"digest": digest, "seed": seed, "data": "abc", "split": "test", "images": 9, "ms_per_image": 2.0 + network}
     return found | {"metrics": {"top1": 50.0 + 10 * seed + network * (1 + seed)}} | fields
 
@@ -91,7 +93,7 @@ def test_a_metric_that_does_not_exist_is_none_not_missing(read: Any) -> None:
 
 def test_runs_on_other_images_are_not_averaged(read: Any) -> None:
     found = read()
-    with pytest.raises(twins_report.ConfigError, match="other images"):
+    with pytest.raises(twins_config.ConfigError, match="other images"):
         twins_report.summary(found, [record(found, 0, 0), record(found, 0, 1, data="def")])
 
 
@@ -110,32 +112,32 @@ def test_runs_on_other_images_are_not_averaged(read: Any) -> None:
     ids=lambda value: str(value)[:25],
 )
 def test_a_wrong_config_is_refused(read: Any, fields: dict[str, Any], problem: str) -> None:
-    with pytest.raises(twins_report.ConfigError, match=problem):
+    with pytest.raises(twins_config.ConfigError, match=problem):
         read(**fields)
 
 
-@pytest.mark.parametrize("found", twins_report.configs(), ids=lambda found: found["name"])
+@pytest.mark.parametrize("found", twins_config.read_configs(), ids=lambda found: found["name"])
 def test_the_configs_of_the_repository_have_options_of_finetune(found: dict[str, Any], tmp_path: Path) -> None:
-    request = twins.request(found, found["networks"][0]["model"], tmp_path, tmp_path, seed=1)
+    request = twins_run.request(found, found["networks"][0]["model"], tmp_path, tmp_path, seed=1)
     assert (request.seed, request.bf16, request.batch_size) == (1, False, found["options"]["batch_size"])
 
 
 def test_converted_twins_compute_the_same_before_training() -> None:
     names = ["a", "b"]
-    strided, spd = (twins.build(spec, names, seed=1).eval() for spec in NETWORKS)
+    strided, spd = (twins_run.build(spec, names, seed=1).eval() for spec in NETWORKS)
     images = torch.randn(2, 3, 32, 32)
     assert [type(module) for module in strided.modules()] != [type(module) for module in spd.modules()]
     torch.testing.assert_close(strided(images), spd(images))
-    other = twins.build(NETWORKS[0], names, seed=2).eval()
+    other = twins_run.build(NETWORKS[0], names, seed=2).eval()
     assert not torch.allclose(strided(images), other(images))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("found", twins_report.configs(), ids=lambda found: found["name"])
+@pytest.mark.parametrize("found", twins_config.read_configs(), ids=lambda found: found["name"])
 def test_the_networks_of_the_configs_are_saved_and_loaded_again(found: dict[str, Any], tmp_path: Path) -> None:
     published = [spec for spec in found["networks"] if spec.get("backbone", "yolov8n_spd.bccd") in entries()]
     for spec in published:
-        net = twins.build(spec, ["a", "b", "c"], seed=1)
+        net = twins_run.build(spec, ["a", "b", "c"], seed=1)
         save_network(net, tmp_path / spec["name"])
         again = timm.create_model(f"local-dir:{tmp_path / spec['name']}", pretrained=True)
         for key, tensor in net.state_dict().items():
@@ -146,7 +148,7 @@ def test_the_networks_of_the_configs_are_saved_and_loaded_again(found: dict[str,
 
 def test_a_subset_is_even_over_the_classes_and_leaves_test_alone(tmp_path: Path) -> None:
     data = make_folders(tmp_path / "colours", train=4, val=2)
-    twins.write_subset(data, 6, tmp_path / "subset.csv")
+    twins_run.write_subset(data, 6, tmp_path / "subset.csv")
     splits = {split: open_data(tmp_path / "subset.csv", split) for split in ("train", "val")}
     assert {split: images and images.counts() for split, images in splits.items()} == {
         "train": [2, 2, 2],

@@ -1,5 +1,6 @@
 """CPU seconds of the commands that need no torch, next to those of `python -c pass`: `tools/benchmark.py --cli`."""
 
+import json
 import os
 import statistics
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["COMMANDS", "LIMIT", "measure"]
+__all__ = ["report"]
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 0.45  # CPU seconds in addition to those of `python -c pass`
@@ -15,7 +16,30 @@ COMMANDS = ("--help", "--version", "lisst", "list", "info pyconvresnet50", "info
 _START = "import sys, spd_zoo_cli; sys.exit(spd_zoo_cli.main())"
 
 
-def measure(rounds: int = 7) -> Iterator[tuple[str, float, float]]:
+def report(rounds: int, as_json: bool) -> int:
+    """Prints the median CPU seconds of every command; returns 1 if one exceeds the limit, otherwise 0."""
+    slow = False
+    for command, ours, python in _measure(rounds):
+        slow |= ours - python > LIMIT
+        row = {
+            "command": f"spd-zoo {command}",
+            "seconds": ours,
+            "python": python,
+            "more": ours - python,
+            "limit": LIMIT,
+        }
+        if as_json:
+            print(json.dumps(row), flush=True)
+        else:
+            print(
+                f"spd-zoo {command:20} {ours:.3f} s | python -c pass {python:.3f} s | {ours - python:+.3f} s of "
+                f"{LIMIT} s | x{ours / python:.1f}",
+                flush=True,
+            )
+    return int(slow)
+
+
+def _measure(rounds: int) -> Iterator[tuple[str, float, float]]:
     """Yields each command, its median of CPU seconds, and the median of `python -c pass` in the same rounds."""
     for command in COMMANDS:
         seconds: list[tuple[float, float]] = []

@@ -18,7 +18,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark import hardware, time_steps
+from benchmark_steps import hardware, time_steps
 from torch import Tensor
 from torchvision.transforms import v2
 

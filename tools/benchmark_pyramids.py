@@ -1,10 +1,15 @@
 """The fastest form of every pyramid level of a network: grouped, dense or packed convolution.
 
     python tools/benchmark_pyramids.py [--network pyconvresnet50] [--device cuda] [--batch 64] [--bf16] [--json]
+    for network in pyconvresnet50 pyconvresnet50_spd pyconvhgresnet50; do  # the table that `spd_zoo/blocks.py` follows
+        python tools/benchmark_pyramids.py --network $network --batch 8 --threads 1 --json
+        ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python tools/benchmark_pyramids.py (the same options)
+    done > tools/pyramids.jsonl
 
 "grouped" is the library's grouped convolution; "dense" the same weights with zeros between the groups, in one group;
 "packed" computes four output pixels at a time (`spd_zoo.spd.phase_weight`). Levels of equal shape are measured once, in
-channels_last, in inference and in training (forward and backward). The outputs of all forms must agree.
+channels_last, in inference and in training (forward and backward). The outputs of all forms must agree. The two
+environment variables make a CPU with AVX-512 compute as one without.
 """
 
 import argparse
@@ -18,7 +23,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark import hardware, time_steps
+from benchmark_steps import hardware, time_steps
 from torch import Tensor, nn
 
 from spd_zoo.blocks import PyConv2d, _four_at_a_time

@@ -3,7 +3,7 @@
     python tools/bundle_weights.py RUN pyconvresnet50_spd.cifar100 --dataset CIFAR-100 --hardware "2 CPU cores"
 
 The weights are stored as fp16. The input size is the one of `--image-sizes` with the best accuracy on the images that
-the run held out; the accuracy that is entered is measured once, on the test split, with the stored weights in fp32.
+the run held out; the accuracy that is entered is measured once, on the test images, with the stored weights in fp32.
 """
 
 import argparse
@@ -65,9 +65,12 @@ def classification(
     data_file = options.run / "data.json"
     recorded = json.loads(data_file.read_text(encoding="utf-8")) if data_file.exists() else None
     val = Classification().open_splits(config, net, Process(torch.device("cpu")), recorded).val
-    test = open_data(config.data, "test", config.image_column, config.label_column)
+    data = options.test_data or config.data
+    test = open_data(data, options.test_split, config.image_column, config.label_column)
     if test is None or not isinstance(val, LabelledImages):
-        raise DataError(f"{config.data} has no test split, or was streamed")
+        raise DataError(f"{data} has no split {options.test_split}, or was streamed")
+    if test.class_names != val.class_names:
+        raise DataError(f"{data} has other classes than the run")
     on_val = {size: round(accuracy(net, val, size, cfg), 2) for size in options.image_sizes}
     size = max(on_val, key=lambda pixels: on_val[pixels])
     return {"top1": on_val[size]}, {"top1": round(accuracy(net, test, size, cfg), 2)}, size
@@ -96,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hardware", required=True)
     parser.add_argument("--notes")
     parser.add_argument("--held-out", default="held-out train", help="name of the validation images in the manifest")
+    parser.add_argument("--test-data", help="the data set of a classifier's test images; by default that of the run")
+    parser.add_argument("--test-split", default="test", help="the split of a classifier's test images")
+    parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[48, 56, 64])
     options = parser.parse_args(argv)
 
@@ -133,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "input_size": size,
             "measured_by": "us",
         }
-        for split, found in (("test", on_test), (options.held_out, on_val))
+        for split, found in ((options.test_split, on_test), (options.held_out, on_val))
         for metric, value in found.items()
     ]
     manifest[group][options.name] = entry | {
@@ -144,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "source": f"bundled:{file.name}",
         "sha256": sha256_of(file),
         "size": file.stat().st_size,
-        "license": "apache-2.0",
+        "license": options.license,
         "dataset": options.dataset,
         "class_names": cfg["label_names"],
         "recipe": {key: value for key, value in recipe.items() if key not in free}

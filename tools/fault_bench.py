@@ -19,6 +19,7 @@ from hub_double import COMMIT, HubDouble, Request, Response, hub_double
 
 RIGHT = f"{NETWORK}.right"  # a tag that nothing goes wrong with
 FILE = "weights.safetensors"
+PATIENCE = 500.0  # seconds; more than any case takes on a busy machine, so only one that waits for ever hangs
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Bench:
         """What a process answered: "value", "error" or "CRASH", the text, seconds, seconds of processor time."""
         process, receiver = self.start(cache, task, *arguments, **options)
         try:
-            answer: Answer = receiver.recv() if receiver.poll(120) else ("HANGS", "", 120.0, 0.0)
+            answer: Answer = receiver.recv() if receiver.poll(PATIENCE) else ("HANGS", "", PATIENCE, 0.0)
         except EOFError:
             answer = ("CRASH", "the process died", 0.0, 0.0)
         process.join(5)

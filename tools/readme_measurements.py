@@ -7,6 +7,7 @@ import convert_experiment
 import convert_report
 import twins_report
 from readme_common import ROOT, records, table
+from twins_config import read_configs, read_records
 
 
 def speed() -> str:
@@ -46,8 +47,8 @@ def latency() -> str:
 
 def twins() -> str:
     """What `tools/twins.py` recorded in `tools/twins.jsonl`; a figure where anything is measured."""
-    record = twins_report.read_records(ROOT / "tools" / "twins.jsonl")
-    tables = [twins_report.markdown(config, record) for config in twins_report.configs()]
+    record = read_records(ROOT / "tools" / "twins.jsonl")
+    tables = [twins_report.markdown(config, record) for config in read_configs()]
     figure = f"![{twins_report.TITLE}](figures/seeds.svg)"
     return "\n\n".join([figure, *tables] if record else tables)
 

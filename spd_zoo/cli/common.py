@@ -36,6 +36,8 @@ _EXTRAS = {
     "datasets": "[train]",
     "pyarrow": "[train]",
     "faster_coco_eval": "[train]",
+    "tensorboard": "[tensorboard]",
+    "wandb": "[wandb]",
     "gradio": "[demo]",
     "onnx": "[export]",
     "onnxscript": "[export]",
@@ -168,8 +170,7 @@ def _sentence(error: Exception, lower: str) -> str:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        install = package if package == "tensorboard" else f"spd-zoo{_EXTRAS.get(package, '')}"
-        return f"this needs the package {error.name}: pip install '{install}'"
+        return f"this needs the package {error.name}: pip install 'spd-zoo{_EXTRAS.get(package, '')}'"
     reason = first_line(error)
     if isinstance(error, RuntimeError) and reason.startswith("DataLoader worker (pid"):  # ended by the system
         return f"a process that reads images ended: {reason}; if memory ran out, use fewer --workers"

@@ -14,7 +14,7 @@ __all__ = ["add", "add_options"]
 _FIRST = (
     "data",
     "out",
-    "config",
+    "recipe",
     "epochs",
     "image_size",
     "batch_size",
@@ -50,13 +50,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
     """
     with explained():
         load_networks()
-        from spd_zoo.training.config import FinetuneConfig
+        from spd_zoo.training.config import FinetuneConfig, recipe_names
     suppress: dict[str, Any] = {"default": argparse.SUPPRESS}
     command.add_argument(
         "-h", "--help", action=_ShortHelp, nargs=0, help="show the options used most and exit", **suppress
     )
     command.add_argument("--help-all", action="help", help="show all options and exit")
-    command.add_argument("--config", metavar="FILE", help="YAML file with options, or the name of a recipe")
+    command.add_argument("--config", metavar="FILE", help="YAML file with options, such as the run.yaml of a run")
+    command.add_argument(
+        "--recipe", metavar="NAME", help=f"set of options, which others override: {', '.join(recipe_names())}"
+    )
     hints = typing.get_type_hints(FinetuneConfig)
     for field in dataclasses.fields(FinetuneConfig):
         type_ = hints[field.name]
@@ -68,17 +71,24 @@ def add_options(command: argparse.ArgumentParser) -> None:
             command.add_argument(field.name, metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=text)
             continue
         action: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if type_ is bool else {"type": type_}
+        if field.name == "epochs":
+            action["type"] = _epochs
         # SUPPRESS: an option that is not on the command line is left to the configuration file and the dataclass
         command.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **action)
 
 
+def _epochs(text: str) -> int | str:
+    """A number of epochs; +10, which adds to those of a finished run, stays text."""
+    return text if text.startswith("+") else int(text)
+
+
 def _run(options: argparse.Namespace) -> int:
-    ours = ("run", "config", "needs_networks", "command", "verbose")
+    ours = ("run", "config", "recipe", "needs_networks", "command", "verbose")
     lower = "use a smaller --batch-size or --image-size, a larger --accumulate, or fewer --workers"
     lower += "; where the run has saved its state, also another --out"
     on_command_line = {key: value for key, value in vars(options).items() if key not in ours}
     with explained(lower):
         from spd_zoo.training.call import finetune
 
-        finetune(config=options.config, **on_command_line)
+        finetune(config=options.config, recipe=options.recipe, **on_command_line)
     return 0

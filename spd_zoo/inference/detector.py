@@ -75,7 +75,8 @@ class Detections:
         labels: (M,), classes from 0.
         class_names: The names of all classes.
         image: The image as it was given to the detector, for `draw` and `show`; None if it is unknown.
-        limited: Whether `max_detections` left objects out, or an exported file may have done so for lack of room.
+        limited: Whether there may be more objects: more than `max_detections`, or than an exported file has room for,
+            or more than 30,000 scores of one view are high enough.
     """
 
     boxes: Tensor
@@ -491,7 +492,8 @@ class Detector:
             if self.max_detections == room:
                 return f"{full}; export it again with a larger --max-detections"
             return f"more than {self.max_detections} objects (max_detections), or {full}"
-        return f"more than {self.max_detections} objects (max_detections), of which the best are kept"
+        limits = f"{self.max_detections} objects (max_detections), or 30,000 scores before suppression"
+        return f"more than {limits}, of which the best are kept"
 
     def _compute(self, views: Iterable[tuple[int, Tensor, Placement]]) -> Iterator[tuple[int, Placement, Detections]]:
         """Computes the views in batches: the number of each view's image, its placement and its detections."""

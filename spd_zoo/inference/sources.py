@@ -262,15 +262,15 @@ class VideoFile:
 
 
 def _opencv() -> Any:
-    """OpenCV, which prints nothing.
+    """OpenCV, which prints nothing if it is imported here first.
 
     Raises:
         ModuleNotFoundError: If it is missing.
     """
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("a video needs OpenCV: pip install 'spd-zoo[video]'", name="cv2") from error
-    cv2.setLogLevel(0)
     return cv2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from spd_zoo.blocks import ImageSizeError
-from spd_zoo.boxes import class_nms
+from spd_zoo.boxes import above, class_nms
 from spd_zoo.losses import Target
 from spd_zoo.models._backbone import Backbone
 from spd_zoo.spd import is_exporting
@@ -181,8 +181,8 @@ class DetectionNet(Backbone, ObjectFinder):
 
         Returns:
             For each image `boxes` (D, 4), x1 y1 x2 y2 in input pixels, `scores` and `labels` (D,), the best score
-            first, and `limited`, a scalar: whether `max_detections` left some out. Unless `agnostic`, a box may occur
-            with several labels. Boxes are not clipped to the image.
+            first, and `limited`, a scalar: whether `max_detections` or `max_candidates` left some out. Unless
+            `agnostic`, a box may occur with several labels. Boxes are not clipped to the image.
         """
         iou_threshold = self.iou_threshold if iou_threshold is None else iou_threshold
         found = []
@@ -191,9 +191,12 @@ class DetectionNet(Backbone, ObjectFinder):
             boxes = box_convert(centred, "cxcywh", "xyxy")
             overlap = self.overlap_boxes(boxes, image_size)
             rows, labels = class_nms(overlap, scores, score_threshold, iou_threshold, max_candidates, agnostic)
-            limited = torch.tensor(max_detections is not None and len(rows) > max_detections)
+            limited = max_detections is not None and len(rows) > max_detections
+            if max_candidates is not None and scores.numel() > max_candidates:
+                limited |= int(above(scores, score_threshold).sum()) > max_candidates
             rows, labels = rows[:max_detections], labels[:max_detections]
-            found.append({"boxes": boxes[rows], "scores": scores[rows, labels], "labels": labels, "limited": limited})
+            each = {"boxes": boxes[rows], "scores": scores[rows, labels], "labels": labels}
+            found.append(each | {"limited": torch.tensor(limited)})
         return found
 
     @abstractmethod

@@ -7,6 +7,7 @@ from typing import Any
 
 from spd_zoo.training import finetune as training
 from spd_zoo.training.config import FinetuneConfig, as_options, make_config
+from spd_zoo.training.continuing import continuation
 from spd_zoo.weights.load import timm_name
 
 __all__ = ["finetune"]
@@ -16,17 +17,20 @@ def finetune(
     model: str | os.PathLike[str] | FinetuneConfig | None = None,
     *,
     config: str | Path | None = None,
+    recipe: str | None = None,
     **options: Any,
 ) -> training.Result | None:
     """Trains a network on your images, as `spd-zoo finetune` does; see `spd_zoo.training.finetune.finetune`.
 
-    For example `finetune("cifar_resnet20", data="photos", out="run", epochs=5)`.
+    For example `finetune("cifar_resnet20", data="photos", out="run", epochs=5)`. `finetune("run", epochs="+10")` goes
+    on from the network that a finished run kept, with its options, and writes into the new folder run+10.
 
     Args:
         model: A network, with or without a tag, or a run's folder; or a `FinetuneConfig` with everything.
-        config: A YAML file with options, or the name of a recipe.
-        **options: The fields of `FinetuneConfig`, which are the options of the command; they take precedence over
-            those in `config`.
+        config: A YAML file with options.
+        recipe: The name of a set of options that comes with the package, such as quick or best.
+        **options: The fields of `FinetuneConfig`, which are the options of the command. They take precedence over those
+            in `config`, and these over those of the recipe.
 
     Returns:
         The result; None after a dry run.
@@ -40,10 +44,16 @@ def finetune(
         WeightsError: If pretrained weights are unavailable or must not be used.
     """
     if isinstance(model, FinetuneConfig):
-        if config is not None or options:
+        if config is not None or recipe is not None or options:
             raise ValueError("give a FinetuneConfig alone; dataclasses.replace changes its fields")
-        chosen = model
-    else:
-        everything = options if model is None else {"model": model, **options}
-        chosen = make_config(as_options(everything, "finetune"), config)
-    return training.finetune(replace(chosen, model=timm_name(chosen.model)))
+        return training.finetune(replace(model, model=timm_name(model.model)))
+    epochs = options.get("epochs")
+    if isinstance(epochs, str) and epochs.startswith("+"):
+        if config is not None or recipe is not None or model is None:
+            raise ValueError(f"epochs {epochs} takes the options of a finished run: give its folder, and no other set")
+        asked = as_options({name: value for name, value in options.items() if name != "epochs"}, "finetune")
+        goes_on = continuation(os.fspath(model), epochs, asked)
+        return training.finetune(make_config(goes_on.options), goes_on=goes_on)
+    everything = options if model is None else {"model": model, **options}
+    chosen = make_config(as_options(everything, "finetune"), config, recipe)
+    return training.finetune(replace(chosen, model=timm_name(chosen.model)), recipe)

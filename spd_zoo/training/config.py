@@ -22,18 +22,22 @@ __all__ = [
     "FinetuneConfig",
     "Plan",
     "as_options",
+    "completed",
     "load_config",
+    "load_recipe",
     "make_config",
     "merged",
     "parse_epochs",
     "parse_model_args",
     "parse_numbers",
     "parse_sizes",
+    "recipe_names",
     "refuse_others",
     "to_yaml",
 ]
 
 RECIPES = Path(__file__).parent / "recipes"
+GENERAL = ("quick", "best")  # recipes for any data
 DISTILLATION = ("teacher_model", "teacher_size", "teacher_digest", "distill_weight", "distill_temperature")
 UNKNOWN = "unknown"  # in a recipe: its source does not give the value
 
@@ -107,7 +111,7 @@ class FinetuneConfig:
         former=False,
     )
     # steps
-    epochs: int = _option(20, "passes over the training images")
+    epochs: int = _option(20, "passes over the training images; +10 goes on from the finished run that MODEL is")
     batch_size: int | None = _option(
         None, "images per step, summed over all processes (default: 8 to 128, depending on the data)"
     )
@@ -225,6 +229,13 @@ class FinetuneConfig:
     hsv: str | None = _option(
         None, "largest change of hue, saturation and brightness (default: 0.015,0.7,0.4 for YOLO)", only="detectors"
     )
+    keep_tiny: bool | None = _option(
+        None,
+        "keep objects that augmentation makes smaller than 2 px (SSD: 1 % of the image), which the authors drop; what "
+        "it cuts off is dropped all the same (default: yes)",
+        only="detectors",
+        former=False,
+    )
     # input of the network
     mean: str = _option(
         "", "mean of each channel, from 0 to 1, for example 0.5,0.5,0.5 (default: the network's)", only="classifiers"
@@ -254,7 +265,7 @@ class FinetuneConfig:
         "auto", "auto: resume a run of the same configuration in --out; never: a run there is an error", free=True
     )
     save_minutes: float = _option(10.0, "minutes after which the state is saved within an epoch, too", free=True)
-    tensorboard: bool = _option(False, "write TensorBoard events", free=True)
+    log: str = _option("", "also log the metrics of each epoch with tensorboard or wandb", free=True)
     dry_run: bool = _option(False, "check the data and exit; write nothing", free=True)
 
     def __post_init__(self) -> None:
@@ -294,6 +305,8 @@ class FinetuneConfig:
                 "sched is cosine, or multistep with decay_epochs, "
                 f"got {self.sched!r} with decay_epochs {self.decay_epochs!r}"
             )
+        if self.log not in ("", "tensorboard", "wandb"):
+            raise ValueError(f"log is tensorboard or wandb, got {self.log!r}")
         if self.resume not in ("auto", "never"):
             raise ValueError(f"resume is auto or never, got {self.resume!r}")
         if self.crop_mode not in ("center", "squash", "border"):
@@ -464,21 +477,38 @@ def parse_model_args(text: str) -> dict[str, Any]:
     return arguments
 
 
-def load_config(file: str | Path) -> dict[str, Any]:
-    """The options in a YAML file, or in the recipe of that name that comes with the package.
+def load_recipe(name: str) -> dict[str, Any]:
+    """The options of a recipe that comes with the package.
 
     Raises:
-        ValueError: If there is no such file or recipe, or it has an unknown option.
+        ValueError: If there is no recipe of that name.
+    """
+    if name not in recipe_names():
+        raise ValueError(f"there is no recipe {name!r}; recipes: {', '.join(recipe_names())}")
+    return load_config(RECIPES / f"{name}.yaml")
+
+
+def recipe_names() -> list[str]:
+    """The names of all recipes: quick and best, which are for any data, then those of publications."""
+    published = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml") if recipe.stem not in GENERAL)
+    return [*GENERAL, *published]
+
+
+def load_config(file: str | Path) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        ValueError: If there is no such file, or it has an unknown option.
     """
     path = Path(file)
-    recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.yaml"))}
     if not path.is_file():
-        if str(file) not in recipes:
-            raise ValueError(f"there is no file {file}, nor a recipe of that name; recipes: {', '.join(recipes)}")
-        path = recipes[str(file)]
+        advice = f"; the recipe of this name is --recipe {file}" if str(file) in recipe_names() else ""
+        raise ValueError(f"there is no file {file}{advice}")
     found = read_yaml(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold lines like `epochs: 20`")
+    if found.pop("tensorboard", False):  # the option of earlier versions, in their `run.yaml`
+        found.setdefault("log", "tensorboard")
     return as_options(found, str(path))
 
 
@@ -505,16 +535,18 @@ def as_options(found: Mapping[Any, Any], where: str) -> dict[str, Any]:
     }
 
 
-def make_config(options: dict[str, Any], file: str | Path | None = None) -> FinetuneConfig:
-    """Creates the configuration from `options`, which take precedence, and from a YAML file or recipe.
+def make_config(options: dict[str, Any], file: str | Path | None = None, recipe: str | None = None) -> FinetuneConfig:
+    """Creates the configuration from `options`, which take precedence, then a YAML file, then a recipe.
 
     Raises:
         ValueError: If an option has no meaning, or a required one is missing.
     """
-    values = (load_config(file) if file is not None else {}) | options
+    values = load_recipe(recipe) if recipe is not None else {}
+    values |= (load_config(file) if file is not None else {}) | options
     unknown = [f"--{name.replace('_', '-')}" for name, value in values.items() if value == UNKNOWN]
     if unknown:
-        raise ValueError(f"the source of {file} does not say everything: give {', '.join(unknown)}")
+        source = file if recipe is None else f"the recipe {recipe}"
+        raise ValueError(f"the source of {source} does not say everything: give {', '.join(unknown)}")
     missing = [name for name in ("model", "data", "out") if not values.get(name)]
     if missing:
         names = " and ".join(name.upper() if name == "model" else f"--{name}" for name in missing)
@@ -553,14 +585,9 @@ def merged(stored: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
     Raises:
         ValueError: If `config` asks for something else.
     """
-    values, hints = {}, typing.get_type_hints(FinetuneConfig)
-    former = {item.name: item.metadata.get("former", item.default) for item in fields(FinetuneConfig)}
-    former |= {"keep": "best" if stored.get("patience") else "last"}  # as it was before there was a choice
-    former |= {"head_init": None if not stored.get("pretrained") else "zero"}
+    values, began = {}, completed(stored, config.out)
     for item in fields(FinetuneConfig):
-        old, new = former[item.name], getattr(config, item.name)
-        if item.name in stored:
-            old = _as(hints[item.name], stored[item.name], f"{config.out / 'run.yaml'}: {item.name}")
+        old, new = began[item.name], getattr(config, item.name)
         if item.metadata.get("free") and not (
             item.name == "workers" and stored.get("stream")
         ):  # workers share a stream
@@ -572,3 +599,21 @@ def merged(stored: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
                 f"{config.out} holds a run with {item.name}={old}, not {new}; give another folder with --out"
             )
     return FinetuneConfig(**values)
+
+
+def completed(stored: dict[str, Any], run: Path) -> dict[str, Any]:
+    """All options of a run.
+
+    Args:
+        stored: Its `run.yaml`; a version without some of today's options may have written it.
+        run: Its folder, for messages.
+
+    Raises:
+        ValueError: If an option has another type.
+    """
+    hints = typing.get_type_hints(FinetuneConfig)
+    former = {item.name: item.metadata.get("former", item.default) for item in fields(FinetuneConfig)}
+    former |= {"keep": "best" if stored.get("patience") else "last"}  # as it was before there was a choice
+    former |= {"head_init": None if not stored.get("pretrained") else "zero"}
+    known = {name: _as(hints[name], stored[name], f"{run / 'run.yaml'}: {name}") for name in hints if name in stored}
+    return former | known

@@ -23,7 +23,7 @@ from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
 from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.preprocessing import Preprocessing
-from spd_zoo.training.task import Predictions, task_of
+from spd_zoo.training.task import Predictions, names_other_task, task_of
 
 __all__ = ["Evaluation", "evaluate", "evaluate_network", "save"]
 
@@ -203,12 +203,13 @@ def evaluate_network(
     channel_mode(net.in_chans, model)
     splits = (split,) if split else ("test", "val", "train")
     opened = ((name, task.open_split(data, name, *columns)) for name in splits)
-    split, images = next(((name, found) for name, found in opened if found), ("", None))
-    if images is None:
-        raise DataError(f"{data} has no split {' or '.join(splits)}")
-    if reading:
-        images = replace(images, **{**reading, "notes": (*images.notes, *reading.get("notes", ()))})
-    images = match_classes(images, network_classes(net.pretrained_cfg, net.num_classes), class_map)
+    with names_other_task(task, data, "evaluate"):
+        split, images = next(((name, found) for name, found in opened if found), ("", None))
+        if images is None:
+            raise DataError(f"{data} has no split {' or '.join(splits)}")
+        if reading:
+            images = replace(images, **{**reading, "notes": (*images.notes, *reading.get("notes", ()))})
+        images = match_classes(images, network_classes(net.pretrained_cfg, net.num_classes), class_map)
     about = check({split: images}, workers, process)
     unreadable = about[split]["unreadable"]
     images = images.without(unreadable)

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +25,6 @@ from tqdm import tqdm
 
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import DataError
-from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
 from spd_zoo.errors import first_line
 from spd_zoo.inference.images import as_html
@@ -42,6 +40,7 @@ from spd_zoo.training.config import (
     parse_sizes,
     refuse_others,
 )
+from spd_zoo.training.continuing import Continuation
 from spd_zoo.training.layers import (
     classifier_of,
     frozen_layers,
@@ -50,13 +49,15 @@ from spd_zoo.training.layers import (
     set_trainable,
     set_training_mode,
 )
+from spd_zoo.training.logs import Log, open_log, require
 from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
+from spd_zoo.training.messages import choices, next_commands, verdict
 from spd_zoo.training.page import plot_notes, short
 from spd_zoo.training.preprocessing import Preprocessing, per_channel
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
-from spd_zoo.training.task import Task, task_of
+from spd_zoo.training.task import Task, names_other_task, task_of
 from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
 from spd_zoo.weights.load import timm_name
 from spd_zoo.weights.manifest import tags_in_words
@@ -92,7 +93,7 @@ class Result:
         return as_html(None, columns, rows) + f"<p>{self.folder / 'report.html'}</p>"
 
 
-def finetune(config: FinetuneConfig) -> Result | None:
+def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continuation | None = None) -> Result | None:
     """Trains `config.model` on `config.data`, and on what `config.teacher` says of its images if there is one.
 
     `config.out` then holds
@@ -107,6 +108,8 @@ def finetune(config: FinetuneConfig) -> Result | None:
 
     Args:
         config: What to train, on which data, with which settings.
+        recipe: The recipe that some of them come from, for the line that says what was chosen.
+        goes_on: How this run goes on from a finished one, whose data it must have.
 
     Returns:
         The result; None after a dry run.
@@ -119,9 +122,10 @@ def finetune(config: FinetuneConfig) -> Result | None:
         ValueError: If an option has no meaning, or `config.out` holds a run of another configuration.
         WeightsError: If pretrained weights are unavailable or must not be used.
     """
-    if config.tensorboard:
-        from torch.utils import tensorboard  # noqa: F401  (if it is missing: an error now, not after the first epoch)
+    require(config.log)
     process = join(config.device)
+    if goes_on is not None:
+        process.print(goes_on.in_words)
     folder = RunFolder(config.out)
     began = process.broadcast(folder.beginning(config) if process.first else None)
     if began is not None:
@@ -133,7 +137,10 @@ def finetune(config: FinetuneConfig) -> Result | None:
     if began is None:
         refuse_others(config, task.networks)
 
-    splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
+    with names_other_task(task, config.data, "finetune"):
+        splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
+    if goes_on is not None and goes_on.fingerprint != splits.about["fingerprint"]:
+        raise DataError(f"{config.data} is not what {config.model.partition(':')[2]} was trained on; begin a new run")
     teacher = None
     if config.teacher:
         channels = parse_model_args(config.model_args).get("in_chans", blank.in_chans)
@@ -153,10 +160,11 @@ def finetune(config: FinetuneConfig) -> Result | None:
         process.print(f"note: {note}")
 
     chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process, teacher)
-    process.print(_choices(chosen, process))
+    process.print(choices(chosen, process, recipe))
     try:
         run = start(chosen, task, splits, folder, process, teacher)
-        with StopSignals() as signals, _progress_bar(run) as bar:
+        log = open_log(folder, chosen.config) if process.first else nullcontext(run.log)
+        with StopSignals() as signals, _progress_bar(run) as bar, log as run.log:
             begin(run, signals)
             while len(run.history) < config.epochs and not _stagnates(run):
                 train_epoch(run, signals, bar)
@@ -334,6 +342,7 @@ class Run:
         image_size: Height and width in pixels, in the current epoch.
         train_batches: The training images at this size.
         val_batches: The validation images at this size.
+        log: Logs the metrics of an epoch by another library.
     """
 
     plan: Plan
@@ -363,6 +372,7 @@ class Run:
     image_size: tuple[int, int] = (0, 0)
     train_batches: Any = None
     val_batches: Any = None
+    log: Log = lambda _: None
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -529,6 +539,7 @@ def begin(run: Run, signals: StopSignals) -> None:
     run.process.print(line)
     if run.process.first:
         run.folder.log(line)
+        run.log(run.before)
     _stop_if_asked(run, signals, "stopped before the first epoch")
 
 
@@ -619,11 +630,12 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
         f"epoch {epoch + 1}/{epochs} at {size_text(run.image_size)} px: train loss {row['train_loss']:.3f}, "
         f"{task.epoch_in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
     )
-    process.print(line)
+    for each in (line, *(f"note: {note}" for note in task.epoch_notes(row))):
+        process.print(each)
+        if process.first:
+            run.folder.log(each)
     if process.first:
-        run.folder.log(line)
-        if run.plan.config.tensorboard:
-            run.folder.to_tensorboard(row)
+        run.log(row)
     number = int(process.all_reduce_max(signals.number)[0])
     if number:
         raise Stopped(number, f"stopped after epoch {epoch + 1}")
@@ -658,7 +670,8 @@ def finish(run: Run) -> Result:
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )
-    for line in [*(f"note: {note}" for note in predictions.notes()), *_verdict(run), *_next_commands(run)]:
+    noted = [f"note: {note}" for note in predictions.notes()]
+    for line in [*noted, *verdict(run.plan, run.task, run.evaluations), *next_commands(config, run.task)]:
         process.print(line)
     return Result(config.out, run.history, figures | {"image_size": size_value(size)}, run.before)
 
@@ -689,66 +702,6 @@ def _keep_if_best(run: Run, row: dict[str, Any]) -> None:
 def _before_in_columns(run: Run) -> list[dict[str, Any]]:
     """The metrics before the first epoch, with the columns of an epoch; those of training are empty."""
     return [{name: run.before.get(name, "") for name in run.history[0]}] if run.before else []
-
-
-def _verdict(run: Run) -> list[str]:
-    """Which network was kept, if not the last; and what to try if training made the network worse."""
-    scores, task = _scores(run), run.task
-    best, rows = scores.index(max(scores)), run.evaluations
-    lines = []
-    if run.best and rows[best]["epoch"] and best < len(rows) - 1:
-        lines.append(f"kept: the network of epoch {rows[best]['epoch']}, which had the best {task.metric}")
-    if run.before and scores[-1] < scores[0]:
-        lower = f"--lr {run.plan.lr / 4:.1g}"
-        frozen = "" if run.plan.freeze_bn else ", --freeze-bn"
-        kept = "; the network is kept as it began" if run.best and best == 0 else ""
-        began, ended = (task.epoch_in_words(row) for row in (run.before, run.history[-1]))
-        lines.append(
-            f"note: training ended below where it began: {ended}, before the first epoch {began}{kept}. Try a smaller "
-            f"learning rate ({lower}){frozen}, more --epochs, or weaker augmentation"
-        )
-    return lines
-
-
-def _next_commands(run: Run) -> list[str]:
-    """Commands that use the network."""
-    out, data = shlex.quote(str(run.plan.config.out)), shlex.quote(run.plan.config.data)
-    classifier = run.task.networks == "classifiers"
-    lines = [
-        f"  spd-zoo {'predict' if classifier else 'detect'} {out} IMAGE",
-        f"  spd-zoo evaluate {out} --data {data}",
-    ]
-    return ["next:", *lines, *([f"  spd-zoo export {out} --to onnx"] if classifier else [])]
-
-
-def _choices(plan: Plan, process: Process) -> str:
-    """What a run does, on one line."""
-    config = plan.config
-    known = get_pretrained_cfg(config.model)
-    weights = "random weights"
-    if plan.pretrained:
-        tag = known.tag if known is not None and ":" not in config.model else ""
-        weights = f"weights {config.model if '.' in config.model or not tag else f'{config.model}.{tag}'}"
-    rate = f"{plan.opt} with learning rate {plan.lr:.2g}"
-    if plan.layer_decay != 1:
-        rate += f" (times {plan.layer_decay:g} per layer from the end)"
-    sizes = ", ".join(size_text(size) for size, _ in plan.sizes)
-    parts = [weights, f"{count(config.epochs, 'epoch')} at {sizes} px", f"batch {plan.batch_size}", rate]
-    parts += [_augmentation(config), "BatchNorm statistics frozen" if plan.freeze_bn else ""]
-    parts += [f"{'bfloat16' if plan.bf16 else 'float32'} on {process.device}", f"keep {plan.keep}"]
-    return f"chosen: {', '.join(filter(None, parts))}"
-
-
-def _augmentation(config: FinetuneConfig) -> str:
-    """The augmentation that is in use."""
-    names = "crop_padding crop_scale hflip vflip rotation color_jitter auto_augment erase mixup cutmix"
-    hidden = {"crop_scale"} if config.crop_padding or config.mosaic is not None else set()
-    found = {
-        name: getattr(config, name)
-        for name in f"{names} mosaic zoom shift hsv".split()
-        if name not in hidden and getattr(config, name)
-    }
-    return "augmentation " + (" ".join(f"{name} {value}" for name, value in found.items()) or "none")
 
 
 def _set_image_size(run: Run, epoch: int) -> None:

@@ -5,7 +5,7 @@ import html
 import importlib.util
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -15,12 +15,29 @@ from spd_zoo.training.config import FinetuneConfig, to_yaml
 __all__ = ["data_page", "fitting", "image_png", "page", "plot_notes", "png", "short", "table"]
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
+:root { color-scheme: light dark; --text: #222; --page: #fff; --stripe: #f4f4f4 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ddd; --page: #181818; --stripe: #262626 }
+  .plot { filter: invert(.9) hue-rotate(180deg) }
+}
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem;
+  color: var(--text); background: var(--page) }
+h1, h2, p, li { overflow-wrap: anywhere }
+.wide { overflow-x: auto }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .15rem .8rem; text-align: right }
 th { border-bottom: 2px solid #999 } td:first-child, th:first-child { text-align: left }
-tr:nth-child(even) { background: #f4f4f4 } img { max-width: 100%; height: auto }
-pre { background: #f4f4f4; padding: 1rem }
+tr:nth-child(even) { background: var(--stripe) } img { max-width: 100%; height: auto }
+.wide img { max-width: none }
+pre { background: var(--stripe); padding: 1rem; overflow-x: auto }
 """
+_HEAD = "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+WIDE = 600  # pixels up to which a figure may be made as narrow as a phone
+_PLOTS = (
+    "curves",
+    "confusion",
+    "calibration",
+    "precision_recall",
+)  # figures without photos, whose colours are turned in the dark
 
 
 def page(
@@ -31,6 +48,7 @@ def page(
     figures: dict[str, bytes],
     classes: str,
     notes: Sequence[str] = (),
+    comments: Mapping[str, str] | None = None,
 ) -> str:
     """An HTML page without outside resources.
 
@@ -42,10 +60,11 @@ def page(
         figures: PNG files by name; missing ones are left out.
         classes: The HTML table of the classes.
         notes: What was guessed or left out, a line for each.
+        comments: What figures show, by their names.
     """
     name = html.escape(config.model)
     sections = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>",
+        f"{_HEAD}<title>{name}</title><style>{_STYLE}</style>",
         f"<h1>{name}</h1><p>{len(history)} epochs on {html.escape(config.data)}; metrics on the validation images.</p>",
         table(["", ""], list(summary.items())),
     ]
@@ -53,8 +72,9 @@ def page(
         sections.append("<h2>Notes</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>")
     for figure, title in titles.items():
         if figure in figures:
-            source = base64.b64encode(figures[figure]).decode()
-            sections.append(f"<h2>{title}</h2><img alt='{figure}' src='data:image/png;base64,{source}'>")
+            comment = html.escape((comments or {}).get(figure, ""))
+            sections.append(f"<h2>{title}</h2>" + (f"<p>{comment}</p>" if comment else ""))
+            sections.append(_image(figure, figures[figure]))
     sections += ["<h2>Classes, the worst first</h2>", classes]
     epochs = [[short(value) for value in row.values()] for row in history]
     sections += ["<h2>Epochs</h2>", table(list(history[0]), epochs)]
@@ -70,22 +90,31 @@ def data_page(config: FinetuneConfig, lines: Iterable[str], picture: bytes) -> s
         lines: What the check found.
         picture: A PNG file.
     """
-    name, source = html.escape(config.model), base64.b64encode(picture).decode()
+    name = html.escape(config.model)
     return "\n".join(
         [
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>",
+            f"{_HEAD}<title>{name}</title><style>{_STYLE}</style>",
             f"<h1>{name}</h1><p>The run is not finished. It is trained on {html.escape(config.data)}:</p>",
-            f"<pre>{html.escape(chr(10).join(lines))}</pre><img alt='data' src='data:image/png;base64,{source}'>",
+            f"<pre>{html.escape(chr(10).join(lines))}</pre>{_image('data', picture)}",
             f"<h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre></html>",
         ]
     )
+
+
+def _image(name: str, content: bytes) -> str:
+    """A PNG file as an element; one that a narrow screen would make illegible scrolls instead."""
+    with Image.open(io.BytesIO(content)) as image:
+        wide = image.width > WIDE
+    classes = "class='plot' " if name in _PLOTS else ""
+    element = f"<img {classes}alt='{name}' src='data:image/png;base64,{base64.b64encode(content).decode()}'>"
+    return f"<div class='wide'>{element}</div>" if wide else element
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """An HTML table."""
     lines = ["".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)]
     lines += ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return "<div class='wide'><table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
 def plot_notes() -> list[str]:

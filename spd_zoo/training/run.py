@@ -102,14 +102,6 @@ class RunFolder:
         with self.writing("log.txt"), (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{_now()} {line}\n")
 
-    def to_tensorboard(self, row: dict[str, Any]) -> None:
-        """Writes the metrics of an epoch as TensorBoard events."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        with self.writing("tensorboard"), SummaryWriter(self.path / "tensorboard") as writer:
-            for name in row.keys() - {"epoch", *(name for name in row if isinstance(row[name], str))}:
-                writer.add_scalar(name, row[name], row["epoch"])
-
     def write_history(self, history: Sequence[dict[str, Any]]) -> None:
         """Writes `metrics.csv`, a line per epoch."""
         with self.writing("metrics.csv"):

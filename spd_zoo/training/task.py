@@ -1,12 +1,15 @@
 """The interface of the tasks, classification and detection, for training and evaluation."""
 
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
+from spd_zoo.data.labelled import DataError
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
 from spd_zoo.training.classification.task import Classification
@@ -18,7 +21,7 @@ from spd_zoo.training.run import RunFolder
 from spd_zoo.training.splits import DataT, Splits
 from spd_zoo.training.steps import Batches, Steps
 
-__all__ = ["Predictions", "Task", "task_of"]
+__all__ = ["Predictions", "Task", "names_other_task", "task_of"]
 
 
 class Predictions(Protocol):
@@ -159,6 +162,9 @@ class Task(Protocol[DataT]):
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch, a row of `metrics.csv`."""
 
+    def epoch_notes(self, row: dict[str, Any]) -> list[str]:
+        """What is wrong with an epoch, a row of `metrics.csv`, a line for each."""
+
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Fields of a trained network's config that describe its preprocessing."""
 
@@ -196,3 +202,42 @@ class Task(Protocol[DataT]):
 def task_of(net: nn.Module) -> Task[Any]:
     """The task of a network."""
     return Detection() if isinstance(net, ObjectFinder) else Classification()
+
+
+@contextmanager
+def names_other_task(task: Task[Any], data: str | Path, command: str) -> Iterator[None]:
+    """Adds to an error of opening `data` which networks take it, if those of the other task do.
+
+    Args:
+        task: The task of the network.
+        data: What is opened.
+        command: The command or function that opens it, for the advice.
+
+    Raises:
+        DataError: If the data cannot be opened.
+    """
+    try:
+        yield
+    except DataError as error:
+        boxes = isinstance(task, Classification)
+        other: Task[Any] = Detection() if boxes else Classification()
+        if "://" in str(data) or _opens(task, data) or not _opens(other, data):
+            raise
+        found = "boxes, which detectors take" if boxes else "class folders, which classifiers take"
+        network = ("yolov8n_spd" if boxes else "tf_efficientnet_lite0_spd") if command == "finetune" else "RUN"
+        out = " --out RUN" if command == "finetune" else ""
+        example = f"`spd-zoo {command} {network} --data {shlex.quote(str(data))}{out}`"
+        raise DataError(f"{error}; it has {found}, as in {example}") from error
+
+
+def _opens(task: Task[Any], data: str | Path) -> bool:
+    """Whether a task finds its images in `data`; of folders for classes there are several."""
+    least = 2 if isinstance(task, Classification) else 1
+    for split in ("train", "val", "test"):
+        try:
+            found = task.open_split(data, split)
+        except DataError:
+            continue
+        if found is not None and len(found.class_names) >= least:
+            return True
+    return False

@@ -350,8 +350,7 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     if entry is None:
         raise WeightsError(f"there are no weights called {variant}.{tag}; there are: {', '.join(tags) or 'none'}")
     if not tag and not entry.verified and (tags or entry.source):
-        named = tags_in_words(variant) or ", ".join(tags) or "none"
-        raise WeightsError(f"{variant} has no default weights; select some by name: {named}")
+        raise WeightsError(f"{variant} has no default weights; select some by name: {tags_in_words(variant) or 'none'}")
     return entry
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from spd_zoo.weights.manifest import Entry
 
-__all__ = ["model_card"]
+__all__ = ["TERMS", "model_card"]
 
 _METRICS = {  # name in the manifest -> name on the Hub, name in the text
     "top1": ("accuracy", "top-1"),
@@ -22,6 +22,12 @@ _METRICS = {  # name in the manifest -> name on the Hub, name in the text
     "ap_small": ("AP_small", "AP of small objects"),
     "ap_medium": ("AP_medium", "AP of medium objects"),
     "ap_large": ("AP_large", "AP of large objects"),
+}
+TERMS = {  # licences that the Hub does not know -> what they allow, and where it is written
+    "imagenet-research": (
+        "non-commercial research and education, as the terms of ImageNet allow its images, which they were trained on",
+        "https://www.image-net.org/download",
+    )
 }
 _WHO = {"us": "measured by the authors of spd_zoo", "authors": "reported by the authors, not verified"}
 
@@ -52,14 +58,17 @@ def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str)
     Returns:
         The text.
     """
+    name = _slug(entry.license)  # lower case on the Hub
+    own = {"license_name": name, "license_link": TERMS[name][1]} if name in TERMS else {}
     data = ModelCardData(
-        license=_slug(entry.license),  # lower case on the Hub
+        license="other" if own else name,
         library_name="timm",
         pipeline_tag=_task(entry),
         tags=[_task(entry), "timm", *(() if _detects(entry) else ("transformers",)), "spd_zoo"],
         datasets=[_slug(entry.dataset)] if entry.dataset else None,
         model_name=entry.name,
         eval_results=[_result(entry, metric) for metric in entry.metrics],
+        **own,
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{_text(entry, net, repo, sha256, notes)}"))
 
@@ -126,6 +135,7 @@ def _text(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str) -> s
     if notes:
         limits.append(f"- {notes}")
     wrapper = "" if _detects(entry) else _TRANSFORMERS.format(repo=repo)
+    terms = " ({}: {})".format(*TERMS[_slug(entry.license)]) if _slug(entry.license) in TERMS else ""
     theirs = f", the licence of {entry.origin_url}, whose copyright notice applies" if entry.origin_url else ""
     return f"""
 # {entry.name}
@@ -174,7 +184,7 @@ On {entry.dataset}:
 
 ## Licence
 
-The weights: {entry.license}{theirs}. The code, spd_zoo: Apache-2.0.
+The weights: {entry.license}{terms}{theirs}. The code, spd_zoo: Apache-2.0.
 
 ## Citation
 

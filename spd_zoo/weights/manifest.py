@@ -175,14 +175,15 @@ def find_entry(name: str) -> Entry | None:
 
 
 def tags_in_words(network: str) -> str:
-    """The verified weights of a network, by name and with what each is for; empty if there are none."""
-    tagged = [entry for entry in entries().values() if entry.network == network and entry.tag and entry.verified]
+    """The weights of a network, by name and with what each is for: the verified ones, or else all; empty if none."""
+    tagged = [entry for entry in entries().values() if entry.network == network and entry.tag]
     found = []
-    for entry in tagged:
+    for entry in [entry for entry in tagged if entry.verified] or tagged:
         classes = f"{entry.num_classes} classes"
         if entry.class_names and entry.num_classes <= 5:
             classes += f": {', '.join(entry.class_names)}"
         facts = (entry.dataset, classes, f"{'x'.join(map(str, dict.fromkeys(entry.input_size[1:])))} px")
+        facts += () if entry.verified else (f"at their authors': spd-zoo info {entry.name}",)
         found.append(f"{entry.name} ({', '.join(filter(None, facts))})")
     return "; ".join(found)
 

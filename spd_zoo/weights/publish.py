@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from spd_zoo.weights.build import create
 from spd_zoo.weights.cache import sha256_of
-from spd_zoo.weights.card import model_card
+from spd_zoo.weights.card import TERMS, model_card
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, config_of
 from spd_zoo.weights.manifest import PACKAGE, Entry, WeightsError, manifest_path, write_manifest
@@ -40,7 +40,7 @@ __all__ = [
 
 UNSEEN = "sha256 is unknown because the bytes were never seen here; nothing about this file is verified."  # a note
 NOTE = "import spd_zoo before loading this: it registers the network, which timm does not have"
-FREE = (  # licences (SPDX) that permit redistribution with their notice
+FREE = (  # licences (SPDX, or with terms of their own) that permit redistribution with their notice
     "apache-2.0",
     "mit",
     "bsd-2-clause",
@@ -49,6 +49,7 @@ FREE = (  # licences (SPDX) that permit redistribution with their notice
     "cc0-1.0",
     "cc-by-3.0",
     "cc-by-4.0",
+    *TERMS,
 )
 
 

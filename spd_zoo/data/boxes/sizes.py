@@ -15,7 +15,9 @@ __all__ = ["describe_sizes", "sides_in_input", "sizes_in_words"]
 
 EDGES = (8, 16, 32, 64, 128)  # pixels in the input, of the square root of a box's area
 NAMES = ("tiny (< 8 px)", "small (< 16)", "< 32", "< 64", "< 128", "larger")
-SMALLEST = 2  # pixels in the input; augmentation leaves out boxes with a smaller side
+SMALLEST = 2  # pixels in the input; a box with a smaller side covers hardly any cell that could learn it
+MOST = 0.95  # share of the boxes with a smaller side that a larger input or a tile is to make larger
+LONGEST, NARROWEST = 8192, 32  # pixels of an input or a tile beyond which neither is recommended
 LISTED = 12  # classes that are printed
 
 
@@ -49,16 +51,37 @@ def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
     }
     numbers = [len(data.objects_in(i).counted().labels) for i in range(len(data))]
     most = max(range(len(data)), key=numbers.__getitem__)
+    below = (table[:, 1:] < SMALLEST).any(1)
     return {
         "image size": size_text(image_size),
         "sizes": per_class,
-        "below 2 px": int((table[:, 1:] < SMALLEST).any(1).sum()),
+        "below 2 px": int(below.sum()),
+        **(_remedies(data, table[:, 1:].min(1), below, image_size) if below.any() else {}),
         "ignored": sum(int(whole.objects_in(i).ignored.sum()) for i in range(len(whole))),
         "most objects": {"image": data.name(most), "objects": numbers[most]},
         "above the pixel limit": [
             whole.name(i) for i in range(len(whole)) if math.prod(whole.sizes[whole.rows[i]]) > whole.max_pixels
         ],
     }
+
+
+def _remedies(data: BoxImages, sides: np.ndarray, below: np.ndarray, image_size: tuple[int, int]) -> dict[str, Any]:
+    """A larger input, and a tile for this one, with which most boxes of less than 2 px have more.
+
+    Args:
+        data: The images.
+        sides: The shorter side of every object in pixels of the input, (M,).
+        below: Which of them is too short, (M,).
+        image_size: Height and width of the input in pixels.
+    """
+    boxes = [data.objects_in(i).counted().boxes.double().numpy() for i in range(len(data))]
+    own = np.concatenate([(each[:, 2:] - each[:, :2]).min(1) for each in boxes if len(each)])
+    in_input, in_image = (max(float(np.quantile(each[below], 1 - MOST)), 1e-9) for each in (sides, own))
+    larger = tuple(32 * math.ceil(side * SMALLEST / in_input / 32) for side in image_size)
+    tile = math.floor(min(image_size) * in_image / SMALLEST)
+    longest = max(max(data.sizes[row]) for row in data.rows)
+    found: dict[str, Any] = {"larger image size": size_text(larger)} if max(larger) <= LONGEST else {}
+    return found | ({"tile": tile} if NARROWEST <= tile < longest else {})
 
 
 def sizes_in_words(about: Mapping[str, Any]) -> Iterator[str]:
@@ -69,10 +92,12 @@ def sizes_in_words(about: Mapping[str, Any]) -> Iterator[str]:
     if 1 < len(per_class) <= LISTED:
         yield from (f"    {name}: {_listed(numbers)}" for name, numbers in per_class.items() if sum(numbers))
     if about["below 2 px"]:
-        yield (
-            f"  {count(about['below 2 px'], 'box', 'boxes')} with a side below 2 px at {size} px are hardly seen in "
-            "training; a larger --image-size helps"
-        )
+        larger, tile = about.get("larger image size"), about.get("tile")
+        ways = [f"--image-size {larger}"] if larger else []
+        ways += [f"--tile {tile}, which cuts the images,"] if tile else []
+        remedy = f"; {' or '.join(ways)} makes nearly all of them larger" if ways else ""
+        small = count(about["below 2 px"], "box", "boxes")
+        yield f"  {small} with a side below 2 px at {size} px are hardly seen in training{remedy}"
     if about["ignored"]:
         yield f"  {about['ignored']} crowds, difficult objects or regions to ignore: neither object nor background"
     yield f"  at most {count(about['most objects']['objects'], 'object')} in an image: {about['most objects']['image']}"

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from spd_zoo.data.labelled import LabelledImages, StreamedImages
+from spd_zoo.training import comments
 from spd_zoo.training.classification.metrics import Predictions
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.page import fitting, image_png, page, png, table
@@ -14,7 +15,7 @@ from spd_zoo.training.run import RunFolder
 
 __all__ = ["contact_sheet", "write"]
 
-TILE, COLUMNS, IMAGES = 96, 8, 24  # contact sheet: pixels per image, images per row, number of images
+TILE, COLUMNS, IMAGES = 96, 4, 24  # contact sheet: pixels per image, images per row, number of images
 
 
 def write(
@@ -33,11 +34,14 @@ def write(
         predictions.write_tables(folder.path)
         pictures = folder.path / "figures"
         pictures.mkdir(exist_ok=True)
-        figures = _plots(history, predictions)
+        figures, remarks = _plots(history, predictions), _remarks(history, predictions)
         if isinstance(data, LabelledImages):
-            order = predictions.losses().argsort().tolist()
-            figures["worst"] = contact_sheet(predictions, data, order[::-1][:IMAGES])
-            figures["best"] = contact_sheet(predictions, data, order[:IMAGES])
+            worst, best = comments.halves(predictions.losses().argsort(descending=True).tolist(), IMAGES)
+            correct = predictions.logits.argmax(1) == predictions.labels
+            for name, chosen in (("worst", worst), ("best", best)):
+                if chosen:
+                    figures[name] = contact_sheet(predictions, data, chosen)
+                    remarks[name] = comments.on_errors(int((~correct[chosen]).sum()), len(chosen))
         for name, content in figures.items():
             (pictures / f"{name}.png").write_bytes(content)
     numbers = predictions.summary()
@@ -61,7 +65,17 @@ def write(
         [row["class"], row["images"], *(_percent(row[key]) for key in ("precision", "recall", "f1"))] for row in classes
     ]
     by_class = table(["class", "images", "precision", "recall", "F1"], rows)
-    folder.write("report.html", page(config, history, summary, titles, figures, by_class, notes))
+    folder.write("report.html", page(config, history, summary, titles, figures, by_class, notes, remarks))
+
+
+def _remarks(history: Sequence[dict[str, Any]], predictions: Predictions) -> dict[str, str]:
+    """What the plots show, by their names."""
+    confidence = predictions.logits.double().softmax(1).amax(1).mean().item()
+    return {
+        "curves": comments.on_training(history, "val_top1"),
+        "confusion": comments.on_confusion(predictions.confusion(), predictions.class_names),
+        "calibration": comments.on_calibration(confidence, predictions.top(1) / 100, len(predictions.labels)),
+    }
 
 
 def _plots(history: Sequence[dict[str, Any]], predictions: Predictions) -> dict[str, bytes]:
@@ -72,16 +86,16 @@ def _plots(history: Sequence[dict[str, Any]], predictions: Predictions) -> dict[
         return {}
     figures = {}
 
-    figure = Figure((10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure((5.5, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
     for name in ("train_loss", "val_loss"):
-        left.plot(epochs, [row[name] for row in history], ".-", label=name.replace("_", " "))
+        above.plot(epochs, [row[name] for row in history], ".-", label=name.replace("_", " "))
     for name in ("val_top1", "val_top5"):
-        right.plot(epochs, [row[name] for row in history], ".-", label=name.replace("_", " "))
-    left.set(xlabel="epoch", ylabel="loss")
-    right.set(xlabel="epoch", ylabel="%", ylim=(0, 101))
-    for axes in (left, right):
+        below.plot(epochs, [row[name] for row in history], ".-", label=name.replace("_", " "))
+    above.set(ylabel="loss")
+    below.set(xlabel="epoch", ylabel="%", ylim=(0, 101))
+    for axes in (above, below):
         axes.legend()
         axes.grid(alpha=0.3)
     figures["curves"] = png(figure)

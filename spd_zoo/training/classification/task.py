@@ -305,6 +305,10 @@ class Classification:
         """The most important metrics of an epoch."""
         return f"val top-1 {row['val_top1']:.2f} %"
 
+    def epoch_notes(self, row: dict[str, Any]) -> list[str]:
+        """Nothing."""
+        return []
+
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Fields of a trained network's config that describe its preprocessing."""
         return {

@@ -34,8 +34,10 @@ __all__ = [
     "yolo_augment",
 ]
 
+SMALLEST, VISIBLE = 2, 0.5  # pixels that the authors keep; share of a side that is enough where it has fewer
 CACHE = 2**28  # bytes of scaled images that each loader worker keeps
-# image: tv_tensors.Image; boxes: tv_tensors.BoundingBoxes, x1 y1 x2 y2; labels: (M,); ignored: (M,), as in `Objects`
+# image: tv_tensors.Image; boxes: tv_tensors.BoundingBoxes, x1 y1 x2 y2; labels: (M,); ignored: (M,), as in `Objects`;
+# of a mosaic also sides: width and height (M, 2) of the boxes before it clipped them
 Sample = dict[str, Any]
 
 
@@ -51,6 +53,7 @@ class Augmentation:
         zoom: YOLO: largest change of size, as `window` takes it.
         shift: YOLO: largest shift as a share of the image.
         hsv: YOLO: largest change of hue, saturation and brightness.
+        keep_tiny: Whether objects that become tiny stay, which the authors drop.
     """
 
     hflip: float
@@ -60,6 +63,7 @@ class Augmentation:
     zoom: float
     shift: float
     hsv: tuple[float, ...]
+    keep_tiny: bool
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> "Augmentation":
@@ -72,6 +76,7 @@ class Augmentation:
             config.zoom or 0.0,
             config.shift or 0.0,
             parse_numbers(config.hsv or "0,0,0"),
+            bool(config.keep_tiny),
         )
 
 
@@ -129,22 +134,30 @@ def mosaic(samples: Sequence[Sample], size: int | tuple[int, int]) -> Sample:
         canvas[:, y1:y2, x1:x2] = sample["image"][:, y1 - top : y2 - top, x1 - left : x2 - left]
         boxes.append(sample["boxes"].as_subclass(Tensor) + torch.tensor([left, top, left, top]))
     labels, ignored = (torch.cat([sample[name] for sample in samples]) for name in ("labels", "ignored"))
-    made = _sample(canvas, torch.cat(boxes), labels, ignored)
-    return _kept(F.clamp_bounding_boxes(made["boxes"]), made, torch.ones(len(made["labels"]), dtype=torch.bool))
+    flat = torch.cat(boxes)
+    made = _sample(canvas, flat, labels, ignored)
+    clipped = F.clamp_bounding_boxes(made["boxes"]).as_subclass(Tensor)
+    seen = _have_area(clipped)
+    return _kept(clipped, made, seen) | {"sides": (flat[:, 2:] - flat[:, :2])[seen]}
+
+
+def _have_area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
 def _kept(boxes: Tensor, sample: Sample, keep: Tensor) -> Sample:
     """`sample` with those of its new `boxes` for which `keep` (M,) holds and which have an area."""
     flat = boxes.as_subclass(Tensor)
-    keep = keep & (flat[:, 2:] > flat[:, :2]).all(1)
+    keep = keep & _have_area(flat)
     return _sample(sample["image"], flat[keep], sample["labels"][keep], sample["ignored"][keep])
 
 
-def window(sample: Sample, size: int | tuple[int, int], zoom: float, shift: float) -> Sample:
+def window(sample: Sample, size: int | tuple[int, int], zoom: float, shift: float, keep_tiny: bool = False) -> Sample:
     """`sample` scaled about its centre by 1 +- `zoom`, shifted by up to `shift` of `size`, cropped to `size`.
 
-    A box stays if both sides are above 2 pixels, their ratio is below 100, and more than a tenth of its area is left;
-    what is ignored stays however little of it is left.
+    A box stays if both sides are above 2 pixels, their ratio is below 100, and more than a tenth of its area is left.
+    With `keep_tiny` more than half of the object's side is enough, too: what was cut off is dropped, what is small is
+    not. What is ignored stays however little of it is left.
     """
     scale = 1 + zoom * (2 * torch.rand(()).item() - 1)
     rows, columns = to_2tuple(size)
@@ -157,11 +170,15 @@ def window(sample: Sample, size: int | tuple[int, int], zoom: float, shift: floa
     whole = sample["boxes"].as_subclass(Tensor)
     image = F.pad(sample["image"], margins, fill=[GREY])
     image = F.resized_crop(image, top + margins[1], left + margins[0], high, wide, [rows, columns])
-    moved = (whole - torch.tensor([left, top, left, top])) * torch.tensor([columns / wide, rows / high] * 2)
+    factors = torch.tensor([columns / wide, rows / high])
+    moved = (whole - torch.tensor([left, top, left, top])) * factors.repeat(2)
     cut = moved.clamp(torch.zeros(4), torch.tensor([columns, rows] * 2))
     sides = cut[:, 2:] - cut[:, :2]
     area = (moved[:, 2:] - moved[:, :2]).prod(1)
-    keep = (sides > 2).all(1) & (sides.amax(1) < 100 * sides.amin(1)) & (sides.prod(1) > 0.1 * area)
+    visible = sides > SMALLEST
+    if keep_tiny:
+        visible |= sides > VISIBLE * factors * sample.get("sides", whole[:, 2:] - whole[:, :2])
+    keep = visible.all(1) & (sides.amax(1) < 100 * sides.amin(1)) & (sides.prod(1) > 0.1 * area)
     return _kept(cut, sample | {"image": image}, keep | sample["ignored"])
 
 
@@ -184,7 +201,7 @@ def yolo_augment(
         augmentation: How strongly the image is changed.
     """
     sample = mosaic([scaled(i) for i in (index, *others)], size) if others else scaled(index)
-    sample = window(sample, size, augmentation.zoom, augmentation.shift)
+    sample = window(sample, size, augmentation.zoom, augmentation.shift, augmentation.keep_tiny)
     hue, saturation, brightness = augmentation.hsv
     jitter = v2.ColorJitter(brightness, saturation=saturation, hue=hue)
     flips = v2.Compose([v2.RandomHorizontalFlip(augmentation.hflip), v2.RandomVerticalFlip(augmentation.vflip)])
@@ -194,8 +211,9 @@ def yolo_augment(
 def ssd_augment(original: Sample, size: tuple[int, int], fill: list[float], augmentation: Augmentation) -> Sample:
     """SSD's augmentation: crop, colours, expansion, flips; then stretched to `size`.
 
-    Liu et al., https://arxiv.org/abs/1512.02325, section 2.2, with the numbers of the small-object SSD. Boxes with a
-    side of at most a hundredth of the image are dropped; if none is left, the original image is used.
+    Liu et al., https://arxiv.org/abs/1512.02325, section 2.2, with the numbers of the small-object SSD. The crop keeps
+    boxes whose centres lie in it. Unless `augmentation.keep_tiny`, boxes with a side of at most a hundredth of the
+    image are dropped then. If none is left, the original image is used.
     """
     stretch = v2.Resize(list(size))
     if bool(original["ignored"].all()):  # no object
@@ -215,7 +233,8 @@ def ssd_augment(original: Sample, size: tuple[int, int], fill: list[float], augm
     height, width = image.shape[-2:]
     flat = boxes.as_subclass(Tensor)
     fractions = (flat[:, 2:] - flat[:, :2]) / torch.tensor([width, height])
-    sample = _kept(boxes, _sample(image, flat, labels, ignored), (fractions > 0.01).all(1) | ignored)
+    keep = (fractions > 0.01).all(1) | ignored | augmentation.keep_tiny
+    sample = _kept(boxes, _sample(image, flat, labels, ignored), keep)
     return stretch(original if bool(sample["ignored"].all()) else sample)
 
 

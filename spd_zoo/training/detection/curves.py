@@ -11,7 +11,18 @@ from torchvision.ops import box_area, box_iou
 from spd_zoo.data.boxes import EVERY_CLASS, Objects
 from spd_zoo.inference.detector import Detections
 
-__all__ = ["FALSE_POSITIVE", "IN_IGNORED", "IOU", "Curve", "Outcome", "confusion_matrix", "curves", "match", "outcome"]
+__all__ = [
+    "FALSE_POSITIVE",
+    "IN_IGNORED",
+    "IOU",
+    "Curve",
+    "Outcome",
+    "confusion_matrix",
+    "curves",
+    "match",
+    "outcome",
+    "rates",
+]
 
 IOU = 0.5  # with an object of its class, from which on a detection is correct
 FALSE_POSITIVE, IN_IGNORED = -1, -2  # in place of the object of a detection
@@ -53,7 +64,7 @@ def match(detections: Detections, objects: Objects) -> Tensor:
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision, recall and F1 of a class by the minimum score, each from 0 to 1.
+    """The correct and the wrong boxes of a class by the minimum score.
 
     Attributes:
         objects: The number of its objects.
@@ -67,37 +78,35 @@ class Curve:
     correct: np.ndarray
     wrong: np.ndarray
 
-    @property
-    def precision(self) -> np.ndarray:
-        """Correct boxes as a share of all boxes, (S,)."""
-        return self.correct / np.maximum(self.correct + self.wrong, 1)
-
-    @property
-    def recall(self) -> np.ndarray:
-        """Detected objects as a share of all objects, (S,)."""
-        return self.correct / max(self.objects, 1)
-
-    @property
-    def f1(self) -> np.ndarray:
-        """The harmonic mean of precision and recall, (S,)."""
-        return 2 * self.correct / np.maximum(self.correct + self.wrong + self.objects, 1)
-
-    def best(self) -> int | None:
-        """The entry with the highest F1, of several the first; None if no box is correct."""
-        return int(self.f1.argmax()) if self.correct.any() else None
-
     def threshold(self) -> float | None:
-        """The minimum score with the highest F1, in the middle of two scores that occur; None if no box is correct."""
-        best = self.best()
-        if best is None:
+        """The minimum score with the highest F1, of several the highest, between two scores that occur.
+
+        None if no box is correct.
+        """
+        if not self.correct.any():
             return None
+        best = int(rates(self.correct, self.wrong, self.objects)["f1"].argmax())
         higher, lower = float(self.scores[best]), float(self.scores[best + 1]) if best + 1 < len(self.scores) else 0.0
         rounded = round((higher + lower) / 2, 4)
         return rounded if lower < rounded < higher else (higher + lower) / 2
 
-    def entries(self, thresholds: np.ndarray) -> np.ndarray:
-        """For each minimum score the number of entries above it; 0: no box is."""
-        return np.searchsorted(-self.scores, -thresholds, side="left")
+    def at(self, minimum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The number of correct and of wrong boxes with scores above each minimum."""
+        above = np.searchsorted(-self.scores, -minimum, side="left")
+        return np.append(0, self.correct)[above], np.append(0, self.wrong)[above]
+
+
+def rates(correct: np.ndarray, wrong: np.ndarray, objects: int) -> dict[str, np.ndarray]:
+    """`precision`, `recall` and `f1`, from 0 to 1; NaN where they are undefined.
+
+    Args:
+        correct: Numbers of correct boxes.
+        wrong: Numbers of wrong boxes.
+        objects: The number of objects.
+    """
+    with np.errstate(invalid="ignore"):
+        precision, recall = correct / (correct + wrong), np.divide(correct, objects)
+        return {"precision": precision, "recall": recall, "f1": 2 * correct / (correct + wrong + objects)}
 
 
 def curves(detections: Sequence[Detections], matches: Sequence[Tensor], counts: Sequence[int]) -> list[Curve]:

@@ -27,7 +27,8 @@ from spd_zoo.inference.output import CocoFile, ImageDetections
 from spd_zoo.inference.scores import SCORES_FILE, scores_text
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
 from spd_zoo.process import Process
-from spd_zoo.training.detection.curves import Curve, Outcome, confusion_matrix, curves, match, outcome
+from spd_zoo.training import comments
+from spd_zoo.training.detection.curves import Curve, Outcome, confusion_matrix, curves, match, outcome, rates
 from spd_zoo.training.detection.plots import BACKGROUND, plot_confusion, plot_curves
 from spd_zoo.training.detection.sheets import IMAGES, box_sheet, false_positives, missed_objects
 from spd_zoo.training.preprocessing import Preprocessing
@@ -36,6 +37,7 @@ from spd_zoo.training.steps import Batches, read
 __all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
+SCORES = np.linspace(0, 1, 101)  # minimum scores of the table of curves
 COCO_BOXES = 100  # of a class in an image, the best ones, which count by COCO's rules
 
 
@@ -185,6 +187,13 @@ class BoxPredictions:
         return confusion_matrix(self.detections, self._objects, self.outcomes, len(self.data.class_names))
 
     @cached_property
+    def halves(self) -> dict[str, list[int]]:
+        """The `worst` and the `best` images by F1 with the minimum scores `thresholds`, without repeats."""
+        order = sorted(range(len(self.data)), key=lambda i: self.outcomes[i].f1())
+        halves = dict(zip(("worst", "best"), comments.halves(order, IMAGES), strict=True))
+        return {name: chosen for name, chosen in halves.items() if chosen}
+
+    @cached_property
     def _objects(self) -> list[Objects]:
         return [self.data.objects_in(i) for i in range(len(self.data))]
 
@@ -202,7 +211,8 @@ class BoxPredictions:
         figures: dict[str, Any] = {"images": len(self.data), "objects": sum(self.data.counts())}
         figures |= {"loss": sum(self.losses.values()) if self.losses else None}
         figures |= {"ap": _mean(own[..., 0]), "ap50": _mean(own[0, ..., 0]), "ap75": _mean(own[5, ..., 0])}
-        figures |= {name: _mean_of([row[name] for row in self.per_class()]) for name in ("precision", "recall", "f1")}
+        classes = [row for row in self.per_class() if row["objects"]]
+        figures |= {name: _mean_of([row[name] for row in classes]) for name in ("precision", "recall", "f1")}
         for name, precision in (("", own), ("input_", scaled)):
             figures |= {f"{name}ap_{area}": _mean(precision[..., i]) for i, area in enumerate(AREAS) if i}
         return figures | {f"ms_{stage}": value for stage, value in self.milliseconds.items()}
@@ -293,17 +303,15 @@ class BoxPredictions:
     def write_tables(self, folder: Path, suffix: str = "") -> None:
         """Writes the tables as CSV and JSON, and the figures.
 
-        `curves.csv` has a row for every score at which precision or recall of a class changes. `predictions.json` has
-        the form of `detections.json`, which `spd-zoo detect` writes.
+        `curves.csv` has a row for each class and each of the minimum scores `SCORES`. `predictions.json` has the form of `detections.json`, which `spd-zoo detect` writes.
         """
         names, best = self.data.class_names, [curve.threshold() for curve in self.curves]
-        columns = ("precision", "recall", "f1")
         points = [
-            [name, *(f"{value:.6g}" for value in values)]
+            [name, f"{score:.2f}", *("" if math.isnan(value) else f"{100 * value:.6g}" for value in values)]
             for name, curve in zip(names, self.curves, strict=True)
-            for values in zip(curve.scores, *(100 * getattr(curve, column) for column in columns), strict=True)
+            for score, *values in zip(SCORES, *rates(*curve.at(SCORES), curve.objects).values(), strict=True)
         ]
-        write_csv(folder / f"curves{suffix}.csv", ["class", "score", *columns], points)
+        write_csv(folder / f"curves{suffix}.csv", ["class", "score", "precision", "recall", "f1"], points)
         rows = zip([*names, BACKGROUND], self.confusion.tolist(), strict=True)
         write_csv(folder / f"confusion{suffix}.csv", ["", *names, BACKGROUND], [[name, *row] for name, row in rows])
         for name, table in (("per_class", self.per_class()), ("by_size", self.by_size())):
@@ -324,32 +332,27 @@ class BoxPredictions:
     def _figures(self) -> dict[str, bytes]:
         """Plots and contact sheets as PNG, by name; without matplotlib no plots."""
         names = self.data.class_names
-        order = sorted(range(len(self.data)), key=lambda i: self.outcomes[i].f1())
         images = (self.data, self.detections, self.outcomes)
         figures = {
             "precision_recall": plot_curves(self.precision[0, ..., 0], self.curves, names),
             "confusion": plot_confusion(self.confusion, names),
             "false_positives": false_positives(*images),
             "missed": missed_objects(*images, self._matches, self.thresholds),
-            "worst": box_sheet(*images, order[:IMAGES]),
-            "best": box_sheet(*images, order[::-1][:IMAGES]),
+            **{name: box_sheet(*images, chosen) for name, chosen in self.halves.items()},
         }
         return {name: content for name, content in figures.items() if content}
 
 
 def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:
-    """A class at its best minimum score; precision and F1 are None if they are undefined."""
-    entries = int(curve.entries(np.array(threshold)))
-    correct, wrong = (int(column[entries - 1]) if entries else 0 for column in (curve.correct, curve.wrong))
-    boxes, objects = correct + wrong, curve.objects
+    """A class at its best minimum score; rates that are undefined are None."""
+    correct, wrong = curve.at(np.array(threshold))
+    figures = {name: float(rate) for name, rate in rates(correct, wrong, curve.objects).items()}
     return {
         "score": curve.threshold(),
-        "precision": 100 * correct / boxes if boxes else None,
-        "recall": 100 * correct / objects if objects else None,
-        "f1": 200 * correct / (boxes + objects) if objects else None,
-        "correct": correct,
-        "wrong": wrong,
-        "missed": objects - correct,
+        **{name: 100 * rate if math.isfinite(rate) else None for name, rate in figures.items()},
+        "correct": int(correct),
+        "wrong": int(wrong),
+        "missed": curve.objects - int(correct),
     }
 
 

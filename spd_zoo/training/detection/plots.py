@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spd_zoo.training.detection.curves import Curve
+from spd_zoo.training.detection.curves import Curve, rates
 from spd_zoo.training.page import png
 
 __all__ = ["BACKGROUND", "plot_confusion", "plot_curves"]
@@ -44,10 +44,9 @@ def plot_curves(precision: np.ndarray, curves: Sequence[Curve], names: Sequence[
     above.plot(recalls, precision[:, present].clip(0).mean(1), color="black", lw=2.5, label=label)
     above.set(xlabel="recall", ylabel="precision", title="at an IoU of 0.5")
     scores = np.linspace(0, 1, 201)
-    entries = [curves[i].entries(scores) for i in present]
-    for column, first, colour in (("precision", np.nan, "blue"), ("recall", 0.0, "orange"), ("f1", 0.0, "green")):
-        rows = [[first, *getattr(curves[i], column)] for i in present]  # the first: without any box
-        values = np.array([np.array(row)[at] for row, at in zip(rows, entries, strict=True)])
+    found = [rates(*curves[i].at(scores), curves[i].objects) for i in present]
+    for column, colour in (("precision", "blue"), ("recall", "orange"), ("f1", "green")):
+        values = np.array([each[column] for each in found])
         defined = np.isfinite(values).any(0)
         mean = np.nanmean(values[:, defined], 0)
         below.plot(scores[defined], mean, color=f"tab:{colour}", lw=2, label="F1" if column == "f1" else column)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from spd_zoo.training import comments
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection.metrics import BoxPredictions
 from spd_zoo.training.page import page, png, table
@@ -74,7 +75,9 @@ def write(
         "best": f"Best images: {colours}",
     }
     titles |= {"data": "Training images: sizes and positions of boxes, and some images"}
-    folder.write("report.html", page(config, history, summary, titles, figures, classes, notes))
+    remarks = {name: _errors(predictions, chosen) for name, chosen in predictions.halves.items()}
+    remarks |= {"curves": comments.on_training(history, "val_ap"), "confusion": _confused(predictions)}
+    folder.write("report.html", page(config, history, summary, titles, figures, classes, notes, remarks))
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> bytes:
@@ -83,18 +86,44 @@ def _curves(history: Sequence[dict[str, Any]]) -> bytes:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return b""
-    figure = Figure((10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure((5.5, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
     losses = [name for name in history[0] if name.startswith("train_") or name == "val_loss"]
-    for axes, names in ((left, losses), (right, ["val_ap50", "val_ap"])):
+    for axes, names in ((above, losses), (below, ["val_ap50", "val_ap"])):
         for name in names:
             axes.plot(epochs, [row[name] for row in history], ".-", label=name.replace("_", " "))
         axes.legend()
         axes.grid(alpha=0.3)
-    left.set(xlabel="epoch", ylabel="loss", yscale="log")
-    right.set(xlabel="epoch", ylabel="%", ylim=(0, 101))
+    above.set(ylabel="loss", yscale="log")
+    below.set(xlabel="epoch", ylabel="%", ylim=(0, 101))
     return png(figure)
+
+
+def _errors(predictions: BoxPredictions, indices: Sequence[int]) -> str:
+    """What is wrong in some images, in one sentence."""
+    outcomes = [predictions.outcomes[i] for i in indices]
+    right, wrong, missed = (
+        sum(int(number) for number in numbers)
+        for numbers in zip(
+            *((len(each.boxes) - each.wrong.sum(), each.wrong.sum(), (~each.detected).sum()) for each in outcomes),
+            strict=True,
+        )
+    )
+    return (
+        f"With the best minimum scores, {right} boxes are correct, {wrong} are wrong, and {missed} objects are missed."
+    )
+
+
+def _confused(predictions: BoxPredictions) -> str:
+    """What the confusion matrix shows, in one sentence."""
+    confusion = predictions.confusion
+    right, objects = int(confusion.diagonal().sum()), int(confusion[:-1].sum())
+    missed, background = int(confusion[:-1, -1].sum()), int(confusion[-1].sum())
+    return (
+        f"Of {objects} objects, {right} are detected, {objects - right - missed} are taken for another class and "
+        f"{missed} are missed; {background} boxes lie on none of these."
+    )
 
 
 def _percent(value: float | None) -> str:

@@ -36,6 +36,7 @@ from spd_zoo.training.steps import Batches, Steps
 __all__ = ["LR", "Detection", "DetectorTraining"]
 
 LR = 2e-3  # of AdamW for steps of 16 images; proportional to the square root of the batch size
+BOX_TERMS = ("train_box", "train_dfl", "train_location")  # which are 0 if no box is learned from
 YOLO_OPTIONS = ("mosaic", "mosaic_off", "zoom", "shift", "hsv")
 
 
@@ -72,7 +73,8 @@ class Detection:
     def defaults(self, config: FinetuneConfig, net: Any, batch_size: int, pretrained: bool) -> dict[str, Any]:
         """The values of options that depend on the task.
 
-        YOLO's augmentation is that of its authors. SSD's has no options except flips.
+        YOLO's augmentation is that of its authors, except that it keeps tiny objects. SSD's has no options except flips
+        and that one.
 
         Raises:
             ValueError: If an option has no meaning for the network.
@@ -86,6 +88,7 @@ class Detection:
             "layer_decay": 1.0,
             "weight_decay": 5e-4,
             "ema": 0.999,
+            "keep_tiny": True,
         }
         if isinstance(net, YoloNet):
             off = min(10, config.epochs // 5)
@@ -225,6 +228,16 @@ class Detection:
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch."""
         return f"val AP {row['val_ap']:.2f} %, AP50 {row['val_ap50']:.2f} %"
+
+    def epoch_notes(self, row: dict[str, Any]) -> list[str]:
+        """Says if no box was learned from."""
+        empty = [name for name in BOX_TERMS if row.get(name) == 0]
+        if not empty:
+            return []
+        return [
+            f"{' and '.join(empty)} were computed from no box in epoch {row['epoch']}: augmentation left none, or none "
+            "matched a cell of the network; a larger --image-size or --tile makes objects larger"
+        ]
 
     def pretrained_cfg(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Nothing: a detector's preprocessing does not change in training."""

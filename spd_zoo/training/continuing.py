@@ -1,0 +1,84 @@
+"""`--epochs +10`: the options of a run that goes on from a finished one."""
+
+import csv
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from spd_zoo.data.reading import size_text
+from spd_zoo.files import read_yaml
+from spd_zoo.training.config import FinetuneConfig, completed, parse_sizes
+from spd_zoo.training.run import RunError
+from spd_zoo.weights.load import timm_name
+
+__all__ = ["Continuation", "continuation"]
+
+SHARE = 10  # the learning rate begins at no less than the peak of the finished run divided by this
+_FIXED = ("seed", "val_name", "val_split", "val_size", "image_column", "label_column", "stream", "model_args")
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a run goes on from a finished one.
+
+    Attributes:
+        options: The options of the new run.
+        fingerprint: The digest of the data of the finished one.
+        in_words: What happens, on one line.
+    """
+
+    options: dict[str, Any]
+    fingerprint: str
+    in_words: str
+
+
+def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
+    """How a new run goes on from the network that a finished run kept: with its options, without warmup.
+
+    Its learning rate falls, as a cosine, from where the finished one ended. Most runs end near 0, where nothing is
+    learned: then from a tenth of their peak.
+
+    Args:
+        run: The folder of the finished run.
+        epochs: How many epochs are added, such as "+10".
+        asked: Options that take precedence; without `out`, the new run is written into RUN+10.
+
+    Raises:
+        ModelError: If the folder holds no network.
+        RunError: If its `run.yaml`, `data.json` or `metrics.csv` is missing or damaged.
+        ValueError: If `epochs` is not like "+10", or an option would change the data or the network.
+    """
+    if not epochs[1:].isdigit() or not int(epochs):
+        raise ValueError(f"epochs {epochs} is not a whole number, or like +10")
+    folder = Path(run.removeprefix("local-dir:"))
+    if not (folder / "run.yaml").is_file():
+        raise ValueError(f"epochs {epochs} goes on from a finished run; give its folder instead of {run}")
+    model = timm_name(f"local-dir:{folder}")
+    changed = [name for name in _FIXED if name in asked]
+    if changed:
+        raise ValueError(f"{folder} fixes {', '.join(changed)} of a run that goes on from it; leave that out")
+    try:
+        stored = completed(read_yaml(folder / "run.yaml"), folder)
+        fingerprint = json.loads((folder / "data.json").read_text(encoding="utf-8"))["fingerprint"]
+        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+            metrics = list(csv.DictReader(file))[-1]
+        last, peak = float(metrics["lr"]), float(stored["lr"])
+    except (KeyError, IndexError, TypeError, ValueError, OSError, RecursionError) as error:
+        raise RunError(f"{folder} holds a run with a damaged run.yaml, data.json or metrics.csv: {error}") from error
+    free = [item.name for item in fields(FinetuneConfig) if item.metadata.get("free") and item.name != "data"]
+    options = {name: value for name, value in stored.items() if name not in free}
+    size = size_text(parse_sizes(stored["image_size"])[-1][0])
+    options |= {"model": model, "pretrained": True, "epochs": int(epochs), "image_size": size}
+    classifies = "val_top1" in metrics
+    options |= {"head_init": "zero"} if classifies else {"auto_anchors": False}  # zero keeps a head of the same classes
+    options |= {"sched": "cosine", "decay_epochs": "", "lr": max(last, peak / SHARE), "warmup_epochs": 0}
+    options |= {"warmup_lr": None, "mosaic_off": None, "head_epochs": 0}
+    options |= {"out": f"{folder}{epochs}"} | asked | {"model": model, "epochs": int(epochs)}
+    rate = f"the last learning rate of {folder}"
+    if options["lr"] > last:
+        rate = f"a tenth of the peak of {folder}, which ended at {last:.2g}"
+    if "lr" in asked:
+        rate = "as given"
+    words = f"goes on from the network that {folder} kept: {int(epochs)} epochs from learning rate {options['lr']:.2g}"
+    return Continuation(options, fingerprint, f"{words} ({rate}), into {options['out']}")
