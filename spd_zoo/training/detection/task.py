@@ -64,6 +64,12 @@ def _input_size(config: FinetuneConfig, net: Any) -> tuple[int, int]:
     return parse_sizes(size)[-1][0]
 
 
+def _largest_size(config: FinetuneConfig, net: Any) -> tuple[int, int]:
+    """The largest height and width in pixels of a run's inputs."""
+    size = config.image_size or size_text(net.pretrained_cfg["input_size"][1:])
+    return max((each for each, _ in parse_sizes(size)), key=math.prod)
+
+
 class Detection:
     """The `Task` of detectors."""
 
@@ -119,7 +125,7 @@ class Detection:
                 readable = data.without(about[name]["unreadable"])
                 about[name]["boxes"] = data.problems()
                 about[name]["without boxes"] = sum(not len(readable.objects_in(i).labels) for i in range(len(readable)))
-                seen = cut(readable, _input_size(config, net), config.seed) if config.tile else readable
+                seen = cut(readable, _largest_size(config, net), config.seed) if config.tile else readable
                 about[name]["box sizes"] = describe_sizes(seen, _input_size(config, net), net.keeps_aspect)
         elif began_with is None:
             about |= {"notes": notes_on(splits.values())}
@@ -129,7 +135,7 @@ class Detection:
         if not sum(val.counts()):
             raise DataError(f"the split {config.val_name} has no box of a class that is trained; add some")
         if config.tile:
-            train = cut(train, _input_size(config, net), config.seed)
+            train = cut(train, _largest_size(config, net), config.seed)
             about.setdefault("tiles", describe_tiles(train, val))
         return Splits(train, val, about)
 
