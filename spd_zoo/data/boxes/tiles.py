@@ -171,7 +171,7 @@ def cut(data: BoxImages, fit: tuple[int, int], seed: int) -> Tiles:
             full.append(((i, None), own, small))
     parts, objects_of, sizes = zip(*full, *empty, strict=True)
     return Tiles(
-        [_called(data.name(i), box) for i, box in parts],
+        [_called(data.name(i), box, data.sizes[data.rows[i]]) for i, box in parts],
         list(sizes),
         list(objects_of),
         data.class_names,
@@ -185,7 +185,9 @@ def cut(data: BoxImages, fit: tuple[int, int], seed: int) -> Tiles:
     )
 
 
-def _called(name: str, box: Box | None) -> str:
+def _called(name: str, box: Box | None, size: tuple[int, int]) -> str:
+    if box == (0, 0, *size):
+        return name
     return f"{name} as a whole" if box is None else f"{name} at {box[0]},{box[1]}"
 
 
