@@ -17,7 +17,7 @@ from runs import rows_of, same_run, stop_in
 from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, Objects, Tiling, open_boxes
 from spd_zoo.data.boxes.tiles import cut, objects_inside, tile_boxes
-from spd_zoo.inference.detector import Detector
+from spd_zoo.inference.detector import Detector, trained_on_tiles
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 from spd_zoo.training.detection import report as box_report
 from spd_zoo.training.evaluate import evaluate
@@ -176,6 +176,15 @@ def test_a_run_on_tiles_says_what_it_trains_on_and_is_evaluated_alike(
             expected = detectors[tile](data.name(i))
             assert torch.allclose(found.scores[:50], expected.scores[:50], atol=1e-5)
             assert torch.allclose(found.boxes[:50], expected.boxes[:50], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["{}", "local-dir:{}", "{}/model.onnx"])
+def test_the_tiles_of_a_run_are_known_by_its_folder(name: str, tmp_path: Path) -> None:
+    assert trained_on_tiles(name.format(tmp_path)) is None
+    (tmp_path / "run.yaml").write_text("tile: 320\noverlap: 0.25\n")
+    assert trained_on_tiles(name.format(tmp_path)) == (320, 0.25)
+    (tmp_path / "run.yaml").write_text("epochs: 3\n")  # of a version without tiles
+    assert trained_on_tiles(name.format(tmp_path)) is None
 
 
 def large(data: Path) -> None:
