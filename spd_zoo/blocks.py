@@ -46,8 +46,8 @@ class PyConv2d(nn.ModuleDict):
     """Pyramidal convolution: kernels of several sizes in parallel on the same input (arXiv 2006.11538, section 3).
 
     On a CPU, levels with few output channels per group are computed four output pixels at a time (`phase_weight`) where
-    that was measured to be faster (`tools/pyramids.jsonl`); the output is the same. A level with hooks, a patched `forward` or computed
-    weights is called like any module.
+    that was measured to be faster (`tools/pyramids.jsonl`); the output is the same. A level with hooks, a patched
+    `forward` or computed weights is called like any module.
 
     Args:
         in_chs: Input channels; every level reads all of them.
@@ -105,9 +105,8 @@ class PyConv2d(nn.ModuleDict):
 def _is_narrow(level: Any) -> bool:
     """Whether a level has so few output channels per group that computing four pixels at a time is faster.
 
-    The limit is 4 channels, or 8 at stride 1 in evaluation; without AVX-512 it is half as many. It depends on nothing
-    that is measured at run time, so that a resumed run computes the same bits. The kernel must be square and padded
-    with half its size.
+    The limit is 4 channels, or 8 at stride 1 in evaluation; without AVX-512 2, or 4 in evaluation. Nothing is timed at
+    run time, so that a resumed run computes the same bits. The kernel must be square and padded with half its size.
     """
     if not isinstance(level, nn.Conv2d) or level.padding_mode != "zeros" or level.dilation != (1, 1):
         return False
@@ -116,8 +115,9 @@ def _is_narrow(level: Any) -> bool:
         return False
     if level.stride not in ((1, 1), (2, 2)):
         return False
-    limit = 4 if level.stride == (2, 2) or level.training else 8
-    return level.out_channels // level.groups <= (limit if _HAS_AVX512 else limit // 2)
+    strided, training = level.stride == (2, 2), level.training
+    with_avx512, without = 4 if strided or training else 8, 2 if training else 4
+    return level.out_channels // level.groups <= (with_avx512 if _HAS_AVX512 else without)
 
 
 def _is_plain(level: Any) -> bool:

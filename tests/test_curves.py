@@ -256,7 +256,10 @@ def test_evaluate_writes_what_the_run_stores_and_takes_an_iou(
 ) -> None:
     folder, data = finished
     options = ["--split", "val", "--device", "cpu", "--workers", "0", "--out", str(tmp_path)]
+    (tmp_path / "figures_64").mkdir()
+    (tmp_path / "figures_64" / "best.png").write_bytes(b"of an earlier evaluation")
     assert main(["evaluate", str(folder), "--data", str(data), *options]) == 0
+    assert pixels((tmp_path / "figures_64" / "best.png").read_bytes()).size
     assert "precision" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "scores_64.json").read_text())) == NAMES
     assert (tmp_path / "figures_64" / "precision_recall.png").exists()

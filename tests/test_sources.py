@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -34,7 +35,7 @@ Capture = pytest.CaptureFixture[str]
 def make_video(file: Path, frames: int = 5, size: tuple[int, int] = (128, 96)) -> Path:
     """A red square that moves to the right by 16 pixels a frame."""
     writer = cv2.VideoWriter(
-        str(file), cv2.VideoWriter_fourcc(*("mp4v" if file.suffix == ".mp4" else "MJPG")), 8.0, size
+        str(file), cv2.VideoWriter.fourcc(*("mp4v" if file.suffix == ".mp4" else "MJPG")), 8.0, size
     )
     for i in range(frames):
         image = picture(size, red=(16 * i, 32, 16 * i + 32, 64))
@@ -82,6 +83,15 @@ def as_png(image: Image.Image) -> bytes:
     file = BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def moved(to: str) -> Any:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", to)
+        handler.end_headers()
+
+    return answer
 
 
 # videos
@@ -164,6 +174,9 @@ def test_without_opencv_one_sentence_says_what_to_install(
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert main(["detect", str(run), str(tmp_path / "clip.mp4")]) == 1
     assert capsys.readouterr().err == "spd-zoo: error: this needs the package cv2: pip install 'spd-zoo[video]'\n"
+    picture((40, 30)).save(tmp_path / "a.png")  # in a folder, the images are what was asked for
+    assert main(["detect", str(run), str(tmp_path), "--device", "cpu"]) == 0
+    assert "the suffix is not that of an image: .mp4 (1)" in capsys.readouterr().err
 
 
 def test_a_camera_ends_when_asked_to_and_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +190,13 @@ def test_a_camera_ends_when_asked_to_and_keeps_what_it_found(tmp_path: Path, mon
         seen.append(each.frame or 0)
     assert seen == list(range(7))
     assert len(json.loads((tmp_path / "out" / "detections.json").read_text())["images"]) == 7
+
+
+def test_a_stream_that_is_not_there_is_an_error_without_its_password(run: Path, capsys: Capture) -> None:
+    assert main(["detect", str(run), "rtsp://me:secret@127.0.0.1:9/x", "--device", "cpu"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("spd-zoo: error: rtsp://127.0.0.1:9/x: OpenCV cannot open this camera or stream")
+    assert "secret" not in errors
 
 
 # sources
@@ -232,7 +252,13 @@ def test_images_at_addresses_are_read(run: Path, server: tuple[str, dict[str, An
     address, content = server
     image = picture((90, 70), red=(8, 8, 24, 40))
     content["/photo.png"] = as_png(image)
-    assert np.array_equal(np.asarray(read_source(f"{address}/photo.png?width=90")), np.asarray(image))
+    content["/moved"] = moved("/photo.png")
+    for path in ("photo.png?width=90", "moved"):
+        assert np.array_equal(np.asarray(read_source(f"{address}/{path}")), np.asarray(image))
+    content["/away"] = moved((tmp_path / "a.png").as_uri())
+    picture((9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="cannot download this image: UnsupportedProtocol"):
+        read_source(f"{address}/away")
     out = str(tmp_path / "out")
     assert main(["detect", str(run), f"{address}/photo.png", "--out", out, "--device", "cpu", "--score", "0.99"]) == 0
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "photo.png")), np.asarray(image))
@@ -260,18 +286,22 @@ def test_what_is_no_image_at_an_address_is_an_error_of_that_image(
     content |= {"/page.png": b"<!doctype html><p>log in</p>", "/noise.png": b"\x00" * 99, "/empty.png": b""}
     content["/large.png"] = b"\x01" * 3000
 
+    sent = []
+
     def slow(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.end_headers()
-        handler.wfile.write(b"\x01" * 10)
+        while len(sent) < 50 and not time.sleep(0.02):
+            sent.append(handler.wfile.write(b"\x01"))
 
     content["/slow.png"] = slow
     if name == "large.png":
         monkeypatch.setattr(sources, "_LARGEST_IMAGE", 2000)
     if name == "slow.png":
-        monkeypatch.setattr(sources, "_LONGEST", 0.0)
+        monkeypatch.setattr(sources, "_LONGEST", 0.1)
     with pytest.raises(ValueError, match=words):
         read_source(f"{address}/{name}")
+    assert len(sent) < 50  # a server that trickles does not keep anybody waiting
 
 
 def test_a_server_that_is_not_there_is_an_error_of_that_image(monkeypatch: pytest.MonkeyPatch) -> None:

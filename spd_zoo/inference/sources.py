@@ -82,6 +82,7 @@ def find_sources(patterns: Iterable[str], notes: Notes) -> list[Source]:
         ValueError: If a list is empty or no text, or an address is of no type that can be read.
     """
     found: list[Source] = []
+    videos = VIDEO_SUFFIXES if _has_opencv() else ()  # in folders; without OpenCV they are left out, with a note
     for pattern in patterns:
         if Path(pattern).suffix.lower() == ".txt" and os.path.isfile(pattern):  # noqa: PTH113  (too long names raise)
             entries = _listed(Path(pattern))
@@ -93,7 +94,7 @@ def find_sources(patterns: Iterable[str], notes: Notes) -> list[Source]:
             elif entry.isdecimal() and not os.path.exists(entry):  # noqa: PTH110
                 found.append(Video(f"camera {int(entry)}", entry))
             else:
-                found += map(_image_or_video, find_images([entry], notes, VIDEO_SUFFIXES))
+                found += map(_image_or_video, find_images([entry], notes, videos))
     if any(isinstance(source, Video) for source in found):
         _opencv()  # if it is missing, fail before anything is computed
     return found
@@ -131,9 +132,11 @@ def _image_or_video(path: Path) -> Source:
     # os.path.isfile returns False for over-long or forbidden paths; pathlib raises
     if suffix in SUFFIXES or not os.path.isfile(path) or is_identified(path):  # noqa: PTH113
         return path
-    if importlib.util.find_spec("cv2") is None:
-        return path  # reading it says that it is no image
-    return Video(str(path), str(path))
+    return Video(str(path), str(path)) if _has_opencv() else path  # reading it says that it is no image
+
+
+def _has_opencv() -> bool:
+    return importlib.util.find_spec("cv2") is not None
 
 
 def public(address: str) -> str:
@@ -194,6 +197,8 @@ class Frames:
             self.capture = cv2.VideoCapture(video.opened)
         if not self.capture.isOpened():
             self.capture.release()
+            if video.live:
+                raise ValueError("OpenCV cannot open this camera or stream; is it there, and free?")
             raise ValueError("OpenCV cannot open this as a video, and it is no image in a format that Pillow knows")
         rate = float(self.capture.get(cv2.CAP_PROP_FPS))
         self.rate = rate if math.isfinite(rate) and 0 < rate <= 1000 else USUAL_RATE
@@ -233,7 +238,7 @@ class VideoFile:
         cv2 = _opencv()
         self.file, self.size, self.frames = file, size, 0
         self.even = (size[0] + size[0] % 2, size[1] + size[1] % 2)
-        self.writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), rate, self.even)
+        self.writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"mp4v"), rate, self.even)
         if not self.writer.isOpened():
             raise OSError(f"OpenCV cannot write the video {file.name} of {size[0]}x{size[1]} pixels")
 

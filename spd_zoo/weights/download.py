@@ -115,12 +115,14 @@ def download_bytes(address: str, most: int, seconds: float) -> bytes:
     Raises:
         DownloadError: If it cannot be downloaded, with the reason, or is too large or a web page.
     """
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError("OfflineModeIsEnabled: HF_HUB_OFFLINE is set")
 
     def get() -> bytes:
         content, end = bytearray(), time.monotonic() + seconds
         with get_session().stream("GET", address, timeout=_PAUSES, follow_redirects=True) as response:
             response.raise_for_status()
-            for block in response.iter_bytes(2**16):
+            for block in response.iter_bytes():  # as they come, so that a server that trickles is noticed
                 content += block
                 if len(content) > most:
                     raise DownloadError(f"it has more than {most / 2**20:.0f} MiB")

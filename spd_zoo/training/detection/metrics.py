@@ -303,7 +303,8 @@ class BoxPredictions:
     def write_tables(self, folder: Path, suffix: str = "") -> None:
         """Writes the tables as CSV and JSON, and the figures.
 
-        `curves.csv` has a row for each class and each of the minimum scores `SCORES`. `predictions.json` has the form of `detections.json`, which `spd-zoo detect` writes.
+        `curves.csv` has a row for each class and each of the minimum scores `SCORES`. `predictions.json` has the form
+        of `detections.json`, which `spd-zoo detect` writes.
         """
         names, best = self.data.class_names, [curve.threshold() for curve in self.curves]
         points = [
@@ -327,20 +328,21 @@ class BoxPredictions:
         pictures = folder / f"figures{suffix}"
         pictures.mkdir(exist_ok=True)
         for name, content in self._figures().items():
-            (pictures / f"{name}.png").write_bytes(content)
+            (pictures / f"{name}.png").unlink(missing_ok=True)  # one of an earlier evaluation
+            if content:
+                (pictures / f"{name}.png").write_bytes(content)
 
     def _figures(self) -> dict[str, bytes]:
-        """Plots and contact sheets as PNG, by name; without matplotlib no plots."""
+        """Plots and contact sheets as PNG, by name; empty where there is nothing to show, or no matplotlib."""
         names = self.data.class_names
         images = (self.data, self.detections, self.outcomes)
-        figures = {
+        return {
             "precision_recall": plot_curves(self.precision[0, ..., 0], self.curves, names),
             "confusion": plot_confusion(self.confusion, names),
             "false_positives": false_positives(*images),
             "missed": missed_objects(*images, self._matches, self.thresholds),
-            **{name: box_sheet(*images, chosen) for name, chosen in self.halves.items()},
+            **{name: box_sheet(*images, self.halves.get(name, [])) for name in ("worst", "best")},
         }
-        return {name: content for name, content in figures.items() if content}
 
 
 def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class _Mark(NamedTuple):
 def box_sheet(
     data: BoxImages, detections: Sequence[Detections], outcomes: Sequence[Outcome], indices: Sequence[int]
 ) -> bytes:
-    """A PNG of the images at `indices`."""
+    """A PNG of the images at `indices`; empty without any."""
     pictures = []
     for i in indices:
         (width, height), result = data.sizes[data.rows[i]], outcomes[i]
@@ -116,7 +116,7 @@ def _crops(
         x1, y1, x2, y2 = _scaled(mark.box, scale, (left, top))
         ImageDraw.Draw(crop).rectangle((x1, y1, x2, y2), outline=colour, width=2)
         pictures.append((crop, mark.text))
-    return _sheet(pictures, CROP, CROP_COLUMNS) if pictures else b""
+    return _sheet(pictures, CROP, CROP_COLUMNS)
 
 
 def _draw(
@@ -153,7 +153,9 @@ def _scaled(box: Tensor, scale: float, corner: tuple[int, int]) -> tuple[float, 
 
 
 def _sheet(pictures: Sequence[tuple[Image.Image, str]], side: int, columns: int) -> bytes:
-    """A PNG of pictures in rows, each in a square of `side` pixels with a line of text below."""
+    """A PNG of pictures in rows, each in a square of `side` pixels with a line of text below; empty without any."""
+    if not pictures:
+        return b""
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (side + _GAP), rows * (side + _LINE + _GAP // 2)), "white")
     draw = ImageDraw.Draw(sheet)
