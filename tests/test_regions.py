@@ -4,6 +4,7 @@ import pickle
 import struct
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from spd_zoo.data.reading import read_image
 from spd_zoo.data.regions import PartError, Recent, TiffRegions, bands, open_regions, reduced
 
 BOXES = ((0, 0, 100, 70), (37, 21, 90, 66), (-5, 40, 20, 90))
-STRIPED = {
+STRIPED: dict[str, tuple[str, dict[str, Any]]] = {
     "raw": ("RGB", {}),
     "raw, one strip": ("RGB", {"tiffinfo": {278: 70}}),
     "deflate": ("RGB", {"compression": "tiff_deflate", "tiffinfo": {278: 16}}),

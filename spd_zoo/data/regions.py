@@ -221,8 +221,8 @@ class TiffRegions:
                 packed = struct.pack(f"{self.order}L", place)
             table += struct.pack(f"{self.order}HHL", tag, type_, count) + packed.ljust(4, b"\0")
         header = (b"MM" if self.order == ">" else b"II") + struct.pack(f"{self.order}HL", 42, start)
-        count = struct.pack(f"{self.order}H", len(entries))
-        return header.ljust(_DATA, b"\0") + pixels + count + table + b"\0" * 4 + more
+        number = struct.pack(f"{self.order}H", len(entries))
+        return header.ljust(_DATA, b"\0") + pixels + number + table + b"\0" * 4 + more
 
 
 def bands(image: Regions) -> Iterator[Image.Image]:
