@@ -336,7 +336,7 @@ def _trace(net: nn.Module, size: tuple[int, int, int]) -> _Trace:
             if downsamples:
                 axis = args[1] % 4
                 stepped[axis] = output
-                downsamples = stepped.get(5 - axis) is args[0]  # one axis alone is a rotary embedding
+                downsamples = stepped.get(5 - axis) is args[0]  # a rotary embedding slices one axis only
         else:
             downsamples = _downsamples_by(name, args, output)
         owner = meta.get_submodule(module)

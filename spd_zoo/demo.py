@@ -1,15 +1,16 @@
 """`spd-zoo demo`: a page, served from this machine, to try networks on pictures.
 
-It also shows the predictions for smaller inputs, and those of the network's twins: the same weights with strides or
-with space-to-depth, and the other network of a pair. The page is made with Gradio, which the extra `demo` installs;
-the browser loads nothing from elsewhere.
+It also shows the predictions for smaller inputs, and those of the other network of a pair: padded and padding-free, or
+strided and with space-to-depth. The page is made with Gradio, which the extra `demo` installs; the browser loads
+nothing from elsewhere.
 """
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +20,11 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from spd_zoo.access import SameOrigin, host_name
-from spd_zoo.convert import SPDReport, convert_to_spd
 from spd_zoo.data.reading import channel_mode, read_image
-from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import DEFAULT_CLASSIFIER, check_classifier
 from spd_zoo.inference.detector import Detections, Detector
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import pick_device
-from spd_zoo.spd import PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d
 from spd_zoo.weights import WeightsError, entries, original_of
 from spd_zoo.weights.catalogue import local_checkpoints
 from spd_zoo.weights.load import ModelError, class_names, load_network, pretrained_cfg, timm_name
@@ -35,28 +33,31 @@ from spd_zoo.weights.manifest import default_checkpoints
 if TYPE_CHECKING:
     import gradio as gr
 
-__all__ = ["SIZES", "Twin", "build", "compare", "offered", "predict_html", "read_picture", "serve", "twins"]
+__all__ = ["EXAMPLES", "SIZES", "Twin", "build", "compare", "offered", "predict_html", "read_picture", "serve", "twin"]
 
 SIZES = (32, 64, 128)  # pixels: the smaller inputs
 MAX_FILE = "10mb"  # maximum size of an upload
 MAX_SIDE = 2048  # pixels: larger pictures are reduced when they are read
 SHOWN = 256  # pixels: small inputs are enlarged to about this size
 TOP = 5  # classes in a table
-TWINS = 2  # maximum number of twins of a network
 PAIRS = {"_pfd": ("padded", "padding-free"), "_spd": ("strided", "space-to-depth")}  # suffix: without it, with it
 SAME_OBJECT = 0.5  # IoU of boxes of two detectors
 
-_SPD_LAYERS = (PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d)
+_PICTURES = Path(__file__).parent / "demo_pictures"
+EXAMPLES = (  # a picture and a network that is right about it
+    (str(_PICTURES / "coffee.jpg"), "tf_efficientnet_lite0_spd.in1k"),
+    (str(_PICTURES / "rocket.jpg"), "cifar_resnet20_pfd.cifar100"),
+    (str(_PICTURES / "cells.jpg"), "yolov8n_spd.bccd"),
+)
+
 _ABOUT = """# spd_zoo: small pictures, small objects
-Drop a picture and choose a network: a classifier predicts its class, a detector finds objects in it. Everything is
+Choose an example, or drop a picture and choose a network: a classifier predicts its class, a detector finds objects in
+it. Drag the line between the picture on the left and what the network sees or finds on the right. Everything is
 computed on the machine that serves this page."""
+_NO_PICTURE = "Drop a picture on the page, or click to choose one."
 _SMALLER = """## The effect of image size
-The same network gets the picture at fewer (or more) pixels; its input is shown enlarged. No network was trained at
-every size, so predictions can get worse at smaller and at larger sizes than its own."""
-_TWINS = """## Strided against space-to-depth
-The chosen network next to its twins, at its own size: the same weights with the other type of layers, and the other
-network of a pair."""
-_NO_TWIN = "There is nothing to compare with: the network has no layer that `convert_to_spd` or `fold_spd` replaces."
+The same network gets the picture at fewer (or more) pixels. No network was trained at every size, so predictions
+can get worse at smaller and at larger sizes than its own."""
 _CSS = ".answer table { width: 100%; margin-left: 0 } .answer td + td { text-align: right }"
 
 
@@ -67,7 +68,7 @@ def read_picture(file: str | None) -> Image.Image:
         ValueError: If there is none, or it cannot be read.
     """
     if file is None:
-        raise ValueError("Drop a picture on the page, or click to choose one.")
+        raise ValueError(_NO_PICTURE)
     try:
         picture = read_image(file)
     except ValueError as error:
@@ -117,17 +118,22 @@ def predict_html(net: nn.Module, picture: Image.Image, size: int | None = None) 
 @torch.inference_mode()
 def _classify(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[Image.Image, Tensor]:
     """A classifier's input as an enlarged image, and the probability of each class, (num_classes,)."""
+    pixels, seen = _input(net, picture, size)
+    probabilities = net(pixels[None].to(next(net.parameters()))).float().softmax(1)[0].cpu()
+    times = max(1, SHOWN // max(seen.size))
+    return seen.resize((seen.width * times, seen.height * times), Image.Resampling.NEAREST), probabilities
+
+
+def _input(net: nn.Module, picture: Image.Image, size: int | None) -> tuple[Tensor, Image.Image]:
+    """A classifier's input, (C, H, W), and as an image."""
     cfg = pretrained_cfg(net)
     channels = cfg["input_size"][0]
     mode = channel_mode(channels, str(cfg["architecture"]))
     config = resolve_data_config({"input_size": (channels, size, size)} if size else {}, pretrained_cfg=cfg)
     pixels = create_transform(**config)(picture.convert(mode))
-    probabilities = net(pixels[None].to(next(net.parameters()))).float().softmax(1)[0].cpu()
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     colours = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    seen = Image.fromarray(colours.squeeze(2).numpy())  # (H, W) for grey images
-    times = max(1, SHOWN // max(seen.size))
-    return seen.resize((seen.width * times, seen.height * times), Image.Resampling.NEAREST), probabilities
+    return pixels, Image.fromarray(colours.squeeze(2).numpy())  # (H, W) for grey images
 
 
 def _coarse(picture: Image.Image, size: int | None) -> Image.Image:
@@ -154,36 +160,24 @@ class Twin:
 
 
 @lru_cache(maxsize=1)
-def twins(model: str) -> tuple[Twin, ...]:
-    """The networks to compare a network with, at most `TWINS`.
+def twin(model: str) -> Twin | None:
+    """The other network of a pair, if its weights with the same tag are on this machine.
 
-    First the same weights: folded, if the network has layers of `convert_to_spd`, otherwise converted by it. Then the
-    other network of a pair (padded and padding-free, or strided and with space-to-depth), if its weights with the same
-    tag are on this machine.
+    Pairs are padded and padding-free, or strided and with space-to-depth. Weights that are only converted are no pair:
+    both networks compute the same.
 
     Raises:
-        ModelError: If there is no such network, or it cannot be used.
+        ModelError: If the network cannot be used.
         WeightsError: If its weights are unavailable or must not be used.
     """
-    net, found = load(model), []
-    layers = sum(isinstance(module, _SPD_LAYERS) for module in net.modules())
-    if layers:
-        what = f"space-to-depth layers folded into strided ones (`fold_spd`, layers: {layers})"
-        found.append(Twin(fold_spd(net), f"**{model}**, its {what}. The function is the same."))
-    else:
-        converted: Any = convert_to_spd(net)
-        report: SPDReport = converted.spd_report
-        if report.replaced:
-            what = f"strides and poolings as space-to-depth (`convert_to_spd`, layers: {len(report.replaced)})"
-            found.append(Twin(converted, f"**{model}**, its {what}. The function is the same."))
     network, _, tag = model.partition(".")
     here = local_checkpoints()
     for suffix, (without, having) in PAIRS.items():
         bare = network.removesuffix(suffix)
         other, variant = (f"{bare}.{tag}", without) if bare != network else (f"{bare}{suffix}.{tag}", having)
         if model in here and other in here and not _same_file(model, other):
-            return (*found, Twin(load(other), f"**{other}**, the {variant} network, which has its own weights."))
-    return tuple(found)
+            return Twin(load(other), f"**{other}**, the {variant} network, which has its own weights.")
+    return None
 
 
 def _same_file(model: str, other: str) -> bool:
@@ -192,43 +186,33 @@ def _same_file(model: str, other: str) -> bool:
     return len({original_of(entry).name for entry in both if entry}) < len([entry for entry in both if entry])
 
 
-def compare(net: nn.Module, twin: nn.Module, picture: Image.Image) -> tuple[Image.Image, str]:
-    """The twin's input (with a detector's boxes), and both networks' predictions with their differences, as HTML.
+def compare(net: nn.Module, other: nn.Module, picture: Image.Image) -> str:
+    """The predictions of two networks for a picture, as HTML.
 
     Raises:
         ModelError: If the networks cannot be compared, or do not take the picture.
     """
     names = class_names(pretrained_cfg(net))
-    if names != class_names(pretrained_cfg(twin)):
+    if names != class_names(pretrained_cfg(other)):
         raise ModelError("the two networks have different classes, so their predictions cannot be compared")
-    if isinstance(twin, DetectionNet):
-        found = Detector(twin)(picture)
-        return found.draw(picture), _differences(Detector(net)(picture), found)
-    (_, ours), (seen, theirs) = _classify(net, picture, None), _classify(twin, picture, None)
+    if isinstance(other, DetectionNet):
+        return _differences(Detector(net)(picture), Detector(other)(picture))
+    (_, ours), (_, theirs) = _classify(net, picture, None), _classify(other, picture, None)
     best = dict.fromkeys(i for each in (ours, theirs) for i in each.argsort(descending=True)[:TOP].tolist())
-    points = 100 * (theirs - ours)
-    rows = [(names[i], _percent(ours[i]), _percent(theirs[i]), f"{points[i]:+.2g}") for i in best]
-    return seen, (
-        f"<p>Largest difference over all {len(names)} classes: {points.abs().max():.2g} percentage points.</p>"
-        + _table(("class", "network", "twin", "points"), rows)
-    )
+    return _table(("class", "network", "twin"), [(names[i], _percent(ours[i]), _percent(theirs[i])) for i in best])
 
 
 def _differences(ours: Detections, theirs: Detections) -> str:
-    """Compares two detectors' objects in one picture: how many are the same, and how their scores and boxes differ."""
+    """How many objects of each class two detectors find in one picture, and how many of them are the same."""
     overlap = box_iou(ours.boxes, theirs.boxes) * (ours.labels[:, None] == theirs.labels)
-    pairs = []
+    same = 0
     while overlap.numel() and overlap.max() >= SAME_OBJECT:  # the best pair first, each object once
         i, j = divmod(int(overlap.argmax()), overlap.shape[1])
-        pairs.append((i, j))
+        same += 1
         overlap[i] = overlap[:, j] = 0
-    text = f"Objects: {len(ours)} of the network, {len(theirs)} of the twin; {len(pairs)} are the same"
-    if pairs:
-        mine, other = torch.tensor(pairs).unbind(1)
-        scores = (ours.scores[mine] - theirs.scores[other]).abs().max()
-        boxes = (ours.boxes[mine] - theirs.boxes[other]).abs().max()
-        text += f", with scores that differ by at most {scores:.2g} and boxes by at most {boxes:.2g} pixels"
-    return f"<p>{text} (a box of the same class with an IoU of at least {SAME_OBJECT}).</p>"
+    names = sorted({*ours.names, *theirs.names})
+    rows = [(name, str(ours.names.count(name)), str(theirs.names.count(name))) for name in names]
+    return f"<p>Objects that both find: {same}.</p>" + _table(("class", "network", "twin"), rows)
 
 
 def _percent(probability: Tensor) -> str:
@@ -268,10 +252,11 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
         raise ModelError("no weights are on this machine; `spd-zoo weights pull` gets some")
     import gradio as gr
 
-    def view() -> tuple[gr.Image, gr.HTML]:
-        return gr.Image(show_label=False, interactive=False, height=SHOWN, format="png", buttons=[]), gr.HTML(
-            elem_classes="answer"
-        )
+    def view() -> gr.ImageSlider:
+        return gr.ImageSlider(show_label=False, interactive=False, height=SHOWN, buttons=[])
+
+    def answer() -> gr.HTML:
+        return gr.HTML(elem_classes="answer")
 
     # Other features of Gradio, such as telemetry, a public link and an open API, are off here and in `serve`.
     with gr.Blocks(analytics_enabled=False, title="spd_zoo", delete_cache=(3600, 3600)) as page:
@@ -280,49 +265,55 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
             with gr.Column():
                 file = gr.File(label="Picture", height=160)
                 chosen = gr.Dropdown(choices, value=choices[0], label="Network", filterable=False)
-                message = gr.Markdown(elem_id="message", value="Drop a picture on the page, or click to choose one.")
+                gr.Examples([[*pair] for pair in EXAMPLES if pair[1] in choices], [file, chosen], label="Examples")
+                message = gr.Markdown(elem_id="message", value=_NO_PICTURE)
             with gr.Column():
-                own = view()
+                own = [view(), answer()]
         with gr.Column(visible=False) as more:
             gr.Markdown(_SMALLER)
             with gr.Row():
-                smaller: list[gr.Image | gr.HTML] = []
+                smaller: list[gr.ImageSlider | gr.HTML] = []
                 for size in SIZES:
                     with gr.Column(min_width=200):
                         gr.Markdown(f"**{size} x {size} pixels**")
-                        smaller += view()
-            gr.Markdown(_TWINS)
-            with gr.Row():
-                beside: list[gr.Column | gr.Markdown | gr.Image | gr.HTML] = []
-                for _ in range(TWINS):
-                    with gr.Column(visible=False) as column:
-                        beside += [column, gr.Markdown(), *view()]
-        outputs = [message, more, *own, *smaller, *beside]
+                        smaller += [view(), answer()]
+            with gr.Column(visible=False) as pair:
+                described, other = gr.Markdown(), answer()
+        outputs = [message, more, *own, *smaller, pair, described, other]
 
         def show(path: str | None, model: str) -> list[Any]:
             """All outputs for a picture; only a message if there is nothing to show."""
             try:
                 picture, net = read_picture(path), load(model)
-                outputs: list[Any] = [*predict_html(net, picture)]
+                seen, text = predict_html(net, picture)
+                shown: list[Any] = [_beside(net, picture, seen), text]
                 for size in SIZES:
-                    outputs += _or_reason(predict_html, net, picture, size)
-                for twin in twins(model):
-                    outputs += [gr.Column(visible=True), twin.description, *_or_reason(compare, net, twin.net, picture)]
+                    seen, text = _at(net, picture, size)
+                    shown += [_beside(net, picture, seen), text]
+                compared = twin(model)
+                table = compare(net, compared.net, picture) if compared is not None else ""
             except (ValueError, WeightsError) as error:
                 return [str(error), gr.Column(visible=False), None, "", *[gr.skip() for _ in outputs[4:]]]
-            for i in range(len(twins(model)), TWINS):
-                outputs += [gr.Column(visible=i == 0), _NO_TWIN if i == 0 else "", None, ""]
-            return [_summary(model, net, picture), gr.Column(visible=True), *outputs]
+            words = f"## Against its twin\n{compared.description}" if compared is not None else ""
+            shown += [gr.Column(visible=compared is not None), words, table]
+            return [_summary(model, net, picture), gr.Column(visible=True), *shown]
 
-        changed = [file.upload, file.clear, chosen.change]
+        changed = [file.change, chosen.change]
         gr.on(changed, show, [file, chosen], outputs, trigger_mode="always_last", api_visibility="private")
     return page.queue(max_size=16, api_open=False, default_concurrency_limit=1)
 
 
-def _or_reason(function: Callable[..., tuple[Image.Image, str]], *args: Any) -> tuple[Image.Image | None, str]:
-    """The result of `predict_html` or `compare`, or no image and the reason."""
+def _beside(net: nn.Module, picture: Image.Image, seen: Image.Image | None) -> tuple[Image.Image, Image.Image] | None:
+    """The picture and a network's input, of the same size and with the same part of the picture."""
+    if seen is None:
+        return None
+    return (picture if isinstance(net, DetectionNet) else _input(net, picture, seen.width)[1]), seen
+
+
+def _at(net: nn.Module, picture: Image.Image, size: int) -> tuple[Image.Image | None, str]:
+    """The result of `predict_html`, or no image and the reason."""
     try:
-        return function(*args)
+        return predict_html(net, picture, size)
     except ModelError as error:
         return None, f"<p>{escape(str(error))}</p>"
 

@@ -74,8 +74,8 @@ def export(
     Input `images`, float32 (N, C, height, width). Outputs of a classifier: `logits`, float32 (N, classes). Outputs of a
     detector, which decodes and suppresses boxes within each class: `num`, int64 (N,); `boxes`, float32 (N,
     max_detections, 4), x1 y1 x2 y2 in pixels of the input; `scores`, float32, and `classes`, int64 (N, max_detections).
-    The first `num` rows count, by descending score; behind them are zeros, and the class -1. YOLO takes any height and
-    width that are multiples of 32, every other network those it is exported with.
+    The first `num` rows hold the detections by descending score; the rest are zeros, with the class -1. YOLO takes any
+    height and width that are multiples of 32, every other network those it is exported with.
 
     What must be done to an image first, and what the outputs mean, is in the file's metadata: the ONNX model's
     `metadata_props`, or the extra file `metadata.json` of a pt2 file. Import torchvision before a detector's pt2 file
@@ -109,7 +109,7 @@ def export(
     if isinstance(net, DetectionNet):
         iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
         if not (0 <= score_threshold <= 1 and 0 <= iou_threshold <= 1 and max_detections >= 1):
-            raise ExportError("thresholds are from 0 to 1, and there is room for at least one detection")
+            raise ExportError("thresholds must be from 0 to 1, and max_detections at least 1")
     else:
         check_classifier(net, name)
         if raw or (score_threshold, iou_threshold, max_detections) != (0.25, None, 300):
@@ -160,7 +160,7 @@ def _place(name: str, out: str | Path | None, suffix: str) -> Path:
 
 
 class _Part(nn.Module):
-    """What of a network is exported: here all, a classifier's logits.
+    """The module that is exported: here a classifier, with its logits.
 
     Attributes:
         net: The network.
@@ -221,7 +221,19 @@ class _Raw(_Part):
 
     def forward(self, images: Tensor) -> Outputs:
         """(N, C, H, W) -> raw predictions."""
-        return tuple(self.net(images))
+        return tuple(self.net(_in_multiples(images, self.multiple)))
+
+
+def _in_multiples(images: Tensor, multiple: int) -> Tensor:
+    """The same images, of sides that torch knows to be multiples while it records a graph.
+
+    It then halves them exactly. Otherwise it carries a remainder along for each halving inside of the next, which takes
+    minutes. A recorded graph refuses images of other sides here. With a multiple of 0, nothing changes.
+    """
+    if not multiple:
+        return images
+    height, width = (side // multiple * multiple for side in images.shape[2:])
+    return images.expand(images.shape[0], images.shape[1], height, width)
 
 
 class _Candidates(nn.Module):
@@ -233,6 +245,7 @@ class _Candidates(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C, H, W) -> (N, boxes, 4) twice, and (N, classes, boxes)."""
+        images = _in_multiples(images, self.net.size_multiple)
         size = (images.shape[-2], images.shape[-1])
         decoded = self.net.decode(self.net(images), size)
         boxes = box_convert(decoded[..., :4], "cxcywh", "xyxy")
@@ -296,7 +309,7 @@ class _Boxes(_Part):
     def check(self, net: Any, size: tuple[int, int], compute: Computation) -> None:
         """Raises ExportError unless all boxes are the network's, and those that NMS kept are what its own NMS keeps.
 
-        NMS is compared on the file's own boxes: among many that overlap, rounding alone decides which are kept.
+        NMS is compared on the file's own boxes: among many that overlap, rounding decides which are kept.
         """
         for images in _noise(net, size, self.multiple):
             with torch.inference_mode():
@@ -514,7 +527,7 @@ def _dynamic(part: _Part) -> dict[int, Any]:
 def _to_pt2(part: _Part, example: Tensor, metadata: dict[str, str], file: Path) -> Computation:
     """Writes a file of torch.export; returns what torch computes with it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torchvision about its own NMS
+        warnings.simplefilter("ignore", FutureWarning)  # torchvision's NMS warns about itself
         program = torch.export.export(part, (example,), dynamic_shapes=(_dynamic(part),))
     torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata, ensure_ascii=False)})
     loaded: Any = torch.export.load(file).module()
@@ -558,7 +571,7 @@ def export_int8(
         out: The file; by default `model_int8.onnx` in the run's folder, or one named after the network.
         image_column: As for `evaluate`.
         label_column: As for `evaluate`.
-        notes: Takes what was guessed.
+        notes: Receives the assumptions that were made.
         workers: Processes that read images for the evaluation.
         options: Other arguments of `export`.
 
@@ -601,7 +614,8 @@ def quantize(file: Path, out: Path, images: Iterator[Tensor]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         described = onnx.shape_inference.infer_shapes(onnx.load(file))
-        described.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")  # this was it
+        # ONNX Runtime's own mark that the shapes are inferred, without which it warns
+        described.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
         onnx.save(described, Path(folder) / "described.onnx")
         quantization.quantize_static(
             Path(folder) / "described.onnx",
@@ -615,7 +629,7 @@ def quantize(file: Path, out: Path, images: Iterator[Tensor]) -> None:
         )
 
 
-# Of a detector's head and boxes only the convolutions; that of a classifier is small enough to stay whole in int8
+# Operators in int8, for detectors and for classifiers: decoding boxes needs the precision of float32
 QUANTIZED = {True: ["Conv"], False: ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]}
 
 

@@ -28,6 +28,8 @@ from spd_zoo.weights.fit import filter_of
 __all__ = ["keep_resolution"]
 
 _LAYERS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, BlurPool2d)
+# operators that reorder, divide or regroup the axes of a tensor, as attention does, and downsample nothing
+_REARRANGING = {"expand", "permute", "split", "split_with_sizes", "transpose", "unbind", "view", "_unsafe_view"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def keep_resolution(
 
     Raises:
         ValueError: If `steps` is not positive, the size of the images is unknown, something that is not a plain
-            convolution or pooling downsamples first, or the network cannot run on the "meta" device; `model` is then
-            unchanged.
+            convolution or pooling downsamples first, the network is a detector or converted, its maps do not halve with
+            the images, or it cannot run on the "meta" device; `model` is then unchanged.
     """
     if steps < 1:
         raise ValueError(f"steps, the number of times to halve the images, must be at least 1, got {steps}")
@@ -157,7 +159,7 @@ def _run(net: nn.Module, size: tuple[int, int, int]) -> tuple[list[_Downsampling
 
     def on_operator(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         name, is_layer = running[-1]
-        if args and not is_layer:
+        if args and not is_layer and operator not in _REARRANGING:
             compare(name, operator, args[0], result)
 
     def compare(name: str, operator: str, source: Any, result: Any) -> None:

@@ -155,8 +155,8 @@ def _archives(trace: Path, good: bytes) -> dict[str, bytes]:
         "TorchScript, its name another": zipped(
             {f"x/{name.partition('/')[2]}": part for name, part in records(torchscript).items()}
         ),
-        "TorchScript behind weights": _two_directories(good, torchscript),
-        "TorchScript before weights": _two_directories(torchscript, good),
+        "a directory of TorchScript after one of weights": _two_directories(good, torchscript),
+        "a directory of TorchScript before one of weights": _two_directories(torchscript, good),
         "TorchScript after weights": good + torchscript,
         "weights after TorchScript": torchscript + good,
         "TorchScript as an extra field": zipped(
@@ -165,8 +165,8 @@ def _archives(trace: Path, good: bytes) -> dict[str, bytes]:
         "compressed": zipped(parts, True),
         "compressed zeros": with_pickle(pickle.dumps({}, 2), compressed=True, zeros=10**8),
         "compressed zeros, the end hidden": bomb + b"PK\5\6",
-        "compressed zeros behind weights": _two_directories(good, bomb),
-        "a second directory behind the first": _two_directories(good, zipped({"archive/data.pkl": b"\x80\x02}."})),
+        "a directory of compressed zeros after one of weights": _two_directories(good, bomb),
+        "a second directory after the first": _two_directories(good, zipped({"archive/data.pkl": b"\x80\x02}."})),
         "the directory twice": good[:end] + good[start:],
         "an end within the end": good[:-22] + good[-22:-2] + struct.pack("<H", 22) + good[-22:],
         "four more bytes": good + b"PK\5\6",
@@ -631,7 +631,7 @@ def _streams() -> dict[str, bytes]:
         "no list of storages": index,
         "a storage that is cut": good[:-1],
         "a storage that goes on": good + b"\0",
-        "a zip file behind it": good + saved(tensors),
+        "a zip file after it": good + saved(tensors),
         "a tensor of 2e9 numbers without bytes": stream(
             size=b"K\x00" + huge + b"\x85K\x01\x85", length=2 * 10**9, numbers=b""
         ),

@@ -62,7 +62,7 @@ def test_its_own_host_and_pages_are_answered(host: str, allowed: tuple[str, ...]
         {"host": "10.0.3.4:7860"},  # a health check
     ],
 )
-def test_behind_a_proxy_the_public_name_is_answered_if_it_is_allowed(headers: Headers) -> None:
+def test_the_public_name_of_a_proxy_is_answered_if_it_is_allowed(headers: Headers) -> None:
     assert status("0.0.0.0", (PUBLIC,), headers) == 200
     public = any(PUBLIC in headers.get(name, "") for name in ("host", "origin"))
     assert status("0.0.0.0", (), headers) == (403 if public else 200)

@@ -89,7 +89,7 @@ def test_pretrained_loads_the_backbone_and_says_that_the_rest_is_random(publish:
         assert torch.equal(tensor, tensors[key] if key in tensors else fresh[key]), key
 
 
-def test_the_tag_alone_decides(publish: Publish, tmp_path: Path) -> None:
+def test_the_tag_decides_whether_only_a_backbone_is_loaded(publish: Publish, tmp_path: Path) -> None:
     publish("yolov8n_spd")
     assert loads_backbone_only("yolov8n_spd")
     assert loads_backbone_only("yolov8n_spd.tiny_in200_backbone")

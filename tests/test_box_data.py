@@ -238,7 +238,7 @@ def empty_val(root: Path) -> None:
     ("make", "message"),
     [
         (damaged_json, r"cannot read .*instances_train\.json as JSON"),
-        (no_boxes_json, r"instances_train\.json is not in COCO's form"),
+        (no_boxes_json, r"instances_train\.json is not in COCO's format"),
         (no_names, r"does not name its classes; add data\.yaml with names, or classes\.txt"),
         (twice_a_name, "has two classes called 'a'"),
         (twice_an_image, r"instances_train\.json has two images with the id \d+; give each an id of its own"),
@@ -324,8 +324,8 @@ def test_with_several_formats_the_one_that_is_read_is_noted(tmp_path: Path) -> N
     root = make_yolo(tmp_path / "data")
     make_voc(root)
     data = open_boxes(root, "val")
-    assert data is not None and data.form == "YOLO"
-    assert data.notes == (f"{root} has boxes in the forms of YOLO and Pascal VOC: those of YOLO are read",)
+    assert data is not None and data.format == "YOLO"
+    assert data.notes == (f"{root} has boxes in the formats of YOLO and Pascal VOC: those of YOLO are read",)
 
 
 def test_images_without_a_known_suffix_are_counted(tmp_path: Path) -> None:

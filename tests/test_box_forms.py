@@ -1,8 +1,10 @@
-"""The forms in which people have images with boxes: what is found, what is guessed, and what is wrong with lines."""
+"""Annotation formats of images with boxes: what is found, what is guessed, and what is wrong with lines."""
 
+import base64
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image
 from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes, with_names
 from spd_zoo.data.boxes.sizes import describe_sizes, sizes_in_words
+from spd_zoo.data.boxes.writing import convert_data
 from spd_zoo.data.classes import without_unused
 from spd_zoo.data.labelled import DataError
 
@@ -129,7 +132,7 @@ def test_data_yaml_names_images_in_every_usual_way(make: Callable[[Path], Any], 
     assert open_boxes(root, "test") is None
 
 
-def test_images_that_data_yaml_names_and_that_are_not_there_are_no_missing_split(tmp_path: Path) -> None:
+def test_missing_images_of_data_yaml_are_an_error_and_no_missing_split(tmp_path: Path) -> None:
     root = make_yolo(tmp_path)
     (root / "data.yaml").write_text(yaml.safe_dump({"train": "images/train", "val": "images/vall", "names": NAMES}))
     assert len(opened(root)) == 8
@@ -147,7 +150,7 @@ def test_names_are_a_list_or_a_mapping(names: Any, tmp_path: Path) -> None:
         open_boxes(root, "train")
 
 
-def test_names_numbered_from_1_are_read_so_and_said(tmp_path: Path) -> None:
+def test_names_numbered_from_1_are_read_with_a_note(tmp_path: Path) -> None:
     root = one_image(tmp_path, "1 .5 .5 .2 .2\n2 .2 .2 .1 .1")
     (root / "data.yaml").write_text("names: {1: cat, 2: dog}")
     data = opened(root)
@@ -155,11 +158,25 @@ def test_names_numbered_from_1_are_read_so_and_said(tmp_path: Path) -> None:
     assert any("numbers its classes from 1 on" in note for note in data.notes)
 
 
-def test_names_are_the_text_that_stands_there(tmp_path: Path) -> None:
+def test_names_are_read_as_text(tmp_path: Path) -> None:
     root = one_image(tmp_path, "0 .5 .5 .2 .2\n1 .2 .2 .1 .1")
     for names in ("[yes, no, 010]", "{0: yes, 1: no, 2: 010}"):
         (root / "data.yaml").write_text(f"names: {names}")
         assert opened(root).class_names == ["yes", "no", "010"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("names: [cat]", r"does not say where images are, and .* has no folders images and labels"),
+        ("epochs: 3", "names neither classes"),
+        ("names: [cat", "data.yaml"),
+    ],
+)
+def test_a_data_yaml_that_leads_nowhere_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=problem):
+        open_boxes(tmp_path / "data.yaml", "train")
 
 
 def test_yaml_files_of_other_things_are_no_data_yaml(tmp_path: Path) -> None:
@@ -282,7 +299,7 @@ def test_keypoints_are_no_polygons(tmp_path: Path) -> None:
     assert any("keypoints" in note for note in data.notes)
 
 
-def test_a_line_that_stands_twice_counts_once(tmp_path: Path) -> None:
+def test_a_repeated_line_counts_once(tmp_path: Path) -> None:
     data = opened(one_image(tmp_path, "0 .5 .5 .2 .4\n0 .5 .5 .2 .4\n1 .5 .5 .2 .4\n"))
     assert data.objects_in(0).labels.tolist() == [0, 1]
     assert data.problems() == {
@@ -301,7 +318,7 @@ def test_one_bad_line_is_counted_with_its_file_and_number(bad: str, tmp_path: Pa
     assert list(data.problems().values()) == [[f"{root / 'labels' / 'train' / 'a.txt'} line 2"]]
 
 
-def test_ten_bad_lines_that_are_more_than_one_in_a_hundred_stop_with_the_list(tmp_path: Path) -> None:
+def test_ten_bad_lines_above_one_per_cent_are_an_error_that_lists_them(tmp_path: Path) -> None:
     good = "".join(f"0 .5 .5 .2 {0.1 + i / 10000:.4f}\n" for i in range(900))
     (nine,) = opened(one_image(tmp_path, good + "0 .5 .5\n" * 9)).problems().values()
     assert len(nine) == 9
@@ -440,7 +457,7 @@ def test_coco_is_read_however_it_was_written(change: Callable[[Path], None], tmp
     assert boxes_of(data) == truth() and data.class_names == NAMES and not data.defects
     noted: dict[Callable[[Path], None], str] = {
         roboflow_coco: "the category blue has no box and is only the parent of others",
-        cvat: "instances_default.json is of no usual split: it is taken as train",
+        cvat: "instances_default.json names no usual split: it is read as train",
     }
     assert [noted[change] in note for note in data.notes] == [True] * (change in noted)
 
@@ -512,7 +529,7 @@ def test_boxes_of_the_upright_image_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(3, (40, 30)), (6, (30, 30)), (2, (40, 30))])
-def test_what_cannot_be_known_of_a_rotated_image_is_said(
+def test_boxes_of_a_rotated_image_that_fit_both_ways_are_reported(
     orientation: int, size: tuple[int, int], tmp_path: Path
 ) -> None:
     data = rotated(tmp_path, orientation, size, size)
@@ -624,7 +641,9 @@ def nameless(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "images"), [(damaged, 7), (lost, 7), (without_box, 8), (nameless, 8)])
-def test_one_wrong_xml_file_refuses_nothing(change: Callable[[Path], None], images: int, tmp_path: Path) -> None:
+def test_one_wrong_xml_file_does_not_stop_the_others(
+    change: Callable[[Path], None], images: int, tmp_path: Path
+) -> None:
     root = make_voc(tmp_path)
     change(root)
     data = opened(root)
@@ -642,7 +661,7 @@ def test_difficult_objects_and_crowds_are_ignored(tmp_path: Path) -> None:
         assert sum(data.counts()) == sum(map(len, truth().values())) - number
 
 
-def test_a_class_that_is_called_so_is_regions_to_ignore(tmp_path: Path) -> None:
+def test_a_class_with_a_name_for_ignored_regions_is_ignored(tmp_path: Path) -> None:
     root = one_image(tmp_path, "0 .5 .5 .2 .2\n1 .5 .5 .1 .1\n2 .2 .2 .1 .1")
     (root / "data.yaml").write_text("names: [ignored regions, cat, dog]")
     data = opened(root)
@@ -665,7 +684,7 @@ def test_a_class_that_is_only_ignored_is_no_class_to_train_on(tmp_path: Path) ->
     assert with_names(data, ["red", "blue"]).counts() == [data.counts()[2], 0]
 
 
-# other forms
+# other formats
 
 
 def make_csv(root: Path, file: str) -> Path:
@@ -681,7 +700,7 @@ def make_csv(root: Path, file: str) -> Path:
 
 
 @pytest.mark.parametrize("file", ["train/_annotations.csv", "train_labels.csv", "cells.csv"])
-def test_tables_as_roboflow_and_tensorflow_write_them(file: str, tmp_path: Path) -> None:
+def test_tables_of_roboflow_and_tensorflow_are_read(file: str, tmp_path: Path) -> None:
     root = make_csv(tmp_path, file)
     for data in (opened(root), opened(root / file)):
         assert boxes_of(data) == truth() and data.class_names == NAMES and not data.defects and not data.notes
@@ -713,6 +732,37 @@ def test_labelme_files_are_read(folder: str, tmp_path: Path) -> None:
     data = opened(tmp_path)
     assert boxes_of(data)["train_0"] == [[15, 15, 25, 25]]
     assert [where[0].partition("train_0")[2] for where in data.problems().values()] == [".json shape 2"]
+
+
+def test_labelme_images_lie_elsewhere_or_in_the_file(tmp_path: Path) -> None:
+    shape = {"label": "red", "points": [[1, 2], [11, 12]], "shape_type": "rectangle"}
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", SIZE).save(tmp_path / "images" / "elsewhere.png")
+    content = BytesIO()
+    Image.new("RGB", SIZE, "blue").save(content, "PNG")
+    inside = {"imagePath": "inside.png", "imageData": base64.b64encode(content.getvalue()).decode()}
+    for name, where in (("a", {"imagePath": "elsewhere.png"}), ("b", inside)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"shapes": [shape], **where}))
+    (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "d.json").write_text("[")
+    data = opened(tmp_path)
+    assert boxes_of(data) == {"elsewhere": [[1, 2, 11, 12]], "inside": [[1, 2, 11, 12]]}
+    assert [data.image(i).getpixel((0, 0)) for i in range(2)] == [(0, 0, 0), (0, 0, 255)]
+    problem = "JSON files are not in LabelMe's format; their images are left out"
+    assert data.problems() == {problem: [str(tmp_path / "c.json"), str(tmp_path / "d.json")]}
+
+
+def test_tables_of_other_bytes_or_without_their_images_are_refused(tmp_path: Path) -> None:
+    root = make_csv(tmp_path, "train.csv")
+    table = (root / "train.csv").read_bytes()
+    (root / "train.csv").write_bytes(table + "train_1.png,96,64,rötlich,1,2,3,4\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train\.csv is no CSV file in UTF-8"):
+        opened(root)
+    (root / "train.csv").write_bytes(table)
+    for image in root.rglob("*.png"):
+        image.unlink()
+    with pytest.raises(DataError, match=r"none of the images that .*train\.csv lists, such as train_0\.png, is in"):
+        opened(root)
 
 
 @pytest.mark.slow
@@ -794,7 +844,9 @@ def test_images_of_one_name_in_several_folders_stay_apart(tmp_path: Path) -> Non
         assert len(found) == 8 and sorted(found.values()) == sorted(truth().values())
 
 
-def test_what_is_ignored_stays_so_or_its_loss_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ignored_regions_are_converted_or_their_loss_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_voc(tmp_path / "data")
     edit(root / "Annotations" / "train_3.xml", "<bndbox>", "<difficult>1</difficult><bndbox>")
     before = opened(root)
@@ -807,6 +859,17 @@ def test_what_is_ignored_stays_so_or_its_loss_is_said(tmp_path: Path, capsys: py
     assert main(["convert-data", str(root), "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 0
     assert f"note: {number} crowds, difficult objects or regions to ignore left out" in capsys.readouterr().out
     assert opened(tmp_path / "yolo").counts() == before.counts()
+
+
+def test_conversion_leaves_out_and_names_unreadable_images_and_unusual_splits(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "cells", train=2, val=1)
+    without_sizes(root)
+    (root / "images" / "train_0.png").write_bytes(b"no image")
+    (root / "instances_night.json").write_bytes((root / "instances_val.json").read_bytes())
+    lines = convert_data(root, "yolo", tmp_path / "yolo")
+    left_out = f"note: 1 image of train left out as unreadable: {root / 'images' / 'train_0.png'}"
+    assert left_out in lines and "note: not converted, because they are no usual splits: night" in lines
+    assert [len(opened(tmp_path / "yolo", split)) for split in ("train", "val")] == [1, 1]
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

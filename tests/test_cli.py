@@ -488,9 +488,13 @@ def test_counts_must_be_positive(option: str, value: str, capsys: Capture) -> No
 
 @pytest.fixture
 def configs(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
-    given: list[FinetuneConfig] = []  # its append returns None, as a dry run does
-    monkeypatch.setattr("spd_zoo.training.finetune.finetune", given.append)
-    return given
+    configs: list[FinetuneConfig] = []
+
+    def finetune(config: FinetuneConfig, recipe: str | None = None) -> None:
+        configs.append(config)  # returns None, as a dry run does
+
+    monkeypatch.setattr("spd_zoo.training.finetune.finetune", finetune)
+    return configs
 
 
 REQUIRED = ["resnet18_spd", "--data", "photos", "--out", "run"]
@@ -514,6 +518,7 @@ TEXTS = {
     "interpolation": "bicubic",
     "head_init": "zero",
     "keep": "last",
+    "log": "tensorboard",
     "resume": "never",
     "teacher_size": "96",
 }
@@ -568,7 +573,7 @@ def test_the_function_finetune_refuses_other_options(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         spd_zoo.finetune("resnet18_spd", **{"data": "photos", "out": "run"} | options)
-    with pytest.raises(ValueError, match="alone"):
+    with pytest.raises(ValueError, match="without other options"):
         spd_zoo.finetune(FinetuneConfig(model="resnet18_spd", data="photos", out=Path("run")), epochs=3)
     assert configs == []
 
@@ -639,7 +644,7 @@ def test_finetune_explains_its_options(capsys: Capture) -> None:
 def test_errors_of_finetune_are_one_clear_sentence(
     raised: Exception, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def stop(_: FinetuneConfig) -> NoReturn:
+    def stop(*_: object) -> NoReturn:
         raise raised
 
     monkeypatch.setattr("spd_zoo.training.finetune.finetune", stop)

@@ -1118,7 +1118,7 @@ def test_space_to_depth_joins_a_convolution_of_any_padding(kernel: int, padding:
             assert difference(folded(x), net(x)) < 1e-5
 
 
-def test_a_sequence_with_a_forward_of_its_own_is_left_whole() -> None:
+def test_a_sequence_with_its_own_forward_stays_whole() -> None:
     class Residual(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             y = self[0](x)
@@ -1171,7 +1171,7 @@ def test_a_network_that_misses_a_folded_layer_is_not_returned(attribute: str) ->
             fold_spd(net, example)
 
 
-def test_folding_leaves_the_network_alone() -> None:
+def test_folding_does_not_change_the_network() -> None:
     net = convert_to_spd(small_network()).train()
     before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     assert not fold_spd(net).training

@@ -13,7 +13,7 @@ from test_exported import TINY, make_detector
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from spd_zoo import Detector
+from spd_zoo import Detector, finetune
 from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError
 from spd_zoo.training.detection.metrics import Suppression, coco_precision
@@ -208,22 +208,37 @@ def test_more_than_a_hundred_boxes_of_a_class_count_if_that_is_asked_for() -> No
     usual = said(data, detections)
     assert usual.notes() == [
         "1 image with up to 150 objects are more crowded than what AP counts, the best by COCO's rules 100 of a class "
-        "in an image: 0.png; --max-detections 150 counts all"
+        "in an image: 0.png; evaluate --max-detections 150 counts all"
     ]
 
 
-@pytest.mark.slow
-def test_evaluate_takes_a_limit_and_suppression_across_classes_and_reports_them(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = make_coco(tmp_path / "data", 2, 2)
-    file = data / "instances_val.json"
+def make_crowd(root: Path) -> Path:
+    """Data whose first image of the split val has 200 objects of one class."""
+    file = make_coco(root, 4, 2) / "instances_val.json"
     content = json.loads(file.read_text())
     first = content["annotations"][0]
     content["annotations"] = [
         first | {"id": i + 1, "bbox": [5 * (i % 19), 5 * (i // 19), 4, 4], "area": 16} for i in range(200)
     ]
     file.write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.slow
+def test_a_run_notes_that_its_images_are_more_crowded_than_what_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 4, "image_size": "64", "device": "cpu", "workers": 0}
+    finetune("yolov8n_spd", data=make_crowd(tmp_path / "data"), out=tmp_path / "run", **options)
+    note = "1 image with up to 200 objects are more crowded than what AP counts"
+    assert f"note: {note}" in capsys.readouterr().out and note in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_evaluate_takes_a_limit_and_suppression_across_classes_and_reports_them(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_crowd(tmp_path / "data")
     command = ["evaluate", str(run), "--data", str(data), "--split", "val", "--workers", "0", "--device", "cpu"]
     assert main(command) == 0
     out, err = capsys.readouterr()

@@ -130,7 +130,7 @@ def test_images_without_a_class_and_images_in_inner_folders_are_noted(folders: P
     data = opened(folders)
     assert data.counts() == [8, 8, 8]
     assert any("1 image outside the class folders" in note and "stray.png" in note for note in data.notes)
-    assert any("inner folders alone" in note and note.endswith("red") for note in data.notes)
+    assert any("only in inner folders" in note and note.endswith("red") for note in data.notes)
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "tst")])
@@ -159,12 +159,12 @@ def test_names_that_differ_in_blanks_or_unicode_form_are_one_class(folders: Path
     assert data.class_names == ["caf\u00e9", "red"] and data.counts() == [16, 8]
 
 
-def test_class_folders_alone_are_images_to_train_on(folders: Path) -> None:
+def test_class_folders_without_splits_are_training_images(folders: Path) -> None:
     assert len(opened(folders / "train")) == 24
     assert open_data(folders / "train", "val") is None
 
 
-def test_a_folder_with_val_alone_has_nothing_to_train_on(folders: Path) -> None:
+def test_a_folder_with_only_val_has_no_training_images(folders: Path) -> None:
     shutil.rmtree(folders / "train")
     assert open_data(folders, "train") is None
 
@@ -338,7 +338,7 @@ def test_labels_with_leading_zeros_have_one_order_in_every_process(tmp_path: Pat
         found.add(done.stdout)
     assert found == {"['001', '01', '1', '2', '10']\n"}
     (note,) = opened(tmp_path / "list.csv").notes
-    assert note == "classes that differ in case or leading zeros alone are kept apart: 001 and 01 and 1"
+    assert note == "classes that differ only in case or leading zeros are kept apart: 001 and 01 and 1"
 
 
 @pytest.mark.parametrize("address", ["https://example.org/data", "http://example.org/a.csv", "s3://bucket/data"])

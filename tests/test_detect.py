@@ -149,7 +149,7 @@ def test_the_same_image_in_any_form_gives_the_same() -> None:
         assert torch.equal(detector(same).boxes, expected.boxes)
 
 
-def test_images_of_mixed_sizes_give_together_what_each_gives_alone() -> None:
+def test_images_of_mixed_sizes_in_a_batch_give_what_each_gives() -> None:
     images = [picture(size, red=(3, 3, 9, 12), blue=(20, 5, 30, 15)) for size in ((40, 30), (33, 77), (128, 96))]
     net = Finder()
     detector = Detector(net, batch_size=2)
@@ -389,7 +389,7 @@ def test_objects_know_their_image_and_show_it_in_a_notebook(tmp_path: Path) -> N
         dataclasses.replace(found, image=None).draw()
 
 
-def test_an_image_without_objects_says_so(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_without_objects_is_reported(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture((60, 40)).save(tmp_path / "a.png")
     status, out, _ = run_command(capsys, run, str(tmp_path / "a.png"), "--score", "0.99")
     assert status == 0 and out.splitlines()[1:] == ["  no objects above 0.99"]

@@ -237,7 +237,7 @@ def test_yolov5_matches_what_the_authors_code_matches() -> None:
         assert sorted(rows) == expected
 
 
-def test_objects_of_a_few_pixels_are_matched_at_stride_4_alone() -> None:
+def test_objects_of_a_few_pixels_are_matched_only_at_stride_4() -> None:
     net: Any = timm.create_model("yolov8n_p2", num_classes=2)
     cells = [(SIZE[0] // stride) * (SIZE[1] // stride) for stride in net.strides]
     boxes = torch.tensor([[9.0, 9.0, 11.0, 11.0], [49.0, 29.0, 51.5, 31.5]])  # each covers the centre of one fine cell
@@ -572,7 +572,7 @@ def test_yolo_refuses_images_whose_sides_are_no_multiples_of_32(name: str) -> No
         net(torch.empty(1, 3, 64, 100, device="meta"))
 
 
-def test_ssd_decodes_for_the_size_of_the_images_alone() -> None:
+def test_ssd_decodes_only_for_the_size_of_the_images() -> None:
     net: Any = timm.create_model("ssd_mobilenetv1", num_classes=5).eval()
     with torch.no_grad():
         raw = net(noise(1, 3, *SIZE))
@@ -690,7 +690,7 @@ def test_the_layers_that_depend_on_classes_are_the_last_ones_and_narrow_branches
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*WAYS, "yolov8s_spd"])
-def test_reset_classifier_changes_what_depends_on_the_number_of_classes_alone(name: str) -> None:
+def test_reset_classifier_changes_only_what_depends_on_the_number_of_classes(name: str) -> None:
     net = random_network(name, num_classes=80)
     for old, new in ((80, 7), (7, 80)):
         before = {key: tensor.clone() for key, tensor in net.state_dict().items()}

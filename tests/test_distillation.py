@@ -296,7 +296,7 @@ def test_a_file_is_a_teacher_with_the_name_of_its_network(save: Any, network: st
     assert not loaded.training and not network_classes(loaded.pretrained_cfg, 3).named
 
 
-def test_the_classes_of_a_file_are_named_by_a_tag_alone(save: Any) -> None:
+def test_a_file_has_class_names_only_with_a_tag(save: Any) -> None:
     file = save(timm.create_model("test_resnet"))
     named, nameless = (load_file(name, file, "cpu") for name in ("test_resnet.r160_in1k", "test_resnet"))
     for net, expected in ((named, True), (nameless, False)):
@@ -385,7 +385,7 @@ def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, 
         config(tmp_path, tmp_path / "run", **options)
 
 
-def test_a_missing_teacher_file_is_said(folders: Path, tmp_path: Path) -> None:
+def test_a_missing_teacher_file_is_an_error(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"the teacher: there is no network 'gone\.pth'"):
         run(folders, tmp_path / "run", teacher="gone.pth")
 
@@ -393,7 +393,7 @@ def test_a_missing_teacher_file_is_said(folders: Path, tmp_path: Path) -> None:
 # Runs
 
 
-def test_a_run_says_who_taught_it_and_what_was_guessed(
+def test_a_run_records_its_teacher_and_assumptions(
     folders: Path, tmp_path: Path, save: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = save(timm.create_model("cifar_resnet20", num_classes=3))
@@ -409,7 +409,7 @@ def test_a_run_says_who_taught_it_and_what_was_guessed(
     assert terms == pytest.approx(float(row["train_loss"]), rel=1e-4)
 
 
-def test_a_run_does_not_go_on_with_another_teacher(folders: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_another_teacher(folders: Path, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "taught", seed=1)
     run(folders, tmp_path / "run", epochs=1, teacher=teacher)
     kept = (tmp_path / "run" / "last.pt").read_bytes()
@@ -437,7 +437,7 @@ def test_a_teacher_is_known_by_its_weights_normalisation_and_classes(folders: Pa
 
 
 @pytest.mark.slow
-def test_a_taught_run_that_was_stopped_goes_on_to_the_same_bits(
+def test_a_stopped_run_with_a_teacher_resumes_to_the_same_bits(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taught: str
 ) -> None:
     options = {"teacher": taught, "teacher_size": "24", "ema": 0.9, "mixup": 0.2, "cutmix": 1.0, "accumulate": 2}
@@ -468,7 +468,7 @@ def test_two_processes_with_a_teacher_train_as_one(folders: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_taught_run_computes_in_bfloat16(folders: Path, tmp_path: Path, taught: str) -> None:
+def test_a_run_with_a_teacher_computes_in_bfloat16(folders: Path, tmp_path: Path, taught: str) -> None:
     result = run(folders, tmp_path / "half", epochs=1, teacher=taught, bf16=True)
     whole = run(folders, tmp_path / "whole", epochs=1, teacher=taught)
     one, other = (r.history[0]["train_distill_loss"] for r in (result, whole))

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from box_pictures import make_coco
+from box_pictures import NAMES, make_coco
+from huggingface_hub import constants
+from networks import random_network
 from pictures import make_folders
 from safetensors.torch import save_file
 from shared_data import shared
@@ -49,6 +51,7 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "spd-zoo evaluate RUN --data BCCD --split test": "belongs to those before",
     "spd-zoo finetune cifar_resnet20_pfd --no-pretrained": "takes hours",
     "spd-zoo finetune pyconvresnet50_spd --no-pretrained --data CIFAR100": "takes a night",
+    "spd-zoo export yolov8n_spd.bccd --to onnx --int8": "needs BCCD, and takes minutes",
     "spd-zoo weights pull pyconvresnet50.in1k": "needs the authors' servers",
     "spd-zoo weights import pyconvresnet50.in1k FILE": "needs the authors' file",
     "spd-zoo weights import cifar_resnet20.mine FILE": "writes into this machine's cache",
@@ -56,6 +59,8 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "spd-zoo weights rm pyconvresnet50.in1k": "deletes from this machine's cache",
     "spd-zoo weights publish --org ORG MODEL.tag": "needs the Hub",
     "spd-zoo demo": "serves until Ctrl-C",
+    "spd-zoo finetune yolov8n_p2 --data DIR --out RUN": "takes hours",
+    "spd-zoo detect RUN PHOTOS --tile 640 --out FOUND": "belongs to the one before",
 }
 PROGRAMS = {  # other programs than spd-zoo, which are never run here
     "pip": "changes what is installed",
@@ -142,7 +147,7 @@ def test_the_parsers_accept_every_command() -> None:
                 parse(rest, block.where)
                 continue
             assert program in PROGRAMS, f"{block.where}: {program} is neither run nor listed"
-            if "spd_zoo" in rest and "..." not in rest:  # behind python -m
+            if "spd_zoo" in rest and "..." not in rest:  # after python -m
                 parse(rest[rest.index("spd_zoo") + 1 :], block.where)
             elif program == "python" and rest[0] != "-m":
                 tool = (ROOT / rest[0]).read_text()
@@ -231,6 +236,14 @@ def examples(here: Path) -> None:
     shutil.copy(ROOT / "examples" / "images" / "rocket.jpg", here / "IMAGE")
 
 
+def conversions(here: Path) -> None:
+    examples(here)
+    net = random_network("yolov8n", num_classes=len(NAMES))
+    net.names, net.args = dict(enumerate(NAMES)), {"task": "detect", "imgsz": 64}
+    torch.save({"model": net}, here / "best.pt")
+    make_coco(here / "cells", train=8, val=2)
+
+
 def tutorial(here: Path) -> None:
     make_folders(here / "photos", train=14, val=6)
     for split in (here / "photos").iterdir():
@@ -286,8 +299,9 @@ def weights(here: Path) -> None:
 
 PREPARE: dict[str, Callable[[Path], None]] = {
     "README.md": examples,
+    "docs/choosing.md": examples,
     "docs/index.md": examples,
-    "docs/convert.md": examples,
+    "docs/convert.md": conversions,
     "docs/finetuning.md": tutorial,
     "docs/detectors.md": detector_and_cells,
     "docs/deploy.md": deployed,
@@ -351,7 +365,7 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """The words behind `spd-zoo`, so that a training that is not told how long takes one epoch, in one process."""
+    """The arguments of `spd-zoo`, with one epoch and one process where the page sets none."""
     short = [] if words[1] != "finetune" or "--epochs" in words or "--config" in words else ["--epochs", "1"]
     return words[1:] + short + (["--workers", "0"] if words[1] in ("finetune", "evaluate") else [])
 
@@ -374,7 +388,7 @@ def run_commands(block: Block) -> None:
 
 SLOW = {
     "README.md",
-    *(f"docs/{page}.md" for page in ("index", "finetuning", "convert", "detectors", "deploy")),
+    *(f"docs/{page}.md" for page in ("choosing", "index", "finetuning", "convert", "detectors", "deploy")),
 }  # they train
 
 
@@ -396,6 +410,7 @@ def test_the_code_blocks_of_a_page_give_their_output(
     if page in PREPARE:
         PREPARE[page](tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))  # imported weights
     names: dict[str, Any] = {"__name__": "page"}
     printed = ""
     for block in blocks(page):

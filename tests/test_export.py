@@ -82,7 +82,7 @@ def test_a_file_has_strided_convolutions_unless_asked_otherwise(fold: bool, tmp_
     assert main(["export", str(tmp_path / "spd"), "--to", "pt2", "--out", str(file), *[["--no-fold"], []][fold]]) == 0
     program: Any = torch.export.load(file)
     operators = " ".join(str(node.target) for node in program.graph.nodes if node.op == "call_function")
-    assert operators.count("batch_norm") == (1 if fold else 22)  # one stands behind an addition
+    assert operators.count("batch_norm") == (1 if fold else 22)  # one follows an addition
     assert operators.count("pixel_shuffle") == (0 if fold else 4)  # which lays out a space-to-depth kernel
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(program.module()(images), expected(tmp_path / "spd", images), rtol=1e-4, atol=1e-4)

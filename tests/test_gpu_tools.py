@@ -18,7 +18,7 @@ from torch import Tensor
 Capture = pytest.CaptureFixture[str]
 
 
-def test_a_data_set_in_parts_becomes_itself_in_whatever_order_they_arrive(tmp_path: Path, capsys: Capture) -> None:
+def test_a_data_set_in_parts_is_restored_in_any_order_of_arrival(tmp_path: Path, capsys: Capture) -> None:
     for i in range(30):
         file = tmp_path / "data" / "train" / f"class {i % 3}" / f"{i}.bin"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def test_a_data_set_in_parts_becomes_itself_in_whatever_order_they_arrive(tmp_pa
     assert content(found) == content(tmp_path / "data")
 
 
-def test_nothing_that_arrived_is_an_error(tmp_path: Path) -> None:
+def test_missing_parts_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no folder"):
         gpu_parts.main(["unpack", str(tmp_path / "parts"), str(tmp_path / "data")])
     (tmp_path / "parts").mkdir()
@@ -74,7 +74,7 @@ def test_every_form_of_a_pyramid_is_timed_and_the_fastest_named(network: str, ca
     assert all(row[row["fastest"]] == min(row["grouped"], row["dense"], row["packed"]) for row in rows)
 
 
-def test_a_level_without_groups_computes_the_same() -> None:
+def test_a_pyramid_level_without_groups_computes_the_same() -> None:
     for level, side in list(benchmark_pyramids.levels_of("pyconvresnet50_spd", 64))[:6]:
         net = level.to_empty(device="cpu")
         torch.nn.init.normal_(net.weight)

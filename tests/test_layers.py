@@ -119,7 +119,7 @@ def test_four_output_pixels_at_once_are_those_of_the_convolution_exactly(kernel:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9])
-def test_an_spd_convolution_stands_for_a_strided_one(kernel: int, groups: int, size: tuple[int, int]) -> None:
+def test_an_spd_convolution_equals_a_strided_one(kernel: int, groups: int, size: tuple[int, int]) -> None:
     strided = nn.Conv2d(8, 12, kernel, 2, kernel // 2, groups=groups, dtype=torch.float64)
     layer = SPDConv2d(8, 12, kernel, groups=groups, bias=True, dtype=torch.float64)
     layer.load_state_dict({"weight": layer.from_strided(strided.weight), "bias": strided.bias})
@@ -224,7 +224,7 @@ def test_a_packed_pyramid_equals_plain_convolutions(name: str, stride: int, size
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", PYRAMIDS)
-def test_a_pyramid_with_space_to_depth_stands_for_a_strided_one(name: str, size: tuple[int, int]) -> None:
+def test_a_pyramid_with_space_to_depth_equals_a_strided_one(name: str, size: tuple[int, int]) -> None:
     strided, layer = pyramid(name, 2), pyramid(name, 2, spd=True)
     levels: Any = layer.items()
     layer.load_state_dict({f"{key}.weight": level.from_strided(strided[key].weight) for key, level in levels})
@@ -600,7 +600,7 @@ def test_blueprint_separable_convolutions_are_products_of_matrices_and_one_kerne
     assert layer is BSConvU2d or conv.pw1.weight.shape == (4, 16, 1, 1)
 
 
-def test_orthonormality_is_zero_for_orthonormal_kernels_alone() -> None:
+def test_orthonormality_is_zero_only_for_orthonormal_kernels() -> None:
     rows = torch.linalg.qr(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))[0].T[:, :, None, None]
     assert orthonormality(rows).item() == pytest.approx(0, abs=1e-5)
     assert orthonormality(2 * rows).item() == pytest.approx(3 * 4**0.5, rel=1e-5)  # |4 I - I|

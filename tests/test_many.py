@@ -364,7 +364,7 @@ class _Sized(Image.Image):
 
 
 @pytest.mark.parametrize("kind", [OverflowError, MemoryError, RuntimeError])
-def test_an_image_that_the_transform_cannot_cope_with_is_an_error_of_its_own(
+def test_an_image_that_the_transform_cannot_resize_is_an_error_of_that_image(
     images: Files, kind: type[Exception]
 ) -> None:
     def transform(_: Image.Image) -> Any:

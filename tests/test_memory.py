@@ -213,7 +213,7 @@ def test_a_missing_device_gives_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_free_memory_is_unknown_a_step_is_computed_at_once(capsys: Capture) -> None:
+def test_a_step_is_not_split_if_free_memory_is_unknown(capsys: Capture) -> None:
     process = Process(torch.device("meta"))
     assert free_memory(process.device) is None
     assert choose_micro_batches(2**20, 2.0**30, 64, False, process) == 1
@@ -242,7 +242,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
         (10, 15, False, 1),  # no two equal parts
     ],
 )
-def test_a_step_is_cut_until_it_fits(
+def test_a_step_is_split_until_it_fits(
     monkeypatch: pytest.MonkeyPatch, free: float, batch_size: int, pairs: bool, count: int
 ) -> None:
     monkeypatch.setattr("spd_zoo.training.memory.free_memory", lambda _: free)

@@ -563,7 +563,7 @@ def test_a_hidden_layer_is_not_silently_replaced_by_another_pooling() -> None:
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_reset_classifier_changes_the_classifier_alone(name: str) -> None:
+def test_reset_classifier_changes_only_the_classifier(name: str) -> None:
     net = random_network(name, num_classes=5)
     x = images(name, 2, 32, 32)
     with torch.inference_mode():
@@ -579,7 +579,7 @@ def test_reset_classifier_changes_the_classifier_alone(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("rate", ["drop_rate", "drop_path_rate"])
-def test_dropout_and_drop_path_act_in_training_alone(name: str, rate: str) -> None:
+def test_dropout_and_drop_path_act_only_in_training(name: str, rate: str) -> None:
     if rate == "drop_path_rate" and name not in RESIDUAL:
         with pytest.raises(TypeError, match="drop_path_rate"):
             timm.create_model(name, drop_path_rate=0.5)

@@ -162,7 +162,7 @@ def test_more_classes_than_there_are_give_all_of_them(saved: str, tmp_path: Path
     assert len(answer.top) == 3
 
 
-def test_a_broken_image_does_not_keep_the_others_from_being_answered(saved: str, tmp_path: Path) -> None:
+def test_a_broken_image_does_not_stop_the_others(saved: str, tmp_path: Path) -> None:
     paths = [tmp_path / "missing.png", write_image(tmp_path / "a.png"), tmp_path / "text.png"]
     paths[2].write_text("no image")
     missing, good, text = predict(saved, paths, batch_size=2, device="cpu")
@@ -263,7 +263,7 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
-def test_folders_and_globs_stand_for_the_images_in_them(tmp_path: Path) -> None:
+def test_folders_and_globs_name_the_images_in_them(tmp_path: Path) -> None:
     first, second = write_image(tmp_path / "b.PNG"), write_image(tmp_path / "deeper" / "a.jpg")
     write_image(tmp_path / ".hidden" / "a.jpg")
     (tmp_path / "notes.txt").write_text("not to be answered")
@@ -271,13 +271,13 @@ def test_folders_and_globs_stand_for_the_images_in_them(tmp_path: Path) -> None:
     assert find_images([str(tmp_path / "*.PNG"), str(tmp_path / "**" / "*.jpg")]) == [first, second]
 
 
-def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
     write_image(tmp_path / "a1.png")
     odd = write_image(tmp_path / "a[1].png")
     assert find_images([str(odd)]) == [odd]
 
 
-def test_a_folder_without_images_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     (folder,) = find_images([str(tmp_path)])
     with pytest.raises(ValueError, match="folder holds no image"):
         read_image(folder)
@@ -340,7 +340,7 @@ def test_linked_folders_are_read_once_around_a_circle_and_broken_links_are_named
         read_image(tmp_path / "in" / "a" / "3.png")
 
 
-def test_a_glob_that_fits_nothing_says_so(tmp_path: Path) -> None:
+def test_a_glob_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     (pattern,) = find_images([str(tmp_path / "*.png")])
     with pytest.raises(ValueError, match="no such file"):
         read_image(pattern)
@@ -389,7 +389,7 @@ def test_an_unknown_network_like_no_other_gives_the_command_that_lists_all() -> 
         timm_name("qqqqqq")
 
 
-def test_a_folder_is_a_network_if_a_run_left_one_in_it(saved: str, tmp_path: Path) -> None:
+def test_the_folder_of_a_run_is_a_network(saved: str, tmp_path: Path) -> None:
     assert timm_name(saved.removeprefix("local-dir:")) == saved
     with pytest.raises(ModelError, match=r"is a folder without config\.json"):
         timm_name(str(tmp_path))

@@ -39,7 +39,7 @@ def test_a_gpu_is_picked_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert pick_device() == "cpu"
 
 
-def test_a_process_alone_exchanges_values_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_process_exchanges_values_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
     process = join("cpu")
     assert process == Process(torch.device("cpu")) and process.first
     assert (process.all_gather(3), process.broadcast(3), process.all_reduce_max(3, 4)) == ([3], 3, [3, 4])

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from networks import noise, random_network
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from spd_zoo import convert_to_spd, keep_resolution
@@ -25,6 +26,7 @@ STEMS = {  # network -> what its first downsampling is
     "resnetblur18": "a blur pooling at the second step",
     "skresnet18": "a selective-kernel network",
     "test_resnet": "a small network",
+    "test_coatnet": "attention, which splits tensors of four axes",
 }
 
 
@@ -68,6 +70,12 @@ def test_two_steps_also_remove_the_stride_of_the_pooling_and_three_that_of_both_
     assert net.layer3[0].conv1.stride == (2, 2)
     dilations = {m.dilation for m in net.modules() if isinstance(m, nn.Conv2d)}
     assert dilations == {(1, 1)}
+
+
+def test_axes_that_change_places_are_no_downsampling() -> None:
+    net = Plain(nn.Conv2d(3, 4, 3, 2, 1), LayerNorm2d(4), nn.Conv2d(4, 8, 3, 2, 1))  # LayerNorm2d needs channels last
+    kept: Any = keep_resolution(net, 2, example_input=noise(1, 3, 32, 32))
+    assert [kept[i].stride for i in (0, 2)] == [(1, 1), (1, 1)]
 
 
 def test_a_copy_is_changed_unless_in_place() -> None:

@@ -286,12 +286,13 @@ def test_what_is_no_image_at_an_address_is_an_error_of_that_image(
     content |= {"/page.png": b"<!doctype html><p>log in</p>", "/noise.png": b"\x00" * 99, "/empty.png": b""}
     content["/large.png"] = b"\x01" * 3000
 
-    sent = []
+    sent: list[int] = []
 
     def slow(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.end_headers()
-        while len(sent) < 50 and not time.sleep(0.02):
+        while len(sent) < 50:
+            time.sleep(0.02)
             sent.append(handler.wfile.write(b"\x01"))
 
     content["/slow.png"] = slow

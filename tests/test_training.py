@@ -173,7 +173,7 @@ def test_a_pretrained_run_that_is_stopped_resumes_to_the_same_bits(
 
 
 @pytest.mark.parametrize("keep", [None, "last"])
-def test_a_run_that_only_loses_says_so_and_keeps_the_start_unless_told_otherwise(
+def test_a_run_that_only_gets_worse_warns_and_keeps_the_start_by_default(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], keep: str | None
 ) -> None:
     scores, states, score = iter([80.0, 40.0, 60.0]), [], Classification.score
@@ -191,7 +191,7 @@ def test_a_run_that_only_loses_says_so_and_keeps_the_start_unless_told_otherwise
     assert ("the network is kept as it began" in printed) == (keep is None)
 
 
-def test_small_images_are_padded_rather_than_cut_and_frozen_statistics_stay(folders: Path, tmp_path: Path) -> None:
+def test_small_images_are_padded_and_frozen_statistics_stay(folders: Path, tmp_path: Path) -> None:
     asked = config(folders, folders, image_size="32")
     assert (chosen_for(asked, 480).config.crop_padding, chosen_for(asked, 480).config.crop_scale) == (4, 0.5)
     assert chosen_for(replace(asked, crop_scale=0.3), 480).config.crop_padding == 0
@@ -387,7 +387,9 @@ def test_a_second_signal_is_not_held_back(folders: Path, tmp_path: Path, monkeyp
         step(*arguments, **more)
 
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", impatient)
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell runs this behind &
+    usual = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell that runs this in the background ignores it
     try:
         with pytest.raises(KeyboardInterrupt) as stopped:
             run(folders, tmp_path / "run")
@@ -845,16 +847,16 @@ def test_what_cannot_be_trained_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("form", [make_coco, make_yolo], ids=["coco", "yolo"])
+@pytest.mark.parametrize("make", [make_coco, make_yolo], ids=["coco", "yolo"])
 def test_data_of_the_other_task_is_answered_with_the_command_that_takes_it(
-    folders: Path, tmp_path: Path, form: Any
+    folders: Path, tmp_path: Path, make: Any
 ) -> None:
-    boxes = form(tmp_path / "boxes", train=2, val=1)
-    given = {"out": tmp_path / "run", "dry_run": True}
+    boxes = make(tmp_path / "boxes", train=2, val=1)
+    options: dict[str, Any] = {"out": tmp_path / "run", "dry_run": True}
     with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo finetune yolov8n_spd --da"):
-        call.finetune("cifar_resnet20", data=boxes, **given)
+        call.finetune("cifar_resnet20", data=boxes, **options)
     with pytest.raises(DataError, match="it has class folders, which classifiers take, as in `spd-zoo finetune tf_eff"):
-        call.finetune("yolov8n_spd", data=folders, **given)
+        call.finetune("yolov8n_spd", data=folders, **options)
     with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo evaluate RUN --data"):
         evaluate("cifar_resnet20.cifar100", boxes, workers=0)
 
@@ -1051,9 +1053,9 @@ def test_a_finished_run_goes_on_from_what_it_kept_and_resumes_to_the_same_bits(
     ("model", "epochs", "options", "message"),
     [
         ("cifar_resnet20", "+3", {}, r"epochs \+3 goes on from a finished run; give its folder instead of cifar_resn"),
-        ("run", "+0", {}, r"epochs \+0 is not a whole number, or like \+10"),
-        ("run", "+1.5", {}, r"epochs \+1.5 is not a whole number"),
-        ("run", "+3", {"seed": 2}, "run fixes seed of a run that goes on from it; leave that out"),
+        ("run", "+0", {}, r"epochs must be a whole number, or like \+10, got \+0"),
+        ("run", "+1.5", {}, r"epochs must be a whole number, or like \+10, got \+1.5"),
+        ("run", "+3", {"seed": 2}, "a run that goes on from .*run keeps its seed; leave that out"),
         ("run", "+3", {"recipe": "best"}, r"epochs \+3 takes the options of a finished run: give its folder"),
         ("run", "+3", {"epoch": 2}, "did you mean epochs"),
     ],

@@ -20,6 +20,7 @@ from spd_zoo.data.labelled import open_data
 from spd_zoo.process import Stopped
 from spd_zoo.weights import entries, save_network
 
+CONFIGS = twins_config.read_configs() + twins_config.read_configs(twins_config.CONFIGS / "imported")
 NETWORKS: list[dict[str, Any]] = [
     {"name": "strided", "model": "resnet10t"},
     {"name": "SPD", "model": "resnet10t", "convert": True},
@@ -52,7 +53,7 @@ def record(config: dict[str, Any], network: int, seed: int, **fields: Any) -> di
     return found | {"metrics": {"top1": 50.0 + 10 * seed + network * (1 + seed)}} | fields
 
 
-def test_the_interval_is_students() -> None:
+def test_the_interval_is_that_of_students_t() -> None:
     half = twins_report.interval([1.0, 2.0, 3.0])
     assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t of 2 degrees of freedom, from a printed table
     assert twins_report.interval([1.0, 3.0]) == pytest.approx(12.7062, rel=1e-5)
@@ -116,7 +117,7 @@ def test_a_wrong_config_is_refused(read: Any, fields: dict[str, Any], problem: s
         read(**fields)
 
 
-@pytest.mark.parametrize("found", twins_config.read_configs(), ids=lambda found: found["name"])
+@pytest.mark.parametrize("found", CONFIGS, ids=lambda found: found["name"])
 def test_the_configs_of_the_repository_have_options_of_finetune(found: dict[str, Any], tmp_path: Path) -> None:
     request = twins_run.request(found, found["networks"][0]["model"], tmp_path, tmp_path, seed=1)
     assert (request.seed, request.bf16, request.batch_size) == (1, False, found["options"]["batch_size"])
@@ -146,7 +147,7 @@ def test_the_networks_of_the_configs_are_saved_and_loaded_again(found: dict[str,
         assert other.num_classes == 5
 
 
-def test_a_subset_is_even_over_the_classes_and_leaves_test_alone(tmp_path: Path) -> None:
+def test_a_subset_has_equally_many_images_of_every_class(tmp_path: Path) -> None:
     data = make_folders(tmp_path / "colours", train=4, val=2)
     twins_run.write_subset(data, 6, tmp_path / "subset.csv")
     splits = {split: open_data(tmp_path / "subset.csv", split) for split in ("train", "val")}

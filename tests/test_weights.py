@@ -413,7 +413,7 @@ class Large:
 @pytest.mark.parametrize(
     "wrap", [lambda net: {"model": net}, lambda net: {"state_dict": net.state_dict(), "a": Large()}]
 )
-def test_a_file_is_read_by_our_parser_alone(
+def test_a_file_is_read_only_by_our_parser(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], Any], features: dict[str, Any]
 ) -> None:
     """Not a second time by timm, which calls what torch allows, and knows no networks pickled as a whole."""

@@ -41,7 +41,7 @@ CLASSES = 10
 
 
 class Stages:
-    """Seconds of each stage; time inside a nested stage belongs to that one alone."""
+    """Seconds of each stage; time inside a nested stage counts for that one only."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, defaultdict[str, float](float)

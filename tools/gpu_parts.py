@@ -5,9 +5,9 @@
     python tools/gpu_parts.py checkpoint RUN OUT [--mib 15] # a run's weights in fp16 -> OUT/model.fp16.0, .1, ...
     python tools/gpu_parts.py join OUT FILE                 # these -> one safetensors file
 
-`unpack` takes parts of any order, and again when others arrive; it prints how many are there. `checkpoint` reads
-`last.pt`, so it works while the run goes on; it takes the moving average if there is one. Only the commands that need
-torch import it, because that takes seconds.
+`unpack` takes the parts in any order, and can be repeated when more arrive; it prints how many files there are.
+`checkpoint` reads `last.pt`, so it works while the run goes on; it takes the moving average if there is one. Only the
+commands that need torch import it, because that takes seconds.
 """
 
 import argparse
@@ -22,7 +22,7 @@ MIB = 2**20
 
 
 def split(source: Path, target: Path, mib: float) -> str:
-    """Writes the files of a folder, dealt in turn, into tar files of at most `mib` MiB."""
+    """Distributes the files of a folder over tar files of at most `mib` MiB."""
     files = sorted(file for file in source.rglob("*") if file.is_file())
     if not files:
         raise SystemExit(f"{source} has no files")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, within a limited time, most important first: a smoke test, `pytest -m cuda`, the
-# benchmarks, and then training with all the time that is left.
+# Everything that needs a GPU, within a limited time, most important first: a smoke test, `pytest -m cuda`, the
+# benchmarks, and training in the time that is left.
 #
 #   tools/gpu_report.sh --seconds 600 --out OUT [--parts PARTS] [--run RUN] [--only smoke,tests,benchmarks,training]
 #   tools/gpu_report.sh --seconds 120 --dry
@@ -59,7 +59,7 @@ rows() {
     grep '^{' "$work/output" >>"$out/speed.jsonl" || true
 }
 
-# What is there of the training -> OUT.
+# Copies what the training has written so far to OUT.
 copy() {
     for file in metrics.csv run.yaml; do
         if [ -f "$run/$file" ]; then cp "$run/$file" "$out/$file.new" && mv "$out/$file.new" "$out/$file"; fi

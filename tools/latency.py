@@ -41,6 +41,10 @@ EXPORTED = {  # network: image size
     "yolov8n_spd_p2": 320,
     "pyconvresnet50_spd": 48,
     "cifar_resnet20_pfd": 32,
+    "cifar_resnet20": 32,
+    "tf_efficientnet_lite0_spd": 224,
+    "tf_efficientnet_lite1_spd": 240,
+    "yolov8n_p2": 640,
 }
 PAIRS = ("mobilenetv3_large", "parc_mobilenetv2", "ghostnet", "shufflenetv2")
 

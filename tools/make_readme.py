@@ -16,6 +16,7 @@ import readme_networks
 from readme_command_line import command_line
 from readme_common import ROOT
 
+from spd_zoo.training.config import GENERAL
 from spd_zoo.weights.families import FAMILIES
 
 RECIPES = {  # page: recipes of its published figures
@@ -38,14 +39,16 @@ def _family(page: str) -> Mapping[str, Callable[[], str]]:
 
 
 SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
-    "README.md": {"families": partial(readme_networks.families, "docs/families")},
+    "README.md": {"overview": readme_networks.overview, "families": partial(readme_networks.families, "docs/families")},
     "docs/choosing.md": {
         "families": partial(readme_networks.families, "families"),
+        "recommended": readme_networks.recommended,
         "trained": readme_networks.trained,
         "twins": readme_measurements.twins,
     },
     **{f"docs/families/{page}.md": _family(page) for page in FAMILIES},
     "docs/finetuning.md": {
+        **{name: partial(readme_networks.recipe, name) for name in GENERAL},
         "linear_probe": readme_measurements.linear_probe,
         "starts": readme_measurements.starts,
         "training_speed": readme_measurements.training_speed,
@@ -66,6 +69,7 @@ SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
         "kept_resolution": readme_measurements.kept_resolution,
         "conversion_experiment": readme_measurements.conversion_experiment,
         "conversion_detectors": readme_measurements.conversion_detectors,
+        "imported_twins": readme_measurements.imported_twins,
     },
 }
 

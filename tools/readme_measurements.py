@@ -7,7 +7,7 @@ import convert_experiment
 import convert_report
 import twins_report
 from readme_common import ROOT, records, table
-from twins_config import read_configs, read_records
+from twins_config import CONFIGS, read_configs, read_records
 
 
 def speed() -> str:
@@ -51,6 +51,13 @@ def twins() -> str:
     tables = [twins_report.markdown(config, record) for config in read_configs()]
     figure = f"![{twins_report.TITLE}](figures/seeds.svg)"
     return "\n\n".join([figure, *tables] if record else tables)
+
+
+def imported_twins() -> str:
+    """The same for the configs that begin with imported weights."""
+    record = read_records(ROOT / "tools" / "twins.jsonl")
+    found = read_configs(CONFIGS / "imported")
+    return "\n\n".join(twins_report.markdown(config, record) for config in found)
 
 
 def deploy_latency() -> str:
@@ -121,10 +128,9 @@ def training_speed() -> str:
 def converted_speed() -> str:
     """What `tools/benchmark.py --convert --json` printed into `tools/convert_speed.jsonl`."""
     record = records("convert_speed.jsonl")
-    columns = ("ours", "as it was", "/ as it was")
-    rows = [[f"`{row['network']}`", row["form"], *(f"{row[column]:.2f}" for column in columns)] for row in record]
+    rows = [[f"`{row['network']}`", row["form"], f"{row['/ as it was']:.2f}"] for row in record]
     settings = {f"batch {row['batch']}, {row['image_size']} px, {row['threads']} threads" for row in record}
-    head = ("network", "form", "converted and trained, images/s", "original, images/s", "ratio")
+    head = ("network", "form", "speed, converted / original")
     return f"{'; '.join(sorted(settings))}\n\n{table(head, rows)}"
 
 

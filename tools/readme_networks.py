@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import check_published
-from readme_common import ROOT, table
+from readme_common import ROOT, records, table
 
 from spd_zoo.weights import Entry, entries
 from spd_zoo.weights.families import FAMILIES
@@ -22,6 +22,48 @@ def families(pages: str) -> str:
         rows.append([f"[{title}]({pages}/{page}.md)", text, str(len(nets)), *spans, ", ".join(bundled) or "none"])
     head = ("family", "description", "networks", "parameters (M)", "MACs (G)", "weights in the package")
     return table(head, rows)
+
+
+OVERVIEW = {  # weights: what they are for
+    "tf_efficientnet_lite0_spd.in1k": "photos",
+    "tf_efficientnet_lite1_spd.in1k": "photos, more accurate",
+    "cifar_resnet20.cifar100": "32 px",
+    "cifar_resnet20_pfd.cifar100": "32 px, padding-free",
+    "pyconvresnet50_spd.cifar100": "48 px",
+    "yolov8n_spd.bccd": "blood cells",
+}
+
+
+def overview() -> str:
+    """Weights that are ready to use: accuracy, latency and size first, then the command."""
+    times = {(row["network"], row["image_size"]): row["onnxruntime"] for row in records("deploy_latency.jsonl")}
+    rows = []
+    for name, task in OVERVIEW.items():
+        entry = entries()[name]
+        time, size = times[entry.network, entry.input_size[1]], f"{(entry.size or 0) / 2**20:.1f}"
+        command = f"`spd-zoo {'detect' if entry.metrics[0]['metric'] == 'ap' else 'predict'} {name} IMAGE`"
+        rows.append([task, _accuracy(entry), f"{time:.1f}", size, command])
+    return table(["task", "accuracy", "ms", "MiB", "command"], rows)
+
+
+def recommended() -> str:
+    """The networks that docs/choosing.md recommends: accuracy, latency in ONNX Runtime, then the input."""
+    exported = [(row["network"], row["image_size"], row["onnxruntime"]) for row in records("deploy_latency.jsonl")]
+    free = [row for row in records("latency.jsonl") if row["runtime"] == "onnx"]
+    timed = [*exported, *((f"{row['network']}_pfd", row["image_size"], row["padding_free_ms"]) for row in free)]
+    tagged = {name.partition(".")[0]: entries()[name] for name in OVERVIEW}
+    rows = []
+    ours = {entry.network for entry in entries().values()}
+    for network, size, time in (row for row in timed if row[0] in ours):
+        entry = tagged.get(network)
+        accuracy = "no weights" if entry is None else _accuracy(entry)
+        rows.append([f"`{entry.name if entry else network}`", accuracy, f"{time:.1f}", f"{size} px"])
+    return table(["network", "accuracy", "ms", "input"], rows)
+
+
+def _accuracy(entry: Entry) -> str:
+    best = entry.metrics[0]
+    return f"{'AP' if best['metric'] == 'ap' else 'top-1'} {best['value']:.1f} %, {best['dataset']}"
 
 
 def networks(groups: Sequence[str]) -> str:
@@ -137,7 +179,7 @@ def printed(groups: Sequence[str]) -> str:
 
 
 def recipe(name: str) -> str:
-    """A recipe, as `--config` takes it."""
+    """A recipe, as `--recipe` takes it."""
     file = f"spd_zoo/training/recipes/{name}.yaml"
     return f'```yaml title="{file}"\n{(ROOT / file).read_text(encoding="utf-8")}```'
 

@@ -1,12 +1,12 @@
-"""Does space-to-depth help? Trains networks that differ in their downsampling alone, with several seeds each.
+"""Does space-to-depth help? Trains networks that differ only in their downsampling, with several seeds each.
 
     python tools/twins.py tools/twins/*.yaml --data-root DATA --out RUNS [--jobs 2] [--records tools/twins.jsonl]
 
 A config names a data set (a folder of DATA, as `spd-zoo finetune` takes it), the options of `finetune`, and networks:
-`model` with random weights, with the `weights` of a checkpoint (`network.tag`), or with those of a `backbone` (another
-such tag); then `keep_resolution: N` removes strides, and `convert: true` makes space-to-depth of the others. Each is
-compared with the first, or with the one named by `against`. Equal seeds have equal held-out images, order and
-augmentation.
+`model` with random weights, with the `weights` of a checkpoint (`network.tag`, perhaps imported), or with those of a
+`backbone` (another such tag); then `keep_resolution: N` removes strides, and `convert: true` makes space-to-depth of
+the others. Each is compared with the first, or with the one named by `against`. Equal seeds have equal held-out images,
+order and augmentation.
 
 Each of --jobs processes trains one network on one thread. A finished run is evaluated on the split test, or val if
 there is none, and becomes a line of --records (default: RUNS/twins.jsonl). After a stop the same command resumes the
@@ -45,9 +45,9 @@ def append(record: dict[str, Any], file: Path) -> None:
         lines.write(f"{json.dumps(record)}\n".encode())
 
 
-def work(cell: tuple[Any, ...], file: Path, quiet: bool) -> None:
-    """What a process does: one run, on one thread; with `quiet`, its output goes into the folder of the run."""
-    out: Path = cell[-1]
+def work(arguments: tuple[Any, ...], file: Path, quiet: bool) -> None:
+    """Does a run in this process, on one thread, and records it; with `quiet`, output goes into the run's folder."""
+    out: Path = arguments[-1]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,7 +58,7 @@ def work(cell: tuple[Any, ...], file: Path, quiet: bool) -> None:
                 stack.enter_context(redirect_stdout(output))
                 stack.enter_context(redirect_stderr(output))
             try:
-                append(run(*cell), file)
+                append(run(*arguments), file)
             except (ValueError, RuntimeError, OSError) as error:
                 if not quiet:
                     raise
@@ -72,34 +72,34 @@ def work(cell: tuple[Any, ...], file: Path, quiet: bool) -> None:
         torch.set_num_threads(threads)
 
 
-def run_all(cells: Sequence[tuple[Any, ...]], jobs: int, file: Path) -> int:
+def run_all(runs: Sequence[tuple[Any, ...]], jobs: int, file: Path) -> int:
     """Does all runs, `jobs` at once; returns how many failed.
 
     Raises:
         Stopped: After a signal, when all runs in progress are saved.
     """
     if jobs == 1:
-        for cell in cells:
-            work(cell, file, quiet=False)
+        for arguments in runs:
+            work(arguments, file, quiet=False)
         return 0
-    waiting, failed = list(cells), 0
+    waiting, failed = list(runs), 0
     running: dict[Any, tuple[Any, Any]] = {}
     processes = multiprocessing.get_context("spawn")
     with StopSignals() as signals:
         while running or (waiting and not signals.number):
             while waiting and len(running) < jobs and not signals.number:
-                cell = waiting.pop(0)
-                process = processes.Process(target=work, args=(cell, file, True))
+                arguments = waiting.pop(0)
+                process = processes.Process(target=work, args=(arguments, file, True))
                 process.start()
-                running[process.sentinel] = (process, cell)
+                running[process.sentinel] = (process, arguments)
             for sentinel in wait(list(running), timeout=1):
-                process, cell = running.pop(sentinel)
+                process, arguments = running.pop(sentinel)
                 process.join()
                 if process.exitcode and not signals.number:
                     failed += 1
-                    print(f"failed, see {cell[-1] / 'output.txt'}", file=sys.stderr)
+                    print(f"failed, see {arguments[-1] / 'output.txt'}", file=sys.stderr)
                 elif not process.exitcode:
-                    print(f"{len(waiting) + len(running)} runs left, finished {cell[-1].name}", flush=True)
+                    print(f"{len(waiting) + len(running)} runs left, finished {arguments[-1].name}", flush=True)
             if signals.number:
                 for process, _ in running.values():
                     process.terminate()  # SIGTERM, after which a run saves its state
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     file = options.records or options.out / "twins.jsonl"
-    cells: list[tuple[Any, ...]] = []
+    runs: list[tuple[Any, ...]] = []
     folders: set[Path] = set()
     status = 0
     try:
@@ -155,10 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"skipped {config['name']}: {error}", file=sys.stderr)
                 status = 1
                 continue
-            cells += [cell for cell in missing(config, records, data, options.out) if cell[-1] not in folders]
-            folders |= {cell[-1] for cell in cells}
-        print(f"{len(cells)} runs to do, {options.jobs} at once", flush=True)
-        status |= int(run_all(cells, options.jobs, file) > 0)
+            runs += [
+                arguments for arguments in missing(config, records, data, options.out) if arguments[-1] not in folders
+            ]
+            folders |= {arguments[-1] for arguments in runs}
+        print(f"{len(runs)} runs to do, {options.jobs} at once", flush=True)
+        status |= int(run_all(runs, options.jobs, file) > 0)
         records = read_records(file)
         options.out.mkdir(parents=True, exist_ok=True)
         text = "\n\n".join(markdown(config, records) for config in configs)

@@ -45,7 +45,7 @@ _EXTRAS = {
     "shtab": "[completion]",
 }
 
-_quiet = False  # whether the command was asked for results and errors alone
+_quiet = False  # whether only results and errors are printed
 
 
 class CommandError(Exception):
@@ -147,6 +147,9 @@ def explained(lower: str = "") -> Iterator[None]:
 
     Args:
         lower: What needs less memory: the advice after "out of memory".
+
+    Raises:
+        CommandError: In place of those errors, with the sentence.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""`spd-zoo convert-data`: a data set with boxes in another form."""
+"""`spd-zoo convert-data`: a data set with boxes in another format."""
 
 import argparse
 from pathlib import Path

@@ -27,6 +27,7 @@ __all__ = [
     "match_classes",
     "network_classes",
     "outputs_of",
+    "pretrained_outputs",
     "renamed",
     "without_unused",
 ]
@@ -63,12 +64,12 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def look_alikes(names: Iterable[str]) -> list[str]:
-    """A note if classes differ in case or leading zeros alone, which may be an accident."""
+    """A note if classes differ only in case or leading zeros, which may be an accident."""
     groups = defaultdict(list)
     for name in names:
         groups[name.lstrip("0") or "0" if name.isdecimal() else name.casefold()].append(name)
     alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
-    return [f"classes that differ in case or leading zeros alone are kept apart: {some(alike)}"] if alike else []
+    return [f"classes that differ only in case or leading zeros are kept apart: {some(alike)}"] if alike else []
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,16 @@ def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str
     return data.renumbered([numbers.get(i, UNUSED) for i in range(len(names))], outputs, notes)
 
 
-def outputs_of(class_names: Sequence[str], network: NetworkClasses, called: str) -> tuple[list[int], str]:
-    """The output of a network for each of some classes, which `match_classes` would find; and the note of a guess.
+def outputs_of(class_names: Sequence[str], network: NetworkClasses, network_name: str) -> tuple[list[int], str]:
+    """The output of a network for each class, as `match_classes` finds it, and a note if it is a guess.
 
     Args:
         class_names: The classes.
-        network: What the network tells apart.
-        called: What messages call the network.
+        network: The network's classes.
+        network_name: Its name in error messages.
+
+    Returns:
+        The outputs, and the note; empty without a guess.
 
     Raises:
         DataError: If a class is not among the network's, or the network does not tell two of them apart.
@@ -187,15 +191,32 @@ def outputs_of(class_names: Sequence[str], network: NetworkClasses, called: str)
     missing = next((class_names[i] for i in range(len(names)) if i not in numbers), None)
     if missing is not None:
         raise DataError(
-            f"{called} has no class {missing!r}. The data has {_listed(class_names)}; {called} has "
+            f"{network_name} has no class {missing!r}. The data has {_listed(class_names)}; {network_name} has "
             f"{_listed(network.names)}. Each class of the data must be one of them, by its name or WordNet id"
         )
     outputs = [numbers[i] for i in range(len(names))]
     twice = next((output for output, count in Counter(outputs).items() if count > 1), None)
     if twice is not None:
         same = [name for name, output in zip(class_names, outputs, strict=True) if output == twice]
-        raise DataError(f"{' and '.join(map(repr, same))} are one class of {called}, {network.names[twice]!r}")
+        raise DataError(f"{' and '.join(map(repr, same))} are one class of {network_name}, {network.names[twice]!r}")
     return outputs, note
+
+
+def pretrained_outputs(model: str, known: NetworkClasses, class_names: Sequence[str]) -> list[int] | None:
+    """The outputs of the pretrained network for the classes of the data; None unless it knows every name.
+
+    Args:
+        model: The network's name.
+        known: The classes of its weights.
+        class_names: The classes of the data.
+    """
+    if not known.named:
+        return None
+    try:
+        outputs, guess = outputs_of(class_names, known, model)
+    except DataError:
+        return None
+    return None if guess else outputs
 
 
 def without_unused(data: _T) -> _T:

@@ -253,7 +253,7 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
     stray = [entry.name for entry in entries if not entry.is_dir() and is_image(entry, folder)]
     notes = [*notes, *is_image.notes(folder), *look_alikes(class_names)]
     if nested:
-        notes.append(f"class folders of {folder} with images in inner folders alone, all of one class: {some(nested)}")
+        notes.append(f"class folders of {folder} with images only in inner folders, all of one class: {some(nested)}")
     if stray:
         notes.append(f"{count(len(stray), 'image')} outside the class folders of {folder} left out: {some(stray)}")
     return LabelledImages(files, labels, class_names, range(len(files)), tuple(notes))
@@ -317,7 +317,11 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
 
 
 def load_hugging_face(name: str) -> Any:
-    """The splits of a data set of the Hub, or of a folder with files of one."""
+    """The splits of a data set of the Hub, or of a folder with files of one.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     import datasets
 
     try:

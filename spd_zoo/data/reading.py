@@ -103,7 +103,7 @@ class ImageFilter:
 
 
 def files_in(folder: str | Path) -> Iterator[str]:
-    """The paths of all files in a folder and in those inside it, also behind links, but never twice around a circle."""
+    """The paths of all files in a folder and its subfolders; links are followed, but circles of links only once."""
     around = {os.fspath(folder): {os.path.realpath(folder)}}
     for inside, folders, names in os.walk(folder, followlinks=True):
         yield from (os.path.join(inside, name) for name in names)

@@ -124,7 +124,11 @@ class Prediction:
 
 @contextmanager
 def transform_errors(image: Image.Image) -> Iterator[None]:
-    """Turns errors of transforms that cannot resize an image into a ValueError."""
+    """Turns errors of transforms that cannot resize an image into a ValueError.
+
+    Raises:
+        ValueError: In place of those errors.
+    """
     try:
         yield
     except (OverflowError, MemoryError, RuntimeError) as error:
@@ -323,6 +327,8 @@ def check_classifier(net: nn.Module, model: str) -> None:
     if isinstance(net, ObjectFinder):
         raise ModelError(f"{model} is a detector; run `spd-zoo detect {model} IMAGES`, or use spd_zoo.Detector")
     if not hasattr(net, "pretrained_cfg"):
-        raise ModelError(f"{model} is no network of timm, whose pretrained_cfg says what its inputs are")
+        raise ModelError(
+            f"{model} has no pretrained_cfg, which says how its images are prepared; use one of timm's networks"
+        )
     if not getattr(net, "num_classes", 0):
         raise ModelError(f"{model} has no classifier, only features")

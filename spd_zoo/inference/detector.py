@@ -473,6 +473,9 @@ class Detector:
         Args:
             views: For every view the number of its image, the input and its placement; an image's views in a row.
 
+        Returns:
+            The detections of each image, in order.
+
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
         """

@@ -1,4 +1,4 @@
-"""ONNX files that `spd-zoo export` wrote, run by ONNX Runtime behind the interface of the network they came from.
+"""ONNX files that `spd-zoo export` wrote, run by ONNX Runtime, with the interface of the network they came from.
 
 Such a file may come from a stranger. It is parsed before ONNX Runtime sees it, and refused if it refers to other files,
 or holds what no exported network needs and what could compute without end: loops, branches, functions, operators of
@@ -38,7 +38,7 @@ __all__ = [
     "with_threshold_inputs",
 ]
 
-THRESHOLDS = ("score_threshold", "iou_threshold")  # what the numbers are called that a detector's file has for NMS
+THRESHOLDS = ("score_threshold", "iou_threshold")  # names of the constants for NMS in a detector's file
 
 _LARGEST_FILE = 2**31 - 1  # bytes; protobuf, the container of ONNX, allows no more
 _MOST_PIXELS = 100_000_000  # of an input
@@ -59,7 +59,7 @@ def load_model(model: str, device: str | None = None) -> nn.Module:
         ModelError: If there is no such network, or it cannot be used.
         ModuleNotFoundError: If a file needs onnx or onnxruntime, and it is missing.
         ValueError: If there is no such device, or it is not the CPU for a file.
-        WeightsError: If its weights cannot be had or must not be used.
+        WeightsError: If its weights are unavailable or must not be used.
     """
     if not model.endswith(".onnx"):
         return load_network(model, pick_device(device))
@@ -79,16 +79,16 @@ class Exported(nn.Module):
         fixed_size: The only height and width of its input; None if they are free.
     """
 
-    def __init__(self, model: Any, metadata: dict[str, str], content: bytes, called: str) -> None:
+    def __init__(self, model: Any, metadata: dict[str, str], content: bytes, name: str) -> None:
         super().__init__()
-        self.called = called
+        self.name = name
         self.pretrained_cfg = _pretrained_cfg(metadata)
         self.num_classes: int = self.pretrained_cfg["num_classes"]
         self.in_chans: int = self.pretrained_cfg["input_size"][0]
         self.param_count = int(metadata["parameters"])
-        self.session: Any = start_session(model, called)
+        self.session: Any = start_session(model, name)
         self.fixed_size = _fixed_size(model, self.pretrained_cfg["input_size"])
-        # whoever asks a network for its device and precision, or compares networks by their tensors, gets an answer
+        # callers read a network's device and precision from its parameters, and compare networks by their tensors
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
         self.register_buffer("digest", torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8))
 
@@ -106,7 +106,7 @@ class Exported(nn.Module):
         size = (images.shape[-2], images.shape[-1])
         if self.fixed_size is not None and self.fixed_size != size:
             only = size_text(self.fixed_size)
-            raise ImageSizeError(f"{self.called} takes images of {only} pixels only, got {size_text(size)}")
+            raise ImageSizeError(f"{self.name} takes images of {only} pixels only, got {size_text(size)}")
         feeds = {"images": np.ascontiguousarray(images.cpu().numpy(), np.float32)}
         feeds |= {name: np.array([value], np.float32) for name, value in inputs.items()}
         try:
@@ -114,17 +114,22 @@ class Exported(nn.Module):
         except Exception as error:  # ONNX Runtime's errors have no base class of their own
             if ran_out_of_memory(error):
                 raise
-            raise ModelError(f"ONNX Runtime cannot run {self.called}: {first_line(error)}") from error
+            raise ModelError(f"ONNX Runtime cannot run {self.name}: {first_line(error)}") from error
 
 
 class ExportedClassifier(Exported):
     """An exported classifier."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) -> logits (N, classes)."""
+        """(N, C, H, W) -> logits (N, classes).
+
+        Raises:
+            ImageSizeError: If the file does not take images of this size.
+            ModelError: If it cannot be run, or computes something else than logits.
+        """
         (logits,) = self.compute(images, ["logits"])
         if logits.shape != (len(images), self.num_classes):
-            raise ModelError(f"{self.called} computes {list(logits.shape)} logits for {self.num_classes} classes")
+            raise ModelError(f"{self.name} computes {list(logits.shape)} logits for {self.num_classes} classes")
         return logits
 
 
@@ -138,8 +143,8 @@ class ExportedDetector(Exported, ObjectFinder):
 
     max_detections: int
 
-    def __init__(self, model: Any, metadata: dict[str, str], content: bytes, called: str) -> None:
-        super().__init__(with_threshold_inputs(model), metadata, content, called)
+    def __init__(self, model: Any, metadata: dict[str, str], content: bytes, name: str) -> None:
+        super().__init__(with_threshold_inputs(model), metadata, content, name)
         self.channel_order = _choice(metadata["channel_order"], "RGB", "BGR")
         self.keeps_aspect = _choice(metadata["keeps_aspect"], "true", "false") == "true"
         self.score_threshold, self.iou_threshold, self.evaluation_score = (
@@ -197,12 +202,12 @@ class ExportedDetector(Exported, ObjectFinder):
         shape = (len(raw), self.max_detections)
         right = (counts.shape, boxes.shape, scores.shape, classes.shape) == (shape[:1], (*shape, 4), shape, shape)
         if not right or not ((counts >= 0) & (counts <= self.max_detections)).all():
-            raise ModelError(f"{self.called} computes something else than {self.max_detections} boxes an image")
+            raise ModelError(f"{self.name} computes something else than {self.max_detections} boxes an image")
         found = []
         for i, number in enumerate(counts.tolist()):
             labels = classes[i, :number].long()
             if not ((labels >= 0) & (labels < self.num_classes)).all():
-                raise ModelError(f"{self.called} finds classes beyond its {self.num_classes}")
+                raise ModelError(f"{self.name} finds classes beyond its {self.num_classes}")
             each = {"boxes": boxes[i, :number].float(), "scores": scores[i, :number].float(), "labels": labels}
             if isinstance(score_threshold, Tensor):
                 each = _rows(each, each["scores"] > score_threshold[labels])
@@ -236,17 +241,17 @@ def read_exported(file: Path) -> Exported:
             f"an exported file needs the package {error.name}: pip install 'spd-zoo[export]'", name=error.name
         ) from error
 
-    called = str(file)
+    name = str(file)
     content = _content(file)
     model: Any = onnx.ModelProto()
     try:
         model.ParseFromString(content)
     except DecodeError as error:
-        raise ModelError(f"{called} is no ONNX file, or damaged; export it again") from error
+        raise ModelError(f"{name} is no ONNX file, or damaged; export it again") from error
     metadata = {item.key: item.value for item in model.metadata_props}
     if "made_by" not in metadata or "class_names" not in metadata:
         raise ModelError(
-            f"{called} does not say how images are prepared for it and what its outputs mean; only files of `spd-zoo "
+            f"{name} does not say how images are prepared for it and what its outputs mean; only files of `spd-zoo "
             "export` do"
         )
     outputs = [output.name for output in model.graph.output]
@@ -254,19 +259,19 @@ def read_exported(file: Path) -> Exported:
     form = forms.get(tuple(outputs))
     if form is None:
         raise ModelError(
-            f"{called} has the outputs {', '.join(outputs)[:100]}, but logits, or num, boxes, scores and classes are "
+            f"{name} has the outputs {', '.join(outputs)[:100]}, but logits, or num, boxes, scores and classes are "
             "needed; export it again, without --raw"
         )
     problem = _problem(model)
     if problem:
-        raise ModelError(f"{called} {problem}, as no exported network does; it is not run")
+        raise ModelError(f"{name} {problem}, as no exported network does; it is not run")
     try:
-        return form(model, metadata, content, called)
+        return form(model, metadata, content, name)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
-            f"the metadata of {called} is incomplete or damaged ({first_line(error, with_type=True)}); "
+            f"the metadata of {name} is incomplete or damaged ({first_line(error, with_type=True)}); "
             "export it again with this version of spd-zoo"
         ) from error
 
@@ -287,7 +292,7 @@ def _content(file: Path) -> bytes:
 
 
 def _problem(model: Any) -> str:
-    """What a model has that none of ours needs; nothing if there is no such thing."""
+    """What a model contains that no exported network does; empty without such a thing."""
     if model.functions or model.training_info:
         return "defines functions of its own"
     if model.graph.sparse_initializer:
@@ -314,7 +319,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def with_threshold_inputs(model: Any) -> Any:
-    """A copy of a detector's ONNX model whose `THRESHOLDS` may be given anew at every run.
+    """A copy of a detector's ONNX model whose `THRESHOLDS` become inputs, which a run may set.
 
     Raises:
         ValueError: If it has no such thresholds.
@@ -330,7 +335,7 @@ def with_threshold_inputs(model: Any) -> Any:
     return copied
 
 
-def start_session(model: Any, called: str) -> Any:
+def start_session(model: Any, name: str) -> Any:
     """ONNX Runtime's session for an ONNX model, with as many threads as torch uses.
 
     Raises:
@@ -340,13 +345,13 @@ def start_session(model: Any, called: str) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.log_severity_level = 3  # errors alone, which are raised, too
+    options.log_severity_level = 3  # errors only
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no base class of their own
         if ran_out_of_memory(error):
             raise
-        raise ModelError(f"ONNX Runtime cannot load {called}: {first_line(error)[:300]}") from error
+        raise ModelError(f"ONNX Runtime cannot load {name}: {first_line(error)[:300]}") from error
 
 
 def _fixed_size(model: Any, input_size: tuple[int, int, int]) -> tuple[int, int] | None:

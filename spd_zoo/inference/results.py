@@ -61,6 +61,9 @@ def open_split(data: str, split: str = "", image_column: str = "", label_column:
         image_column: The column with the images, as for `open_data`.
         label_column: The column with the labels, as for `open_data`.
 
+    Returns:
+        The images of the split.
+
     Raises:
         DataError: If there is no such data set or split, or there are several and none is asked for.
     """

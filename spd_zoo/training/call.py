@@ -45,12 +45,14 @@ def finetune(
     """
     if isinstance(model, FinetuneConfig):
         if config is not None or recipe is not None or options:
-            raise ValueError("give a FinetuneConfig alone; dataclasses.replace changes its fields")
+            raise ValueError("give a FinetuneConfig without other options; dataclasses.replace changes its fields")
         return training.finetune(replace(model, model=timm_name(model.model)))
     epochs = options.get("epochs")
     if isinstance(epochs, str) and epochs.startswith("+"):
         if config is not None or recipe is not None or model is None:
-            raise ValueError(f"epochs {epochs} takes the options of a finished run: give its folder, and no other set")
+            raise ValueError(
+                f"epochs {epochs} takes the options of a finished run: give its folder, and no config or recipe"
+            )
         asked = as_options({name: value for name, value in options.items() if name != "epochs"}, "finetune")
         goes_on = continuation(os.fspath(model), epochs, asked)
         return training.finetune(make_config(goes_on.options), goes_on=goes_on)

@@ -50,14 +50,14 @@ def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
         ValueError: If `epochs` is not like "+10", or an option would change the data or the network.
     """
     if not epochs[1:].isdigit() or not int(epochs):
-        raise ValueError(f"epochs {epochs} is not a whole number, or like +10")
+        raise ValueError(f"epochs must be a whole number, or like +10, got {epochs}")
     folder = Path(run.removeprefix("local-dir:"))
     if not (folder / "run.yaml").is_file():
         raise ValueError(f"epochs {epochs} goes on from a finished run; give its folder instead of {run}")
     model = timm_name(f"local-dir:{folder}")
     changed = [name for name in _FIXED if name in asked]
     if changed:
-        raise ValueError(f"{folder} fixes {', '.join(changed)} of a run that goes on from it; leave that out")
+        raise ValueError(f"a run that goes on from {folder} keeps its {', '.join(changed)}; leave that out")
     try:
         stored = completed(read_yaml(folder / "run.yaml"), folder)
         fingerprint = json.loads((folder / "data.json").read_text(encoding="utf-8"))["fingerprint"]
@@ -79,6 +79,6 @@ def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
     if options["lr"] > last:
         rate = f"a tenth of the peak of {folder}, which ended at {last:.2g}"
     if "lr" in asked:
-        rate = "as given"
+        rate = "as set"
     words = f"goes on from the network that {folder} kept: {int(epochs)} epochs from learning rate {options['lr']:.2g}"
     return Continuation(options, fingerprint, f"{words} ({rate}), into {options['out']}")

@@ -59,7 +59,7 @@ from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, names_other_task, task_of
 from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
-from spd_zoo.weights.load import timm_name
+from spd_zoo.weights.load import has_weights, timm_name
 from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
@@ -94,7 +94,7 @@ class Result:
 
 
 def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continuation | None = None) -> Result | None:
-    """Trains `config.model` on `config.data`, and on what `config.teacher` says of its images if there is one.
+    """Trains `config.model` on `config.data`, also with the outputs of `config.teacher` as targets if there is one.
 
     `config.out` then holds
 
@@ -200,9 +200,7 @@ def plan(
         DataError: If there are too few images.
         ValueError: If an option has no meaning for the network or the data.
     """
-    known = get_pretrained_cfg(config.model)
-    verified = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
-    pretrained = verified if config.pretrained is None else config.pretrained
+    pretrained = has_weights(config.model) if config.pretrained is None else config.pretrained
     if config.pretrained is None and not pretrained:
         tags = tags_in_words(config.model)
         others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
@@ -654,7 +652,7 @@ def finish(run: Run) -> Result:
     size = parse_size(run.best["image_size"] if run.best else run.history[-1]["image_size"])
     preprocessing = replace(run.preprocessing, bf16=False)  # the precision in which the network is used
     predictions = run.task.predict(net, _val_batches(run, size), val, size, preprocessing, process)
-    figures = predictions.summary()
+    figures, missed = predictions.summary(), predictions.notes()
     if process.first:
         own = net.pretrained_cfg.items()
         cfg = {
@@ -665,13 +663,14 @@ def finish(run: Run) -> Result:
             "label_names": val.class_names,
         }
         run.folder.write_network(net, cfg, parse_model_args(config.model_args))
-        notes = [*run.splits.about.get("notes", []), *plot_notes(), *predictions.notes()]
+        notes = [*run.splits.about.get("notes", []), *plot_notes(), *missed]
         run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(
         f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
     )
-    noted = [f"note: {note}" for note in predictions.notes()]
-    for line in [*noted, *verdict(run.plan, run.task, run.evaluations), *next_commands(config, run.task)]:
+    for note in missed:
+        process.print(f"note: {note}")
+    for line in [*verdict(run.plan, run.task, run.evaluations), *next_commands(config, run.task)]:
         process.print(line)
     return Result(config.out, run.history, figures | {"image_size": size_value(size)}, run.before)
 

@@ -1,4 +1,4 @@
-"""Which layers of a network train: frozen ones, and the classifier alone at first."""
+"""Which layers of a network train: without frozen ones, and at first only the classifier."""
 
 from collections.abc import Sequence
 from typing import Any

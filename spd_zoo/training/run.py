@@ -50,6 +50,7 @@ class RunFolder:
         """The beginning of the run in the folder, which is resumed; None without a run, or for a dry run.
 
         Raises:
+            RunError: If its `run.yaml` or `data.json` is damaged.
             ValueError: If the folder holds something else, or a run although `asked.resume` is "never".
         """
         if asked.dry_run:

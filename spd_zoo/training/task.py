@@ -61,7 +61,7 @@ class Task(Protocol[DataT]):
     metric: str
 
     def defaults(self, config: FinetuneConfig, net: Any, batch_size: int, pretrained: bool) -> dict[str, Any]:
-        """The values of options that depend on the task, for those that are not given.
+        """The values of options that depend on the task, where the request leaves them out.
 
         Args:
             config: The request.
@@ -90,16 +90,46 @@ class Task(Protocol[DataT]):
         """
 
     def write_data_report(self, folder: RunFolder, config: FinetuneConfig, net: Any, splits: Splits[DataT]) -> None:
-        """Writes what is trained on, when a run begins."""
+        """Writes what is trained on, when a run begins.
+
+        Args:
+            folder: The run.
+            config: Its configuration.
+            net: The network, perhaps on torch's meta device.
+            splits: The data as `open_splits` returns it.
+        """
 
     def open_split(self, data: str | Path, split: str, image_column: str = "", label_column: str = "") -> DataT | None:
-        """The images of a split; None if there is none of that name."""
+        """The images of a split.
+
+        Args:
+            data: The data set.
+            split: The split: train, val, test, or a name of the data set's own.
+            image_column: For classifiers, the column with the images.
+            label_column: For classifiers, the column with the labels.
+
+        Returns:
+            The images; None if there is no split of that name.
+
+        Raises:
+            DataError: If the data cannot be read.
+        """
 
     def warnings(self, data: DataT) -> list[str]:
         """Problems of labels or boxes that do not prevent their use."""
 
     def training(self, net: Any, plan: Plan, data: DataT, process: Process) -> TrainingTask:
-        """The network with its loss: images and targets -> a dict with `loss` and perhaps its `terms`."""
+        """The network with its loss.
+
+        Args:
+            net: The network.
+            plan: What the run does.
+            data: The training images.
+            process: This process.
+
+        Returns:
+            timm's task: images and targets -> a dict with `loss` and perhaps its `terms`.
+        """
 
     def init_head(self, net: Any, plan: Plan, data: DataT, process: Process, preprocessing: Preprocessing) -> bool:
         """Gives the classifier of a new run its first weights.
@@ -129,7 +159,19 @@ class Task(Protocol[DataT]):
         config: FinetuneConfig,
         preprocessing: Preprocessing,
     ) -> Batches:
-        """The training images, augmented, in the order of `steps`."""
+        """The training images, augmented, in the order of `steps`.
+
+        Args:
+            net: The network.
+            data: The training images.
+            image_size: Height and width of the inputs.
+            steps: The images of each step.
+            config: Augmentation and worker processes.
+            preprocessing: How pixels become the network's input.
+
+        Returns:
+            Batches of pixels and targets.
+        """
 
     def eval_batches(
         self,
@@ -141,10 +183,33 @@ class Task(Protocol[DataT]):
         preprocessing: Preprocessing,
         process: Process,
     ) -> Batches:
-        """This process's share of the images, in order."""
+        """This process's share of the images, in order.
+
+        Args:
+            net: The network.
+            data: The images.
+            image_size: Height and width of the inputs.
+            batch_size: Images per batch.
+            workers: Processes that read images.
+            preprocessing: How pixels become the network's input.
+            process: This process.
+
+        Returns:
+            Batches of pixels and targets.
+        """
 
     def score(self, net: Any, batches: Batches, preprocessing: Preprocessing, process: Process) -> dict[str, float]:
-        """The metrics of an epoch."""
+        """The metrics of an epoch.
+
+        Args:
+            net: The network.
+            batches: As `eval_batches` returns them.
+            preprocessing: How pixels become the network's input.
+            process: This process; the others evaluate the rest of the images.
+
+        Returns:
+            The metrics by their columns in `metrics.csv`.
+        """
 
     def predict(
         self,
@@ -156,8 +221,22 @@ class Task(Protocol[DataT]):
         process: Process,
         flip: bool = False,
         suppression: Suppression | None = None,
-    ) -> Any:  # `Predictions`, which `write_report` takes
-        """The predictions for all images; with `flip` averaged over every image and its mirror image."""
+    ) -> Any:
+        """The predictions for all images.
+
+        Args:
+            net: The network.
+            batches: As `eval_batches` returns them.
+            data: The images.
+            image_size: Height and width of the inputs.
+            preprocessing: How pixels become the network's input.
+            process: This process; the others evaluate the rest of the images.
+            flip: Average over every image and its mirror image.
+            suppression: How a detector's boxes suppress each other.
+
+        Returns:
+            `Predictions`, as `write_report` takes them.
+        """
 
     def epoch_in_words(self, row: dict[str, Any]) -> str:
         """The most important metrics of an epoch, a row of `metrics.csv`."""
@@ -177,7 +256,16 @@ class Task(Protocol[DataT]):
         data: DataT,
         notes: Sequence[str],
     ) -> None:
-        """Writes the report of a run and its tables and figures; `notes` say what was guessed or left out."""
+        """Writes the report of a run with its tables and figures.
+
+        Args:
+            folder: The run.
+            config: Its configuration.
+            history: The rows of `metrics.csv`.
+            predictions: As `predict` returns them.
+            data: The images that were evaluated.
+            notes: What was guessed or left out.
+        """
 
     def check_evaluation(
         self, net: nn.Module, model: str, only_classifiers: bool, suppression: Suppression | None = None
@@ -187,8 +275,8 @@ class Task(Protocol[DataT]):
         Args:
             net: The network.
             model: Its name, for the message.
-            only_classifiers: Whether options were given that only classifiers have.
-            suppression: Options that only detectors have, if any was given.
+            only_classifiers: Whether options are set that only classifiers have.
+            suppression: Options that only detectors have, if any is set.
 
         Raises:
             ModelError: If the network cannot be evaluated.

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class DownloadError(WeightsError):
-    """A file that cannot be downloaded now; the message is the reason alone, for use inside a sentence."""
+    """A file that cannot be downloaded now; the message is only the reason, for use inside a sentence."""
 
 
 def page_or_pointer(start: bytes) -> str | None:

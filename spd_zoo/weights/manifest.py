@@ -104,7 +104,7 @@ class Entry:
             return None
         try:
             return {name: _imagenet().label_name_to_description(name) for name in names}
-        except KeyError:  # timm has the synsets of ImageNet-21k alone
+        except KeyError:  # timm has only the synsets of ImageNet-21k
             return None
 
     @property
@@ -182,7 +182,11 @@ def tags_in_words(network: str) -> str:
         classes = f"{entry.num_classes} classes"
         if entry.class_names and entry.num_classes <= 5:
             classes += f": {', '.join(entry.class_names)}"
-        facts = (entry.dataset, classes, f"{'x'.join(map(str, dict.fromkeys(entry.input_size[1:])))} px")
+        facts: tuple[str | None, ...] = (
+            entry.dataset,
+            classes,
+            f"{'x'.join(map(str, dict.fromkeys(entry.input_size[1:])))} px",
+        )
         facts += () if entry.verified else (f"at their authors': spd-zoo info {entry.name}",)
         found.append(f"{entry.name} ({', '.join(filter(None, facts))})")
     return "; ".join(found)

@@ -1,4 +1,4 @@
-"""Images with boxes for detectors, from every form in which people have them, in one form in memory."""
+"""Reads images with boxes for detectors from all common annotation formats."""
 
 from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, Objects, Tiling, found_in_words, hold_out, with_names
 from spd_zoo.data.boxes.opening import open_boxes

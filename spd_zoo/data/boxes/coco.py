@@ -40,7 +40,7 @@ def find(root: Path) -> Source | None:
         notes = []
         if len(instances) == 1 and not any(map(split_of, instances)):  # CVAT's instances_default.json
             (file,) = instances.values()
-            notes.append(f"{relative_to(file, root)} is of no usual split: it is taken as train")
+            notes.append(f"{relative_to(file, root)} names no usual split: it is read as train")
             return Source("COCO", {"train": partial(_open, root, *next(iter(instances.items())))}, notes)
         return _source(root, instances, notes)
     for folder in folders:
@@ -63,7 +63,7 @@ def find_file(file: Path) -> Source:
     """The images of one file, as the split of its name, or else as train.
 
     Raises:
-        DataError: If it is not in COCO's form.
+        DataError: If it is not in COCO's format.
     """
     root = file.parent.parent if file.parent.name.lower() in ("annotations", "annotation") else file.parent
     return _source(root, {_split_name(file, root): file}, [])
@@ -84,7 +84,7 @@ def _few_of_each_folder(files: list[Path]) -> list[Path]:
 
 
 def _is_coco(file: Path) -> bool:
-    """Whether a JSON file has what COCO's files with objects have."""
+    """Whether a JSON file has the keys of COCO's object annotations."""
     try:
         content = json.loads(text_of(file))
     except (ValueError, OSError, RecursionError):
@@ -99,7 +99,7 @@ def _is_coco(file: Path) -> bool:
 
 
 def _split_name(file: Path, root: Path) -> str:
-    """The split that a word of the file's name or its folder tells: train_coco.json, train/_annotations.coco.json."""
+    """The split in a word of the file's name or its folder: train_coco.json, train/_annotations.coco.json."""
     stem = file.stem.removeprefix("instances_")
     words = (stem, *re.split(r"[-_. ]+", stem), *file.relative_to(root).parts[:-1])
     return next((word for word in words if split_of(word)), "train")
@@ -123,7 +123,7 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
         class_names = [str(category["name"]) for category in categories]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(
-            f"{file} is not in COCO's form for objects ({type(error).__name__}: {error}); it needs images, "
+            f"{file} is not in COCO's format for objects ({type(error).__name__}: {error}); it needs images, "
             "annotations and categories"
         ) from error
     collected = Collector(class_names, file)
@@ -148,7 +148,7 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
 def _without_parent(
     categories: list[dict[str, Any]], used: set[str], file: Path
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The categories without one that only is the parent of others, as Roboflow puts first."""
+    """The categories without one that is only the parent of others, such as Roboflow's first one."""
     parents = {str(category.get("supercategory")) for category in categories}
     kept = [
         category

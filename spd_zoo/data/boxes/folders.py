@@ -1,4 +1,4 @@
-"""What the readers of all forms ask of folders: the images in them, the splits, and files whose paths are stale."""
+"""Shared by the readers of all formats: images in folders, folders of splits, and files whose paths are stale."""
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -27,7 +27,7 @@ _ANNOTATIONS = (".txt", ".xml", ".json", ".csv")  # which lie beside images
 
 
 def is_hidden(path: Path, folder: Path) -> bool:
-    """Whether a path in a folder is hidden, as what macOS puts beside files is."""
+    """Whether a path in a folder is hidden, such as the files that macOS creates beside others."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
 
 
@@ -43,13 +43,13 @@ def child(folder: Path, *names: str) -> Path | None:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders in a folder by their names, if any of them is called like a split."""
+    """The folders in a folder by their names, if any of them is named like a split."""
     found = folders_in(folder)
     return found if any(map(split_of, found)) else {}
 
 
 def folders_of_split(folder: Path, split: str) -> list[Path]:
-    """The folders in a folder that are called like a split, or else like another name of the same split."""
+    """The folders in a folder that are named like a split, or else like another name of the same split."""
     found = folders_in(folder)
     return [found[name] for name in find_split(found, split) or find_split(found, split_of(split) or split)]
 
@@ -93,12 +93,12 @@ def hidden_in(folder: Path) -> list[str]:
 
 
 def find_moved(path: str, folders: Iterable[Path], least: int = 1) -> Path | None:
-    """What a path of perhaps another machine stands for: as many of its last parts as there are in one of the folders.
+    """Finds the file of a path from another machine: the longest end of the path that exists in one of the folders.
 
     Args:
         path: The path.
         folders: Where to look, the most likely first.
-        least: How many parts must be there; fewer if the path has fewer.
+        least: Minimum number of its last parts that must exist; fewer if the path has fewer.
     """
     plain = PureWindowsPath(path) if "\\" in path else PurePosixPath(path)
     parts = [part for part in plain.parts if part not in (plain.anchor, ".", "..")]
@@ -116,7 +116,7 @@ def relative_to(path: Path, root: Path) -> str:
 
 
 def text_of(file: Path) -> str:
-    """What is in a text file, with or without a byte order mark.
+    """The content of a text file, with or without a byte order mark.
 
     Raises:
         DataError: If it is not in UTF-8.

@@ -76,25 +76,25 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
     collected, images = Collector(class_names, name), _Rows(dataset, columns[0])
     for i, objects in enumerate(rows):
         image = images[i]
-        called = image if isinstance(image, str) else f"{split} row {i}"
+        image_name = image if isinstance(image, str) else f"{split} row {i}"
         boxes = []
         for j, (bbox, value) in enumerate(zip(objects["bbox"], objects[category], strict=True)):
-            where = f"{called} object {j + 1}"
+            where = f"{image_name} object {j + 1}"
             try:
                 x, y, width, height = map(float, bbox)
             except (TypeError, ValueError):
-                collected.leave_out("objects lack four numbers of a box and are left out", where, called)
+                collected.leave_out("objects lack four numbers of a box and are left out", where, image_name)
                 continue
             label = number.get(value if declared else str(value))
             ignored = any(bool(objects[key][j]) for key in ("iscrowd", "ignore", "difficult") if key in keys)
             area = float(objects["area"][j]) if "area" in keys and objects["area"][j] is not None else None
             boxes.append(Box(label, x, y, x + width, y + height, where, area, ignored))
-        collected.add(called, upright_size(image), boxes)
+        collected.add(image_name, upright_size(image), boxes)
     return replace(collected.images(f"{name} {split}", split), encoded=images)
 
 
 def _by_key(objects: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """The objects of an image as a list for each key, whichever way the library has them."""
+    """The objects of an image as a list for each key, in either representation of the library."""
     if isinstance(objects, dict):
         return {key: list(objects.get(key) or ()) for key in keys}
     return {key: [each[key] for each in objects or ()] for key in keys}

@@ -1,7 +1,7 @@
-"""Images with boxes in memory: what the readers of all forms collect, and what training and evaluation take.
+"""Images with boxes in memory: what the readers of all formats collect, and what training and evaluation take.
 
 Boxes are x1 y1 x2 y2 in pixels of the upright image, from 0 at its left and upper edge. What is wrong with them is
-counted, never silent: a box that reaches out of its image is clipped; one outside it, without area, or of an unknown
+counted, never silent: a box that extends beyond its image is clipped; one outside it, without area, or of an unknown
 class is left out.
 """
 
@@ -68,7 +68,7 @@ class Objects(NamedTuple):
 
 
 class Defect(NamedTuple):
-    """Something wrong: where it stands, and the image that has it."""
+    """A problem: where it was found, and its image."""
 
     where: str
     image: str
@@ -101,8 +101,8 @@ class BoxImages:
         rows: The images of the split, as indices into `files`, `sizes` and `objects`.
         defects: For each type of defect, where it is found.
         notes: What was guessed or left out when the data set was opened.
-        encoded: The bytes of each image, if it is in a table; None if images are files.
-        form: The format that was found, such as "YOLO by data.yaml".
+        encoded: The bytes of each image, or None if it is a file; None if all are files.
+        format: The format that was found, such as "YOLO by data.yaml".
         place: Where the images of the split are.
         max_pixels: Most pixels of an image that is read as a whole.
         tiling: How images are cut for training and evaluation; None: not at all.
@@ -116,7 +116,7 @@ class BoxImages:
     defects: dict[str, list[Defect]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     encoded: Any = None
-    form: str = ""
+    format: str = ""
     place: str = ""
     max_pixels: int = MAX_PIXELS
     tiling: Tiling | None = None
@@ -130,7 +130,8 @@ class BoxImages:
 
     def file(self, index: int) -> str | BytesIO:
         """The path or the bytes of the image at `index`."""
-        return self.name(index) if self.encoded is None else self.encoded[self.rows[index]]
+        encoded = None if self.encoded is None else self.encoded[self.rows[index]]
+        return self.name(index) if encoded is None else encoded
 
     def label(self, index: int) -> Any:
         """The boxes and classes of the image at `index`, as a value that can be compared."""
@@ -227,9 +228,9 @@ class BoxImages:
 
 
 class Source(NamedTuple):
-    """A data set that was found but not read: its form, what opens each split, and what was guessed."""
+    """A data set that was found but not read: its format, what opens each split, and what was guessed."""
 
-    form: str
+    format: str
     splits: Mapping[str, Any]  # name of a split -> a function without arguments that returns `BoxImages`
     notes: Sequence[str] = ()
 
@@ -243,7 +244,7 @@ class Box(NamedTuple):
         y1: Upper edge in pixels.
         x2: Right edge in pixels.
         y2: Lower edge in pixels.
-        where: Where it stands, for messages.
+        where: Where the annotation was found, for messages.
         area: Its area in square pixels, if the annotation says it.
         ignored: Whether it is neither object nor background.
     """
@@ -259,7 +260,7 @@ class Box(NamedTuple):
 
 
 class Collector:
-    """Images and their boxes while a form is read; checks each box, and counts what is wrong.
+    """Images and their boxes while a format is read; checks each box, and counts what is wrong.
 
     Args:
         class_names: The classes of the data set. Those that are called like regions to ignore become regions.
@@ -310,10 +311,10 @@ class Collector:
         """Adds an image.
 
         Args:
-            file: Its path, or what it is called.
+            file: Its path, or its name.
             size: Width and height of the image in which the boxes are; None if the annotation does not say.
             boxes: Its boxes, or what returns them for the width and height of the upright image.
-            encoded: Where it is no file: something that `reading.read_image` takes.
+            encoded: What `reading.read_image` takes, if the image is no file.
         """
         stored, orientation = stored_size(str(file) if encoded is None else encoded)
         turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
@@ -469,7 +470,7 @@ def hold_out(data: BoxImages, val_size: int, seed: int) -> tuple[BoxImages, BoxI
 
 
 def found_in_words(splits: Mapping[str, BoxImages | None]) -> str:
-    """What was found, on one line: the form, and for each split the number of its images and their folder."""
+    """What was found, on one line: the format, and for each split the number of its images and their folder."""
     opened = {name: data for name, data in splits.items() if data is not None}
     parts = [f"{name} {count(len(data), 'image')} in {data.place}" for name, data in opened.items()]
-    return f"{next(iter(opened.values())).form}: {', '.join(parts)}"
+    return f"{next(iter(opened.values())).format}: {', '.join(parts)}"

@@ -54,7 +54,7 @@ def _open(root: Path, folder: Path) -> BoxImages:
     collected = Collector(sorted(names), folder)
     number = {name: i for i, name in enumerate(sorted(names))}
     for file in damaged:
-        collected.leave_out("JSON files are not in LabelMe's form; their images are left out", str(file))
+        collected.leave_out("JSON files are not in LabelMe's format; their images are left out", str(file))
     for file, content in contents.items():
         image, encoded = _image(file, content, root)
         boxes = []

@@ -1,4 +1,4 @@
-"""Finds the form of a data set with boxes, and opens a split of it."""
+"""Finds the format of a data set with boxes, and opens a split of it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ def open_boxes(data: str | Path, split: str) -> BoxImages | None:
     """The `split` of a data set with boxes, or None if it has none of that name.
 
     Args:
-        data: A folder in the form of COCO, YOLO, Pascal VOC, CSV, LabelMe or the library `datasets`; or a `data.yaml`,
+        data: A folder in the format of COCO, YOLO, Pascal VOC, CSV, LabelMe or the library `datasets`; a `data.yaml`,
             a COCO file, a text file that lists images, or a CSV file; or hf://NAME.
         split: train, val or test, which other usual names and any case stand for, too; or another name.
 
@@ -37,7 +37,7 @@ def open_split(source: Source, data: str | Path, split: str) -> BoxImages | None
         return None
     opened: BoxImages = source.splits[found[0]]()
     notes = (*split_notes(data, split, found), *source.notes, *opened.notes)
-    return replace(opened, notes=notes, form=source.form)
+    return replace(opened, notes=notes, format=source.format)
 
 
 def find_source(data: str | Path) -> Source:
@@ -56,7 +56,7 @@ def find_source(data: str | Path) -> Source:
             raise DataError(f"{root} is no data set with boxes; give a folder, a data.yaml, or a .json, .txt or .csv")
         return find(root)
     if not root.is_dir():
-        raise DataError(f"there is no folder {root}; give one with boxes in the form of COCO, YOLO or Pascal VOC")
+        raise DataError(f"there is no folder {root}; give one with boxes in the format of COCO, YOLO or Pascal VOC")
     found = [source for find in _FORMS[:3] if (source := find(root)) is not None]
     found = found or [source for find in _FORMS[3:] if (source := find(root)) is not None]
     if not found:
@@ -66,6 +66,6 @@ def find_source(data: str | Path) -> Source:
         )
     notes = list(found[0].notes)
     if len(found) > 1:
-        forms = " and ".join(source.form for source in found)
-        notes.append(f"{root} has boxes in the forms of {forms}: those of {found[0].form} are read")
+        formats = " and ".join(source.format for source in found)
+        notes.append(f"{root} has boxes in the formats of {formats}: those of {found[0].format} are read")
     return found[0]._replace(notes=notes)

@@ -51,7 +51,7 @@ def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
     }
     numbers = [len(data.objects_in(i).counted().labels) for i in range(len(data))]
     most = max(range(len(data)), key=numbers.__getitem__)
-    below = (table[:, 1:] < SMALLEST).any(1)
+    below = table[:, 1:].min(1) < SMALLEST
     return {
         "image size": size_text(image_size),
         "sizes": per_class,

@@ -35,7 +35,7 @@ class _Folder(NamedTuple):
 
 
 def find(root: Path) -> Source | None:
-    """The splits of a folder in the form of Pascal VOC: by `ImageSets/Main`, by folders, or all as train."""
+    """The splits of a folder in the format of Pascal VOC: by `ImageSets/Main`, by folders, or all as train."""
     inside = [child(root, "VOCdevkit") or root]
     inside += list(folders_in(inside[0]).values()) if child(root, "VOCdevkit") else []
     for folder in inside:
@@ -110,7 +110,7 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
         except OSError:
             damaged.append(("images have no XML file and are left out", file))
         except (ElementTree.ParseError, ValueError):
-            damaged.append(("XML files are not in Pascal VOC's form; their images are left out", file))
+            damaged.append(("XML files are not in Pascal VOC's format; their images are left out", file))
     if not read:
         raise DataError(
             f"none of the XML files of {where} can be read, such as {some([str(file) for file in files], 1)}"
@@ -123,7 +123,7 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
     for file, annotation in read:
         below = file.parent.relative_to(folder.annotations)
         image = image_of(file.stem, folder.images / below) or image_of(file.stem, folder.images)
-        if image is None:  # for once the name in the file decides
+        if image is None:  # only now does the name in the file matter
             image = folder.images / (annotation.file_name or f"{file.stem}.jpg")
         elif annotation.file_name and Path(annotation.file_name.replace("\\", "/")).name not in (
             image.name,
@@ -155,7 +155,7 @@ class _Object(NamedTuple):
 
 
 class _Annotation(NamedTuple):
-    """What an XML file says: the image's name, its size if it stands there, objects, and what is wrong with others."""
+    """The content of an XML file: the image's name, its size if there is one, objects, and problems of others."""
 
     file_name: str
     size: tuple[int, int] | None

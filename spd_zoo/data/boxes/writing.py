@@ -1,4 +1,4 @@
-"""Writes a data set with boxes in another form; images are linked, not copied."""
+"""Writes a data set with boxes in another format; images are linked, not copied."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ class _Split:
 
 
 def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
-    """Writes all splits of a data set in another form, atomically.
+    """Writes all splits of a data set in another format, atomically.
 
     Args:
         data: What `open_boxes` takes.
@@ -72,7 +72,7 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
         lines.append(f"note: {count(len(copied), 'image')} copied, because links to them cannot be made")
     ignored = sum(int(split.data.objects_in(i).ignored.sum()) for split in made for i in range(len(split.data)))
     if to == "yolo" and ignored:
-        lines.append(f"note: {ignored} crowds, difficult objects or regions to ignore left out: YOLO's form has none")
+        lines.append(f"note: {ignored} crowds, difficult objects or regions to ignore left out: YOLO's format has none")
     return lines
 
 
@@ -97,7 +97,7 @@ def _open_splits(data: str | Path) -> tuple[dict[str, BoxImages], list[str]]:
         unreadable = {each.name(i) for i in range(len(each)) if not all(each.sizes[each.rows[i]])}
         if unreadable:
             number = count(len(unreadable), "image")
-            lines.append(f"note: {number} of {name} cannot be read and are left out: {some(sorted(unreadable))}")
+            lines.append(f"note: {number} of {name} left out as unreadable: {some(sorted(unreadable))}")
             splits[name] = each.without(unreadable)
     lines += [f"note: {times} {sort}: {some(where[sort])}" for sort, times in problems.items()]
     return splits, lines

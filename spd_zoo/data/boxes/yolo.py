@@ -1,7 +1,8 @@
 """YOLO: one text file for each image, a line for each box, in fractions of the image.
 
-What is where is said by `data.yaml` (or darknet's `obj.data`), or else by folders: `images/SPLIT` and `labels/SPLIT`,
-`SPLIT/images` and `SPLIT/labels`, `images` and `labels`, or labels beside images; with lists `SPLIT.txt` or without.
+The layout is that of `data.yaml` (or darknet's `obj.data`), or else recognised by folders: `images/SPLIT` and
+`labels/SPLIT`, `SPLIT/images` and `SPLIT/labels`, `images` and `labels`, or labels beside images; with lists
+`SPLIT.txt` or without.
 """
 
 import math
@@ -41,7 +42,7 @@ _NO_LABELS = ("classes", "notes", "predefined_classes")  # text files of labelli
 
 
 class Config(NamedTuple):
-    """A `data.yaml`, or what darknet's `obj.data` says in its terms."""
+    """A `data.yaml`, or a darknet `obj.data` with the keys of one."""
 
     file: Path
     values: Mapping[str, Any]
@@ -53,7 +54,7 @@ class Config(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The classes by the numbers that lines have for them, and where they are named."""
+    """The class of each number in the lines, and the file that names them."""
 
     by_number: Mapping[int, str]
     where: Path
@@ -136,7 +137,7 @@ def _several(configs: list[Config]) -> str:
 
 
 def _read_config(file: Path) -> Config | None:
-    """What a file says; None if it names neither classes nor images, like the `args.yaml` of a training."""
+    """The content of a file; None if it names neither classes nor images, like the `args.yaml` of a training."""
     try:
         if file.suffix.lower() == ".data":
             pairs = [line.partition("=") for line in text_of(file).splitlines() if "=" in line]
@@ -193,7 +194,7 @@ def _place(entry: str, base: Path, config: Config, notes: list[str]) -> Path | N
         return exact
     least = 1 if entry.endswith(".txt") else 2  # many folders are called images
     moved = find_moved(entry, folders, least)
-    if moved is not None and not entry.startswith(".."):  # Roboflow's ../train/images is where it always is
+    if moved is not None and not entry.startswith(".."):  # Roboflow's ../train/images is no surprise
         notes.append(f"{config.file} names {entry}, which does not exist: {moved} is taken")
     return moved
 
@@ -267,7 +268,7 @@ def _names_of_config(config: Config) -> Names:
             raise DataError(needed)
         by_number = dict(sorted(by_number.items()))
         if by_number and min(by_number) > 0:
-            notes.append(f"{file} numbers its classes from {min(by_number)} on, and so the lines are read")
+            notes.append(f"{file} numbers its classes from {min(by_number)} on; the lines are read accordingly")
     elif isinstance(names, list):
         by_number = {i: str(name) for i, name in enumerate(names)}
     else:
@@ -277,7 +278,7 @@ def _names_of_config(config: Config) -> Names:
         raise DataError(f"{file} says that there are {number} classes (nc), but names {len(by_number)}; correct it")
     shape = config.values.get("kpt_shape")
     if isinstance(shape, list) and shape:
-        notes.append(f"{file} has keypoints (kpt_shape): the boxes alone are read")
+        notes.append(f"{file} has keypoints (kpt_shape): only the boxes are read")
     return Names(by_number, file, math.prod(shape) if isinstance(shape, list) and shape else 0, tuple(notes))
 
 

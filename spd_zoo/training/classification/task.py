@@ -15,7 +15,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from spd_zoo.data.check import check, notes_on
-from spd_zoo.data.classes import network_classes, without_unused
+from spd_zoo.data.classes import network_classes, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
@@ -34,7 +34,6 @@ from spd_zoo.training.classification.head import (
     features,
     linear_classifier,
     pretrained_classifier,
-    pretrained_outputs,
     ridge_classifier,
     set_classifier,
 )
@@ -111,7 +110,11 @@ class Classification:
     metric = "val_top1"
 
     def defaults(self, config: FinetuneConfig, net: nn.Module, batch_size: int, pretrained: bool) -> dict[str, Any]:
-        """The values of options that depend on the task."""
+        """The values of options that depend on the task; see `Task.defaults`.
+
+        Raises:
+            ValueError: If `head_init` needs a pretrained network, and this one is not.
+        """
         opt = config.opt or ("adamw" if pretrained else "lamb")
         if config.head_init not in (None, "random") and not pretrained:
             raise ValueError(f"head_init {config.head_init} is for pretrained networks; leave it out")

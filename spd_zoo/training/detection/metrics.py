@@ -259,7 +259,7 @@ class BoxPredictions:
             limits.append(f"by COCO's rules {COCO_BOXES} of a class in an image")
         return [
             f"{count(len(crowded), 'image')} with up to {count(most, 'object')} are more crowded than what AP counts, "
-            f"the best {' and '.join(limits)}: {some(crowded)}; --max-detections {most} counts all"
+            f"the best {' and '.join(limits)}: {some(crowded)}; evaluate --max-detections {most} counts all"
         ]
 
     def headline(self) -> str:

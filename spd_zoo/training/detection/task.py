@@ -15,8 +15,9 @@ from spd_zoo.data.boxes import hold_out as split_boxes
 from spd_zoo.data.boxes.sizes import describe_sizes
 from spd_zoo.data.boxes.tiles import cut, describe_tiles
 from spd_zoo.data.check import check, defects_in_words, in_words, notes_on
-from spd_zoo.data.classes import without_unused
+from spd_zoo.data.classes import network_classes, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.notes import some
 from spd_zoo.data.reading import size_text
 from spd_zoo.files import whole
 from spd_zoo.losses import Target
@@ -107,7 +108,11 @@ class Detection:
     def open_splits(
         self, config: FinetuneConfig, net: Any, process: Process, began_with: dict[str, Any] | None
     ) -> Splits[BoxImages]:
-        """Opens, splits and checks the data; see `Task.open_splits`."""
+        """Opens, splits and checks the data; see `Task.open_splits`.
+
+        Raises:
+            DataError: If there are no training images, or no validation box of a class that is trained.
+        """
         train, val = (self._opened(config, name) for name in ("train", config.val_name))
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
@@ -173,8 +178,30 @@ class Detection:
         return DetectorTraining(net, process.device)
 
     def init_head(self, net: Any, plan: Plan, data: BoxImages, process: Process, preprocessing: Preprocessing) -> bool:
-        """Changes nothing; the network knows the classes if its weights have as many."""
-        return plan.pretrained and bool(net.pretrained_cfg["num_classes"] == len(data.class_names))
+        """Gives each class the output that a pretrained network has for its name.
+
+        If the network names its classes and does not have those of the data, the class outputs begin at random. If it
+        does not name them, but has as many, they are taken in their order.
+        """
+        known = network_classes(net.pretrained_cfg, net.pretrained_cfg["num_classes"])
+        classes = data.class_names
+        if not plan.pretrained or len(known.names) != len(classes):
+            return False
+        if not known.named:
+            return True
+        outputs = pretrained_outputs(plan.config.model, known, classes)
+        if outputs is None:
+            process.print(
+                f"note: the weights of {plan.config.model} are for the classes {some(list(known.names))}: the class "
+                f"outputs for {some(classes)} begin at random"
+            )
+            trainable = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+            net.reset_classifier(len(classes))
+            for name, parameter in net.named_parameters():
+                parameter.requires_grad_(trainable[name])
+            return False
+        net.reorder_classes(outputs)
+        return True
 
     def preparation(
         self, config: FinetuneConfig, preprocessing: Preprocessing, classes: int
@@ -264,7 +291,11 @@ class Detection:
     def check_evaluation(
         self, net: Any, model: str, only_classifiers: bool, suppression: metrics.Suppression | None = None
     ) -> None:
-        """Raises ValueError if an option is only for classifiers, or asks an exported file for too many boxes."""
+        """Checks the options of an evaluation.
+
+        Raises:
+            ValueError: If one is for classifiers only, or asks an exported file for more boxes than it has room for.
+        """
         if only_classifiers:
             raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
         net.check_room(suppression and suppression.max_detections, model)
