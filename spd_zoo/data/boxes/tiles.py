@@ -176,7 +176,7 @@ def cut(data: BoxImages, fit: tuple[int, int], seed: int) -> Tiles:
         list(objects_of),
         data.class_names,
         range(len(parts)),
-        form=data.form,
+        format=data.format,
         place=data.place,
         source=data,
         parts=parts,
