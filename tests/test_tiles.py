@@ -138,8 +138,10 @@ def test_two_processes_train_on_tiles_as_one(folder: Path, tmp_path: Path) -> No
     finetune(one)
     alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
     for a, b in zip(alone, together, strict=True):
-        for name in ("train_loss", "val_loss"):
+        for name in ("train_loss", "train_box", "train_class", "train_dfl"):
             assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-3)
+    objects = [[row["objects"] for row in rows_of(run / "per_class.csv")] for run in (one.out, two.out)]
+    assert objects[0] == objects[1]
 
 
 @pytest.mark.slow
