@@ -165,7 +165,7 @@ def test_a_finished_run_goes_on_and_can_be_exported(
 ) -> None:
     monkeypatch.setattr(box_report, "write", lambda *_: None)
     first, data = finished
-    options = {"out": tmp_path / "more", "lr": 1e-12, "weight_decay": 0.0, "keep": "last", "workers": 0}
+    options: dict[str, Any] = {"out": tmp_path / "more", "lr": 1e-12, "weight_decay": 0.0, "keep": "last", "workers": 0}
     result = call.finetune(first, epochs="+1", data=data, device="cpu", **options)
     assert result is not None and result.before["val_ap"] == pytest.approx(rows_best(first), abs=0.5)
     assert f"spd-zoo export {tmp_path / 'more'} --to onnx" in capsys.readouterr().out

@@ -238,7 +238,12 @@ def test_the_report_is_one_self_contained_page(folders: Path, tmp_path: Path, mo
     same = {"image_size": 16, "lr": 0.1, "val_loss": 1.0, "val_top1": 50.0, "val_top5": 99.0}
     shown: list[Sequence[int]] = []
     sheet = report.contact_sheet
-    monkeypatch.setattr(report, "contact_sheet", lambda *given: (shown.append(given[2]), sheet(*given))[1])
+
+    def contact_sheet(predictions: Predictions, images: Any, indices: Sequence[int]) -> bytes:
+        shown.append(indices)
+        return sheet(predictions, images, indices)
+
+    monkeypatch.setattr(report, "contact_sheet", contact_sheet)
     history = [{"epoch": i, "train_loss": 1 / i} | same for i in (1, 2)]
     config = FinetuneConfig("cifar_resnet20", str(folders), tmp_path)
     report.write(RunFolder(tmp_path), config, history, answers, data)

@@ -852,7 +852,7 @@ def test_data_of_the_other_task_is_answered_with_the_command_that_takes_it(
     folders: Path, tmp_path: Path, form: Any
 ) -> None:
     boxes = form(tmp_path / "boxes", train=2, val=1)
-    given = {"out": tmp_path / "run", "dry_run": True}
+    given: dict[str, Any] = {"out": tmp_path / "run", "dry_run": True}
     with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo finetune yolov8n_spd --da"):
         call.finetune("cifar_resnet20", data=boxes, **given)
     with pytest.raises(DataError, match="it has class folders, which classifiers take, as in `spd-zoo finetune tf_eff"):
