@@ -1,7 +1,9 @@
 """Annotation formats of images with boxes: what is found, what is guessed, and what is wrong with lines."""
 
+import base64
 import json
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes, with_names
 from spd_zoo.data.boxes.sizes import describe_sizes, sizes_in_words
+from spd_zoo.data.boxes.writing import convert_data
 from spd_zoo.data.classes import without_unused
 from spd_zoo.data.labelled import DataError
 
@@ -159,6 +162,20 @@ def test_names_are_read_as_text(tmp_path: Path) -> None:
     for names in ("[yes, no, 010]", "{0: yes, 1: no, 2: 010}"):
         (root / "data.yaml").write_text(f"names: {names}")
         assert opened(root).class_names == ["yes", "no", "010"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("names: [cat]", r"does not say where images are, and .* has no folders images and labels"),
+        ("epochs: 3", "names neither classes"),
+        ("names: [cat", "data.yaml"),
+    ],
+)
+def test_a_data_yaml_that_leads_nowhere_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=problem):
+        open_boxes(tmp_path / "data.yaml", "train")
 
 
 def test_yaml_files_of_other_things_are_no_data_yaml(tmp_path: Path) -> None:
@@ -716,6 +733,37 @@ def test_labelme_files_are_read(folder: str, tmp_path: Path) -> None:
     assert [where[0].partition("train_0")[2] for where in data.problems().values()] == [".json shape 2"]
 
 
+def test_labelme_images_lie_elsewhere_or_in_the_file(tmp_path: Path) -> None:
+    shape = {"label": "red", "points": [[1, 2], [11, 12]], "shape_type": "rectangle"}
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", SIZE).save(tmp_path / "images" / "elsewhere.png")
+    content = BytesIO()
+    Image.new("RGB", SIZE, "blue").save(content, "PNG")
+    inside = {"imagePath": "inside.png", "imageData": base64.b64encode(content.getvalue()).decode()}
+    for name, where in (("a", {"imagePath": "elsewhere.png"}), ("b", inside)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"shapes": [shape], **where}))
+    (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "d.json").write_text("[")
+    data = opened(tmp_path)
+    assert boxes_of(data) == {"elsewhere": [[1, 2, 11, 12]], "inside": [[1, 2, 11, 12]]}
+    assert [data.image(i).getpixel((0, 0)) for i in range(2)] == [(0, 0, 0), (0, 0, 255)]
+    problem = "JSON files are not in LabelMe's format; their images are left out"
+    assert data.problems() == {problem: [str(tmp_path / "c.json"), str(tmp_path / "d.json")]}
+
+
+def test_tables_of_other_bytes_or_without_their_images_are_refused(tmp_path: Path) -> None:
+    root = make_csv(tmp_path, "train.csv")
+    table = (root / "train.csv").read_bytes()
+    (root / "train.csv").write_bytes(table + "train_1.png,96,64,rötlich,1,2,3,4\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train\.csv is no CSV file in UTF-8"):
+        opened(root)
+    (root / "train.csv").write_bytes(table)
+    for image in root.rglob("*.png"):
+        image.unlink()
+    with pytest.raises(DataError, match=r"none of the images that .*train\.csv lists, such as train_0\.png, is in"):
+        opened(root)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_data_sets_of_hugging_face_have_objects(named: bool, tmp_path: Path) -> None:
@@ -810,6 +858,17 @@ def test_ignored_regions_are_converted_or_their_loss_is_reported(
     assert main(["convert-data", str(root), "--to", "yolo", "--out", str(tmp_path / "yolo")]) == 0
     assert f"note: {number} crowds, difficult objects or regions to ignore left out" in capsys.readouterr().out
     assert opened(tmp_path / "yolo").counts() == before.counts()
+
+
+def test_conversion_leaves_out_and_names_unreadable_images_and_unusual_splits(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "cells", train=2, val=1)
+    without_sizes(root)
+    (root / "images" / "train_0.png").write_bytes(b"no image")
+    (root / "instances_night.json").write_bytes((root / "instances_val.json").read_bytes())
+    lines = convert_data(root, "yolo", tmp_path / "yolo")
+    left_out = f"note: 1 image of train left out as unreadable: {root / 'images' / 'train_0.png'}"
+    assert left_out in lines and "note: not converted, because they are no usual splits: night" in lines
+    assert [len(opened(tmp_path / "yolo", split)) for split in ("train", "val")] == [1, 1]
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

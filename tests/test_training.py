@@ -847,16 +847,16 @@ def test_what_cannot_be_trained_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("form", [make_coco, make_yolo], ids=["coco", "yolo"])
+@pytest.mark.parametrize("make", [make_coco, make_yolo], ids=["coco", "yolo"])
 def test_data_of_the_other_task_is_answered_with_the_command_that_takes_it(
-    folders: Path, tmp_path: Path, form: Any
+    folders: Path, tmp_path: Path, make: Any
 ) -> None:
-    boxes = form(tmp_path / "boxes", train=2, val=1)
-    given: dict[str, Any] = {"out": tmp_path / "run", "dry_run": True}
+    boxes = make(tmp_path / "boxes", train=2, val=1)
+    options: dict[str, Any] = {"out": tmp_path / "run", "dry_run": True}
     with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo finetune yolov8n_spd --da"):
-        call.finetune("cifar_resnet20", data=boxes, **given)
+        call.finetune("cifar_resnet20", data=boxes, **options)
     with pytest.raises(DataError, match="it has class folders, which classifiers take, as in `spd-zoo finetune tf_eff"):
-        call.finetune("yolov8n_spd", data=folders, **given)
+        call.finetune("yolov8n_spd", data=folders, **options)
     with pytest.raises(DataError, match="it has boxes, which detectors take, as in `spd-zoo evaluate RUN --data"):
         evaluate("cifar_resnet20.cifar100", boxes, workers=0)
 

@@ -59,7 +59,7 @@ def model_card(entry: Entry, net: nn.Module, repo: str, sha256: str, notes: str)
         The text.
     """
     name = _slug(entry.license)  # lower case on the Hub
-    own = {"license_name": name, "license_link": TERMS[name][1]} if name in TERMS else {}
+    own: dict[str, Any] = {"license_name": name, "license_link": TERMS[name][1]} if name in TERMS else {}
     data = ModelCardData(
         license="other" if own else name,
         library_name="timm",

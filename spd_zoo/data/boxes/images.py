@@ -81,7 +81,7 @@ class BoxImages:
         rows: The images of the split, as indices into `files`, `sizes` and `objects`.
         defects: For each type of defect, where it is found.
         notes: What was guessed or left out when the data set was opened.
-        encoded: The bytes of each image, if it is in a table; None if images are files.
+        encoded: The bytes of each image, or None if it is a file; None if all are files.
         format: The format that was found, such as "YOLO by data.yaml".
         place: Where the images of the split are.
     """
@@ -106,7 +106,8 @@ class BoxImages:
 
     def file(self, index: int) -> str | BytesIO:
         """The path or the bytes of the image at `index`."""
-        return self.name(index) if self.encoded is None else self.encoded[self.rows[index]]
+        encoded = None if self.encoded is None else self.encoded[self.rows[index]]
+        return self.name(index) if encoded is None else encoded
 
     def label(self, index: int) -> Any:
         """The boxes and classes of the image at `index`, as a value that can be compared."""

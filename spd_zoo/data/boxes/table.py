@@ -45,9 +45,10 @@ def find_file(file: Path) -> Source:
 
 def _header(file: Path) -> list[str]:
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
+        # other bytes than UTF-8 are refused when the rows are read
+        with file.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
             return [name.strip().lower() for name in next(csv.reader(lines), [])]
-    except (OSError, UnicodeDecodeError, csv.Error):
+    except (OSError, csv.Error):
         return []
 
 

@@ -97,7 +97,7 @@ def _open_splits(data: str | Path) -> tuple[dict[str, BoxImages], list[str]]:
         unreadable = {each.name(i) for i in range(len(each)) if not all(each.sizes[each.rows[i]])}
         if unreadable:
             number = count(len(unreadable), "image")
-            lines.append(f"note: {number} of {name} cannot be read and are left out: {some(sorted(unreadable))}")
+            lines.append(f"note: {number} of {name} left out as unreadable: {some(sorted(unreadable))}")
             splits[name] = each.without(unreadable)
     lines += [f"note: {times} {sort}: {some(where[sort])}" for sort, times in problems.items()]
     return splits, lines
