@@ -36,6 +36,7 @@ from spd_zoo.inference.exported import (
     start_session,
     with_threshold_inputs,
 )
+from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.training.evaluate import Evaluation, evaluate
 from spd_zoo.weights.load import class_synonyms, load_network
@@ -141,6 +142,9 @@ def export(
         if classes.named:
             labels = [names[0] for names in class_synonyms(net.pretrained_cfg) or ()]
             metadata["label_names"] = json.dumps(labels, ensure_ascii=False)
+        if isinstance(part, _Boxes) and scores_file(name).is_file():
+            measured = read_scores(name, classes.names)
+            metadata["class_scores"] = json.dumps([measured.get(i) for i in range(len(classes.names))])
         example = _images(net, 2, (size[0], size[1] + part.multiple))  # sides that differ are not taken for one
         compute = FORMATS[to](part, example, metadata, temporary)
         part.check(net, size, compute)
@@ -217,7 +221,19 @@ class _Raw(_Part):
 
     def forward(self, images: Tensor) -> Outputs:
         """(N, C, H, W) -> raw predictions."""
-        return tuple(self.net(images))
+        return tuple(self.net(_in_multiples(images, self.multiple)))
+
+
+def _in_multiples(images: Tensor, multiple: int) -> Tensor:
+    """The same images, of sides that torch knows to be multiples while it records a graph.
+
+    It then halves them exactly. Otherwise it carries a remainder along for each halving inside of the next, which takes
+    minutes. A recorded graph refuses images of other sides here. With a multiple of 0, nothing changes.
+    """
+    if not multiple:
+        return images
+    height, width = (side // multiple * multiple for side in images.shape[2:])
+    return images.expand(images.shape[0], images.shape[1], height, width)
 
 
 class _Candidates(nn.Module):
@@ -229,6 +245,7 @@ class _Candidates(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C, H, W) -> (N, boxes, 4) twice, and (N, classes, boxes)."""
+        images = _in_multiples(images, self.net.size_multiple)
         size = (images.shape[-2], images.shape[-1])
         decoded = self.net.decode(self.net(images), size)
         boxes = box_convert(decoded[..., :4], "cxcywh", "xyxy")

@@ -10,6 +10,7 @@ from timm.layers import to_2tuple
 from timm.models import adapt_input_conv, register_notrace_module
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
@@ -75,9 +76,14 @@ class SpaceToDepth(nn.Module):
 def _pad_to_cells(x: Tensor, size: int) -> Tensor:
     """Pads `x` with zeros at the bottom and right until `size` divides its height and width."""
     right, bottom = (size - x.shape[-1] % size) % size, (size - x.shape[-2] % size) % size
-    if is_exporting() or bottom or right:
-        return F.pad(x, [0, right, 0, bottom])
-    return x
+    return x if _is_zero(right) and _is_zero(bottom) else F.pad(x, [0, right, 0, bottom])
+
+
+def _is_zero(number: Any) -> bool:
+    """Whether a number is zero; while a graph is recorded, whether it is for all image sizes that the graph is for."""
+    if not is_exporting():
+        return bool(number == 0)
+    return isinstance(number, int | torch.SymInt) and statically_known_true(number == 0)
 
 
 def is_exporting() -> bool:

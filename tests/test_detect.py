@@ -322,7 +322,7 @@ def test_drawn_boxes_lie_around_the_objects_and_leave_the_image_as_it_was() -> N
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (np.zeros((4, 4), np.uint8), r"\(H, W, 3\)"),
+        (np.zeros((4, 4, 2), np.uint8), r"\(H, W, 3\)"),
         (np.zeros((4, 4, 3), np.float32), "uint8"),
         (np.zeros((0, 4, 3), np.uint8), r"\(H, W, 3\)"),
         (torch.zeros(4, 4, 3), r"\(3, H, W\)"),

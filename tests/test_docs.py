@@ -24,12 +24,15 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
-from box_pictures import make_coco
+from box_pictures import NAMES, make_coco
+from huggingface_hub import constants
+from networks import random_network
 from pictures import make_folders
 from safetensors.torch import save_file
 from shared_data import shared
 from sybil.document import Document
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from test_sources import make_video
 from timm.models import save_for_hf
 
 from spd_zoo.cli.main import main, make_parser
@@ -48,6 +51,7 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "spd-zoo evaluate RUN --data BCCD --split test": "belongs to those before",
     "spd-zoo finetune cifar_resnet20_pfd --no-pretrained": "takes hours",
     "spd-zoo finetune pyconvresnet50_spd --no-pretrained --data CIFAR100": "takes a night",
+    "spd-zoo export yolov8n_spd.bccd --to onnx --int8": "needs BCCD, and takes minutes",
     "spd-zoo weights pull pyconvresnet50.in1k": "needs the authors' servers",
     "spd-zoo weights import pyconvresnet50.in1k FILE": "needs the authors' file",
     "spd-zoo weights import cifar_resnet20.mine FILE": "writes into this machine's cache",
@@ -143,7 +147,7 @@ def test_the_parsers_accept_every_command() -> None:
                 parse(rest, block.where)
                 continue
             assert program in PROGRAMS, f"{block.where}: {program} is neither run nor listed"
-            if "spd_zoo" in rest and "..." not in rest:  # after python -m
+            if "-m" in rest and "spd_zoo" in rest and "..." not in rest:  # after python -m
                 parse(rest[rest.index("spd_zoo") + 1 :], block.where)
             elif program == "python" and rest[0] != "-m":
                 tool = (ROOT / rest[0]).read_text()
@@ -232,6 +236,14 @@ def examples(here: Path) -> None:
     shutil.copy(ROOT / "examples" / "images" / "rocket.jpg", here / "IMAGE")
 
 
+def conversions(here: Path) -> None:
+    examples(here)
+    net = random_network("yolov8n", num_classes=len(NAMES))
+    net.names, net.args = dict(enumerate(NAMES)), {"task": "detect", "imgsz": 64}
+    torch.save({"model": net}, here / "best.pt")
+    make_coco(here / "cells", train=8, val=2)
+
+
 def tutorial(here: Path) -> None:
     make_folders(here / "photos", train=14, val=6)
     for split in (here / "photos").iterdir():
@@ -242,16 +254,19 @@ def tutorial(here: Path) -> None:
 
 def detector(here: Path) -> None:
     torch.manual_seed(0)
-    config = {"pretrained_cfg": {"input_size": (3, 64, 64)}, "label_names": ["cell"]}
-    net: Any = timm.create_model("yolov8n_spd", num_classes=1)
+    config = {"pretrained_cfg": {"input_size": (3, 64, 64)}, "label_names": ["blue", "green", "red"]}
+    net: Any = timm.create_model("yolov8n_spd", num_classes=3)
     for conv in net.get_classifier():
-        torch.nn.init.constant_(conv.bias, 1.0)  # it finds cells everywhere
+        torch.nn.init.constant_(conv.bias, 1.0)  # it finds objects everywhere
     save_for_hf(net, str(here / "run"), config, safe_serialization=True)
     shutil.copytree(ROOT / "examples" / "images", here / "photos")
 
 
 def detector_and_cells(here: Path) -> None:
     detector(here)
+    (here / "run" / "scores.json").write_text('{"blue": 0.4, "green": 0.3, "red": null}')
+    make_video(here / "clip.mp4", 2)
+    (here / "list.txt").write_text("photos/coffee.png\n")
     make_coco(here / "cells", train=2, val=1)
 
 
@@ -286,7 +301,7 @@ PREPARE: dict[str, Callable[[Path], None]] = {
     "README.md": examples,
     "docs/choosing.md": examples,
     "docs/index.md": examples,
-    "docs/convert.md": examples,
+    "docs/convert.md": conversions,
     "docs/finetuning.md": tutorial,
     "docs/detectors.md": detector_and_cells,
     "docs/deploy.md": deployed,
@@ -395,6 +410,7 @@ def test_the_code_blocks_of_a_page_give_their_output(
     if page in PREPARE:
         PREPARE[page](tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "cache"))  # imported weights
     names: dict[str, Any] = {"__name__": "page"}
     printed = ""
     for block in blocks(page):

@@ -327,3 +327,76 @@ def test_supervision_draws_what_a_detector_found(detector: str) -> None:
     left = run_section("supervision")
     assert len(left["found"]) > 0
     assert left["picture"].size == left["image"].size and left["picture"].tobytes() != left["image"].tobytes()
+
+
+def test_pytorch_grad_cam_shows_where_a_network_looks() -> None:
+    pytest.importorskip("pytorch_grad_cam", reason=MISSING)
+    net: Any = timm.create_model("cifar_resnet20", pretrained=True).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    heat = run_section("pytorch-grad-cam", net=net, images=images)["heat"]
+    fmap = net.forward_features(images)
+    (weights,) = torch.autograd.grad(net.forward_head(fmap)[:, 69].sum(), fmap)
+    expected = (weights.mean((2, 3), keepdim=True) * fmap).sum(1).relu()
+    assert heat.shape == (2, 32, 32)
+    best = [int(each.argmax()) for each in expected.detach()]
+    centres = [(i // expected.shape[2], i % expected.shape[2]) for i in best]
+    scale = 32 // expected.shape[1]
+    assert all(
+        each[y * scale : (y + 1) * scale + 1, x * scale : (x + 1) * scale + 1].max() > 0.9
+        for each, (y, x) in zip(heat, centres, strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning about workers and loggers
+def test_lightning_trains_a_network() -> None:
+    pytest.importorskip("lightning", reason=MISSING)
+    left = run_section("Lightning")
+    start = timm.create_model("cifar_resnet20_pfd", pretrained=True).state_dict()["stem.0.weight"]
+    assert left["trainer"].global_step == 2
+    assert not torch.equal(left["training"].net.state_dict()["stem.0.weight"], start)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of ExecuTorch about its own deprecations
+def test_executorch_computes_what_the_network_computes() -> None:
+    runtime = pytest.importorskip("executorch.runtime", reason=MISSING)
+    net = run_section("ExecuTorch")["net"]
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    method = runtime.Runtime.get().load_program("net.pte").load_method("forward")
+    assert_close(method.execute([images])[0], logits_of(net, images))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of coremltools about releases of torch and scikit-learn
+def test_core_ml_takes_a_network() -> None:
+    pytest.importorskip("coremltools", reason=MISSING)
+    spec = run_section("Core ML")["converted"].get_spec()
+    (taken,) = spec.description.input
+    assert list(taken.type.multiArrayType.shape) == [1, 3, 32, 32]
+    assert Path("net.mlpackage").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of anomalib about its own deprecations
+def test_anomalib_finds_what_differs_from_the_images_it_knows() -> None:
+    pytest.importorskip("anomalib", reason="anomalib is not in the extra: docs/integrations.md")
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.1
+    left = run_section("anomalib", images=images)
+    assert left["found"].anomaly_map.shape == (4, 1, 64, 64)
+    other = left["model"](images + torch.linspace(0, 1, 64))
+    assert (other.pred_score > left["found"].pred_score).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of SAHI about optional packages
+def test_sahi_has_the_boxes_of_the_detector(detector: str) -> None:
+    pytest.importorskip("sahi", reason="SAHI is not in the extra: docs/integrations.md")
+    shutil.copy(ROOT / "examples" / "images" / "rocket.jpg", "photo.jpg")
+    left = run_section("SAHI")
+    found = Detector(detector, score_threshold=0.1, device="cpu")("photo.jpg")
+    boxes = torch.tensor([each.bbox.to_xyxy() for each in left["whole"]])
+    assert len(found) > 0 and torch.equal(boxes, found.boxes)
+    assert [each.score.value for each in left["whole"]] == found.scores.tolist()
+    assert [each.category.name for each in left["whole"]] == [*found.names]
+    assert len(left["sliced"]) > 0

@@ -131,7 +131,7 @@ def test_a_classification_is_a_small_object(saved: str, tmp_path: Path) -> None:
         ("missing.png", "missing.png: there is no such file"),
         (["."], "is a folder; give it alone"),
         ("empty", "this folder holds no image"),
-        (np.zeros((4, 4), np.uint8), "an array must be"),
+        (np.zeros((4, 4, 2), np.uint8), "an array must be"),
         (None, "got NoneType"),
     ],
     ids=str,

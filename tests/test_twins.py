@@ -20,6 +20,7 @@ from spd_zoo.data.labelled import open_data
 from spd_zoo.process import Stopped
 from spd_zoo.weights import entries, save_network
 
+CONFIGS = twins_config.read_configs() + twins_config.read_configs(twins_config.CONFIGS / "imported")
 NETWORKS: list[dict[str, Any]] = [
     {"name": "strided", "model": "resnet10t"},
     {"name": "SPD", "model": "resnet10t", "convert": True},
@@ -116,7 +117,7 @@ def test_a_wrong_config_is_refused(read: Any, fields: dict[str, Any], problem: s
         read(**fields)
 
 
-@pytest.mark.parametrize("found", twins_config.read_configs(), ids=lambda found: found["name"])
+@pytest.mark.parametrize("found", CONFIGS, ids=lambda found: found["name"])
 def test_the_configs_of_the_repository_have_options_of_finetune(found: dict[str, Any], tmp_path: Path) -> None:
     request = twins_run.request(found, found["networks"][0]["model"], tmp_path, tmp_path, seed=1)
     assert (request.seed, request.bf16, request.batch_size) == (1, False, found["options"]["batch_size"])

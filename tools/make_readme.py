@@ -69,6 +69,7 @@ SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
         "kept_resolution": readme_measurements.kept_resolution,
         "conversion_experiment": readme_measurements.conversion_experiment,
         "conversion_detectors": readme_measurements.conversion_detectors,
+        "imported_twins": readme_measurements.imported_twins,
     },
 }
 

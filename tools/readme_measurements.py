@@ -7,7 +7,7 @@ import convert_experiment
 import convert_report
 import twins_report
 from readme_common import ROOT, records, table
-from twins_config import read_configs, read_records
+from twins_config import CONFIGS, read_configs, read_records
 
 
 def speed() -> str:
@@ -51,6 +51,13 @@ def twins() -> str:
     tables = [twins_report.markdown(config, record) for config in read_configs()]
     figure = f"![{twins_report.TITLE}](figures/seeds.svg)"
     return "\n\n".join([figure, *tables] if record else tables)
+
+
+def imported_twins() -> str:
+    """The same for the configs that begin with imported weights."""
+    record = read_records(ROOT / "tools" / "twins.jsonl")
+    found = read_configs(CONFIGS / "imported")
+    return "\n\n".join(twins_report.markdown(config, record) for config in found)
 
 
 def deploy_latency() -> str:

@@ -3,10 +3,10 @@
     python tools/twins.py tools/twins/*.yaml --data-root DATA --out RUNS [--jobs 2] [--records tools/twins.jsonl]
 
 A config names a data set (a folder of DATA, as `spd-zoo finetune` takes it), the options of `finetune`, and networks:
-`model` with random weights, with the `weights` of a checkpoint (`network.tag`), or with those of a `backbone` (another
-such tag); then `keep_resolution: N` removes strides, and `convert: true` makes space-to-depth of the others. Each is
-compared with the first, or with the one named by `against`. Equal seeds have equal held-out images, order and
-augmentation.
+`model` with random weights, with the `weights` of a checkpoint (`network.tag`, perhaps imported), or with those of a
+`backbone` (another such tag); then `keep_resolution: N` removes strides, and `convert: true` makes space-to-depth of
+the others. Each is compared with the first, or with the one named by `against`. Equal seeds have equal held-out images,
+order and augmentation.
 
 Each of --jobs processes trains one network on one thread. A finished run is evaluated on the split test, or val if
 there is none, and becomes a line of --records (default: RUNS/twins.jsonl). After a stop the same command resumes the

@@ -24,7 +24,7 @@ from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import finetune
 from spd_zoo.training.steps import seed_everything
 from spd_zoo.training.task import task_of
-from spd_zoo.weights import fetch, find_entry, save_network
+from spd_zoo.weights import catalogue, fetch, save_network
 from spd_zoo.weights.load import load_backbone, load_file, load_network
 
 __all__ = ["build", "checkpoint", "request", "run", "write_subset"]
@@ -33,16 +33,15 @@ BATCH, TIMES = 8, 15  # images per batch, and timed batches
 
 
 def checkpoint(name: str) -> Path:
-    """The verified file of a checkpoint.
+    """The verified file of a checkpoint, which may be an imported one.
 
     Raises:
-        ConfigError: If there is no such checkpoint.
-        WeightsError: If it is unavailable.
+        ConfigError: If the name has no tag.
+        WeightsError: If there is no such checkpoint, or it is unavailable.
     """
-    entry = find_entry(name)
-    if entry is None or not entry.tag:
+    if "." not in name:
         raise ConfigError(f"there are no weights called {name}; give network.tag")
-    return fetch(entry)
+    return fetch(catalogue.checkpoint(name))
 
 
 def build(spec: dict[str, Any], class_names: list[str], seed: int) -> nn.Module:

@@ -30,6 +30,7 @@ DEVICE = "torch device, such as cpu, cuda:1 or mps (default: cuda if available, 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _EXTRAS = {
+    "cv2": "[video]",
     "datasets": "[train]",
     "pyarrow": "[train]",
     "faster_coco_eval": "[train]",

@@ -1,7 +1,8 @@
 """`spd-zoo detect`: the objects in images."""
 
 import argparse
-import json
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from spd_zoo.cli.common import (
 
 if TYPE_CHECKING:
     from spd_zoo.inference.detector import Detector
+    from spd_zoo.inference.results import Job
 
 __all__ = ["add"]
 
@@ -34,9 +36,23 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "model", metavar="MODEL", help="detector, with or without a tag, a run, or an exported .onnx file"
     )
-    command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
+    command.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="*",
+        help="images, videos, folders, globs, .txt files that list these, addresses, or a camera's number",
+    )
     command.add_argument("--out", type=Path, metavar="DIR", help="new folder for marked images and detections.json")
-    command.add_argument("--score", type=float, default=0.25, metavar="X", help="minimum score (default: 0.25)")
+    command.add_argument("--save-txt", action="store_true", help="also write YOLO's label files to DIR/labels")
+    command.add_argument("--save-crops", action="store_true", help="also write every object's pixels to DIR/crops")
+    command.add_argument("--no-images", action="store_true", help="write no marked images and videos to DIR")
+    command.add_argument(
+        "--score",
+        type=_score,
+        default=0.25,
+        metavar="X|auto",
+        help="minimum score; auto: of each class the best one when the run was validated (default: 0.25)",
+    )
     command.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
     command.add_argument(
         "--class-scores", type=class_scores, metavar="CLASS=X,...", help="minimum scores of single classes"
@@ -57,48 +73,73 @@ def add(commands: Commands) -> None:
     results.add_options(command)
 
 
+def _score(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 def _run(options: argparse.Namespace) -> int:
+    from spd_zoo.inference.sources import find_sources
+
+    if options.out is None and (options.save_txt or options.save_crops or options.no_images):
+        raise CommandError("--save-txt, --save-crops and --no-images are about the files in --out; add --out DIR")
     if options.results is not None:
         if options.out is not None:
             raise CommandError("--out draws into every image, --results writes one file; give one of them")
         from spd_zoo.inference.results import detection
 
-        return results.write(options, lambda device: detection(_detector(options, device), options.model), _LOWER)
+        def job(device: str) -> "Job":
+            return detection(_detector(options, device), options.model)
+
+        return results.write(options, job, _LOWER, find_sources)
     from tqdm import tqdm
 
     from spd_zoo.data.notes import Notes
-    from spd_zoo.inference.detector import as_coco, detect
+    from spd_zoo.inference.output import CocoFile, Saved
+    from spd_zoo.inference.sources import Video
+    from spd_zoo.inference.stream import detect
+    from spd_zoo.process import StopSignals
 
     notes = Notes()
-    paths = results.find_images(options, notes)
-    done = []
-    with explained(_LOWER):
+    sources = results.find_images(options, notes, find_sources)
+    saved = Saved(not options.no_images, options.save_txt, options.save_crops)
+    videos = [source for source in sources if isinstance(source, Video)]
+    failed = False
+    with explained(_LOWER), ExitStack() as opened:
         detector = _detector(options, options.device)
-        few = len(paths) <= options.batch_size
-        detected = detect(detector, paths, options.out)
-        for image in tqdm(detected, total=len(paths), unit="image", leave=False, disable=bar_disabled(few)):
-            done.append(image)
+        signals = StopSignals()
+        if any(video.live for video in videos):  # Ctrl-C ends them, and what was found is written
+            opened.enter_context(signals)
+        coco = opened.enter_context(CocoFile(detector.class_names))
+        few = len(sources) <= options.batch_size and not videos
+        detected = detect(detector, sources, options.out, saved, lambda: bool(signals.number))
+        total = None if videos else len(sources)
+        for image in tqdm(detected, total=total, unit="image", leave=False, disable=bar_disabled(few)):
             for note in image.notes:
                 notes.add(note, str(image.path))
             if image.error is not None:
+                failed = True
                 complain(f"{image.path}: {image.error}")
-            elif image.detections is not None and not options.json:
+            elif options.json:
+                coco.add(image)
+            elif image.detections is not None:
                 found = image.detections
                 objects = zip(found.names, found.scores, found.boxes.tolist(), strict=True)
                 lines = (f"  {score:.2f}  {name}  {' '.join(f'{x:.0f}' for x in box)}" for name, score, box in objects)
-                least = f"{options.score:g}" if options.class_scores is None else "the minimum scores"
+                least = (
+                    "the minimum scores" if options.class_scores or options.score == "auto" else f"{options.score:g}"
+                )
                 nothing = () if len(found) else (f"  no objects above {least}",)
-                tqdm.write("\n".join((str(image.path), *lines, *nothing)))
-    if options.json:
-        print(json.dumps(as_coco(done, detector.class_names), indent=2))
+                tqdm.write("\n".join((str(image), *lines, *nothing)))
+        if options.json:
+            coco.write(sys.stdout)
     print_notes(notes.lines())
-    return int(any(image.error is not None for image in done))
+    return int(failed)
 
 
 def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
     from spd_zoo.inference.detector import Detector
 
-    return Detector(
+    detector = Detector(
         options.model,
         device=device,
         image_size=options.image_size,
@@ -113,3 +154,6 @@ def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
         class_scores=options.class_scores,
         agnostic=options.agnostic,
     )
+    if options.score == "auto":
+        print_notes([detector.scores_in_words()])
+    return detector

@@ -19,6 +19,9 @@ def add(commands: Commands) -> None:
     command.add_argument("--split", default="", help="split of the data (default: test, else val)")
     command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
     command.add_argument(
+        "--iou", type=float, metavar="X", help="detectors: IoU threshold of NMS (default: the authors')"
+    )
+    command.add_argument(
         "--max-detections",
         type=positive,
         metavar="N",
@@ -52,6 +55,7 @@ def _run(options: argparse.Namespace) -> int:
             flip=options.flip,
             max_detections=options.max_detections,
             agnostic=options.agnostic,
+            iou_threshold=options.iou,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,

@@ -51,6 +51,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from spd_zoo.data.reading import find_images
+
     class_map = results.class_map(options)
     _set_model(options)
     if options.results is not None:
@@ -62,6 +64,7 @@ def _run(options: argparse.Namespace) -> int:
                 options.model, options.top_k, options.batch_size, device, class_map, options.probabilities
             ),
             _LOWER,
+            find_images,
         )
     if options.probabilities:
         raise CommandError("--probabilities is a column of --results; add --results FILE")
@@ -71,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     from spd_zoo.inference.classifier import predict
 
     notes = Notes()
-    paths = results.find_images(options, notes)
+    paths = results.find_images(options, notes, find_images)
     predictions = predict(options.model, paths, options.top_k, options.batch_size, options.device, class_map)
     few = len(paths) <= options.batch_size
     failed = False

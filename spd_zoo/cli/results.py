@@ -1,15 +1,17 @@
 """`--results` of predict and detect: one file with a row per image."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spd_zoo.cli.common import CommandError, complain, explained, non_negative, positive, print_notes
 
 if TYPE_CHECKING:
     from spd_zoo.data.notes import Notes
     from spd_zoo.inference.results import Job
+
+T = TypeVar("T")
 
 __all__ = ["add_options", "class_map", "find_images", "write"]
 
@@ -37,28 +39,29 @@ def add_options(command: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     return group
 
 
-def find_images(options: argparse.Namespace, notes: "Notes") -> list[Path]:
-    """The image files of a command without `--results`.
+def find_images(
+    options: argparse.Namespace, notes: "Notes", find: "Callable[[list[str], Notes], list[T]]"
+) -> "list[T]":
+    """The images of a command without `--results`.
 
     Args:
         options: The command's options.
         notes: Receives notes on files that are left out.
+        find: `spd_zoo.data.reading.find_images` or `spd_zoo.inference.sources.find_sources`.
 
     Returns:
-        The files.
+        What `find` returns for them.
 
     Raises:
         CommandError: If there are none, or a data set instead.
     """
-    from spd_zoo.data.reading import find_images
-
     if options.data:
         raise CommandError("--data needs --results FILE, which receives a row for each image")
     if not options.images:
         usage = f"spd-zoo {options.command} MODEL"
         raise CommandError(f"give IMAGES: `{usage} IMAGES`, or `{usage} --data DATA --results FILE`")
     with explained():
-        return find_images(options.images, notes)
+        return find(options.images, notes)
 
 
 def class_map(options: argparse.Namespace) -> dict[str, str]:
@@ -75,13 +78,19 @@ def class_map(options: argparse.Namespace) -> dict[str, str]:
         return load_class_map(options.class_map)
 
 
-def write(options: argparse.Namespace, job_for: "Callable[[str], Job]", lower: str) -> int:
+def write(
+    options: argparse.Namespace,
+    job_for: "Callable[[str], Job]",
+    lower: str,
+    find: "Callable[[list[str], Notes], Sequence[Any]]",
+) -> int:
     """Writes the file of results.
 
     Args:
         options: The command's options.
         job_for: Creates the job for a torch device.
         lower: Advice for the case that memory runs out.
+        find: As for `find_images`.
 
     Returns:
         The exit status.
@@ -95,9 +104,9 @@ def write(options: argparse.Namespace, job_for: "Callable[[str], Job]", lower: s
         raise CommandError("give either IMAGES or a data set with --data")
     with explained(lower):
         from spd_zoo.data.notes import Notes
-        from spd_zoo.data.reading import find_images
         from spd_zoo.inference.loop import Files, Images
         from spd_zoo.inference.results import open_split, write_results
+        from spd_zoo.inference.sources import Video
         from spd_zoo.process import join
 
         process = join(options.device)
@@ -106,7 +115,11 @@ def write(options: argparse.Namespace, job_for: "Callable[[str], Job]", lower: s
         if options.data:
             images = open_split(options.data, options.split, options.image_column, options.label_column)
         else:
-            images = Files([str(path) for path in find_images(options.images, left_out)])
+            sources = find(options.images, left_out)
+            video = next((source for source in sources if isinstance(source, Video)), None)
+            if video is not None:
+                raise CommandError(f"--results is for images, and {video} is a video; give it with --out or --json")
+            images = Files([str(source) for source in sources])
         job = job_for(str(process.device))
         summary = write_results(
             images,

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from spd_zoo.cli.common import Commands, add_command, bar_disabled, complain, print_table
+from spd_zoo.data.notes import some
 from spd_zoo.weights import catalogue
-from spd_zoo.weights.cache import find, is_right
+from spd_zoo.weights.cache import find, is_right, origin_of
 from spd_zoo.weights.manifest import WeightsError, entries
 
 __all__ = ["add"]
@@ -74,6 +75,11 @@ def _import(options: argparse.Namespace) -> int:
     else:
         call = f'"{name}", pretrained=True'
     print(f"load it with timm.create_model({call})")
+    if "nc" in (about := origin_of(file)):  # a detector
+        classes = json.loads(about.get("names", "[]"))
+        print(f"classes: {some(classes, 20) if classes else 'numbers, because the file does not name them'}")
+        size = "x".join(map(str, json.loads(about["imgsz"]))) if "imgsz" in about else "the network's own"
+        print(f"image size: {size}; licence: {about['license']}")
     return 0
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "match_classes",
     "network_classes",
     "outputs_of",
+    "pretrained_outputs",
     "renamed",
     "without_unused",
 ]
@@ -199,6 +200,23 @@ def outputs_of(class_names: Sequence[str], network: NetworkClasses, network_name
         same = [name for name, output in zip(class_names, outputs, strict=True) if output == twice]
         raise DataError(f"{' and '.join(map(repr, same))} are one class of {network_name}, {network.names[twice]!r}")
     return outputs, note
+
+
+def pretrained_outputs(model: str, known: NetworkClasses, class_names: Sequence[str]) -> list[int] | None:
+    """The outputs of the pretrained network for the classes of the data; None unless it knows every name.
+
+    Args:
+        model: The network's name.
+        known: The classes of its weights.
+        class_names: The classes of the data.
+    """
+    if not known.named:
+        return None
+    try:
+        outputs, guess = outputs_of(class_names, known, model)
+    except DataError:
+        return None
+    return None if guess else outputs
 
 
 def without_unused(data: _T) -> _T:

@@ -27,6 +27,7 @@ __all__ = [
     "exceeds_pixel_limit",
     "files_in",
     "find_images",
+    "is_identified",
     "is_url",
     "parse_size",
     "read_image",
@@ -62,9 +63,14 @@ def _url_error(text: str | os.PathLike[str]) -> ValueError:
 
 
 class ImageFilter:
-    """Recognises image files by their suffix, or by their content if they have none, and counts other files."""
+    """Recognises image files by their suffix, or by their content if they have none, and counts other files.
 
-    def __init__(self) -> None:
+    Args:
+        others: More suffixes, of files that count as images.
+    """
+
+    def __init__(self, others: tuple[str, ...] = ()) -> None:
+        self.suffixes = (*SUFFIXES, *others)
         self.left_out: Counter[str] = Counter()
 
     def __call__(self, file: str | Path, folder: str | Path) -> bool:
@@ -73,8 +79,8 @@ class ImageFilter:
             return False
         suffix = Path(file).suffix.lower()
         if not os.path.isfile(file):
-            return suffix in SUFFIXES and os.path.islink(file) and not os.path.exists(file)  # reading it says so
-        if suffix in SUFFIXES or (not suffix.strip(".0123456789") and _is_identified(file)):
+            return suffix in self.suffixes and os.path.islink(file) and not os.path.exists(file)  # reading it says so
+        if suffix in self.suffixes or (not suffix.strip(".0123456789") and is_identified(file)):
             return True
         self.left_out[suffix or "no suffix"] += 1
         return False
@@ -100,7 +106,7 @@ def files_in(folder: str | Path) -> Iterator[str]:
         around |= {os.path.join(inside, name): above | {real[name]} for name in folders}
 
 
-def _is_identified(file: str | Path) -> bool:
+def is_identified(file: str | Path) -> bool:
     """Whether Pillow knows the format of a file by its first bytes."""
     try:
         with warnings.catch_warnings():
@@ -111,7 +117,7 @@ def _is_identified(file: str | Path) -> bool:
     return True
 
 
-def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Path]:
+def find_images(patterns: Iterable[str], notes: Notes | None = None, others: tuple[str, ...] = ()) -> list[Path]:
     """The files named by files, folders (with the folders in them) and globs, in order.
 
     Folders without images are left out if anything else is found. Other paths stay in the list even if they are not
@@ -120,6 +126,7 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Pat
     Args:
         patterns: Files, folders and globs.
         notes: Receives a note for each folder that has no images, or files other than images.
+        others: More suffixes, of files in folders that count as images.
 
     Returns:
         The paths.
@@ -135,7 +142,7 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None) -> list[Pat
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for path in map(Path, matches or [pattern]):
             if os.path.isdir(path):
-                is_image = ImageFilter()
+                is_image = ImageFilter(others)
                 inside = [file for file in sorted(map(Path, files_in(path))) if is_image(file, path)]
                 found += inside
                 empty += [] if inside else [path]

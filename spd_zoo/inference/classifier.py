@@ -18,7 +18,7 @@ from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, read_image, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.inference.exported import load_model
-from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, optional_package
+from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
@@ -185,6 +185,7 @@ class Classifier:
         device: torch device; by default a network stays where it is, and a name is loaded on a GPU if there is one.
         batch_size: Images per batch.
         class_map: Other names for the network's classes: from the new name to the network's own.
+        colour: The order of the channels of arrays: "rgb", or "bgr" as OpenCV reads them.
 
     Attributes:
         names: The name of each class, in the network's order.
@@ -192,7 +193,7 @@ class Classifier:
     Raises:
         DataError: If `class_map` names a class that the network does not have.
         ModelError: If there is no such network, it is no classifier, or it cannot be used.
-        ValueError: If `batch_size` is less than 1, or there is no such device.
+        ValueError: If `batch_size` is less than 1, `colour` is neither, or there is no such device.
         WeightsError: If its weights are unavailable or must not be used.
     """
 
@@ -203,9 +204,12 @@ class Classifier:
         device: str | None = None,
         batch_size: int = 32,
         class_map: Mapping[str, str] | None = None,
+        colour: str = "rgb",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_colour(colour)
+        self.colour = colour
         self.name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
         if isinstance(model, nn.Module):
             check_classifier(model, self.name)
@@ -237,9 +241,10 @@ class Classifier:
         """What an image shows, or each image of a list or folder.
 
         Args:
-            images: A file, a PIL image, an array (H, W, 3) of uint8 in RGB, a tensor (3, H, W) of uint8 or of floats
-                from 0 to 1, or a list of these, of any sizes; or a folder, for the images in it, in the order of their
-                paths. Files and PIL images are turned as their EXIF says.
+            images: A file, a PIL image, an array of uint8, (H, W, 3) in the order `colour` or grey (H, W), a tensor
+                (3, H, W) or grey (1, H, W) of uint8 or of floats from 0 to 1, or a list of these, of any sizes; or a
+                folder, for the images in it, in the order of their paths. Files and PIL images are turned as their
+                EXIF says.
 
         Returns:
             A `Classification`; for a list or a folder, a list of them.
@@ -247,7 +252,7 @@ class Classifier:
         Raises:
             ValueError: If an image cannot be read or is none of these.
         """
-        sources, several = listed(images)
+        sources, several = listed(images, self.colour)
         found = []
         for batch in batches(range(len(sources)), self.batch_size):
             inputs = [self.reader.prepare(open_image(sources[i], self.reader.mode)) for i in batch]

@@ -1,16 +1,13 @@
 """Detects objects in images, as `spd-zoo detect` does; boxes are in pixels of the original images."""
 
 import itertools
-import json
 import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -18,25 +15,25 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torchvision.ops import box_convert, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
 from spd_zoo.data.classes import class_numbers, network_classes, renamed
-from spd_zoo.data.notes import count
-from spd_zoo.data.reading import channel_mode, read_image, size_text, upright
-from spd_zoo.files import whole
-from spd_zoo.inference.exported import load_model
-from spd_zoo.inference.images import ImageLike, as_html, listed, open_image, optional_package, show
-from spd_zoo.inference.loop import Files, Task, batches, run
+from spd_zoo.data.notes import count, some
+from spd_zoo.data.reading import channel_mode, size_text, upright
+from spd_zoo.inference.exported import ExportedDetector, load_model
+from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package, show
+from spd_zoo.inference.scores import read_scores
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError
 
-__all__ = ["Detections", "Detector", "ImageDetections", "Placement", "as_coco", "detect", "postprocess", "prepare"]
+__all__ = ["Detections", "Detector", "Placement", "postprocess", "prepare"]
 
 GREY = 114  # of 255; YOLO's authors pad with this value
 _IN_REPR = 3  # classes
 EDGE = 0.01  # share of a tile's shorter side: a box that ends nearer to an inner side may be cut off
+SCORE = 0.25  # minimum score
 COVERED = 0.5  # a cut-off box is dropped if a complete one covers at least this share of it
 SAME_OBJECT = 0.5  # IoU of boxes from different views from which on they are one object
 
@@ -226,7 +223,7 @@ def postprocess(
     raw: Any,
     placements: Sequence[Placement],
     image_size: tuple[int, int],
-    score_threshold: float | Tensor = 0.25,
+    score_threshold: float | Tensor = SCORE,
     iou_threshold: float | None = None,
     max_detections: int | None = 300,
     agnostic: bool = False,
@@ -277,7 +274,8 @@ class Detector:
             folder of a run, or an ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         device: torch device; by default a network stays where it is, and a name is loaded on a GPU if there is one.
         image_size: Height and width of the network's input, or one number for both; by default those of its weights.
-        score_threshold: Minimum score.
+        score_threshold: Minimum score. "auto": of each class the one with the best F1 on the validation images of the
+            run, as `scores.json` in its folder says; of classes without such a score 0.25.
         iou_threshold: IoU threshold of NMS; None: the authors' value.
         max_detections: Maximum number of objects per image; by default 300, or what an exported file has room for.
             Where the default leaves objects out, a warning says so; `Detections.limited` always does.
@@ -290,6 +288,7 @@ class Detector:
         class_scores: Minimum scores of single classes, by name or number; others have `score_threshold`.
         agnostic: Whether a box suppresses boxes of other classes, too, so that every object has one class. An exported
             file suppresses boxes within each class first.
+        colour: The order of the channels of arrays: "rgb", or "bgr" as OpenCV reads them.
 
     Raises:
         DataError: If `class_map`, `classes` or `class_scores` names a class that the network does not have.
@@ -304,7 +303,7 @@ class Detector:
         *,
         device: str | None = None,
         image_size: int | tuple[int, int] | None = None,
-        score_threshold: float = 0.25,
+        score_threshold: float | str = SCORE,
         iou_threshold: float | None = None,
         max_detections: int | None = None,
         batch_size: int = 8,
@@ -315,9 +314,15 @@ class Detector:
         classes: Sequence[str | int] | None = None,
         class_scores: Mapping[str | int, float] | None = None,
         agnostic: bool = False,
+        colour: str = "rgb",
     ) -> None:
+        check_colour(colour)
+        self.colour = colour
         scores = [("class_scores", value) for value in (class_scores or {}).values()]
-        for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold), *scores):
+        if isinstance(score_threshold, str) and score_threshold != "auto":
+            raise ValueError(f"score_threshold must be a number or 'auto', got {score_threshold!r}")
+        self.score_threshold = SCORE if isinstance(score_threshold, str) else score_threshold
+        for name, value in (("score_threshold", self.score_threshold), ("iou_threshold", iou_threshold), *scores):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
         for name, number in (("max_detections", max_detections), ("batch_size", batch_size), ("tile", tile)):
@@ -340,15 +345,21 @@ class Detector:
         if min(height, width) < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.image_size: tuple[int, int] = (height, width)
-        self.score_threshold = score_threshold
         self.iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
         net.check_room(max_detections, name)
         self.max_detections: int = max_detections or net.max_detections or 300
         self.warns = max_detections is None
         self.agnostic = agnostic
+        self.measured = self._measured() if score_threshold == "auto" else {}
         self.thresholds = self._thresholds(classes, class_scores or {})
         self.batch_size = batch_size
         self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
+
+    def _measured(self) -> dict[int, float]:
+        """The best minimum score of each class by its number, as it was measured for the run or the exported file."""
+        if isinstance(self.net, ExportedDetector):
+            return self.net.scores_of_classes()
+        return read_scores(self.name, network_classes(self.net.pretrained_cfg, self.net.num_classes).names)
 
     def _thresholds(
         self, classes: Sequence[str | int] | None, class_scores: Mapping[str | int, float]
@@ -356,20 +367,29 @@ class Detector:
         """The minimum score of all classes, or of each (classes,), which is infinite for those that are left out."""
         if isinstance(classes, str):
             raise ValueError(f"classes must be a list of names or numbers, got the text {classes!r}")
-        if classes is None and not class_scores:
+        if classes is None and not class_scores and not self.measured:
             return self.score_threshold
         names = self.class_names
         chosen = range(len(names)) if classes is None else class_numbers(classes, names)
         if not chosen:
             raise ValueError("classes must name at least one class")
         thresholds = torch.full((len(names),), math.inf)
-        thresholds[list(chosen)] = self.score_threshold
+        for number in chosen:
+            thresholds[number] = self.measured.get(number, self.score_threshold)
         for each, score in class_scores.items():
             for number in class_numbers([each], names):
                 if number not in chosen:
                     raise ValueError(f"class_scores must not name {each!r}, which classes leaves out")
                 thresholds[number] = score
         return thresholds
+
+    def scores_in_words(self) -> str:
+        """The minimum scores of `score_threshold="auto"`, on one line."""
+        names = self.class_names
+        measured = some([f"{names[i]} {score:.2f}" for i, score in self.measured.items()], 10)
+        others = [name for i, name in enumerate(names) if i not in self.measured]
+        rest = f"{self.score_threshold:g} for {some(others)}, of which no box was correct when the run was validated"
+        return f"minimum scores: {'; '.join([*([measured] if measured else []), *([rest] if others else [])])}"
 
     def __repr__(self) -> str:
         device = next(self.net.parameters()).device
@@ -386,9 +406,10 @@ class Detector:
         """The objects in an image, or in each image of a list or folder.
 
         Args:
-            images: A file, a PIL image, an array (H, W, 3) of uint8 in RGB, a tensor (3, H, W) of uint8 or of floats
-                from 0 to 1, or a list of these, of any sizes; or a folder, for the images in it, in the order of their
-                paths. Files and PIL images are turned as their EXIF says.
+            images: A file, a PIL image, an array of uint8, (H, W, 3) in the order `colour` or grey (H, W), a tensor
+                (3, H, W) or grey (1, H, W) of uint8 or of floats from 0 to 1, or a list of these, of any sizes; or a
+                folder, for the images in it, in the order of their paths. Files and PIL images are turned as their
+                EXIF says.
 
         Returns:
             `Detections`; for a list or a folder, a list of them.
@@ -397,7 +418,7 @@ class Detector:
             ImageSizeError: If the network does not take inputs of `image_size`.
             ValueError: If an image cannot be read or is none of these.
         """
-        sources, several = listed(images)
+        sources, several = listed(images, self.colour)
         found = self.find_in(map(open_image, sources))
         found = [replace(each, image=source) for each, source in zip(found, sources, strict=True)]
         limited = sum(each.limited for each in found)
@@ -519,114 +540,3 @@ def _nms(found: Detections, iou_threshold: float, agnostic: bool) -> Detections:
 def _compared(found: Detections, agnostic: bool) -> Tensor:
     """The labels (M,) of which equal ones are compared."""
     return torch.zeros_like(found.labels) if agnostic else found.labels
-
-
-@dataclass(frozen=True)
-class ImageDetections:
-    """The objects in an image file and its upright size, or the reason why it could not be read."""
-
-    path: Path
-    size: tuple[int, int] = (0, 0)  # height and width
-    detections: Detections | None = None
-    error: str | None = None
-    notes: tuple[str, ...] = ()  # what was guessed when it was read, or left out
-
-
-def detect(detector: Detector, paths: Sequence[Path], out: Path | None = None) -> Iterator[ImageDetections]:
-    """Detects objects in image files, in order; yields those of each image as soon as its batch is computed.
-
-    `out` appears after the last image. It has a copy of every image with the objects marked, in the subfolders that the
-    images have below their common folder, and `detections.json`, which `as_coco` describes.
-
-    Args:
-        detector: The detector.
-        paths: Image files, as `spd_zoo.data.reading.find_images` returns them; duplicates count once.
-        out: A folder that does not exist or is empty; it is written atomically.
-
-    Raises:
-        ImageSizeError: If the network does not take inputs of the detector's size.
-        ValueError: If `out` is something else.
-    """
-    paths = list(dict.fromkeys(paths))
-    images = Files([str(path) for path in paths])
-    at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
-
-    def compute(opened: list[Image.Image]) -> list[tuple[Image.Image, Detections]]:
-        return list(zip(opened, detector.find_in(opened), strict=True))
-
-    task = Task(read_image, list, compute, at_once)
-    with _new_folder(out) if out is not None else nullcontext() as folder:
-        done = []
-        places = _places(paths)
-        for batch, outcomes in run(images, task, batches(range(len(paths)), at_once)):
-            for path, outcome in zip(paths[batch.start : batch.stop], outcomes, strict=True):
-                if outcome.result is None:
-                    done.append(ImageDetections(path, error=outcome.error, notes=outcome.notes))
-                else:
-                    image, found = outcome.result
-                    found = replace(found, image=path)  # the file, so that its pixels do not stay in memory
-                    notes = (*outcome.notes, *([detector.limit_in_words()] if found.limited else []))
-                    done.append(ImageDetections(path, (image.height, image.width), found, notes=notes))
-                    if folder is not None:
-                        _save(found.draw(image), folder / places[path])
-                yield done[-1]
-        if folder is not None:
-            text = json.dumps(as_coco(done, detector.class_names), indent=1)
-            (folder / "detections.json").write_text(text + "\n", encoding="utf-8")
-
-
-def as_coco(found: Sequence[ImageDetections], class_names: Sequence[str]) -> dict[str, Any]:
-    """Detections as a data set in COCO's format, whose `annotations` have a `score` as in COCO's results.
-
-    Categories and images are numbered from 1. Images that could not be read are left out.
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for each in found:
-        if each.detections is None:
-            continue
-        height, width = each.size
-        images.append({"id": len(images) + 1, "file_name": str(each.path), "width": width, "height": height})
-        boxes = box_convert(each.detections.boxes, "xyxy", "xywh").tolist()
-        rows = zip(boxes, each.detections.scores.tolist(), each.detections.labels.tolist(), strict=True)
-        for box, score, label in rows:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": len(images),
-                    "category_id": label + 1,
-                    "bbox": [round(value, 2) for value in box],
-                    "area": round(box[2] * box[3], 2),
-                    "iscrowd": 0,
-                    "score": round(score, 5),
-                }
-            )
-    categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
-    return {"images": images, "categories": categories, "annotations": annotations}
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends, and is deleted if the block fails."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty; choose a new folder with --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        temporary.mkdir()
-        yield temporary
-
-
-def _places(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Where the copy of each image goes, relative to their common folder; as PNG unless it was JPEG."""
-    full = [Path(os.path.normpath(path.absolute())) for path in paths]  # ".." would lead out of the folder
-    shared = os.path.commonpath([path.parent for path in full]) if full else ""
-    places = {}
-    for path, place in zip(paths, full, strict=True):
-        name = place.name if place.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{place.name}.png"
-        places[path] = place.relative_to(shared).with_name(name)
-    return places
-
-
-def _save(image: Image.Image, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, quality=95)

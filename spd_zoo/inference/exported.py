@@ -20,6 +20,7 @@ from spd_zoo.blocks import ImageSizeError
 from spd_zoo.boxes import labelled_nms
 from spd_zoo.data.reading import parse_size, size_text
 from spd_zoo.errors import first_line
+from spd_zoo.inference.scores import SCORES_FILE
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device, ran_out_of_memory
 from spd_zoo.weights.catalogue import ModelError
@@ -152,6 +153,21 @@ class ExportedDetector(Exported, ObjectFinder):
         self.max_detections = int(_number(metadata["max_detections"], 1, _MOST_DETECTIONS))
         self.evaluation_boxes = self.max_detections
         self.size_multiple = int(_number(metadata["size_multiple"], 0, 1024))
+        self.class_scores = _class_scores(metadata["class_scores"]) if "class_scores" in metadata else None
+        if self.class_scores is not None and len(self.class_scores) != self.num_classes:
+            raise ValueError("class_scores and class_names differ in number")
+
+    def scores_of_classes(self) -> dict[int, float]:
+        """The best minimum score of each class by its number, where it is known.
+
+        Raises:
+            ModelError: If the file has no such scores.
+        """
+        if self.class_scores is None:
+            raise ModelError(
+                f"{self.called} does not hold the best minimum score of each class; export a run that has {SCORES_FILE}"
+            )
+        return {number: score for number, score in enumerate(self.class_scores) if score is not None}
 
     def forward(self, images: Tensor) -> Tensor:
         """The images, unchanged: only `detections` knows the thresholds, with which the file computes all at once."""
@@ -402,6 +418,13 @@ def _numbers(text: str) -> tuple[float, ...]:
     if not isinstance(numbers, list) or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
         raise ValueError(f"no list of numbers: {text[:50]}")
     return tuple(map(float, numbers))
+
+
+def _class_scores(text: str) -> list[float | None]:
+    scores = json.loads(text)
+    if not isinstance(scores, list):
+        raise ValueError(f"no list of scores: {text[:50]}")
+    return [None if score is None else _number(str(score), 0, 1) for score in scores]
 
 
 def _number(text: str, low: float, high: float) -> float:

@@ -17,18 +17,26 @@ from torch import Tensor
 
 from spd_zoo.data.reading import collect_notes, find_images, read_image, upright
 
-__all__ = ["ImageLike", "as_html", "listed", "open_image", "optional_package", "show"]
+__all__ = ["COLOURS", "ImageLike", "as_html", "check_colour", "listed", "open_image", "optional_package", "show"]
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
 
+COLOURS = ("rgb", "bgr")  # orders of the channels of an array
 _SHOWN = 640  # longest side of an image in a notebook, in pixels
 
 
-def listed(images: Any) -> tuple[list[Any], bool]:
+def check_colour(colour: str) -> None:
+    """Raises ValueError if this is no order of an array's channels."""
+    if colour not in COLOURS:
+        raise ValueError(f"colour must be {' or '.join(COLOURS)}, got {colour!r}")
+
+
+def listed(images: Any, colour: str = "rgb") -> tuple[list[Any], bool]:
     """The images that a caller means: one, those of a list, or those in a folder.
 
     Args:
         images: An image, a list of images, or the path of a folder.
+        colour: The order of the channels of arrays (H, W, 3); those of "bgr" are returned in RGB.
 
     Returns:
         The images, and whether they are several.
@@ -40,10 +48,16 @@ def listed(images: Any) -> tuple[list[Any], bool]:
         folder = next((image for image in images if _is_folder(image)), None)
         if folder is not None:
             raise ValueError(f"{os.fspath(folder)} is a folder; give it alone, not in a list")
-        return list(images), True
+        return [_in_rgb(image, colour) for image in images], True
     if _is_folder(images):
         return list(find_images([os.fspath(images)])), True
-    return [images], False
+    return [_in_rgb(images, colour)], False
+
+
+def _in_rgb(image: Any, colour: str) -> Any:
+    """The image; an array of colours in BGR as a view in RGB."""
+    is_colour = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3
+    return image[..., ::-1] if is_colour and colour == "bgr" else image
 
 
 def _is_folder(image: Any) -> bool:
@@ -55,8 +69,8 @@ def open_image(image: Any, mode: str = "RGB") -> Image.Image:
     """Opens an image, upright and with 8 bits per channel; warns of what was guessed about it.
 
     Args:
-        image: A file, a PIL image, an array (H, W, 3) of uint8 in RGB, or a tensor (3, H, W) of uint8 or of floats from
-            0 to 1.
+        image: A file, a PIL image, an array of uint8, (H, W, 3) in RGB or grey (H, W) or (H, W, 1), or a tensor
+            (3, H, W) or (1, H, W) of uint8 or of floats from 0 to 1.
         mode: PIL's mode of the result.
 
     Returns:
@@ -81,14 +95,20 @@ def _opened(image: Any, mode: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return upright(image, mode)
     if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"an array must be (H, W, 3) of uint8 in RGB, got {image.shape} of {image.dtype}")
-        return Image.fromarray(image).convert(mode)
+        pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        is_colour = pixels.ndim == 3 and pixels.shape[2] == 3
+        if not (is_colour or pixels.ndim == 2) or image.dtype != np.uint8 or not image.size:
+            raise ValueError(
+                f"an array must be of uint8, (H, W, 3) in colour or (H, W) in grey, got {image.shape} of {image.dtype}"
+            )
+        return Image.fromarray(np.ascontiguousarray(pixels)).convert(mode)
     if not isinstance(image, Tensor):
         kind = type(image).__name__
         raise ValueError(f"an image must be a file, a PIL image, an array or a tensor, or a list of these, got {kind}")
-    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        raise ValueError(f"a tensor must be (3, H, W), got {tuple(image.shape)}; give several images as a list")
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel():
+        raise ValueError(
+            f"a tensor must be (3, H, W), or (1, H, W) in grey, got {tuple(image.shape)}; give several images as a list"
+        )
     image = image.detach().cpu()
     if image.is_floating_point():
         if not ((image >= 0) & (image <= 1)).all():
@@ -96,7 +116,8 @@ def _opened(image: Any, mode: str) -> Image.Image:
         image = (image.float() * 255).round().to(torch.uint8)
     if image.dtype != torch.uint8:
         raise ValueError(f"a tensor must be of uint8, or of floats from 0 to 1, got {image.dtype}")
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).convert(mode)
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    return Image.fromarray(pixels.contiguous().numpy()).convert(mode)
 
 
 def show(image: Image.Image) -> None:

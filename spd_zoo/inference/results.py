@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.notes import Notes
-from spd_zoo.data.reading import read_image
 from spd_zoo.errors import first_line
 from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Classification, Classifier, transform_errors
 from spd_zoo.inference.detector import Detections, Detector, Placement
 from spd_zoo.inference.loop import ImageFile, Images, Task, batches, run
+from spd_zoo.inference.sources import read_source
 from spd_zoo.process import Process, Stopped, StopSignals
 from spd_zoo.version import __version__
 
@@ -162,7 +162,7 @@ def detection(detector: Detector, model: str) -> Job:
         return [((place.size[1], place.size[0]), each) for place, each in zip(inputs[1], found, strict=True)]
 
     if detector.tile:  # all tiles of an image at once would need too much memory
-        return Job(Task(read_image, list, of_images, 1), _objects_row, columns, settings, notes)
+        return Job(Task(read_source, list, of_images, 1), _objects_row, columns, settings, notes)
     reader = copy.copy(detector)
     reader.net = copy.deepcopy(detector.net).to("meta")  # the network's properties without its weights
     task = Task(partial(_read_view, reader), _collate_views, of_views, detector.batch_size)
@@ -180,7 +180,7 @@ def _objects_row(detected: Detected) -> Row:
 
 
 def _read_view(detector: Detector, file: ImageFile) -> tuple[Tensor, Placement]:
-    image = read_image(file)
+    image = read_source(file)
     with transform_errors(image):
         (view,) = detector.views(image)
     return view

@@ -96,7 +96,12 @@ class DetectionNet(Backbone, ObjectFinder):
 
     Raw predictions are a list of maps, or for SSD a pair of tensors. `image_size` is the height and width of the input
     images. SSD needs it and YOLO does not, so code for any detector should pass it.
+
+    Attributes:
+        outputs_before_classes: Outputs of each box in a class layer that come before those of the classes.
     """
+
+    outputs_before_classes = 0
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -125,6 +130,19 @@ class DetectionNet(Backbone, ObjectFinder):
         Raises:
             ValueError: If `num_classes` is less than one.
         """
+
+    @torch.no_grad()
+    def reorder_classes(self, order: Sequence[int]) -> None:
+        """Reorders the outputs of the classes.
+
+        Args:
+            order: For each new class the number of the old one.
+        """
+        for layer in self.get_classifier():
+            for parameter in layer.parameters():
+                of_box = parameter.unflatten(0, (-1, self.outputs_before_classes + self.num_classes))
+                of_classes = of_box[:, self.outputs_before_classes :]
+                of_classes.copy_(of_classes[:, list(order)])
 
     @abstractmethod
     def num_classes_of(self, outputs: int) -> int:

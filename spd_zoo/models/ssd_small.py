@@ -164,6 +164,7 @@ class SSD(DetectionNet):
 
     channel_order = "BGR"
     keeps_aspect = False
+    outputs_before_classes = 1
     iou_threshold = 0.6
     evaluation_score = 0.01
     evaluation_boxes = 10**6  # no limit

@@ -146,6 +146,7 @@ class YOLOv5SPD(YoloNet):
     """
 
     iou_threshold = 0.65
+    outputs_before_classes = 5
     head: Head
 
     def __init__(

@@ -75,6 +75,7 @@ def evaluate(
     class_map: Mapping[str, str] | None = None,
     max_detections: int | None = None,
     agnostic: bool = False,
+    iou_threshold: float | None = None,
 ) -> list[Evaluation]:
     """Evaluates a classifier or a detector on the readable images of a data set, at one image size or several.
 
@@ -96,6 +97,7 @@ def evaluate(
         max_detections: Detectors: maximum number of boxes per image, all of which count; by default the authors' limit,
             of which COCO's rules count 100 of each class.
         agnostic: Detectors: whether boxes of different classes suppress each other, too.
+        iou_threshold: Detectors: IoU threshold of NMS; None: the authors' value.
 
     Returns:
         An evaluation for each image size.
@@ -111,7 +113,9 @@ def evaluate(
     net: Any = load_model(model, device)
     if bf16 and isinstance(net, Exported):
         raise ValueError(f"bf16 is for torch; {model} computes as it was exported")
-    asked = Suppression(max_detections, agnostic)
+    if iou_threshold is not None and not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must be from 0 to 1, got {iou_threshold}")
+    asked = Suppression(max_detections, agnostic, iou_threshold)
     suppression = None if asked == Suppression() else asked
     task_of(net).check_evaluation(net, model, bool(flip or image_column or label_column), suppression)
     sizes = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]

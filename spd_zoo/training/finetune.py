@@ -59,7 +59,7 @@ from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, names_other_task, task_of
 from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
-from spd_zoo.weights.load import timm_name
+from spd_zoo.weights.load import has_weights, timm_name
 from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
@@ -200,9 +200,7 @@ def plan(
         DataError: If there are too few images.
         ValueError: If an option has no meaning for the network or the data.
     """
-    known = get_pretrained_cfg(config.model)
-    verified = ":" in config.model or (known is not None and bool(known.has_weights))  # local-dir:RUN has weights
-    pretrained = verified if config.pretrained is None else config.pretrained
+    pretrained = has_weights(config.model) if config.pretrained is None else config.pretrained
     if config.pretrained is None and not pretrained:
         tags = tags_in_words(config.model)
         others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""

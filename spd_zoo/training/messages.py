@@ -24,11 +24,11 @@ def choices(plan: Plan, process: Process, recipe: str | None = None) -> str:
         recipe: The recipe that some of them come from.
     """
     config = plan.config
-    known = get_pretrained_cfg(config.model)
     weights = "random weights"
     if plan.pretrained:
+        known = get_pretrained_cfg(config.model) if "." not in config.model else None
         tag = known.tag if known is not None and ":" not in config.model else ""
-        weights = f"weights {config.model if '.' in config.model or not tag else f'{config.model}.{tag}'}"
+        weights = f"weights {f'{config.model}.{tag}' if tag else config.model}"
     rate = f"{plan.opt} with learning rate {plan.lr:.2g}"
     if plan.layer_decay != 1:
         rate += f" (times {plan.layer_decay:g} per layer from the end)"

@@ -32,7 +32,12 @@ pre { background: var(--stripe); padding: 1rem; overflow-x: auto }
 """
 _HEAD = "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
 WIDE = 600  # pixels up to which a figure may be made as narrow as a phone
-_PLOTS = ("curves", "confusion", "calibration")  # figures without photos, whose colours are turned in the dark
+_PLOTS = (
+    "curves",
+    "confusion",
+    "calibration",
+    "precision_recall",
+)  # figures without photos, whose colours are turned in the dark
 
 
 def page(

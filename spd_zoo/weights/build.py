@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from spd_zoo.errors import first_line
 from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
-from spd_zoo.weights.checkpoint import read_checkpoint
+from spd_zoo.weights.checkpoint import read_described
+from spd_zoo.weights.described import check_task, described
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.fit import (
     FilterFn,
@@ -163,27 +164,31 @@ def build(
     overwritten: tuple[Any, ...] = ()  # numbers of classes with which the checkpoint replaces every tensor
     ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; a dict is the caller's own source
     partial = False
+    tag = pretrained_cfg
     if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
-        tag = pretrained_cfg
         partial = loads_backbone_only(f"{variant}.{tag}" if tag or overlay.get("file") else variant)
         if overlay.get("file"):
             _check_tag(variant, tag, Path(overlay["file"]))
-            read = read_checkpoint(Path(overlay["file"]))
-            described = _described(variant, tag, read, pretrained_filter_fn, kwargs)
+            read, fields = read_described(Path(overlay["file"]))
+            cfg = _cfg_of_file(variant, tag, Path(overlay["file"]), read, fields, pretrained_filter_fn, kwargs)
         elif mine := _imported_by_user(variant, tag, cache_dir):
-            read = read_checkpoint(mine)
-            described = _described(variant, None, read, pretrained_filter_fn, kwargs)
-            described |= {"file": str(mine), "tag": tag or UNTAGGED}
+            read, fields = read_described(mine)
+            cfg = _cfg_of_file(variant, None, mine, read, fields, pretrained_filter_fn, kwargs)
+            cfg |= {"file": str(mine), "tag": tag or UNTAGGED}
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
         else:
             entry = _entry_of(variant, tag)
-            described = {"file": str(fetch(entry, cache_dir))}
+            cfg = {"file": str(fetch(entry, cache_dir))}
             overwritten = (0, entry.num_classes)
-        if "num_classes" in described:
-            kwargs.setdefault("num_classes", overlay.get("num_classes", described["num_classes"]))
-            overlay["num_classes"] = described["num_classes"]
-            overwritten = (0, described["num_classes"])
-        overlay = described | overlay
+        if "num_classes" in cfg:
+            kwargs.setdefault("num_classes", overlay.get("num_classes", cfg["num_classes"]))
+            overlay["num_classes"] = cfg["num_classes"]
+            overwritten = (0, cfg["num_classes"])
+        overlay = cfg | overlay
+    elif ours and tag and (mine := _imported_by_user(variant, tag, cache_dir)):  # their structure without their numbers
+        read, fields = read_described(mine)
+        overlay = _cfg_of_file(variant, None, mine, read, fields, pretrained_filter_fn, kwargs) | {"tag": tag} | overlay
+        pretrained_cfg, read = None, None
     if partial:
         overwritten = ()  # the head keeps its random weights
     if read is not None:  # timm copies a state dict instead of opening the file; `_checked` adds the tensors
@@ -314,27 +319,37 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
     return found
 
 
-def _described(
-    variant: str, tag: str | None, read: StateDict, filter_fn: FilterFn, model_args: dict[str, Any]
+def _cfg_of_file(
+    variant: str,
+    tag: str | None,
+    file: Path,
+    read: StateDict,
+    fields: dict[str, Any],
+    filter_fn: FilterFn,
+    model_args: dict[str, Any],
 ) -> dict[str, Any]:
-    """The fields of timm's configuration that depend on a file's tensors: classes and input.
+    """The fields of timm's configuration that depend on a file: classes and input.
 
-    Without a tag, the input is the network's own one, not that of the default weights.
+    Without a tag, the input is the network's own one, not that of the default weights. What a detector's file itself
+    says goes before both.
     """
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
     model_args = {name: value for name, value in model_args.items() if name not in _NOT_OF_WEIGHTS} | {"device": "meta"}
     meta = timm.create_model(f"{variant}.{tag}" if tag else variant, **model_args)
     chans, *size = entry.input_size if entry is not None else cfg_of(meta)["input_size"]
     found = facts(filter_fn(read, meta), meta, chans)
-    described: dict[str, Any] = {}
+    cfg: dict[str, Any] = {}
     if entry is not None:
         if not tag:
             unknown = [*("tag", "url", "hf_hub_id", "hf_hub_filename", "license", "origin_url"), *_CLASSES]
-            described = dict.fromkeys(unknown) | _input_of(entry)
+            cfg = dict.fromkeys(unknown) | _input_of(entry)
         elif found["num_classes"] != entry.num_classes:
-            described = dict.fromkeys(_CLASSES)
-        described["input_size"] = (found["in_chans"], *size)
-    return described | {"num_classes": found["num_classes"]}
+            cfg = dict.fromkeys(_CLASSES)
+        cfg["input_size"] = (found["in_chans"], *size)
+    if entry is not None and entry.task == "detection":
+        check_task(fields, variant, str(file))
+        cfg |= described(fields, meta, found["num_classes"], str(file)).cfg(found["in_chans"])
+    return cfg | {"num_classes": found["num_classes"]}
 
 
 def _default_tag(variant: str) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
 
-from spd_zoo.weights.cache import find, imported_names, is_right, origin_of, original_of
+from spd_zoo.weights.cache import find, find_imported, imported_names, is_right, origin_of, original_of
 from spd_zoo.weights.manifest import Entry, WeightsError, default_checkpoints, entries
 
 __all__ = [
@@ -210,10 +210,11 @@ def checkpoints(filters: Sequence[str] = ()) -> list[Entry]:
 
 
 def _imported(name: str, network: Entry) -> Entry:
-    """An entry for an imported checkpoint, with the network's size and input only."""
+    """An entry for an imported checkpoint, with the network's size and input, and the file's own licence only."""
     of_network = ("group", "num_classes", "input_size", "params", "macs", "pool_size", "mean", "std", "crop_pct")
     fields = {field: getattr(network, field) for field in (*of_network, "interpolation", "fixed_input_size")}
-    return Entry(name=name, **fields)
+    file = find_imported(name)
+    return Entry(name=name, license=origin_of(file).get("license") if file else None, **fields)
 
 
 def checkpoint(name: str) -> Entry:

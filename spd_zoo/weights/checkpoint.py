@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,18 +18,20 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from spd_zoo.weights.archive import Archive, FormatError
+from spd_zoo.weights.described import fields_in, fields_of_metadata
 from spd_zoo.weights.download import page_or_pointer
 from spd_zoo.weights.fit import MOST_DIMENSIONS, MOST_TENSORS, StateDict, checked_tensors
 from spd_zoo.weights.manifest import WeightsError
 from spd_zoo.weights.unpickle import Unknown, Unpickler
 
-__all__ = ["read_checkpoint", "read_saved"]
+__all__ = ["read_checkpoint", "read_described", "read_saved"]
 
 _KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # in order of priority
 _LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle or safetensors' header, which hold names and shapes
 _LARGEST_NETWORK = 10_000_000  # characters in the names of its modules and tensors, plus 50 for each
 _LARGEST_NUMBER = 2**62
 _LONGEST_KEY = 100  # characters of a storage's name, which is a number
+_DEEPEST = 10  # dicts inside of each other, on the way to the weights
 _MAGIC = 0x1950A86A20F9469CFC6C  # starts a file of torch before 1.6
 _UNREADABLE = (  # exceptions of the parsers for damaged files
     *(ValueError, LookupError, TypeError, OverflowError, RuntimeError, MemoryError, SafetensorError),
@@ -53,12 +55,29 @@ def read_checkpoint(file: Path, name: str = "") -> StateDict:
     Raises:
         WeightsError: If the file has another format, is truncated or damaged, or takes too much memory or time.
     """
+    return read_described(file, name)[0]
+
+
+def read_described(file: Path, name: str = "") -> tuple[StateDict, dict[str, Any]]:
+    """Reads the tensors of a checkpoint, and what it says about its network beside them.
+
+    Args:
+        file: As for `read_checkpoint`.
+        name: As for `read_checkpoint`.
+
+    Returns:
+        The tensors by name; and the fields, which `described` checks.
+
+    Raises:
+        WeightsError: As `read_checkpoint`.
+    """
     name = name or str(file)
-    checked = checked_tensors(_found(file, name, _state_dict_in), name)
+    found, fields = _found(file, name, _weights_in)
+    checked = checked_tensors(found, name)
     tensors: StateDict = clean_state_dict(checked)
     if len(tensors) != len(checked):
         raise WeightsError(f"{name} holds two tensors of one name, with and without `module.`; take one of them out")
-    return tensors
+    return tensors, fields
 
 
 def read_saved(file: Path) -> Any:
@@ -74,7 +93,7 @@ def read_saved(file: Path) -> Any:
     Raises:
         WeightsError: If the file is not a checkpoint, is truncated or damaged, or takes too much memory or time.
     """
-    return _found(file, str(file), lambda content: content)
+    return _found(file, str(file), lambda content: content.tensors if isinstance(content, _Safetensors) else content)
 
 
 def _found(file: Path, name: str, take: Callable[[Any], Any]) -> Any:
@@ -125,17 +144,31 @@ def _read(content: BufferedReader, start: bytes, file: Path) -> Any:
     raise FormatError("it begins like no checkpoint")
 
 
-def _state_dict_in(found: Any, depth: int = 0) -> Any:
-    """Finds the state dict in the content of a checkpoint."""
-    if isinstance(found, Unknown):
-        if found.attributes is not None and "_modules" in found.attributes:
-            return _tensors_of_module(found)
-        found = found.items
-    if isinstance(found, dict) and depth < 10:
-        inner = next((found[key] for key in _KEYS if isinstance(found.get(key), dict | Unknown)), None)
-        if inner is not None:
-            return _state_dict_in(inner, depth + 1)
-    return found
+class _Safetensors(NamedTuple):
+    """The content of a safetensors file."""
+
+    tensors: StateDict
+    metadata: dict[str, str] | None
+
+
+def _weights_in(content: Any) -> tuple[Any, dict[str, Any]]:
+    """Finds the state dict in the content of a checkpoint, and the fields that describe its network."""
+    if isinstance(content, _Safetensors):
+        return content.tensors, fields_of_metadata(content.metadata)
+    places = [content]  # from the whole file to the weights in it
+    while len(places) <= _DEEPEST and not _is_network(places[-1]):
+        last: Any = places[-1].items if isinstance(places[-1], Unknown) else places[-1]
+        keys = _KEYS if isinstance(last, dict) else ()
+        inner = next((last[key] for key in keys if isinstance(last.get(key), dict | Unknown)), None)
+        if inner is None:
+            return last, fields_in(places[-2::-1])  # a state dict has names of tensors only
+        places.append(inner)
+    found = _tensors_of_module(places[-1]) if _is_network(places[-1]) else places[-1]
+    return found, fields_in(places[::-1])
+
+
+def _is_network(value: Any) -> bool:
+    return isinstance(value, Unknown) and value.attributes is not None and "_modules" in value.attributes
 
 
 def _tensors_of_module(module: Unknown) -> StateDict:
@@ -168,12 +201,12 @@ def _tensors_of_module(module: Unknown) -> StateDict:
     return tensors
 
 
-def _read_safetensors(file: Path) -> StateDict:
+def _read_safetensors(file: Path) -> _Safetensors:
     with safe_open(file, "pt") as content:
         names = content.offset_keys()
         if len(names) > MOST_TENSORS:
             raise FormatError(f"{len(names)} tensors, more than any network has")
-        return {name: content.get_tensor(name) for name in names}
+        return _Safetensors({name: content.get_tensor(name) for name in names}, content.metadata())
 
 
 # Formats of torch.save

@@ -1,4 +1,6 @@
-"""Downloads files from the Hugging Face Hub and from the authors' links; no other code here downloads anything.
+"""Downloads files from the Hugging Face Hub, from the authors' links and from users' addresses.
+
+No other code here downloads anything, except that OpenCV opens the streams that a user names.
 
 Temporary failures (a broken connection, an overloaded server) are retried a few times.
 """
@@ -23,10 +25,11 @@ from tqdm import tqdm
 
 from spd_zoo.weights.manifest import WeightsError
 
-__all__ = ["DownloadError", "download", "download_from_hub", "hub_url", "page_or_pointer"]
+__all__ = ["DownloadError", "download", "download_bytes", "download_from_hub", "hub_url", "page_or_pointer"]
 
 _TRIES = 4
 _TIMEOUT = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 4))  # seconds to wait for a server's first answer
+_PAUSES = (_TIMEOUT, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _TIMEOUT)  # connect, read, write, pool
 _LONGEST_PAUSE = 30.0  # seconds, if the server asks for one
 
 T = TypeVar("T")
@@ -101,9 +104,41 @@ def download(link: str, file: str | None, path: Path) -> None:
         raise DownloadError(f"{link} answered with {what}, instead of the file")
 
 
+def download_bytes(address: str, most: int, seconds: float) -> bytes:
+    """The file at an http or https address that a user names.
+
+    Args:
+        address: The address.
+        most: Bytes that it may have.
+        seconds: How long the download may take.
+
+    Raises:
+        DownloadError: If it cannot be downloaded, with the reason, or is too large or a web page.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError("OfflineModeIsEnabled: HF_HUB_OFFLINE is set")
+
+    def get() -> bytes:
+        content, end = bytearray(), time.monotonic() + seconds
+        with get_session().stream("GET", address, timeout=_PAUSES, follow_redirects=True) as response:
+            response.raise_for_status()
+            for block in response.iter_bytes():  # as they come, so that a server that trickles is noticed
+                content += block
+                if len(content) > most:
+                    raise DownloadError(f"it has more than {most / 2**20:.0f} MiB")
+                if time.monotonic() > end:
+                    raise DownloadError(f"it takes more than {seconds:.0f} seconds")
+        return bytes(content)
+
+    content = _with_retries(get)
+    what = page_or_pointer(content[:512])
+    if what:
+        raise DownloadError(f"the server answered with {what}")
+    return content
+
+
 def _download_from_server(link: str, path: Path) -> None:
-    pauses = (_TIMEOUT, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _TIMEOUT)  # connect, read, write, pool
-    with get_session().stream("GET", link, timeout=pauses, follow_redirects=True) as response, path.open("wb") as out:
+    with get_session().stream("GET", link, timeout=_PAUSES, follow_redirects=True) as response, path.open("wb") as out:
         response.raise_for_status()
         size = int(response.headers.get("Content-Length", 0)) or None
         with tqdm(desc=path.stem, total=size, unit="B", unit_scale=True, leave=False, disable=None) as progress:

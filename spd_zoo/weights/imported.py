@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from spd_zoo.files import whole
 from spd_zoo.weights.cache import import_folder, imported_files, sha256_of
-from spd_zoo.weights.checkpoint import read_checkpoint
+from spd_zoo.weights.checkpoint import read_described
+from spd_zoo.weights.described import check_task, described
 from spd_zoo.weights.fit import StateDict, cfg_of, facts, filter_of, misfit, which_fits
 from spd_zoo.weights.manifest import WeightsError, entries, find_entry
 
@@ -51,7 +52,8 @@ def tagged(name: str) -> str:
 def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str | Path | None = None) -> Path:
     """Converts a checkpoint to our keys, checks it, and keeps it in the cache for `pretrained=True` with this name.
 
-    All keys and shapes must match, every number must be finite, and so must the network's outputs.
+    All keys and shapes must match, every number must be finite, and so must the network's outputs. What a detector's
+    checkpoint says about its classes and images is kept in the metadata.
 
     Args:
         name: `network.tag`, a tag of the manifest or any other; without one it is "imported".
@@ -71,7 +73,7 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
     if entry is not None and str(entry.source).startswith(("bundled:", "package:")):
         raise WeightsError(f"the weights of {name} come with a package; give yours another tag, like {network}.mine")
     called = origin or str(file)
-    state_dict = read_checkpoint(file, called)
+    state_dict, fields = read_described(file, called)
     sha256 = sha256_of(file)
     if entry is not None and entry.sha256 not in (None, sha256):
         raise WeightsError(
@@ -79,6 +81,9 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
             f"Give it another tag to import it as your own, for example {network}.mine"
         )
     classes = {} if entry is None else {"num_classes": entry.num_classes}
+    detects = entries()[network].task == "detection" if network in entries() else False
+    if detects:
+        check_task(fields, network, called)
     try:
         made_for, tensors = converted(network, state_dict, classes)
     except WeightsError as error:
@@ -88,7 +93,10 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
         raise WeightsError(f"{called} is damaged: {wild} holds a number that is not finite. Get it again")
     net = timm.create_model(network, **made_for).eval()
     net.load_state_dict(tensors)
-    image = (made_for["in_chans"], *cfg_of(net)["input_size"][1:])
+    about = described(fields, net, made_for["num_classes"], called) if detects else None
+    metadata = {} if about is None else about.metadata()
+    own: tuple[int, int] = cfg_of(net)["input_size"][1:]
+    image = (made_for["in_chans"], *min(own, (about and about.image_size) or own, key=math.prod))
     if math.prod(image) > _LARGEST_IMAGE:
         raise WeightsError(
             f"{called} is made for images of {image[0]} channels, too many to try it on an image of "
@@ -98,13 +106,13 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
         outputs = tree_leaves(net(torch.zeros(1, *image)))
     if not all(output.isfinite().all() for output in outputs):
         raise WeightsError(f"{called} is damaged: {network} computes a number that is not finite with it. Get it again")
-    metadata = {
+    metadata |= {
         "format": "pt",
         "name": name,
         "origin": origin or file.resolve().as_uri(),
         "original_sha256": sha256,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "license": (entry.license if entry is not None else None) or "unknown",
+        "license": (entry.license if entry is not None else None) or metadata.get("license", "unknown"),
     }
     tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     if entry is not None and entry.verified:  # then the file's own bytes are what the manifest pins

@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo
+from timm.models import get_pretrained_cfg
 from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
@@ -31,6 +32,7 @@ __all__ = [
     "ModelError",
     "class_names",
     "class_synonyms",
+    "has_weights",
     "is_network",
     "load_backbone",
     "load_file",
@@ -52,6 +54,14 @@ def is_network(name: str) -> bool:
     known = name in entries() or (network in ours and name in imported_names())
     source = ":" in name and not os.path.exists(name)  # noqa: PTH110  (which raises for names that are too long)
     return known or source or (network not in ours and timm.is_model(network))
+
+
+def has_weights(name: str) -> bool:
+    """Whether a network has weights by default: those of its tag, imported ones too, or those in its folder."""
+    if ":" in name or name in imported_names():
+        return True
+    known = get_pretrained_cfg(name)
+    return known is not None and bool(known.has_weights)
 
 
 def timm_name(name: str) -> str:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spd_zoo.data.classes import DataError, NetworkClasses, outputs_of
 from spd_zoo.process import Process
 from spd_zoo.training.layers import classifier_of
 from spd_zoo.training.preprocessing import Preprocessing
@@ -18,7 +17,6 @@ __all__ = [
     "features",
     "linear_classifier",
     "pretrained_classifier",
-    "pretrained_outputs",
     "ridge_classifier",
     "set_classifier",
 ]
@@ -108,23 +106,6 @@ def ridge_classifier(inputs: Tensor, labels: Tensor, classes: int) -> tuple[Tens
     weight = right @ ((values.sqrt() / (values + penalty * len(x)))[:, None] * projected)
     weight = scale * weight / spread[:, None]
     return weight.T.float(), (scale * prior - center @ weight).float(), correct
-
-
-def pretrained_outputs(model: str, known: NetworkClasses, class_names: Sequence[str]) -> list[int] | None:
-    """The outputs of the pretrained classifier for the classes of the data; None unless it knows every name.
-
-    Args:
-        model: The network's name.
-        known: The classes of its weights.
-        class_names: The classes of the data.
-    """
-    if not known.named:
-        return None
-    try:
-        outputs, guess = outputs_of(class_names, known, model)
-    except DataError:
-        return None
-    return None if guess else outputs
 
 
 def pretrained_classifier(model: str, arguments: dict[str, Any], outputs: Sequence[int]) -> tuple[Tensor, Tensor]:

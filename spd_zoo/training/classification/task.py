@@ -15,7 +15,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from spd_zoo.data.check import check, notes_on
-from spd_zoo.data.classes import network_classes, without_unused
+from spd_zoo.data.classes import network_classes, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
@@ -34,7 +34,6 @@ from spd_zoo.training.classification.head import (
     features,
     linear_classifier,
     pretrained_classifier,
-    pretrained_outputs,
     ridge_classifier,
     set_classifier,
 )
@@ -339,7 +338,7 @@ class Classification:
         """Raises ModelError if the network has no classifier, and ValueError if an option is only for detectors."""
         check_classifier(net, model)
         if suppression is not None:
-            raise ValueError("max_detections and agnostic are options for detectors; leave them out")
+            raise ValueError("max_detections, agnostic and iou_threshold are options for detectors; leave them out")
 
     def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """How images were cropped and resized, as timm's results tables have it."""

@@ -15,18 +15,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spd_zoo.data.boxes import EVERY_CLASS, BoxImages
+from spd_zoo.data.boxes import EVERY_CLASS, BoxImages, Objects
+from spd_zoo.data.boxes.sizes import EDGES
+from spd_zoo.data.boxes.sizes import NAMES as SIZES
 from spd_zoo.data.notes import count, some
-from spd_zoo.files import write_csv
-from spd_zoo.inference.detector import Detections, postprocess
+from spd_zoo.files import whole, write_csv
+from spd_zoo.inference.detector import SCORE, Detections, postprocess
+from spd_zoo.inference.output import CocoFile, ImageDetections
+from spd_zoo.inference.scores import SCORES_FILE, scores_text
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
 from spd_zoo.process import Process
+from spd_zoo.training import comments
+from spd_zoo.training.detection.curves import Curve, Outcome, confusion_matrix, curves, match, outcome, rates
+from spd_zoo.training.detection.plots import BACKGROUND, plot_confusion, plot_curves
+from spd_zoo.training.detection.sheets import IMAGES, box_sheet, false_positives, missed_objects
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.steps import Batches, read
 
 __all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
+SCORES = np.linspace(0, 1, 101)  # minimum scores of the table of curves
 COCO_BOXES = 100  # of a class in an image, the best ones, which count by COCO's rules
 
 
@@ -38,20 +47,23 @@ class Suppression:
         max_detections: Maximum number of boxes per image, all of which count; None: the authors', of which COCO's rules
             count 100 of each class.
         agnostic: Whether boxes of different classes suppress each other, too.
+        iou_threshold: IoU threshold of NMS; None: the authors'.
     """
 
     max_detections: int | None = None
     agnostic: bool = False
+    iou_threshold: float | None = None
 
     def columns(self) -> dict[str, Any]:
         """What departs, by name."""
-        agnostic = {"agnostic": True} if self.agnostic else {}
-        return ({"max_detections": self.max_detections} if self.max_detections else {}) | agnostic
+        own = {"max_detections": self.max_detections, "agnostic": self.agnostic, "iou_threshold": self.iou_threshold}
+        return {name: value for name, value in own.items() if value is not None and value is not False}
 
     def in_words(self) -> str:
         """What departs, after the figures; empty if nothing does."""
         most = f"; up to {self.max_detections} boxes count in an image" if self.max_detections else ""
-        return most + ("; boxes suppress boxes of other classes" if self.agnostic else "")
+        iou = f"; NMS at an IoU of {self.iou_threshold:g}" if self.iou_threshold is not None else ""
+        return most + iou + ("; boxes suppress boxes of other classes" if self.agnostic else "")
 
 
 def coco_precision(
@@ -149,18 +161,65 @@ class BoxPredictions:
         """`coco_precision` with areas in the network's input pixels."""
         return coco_precision(self.data, self.detections, self.scales, self.max_boxes)
 
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """Precision, recall and F1 of each class by the minimum score."""
+        return curves(self.detections, self._matches, self.data.counts())
+
+    @cached_property
+    def thresholds(self) -> list[float]:
+        """The minimum score with the best F1 of each class; `SCORE` for a class without a correct box."""
+        best = [curve.threshold() for curve in self.curves]
+        return [SCORE if threshold is None else threshold for threshold in best]
+
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        """What is detected in each image with the minimum scores `thresholds`."""
+        images = zip(self.detections, self._objects, self._matches, strict=True)
+        return [outcome(detections, objects, found, self.thresholds) for detections, objects, found in images]
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """`confusion_matrix` with the minimum scores `thresholds`."""
+        return confusion_matrix(self.detections, self._objects, self.outcomes, len(self.data.class_names))
+
+    @cached_property
+    def halves(self) -> dict[str, list[int]]:
+        """The `worst` and the `best` images by F1 with the minimum scores `thresholds`, without repeats."""
+        order = sorted(range(len(self.data)), key=lambda i: self.outcomes[i].f1())
+        halves = dict(zip(("worst", "best"), comments.halves(order, IMAGES), strict=True))
+        return {name: chosen for name, chosen in halves.items() if chosen}
+
+    @cached_property
+    def _objects(self) -> list[Objects]:
+        return [self.data.objects_in(i) for i in range(len(self.data))]
+
+    @cached_property
+    def _matches(self) -> list[Tensor]:
+        return [match(*each) for each in zip(self.detections, self._objects, strict=True)]
+
     def summary(self) -> dict[str, Any]:
-        """Images, objects, loss, AP in per cent, AP by area in the image and (`input_`) in the input, milliseconds."""
+        """Images, objects, loss, AP in per cent, AP by area in the image and (`input_`) in the input, milliseconds.
+
+        Also `precision`, `recall` and `f1` in per cent: means over the classes that have objects, each with its best
+        minimum score, at an IoU of 0.5.
+        """
         own, scaled = self.precision, self.input_precision
         figures: dict[str, Any] = {"images": len(self.data), "objects": sum(self.data.counts())}
         figures |= {"loss": sum(self.losses.values()) if self.losses else None}
         figures |= {"ap": _mean(own[..., 0]), "ap50": _mean(own[0, ..., 0]), "ap75": _mean(own[5, ..., 0])}
+        classes = [row for row in self.per_class() if row["objects"]]
+        figures |= {name: _mean_of([row[name] for row in classes]) for name in ("precision", "recall", "f1")}
         for name, precision in (("", own), ("input_", scaled)):
             figures |= {f"{name}ap_{area}": _mean(precision[..., i]) for i, area in enumerate(AREAS) if i}
         return figures | {f"ms_{stage}": value for stage, value in self.milliseconds.items()}
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Objects and AP of each class, also by area in the image and (`input_`) in the network's input."""
+        """Objects and AP of each class, also by area in the image and (`input_`) in the network's input.
+
+        Also its best minimum score (`score`, None without a correct box), and with it precision, recall, F1, and the
+        number of `correct` and `wrong` boxes and of `missed` objects, at an IoU of 0.5.
+        """
         own, scaled = self.precision, self.input_precision
         return [
             {
@@ -169,6 +228,7 @@ class BoxPredictions:
                 "ap": _mean(own[:, :, i, 0]),
                 "ap50": _mean(own[0, :, i, 0]),
                 "ap75": _mean(own[5, :, i, 0]),
+                **_at_best(self.curves[i], self.thresholds[i]),
                 **{f"ap_{area}": _mean(own[:, :, i, a]) for a, area in enumerate(AREAS) if a},
                 **{f"input_ap_{area}": _mean(scaled[:, :, i, a]) for a, area in enumerate(AREAS) if a},
             }
@@ -211,17 +271,94 @@ class BoxPredictions:
         in_input = ", ".join(f"{area} {_words(row[f'input_ap_{area}'])}" for area in AREAS[1:])
         classes = ", ".join(f"{row['class']} {_words(row['ap'])}" for row in self.per_class())
         boxes = f"{row['ms_boxes']:.1f} ms" if "ms_boxes" in row else "in it"
+        scores = {name: curve.threshold() for name, curve in zip(self.data.class_names, self.curves, strict=True)}
+        best = ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if score is not None)
         return (
-            f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; "
+            f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; precision "
+            f"{_words(row['precision'])}, recall {_words(row['recall'])}, F1 {_words(row['f1'])} at the minimum score "
+            f"with the best F1 of each class ({best or 'no box is correct'}); "
             f"{by_area} (as the network sees them: {in_input}); {classes}; per image {row['ms_prepare']:.1f} ms to "
             f"read and preprocess, {row['ms_network']:.1f} ms in the network, {boxes} to decode and suppress boxes"
             f"{self.suppression.in_words()}"
         )
 
+    def by_size(self) -> list[dict[str, Any]]:
+        """Objects, how many of them are detected, and recall in per cent, by size in the network's input."""
+        sizes, detected = [], []
+        for objects, result, (x, y) in zip(self._objects, self.outcomes, self.scales, strict=True):
+            sizes.append((objects.areas.double() * x * y).sqrt()[~objects.ignored])
+            detected.append(result.detected[~objects.ignored])
+        place = np.digitize(torch.cat(sizes).numpy(), EDGES)
+        found = np.bincount(place[torch.cat(detected).numpy()], minlength=len(SIZES)).tolist()
+        return [
+            {"size": name, "objects": objects, "detected": right, "recall": 100 * right / objects if objects else None}
+            for name, objects, right in zip(
+                SIZES, np.bincount(place, minlength=len(SIZES)).tolist(), found, strict=True
+            )
+        ]
+
     def write_tables(self, folder: Path, suffix: str = "") -> None:
-        """Writes `per_class.csv`."""
-        classes = self.per_class()
-        write_csv(folder / f"per_class{suffix}.csv", classes[0], [row.values() for row in classes])
+        """Writes the tables as CSV and JSON, and the figures.
+
+        `curves.csv` has a row for each class and each of the minimum scores `SCORES`. `predictions.json` has the form
+        of `detections.json`, which `spd-zoo detect` writes.
+        """
+        names, best = self.data.class_names, [curve.threshold() for curve in self.curves]
+        points = [
+            [name, f"{score:.2f}", *("" if math.isnan(value) else f"{100 * value:.6g}" for value in values)]
+            for name, curve in zip(names, self.curves, strict=True)
+            for score, *values in zip(SCORES, *rates(*curve.at(SCORES), curve.objects).values(), strict=True)
+        ]
+        write_csv(folder / f"curves{suffix}.csv", ["class", "score", "precision", "recall", "f1"], points)
+        rows = zip([*names, BACKGROUND], self.confusion.tolist(), strict=True)
+        write_csv(folder / f"confusion{suffix}.csv", ["", *names, BACKGROUND], [[name, *row] for name, row in rows])
+        for name, table in (("per_class", self.per_class()), ("by_size", self.by_size())):
+            write_csv(folder / f"{name}{suffix}.csv", table[0], [row.values() for row in table])
+        with whole(folder / f"{Path(SCORES_FILE).stem}{suffix}.json") as temporary:
+            temporary.write_text(scores_text(dict(zip(names, best, strict=True))), encoding="utf-8")
+        with whole(folder / f"predictions{suffix}.json") as temporary, CocoFile(names) as coco:
+            for i, found in enumerate(self.detections):
+                width, height = self.data.sizes[self.data.rows[i]]
+                coco.add(ImageDetections(self.data.name(i), (height, width), found))
+            with temporary.open("w", encoding="utf-8") as file:
+                coco.write(file)
+        pictures = folder / f"figures{suffix}"
+        pictures.mkdir(exist_ok=True)
+        for name, content in self._figures().items():
+            (pictures / f"{name}.png").unlink(missing_ok=True)  # one of an earlier evaluation
+            if content:
+                (pictures / f"{name}.png").write_bytes(content)
+
+    def _figures(self) -> dict[str, bytes]:
+        """Plots and contact sheets as PNG, by name; empty where there is nothing to show, or no matplotlib."""
+        names = self.data.class_names
+        images = (self.data, self.detections, self.outcomes)
+        return {
+            "precision_recall": plot_curves(self.precision[0, ..., 0], self.curves, names),
+            "confusion": plot_confusion(self.confusion, names),
+            "false_positives": false_positives(*images),
+            "missed": missed_objects(*images, self._matches, self.thresholds),
+            **{name: box_sheet(*images, self.halves.get(name, [])) for name in ("worst", "best")},
+        }
+
+
+def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:
+    """A class at its best minimum score; rates that are undefined are None."""
+    correct, wrong = curve.at(np.array(threshold))
+    figures = {name: float(rate) for name, rate in rates(correct, wrong, curve.objects).items()}
+    return {
+        "score": curve.threshold(),
+        **{name: 100 * rate if math.isfinite(rate) else None for name, rate in figures.items()},
+        "correct": int(correct),
+        "wrong": int(wrong),
+        "missed": curve.objects - int(correct),
+    }
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are defined; None if there are none."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def predict(
@@ -252,7 +389,7 @@ def predict(
     """
     suppression = suppression or Suppression()
     max_detections = suppression.max_detections or net.evaluation_boxes
-    limits = (net.evaluation_score, None, max_detections, suppression.agnostic)
+    limits = (net.evaluation_score, suppression.iou_threshold, max_detections, suppression.agnostic)
     net.eval()
     device = preprocessing.device
     mine: dict[int, tuple[Detections, tuple[float, float]]] = {}

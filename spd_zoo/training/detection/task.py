@@ -14,8 +14,9 @@ from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes, with_names
 from spd_zoo.data.boxes import hold_out as split_boxes
 from spd_zoo.data.boxes.sizes import describe_sizes
 from spd_zoo.data.check import check, defects_in_words, in_words, notes_on
-from spd_zoo.data.classes import without_unused
+from spd_zoo.data.classes import network_classes, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.notes import some
 from spd_zoo.data.reading import size_text
 from spd_zoo.files import whole
 from spd_zoo.losses import Target
@@ -160,8 +161,30 @@ class Detection:
         return DetectorTraining(net, process.device)
 
     def init_head(self, net: Any, plan: Plan, data: BoxImages, process: Process, preprocessing: Preprocessing) -> bool:
-        """Changes nothing; the network knows the classes if its weights have as many."""
-        return plan.pretrained and bool(net.pretrained_cfg["num_classes"] == len(data.class_names))
+        """Gives each class the output that a pretrained network has for its name.
+
+        If the network names its classes and does not have those of the data, the class outputs begin at random. If it
+        does not name them, but has as many, they are taken in their order.
+        """
+        known = network_classes(net.pretrained_cfg, net.pretrained_cfg["num_classes"])
+        classes = data.class_names
+        if not plan.pretrained or len(known.names) != len(classes):
+            return False
+        if not known.named:
+            return True
+        outputs = pretrained_outputs(plan.config.model, known, classes)
+        if outputs is None:
+            process.print(
+                f"note: the weights of {plan.config.model} are for the classes {some(list(known.names))}: the class "
+                f"outputs for {some(classes)} begin at random"
+            )
+            trainable = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+            net.reset_classifier(len(classes))
+            for name, parameter in net.named_parameters():
+                parameter.requires_grad_(trainable[name])
+            return False
+        net.reorder_classes(outputs)
+        return True
 
     def preparation(
         self, config: FinetuneConfig, preprocessing: Preprocessing, classes: int

@@ -1,0 +1,277 @@
+"""What `spd-zoo detect` writes: marked images and videos, label files, crops, and all objects in COCO's format."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL import Image
+from torchvision.ops import box_convert
+
+from spd_zoo.files import whole
+from spd_zoo.inference.detector import Detections
+from spd_zoo.inference.sources import Source, Video, VideoFile, name_of_address
+
+__all__ = ["CocoFile", "ImageDetections", "OutputFolder", "Saved", "new_folder"]
+
+
+@dataclass(frozen=True)
+class ImageDetections:
+    """The objects in an image or in a frame of a video, or the reason why it could not be read.
+
+    Attributes:
+        path: The file or the address.
+        size: Height and width of the upright image.
+        detections: The objects.
+        error: Why the image could not be read.
+        notes: What was guessed when it was read.
+        frame: The number of the frame, from 0; None for an image.
+    """
+
+    path: Path | str
+    size: tuple[int, int] = (0, 0)
+    detections: Detections | None = None
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+    frame: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.frame is None else f"{self.path} frame {self.frame}"
+
+
+class CocoFile:
+    """Detections as a data set in COCO's format, whose `annotations` have a `score` as in COCO's results.
+
+    Categories and images are numbered from 1. A frame of a video has its number in `frame`. What is added waits in
+    temporary files, so that memory does not grow. A context manager.
+
+    Args:
+        class_names: The names of all classes.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
+        self.images = self.annotations = 0
+        self._files = ExitStack()
+        self._parts = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115  (`__exit__`)
+        for part in self._parts:
+            self._files.enter_context(part)
+
+    def __enter__(self) -> "CocoFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def add(self, found: ImageDetections) -> None:
+        """Adds the objects of an image; one that could not be read is left out."""
+        if found.detections is None:
+            return
+        self.images += 1
+        height, width = found.size
+        image = {"id": self.images, "file_name": str(found.path), "width": width, "height": height}
+        self._write(0, self.images, image | ({} if found.frame is None else {"frame": found.frame}))
+        boxes = box_convert(found.detections.boxes, "xyxy", "xywh").tolist()
+        for box, score, label in zip(
+            boxes, found.detections.scores.tolist(), found.detections.labels.tolist(), strict=True
+        ):
+            self.annotations += 1
+            self._write(
+                1,
+                self.annotations,
+                {
+                    "id": self.annotations,
+                    "image_id": self.images,
+                    "category_id": label + 1,
+                    "bbox": [round(value, 2) for value in box],
+                    "area": round(box[2] * box[3], 2),
+                    "iscrowd": 0,
+                    "score": round(score, 5),
+                },
+            )
+
+    def _write(self, part: int, number: int, row: dict[str, Any]) -> None:
+        self._parts[part].write((",\n" if number > 1 else "\n") + json.dumps(row))
+
+    def write(self, file: TextIO) -> None:
+        """Writes all that was added."""
+        images, annotations = self._parts
+        for start, part in (
+            ('{"images": [', images),
+            (f'],\n"categories": {json.dumps(self.categories)},\n"annotations": [', annotations),
+        ):
+            file.write(start)
+            part.seek(0)
+            shutil.copyfileobj(part, file)
+        file.write("]}\n")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is written in addition to `detections.json`.
+
+    Attributes:
+        images: Copies of images and videos with the objects marked.
+        txt: A file of YOLO's lines (class, centre, size, as shares of the image) for each image, in `labels`.
+        crops: The pixels of each object, in a folder of `crops` for each class.
+    """
+
+    images: bool = True
+    txt: bool = False
+    crops: bool = False
+
+
+class OutputFolder:
+    """The files that `detect` writes.
+
+    Args:
+        folder: Where they are written.
+        sources: All images and videos.
+        class_names: The names of all classes.
+        saved: Which files are wanted.
+
+    Raises:
+        ValueError: If two sources would have the same label file.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[Source], class_names: Sequence[str], saved: Saved) -> None:
+        self.folder, self.saved, self.class_names = folder, saved, class_names
+        self.places = _places(sources)
+        if saved.txt or saved.crops:
+            _check_stems(self.places)
+        self.coco = CocoFile(class_names)
+        self.video: tuple[Video, VideoFile] | None = None
+        if saved.txt:
+            (folder / "labels").mkdir()
+            names = "".join(f"{' '.join(name.split())}\n" for name in class_names)
+            (folder / "classes.txt").write_text(names, encoding="utf-8")
+
+    def add(self, source: Source, found: ImageDetections, image: Image.Image | None, rate: float) -> None:
+        """Writes what belongs to an image, or to a frame of a video with `rate` frames per second."""
+        if self.video is not None and self.video[0] is not source:
+            self._end_video()
+        self.coco.add(found)
+        if image is None or found.detections is None:
+            return
+        place = self.places[source]
+        if self.saved.images and isinstance(source, Video):
+            if self.video is None:
+                self.video = (source, VideoFile(_made(self.folder / place), image.size, rate))
+            self.video[1].add(found.detections.draw(image))
+        elif self.saved.images:
+            found.detections.draw(image).save(_made(self.folder / place), quality=95)
+        stem = place.with_suffix("") if found.frame is None else place.with_suffix("") / f"{found.frame:06}"
+        if self.saved.txt:
+            lines = "".join(_yolo_lines(found.detections, image.size))
+            _made(self.folder / "labels" / f"{stem}.txt").write_text(lines, encoding="utf-8")
+        if self.saved.crops:
+            suffix = place.suffix if found.frame is None else ".png"
+            for number, (label, box) in enumerate(
+                zip(found.detections.labels.tolist(), found.detections.boxes, strict=True), 1
+            ):
+                folder = self.folder / "crops" / f"{label}_{_as_file_name(self.class_names[label])}"
+                _crop(image, box.tolist()).save(_made(folder / f"{stem}_{number}{suffix}"), quality=95)
+
+    def close(self) -> None:
+        """Ends the video that is being written, and writes `detections.json`."""
+        self._end_video()
+        with (self.folder / "detections.json").open("w", encoding="utf-8") as file:
+            self.coco.write(file)
+
+    def _end_video(self) -> None:
+        if self.video is not None:
+            self.video[1].close()
+        self.video = None
+
+
+@contextmanager
+def new_folder(
+    path: Path, sources: Sequence[Source], class_names: Sequence[str], saved: Saved
+) -> Iterator[OutputFolder]:
+    """An `OutputFolder` that becomes `path` when the block ends, and is deleted if the block fails.
+
+    Raises:
+        ValueError: If `path` is anything but an empty folder, or two sources would have the same label file.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty; choose a new folder with --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.mkdir()
+        output = OutputFolder(temporary, sources, class_names, saved)
+        with output.coco:
+            yield output
+            output.close()
+
+
+def _places(sources: Sequence[Source]) -> dict[Source, Path]:
+    """Where the copy of each source goes, relative to the common folder of all files.
+
+    Images become PNG unless they are JPEG, and videos MP4.
+    """
+    files = {source: _full(source) for source in sources if isinstance(source, Path) or _is_video_file(source)}
+    shared = os.path.commonpath([path.parent for path in files.values()]) if files else ""
+    places: dict[Source, Path] = {}
+    taken: set[Path] = set()
+    for source in sources:
+        place = files[source].relative_to(shared) if source in files else Path(name_of_address(str(source)))
+        suffixes, suffix = ((".mp4",), ".mp4") if isinstance(source, Video) else ((".jpg", ".jpeg", ".png"), ".png")
+        if place.suffix.lower() not in suffixes:
+            place = place.with_name(f"{place.name}{suffix}")
+        number, free = 2, place
+        while free in taken:
+            free, number = place.with_name(f"{place.stem}_{number}{place.suffix}"), number + 1
+        places[source] = free
+        taken.add(free)
+    return places
+
+
+def _is_video_file(source: Source) -> bool:
+    return isinstance(source, Video) and not source.live
+
+
+def _full(source: Source) -> Path:
+    return Path(os.path.normpath(Path(str(source)).absolute()))  # ".." would lead out of the folder
+
+
+def _check_stems(places: dict[Source, Path]) -> None:
+    """Raises ValueError if two sources have names that differ in the suffix alone."""
+    owners: dict[Path, Source] = {}
+    for source, place in places.items():
+        other = owners.setdefault(place.with_suffix(""), source)
+        if other is not source:
+            raise ValueError(
+                f"{other} and {source} would have the same label file and crops; rename one, or run them one by one"
+            )
+
+
+def _yolo_lines(found: Detections, size: tuple[int, int]) -> Iterator[str]:
+    """A line for each object of an image of this width and height: class, centre and size, as shares of the image."""
+    width, height = size
+    for (x, y, w, h), label in zip(
+        box_convert(found.boxes, "xyxy", "cxcywh").tolist(), found.labels.tolist(), strict=True
+    ):
+        yield f"{label} {x / width:.6f} {y / height:.6f} {w / width:.6f} {h / height:.6f}\n"
+
+
+def _crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+    """The whole pixels of a box, at least one."""
+    left, top = min(int(box[0]), image.width - 1), min(int(box[1]), image.height - 1)
+    return image.crop((left, top, max(left + 1, -int(-box[2] // 1)), max(top + 1, -int(-box[3] // 1))))
+
+
+def _as_file_name(name: str) -> str:
+    """A class name without what means something in a path."""
+    return re.sub(r"[^\w-]+", "_", name)[:80]
+
+
+def _made(file: Path) -> Path:
+    """The file, whose folder exists afterwards."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file

@@ -1,0 +1,93 @@
+"""Plots of a detector's precision, recall and confusions, narrow enough to be read on a phone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from spd_zoo.training.detection.curves import Curve, rates
+from spd_zoo.training.page import png
+
+__all__ = ["BACKGROUND", "plot_confusion", "plot_curves"]
+
+BACKGROUND = "background"
+_WIDTH = 4.8  # inches, of 100 pixels
+_LEGEND = 8  # classes that have a curve and a name of their own
+_NUMBERS = 10  # classes up to which the cells of the confusion matrix have numbers
+_LABELS = 40  # classes up to which its rows and columns have names
+
+
+def plot_curves(precision: np.ndarray, curves: Sequence[Curve], names: Sequence[str]) -> bytes:
+    """Precision by recall, and precision, recall and F1 by the minimum score; empty without matplotlib or objects.
+
+    Args:
+        precision: Of each class at 101 recalls from 0 to 1, (101, classes); -1 for classes without objects.
+        curves: The curve of each class.
+        names: The name of each class.
+
+    Returns:
+        A PNG.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return b""
+    present = [i for i, curve in enumerate(curves) if curve.objects]
+    if not present:
+        return b""
+    figure = Figure((_WIDTH, 8), layout="constrained")
+    above, below = figure.subplots(2, 1)
+    recalls = np.linspace(0, 1, 101)
+    for i in present if len(present) > 1 else []:
+        label = _plain(names[i]) if len(present) <= _LEGEND else None
+        above.plot(recalls, precision[:, i].clip(0), lw=1, alpha=0.9 if label else 0.3, label=label)
+    label = "mean of the classes" if len(present) > 1 else _plain(names[present[0]])
+    above.plot(recalls, precision[:, present].clip(0).mean(1), color="black", lw=2.5, label=label)
+    above.set(xlabel="recall", ylabel="precision", title="at an IoU of 0.5")
+    scores = np.linspace(0, 1, 201)
+    found = [rates(*curves[i].at(scores), curves[i].objects) for i in present]
+    for column, colour in (("precision", "blue"), ("recall", "orange"), ("f1", "green")):
+        values = np.array([each[column] for each in found])
+        defined = np.isfinite(values).any(0)
+        mean = np.nanmean(values[:, defined], 0)
+        below.plot(scores[defined], mean, color=f"tab:{colour}", lw=2, label="F1" if column == "f1" else column)
+    below.set(xlabel="minimum score", title="mean of the classes" if len(present) > 1 else _plain(names[present[0]]))
+    for axes in (above, below):
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    return png(figure)
+
+
+def plot_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
+    """A confusion matrix, coloured by the share of each row; empty without matplotlib.
+
+    Args:
+        confusion: Objects down, boxes across, background last, (classes + 1, classes + 1).
+        names: The name of each class.
+
+    Returns:
+        A PNG.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return b""
+    classes, labels = len(names), [*map(_plain, names), BACKGROUND]
+    side = max(_WIDTH, min(14.0, 2.5 + 0.32 * classes))
+    figure = Figure((side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(confusion / np.maximum(confusion.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="detected as (background: missed)", ylabel="object (background: there is none)")
+    if classes <= _LABELS:
+        axes.set_xticks(range(classes + 1), labels, rotation=90)
+        axes.set_yticks(range(classes + 1), labels)
+    if classes <= _NUMBERS:
+        for i, j in zip(*confusion.nonzero(), strict=True):
+            dark = confusion[i, j] > 0.5 * confusion[i].sum()
+            axes.text(j, i, str(confusion[i, j]), ha="center", va="center", color="white" if dark else "black")
+    return png(figure)
+
+
+def _plain(name: str) -> str:
+    """A name, if it is long its beginning, whose dollar signs are no formulas to matplotlib."""
+    return name[:30].replace("$", r"\$")
