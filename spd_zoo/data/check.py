@@ -14,7 +14,7 @@ from spd_zoo.data.boxes import BoxImages
 from spd_zoo.data.boxes.sizes import sizes_in_words
 from spd_zoo.data.boxes.tiles import tiles_in_words
 from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
-from spd_zoo.data.notes import Notes, some
+from spd_zoo.data.notes import Notes, count, some
 from spd_zoo.data.reading import collect_notes, opened
 from spd_zoo.data.regions import bands
 from spd_zoo.process import Process, leave_ctrl_c_to_parent
@@ -145,7 +145,7 @@ def in_words(about: dict[str, Any]) -> Iterator[str]:
         yield from tiles_in_words(about["tiles"])
     shared = about.get("in several splits", [])
     if shared:
-        yield f"  {len(shared)} images are in both splits: {some([' = '.join(names) for names in shared])}"
+        yield f"  {count(len(shared), 'image')} in both splits: {some([' = '.join(names) for names in shared])}"
     yield from (f"note: {note}" for note in about.get("notes", ()))
 
 
@@ -153,8 +153,8 @@ def _split_in_words(split: str, about: dict[str, Any]) -> Iterator[str]:
     counts, width, height = about["classes"], about["width"], about["height"]
     sizes = f"{width['min']}x{height['min']} to {width['max']}x{height['max']} pixels"
     yield (
-        f"{split}: {about['images']} images of {len(counts)} classes, {sizes}, median {width['median']:g}x"
-        f"{height['median']:g}"
+        f"{split}: {count(about['images'], 'image')} of {count(len(counts), 'class', 'classes')}, {sizes}, "
+        f"median {width['median']:g}x{height['median']:g}"
     )
     ordered = sorted(counts.items(), key=lambda item: item[1])
     if len(ordered) <= 12:
@@ -166,21 +166,21 @@ def _split_in_words(split: str, about: dict[str, Any]) -> Iterator[str]:
         yield f"  fewest: {fewest}; most: {ordered[-1][0]} {ordered[-1][1]}"
     missing = [name for name, number in counts.items() if not number]
     if missing:
-        yield f"  {len(missing)} classes have no image here: {some(missing)}"
+        yield f"  {count(len(missing), 'class', 'classes')} without an image here: {some(missing)}"
     if about["kinds"]:
         kinds = ", ".join(f"{number} {kind}" for kind, number in about["kinds"].items())
         yield f"  {kinds}: all are read upright, with 8 bits, in the network's colours and without transparency"
     if about["unreadable"]:
         named = [f"{name} ({error})" for name, error in about["unreadable"].items()]
-        yield f"  {len(named)} images cannot be read and are left out: {some(named)}"
+        yield f"  {count(len(named), 'image')} left out as unreadable: {some(named)}"
     if about.get("without boxes"):
-        yield f"  {about['without boxes']} images show no object: they are taken as background"
+        yield f"  {count(about['without boxes'], 'image')} without objects, used as background"
     if "box sizes" in about:
         yield from sizes_in_words(about["box sizes"])
     yield from defects_in_words(about.get("boxes", {}))
     if about["duplicates"]:
         named = [" = ".join(names) for names in about["duplicates"]]
-        yield f"  {len(named)} images occur more than once: {some(named)}"
+        yield f"  {count(len(named), 'image')} with copies: {some(named)}"
     if about["duplicates of another class"]:
         named = [" = ".join(names) for names in about["duplicates of another class"]]
         yield f"  {len(named)} of them labelled differently: {some(named)}"
