@@ -288,14 +288,14 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
                 seen, text = predict_html(net, picture)
                 shown: list[Any] = [_beside(net, picture, seen), text]
                 for size in SIZES:
-                    seen, text = _at(net, picture, size)
-                    shown += [_beside(net, picture, seen), text]
+                    reduced, words = _at(net, picture, size)
+                    shown += [_beside(net, picture, reduced), words]
                 compared = twin(model)
                 table = compare(net, compared.net, picture) if compared is not None else ""
             except (ValueError, WeightsError) as error:
                 return [str(error), gr.Column(visible=False), None, "", *[gr.skip() for _ in outputs[4:]]]
-            words = f"## Against its twin\n{compared.description}" if compared is not None else ""
-            shown += [gr.Column(visible=compared is not None), words, table]
+            title = f"## Against its twin\n{compared.description}" if compared is not None else ""
+            shown += [gr.Column(visible=compared is not None), title, table]
             return [_summary(model, net, picture), gr.Column(visible=True), *shown]
 
         changed = [file.change, chosen.change]

@@ -121,11 +121,11 @@ def test_a_dry_run_reports_problems_and_writes_nothing(tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     for line in (
         "train: 7 images of 3 classes, 96x64 to 96x64 pixels",
-        "1 images cannot be read and are left out",
+        "1 image left out as unreadable",
         "1 boxes lie outside their image and are left out",
         "1 boxes are of an unknown class and are left out",
         "1 label files belong to no image",
-        "1 images show no object",
+        "1 image without objects",
     ):
         assert line in printed
     assert not (tmp_path / "run").exists()
@@ -159,7 +159,7 @@ def test_the_first_image_may_be_unreadable(tmp_path: Path, capsys: pytest.Captur
     (root / "images" / "train_0.png").unlink()
     finetune(config(root, tmp_path / "run", dry_run=True))
     printed = capsys.readouterr().out
-    assert "train: 7 images" in printed and "1 images cannot be read and are left out" in printed
+    assert "train: 7 images" in printed and "1 image left out as unreadable" in printed
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_images_without_objects_are_counted(tmp_path: Path, capsys: pytest.Captu
     root = make_yolo(tmp_path / "data")
     (root / "labels" / "train" / "train_0.txt").unlink()
     finetune(config(root, tmp_path / "run", dry_run=True))
-    assert capsys.readouterr().out.count("1 images show no object") == 1
+    assert capsys.readouterr().out.count("1 image without objects") == 1
 
 
 def damaged_json(root: Path) -> None:

@@ -651,12 +651,12 @@ def test_the_check_reads_every_kind_of_image_and_leaves_out_what_cannot_be_read(
     for expected in (
         "train: 30 images of 3 classes, 8x10 to 20x16 pixels",
         "blue 13, green 8, red 9",
-        "2 images cannot be read and are left out:",
+        "2 images left out as unreadable:",
         "text.png (this is no image in a format that Pillow knows)",
-        "2 images occur more than once",
+        "2 images with copies",
         "1 of them labelled differently",
-        "1 classes have no image here: green",
-        "1 images are in both splits",
+        "1 class without an image here: green",
+        "1 image in both splits",
     ):
         assert expected in words, words
 

@@ -56,7 +56,7 @@ def measure(way: str, tiles: int, per_tile: int) -> tuple[float, float, int]:
         vars(spd_boxes)["_suppress"] = nms_of_sorted
     found, places = views(tiles, per_tile)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    left = len(detector._merge(found, places, 0.5, agnostic=False))
+    left = len(detector.merge_views(found, places, 0.5))
     seconds = time.process_time() - start
     return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10, left
 

@@ -11,7 +11,7 @@
 # second call with the same --run goes on with the training. --dry does the same on the CPU with tiny sizes.
 # The exit status is 0 if every stage that ran succeeded; one that the time cut short counts as a success.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD:$PWD/tools:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 seconds=600 out=gpu_report parts="" run=runs/gpu_report only=smoke,tests,benchmarks,training dry=""
 while [ $# -gt 0 ]; do

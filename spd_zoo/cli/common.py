@@ -11,6 +11,7 @@ from spd_zoo.weights.manifest import WeightsError
 
 __all__ = [
     "DEVICE",
+    "MAX_PIXELS",
     "CommandError",
     "add_command",
     "bar_disabled",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 DEVICE = "torch device, such as cpu, cuda:1 or mps (default: cuda if available, else cpu)"
+MAX_PIXELS = "refuse images of more pixels that must be read as a whole; of a TIFF, --tile reads only what it needs"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from spd_zoo.cli import results
 from spd_zoo.cli.common import (
     DEVICE,
+    MAX_PIXELS,
     CommandError,
     Commands,
     add_command,
@@ -67,6 +68,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--overlap", type=float, default=0.2, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)"
     )
+    command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images per batch (default: 8)")
     command.add_argument("--device", help=DEVICE)
     command.add_argument("--json", action="store_true", help="print JSON, as in detections.json")
@@ -137,7 +139,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
-    from spd_zoo.inference.detector import Detector
+    from spd_zoo.inference.detector import Detector, trained_on_tiles
 
     detector = Detector(
         options.model,
@@ -153,7 +155,10 @@ def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
         classes=options.classes.split(",") if options.classes is not None else None,
         class_scores=options.class_scores,
         agnostic=options.agnostic,
+        **({} if options.max_pixels is None else {"max_pixels": options.max_pixels}),
     )
+    if options.tile is None and (trained := trained_on_tiles(options.model)) is not None:
+        print_notes([f"{options.model} was trained on tiles of {trained[0]} px; --tile {trained[0]} cuts images alike"])
     if options.score == "auto":
         print_notes([detector.scores_in_words()])
     return detector

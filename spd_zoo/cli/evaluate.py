@@ -4,7 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
-from spd_zoo.cli.common import DEVICE, Commands, add_command, complain, explained, image_size, positive, print_notes
+from spd_zoo.cli.common import (
+    DEVICE,
+    MAX_PIXELS,
+    Commands,
+    add_command,
+    complain,
+    explained,
+    image_size,
+    positive,
+    print_notes,
+)
 
 __all__ = ["add"]
 
@@ -18,6 +28,14 @@ def add(commands: Commands) -> None:
     command.add_argument("--data", required=True, help="as for finetune")
     command.add_argument("--split", default="", help="split of the data (default: test, else val)")
     command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
+    command.add_argument(
+        "--tile",
+        type=int,
+        metavar="N",
+        help="detectors: also cut larger images into squares of N pixels; 0: do not (default: as the run was trained)",
+    )
+    command.add_argument("--overlap", type=float, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)")
+    command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     command.add_argument(
         "--iou", type=float, metavar="X", help="detectors: IoU threshold of NMS (default: the authors')"
     )
@@ -62,6 +80,9 @@ def _run(options: argparse.Namespace) -> int:
             bf16=options.bf16,
             image_column=options.image_column,
             label_column=options.label_column,
+            tile=options.tile,
+            overlap=options.overlap,
+            max_pixels=options.max_pixels,
             class_map=load_class_map(options.class_map) if options.class_map is not None else None,
         )
         if options.out:

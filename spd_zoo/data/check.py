@@ -7,15 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from spd_zoo.data.boxes import BoxImages
 from spd_zoo.data.boxes.sizes import sizes_in_words
+from spd_zoo.data.boxes.tiles import tiles_in_words
 from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
-from spd_zoo.data.notes import Notes, some
-from spd_zoo.data.reading import collect_notes
+from spd_zoo.data.notes import Notes, count, some
+from spd_zoo.data.reading import collect_notes, opened
+from spd_zoo.data.regions import bands
 from spd_zoo.process import Process, leave_ctrl_c_to_parent
 
 __all__ = ["check", "defects_in_words", "in_words", "notes_on"]
@@ -40,10 +41,10 @@ class _Facts(Dataset[_Fact]):
     def __getitem__(self, index: int) -> _Fact:
         try:
             with collect_notes() as notes:
-                pixels = self.data.image(index)
-        except DataError as error:
+                size, digest = self.pixels(index)
+        except ValueError as error:
             return _Fact(index, str(error).removeprefix(f"{self.data.name(index)}: "))
-        with Image.open(self.data.file(index)) as file:
+        with opened(self.data.file(index), any_size=True) as file:
             kinds = {
                 "grey": file.mode in ("1", "L", "LA") or file.mode.startswith("I"),
                 "16-bit": file.mode.startswith("I"),
@@ -52,9 +53,16 @@ class _Facts(Dataset[_Fact]):
                 "transparent": file.mode in ("LA", "RGBA", "PA"),
                 "rotated by EXIF": file.getexif().get(0x0112, 1) not in (0, 1),
             }
-        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
         found = tuple(kind for kind, is_so in kinds.items() if is_so)
-        return _Fact(index, "", pixels.size, f"{digest} {pixels.size}", found, tuple(notes))
+        return _Fact(index, "", size, f"{digest} {size}", found, tuple(dict.fromkeys(notes)))
+
+    def pixels(self, index: int) -> tuple[tuple[int, int], str]:
+        """Width and height of an image, and a digest of its pixels, which are not in memory all at once."""
+        image = self.data.regions(index) if isinstance(self.data, BoxImages) else self.data.image(index)
+        digest = hashlib.blake2b(digest_size=16)
+        for band in bands(image):
+            digest.update(band.tobytes())
+        return image.size, digest.hexdigest()
 
 
 def check(splits: Mapping[str, LabelledImages | BoxImages], workers: int, process: Process) -> dict[str, Any]:
@@ -133,9 +141,11 @@ def in_words(about: dict[str, Any]) -> Iterator[str]:
     for split in ("train", "val"):
         if split in about:
             yield from _split_in_words(split, about[split])
+    if "tiles" in about:
+        yield from tiles_in_words(about["tiles"])
     shared = about.get("in several splits", [])
     if shared:
-        yield f"  {len(shared)} images are in both splits: {some([' = '.join(names) for names in shared])}"
+        yield f"  {count(len(shared), 'image')} in both splits: {some([' = '.join(names) for names in shared])}"
     yield from (f"note: {note}" for note in about.get("notes", ()))
 
 
@@ -143,8 +153,8 @@ def _split_in_words(split: str, about: dict[str, Any]) -> Iterator[str]:
     counts, width, height = about["classes"], about["width"], about["height"]
     sizes = f"{width['min']}x{height['min']} to {width['max']}x{height['max']} pixels"
     yield (
-        f"{split}: {about['images']} images of {len(counts)} classes, {sizes}, median {width['median']:g}x"
-        f"{height['median']:g}"
+        f"{split}: {count(about['images'], 'image')} of {count(len(counts), 'class', 'classes')}, {sizes}, "
+        f"median {width['median']:g}x{height['median']:g}"
     )
     ordered = sorted(counts.items(), key=lambda item: item[1])
     if len(ordered) <= 12:
@@ -156,21 +166,21 @@ def _split_in_words(split: str, about: dict[str, Any]) -> Iterator[str]:
         yield f"  fewest: {fewest}; most: {ordered[-1][0]} {ordered[-1][1]}"
     missing = [name for name, number in counts.items() if not number]
     if missing:
-        yield f"  {len(missing)} classes have no image here: {some(missing)}"
+        yield f"  {count(len(missing), 'class', 'classes')} without an image here: {some(missing)}"
     if about["kinds"]:
         kinds = ", ".join(f"{number} {kind}" for kind, number in about["kinds"].items())
         yield f"  {kinds}: all are read upright, with 8 bits, in the network's colours and without transparency"
     if about["unreadable"]:
         named = [f"{name} ({error})" for name, error in about["unreadable"].items()]
-        yield f"  {len(named)} images cannot be read and are left out: {some(named)}"
+        yield f"  {count(len(named), 'image')} left out as unreadable: {some(named)}"
     if about.get("without boxes"):
-        yield f"  {about['without boxes']} images show no object: they are taken as background"
+        yield f"  {count(about['without boxes'], 'image')} without objects, used as background"
     if "box sizes" in about:
         yield from sizes_in_words(about["box sizes"])
     yield from defects_in_words(about.get("boxes", {}))
     if about["duplicates"]:
         named = [" = ".join(names) for names in about["duplicates"]]
-        yield f"  {len(named)} images occur more than once: {some(named)}"
+        yield f"  {count(len(named), 'image')} with copies: {some(named)}"
     if about["duplicates of another class"]:
         named = [" = ".join(names) for names in about["duplicates of another class"]]
         yield f"  {len(named)} of them labelled differently: {some(named)}"

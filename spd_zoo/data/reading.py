@@ -5,10 +5,11 @@ import importlib
 import importlib.util
 import os
 import re
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
@@ -20,20 +21,24 @@ from spd_zoo.data.notes import Notes, count
 from spd_zoo.weights.catalogue import ModelError
 
 __all__ = [
+    "MAX_PIXELS",
     "SUFFIXES",
     "ImageFilter",
     "channel_mode",
     "collect_notes",
-    "exceeds_pixel_limit",
     "files_in",
     "find_images",
     "is_identified",
     "is_url",
+    "note_pages",
+    "opened",
     "parse_size",
     "read_image",
+    "refuse_larger",
     "size_text",
     "size_value",
     "upright",
+    "white_of",
 ]
 
 if importlib.util.find_spec("pillow_heif") is not None:
@@ -46,8 +51,10 @@ SUFFIXES = tuple(
         suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN and form not in _NOT_READ
     )
 )
+MAX_PIXELS = 178_956_970  # of an image that is read as a whole: Pillow's own limit
 _HEIC = (".heic", ".heif", ".hif")
 
+_LIMIT = threading.RLock()  # of Pillow, which is global
 _collected: ContextVar[list[str] | None] = ContextVar("notes on images", default=None)
 _SEVERAL_PAGES = "several pages or frames, of which the first is read"
 _DARK = "16 bits, of which the highest two or more are not used: read as 16 bits, and so perhaps too dark"
@@ -155,8 +162,41 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None, others: tup
     return found or empty
 
 
-def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
+def read_image(file: Path | str | BytesIO, mode: str = "RGB", max_pixels: int | None = None) -> Image.Image:
     """An image file, or its bytes, upright and in `mode`, 8 bits per channel; for guesses see `collect_notes`.
+
+    Args:
+        file: The file, or its bytes.
+        mode: PIL's mode of the result.
+        max_pixels: Most pixels that the image may have; None: Pillow's limit.
+
+    Raises:
+        ValueError: If `file` is not an image that can be read.
+    """
+    with opened(file, max_pixels is not None) as image:
+        if max_pixels is not None:
+            tiles = "--tile N reads a TIFF by its parts, or " if image.format == "TIFF" else ""
+            refuse_larger(image.size, max_pixels, tiles)
+        return upright(image, mode)
+
+
+def refuse_larger(size: tuple[int, int], max_pixels: int, others: str = "") -> None:
+    """Raises ValueError if an image has more pixels than the limit; `others` names what helps besides raising it."""
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"it has {width}x{height} pixels, more than the limit of {max_pixels}; "
+            f"{others}give --max-pixels {width * height} if it may be read as a whole"
+        )
+
+
+@contextmanager
+def opened(file: Path | str | BytesIO, any_size: bool = False) -> Iterator[Image.Image]:
+    """An image file that Pillow has opened; what goes wrong until it is closed becomes a sentence.
+
+    Args:
+        file: The file, or its bytes.
+        any_size: Whether Pillow's limit of pixels is lifted, which it is for a larger image and meanwhile only.
 
     Raises:
         ValueError: If `file` is not an image that can be read.
@@ -171,10 +211,16 @@ def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
         if os.path.isdir(file):
             raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as stack:
             warnings.simplefilter("ignore")  # Pillow warns of what it copes with: large images, odd EXIF, palettes
-            with Image.open(file) as image:
-                return upright(image, mode)
+            try:
+                image = Image.open(file)
+            except Image.DecompressionBombError:
+                if not any_size:
+                    raise
+                stack.enter_context(_without_limit())
+                image = Image.open(file)
+            yield stack.enter_context(image)
     except UnidentifiedImageError as error:
         if _is_heic(file):
             raise ValueError("this is a HEIC image; pip install pillow-heif to read it") from error
@@ -184,17 +230,16 @@ def read_image(file: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
         raise ValueError(f"cannot read this image: {reason}") from error
 
 
-def exceeds_pixel_limit(file: Path | str | BytesIO) -> bool:
-    """Whether Pillow refuses an image because it has too many pixels."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            Image.open(file).close()
-    except Image.DecompressionBombError:
-        return True
-    except Exception:  # whatever Pillow's parsers raise, reading the image says what is wrong
-        return False
-    return False
+@contextmanager
+def _without_limit() -> Iterator[None]:
+    """Lifts Pillow's limit of pixels, which it checks when it opens a file and again when it decodes one."""
+    with _LIMIT:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _is_heic(file: Path | str | BytesIO) -> bool:
@@ -212,8 +257,9 @@ def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
     Raises:
         ValueError: If its pixels have more than 16 bits and an unknown range.
     """
-    notes = [_SEVERAL_PAGES] if _has_several_pages(image) else []
-    white, deep = _white(image), any(";16" in str(tile[-1]) for tile in getattr(image, "tile", []))
+    note_pages(image)
+    notes = []
+    white, deep = white_of(image), any(";16" in str(tile[-1]) for tile in getattr(image, "tile", []))
     turned = ImageOps.exif_transpose(image)
     if turned.mode == "F" or turned.mode.startswith("I"):
         turned, note = _in_8_bits(turned, white)
@@ -239,6 +285,13 @@ def collect_notes() -> Iterator[list[str]]:
         _collected.reset(token)
 
 
+def note_pages(image: Image.Image) -> None:
+    """Notes if an opened file has several pages, of which only the first is read."""
+    collected = _collected.get()
+    if collected is not None and _has_several_pages(image):
+        collected.append(_SEVERAL_PAGES)
+
+
 def _has_several_pages(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
@@ -246,7 +299,7 @@ def _has_several_pages(image: Image.Image) -> bool:
         return True
 
 
-def _white(image: Image.Image) -> float | None:
+def white_of(image: Image.Image) -> float | None:
     """The value of white, if the file declares it: TIFF's MaxSampleValue, SMaxSampleValue or less than 16 bits."""
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         return 65535.0  # Pillow has scaled it

@@ -7,7 +7,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -18,9 +20,12 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
+from spd_zoo.data.boxes.tiles import view_boxes
 from spd_zoo.data.classes import class_numbers, network_classes, renamed
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import channel_mode, size_text, upright
+from spd_zoo.data.reading import MAX_PIXELS, channel_mode, read_image, size_text, upright
+from spd_zoo.data.regions import Box, Regions, open_regions, reduced
+from spd_zoo.files import read_yaml
 from spd_zoo.inference.exported import ExportedDetector, load_model
 from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package, show
 from spd_zoo.inference.scores import read_scores
@@ -212,6 +217,23 @@ def prepare(image: Image.Image, net: ObjectFinder, image_size: tuple[int, int]) 
     return (pixels / 255 - mean) / std, placement
 
 
+def prepare_part(
+    image: Regions, box: Box | None, net: ObjectFinder, image_size: tuple[int, int]
+) -> tuple[Tensor, Placement]:
+    """As `prepare`, for the pixels in a box of an upright image; without a `box`, for the whole image.
+
+    Raises:
+        ValueError: If a part of the image cannot be read.
+    """
+    if box is not None:
+        pixels, placement = prepare(image.crop(box), net, image_size)
+        return pixels, replace(placement, corner=box[:2])
+    small, (width, height) = reduced(image, (image_size[1], image_size[0])), image.size
+    pixels, placement = prepare(small, net, image_size)
+    scale = (placement.scale[0] * small.width / width, placement.scale[1] * small.height / height)
+    return pixels, replace(placement, size=(height, width), scale=scale)
+
+
 def _per_channel(net: ObjectFinder, name: str) -> Tensor:
     """`mean` or `std` of the network's configuration, (in_chans, 1, 1)."""
     values = torch.tensor(net.pretrained_cfg[name])
@@ -289,6 +311,7 @@ class Detector:
         agnostic: Whether a box suppresses boxes of other classes, too, so that every object has one class. An exported
             file suppresses boxes within each class first.
         colour: The order of the channels of arrays: "rgb", or "bgr" as OpenCV reads them.
+        max_pixels: Most pixels of an image file that is decoded as a whole; with `tile`, a TIFF is not.
 
     Raises:
         DataError: If `class_map`, `classes` or `class_scores` names a class that the network does not have.
@@ -315,6 +338,7 @@ class Detector:
         class_scores: Mapping[str | int, float] | None = None,
         agnostic: bool = False,
         colour: str = "rgb",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_colour(colour)
         self.colour = colour
@@ -354,6 +378,7 @@ class Detector:
         self.thresholds = self._thresholds(classes, class_scores or {})
         self.batch_size = batch_size
         self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
+        self.max_pixels = max_pixels
 
     def _measured(self) -> dict[int, float]:
         """The best minimum score of each class by its number, as it was measured for the run or the exported file."""
@@ -419,14 +444,22 @@ class Detector:
             ValueError: If an image cannot be read or is none of these.
         """
         sources, several = listed(images, self.colour)
-        found = self.find_in(map(open_image, sources))
+        found = self.find_in(open_image(source, read=self.read) for source in sources)
         found = [replace(each, image=source) for each, source in zip(found, sources, strict=True)]
         limited = sum(each.limited for each in found)
         if limited and self.warns:
             warnings.warn(f"{count(limited, 'image')}: {self.limit_in_words()}", stacklevel=2)
         return found if several else found[0]
 
-    def find_in(self, images: Iterable[Image.Image]) -> list[Detections]:
+    def read(self, file: str | BytesIO, mode: str = "RGB") -> Regions:
+        """An image file, upright; with `tile`, those parts of it that are needed, if its format allows that.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        return (open_regions if self.tile else read_image)(file, mode, self.max_pixels)
+
+    def find_in(self, images: Iterable[Regions]) -> list[Detections]:
         """The objects in each upright image; whoever calls this says what `limited` means.
 
         Raises:
@@ -449,7 +482,7 @@ class Detector:
         found = []
         for _, of_image in itertools.groupby(self._compute(views), itemgetter(0)):
             _, placements, detections = zip(*of_image, strict=True)
-            merged = _merge(detections, placements, min(self.iou_threshold, SAME_OBJECT), self.agnostic)
+            merged = merge_views(detections, placements, self.iou_threshold, self.agnostic)
             limited = any(each.limited for each in detections) or len(merged) > self.max_detections
             found.append(replace(merged[: self.max_detections], limited=limited))
         return found
@@ -478,35 +511,35 @@ class Detector:
             named = [replace(each, class_names=self.class_names) for each in found]
             yield from zip(numbers, placements, named, strict=True)
 
-    def views(self, image: Image.Image) -> Iterator[tuple[Tensor, Placement]]:
+    def views(self, image: Regions) -> Iterator[tuple[Tensor, Placement]]:
         """The network's inputs (C, H, W) for an upright image, and the placement of each."""
         side = self.tile or max(image.size)
-        if max(image.size) <= side or self.whole_image:
-            yield prepare(image, self.net, self.image_size)
-        if max(image.size) <= side:
-            return
-        rows, columns = (_starts(length, side, self.overlap) for length in (image.height, image.width))
-        for top, left in itertools.product(rows, columns):
-            tile = image.crop((left, top, min(left + side, image.width), min(top + side, image.height)))
-            pixels, placement = prepare(tile, self.net, self.image_size)
-            yield pixels, replace(placement, corner=(left, top))
+        for box in view_boxes(image.size, side, self.overlap, self.whole_image):
+            yield prepare_part(image, box, self.net, self.image_size)
 
 
-def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles start along a side of an image: the first at its start, the last one ends at its end."""
-    if length <= tile:
-        return [0]
-    last = length - tile
-    steps = math.ceil(last / max(1, math.floor(tile * (1 - overlap))))
-    return [round(i * last / steps) for i in range(steps + 1)]
+def trained_on_tiles(model: str) -> tuple[int, float] | None:
+    """The side and the overlap of the tiles on which a run was trained; None for other networks.
+
+    Args:
+        model: The folder of the run, also as `local-dir:FOLDER`, or an exported file in it.
+    """
+    path = Path(model.removeprefix("local-dir:"))
+    file = (path.parent if path.suffix == ".onnx" else path) / "run.yaml"
+    options = read_yaml(file) if file.is_file() else None
+    tile, overlap = (options.get(name) for name in ("tile", "overlap")) if isinstance(options, dict) else (None, None)
+    if isinstance(tile, int) and tile > 0 and isinstance(overlap, int | float) and 0 <= overlap < 1:
+        return tile, overlap
+    return None
 
 
-def _merge(
-    found: Sequence[Detections], placements: Sequence[Placement], iou_threshold: float, agnostic: bool
+def merge_views(
+    found: Sequence[Detections], placements: Sequence[Placement], iou_threshold: float, agnostic: bool = False
 ) -> Detections:
     """Merges the detections of one image's views by the rules of `Detector`."""
     if len(found) == 1:
         return found[0]
+    iou_threshold = min(iou_threshold, SAME_OBJECT)
     width, height = (max(place.corner[i] + place.size[1 - i] for place in placements) for i in (0, 1))
     cut = torch.cat([_is_cut(each.boxes, place, width, height) for each, place in zip(found, placements, strict=True)])
     merged = _concatenate(found)

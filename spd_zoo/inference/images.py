@@ -5,7 +5,7 @@ import html
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from io import BytesIO
 from typing import Any, TypeAlias
@@ -65,31 +65,32 @@ def _is_folder(image: Any) -> bool:
     return isinstance(image, str | os.PathLike) and os.path.isdir(image)  # noqa: PTH112
 
 
-def open_image(image: Any, mode: str = "RGB") -> Image.Image:
+def open_image(image: Any, mode: str = "RGB", read: Callable[[str, str], Any] = read_image) -> Any:
     """Opens an image, upright and with 8 bits per channel; warns of what was guessed about it.
 
     Args:
         image: A file, a PIL image, an array of uint8, (H, W, 3) in RGB or grey (H, W) or (H, W, 1), or a tensor
             (3, H, W) or (1, H, W) of uint8 or of floats from 0 to 1.
         mode: PIL's mode of the result.
+        read: Reads a file in a mode.
 
     Returns:
-        The image.
+        The image; of a file what `read` returns.
 
     Raises:
         ValueError: If it cannot be read or is none of these.
     """
     with collect_notes() as notes:
-        opened = _opened(image, mode)
+        opened = _opened(image, mode, read)
     for note in notes:
         warnings.warn(f"an image with {note}", stacklevel=2)
     return opened
 
 
-def _opened(image: Any, mode: str) -> Image.Image:
+def _opened(image: Any, mode: str, read: Callable[[str, str], Any]) -> Any:
     if isinstance(image, str | os.PathLike):
         try:
-            return read_image(os.fspath(image), mode)
+            return read(os.fspath(image), mode)
         except ValueError as error:
             raise ValueError(f"{os.fspath(image)}: {error}") from error
     if isinstance(image, Image.Image):

@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from spd_zoo.data.reading import collect_notes
+from spd_zoo.data.regions import PartError
 from spd_zoo.process import leave_ctrl_c_to_parent
 
 __all__ = ["Files", "ImageFile", "Images", "Outcome", "Task", "batches", "run"]
@@ -97,7 +98,10 @@ def run(
         worker_init_fn=leave_ctrl_c_to_parent,
     )
     for batch, (inputs, errors, notes) in zip(todo, loader, strict=True):
-        results = iter(task.compute(inputs) if inputs is not None else [])
+        try:
+            results = iter(task.compute(inputs) if inputs is not None else [])
+        except PartError as error:  # images of which parts are read while they are computed come one by one
+            results, errors = iter(()), [str(error)]
         yield (
             batch,
             [

@@ -7,18 +7,22 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from PIL import Image
 from torchvision.ops import box_convert
 
+from spd_zoo.data.regions import Regions, reduced
 from spd_zoo.files import whole
 from spd_zoo.inference.detector import Detections
 from spd_zoo.inference.sources import Source, Video, VideoFile, name_of_address
 
 __all__ = ["CocoFile", "ImageDetections", "OutputFolder", "Saved", "new_folder"]
+
+DRAWN = 2048  # least longer side in pixels of a marked copy of a very large image
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ class OutputFolder:
             names = "".join(f"{' '.join(name.split())}\n" for name in class_names)
             (folder / "classes.txt").write_text(names, encoding="utf-8")
 
-    def add(self, source: Source, found: ImageDetections, image: Image.Image | None, rate: float) -> None:
+    def add(self, source: Source, found: ImageDetections, image: Regions | None, rate: float) -> None:
         """Writes what belongs to an image, or to a frame of a video with `rate` frames per second."""
         if self.video is not None and self.video[0] is not source:
             self._end_video()
@@ -163,9 +167,9 @@ class OutputFolder:
         if self.saved.images and isinstance(source, Video):
             if self.video is None:
                 self.video = (source, VideoFile(_made(self.folder / place), image.size, rate))
-            self.video[1].add(found.detections.draw(image))
+            self.video[1].add(_marked(found.detections, image))
         elif self.saved.images:
-            found.detections.draw(image).save(_made(self.folder / place), quality=95)
+            _marked(found.detections, image).save(_made(self.folder / place), quality=95)
         stem = place.with_suffix("") if found.frame is None else place.with_suffix("") / f"{found.frame:06}"
         if self.saved.txt:
             lines = "".join(_yolo_lines(found.detections, image.size))
@@ -260,9 +264,16 @@ def _yolo_lines(found: Detections, size: tuple[int, int]) -> Iterator[str]:
         yield f"{label} {x / width:.6f} {y / height:.6f} {w / width:.6f} {h / height:.6f}\n"
 
 
-def _crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+def _marked(found: Detections, image: Regions) -> Image.Image:
+    """A copy with the objects drawn; an image that is read by regions is shrunk first if it is very large."""
+    small = reduced(image, (DRAWN, DRAWN))
+    x, y = small.width / image.size[0], small.height / image.size[1]
+    return replace(found, boxes=found.boxes * torch.tensor([x, y, x, y])).draw(small)
+
+
+def _crop(image: Regions, box: Sequence[float]) -> Image.Image:
     """The whole pixels of a box, at least one."""
-    left, top = min(int(box[0]), image.width - 1), min(int(box[1]), image.height - 1)
+    left, top = min(int(box[0]), image.size[0] - 1), min(int(box[1]), image.size[1] - 1)
     return image.crop((left, top, max(left + 1, -int(-box[2] // 1)), max(top + 1, -int(-box[3] // 1))))
 
 

@@ -23,12 +23,12 @@ from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.notes import Notes
+from spd_zoo.data.regions import Regions
 from spd_zoo.errors import first_line
 from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Classification, Classifier, transform_errors
@@ -154,17 +154,18 @@ def detection(detector: Detector, model: str) -> Job:
     def notes(detected: Detected) -> Sequence[str]:
         return [detector.limit_in_words()] if detected[1].limited else ()
 
-    def of_images(images: list[Image.Image]) -> list[Detected]:
+    def of_images(images: list[Regions]) -> list[Detected]:
         return [(image.size, found) for image, found in zip(images, detector.find_in(images), strict=True)]
 
     def of_views(inputs: tuple[Tensor, list[Placement]]) -> list[Detected]:
         found = detector.find(zip(itertools.count(), *inputs, strict=False))
         return [((place.size[1], place.size[0]), each) for place, each in zip(inputs[1], found, strict=True)]
 
-    if detector.tile:  # all tiles of an image at once would need too much memory
-        return Job(Task(read_source, list, of_images, 1), _objects_row, columns, settings, notes)
     reader = copy.copy(detector)
     reader.net = copy.deepcopy(detector.net).to("meta")  # the network's properties without its weights
+    if detector.tile:  # all tiles of an image at once would need too much memory
+        task = Task(partial(read_source, read=reader.read), list, of_images, 1)
+        return Job(task, _objects_row, columns, settings, notes)
     task = Task(partial(_read_view, reader), _collate_views, of_views, detector.batch_size)
     return Job(task, _objects_row, columns, settings, notes)
 
@@ -180,7 +181,7 @@ def _objects_row(detected: Detected) -> Row:
 
 
 def _read_view(detector: Detector, file: ImageFile) -> tuple[Tensor, Placement]:
-    image = read_source(file)
+    image = read_source(file, read=detector.read)
     with transform_errors(image):
         (view,) = detector.views(image)
     return view

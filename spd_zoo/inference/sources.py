@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -152,16 +152,21 @@ def name_of_address(address: str) -> str:
     return kept[-100:] or "image"
 
 
-def read_source(source: Path | str | BytesIO, mode: str = "RGB") -> Image.Image:
-    """An image file, the image at an address, or the bytes of one, as `read_image` returns it.
+def read_source(source: Path | str | BytesIO, mode: str = "RGB", read: Callable[..., Any] = read_image) -> Any:
+    """An image file, the image at an address, or the bytes of one, as `read` returns it.
+
+    Args:
+        source: The image.
+        mode: PIL's mode of the result.
+        read: Takes a file or bytes, and a mode.
 
     Raises:
         ValueError: If it is no image that can be read, or cannot be downloaded.
     """
     if not isinstance(source, str) or not is_url(source):
-        return read_image(source, mode)
+        return read(source, mode)
     try:
-        return read_image(BytesIO(download_bytes(source, _LARGEST_IMAGE, _LONGEST)), mode)
+        return read(BytesIO(download_bytes(source, _LARGEST_IMAGE, _LONGEST)), mode)
     except DownloadError as error:
         raise ValueError(f"cannot download this image: {error}") from error
 

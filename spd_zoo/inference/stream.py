@@ -4,10 +4,12 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from spd_zoo.data.regions import Regions
 from spd_zoo.inference.detector import Detections, Detector
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.inference.output import ImageDetections, Saved, new_folder
@@ -55,13 +57,13 @@ def detect(
 
 def _in_images(
     detector: Detector, sources: list[Path | str]
-) -> Iterator[tuple[ImageDetections, Image.Image | None, float]]:
+) -> Iterator[tuple[ImageDetections, Regions | None, float]]:
     at_once = 1 if detector.tile else detector.batch_size  # large images are in memory one at a time
 
-    def compute(opened: list[Image.Image]) -> list[tuple[Image.Image, Detections]]:
+    def compute(opened: list[Regions]) -> list[tuple[Regions, Detections]]:
         return list(zip(opened, detector.find_in(opened), strict=True))
 
-    task = Task(read_source, list, compute, at_once)
+    task = Task(partial(read_source, read=detector.read), list, compute, at_once)
     for batch, outcomes in run(Files([str(source) for source in sources]), task, batches(range(len(sources)), at_once)):
         for source, outcome in zip(sources[batch.start : batch.stop], outcomes, strict=True):
             name = source if isinstance(source, Path) else public(source)
@@ -72,7 +74,7 @@ def _in_images(
                 # the file, so that its pixels do not stay in memory
                 found = replace(found, image=source if isinstance(source, Path) else None)
                 notes = (*outcome.notes, *_limits(detector, found))
-                yield ImageDetections(name, (image.height, image.width), found, notes=notes), image, 0.0
+                yield ImageDetections(name, image.size[::-1], found, notes=notes), image, 0.0
 
 
 def _in_video(

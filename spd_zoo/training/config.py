@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from timm.data import create_transform
 
-from spd_zoo.data.reading import parse_size
+from spd_zoo.data.reading import MAX_PIXELS, parse_size
 from spd_zoo.files import read_yaml
 
 __all__ = [
@@ -78,6 +78,18 @@ class FinetuneConfig:
     label_column: str = _option("", "column with the classes, if the data set has several", only="classifiers")
     stream: bool = _option(False, "stream a Hugging Face data set instead of copying it", only="classifiers")
     stream_length: int = _option(0, "its number of training images, if it does not declare them", only="classifiers")
+    tile: int = _option(
+        0,
+        "train and validate on tiles of N pixels, cut from larger images as they are read (0: no)",
+        only="detectors",
+    )
+    overlap: float = _option(0.2, "overlap of tiles, as a share of their side", only="detectors")
+    max_pixels: int = _option(
+        MAX_PIXELS,
+        "refuse images of more pixels that must be read as a whole; of a TIFF, --tile reads only what it needs",
+        free=True,
+        only="detectors",
+    )
     # network
     pretrained: bool | None = _option(None, "start from pretrained weights (default: if there are verified ones)")
     model_args: str = _option("", "arguments of the network, for example zero_init_residual=true,drop_path_rate=0.1")
@@ -280,7 +292,7 @@ class FinetuneConfig:
         for name in ("crop_scale", "layer_decay", "crop_pct", "decay_rate", "distill_weight"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        for name in ("ema", "val_split", "label_smoothing"):
+        for name in ("ema", "val_split", "label_smoothing", "overlap"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
         for name in ("hflip", "vflip", "erase", "mix_prob", "mosaic", "zoom", "shift"):

@@ -1,7 +1,7 @@
 """Evaluation of a classifier or a detector on the images of a data set."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,16 @@ from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 
 from spd_zoo.complexity import count_params
+from spd_zoo.data.boxes import Tiling
 from spd_zoo.data.check import check
 from spd_zoo.data.classes import match_classes, network_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import channel_mode, size_value
 from spd_zoo.files import write_csv
+from spd_zoo.inference.detector import trained_on_tiles
 from spd_zoo.inference.exported import Exported, load_model
 from spd_zoo.inference.images import as_html
+from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process
 from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.preprocessing import Preprocessing
@@ -76,6 +79,9 @@ def evaluate(
     max_detections: int | None = None,
     agnostic: bool = False,
     iou_threshold: float | None = None,
+    tile: int | None = None,
+    overlap: float | None = None,
+    max_pixels: int | None = None,
 ) -> list[Evaluation]:
     """Evaluates a classifier or a detector on the readable images of a data set, at one image size or several.
 
@@ -98,6 +104,10 @@ def evaluate(
             of which COCO's rules count 100 of each class.
         agnostic: Detectors: whether boxes of different classes suppress each other, too.
         iou_threshold: Detectors: IoU threshold of NMS; None: the authors' value.
+        tile: For a detector: the side of the tiles into which larger images are cut, as `Detector` does; 0: no tiles;
+            None: as the run that trained it.
+        overlap: Minimum overlap of tiles, as a share of their side; None: that of the run, or else 0.2.
+        max_pixels: For a detector: most pixels of an image that is read as a whole; None: Pillow's limit.
 
     Returns:
         An evaluation for each image size.
@@ -118,11 +128,38 @@ def evaluate(
     asked = Suppression(max_detections, agnostic, iou_threshold)
     suppression = None if asked == Suppression() else asked
     task_of(net).check_evaluation(net, model, bool(flip or image_column or label_column), suppression)
+    reading = _reading(net, model, tile, overlap, max_pixels)
     sizes = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]
     columns = (image_column, label_column)
     place: torch.device = next(net.parameters()).device
-    options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression)
+    options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading)
     return evaluate_network(net, model, data, split, sizes, *options)
+
+
+def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_pixels: int | None) -> dict[str, Any]:
+    """Fields of `BoxImages` that say how a detector reads images.
+
+    Raises:
+        ValueError: If an option has no meaning.
+    """
+    if not isinstance(net, ObjectFinder):
+        if tile is not None or overlap is not None or max_pixels is not None:
+            raise ValueError(f"tile, overlap and max_pixels are options for detectors, and {model} is none")
+        return {}
+    trained = trained_on_tiles(model) if tile is None else None
+    side, own_overlap = trained or (tile or 0, 0.2)
+    overlap = own_overlap if overlap is None else overlap
+    if side < 0 or not 0 <= overlap < 1:
+        raise ValueError(f"tile must not be negative and overlap from 0 to below 1, got {side} and {overlap}")
+    if tile is None and trained is None and overlap != own_overlap:
+        raise ValueError("overlap is for tiles; give tile, too")
+    fields: dict[str, Any] = {"tiling": Tiling(side, overlap) if side else None}
+    if max_pixels is not None:
+        fields["max_pixels"] = max_pixels
+    if trained is not None:
+        note = f"evaluated on tiles of {side} px that overlap by {overlap:g}, as {model} was trained; --tile 0 does not"
+        fields["notes"] = (note,)
+    return fields
 
 
 def evaluate_network(
@@ -139,6 +176,7 @@ def evaluate_network(
     columns: tuple[str, str] = ("", ""),
     class_map: Mapping[str, str] | None = None,
     suppression: Suppression | None = None,
+    reading: Mapping[str, Any] | None = None,
 ) -> list[Evaluation]:
     """Evaluates a network that is loaded already; see `evaluate`.
 
@@ -156,6 +194,7 @@ def evaluate_network(
         columns: The columns with images and labels.
         class_map: The network's names of classes that have other names in the data.
         suppression: Where a detector's evaluation departs from the usual rules.
+        reading: Fields of `BoxImages` that differ from those of the data; its notes are added to theirs.
 
     Raises:
         DataError: If the data set cannot be used, or its classes are not the network's.
@@ -168,6 +207,8 @@ def evaluate_network(
         split, images = next(((name, found) for name, found in opened if found), ("", None))
         if images is None:
             raise DataError(f"{data} has no split {' or '.join(splits)}")
+        if reading:
+            images = replace(images, **{**reading, "notes": (*images.notes, *reading.get("notes", ()))})
         images = match_classes(images, network_classes(net.pretrained_cfg, net.num_classes), class_map)
     about = check({split: images}, workers, process)
     unreadable = about[split]["unreadable"]

@@ -182,12 +182,8 @@ def tags_in_words(network: str) -> str:
         classes = f"{entry.num_classes} classes"
         if entry.class_names and entry.num_classes <= 5:
             classes += f": {', '.join(entry.class_names)}"
-        facts: tuple[str | None, ...] = (
-            entry.dataset,
-            classes,
-            f"{'x'.join(map(str, dict.fromkeys(entry.input_size[1:])))} px",
-        )
-        facts += () if entry.verified else (f"at their authors': spd-zoo info {entry.name}",)
+        facts = [entry.dataset, classes, f"{'x'.join(map(str, dict.fromkeys(entry.input_size[1:])))} px"]
+        facts += [] if entry.verified else [f"at their authors': spd-zoo info {entry.name}"]
         found.append(f"{entry.name} ({', '.join(filter(None, facts))})")
     return "; ".join(found)
 

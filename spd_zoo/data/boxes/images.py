@@ -10,9 +10,10 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from spd_zoo.data.classes import UNUSED, DataError, clean_name
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import read_image
+from spd_zoo.data.reading import MAX_PIXELS, opened, read_image
+from spd_zoo.data.regions import Box as Region
+from spd_zoo.data.regions import Recent, Regions, bytes_of, open_regions, reduced
 
 __all__ = [
     "EVERY_CLASS",
@@ -31,11 +34,13 @@ __all__ = [
     "Defect",
     "Objects",
     "Source",
+    "Tiling",
     "found_in_words",
     "hold_out",
     "with_names",
 ]
 
+AnyRegions = TypeVar("AnyRegions", bound=Regions)
 EVERY_CLASS = -1  # the label of a region in which objects of all classes are ignored
 CLIPPED = "boxes reach out of their image by more than half a pixel and are clipped"
 UNUSABLE = 0.01  # share of lines that may be unusable, from `UNUSABLE_LINES` of them on
@@ -70,6 +75,21 @@ class Defect(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How large images are cut into tiles.
+
+    Attributes:
+        side: Of a tile, in pixels of the image.
+        overlap: Minimum overlap of neighbouring tiles, as a share of their side.
+        recent: The images that were read last, from which tiles are cut.
+    """
+
+    side: int
+    overlap: float
+    recent: Recent[Regions] = field(default_factory=Recent, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
 class BoxImages:
     """A split of a data set with boxes.
 
@@ -84,6 +104,8 @@ class BoxImages:
         encoded: The bytes of each image, or None if it is a file; None if all are files.
         format: The format that was found, such as "YOLO by data.yaml".
         place: Where the images of the split are.
+        max_pixels: Most pixels of an image that is read as a whole.
+        tiling: How images are cut for training and evaluation; None: not at all.
     """
 
     files: list[str]
@@ -96,6 +118,8 @@ class BoxImages:
     encoded: Any = None
     format: str = ""
     place: str = ""
+    max_pixels: int = MAX_PIXELS
+    tiling: Tiling | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,8 +148,36 @@ class BoxImages:
         Raises:
             DataError: If it cannot be read, or has another size than its annotation says.
         """
+        return self._read(read_image, index, mode)
+
+    def regions(self, index: int, mode: str = "RGB") -> Regions:
+        """The image at `index` for reading parts of it; with `tiling` it stays in memory as long as there is room.
+
+        Raises:
+            DataError: If it cannot be read, or has another size than its annotation says.
+        """
+        if self.tiling is None:
+            return self.image(index, mode)
+        read = partial(self._read, open_regions, index, mode)
+        return self.tiling.recent.get((self.name(index), self.rows[index], mode), read, bytes_of)
+
+    def part(self, index: int, box: Region | None, size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+        """A part of the image at `index`; without a `box` the whole image, scaled to the width and height `size`.
+
+        Raises:
+            DataError: If it cannot be read, or has another size than its annotation says.
+        """
+        image = self.regions(index, mode)
         try:
-            image = read_image(self.file(index), mode)
+            if box is not None:
+                return image.crop(box)
+            return reduced(image, size).resize(size, Image.Resampling.BILINEAR)
+        except ValueError as error:
+            raise DataError(f"{self.name(index)}: {error}") from error
+
+    def _read(self, read: Callable[..., AnyRegions], index: int, mode: str) -> AnyRegions:
+        try:
+            image = read(self.file(index), mode, self.max_pixels)
         except ValueError as error:
             raise DataError(f"{self.name(index)}: {error}") from error
         size = self.sizes[self.rows[index]]
@@ -133,6 +185,10 @@ class BoxImages:
             found, expected = (f"{width}x{height}" for width, height in (image.size, size))
             raise DataError(f"{self.name(index)}: it has {found} pixels upright, but its annotation says {expected}")
         return image
+
+    def in_epoch(self, index: int, epoch: int) -> int:
+        """The image that is at `index` in an epoch: the same in each."""
+        return index
 
     def subset(self, indices: Iterable[int]) -> "BoxImages":
         """The images at `indices`."""
@@ -348,10 +404,10 @@ class Collector:
 def stored_size(file: str | BytesIO) -> tuple[tuple[int, int], int]:
     """Width and height as the header says, and EXIF's orientation; (0, 0) and 1 if the file cannot be read."""
     try:
-        with Image.open(file) as image:
+        with opened(file, any_size=True) as image:
             orientation = image.getexif().get(0x0112, 1)
             return image.size, orientation if orientation in range(1, 9) else 1
-    except Exception:  # whatever Pillow's parsers raise, reading the image says what is wrong
+    except ValueError:  # reading the image says what is wrong
         return (0, 0), 1
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from spd_zoo.data.boxes.images import BoxImages
+from spd_zoo.data.boxes.tiles import Tiles
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import exceeds_pixel_limit, size_text
+from spd_zoo.data.reading import size_text
 
 __all__ = ["describe_sizes", "sides_in_input", "sizes_in_words"]
 
@@ -41,6 +42,7 @@ def sides_in_input(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
 
 def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: bool) -> dict[str, Any]:
     """What matters of the boxes in a network's input, as JSON; for the arguments see `sides_in_input`."""
+    whole = data.source if isinstance(data, Tiles) and data.source is not None else data
     table = sides_in_input(data, image_size, keeps_aspect)
     size = np.digitize(np.sqrt(table[:, 1] * table[:, 2]), EDGES)
     per_class = {
@@ -55,9 +57,11 @@ def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
         "sizes": per_class,
         "below 2 px": int(below.sum()),
         **(_remedies(data, table[:, 1:].min(1), below, image_size) if below.any() else {}),
-        "ignored": sum(int(data.objects_in(i).ignored.sum()) for i in range(len(data))),
+        "ignored": sum(int(whole.objects_in(i).ignored.sum()) for i in range(len(whole))),
         "most objects": {"image": data.name(most), "objects": numbers[most]},
-        "above the pixel limit": [data.name(i) for i in range(len(data)) if exceeds_pixel_limit(data.file(i))],
+        "above the pixel limit": [
+            whole.name(i) for i in range(len(whole)) if math.prod(whole.sizes[whole.rows[i]]) > whole.max_pixels
+        ],
     }
 
 
@@ -99,7 +103,7 @@ def sizes_in_words(about: Mapping[str, Any]) -> Iterator[str]:
     yield f"  at most {count(about['most objects']['objects'], 'object')} in an image: {about['most objects']['image']}"
     if about["above the pixel limit"]:
         names = about["above the pixel limit"]
-        yield f"  {count(len(names), 'image')} above Pillow's limit of pixels: {some(names)}; cut them into tiles"
+        yield f"  {count(len(names), 'image')} above the limit of --max-pixels: {some(names)}"
 
 
 def _listed(numbers: list[int]) -> str:

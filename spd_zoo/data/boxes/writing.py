@@ -11,12 +11,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import yaml
-from PIL import Image
 
 from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, found_in_words
 from spd_zoo.data.boxes.opening import find_source, open_split
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
+from spd_zoo.data.reading import opened
 from spd_zoo.data.splits import split_of
 from spd_zoo.files import whole
 
@@ -118,7 +118,7 @@ def _file_names(data: BoxImages, used: set[str]) -> list[str]:
         path = Path(data.name(i))
         suffix = path.suffix
         if not suffix:
-            with Image.open(data.file(i)) as image:
+            with opened(data.file(i), any_size=True) as image:
                 suffix = f".{(image.format or 'png').lower()}"
         stem, number = path.stem.replace(" ", "_") if data.encoded is not None else path.stem, 2
         unique = stem

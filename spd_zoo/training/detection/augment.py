@@ -14,7 +14,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from spd_zoo.data.boxes import BoxImages
-from spd_zoo.inference.detector import GREY, Placement, prepare
+from spd_zoo.data.boxes.tiles import objects_inside, views
+from spd_zoo.data.labelled import DataError
+from spd_zoo.data.regions import Box
+from spd_zoo.inference.detector import GREY, Placement, prepare_part
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.training.config import FinetuneConfig, parse_numbers
@@ -252,9 +255,11 @@ class _TrainImages(Dataset[tuple[Tensor, Target]]):
         epoch, index = key
         seed_everything(self.seed, epoch, index)
         if self.keeps_aspect:
-            sample = yolo_augment(self.scaled, index, self.others(epoch), self.size, self.augmentation)
+            others = [self.data.in_epoch(i, epoch) for i in self.others(epoch)]
+            sample = yolo_augment(self.scaled, self.data.in_epoch(index, epoch), others, self.size, self.augmentation)
         else:
-            sample = ssd_augment(read_sample(self.data, index, self.mode), self.size, self.fill, self.augmentation)
+            original = read_sample(self.data, self.data.in_epoch(index, epoch), self.mode)
+            sample = ssd_augment(original, self.size, self.fill, self.augmentation)
         image = sample["image"].as_subclass(Tensor)
         target = _target(sample["boxes"].as_subclass(Tensor), sample["labels"], sample["ignored"])
         return image.flip(0) if self.flipped else image, target
@@ -274,17 +279,27 @@ class _TrainImages(Dataset[tuple[Tensor, Target]]):
         return torch.randint(len(self.data), (3,)).tolist() if has_mosaic else []
 
 
-class _EvalImages(Dataset[tuple[Tensor, Placement, Target, int, float]]):
-    """For each image: the input, its placement, the objects in input pixels, the index, and the seconds for reading."""
+class _EvalViews(Dataset[tuple[Tensor, Placement, Target, int, float]]):
+    """Each view of each image, which has only one without tiles, ready for the network.
+
+    They are the input, its placement, the objects in input pixels, the image's index, and the seconds for reading.
+    """
 
     def __init__(self, data: BoxImages, net: DetectionNet, size: tuple[int, int]) -> None:
         self.data, self.net, self.size = data, net, size
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Placement, Target, int, float]:
+    def __getitem__(self, key: tuple[int, Box | None]) -> tuple[Tensor, Placement, Target, int, float]:
+        index, box = key
         began = time.perf_counter()
-        inputs, placement = prepare(self.data.image(index), self.net, self.size)
+        try:
+            inputs, placement = prepare_part(self.data.regions(index), box, self.net, self.size)
+        except ValueError as error:
+            raise error if isinstance(error, DataError) else DataError(f"{self.data.name(index)}: {error}") from error
         seconds = time.perf_counter() - began
         objects = self.data.objects_in(index)
+        if box is not None:
+            objects = objects_inside(objects, box)
+            objects = objects._replace(boxes=objects.boxes + torch.tensor([*box[:2], *box[:2]]))
         target = _target(placement.to_input(objects.boxes), objects.labels, objects.ignored)
         return inputs, placement, target, index, seconds
 
@@ -315,7 +330,8 @@ def box_eval_loader(
 ) -> Batches:
     """Batches of (N, C, height, width) float, placements, targets, indices and seconds, in order.
 
-    Process `rank` of `world` reads every world-th image.
+    Process `rank` of `world` reads every world-th image; the views of an image with tiles follow each other.
     """
-    images, options = _EvalImages(data, net, to_2tuple(size)), worker_options(workers) | {"collate_fn": _collate}
-    return DataLoader(images, batch_size, sampler=range(rank, len(data), world), **options)
+    images, options = _EvalViews(data, net, to_2tuple(size)), worker_options(workers) | {"collate_fn": _collate}
+    mine = [(index, box) for index in range(rank, len(data), world) for box in views(data, index)]
+    return DataLoader(images, batch_size, sampler=mine, **options)

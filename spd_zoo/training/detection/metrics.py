@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from spd_zoo.data.boxes.sizes import EDGES
 from spd_zoo.data.boxes.sizes import NAMES as SIZES
 from spd_zoo.data.notes import count, some
 from spd_zoo.files import whole, write_csv
-from spd_zoo.inference.detector import SCORE, Detections, postprocess
+from spd_zoo.inference.detector import SCORE, Detections, Placement, merge_views, postprocess
 from spd_zoo.inference.output import CocoFile, ImageDetections
 from spd_zoo.inference.scores import SCORES_FILE, scores_text
 from spd_zoo.models._detector import DetectionNet, ObjectFinder, YoloNet
@@ -130,8 +132,9 @@ class BoxPredictions:
     Attributes:
         data: The images.
         detections: Detections in each image, in its own pixels.
-        scales: Input pixels per pixel of each image, in x and in y.
-        losses: The mean of each term of the loss; empty for an exported file, which has no loss.
+        scales: Input pixels per pixel of each image, or of its tiles, in x and in y.
+        losses: The mean of each term of the loss, over tiles where images are cut; empty for an exported file, which
+            has no loss.
         milliseconds: Per image and process: `prepare` (reading and preprocessing), `network`, and `boxes` (decoding and
             NMS; of an exported file, they are in `network`).
         max_detections: Maximum number of boxes per image; None: no limit.
@@ -392,37 +395,50 @@ def predict(
     limits = (net.evaluation_score, suppression.iou_threshold, max_detections, suppression.agnostic)
     net.eval()
     device = preprocessing.device
-    mine: dict[int, tuple[Detections, tuple[float, float]]] = {}
     sums: dict[str, float] = {}
+    seen = 0
     clock = {"prepare": 0.0, "network": 0.0, "boxes": 0.0}
-    for inputs, placements, targets, indices, seconds in tqdm(
-        read(batches), "evaluating", leave=False, disable=None, delay=5
-    ):
-        clock["prepare"] += sum(seconds)
-        with torch.inference_mode():
-            images = inputs.to(device, memory_format=torch.channels_last)
-            with _timed(clock, "network", device), preprocessing.autocast():
-                raw = net(images)
-            with _timed(clock, "boxes", device):
-                found = postprocess(net, raw, placements, image_size, *limits)
-            terms = {}
-            if isinstance(net, DetectionNet):
-                terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.item() * len(images)
-        for i, detections, placement in zip(indices, found, placements, strict=True):
-            mine[i] = (detections, placement.scale)
+
+    def of_views() -> Iterator[tuple[int, Placement, Detections]]:
+        nonlocal seen
+        for inputs, placements, targets, indices, seconds in tqdm(
+            read(batches), "evaluating", leave=False, disable=None, delay=5
+        ):
+            clock["prepare"] += sum(seconds)
+            with torch.inference_mode():
+                images = inputs.to(device, memory_format=torch.channels_last)
+                with _timed(clock, "network", device), preprocessing.autocast():
+                    raw = net(images)
+                with _timed(clock, "boxes", device):
+                    found = postprocess(net, raw, placements, image_size, *limits)
+                terms = {}
+                if isinstance(net, DetectionNet):
+                    terms = mean_terms(net, net.loss(raw, targets, image_size), len(images))
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.item() * len(images)
+            seen += len(images)
+            yield from zip(indices, placements, found, strict=True)
+
+    mine: dict[int, tuple[Detections, tuple[float, float]]] = {}
+    iou_threshold = net.iou_threshold if suppression.iou_threshold is None else suppression.iou_threshold
+    for i, group in itertools.groupby(of_views(), itemgetter(0)):
+        _, placements, found = zip(*group, strict=True)
+        began = time.perf_counter()
+        merged = merge_views(found, placements, iou_threshold, suppression.agnostic)
+        clock["boxes"] += time.perf_counter() - began
+        mine[i] = (merged[:max_detections], placements[-1].scale)  # of the tiles, which come last
     if not isinstance(net, DetectionNet):  # an exported file computes all in one
         clock["network"] += clock.pop("boxes")
-    gathered = process.all_gather((mine, sums, clock))
-    merged = {i: result for results, _, _ in gathered for i, result in results.items()}
+    gathered = process.all_gather((mine, sums, clock, seen))
+    every = {i: result for results, *_ in gathered for i, result in results.items()}
+    views = sum(seen for *_, seen in gathered)
     order = range(len(data))
     return BoxPredictions(
         data,
-        [merged[i][0] for i in order],
-        [merged[i][1] for i in order],
-        {name: sum(sums.get(name, 0.0) for _, sums, _ in gathered) / len(data) for name in gathered[0][1]},
-        {name: 1000 * sum(clock[name] for _, _, clock in gathered) / len(data) for name in clock},
+        [every[i][0] for i in order],
+        [every[i][1] for i in order],
+        {name: sum(sums.get(name, 0.0) for _, sums, *_ in gathered) / views for name in gathered[0][1]},
+        {name: 1000 * sum(clock[name] for _, _, clock, _ in gathered) / len(data) for name in clock},
         max_detections,
         suppression,
     )

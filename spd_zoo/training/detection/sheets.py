@@ -38,9 +38,9 @@ def box_sheet(
     """A PNG of the images at `indices`; empty without any."""
     pictures = []
     for i in indices:
-        image, result = data.image(i), outcomes[i]
-        scale = TILE / max(image.size)
-        tile = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        (width, height), result = data.sizes[data.rows[i]], outcomes[i]
+        scale = TILE / max(width, height)
+        tile = data.part(i, None, (max(1, round(width * scale)), max(1, round(height * scale))))
         _draw(tile, data, detections[i], result, i, scale)
         wrong, missed = int(result.wrong.sum()), int((~result.detected).sum())
         pictures.append((tile, f"{len(result.boxes) - wrong} correct, {wrong} wrong, {missed} missed"))
@@ -106,7 +106,7 @@ def _crops(
     """A PNG of what is around each mark; empty if there is none."""
     pictures = []
     for mark in marks:
-        image = data.image(mark.image)
+        image = data.regions(mark.image)
         side = max(LEAST, CONTEXT * float((mark.box[2:] - mark.box[:2]).max()))
         corner = ((mark.box[:2] + mark.box[2:]) / 2 - side / 2).round()
         left, top = map(int, corner.tolist())

@@ -10,9 +10,10 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor
 
-from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes, with_names
+from spd_zoo.data.boxes import BoxImages, Tiling, found_in_words, open_boxes, with_names
 from spd_zoo.data.boxes import hold_out as split_boxes
 from spd_zoo.data.boxes.sizes import describe_sizes
+from spd_zoo.data.boxes.tiles import cut, describe_tiles
 from spd_zoo.data.check import check, defects_in_words, in_words, notes_on
 from spd_zoo.data.classes import network_classes, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import DataError
@@ -64,6 +65,12 @@ def _input_size(config: FinetuneConfig, net: Any) -> tuple[int, int]:
     return parse_sizes(size)[-1][0]
 
 
+def _largest_size(config: FinetuneConfig, net: Any) -> tuple[int, int]:
+    """The largest height and width in pixels of a run's inputs."""
+    size = config.image_size or size_text(net.pretrained_cfg["input_size"][1:])
+    return max((each for each, _ in parse_sizes(size)), key=math.prod)
+
+
 class Detection:
     """The `Task` of detectors."""
 
@@ -106,7 +113,7 @@ class Detection:
         Raises:
             DataError: If there are no training images, or no validation box of a class that is trained.
         """
-        train, val = open_boxes(config.data, "train"), open_boxes(config.data, config.val_name)
+        train, val = (self._opened(config, name) for name in ("train", config.val_name))
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
         about = describe(config, train, val, began_with)
@@ -123,7 +130,8 @@ class Detection:
                 readable = data.without(about[name]["unreadable"])
                 about[name]["boxes"] = data.problems()
                 about[name]["without boxes"] = sum(not len(readable.objects_in(i).labels) for i in range(len(readable)))
-                about[name]["box sizes"] = describe_sizes(data, _input_size(config, net), net.keeps_aspect)
+                seen = cut(readable, _largest_size(config, net), config.seed) if config.tile else readable
+                about[name]["box sizes"] = describe_sizes(seen, _input_size(config, net), net.keeps_aspect)
         elif began_with is None:
             about |= {"notes": notes_on(splits.values())}
             for line in (line for data in splits.values() for line in defects_in_words(data.problems())):
@@ -131,7 +139,16 @@ class Detection:
         train, val = without_unreadable(train, val, about, "box")
         if not sum(val.counts()):
             raise DataError(f"the split {config.val_name} has no box of a class that is trained; add some")
+        if config.tile:
+            train = cut(train, _largest_size(config, net), config.seed)
+            about.setdefault("tiles", describe_tiles(train, val))
         return Splits(train, val, about)
+
+    def _opened(self, config: FinetuneConfig, split: str) -> BoxImages | None:
+        """A split, whose images are read as the configuration says."""
+        data = open_boxes(config.data, split)
+        tiling = Tiling(config.tile, config.overlap) if config.tile else None
+        return data and replace(data, max_pixels=config.max_pixels, tiling=tiling)
 
     def open_split(
         self, data: str | Path, split: str, image_column: str = "", label_column: str = ""
