@@ -178,6 +178,9 @@ def test_a_run_on_tiles_says_what_it_trains_on_and_is_evaluated_alike(
             expected = detectors[tile](data.name(i))
             assert torch.allclose(found.scores[:50], expected.scores[:50], atol=1e-5)
             assert torch.allclose(found.boxes[:50], expected.boxes[:50], atol=1e-2)
+    limited = evaluate(str(tmp_path / "run"), folder, workers=0, device="cpu", max_detections=5)[0]
+    for all_boxes, best in zip(own.predictions.detections, limited.predictions.detections, strict=True):
+        assert torch.equal(best.boxes, all_boxes.boxes[:5])  # the limit counts merged boxes, not those of a tile
 
 
 @pytest.mark.parametrize("name", ["{}", "local-dir:{}", "{}/model.onnx"])

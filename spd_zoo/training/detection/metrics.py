@@ -392,7 +392,8 @@ def predict(
     """
     suppression = suppression or Suppression()
     max_detections = suppression.max_detections or net.evaluation_boxes
-    limits = (net.evaluation_score, suppression.iou_threshold, max_detections, suppression.agnostic)
+    of_a_view = max_detections if data.tiling is None else None  # those of tiles are counted after merging
+    limits = (net.evaluation_score, suppression.iou_threshold, of_a_view, suppression.agnostic)
     net.eval()
     device = preprocessing.device
     sums: dict[str, float] = {}
