@@ -313,6 +313,8 @@ def test_auto_takes_the_minimum_scores_of_the_run(own: Path, capsys: Capture) ->
     assert main(["detect", str(own), str(image), "--score", "auto", "--device", "cpu"]) == 0
     note = capsys.readouterr().err
     assert "dog 1.00" in note and "0.25 for eel, of which no box was correct" in note
+    options = {"score_threshold": "auto", "classes": ["dog", "eel"], "class_scores": {"dog": 0.3}}
+    assert "cat" not in (words := Detector(own, device="cpu", **options).scores_in_words()) and "dog 0.30" in words
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_scores_that_do_not_fit_are_refused(content: str | None, words: str, own
 
 
 def test_a_network_of_the_zoo_has_no_scores_of_its_own(capsys: Capture) -> None:
-    with pytest.raises(ModelError, match=r"yolov8n_spd\.spd_bccd has no scores\.json"):
+    with pytest.raises(ModelError, match=r"yolov8n_spd\.spd_bccd has no scores\.json.*--class-scores"):
         read_scores("yolov8n_spd.spd_bccd", ["a"])
 
 

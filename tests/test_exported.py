@@ -259,6 +259,13 @@ def test_a_file_finds_the_classes_that_are_asked_for(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_file_without_scores_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = ROOT / "examples" / "images" / "coffee.png"
+    assert main(["detect", str(run / "model.onnx"), str(image), "--score", "auto"]) == 1
+    assert "does not hold the best minimum score of each class" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_file_says_when_its_room_is_full(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image, file = str(ROOT / "examples" / "images" / "coffee.png"), str(run / "model.onnx")
     with pytest.warns(UserWarning, match="all the room for 300 that the exported file has, so some may be missing"):

@@ -23,6 +23,7 @@ from spd_zoo import Classifier, Detector
 from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.notes import Notes
+from spd_zoo.data.reading import find_images
 from spd_zoo.inference import sources
 from spd_zoo.inference.output import Saved
 from spd_zoo.inference.sources import Frames, Video, find_sources, read_source
@@ -344,13 +345,54 @@ def test_written_labels_are_a_data_set_to_train_on(tmp_path: Path) -> None:
     np.testing.assert_allclose(data.objects_in(0).boxes.tolist(), [(16, 24, 48, 72)], atol=1e-3)
 
 
-def test_images_that_would_share_a_label_file_are_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("other", ["a.jpg", "a.bmp"])
+def test_images_that_would_share_a_label_file_are_refused(
+    other: str, run: Path, tmp_path: Path, capsys: Capture
+) -> None:
     picture((40, 30)).save(tmp_path / "a.png")
-    picture((40, 30)).save(tmp_path / "a.jpg")
-    arguments = ["detect", str(run), str(tmp_path / "a.png"), str(tmp_path / "a.jpg"), "--device", "cpu"]
+    picture((40, 30)).save(tmp_path / other)
+    arguments = ["detect", str(run), str(tmp_path / "a.png"), str(tmp_path / other), "--device", "cpu"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--save-txt"]) == 1
     assert "would have the same label file" in capsys.readouterr().err
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jpg", "a.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [other, "a.png"]
+
+
+@pytest.mark.parametrize(("name", "label"), [("a.bmp", "a"), ("a.b.TIF", "a.b"), ("a.jpg.png", "a.jpg")])
+def test_a_label_file_is_called_like_its_image(name: str, label: str, tmp_path: Path) -> None:
+    picture((64, 64), red=(8, 8, 40, 40)).save(tmp_path / name)
+    list(detect(Detector(Finder()), [tmp_path / name], tmp_path / "out", Saved(txt=True, crops=True)))
+    assert [file.name for file in (tmp_path / "out" / "labels").iterdir()] == [f"{label}.txt"]
+    assert [file.name for file in (tmp_path / "out" / "crops" / "0_red").iterdir()] == [f"{label}_1.png"]
+
+
+@pytest.mark.parametrize("video_first", [False, True])
+def test_frames_do_not_overwrite_the_labels_of_images(video_first: bool, tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    picture((128, 96)).save(tmp_path / "clip" / "000001.png")
+    make_video(tmp_path / "clip.mp4", 2)
+    named = [str(tmp_path / "clip" / "000001.png"), str(tmp_path / "clip.mp4")]
+    files = find_sources(named[::-1] if video_first else named, Notes())
+    with pytest.raises(ValueError, match="would have the same label file"):
+        list(detect(Detector(Finder()), files, tmp_path / "out", Saved(txt=True)))
+    list(detect(Detector(Finder()), files, tmp_path / "out", Saved()))
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_crop_does_not_overwrite_the_copy_of_an_image(tmp_path: Path) -> None:
+    (tmp_path / "crops" / "0_red").mkdir(parents=True)
+    files = [tmp_path / "a.png", tmp_path / "crops" / "0_red" / "a_1.png"]
+    for file in files:
+        picture((64, 64), red=(8, 8, 40, 40)).save(file)
+    with pytest.raises(ValueError, match=r"would be written to a_1\.png"):
+        list(detect(Detector(Finder()), files, tmp_path / "out", Saved(crops=True)))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "crops"]
+
+
+def test_an_empty_path_is_not_the_current_folder(run: Path, capsys: Capture) -> None:
+    assert main(["detect", str(run), "", "--device", "cpu"]) == 1
+    assert "a path is empty" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a path is empty"):
+        find_images(["a.png", ""])
 
 
 def test_a_class_name_is_no_path_and_files_need_a_folder(run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -161,6 +161,8 @@ def test_a_run_on_tiles_says_what_it_trains_on_and_is_evaluated_alike(
     )
     assert any("evaluated on tiles of 48 px" in note for note in own.notes)
     assert not any("tiles" in note for note in [*again.notes, *whole.notes])
+    assert own.row | {"tile": 48, "overlap": 0.2} == own.row and "tile" not in whole.row
+    assert "on tiles of 48 px that overlap by 0.2" in again.in_words() and "tiles" not in whole.in_words()
     detectors = {
         tile: Detector(
             str(tmp_path / "run"),
@@ -265,10 +267,16 @@ def test_a_damaged_part_of_an_image_leaves_the_others(tmp_path: Path, capsys: Ca
     assert "good.tif" in printed.out
 
 
+def test_detect_takes_no_overlap_without_tiles(capsys: Capture) -> None:
+    assert main(["detect", "yolov8n_spd.bccd", "a.png", "--overlap", "0.3"]) == 1
+    assert "--overlap is for tiles; add --tile N" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--overlap", "0.3"], "overlap is for tiles; give tile"),
+        (["--tile", "0", "--overlap", "0.3"], "overlap is for tiles; give tile"),
         (["--tile", "32", "--overlap", "1"], "overlap from 0 to below 1"),
         (["--tile", "-1"], "must not be negative"),
     ],

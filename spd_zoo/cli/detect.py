@@ -65,9 +65,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the network's)")
     command.add_argument("--tile", type=positive, metavar="N", help="also cut large images into squares of N pixels")
-    command.add_argument(
-        "--overlap", type=float, default=0.2, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)"
-    )
+    command.add_argument("--overlap", type=float, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)")
     command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images per batch (default: 8)")
     command.add_argument("--device", help=DEVICE)
@@ -76,7 +74,11 @@ def add(commands: Commands) -> None:
 
 
 def _score(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    """Raises argparse.ArgumentTypeError if this is neither a number nor auto."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from error
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -84,6 +86,8 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.out is None and (options.save_txt or options.save_crops or options.no_images):
         raise CommandError("--save-txt, --save-crops and --no-images are about the files in --out; add --out DIR")
+    if options.overlap is not None and options.tile is None:
+        raise CommandError("--overlap is for tiles; add --tile N")
     if options.results is not None:
         if options.out is not None:
             raise CommandError("--out draws into every image, --results writes one file; give one of them")
@@ -150,12 +154,11 @@ def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
         max_detections=options.max_detections,
         batch_size=options.batch_size,
         tile=options.tile,
-        overlap=options.overlap,
         class_map=results.class_map(options),
         classes=options.classes.split(",") if options.classes is not None else None,
         class_scores=options.class_scores,
         agnostic=options.agnostic,
-        **({} if options.max_pixels is None else {"max_pixels": options.max_pixels}),
+        **{name: getattr(options, name) for name in ("overlap", "max_pixels") if getattr(options, name) is not None},
     )
     if options.tile is None and (trained := trained_on_tiles(options.model)) is not None:
         print_notes([f"{options.model} was trained on tiles of {trained[0]} px; --tile {trained[0]} cuts images alike"])

@@ -139,10 +139,12 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None, others: tup
         The paths.
 
     Raises:
-        ValueError: If one of the patterns is an address.
+        ValueError: If one of the patterns is empty or an address.
     """
     found, empty = [], []
     for pattern in patterns:
+        if not pattern:  # pathlib would take it for the current folder
+            raise ValueError("a path is empty; if it is a variable of the shell, it is not set")
         if is_url(pattern):
             raise _url_error(pattern)
         # os.path.exists returns False for over-long or forbidden paths; pathlib raises

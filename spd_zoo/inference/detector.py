@@ -409,12 +409,18 @@ class Detector:
         return thresholds
 
     def scores_in_words(self) -> str:
-        """The minimum scores of `score_threshold="auto"`, on one line."""
-        names = self.class_names
-        measured = some([f"{names[i]} {score:.2f}" for i, score in self.measured.items()], 10)
-        others = [name for i, name in enumerate(names) if i not in self.measured]
-        rest = f"{self.score_threshold:g} for {some(others)}, of which no box was correct when the run was validated"
-        return f"minimum scores: {'; '.join([*([measured] if measured else []), *([rest] if others else [])])}"
+        """The minimum scores with `score_threshold="auto"`, on one line, of the classes that are detected."""
+        scores = torch.as_tensor(self.thresholds).expand(len(self.class_names)).tolist()
+        used = {i: score for i, score in enumerate(scores) if math.isfinite(score)}
+        others = [i for i, score in used.items() if i not in self.measured and score == self.score_threshold]
+        names = [f"{self.class_names[i]} {score:.2f}" for i, score in used.items() if i not in others]
+        words = [some(names, 10)] if names else []
+        if others:
+            unmeasured = some([self.class_names[i] for i in others])
+            words.append(
+                f"{self.score_threshold:g} for {unmeasured}, of which no box was correct when the run was validated"
+            )
+        return f"minimum scores: {'; '.join(words)}"
 
     def __repr__(self) -> str:
         device = next(self.net.parameters()).device

@@ -165,7 +165,7 @@ class ExportedDetector(Exported, ObjectFinder):
         """
         if self.class_scores is None:
             raise ModelError(
-                f"{self.called} does not hold the best minimum score of each class; export a run that has {SCORES_FILE}"
+                f"{self.name} does not hold the best minimum score of each class; export a run that has {SCORES_FILE}"
             )
         return {number: score for number, score in enumerate(self.class_scores) if score is not None}
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_convert
 
+from spd_zoo.data.reading import SUFFIXES
 from spd_zoo.data.regions import Regions, reduced
 from spd_zoo.files import whole
 from spd_zoo.inference.detector import Detections
@@ -148,7 +149,8 @@ class OutputFolder:
         self.folder, self.saved, self.class_names = folder, saved, class_names
         self.places = _places(sources)
         if saved.txt or saved.crops:
-            _check_stems(self.places)
+            self.stems = _stems(self.places)
+            _check_stems(self.stems)
         self.coco = CocoFile(class_names)
         self.video: tuple[Video, VideoFile] | None = None
         if saved.txt:
@@ -170,7 +172,9 @@ class OutputFolder:
             self.video[1].add(_marked(found.detections, image))
         elif self.saved.images:
             _marked(found.detections, image).save(_made(self.folder / place), quality=95)
-        stem = place.with_suffix("") if found.frame is None else place.with_suffix("") / f"{found.frame:06}"
+        if not (self.saved.txt or self.saved.crops):
+            return
+        stem = self.stems[source] if found.frame is None else self.stems[source] / _frame_name(found.frame)
         if self.saved.txt:
             lines = "".join(_yolo_lines(found.detections, image.size))
             _made(self.folder / "labels" / f"{stem}.txt").write_text(lines, encoding="utf-8")
@@ -244,15 +248,36 @@ def _full(source: Source) -> Path:
     return Path(os.path.normpath(Path(str(source)).absolute()))  # ".." would lead out of the folder
 
 
-def _check_stems(places: dict[Source, Path]) -> None:
-    """Raises ValueError if two sources have names that differ in the suffix alone."""
-    owners: dict[Path, Source] = {}
+def _stems(places: dict[Source, Path]) -> dict[Source, Path]:
+    """The names of an image's label file and crops, without suffix, or the folder for those of a video's frames.
+
+    The suffix of an image is left out, because a label file is found by the rest of its image's name.
+    """
+    stems = {}
     for source, place in places.items():
-        other = owners.setdefault(place.with_suffix(""), source)
+        stem = stems[source] = place.with_suffix("")
+        own = source.suffix if isinstance(source, Path) else Path(name_of_address(str(source))).suffix
+        if stem.suffix == own and own.lower() in SUFFIXES:  # the copy of b.bmp is b.bmp.png
+            stems[source] = stem.with_suffix("")
+    return stems
+
+
+def _check_stems(stems: dict[Source, Path]) -> None:
+    """Raises ValueError if two sources have the same stem, or an image that of a video's frame."""
+    owners: dict[Path, Source] = {}
+    videos = {stem: source for source, stem in stems.items() if isinstance(source, Video)}
+    for source, stem in stems.items():
+        other = owners.setdefault(stem, source)
+        if stem.name.isdecimal() and stem.name == _frame_name(int(stem.name)):
+            other = videos.get(stem.parent, other)
         if other is not source:
             raise ValueError(
                 f"{other} and {source} would have the same label file and crops; rename one, or run them one by one"
             )
+
+
+def _frame_name(frame: int) -> str:
+    return f"{frame:06}"
 
 
 def _yolo_lines(found: Detections, size: tuple[int, int]) -> Iterator[str]:
@@ -283,6 +308,12 @@ def _as_file_name(name: str) -> str:
 
 
 def _made(file: Path) -> Path:
-    """The file, whose folder exists afterwards."""
+    """A new file, whose folder exists afterwards.
+
+    Raises:
+        ValueError: If there is such a file, written for another image.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        raise ValueError(f"two images or objects would be written to {file.name}; rename one, or run them one by one")
     return file

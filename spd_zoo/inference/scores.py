@@ -36,7 +36,7 @@ def read_scores(model: str, class_names: Sequence[str]) -> dict[int, float]:
         ModelError: If the model has no such file, or it is not for these classes.
     """
     file = scores_file(model)
-    advice = f"measure them: spd-zoo evaluate {model} --data DATA --split val --out DIR, which writes {SCORES_FILE}"
+    advice = f"`spd-zoo evaluate {model} --data DATA --split val` measures them; give those with --class-scores"
     try:
         if not file.is_file():
             raise ModelError(f"{model} has no {SCORES_FILE} with the best minimum score of each class; {advice}")

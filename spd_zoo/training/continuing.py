@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from spd_zoo.data.notes import count
 from spd_zoo.data.reading import size_text
 from spd_zoo.files import read_yaml
 from spd_zoo.training.config import FinetuneConfig, completed, parse_sizes
@@ -80,5 +81,6 @@ def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
         rate = f"a tenth of the peak of {folder}, which ended at {last:.2g}"
     if "lr" in asked:
         rate = "as set"
-    words = f"goes on from the network that {folder} kept: {int(epochs)} epochs from learning rate {options['lr']:.2g}"
+    length = count(int(epochs), "epoch")
+    words = f"goes on from the network that {folder} kept: {length} from learning rate {options['lr']:.2g}"
     return Continuation(options, fingerprint, f"{words} ({rate}), into {options['out']}")

@@ -151,7 +151,7 @@ def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_
     overlap = own_overlap if overlap is None else overlap
     if side < 0 or not 0 <= overlap < 1:
         raise ValueError(f"tile must not be negative and overlap from 0 to below 1, got {side} and {overlap}")
-    if tile is None and trained is None and overlap != own_overlap:
+    if not side and overlap != own_overlap:
         raise ValueError("overlap is for tiles; give tile, too")
     fields: dict[str, Any] = {"tiling": Tiling(side, overlap) if side else None}
     if max_pixels is not None:

@@ -241,7 +241,9 @@ class BoxPredictions:
     def columns(self) -> dict[str, Any]:
         """The columns of the results table."""
         figures = {name: value for name, value in self.summary().items() if name not in ("images", "objects")}
-        return figures | self.suppression.columns()
+        tiling = self.data.tiling
+        tiles = {} if tiling is None else {"tile": tiling.side, "overlap": tiling.overlap}
+        return figures | tiles | self.suppression.columns()
 
     def notes(self) -> list[str]:
         """Says for which images fewer boxes count than there are objects."""
@@ -274,6 +276,8 @@ class BoxPredictions:
         in_input = ", ".join(f"{area} {_words(row[f'input_ap_{area}'])}" for area in AREAS[1:])
         classes = ", ".join(f"{row['class']} {_words(row['ap'])}" for row in self.per_class())
         boxes = f"{row['ms_boxes']:.1f} ms" if "ms_boxes" in row else "in it"
+        tiling = self.data.tiling
+        tiles = "" if tiling is None else f"; on tiles of {tiling.side} px that overlap by {tiling.overlap:g}"
         scores = {name: curve.threshold() for name, curve in zip(self.data.class_names, self.curves, strict=True)}
         best = ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if score is not None)
         return (
@@ -282,7 +286,7 @@ class BoxPredictions:
             f"with the best F1 of each class ({best or 'no box is correct'}); "
             f"{by_area} (as the network sees them: {in_input}); {classes}; per image {row['ms_prepare']:.1f} ms to "
             f"read and preprocess, {row['ms_network']:.1f} ms in the network, {boxes} to decode and suppress boxes"
-            f"{self.suppression.in_words()}"
+            f"{tiles}{self.suppression.in_words()}"
         )
 
     def by_size(self) -> list[dict[str, Any]]:
