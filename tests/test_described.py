@@ -1,6 +1,9 @@
 """What a detector's checkpoint from elsewhere says about its network: kept, used, and refused where it is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,6 +91,8 @@ def test_classes_and_image_size_of_a_pickled_network_are_kept_and_used(
         **{"names": '["RBC", "WBC", "Platelets"]', "imgsz": "[96, 96]", "nc": "3", "stride": "[8, 16, 32]"},
         **{"task": "detect", "version": "8.4.190", "license": "X"},
     }
+    assert main(["info", "yolov8n.cells"]) == 1
+    assert "yolov8n.cells was imported" in capsys.readouterr().err
     detector = spd_zoo.Detector("yolov8n.cells")
     assert (detector.class_names, detector.image_size) == (("RBC", "WBC", "Platelets"), (96, 96))
     net: Any = timm.create_model("yolov8n.cells")  # its structure, with random weights
@@ -179,6 +184,17 @@ def test_characters_that_control_a_terminal_do_not_get_into_names() -> None:
         found = described({"names": ["\x1b[31mred", "\n", "\u202enogard", "ok"], "version": "8\x07"}, meta(), 4, "x")
     assert found.names == ("[31mred", "1", "nogard", "ok")
     assert found.texts == {"version": "8"}
+
+
+@pytest.mark.slow
+def test_what_an_import_guesses_is_a_note(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    file = checkpoint(tensors, tmp_path / "best.pt", args={"imgsz": 100})
+    command = [sys.executable, "-m", "spd_zoo", "weights", "import", "yolov8n.cells", str(file)]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stderr
+    assert printed == f"note: {file}: the image size 100x100 is taken as 128x128, multiples of 32\n"
+    printed = subprocess.run([*command, "--quiet"], check=True, env=environment, capture_output=True, text=True).stderr
+    assert not printed
 
 
 def test_metadata_of_an_imported_file_that_was_changed_are_checked_like_those_of_a_checkpoint(

@@ -1031,6 +1031,8 @@ def test_a_finished_run_goes_on_from_what_it_kept_and_resumes_to_the_same_bits(
     printed = capsys.readouterr().out
     assert "goes on from the network that run kept: 2 epochs from learning rate 0.0004 (a tenth of the peak" in printed
     assert "into run+2" in printed and (tmp_path / "run" / "model.safetensors").read_bytes() == kept
+    assert main(["finetune", "run", "--epochs", "+2", "--workers", "0", "--device", "cpu"]) == 0
+    assert "run+2 is trained already, for 2 epochs" in capsys.readouterr().out and "already" not in printed
     result = call.finetune("run", epochs="+2", out="last", lr=1e-12, workers=0, device="cpu", keep="last")
     assert result is not None
     before, after = weights_of(tmp_path / "run"), weights_of(tmp_path / "last")

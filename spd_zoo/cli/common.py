@@ -1,7 +1,9 @@
 """Shared by several commands: errors, types of options, tables. Has no slow imports."""
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -24,6 +26,7 @@ __all__ = [
     "positive",
     "print_notes",
     "print_table",
+    "warnings_as_notes",
 ]
 
 DEVICE = "torch device, such as cpu, cuda:1 or mps (default: cuda if available, else cpu)"
@@ -45,6 +48,7 @@ _EXTRAS = {
     "shtab": "[completion]",
 }
 
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))  # noqa: PTH120  (warnings name files as text)
 _quiet = False  # whether only results and errors are printed
 
 
@@ -107,6 +111,23 @@ def print_notes(notes: Iterable[str]) -> None:
     """Prints what was guessed or left out, a line for each, to standard error; nothing in a quiet command."""
     for note in () if _quiet else notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Shows this package's own warnings as notes: what is guessed about a file is one line in every command."""
+    usual = warnings.formatwarning
+
+    def as_note(message: Any, category: type[Warning], filename: str, *place: Any) -> str:
+        if not filename.startswith(_PACKAGE):
+            return usual(message, category, filename, *place)
+        return "" if _quiet else f"note: {message}\n"
+
+    warnings.formatwarning = as_note
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def image_size(text: str) -> tuple[int, int]:

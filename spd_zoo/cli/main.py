@@ -22,7 +22,7 @@ from spd_zoo.cli import (
     weights,
 )
 from spd_zoo.cli import list as list_command
-from spd_zoo.cli.common import CommandError, be_quiet, complain, explained
+from spd_zoo.cli.common import CommandError, be_quiet, complain, explained, warnings_as_notes
 from spd_zoo.cli.deferred import load_networks
 from spd_zoo.version import __version__
 from spd_zoo.weights.catalogue import ModelError
@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = make_parser("finetune" in arguments[:1]).parse_args(arguments)
         be_quiet(getattr(options, "quiet", False))
-        if options.needs_networks:
-            with explained():
-                load_networks()
-        status: int = options.run(options)
+        with warnings_as_notes():
+            if options.needs_networks:
+                with explained():
+                    load_networks()
+            status: int = options.run(options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # for example of `spd-zoo list | head`

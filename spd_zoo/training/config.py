@@ -295,6 +295,8 @@ class FinetuneConfig:
         for name in ("ema", "val_split", "label_smoothing", "overlap"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        if not self.tile and self.overlap != type(self).overlap:
+            raise ValueError("overlap is for tiles; give tile, too")
         for name in ("hflip", "vflip", "erase", "mix_prob", "mosaic", "zoom", "shift"):
             if (getattr(self, name) or 0) > 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")

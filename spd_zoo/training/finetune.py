@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
 from spd_zoo.errors import first_line
 from spd_zoo.inference.images import as_html
@@ -166,7 +167,9 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continu
         log = open_log(folder, chosen.config) if process.first else nullcontext(run.log)
         with StopSignals() as signals, _progress_bar(run) as bar, log as run.log:
             begin(run, signals)
-            while len(run.history) < config.epochs and not _stagnates(run):
+            if began is not None and _is_over(run):
+                process.print(f"{config.out} is trained already, for {count(len(run.history), 'epoch')}")
+            while not _is_over(run):
                 train_epoch(run, signals, bar)
                 end_epoch(run, signals)
         return finish(run)
@@ -762,6 +765,10 @@ def _stop_if_asked(run: Run, signals: StopSignals, message: str) -> None:
     if number:
         run.save()
         raise Stopped(number, message)
+
+
+def _is_over(run: Run) -> bool:
+    return len(run.history) >= run.plan.config.epochs or _stagnates(run)
 
 
 def _stagnates(run: Run) -> bool:

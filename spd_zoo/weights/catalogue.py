@@ -169,10 +169,16 @@ def describe(name: str) -> dict[str, Any]:
         The fields, `task`, `weights` and `default` as in `summarize`, and for a network its `checkpoints`.
 
     Raises:
-        ModelError: If there is no such network; with the nearest names.
+        ModelError: If there is no such network, with the nearest names; or its weights were imported.
         WeightsError: If a manifest is invalid.
     """
     entry = entries().get(name)
+    if entry is None and name in imported_names():
+        network = name.partition(".")[0]
+        raise ModelError(
+            f"{name} was imported, and the manifest does not know it; `spd-zoo weights list {name}` shows its file, "
+            f"and `spd-zoo info {network}` the network"
+        )
     if entry is None:
         raise unknown_network(name)
     described = _fields(entry)
