@@ -86,6 +86,7 @@ def test_a_text_is_a_number_only_if_no_class_has_that_name() -> None:
         ({"classes": []}, ValueError, "must name at least one class"),
         ({"class_scores": {"rose": 0.5}}, DataError, "no class 'rose'"),
         ({"class_scores": {"red": 1.5}}, ValueError, "class_scores must be from 0 to 1, got 1.5"),
+        ({"class_scores": {0: 0.5, "red": 0.9}}, ValueError, "class_scores names class 0 twice, as 0 and 'red'"),
         ({"classes": ["blue"], "class_scores": {"red": 0.5}}, ValueError, "must not name 'red', which classes leaves"),
     ],
 )

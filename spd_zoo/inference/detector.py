@@ -147,7 +147,7 @@ class Detections:
         """A copy of the image, upright and in colour, with a box, the name and the score of every object.
 
         Args:
-            image: In any form that `Detector` takes; by default the one that the detector was given.
+            image: In any form that `Detector` takes, an array in RGB; by default the one that the detector was given.
 
         Raises:
             ValueError: If the image is unknown or cannot be read.
@@ -401,8 +401,12 @@ class Detector:
         thresholds = torch.full((len(names),), math.inf)
         for number in chosen:
             thresholds[number] = self.measured.get(number, self.score_threshold)
+        scored: dict[int, str | int] = {}
         for each, score in class_scores.items():
             for number in class_numbers([each], names):
+                if number in scored:
+                    raise ValueError(f"class_scores names class {number} twice, as {scored[number]!r} and {each!r}")
+                scored[number] = each
                 if number not in chosen:
                     raise ValueError(f"class_scores must not name {each!r}, which classes leaves out")
                 thresholds[number] = score
