@@ -269,7 +269,7 @@ def test_a_damaged_part_of_an_image_leaves_the_others(tmp_path: Path, capsys: Ca
 
 def test_detect_and_finetune_take_no_overlap_without_tiles(capsys: Capture) -> None:
     with pytest.raises(ValueError, match="overlap is for tiles; give tile, too"):
-        FinetuneConfig(model="yolov8n_spd", data="data", out="run", overlap=0.3)
+        FinetuneConfig(model="yolov8n_spd", data="data", out=Path("run"), overlap=0.3)
     assert main(["detect", "yolov8n_spd.bccd", "a.png", "--overlap", "0.3"]) == 1
     assert "--overlap is for tiles; add --tile N" in capsys.readouterr().err
 

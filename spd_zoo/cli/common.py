@@ -118,9 +118,11 @@ def warnings_as_notes() -> Iterator[None]:
     """Shows this package's own warnings as notes: what is guessed about a file is one line in every command."""
     usual = warnings.formatwarning
 
-    def as_note(message: Any, category: type[Warning], filename: str, *place: Any) -> str:
+    def as_note(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
         if not filename.startswith(_PACKAGE):
-            return usual(message, category, filename, *place)
+            return usual(message, category, filename, lineno, line)
         return "" if _quiet else f"note: {message}\n"
 
     warnings.formatwarning = as_note
