@@ -107,7 +107,7 @@ def evaluate(
         tile: For a detector: the side of the tiles into which larger images are cut, as `Detector` does; 0: no tiles;
             None: as the run that trained it.
         overlap: Minimum overlap of tiles, as a share of their side; None: that of the run, or else 0.2.
-        max_pixels: For a detector: most pixels of an image that is read as a whole; None: Pillow's limit.
+        max_pixels: For a detector: maximum number of pixels of an image that is read as a whole; None: Pillow's limit.
 
     Returns:
         An evaluation for each image size.
@@ -157,7 +157,8 @@ def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_
     if max_pixels is not None:
         fields["max_pixels"] = max_pixels
     if trained is not None:
-        note = f"evaluated on tiles of {side} px that overlap by {overlap:g}, as {model} was trained; --tile 0 does not"
+        tiles = f"tiles of {side} px that overlap by {overlap:g}"
+        note = f"evaluated on {tiles}, as {model} was trained; --tile 0 turns tiles off"
         fields["notes"] = (note,)
     return fields
 

@@ -62,7 +62,7 @@ class Suppression:
         return {name: value for name, value in own.items() if value is not None and value is not False}
 
     def in_words(self) -> str:
-        """What departs, after the figures; empty if nothing does."""
+        """The settings that differ from the usual ones, to append to the metrics; empty if none do."""
         most = f"; up to {self.max_detections} boxes count in an image" if self.max_detections else ""
         iou = f"; NMS at an IoU of {self.iou_threshold:g}" if self.iou_threshold is not None else ""
         return most + iou + ("; boxes suppress boxes of other classes" if self.agnostic else "")
@@ -138,7 +138,7 @@ class BoxPredictions:
         milliseconds: Per image and process: `prepare` (reading and preprocessing), `network`, and `boxes` (decoding and
             NMS; of an exported file, they are in `network`).
         max_detections: Maximum number of boxes per image; None: no limit.
-        suppression: Where it departs from the authors' and COCO's rules.
+        suppression: Settings that differ from the authors' and COCO's rules.
     """
 
     data: BoxImages
@@ -244,7 +244,7 @@ class BoxPredictions:
         return figures | self.suppression.columns()
 
     def notes(self) -> list[str]:
-        """Says for which images fewer boxes count than there are objects."""
+        """A note that names images with more objects than the number of boxes that count."""
         crowded, most = [], 0
         for i in range(len(self.data)):
             labels = self.data.objects_in(i).counted().labels
@@ -254,12 +254,12 @@ class BoxPredictions:
                 most = max(most, objects)
         if not crowded:
             return []
-        limits = [f"{self.max_detections} of an image"] if self.max_detections else []
+        limits = [f"{self.max_detections} per image"] if self.max_detections else []
         if not self.suppression.max_detections:
-            limits.append(f"by COCO's rules {COCO_BOXES} of a class in an image")
+            limits.append(f"{COCO_BOXES} per class and image by COCO's rules")
         return [
-            f"{count(len(crowded), 'image')} with up to {count(most, 'object')} are more crowded than what AP counts, "
-            f"the best {' and '.join(limits)}: {some(crowded)}; evaluate --max-detections {most} counts all"
+            f"{count(len(crowded), 'image')} with up to {count(most, 'object')}, of which AP counts only the "
+            f"best {' and '.join(limits)}: {some(crowded)}; evaluate --max-detections {most} counts all"
         ]
 
     def headline(self) -> str:

@@ -263,7 +263,7 @@ class Detection:
         return f"val AP {row['val_ap']:.2f} %, AP50 {row['val_ap50']:.2f} %"
 
     def epoch_notes(self, row: dict[str, Any]) -> list[str]:
-        """Says if no box was learned from."""
+        """A note if the loss was computed from no box."""
         empty = [name for name in BOX_TERMS if row.get(name) == 0]
         if not empty:
             return []
@@ -294,11 +294,11 @@ class Detection:
         """Checks the options of an evaluation.
 
         Raises:
-            ValueError: If one is for classifiers only, or asks an exported file for more boxes than it has room for.
+            ValueError: If one is for classifiers only, or exceeds the limit of boxes of an exported file.
         """
         if only_classifiers:
             raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
-        net.check_room(suppression and suppression.max_detections, model)
+        net.check_limit(suppression and suppression.max_detections, model)
 
     def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Nothing: detectors resize whole images."""
