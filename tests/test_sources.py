@@ -244,7 +244,7 @@ def test_a_list_names_images_beside_it_and_addresses(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match="lists no image"):
         find_sources([str(tmp_path / "empty.txt")], Notes())
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ValueError, match="no list of images"):
+    with pytest.raises(ValueError, match="is not a list of images"):
         find_sources([str(tmp_path / "binary.txt")], Notes())
 
 
