@@ -251,7 +251,7 @@ def test_evaluate_takes_a_limit_and_suppression_across_classes_and_reports_them(
     assert dict(zip(header, row, strict=True))["max_detections"] == "400"
     with pytest.raises(ValueError, match="max_detections must be at least 1, got 0"):
         evaluate(str(run), data, max_detections=0)
-    with pytest.raises(ValueError, match="max_detections and agnostic are options for detectors"):
+    with pytest.raises(ValueError, match="max_detections, agnostic and iou_threshold are options for detectors"):
         evaluate("cifar_resnet20_pfd", data, agnostic=True, device="cpu")
 
 

@@ -235,7 +235,7 @@ def test_a_detectors_file_is_a_detector(run: Path) -> None:
         assert_same_objects(Detector(run / "model.onnx", **options, max_detections=300)(image), expected)
     few = Detector(run / "model.onnx", max_detections=5)(image)
     torch.testing.assert_close(few.scores, Detector(run)(image).scores[:5], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="room for 300 objects, fewer than 301"):
+    with pytest.raises(ValueError, match="limit of 300 objects, fewer than 301"):
         Detector(run / "model.onnx", max_detections=301)
     with pytest.raises(ImageSizeError, match="multiples of 32, got 50x64"):
         Detector(run / "model.onnx", image_size=(50, 64))(image)

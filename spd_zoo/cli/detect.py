@@ -66,7 +66,7 @@ def add(commands: Commands) -> None:
         "--max-detections",
         type=positive,
         metavar="N",
-        help="objects per image (default: 300, or an exported file's limit)",
+        help="maximum number of objects per image (default: 300, or an exported file's)",
     )
     command.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the network's)")
     command.add_argument("--tile", type=positive, metavar="N", help="also cut large images into squares of N pixels")

@@ -144,7 +144,7 @@ def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_
     """
     if not isinstance(net, ObjectFinder):
         if tile is not None or overlap is not None or max_pixels is not None:
-            raise ValueError(f"tile, overlap and max_pixels are options for detectors, and {model} is none")
+            raise ValueError(f"tile, overlap and max_pixels are options for detectors, and {model} is not a detector")
         return {}
     trained = trained_on_tiles(model) if tile is None else None
     side, own_overlap = trained or (tile or 0, 0.2)
