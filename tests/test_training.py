@@ -1056,7 +1056,7 @@ def test_a_continued_run_starts_from_the_kept_network_and_resumes_to_the_same_bi
         ("run", "+0", {}, r"epochs must be a whole number, or like \+10, got \+0"),
         ("run", "+1.5", {}, r"epochs must be a whole number, or like \+10, got \+1.5"),
         ("run", "+3", {"seed": 2}, "a run that continues .*run keeps its seed; leave that out"),
-        ("run", "+3", {"recipe": "best"}, r"epochs \+3 takes the options of a finished run: give its folder"),
+        ("run", "+3", {"recipe": "best"}, r"epochs \+3 continues a finished run with its options: give its folder"),
         ("run", "+3", {"epoch": 2}, "did you mean epochs"),
     ],
 )

@@ -194,7 +194,7 @@ def evaluate_network(
         bf16: Whether autocast computes in bfloat16.
         columns: The columns with images and labels.
         class_map: The network's names of classes that have other names in the data.
-        suppression: Where a detector's evaluation departs from the usual rules.
+        suppression: Settings of a detector's evaluation that differ from the usual rules.
         reading: Fields of `BoxImages` that differ from those of the data; its notes are added to theirs.
 
     Raises:

@@ -37,13 +37,13 @@ from spd_zoo.training.steps import Batches, read
 __all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
-SCORES = np.linspace(0, 1, 101)  # minimum scores of the table of curves
-COCO_BOXES = 100  # of a class in an image, the best ones, which count by COCO's rules
+SCORES = np.linspace(0, 1, 101)  # minimum scores in the table of curves
+COCO_BOXES = 100  # best boxes per class and image that count by COCO's rules
 
 
 @dataclass(frozen=True)
 class Suppression:
-    """Where an evaluation departs from the authors' suppression of boxes, and from COCO's rules.
+    """How an evaluation differs from the authors' settings for boxes, and from COCO's rules.
 
     Attributes:
         max_detections: Maximum number of boxes per image, all of which count; None: the authors', of which COCO's rules
@@ -57,7 +57,7 @@ class Suppression:
     iou_threshold: float | None = None
 
     def columns(self) -> dict[str, Any]:
-        """What departs, by name."""
+        """The settings that differ, by name."""
         own = {"max_detections": self.max_detections, "agnostic": self.agnostic, "iou_threshold": self.iou_threshold}
         return {name: value for name, value in own.items() if value is not None and value is not False}
 
@@ -81,7 +81,7 @@ def coco_precision(
         detections: Detections in each image.
         scales: Factors in x and y for each image, by which sizes are multiplied before objects are sorted into small,
             medium and large; None: 1.
-        max_boxes: Number of boxes of a class that count in each image, the best ones.
+        max_boxes: Number of boxes per class and image that count, those with the highest scores.
 
     Returns:
         (10 IoU thresholds 0.5, 0.55, ..., 101 recalls 0, 0.01, ..., classes, 4 areas as in `AREAS`), from 0 to 1, with
@@ -328,7 +328,7 @@ class BoxPredictions:
         pictures = folder / f"figures{suffix}"
         pictures.mkdir(exist_ok=True)
         for name, content in self._figures().items():
-            (pictures / f"{name}.png").unlink(missing_ok=True)  # one of an earlier evaluation
+            (pictures / f"{name}.png").unlink(missing_ok=True)  # from an earlier evaluation
             if content:
                 (pictures / f"{name}.png").write_bytes(content)
 
@@ -346,7 +346,7 @@ class BoxPredictions:
 
 
 def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:
-    """A class at its best minimum score; rates that are undefined are None."""
+    """The metrics of a class at its best minimum score; undefined rates are None."""
     correct, wrong = curve.at(np.array(threshold))
     figures = {name: float(rate) for name, rate in rates(correct, wrong, curve.objects).items()}
     return {
@@ -375,7 +375,7 @@ def predict(
 ) -> BoxPredictions:
     """Predictions for the images of all processes; every process gets all of them.
 
-    Unless `suppression` says otherwise, boxes are kept as the authors evaluate: scores above 0.001 (SSD: 0.01), at most
+    By default, boxes are filtered as in the authors' evaluation: scores above 0.001 (SSD: 0.01), at most
     300 boxes an image (SSD: no limit).
 
     Args:
@@ -385,7 +385,7 @@ def predict(
         image_size: Height and width of the network's input in pixels.
         preprocessing: The network's device and precision; the batches are normalised already.
         process: This process.
-        suppression: Where it departs from that.
+        suppression: Settings that differ from these.
 
     Returns:
         The predictions.
