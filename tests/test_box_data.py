@@ -465,7 +465,9 @@ def test_ssd_keeps_objects_that_its_expansion_makes_tiny(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("model", "options"), [("yolov8n_spd", YOLO | {"zoom": 0.1}), ("yolov5n_spd", WITHOUT_SHIFTS)])
-def test_what_is_not_tiny_is_augmented_as_the_authors_do(model: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_objects_that_are_not_tiny_are_augmented_as_by_the_authors(
+    model: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     root = make_coco(tmp_path, train=16)
     ours, authors = (objects_in(root, model, **options, keep_tiny=keep_tiny) for keep_tiny in (True, False))
     assert sum(map(len, ours)) > 16 and all(map(torch.equal, ours, authors))
@@ -493,7 +495,7 @@ def test_a_sliver_of_a_larger_object_is_dropped_and_a_tiny_one_stays_while_half_
         assert (boxes[:, 2] - boxes[:, 0]).tolist() == pytest.approx(expected)
 
 
-def test_a_mosaic_remembers_how_large_objects_were_before_it_clipped_them() -> None:
+def test_a_mosaic_keeps_the_sizes_of_objects_before_clipping() -> None:
     torch.manual_seed(0)
     slivers = 0
     for _ in range(20):
@@ -517,15 +519,15 @@ def test_a_network_learns_from_objects_below_a_pixel_with_finite_numbers() -> No
 
 
 @pytest.mark.slow
-def test_an_epoch_without_any_box_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_epoch_without_any_box_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_tiny(tmp_path / "data")
     options: dict[str, Any] = WITHOUT_SHIFTS | {"zoom": 0.0, "epochs": 1, "warmup_epochs": 0, "device": "cpu"}
     options |= {"image_size": "64", "batch_size": 8, "bf16": False}
     finetune(config(root, tmp_path / "run", **options, keep_tiny=False))
-    line = "note: train_box and train_dfl were computed from no box in epoch 1"
+    line = "note: no box contributed to train_box and train_dfl in epoch 1"
     assert line in capsys.readouterr().out and line in (tmp_path / "run" / "log.txt").read_text()
     finetune(config(root, tmp_path / "kept", **options))
-    assert "from no box" not in capsys.readouterr().out
+    assert "no box contributed" not in capsys.readouterr().out
     assert "keep_tiny: true" in (tmp_path / "kept" / "run.yaml").read_text()
 
 

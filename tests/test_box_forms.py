@@ -752,7 +752,7 @@ def test_labelme_images_lie_elsewhere_or_in_the_file(tmp_path: Path) -> None:
     assert data.problems() == {problem: [str(tmp_path / "c.json"), str(tmp_path / "d.json")]}
 
 
-def test_tables_of_other_bytes_or_without_their_images_are_refused(tmp_path: Path) -> None:
+def test_tables_in_other_encodings_or_without_their_images_are_refused(tmp_path: Path) -> None:
     root = make_csv(tmp_path, "train.csv")
     table = (root / "train.csv").read_bytes()
     (root / "train.csv").write_bytes(table + "train_1.png,96,64,rötlich,1,2,3,4\n".encode("latin-1"))

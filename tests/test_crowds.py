@@ -1,4 +1,4 @@
-"""Many objects, some classes, minimum scores of classes, suppression across classes; and every limit says so."""
+"""Many objects, some classes, minimum scores of classes, suppression across classes; every limit is reported."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from box_pictures import make_coco
 from test_detect import Box, Finder, picture
-from test_detection_training import found, said, truth
+from test_detection_training import found, predictions_of, truth
 from test_exported import TINY, make_detector
 from torch import Tensor
 from torchvision.ops import box_convert
@@ -23,7 +23,7 @@ Scripted = tuple[int, float, Box]  # label, score, x1 y1 x2 y2 in the input
 
 
 class Script(Finder):
-    """Finds what it is told to, in each view in turn."""
+    """Returns prescribed objects for each view in turn."""
 
     def __init__(self, *views: list[Scripted]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Script(Finder):
 
 
 def grid(number: int) -> list[Scripted]:
-    """So many boxes that do not touch, in 96 x 128 pixels; the first ones have the best scores."""
+    """This many boxes that do not touch, in 96 x 128 pixels, by descending score."""
     return [
         (j % 3, 0.9 - j / 10 / number, (3 * (j % 40), 3 * (j // 40), 3 * (j % 40) + 2, 3 * (j // 40) + 2))
         for j in range(number)
@@ -57,7 +57,7 @@ FRAMED = {"red": (10, 10, 60, 60), "green": (12, 12, 58, 58)}  # the green box c
         ({"classes": ["red", "blue"]}, ["blue", "red"]),
         ({"classes": [1]}, ["green"]),
         ({"classes": ["2", " red"]}, ["blue", "red"]),
-        ({"classes": ["red"], "max_detections": 1}, ["red"]),  # the others take no room
+        ({"classes": ["red"], "max_detections": 1}, ["red"]),  # the others do not count
         ({"class_scores": {"blue": 0.75}}, ["green", "red"]),
         ({"score_threshold": 0.65, "class_scores": {0: 0.4}}, ["blue", "red"]),
         ({"score_threshold": 0.65, "classes": ["red", "green"], "class_scores": {"red": 0.4}}, ["red"]),
@@ -186,7 +186,7 @@ def test_detect_takes_classes_scores_and_a_limit(run: Path, photo: str, capsys: 
     assert "there is no class 'cell' among the 3 classes (blue, green, red)" in capsys.readouterr().err
 
 
-def test_a_file_of_results_notes_a_limit(
+def test_a_results_file_notes_that_a_limit_was_reached(
     run: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["detect", str(run), photo, "--score", "0", "--workers", "0", "--device", "cpu", "--max-detections", "4"]
@@ -206,10 +206,10 @@ def test_more_than_a_hundred_boxes_of_a_class_count_if_that_is_asked_for() -> No
     data = truth(boxes)
     assert coco_precision(data, [detections])[0, :, 0, 0].mean() == pytest.approx(67 / 101)  # recall up to 100 / 150
     assert coco_precision(data, [detections], max_boxes=150)[0, :, 0, 0].mean() == pytest.approx(1)
-    usual = said(data, detections)
+    usual = predictions_of(data, detections)
     assert usual.notes() == [
-        "1 image with up to 150 objects are more crowded than what AP counts, the best by COCO's rules 100 of a class "
-        "in an image: 0.png; evaluate --max-detections 150 counts all"
+        "1 image with up to 150 objects, of which AP counts only the best 100 per class and image by COCO's rules: "
+        "0.png; evaluate --max-detections 150 counts all"
     ]
 
 
@@ -226,12 +226,12 @@ def make_crowd(root: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_notes_that_its_images_are_more_crowded_than_what_counts(
+def test_a_run_notes_images_with_more_objects_than_ap_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options: dict[str, Any] = {"epochs": 1, "batch_size": 4, "image_size": "64", "device": "cpu", "workers": 0}
     finetune("yolov8n_spd", data=make_crowd(tmp_path / "data"), out=tmp_path / "run", **options)
-    note = "1 image with up to 200 objects are more crowded than what AP counts"
+    note = "1 image with up to 200 objects, of which AP counts only the best"
     assert f"note: {note}" in capsys.readouterr().out and note in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -244,7 +244,7 @@ def test_evaluate_takes_a_limit_and_suppression_across_classes_and_reports_them(
     assert main(command) == 0
     out, err = capsys.readouterr()
     assert "count in an image" not in out and "other classes" not in out
-    assert "note: 1 image with up to 200 objects are more crowded than what AP counts, the best 300 of an image" in err
+    assert "note: 1 image with up to 200 objects, of which AP counts only the best 300 per image" in err
     assert main([*command, "--max-detections", "400", "--agnostic", "--out", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
     assert "up to 400 boxes count in an image; boxes suppress boxes of other classes" in out and "note: 1 im" not in err
@@ -252,10 +252,10 @@ def test_evaluate_takes_a_limit_and_suppression_across_classes_and_reports_them(
     assert dict(zip(header, row, strict=True))["max_detections"] == "400"
     with pytest.raises(ValueError, match="max_detections must be at least 1, got 0"):
         evaluate(str(run), data, max_detections=0)
-    with pytest.raises(ValueError, match="max_detections and agnostic are options for detectors"):
+    with pytest.raises(ValueError, match="max_detections, agnostic and iou_threshold are options for detectors"):
         evaluate("cifar_resnet20_pfd", data, agnostic=True, device="cpu")
 
 
-def test_what_departs_from_the_usual_rules_is_reported() -> None:
+def test_settings_that_differ_from_the_usual_rules_are_reported() -> None:
     assert Suppression().columns() == {} and Suppression().in_words() == ""
     assert Suppression(7, True).columns() == {"max_detections": 7, "agnostic": True}

@@ -14,7 +14,7 @@ import torch
 from box_pictures import NAMES, make_coco
 from PIL import Image
 from runs import rows_of
-from test_detection_training import found, run, said, truth
+from test_detection_training import found, predictions_of, run, truth
 from timm.models import save_for_hf
 
 from spd_zoo import Detector
@@ -49,7 +49,7 @@ def many(seed: int = 0, images: int = 20) -> BoxPredictions:
     data = truth(*objects)
     data.objects[3].ignored[:2] = True
     data.objects[4].labels[1], data.objects[4].ignored[1] = -1, True
-    return said(data, *detections)
+    return predictions_of(data, *detections)
 
 
 def last_f1(curve: Curve) -> float:
@@ -62,7 +62,7 @@ def test_precision_recall_and_f1_agree_with_a_calculation_by_hand() -> None:
     boxes = found(
         (0, 0.9, 0, 0, 40, 40), (0, 0.6, 300, 0, 340, 40), (0, 0.4, 100, 0, 140, 40), (0, 0.2, 0, 200, 40, 240)
     )
-    predictions = said(data, boxes)
+    predictions = predictions_of(data, boxes)
     a, b = predictions.curves
     assert a.scores.tolist() == pytest.approx([0.9, 0.6, 0.4, 0.2])
     found_rates = rates(*a.at(np.array([0.7, 0.5, 0.3, 0.1, 0.95])), a.objects)
@@ -86,14 +86,14 @@ def test_the_best_minimum_score_has_the_highest_f1_of_all() -> None:
     for label, threshold in enumerate(predictions.thresholds):
         best = 0.0
         for score in np.arange(0.005, 1, 0.01):  # between scores of two digits
-            above = said(
+            above = predictions_of(
                 predictions.data,
                 *(each[(each.scores > score) & (each.labels == label)] for each in predictions.detections),
             ).curves[label]
             if len(above.scores):
                 best = max(best, last_f1(above))
         mine = [each[(each.scores > threshold) & (each.labels == label)] for each in predictions.detections]
-        assert last_f1(said(predictions.data, *mine).curves[label]) == pytest.approx(best)
+        assert last_f1(predictions_of(predictions.data, *mine).curves[label]) == pytest.approx(best)
         assert predictions.per_class()[label]["f1"] == pytest.approx(100 * best)
 
 
@@ -121,7 +121,7 @@ def test_the_confusion_matrix_counts_every_object_and_every_box_once() -> None:
 def test_recall_by_size_is_in_the_pixels_of_the_input() -> None:
     data = truth([(0, 0, 0, 12, 12), (0, 100, 0, 140, 40), (0, 200, 0, 210, 10)])
     boxes = found((0, 0.9, 0, 0, 12, 12), (0, 0.8, 200, 0, 210, 10))
-    by_size = {row["size"]: row for row in said(data, boxes, scale=0.5).by_size()}
+    by_size = {row["size"]: row for row in predictions_of(data, boxes, scale=0.5).by_size()}
     assert by_size["tiny (< 8 px)"] == {"size": "tiny (< 8 px)", "objects": 2, "detected": 2, "recall": 100.0}
     assert by_size["< 32"]["objects"] == 1 and by_size["< 32"]["recall"] == 0
     assert by_size["larger"]["recall"] is None
@@ -152,7 +152,9 @@ def pictured(tmp_path: Path) -> BoxPredictions:
     Image.new("RGB", (640, 480), (60, 60, 60)).save(tmp_path / "0.png")
     data = truth([(0, 20, 20, 60, 60), (0, 400, 300, 410, 310)])
     data.files[0] = str(tmp_path / "0.png")
-    return said(data, found((0, 0.9, 20, 20, 60, 60), (1, 0.8, 200, 200, 230, 230), (0, 0.05, 400, 300, 410, 310)))
+    return predictions_of(
+        data, found((0, 0.9, 20, 20, 60, 60), (1, 0.8, 200, 200, 230, 230), (0, 0.05, 400, 300, 410, 310))
+    )
 
 
 def test_contact_sheets_show_false_positives_and_misses_in_their_colours(pictured: BoxPredictions) -> None:
@@ -165,7 +167,7 @@ def test_contact_sheets_show_false_positives_and_misses_in_their_colours(picture
     rows, columns = np.nonzero((missed == (255, 255, 0)).all(2))
     assert 40 <= np.ptp(rows[columns < 240]) <= 90  # 10 of 48 pixels, enlarged to 240
     assert max(wrong.shape[1], missed.shape[1]) <= 500  # legible on a phone
-    perfect = said(truth([]), found())
+    perfect = predictions_of(truth([]), found())
     assert false_positives(perfect.data, perfect.detections, perfect.outcomes) == b""
 
 
@@ -175,9 +177,9 @@ def test_plots_are_narrow_and_take_any_classes() -> None:
     names = ["$a^$", "b"]
     curves = plot_curves(predictions.precision[0, ..., 0], predictions.curves, names)
     assert pixels(curves).shape[1] <= 500 and pixels(plot_confusion(predictions.confusion, names)).shape[1] <= 500
-    empty = said(truth([]), found())
+    empty = predictions_of(truth([]), found())
     assert plot_curves(empty.precision[0, ..., 0], empty.curves, names) == b""
-    lonely = said(truth([(0, 0, 0, 9, 9)]), found())
+    lonely = predictions_of(truth([(0, 0, 0, 9, 9)]), found())
     assert plot_curves(lonely.precision[0, ..., 0], lonely.curves, names)
 
 
@@ -186,7 +188,7 @@ def test_plots_are_narrow_and_take_any_classes() -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run that is done, and its data."""
+    """A finished run, and its data."""
     root = tmp_path_factory.mktemp("finished")
     data = make_coco(root / "data", train=12, val=4)
     run(data, root / "run", epochs=1)
@@ -283,7 +285,7 @@ def test_evaluate_writes_what_the_run_stores_and_takes_an_iou(
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """The folder of a run, with a small detector that has learnt nothing, and scores for two of its classes."""
+    """The folder of a run, with a small untrained detector, and scores for two of its classes."""
     torch.manual_seed(0)
     config: dict[str, Any] = {"pretrained_cfg": {"input_size": (3, 96, 96)}, "label_names": ["cat", "dog", "eel"]}
     net = timm.create_model("yolov8n_spd", num_classes=3)
@@ -323,9 +325,9 @@ def test_auto_takes_the_minimum_scores_of_the_run(own: Path, capsys: Capture) ->
         (None, r"has no scores\.json.*spd-zoo evaluate"),
         ("{", "cannot be used"),
         ('{"cat": 0.1, "dog": 0.2}', "its classes are not the network's"),
-        ('{"cat": 0.1, "dog": 0.2, "eel": 7}', "a score is not from 0 to 1"),
-        ('{"cat": 0.1, "dog": 0.2, "eel": "0.3"}', "a score is not from 0 to 1"),
-        ('{"cat": 0.1, "dog": 0.2, "eel": NaN}', "a score is not from 0 to 1"),
+        ('{"cat": 0.1, "dog": 0.2, "eel": 7}', "a score is not between 0 and 1"),
+        ('{"cat": 0.1, "dog": 0.2, "eel": "0.3"}', "a score is not between 0 and 1"),
+        ('{"cat": 0.1, "dog": 0.2, "eel": NaN}', "a score is not between 0 and 1"),
         ("[" * 100000, "cannot be used"),
     ],
 )

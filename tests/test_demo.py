@@ -97,7 +97,7 @@ def test_the_examples_are_right(example: tuple[str, str], right: str) -> None:
     assert right in said and (right[0].isdigit() or cells(said)[2] == right)
 
 
-def test_the_picture_lies_beside_the_same_part_of_it() -> None:
+def test_the_picture_and_the_input_show_the_same_part() -> None:
     net, picture = demo.load(STRIDED), Image.new("RGB", (80, 40), "black")
     picture.paste("white", (20, 0, 60, 40))  # what a central crop keeps
     seen, _ = demo.predict_html(net, picture, 32)

@@ -1,4 +1,4 @@
-"""What a detector's checkpoint from elsewhere says about its network: kept, used, and refused where it is wrong."""
+"""What a detector's checkpoint from elsewhere states about its network is kept, used, and refused if wrong."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_names_are_a_list_or_a_dict_with_numbers_as_keys(names: Any) -> None:
     assert described({"names": names}, meta(), 3, "x").names == ("a", "b", "c")
 
 
-def test_names_that_only_count_are_none() -> None:
+def test_names_that_are_only_numbers_are_none() -> None:
     assert described({"names": {0: "0", 1: "1"}}, meta(), 2, "x").names is None
 
 
@@ -121,12 +121,12 @@ def test_the_network_decides_before_the_settings_beside_it() -> None:
     assert found == {"nc": 3, "imgsz": 320}
 
 
-def test_an_image_size_that_is_no_multiple_is_rounded_up_and_this_is_said() -> None:
+def test_an_image_size_that_is_not_a_multiple_is_rounded_up_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="image size 300x300 is taken as 320x320, multiples of 32"):
         assert described({"imgsz": 300}, meta(), 3, "x").image_size == (320, 320)
 
 
-def test_metadata_of_other_programs_mean_nothing() -> None:
+def test_metadata_of_other_programs_are_ignored() -> None:
     assert fields_of_metadata({"names": "{0: 'a'}"}) == {}
 
 
@@ -134,11 +134,11 @@ def test_metadata_of_other_programs_mean_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "shown"),
-    [("segment", "'segment'"), ("classify", "'classify'"), (5, "5"), ({}, "something else"), ("\x1b[2J", r"'\[2J'")],
+    ("task", "printed"),
+    [("segment", "'segment'"), ("classify", "'classify'"), (5, "5"), ({}, "of type dict"), ("\x1b[2J", r"'\[2J'")],
 )
-def test_a_checkpoint_for_another_task_is_refused_in_a_sentence(task: Any, shown: str) -> None:
-    with pytest.raises(WeightsError, match=rf"x is a checkpoint for the task {shown}.*, and yolov8n is a detector: "):
+def test_a_checkpoint_for_another_task_is_refused_in_a_sentence(task: Any, printed: str) -> None:
+    with pytest.raises(WeightsError, match=rf"x is a checkpoint for the task {printed}.*, and yolov8n is a detector: "):
         check_task({"task": task}, "yolov8n", "x")
 
 
@@ -155,11 +155,11 @@ def test_the_task_is_checked_before_the_tensors(tmp_path: Path) -> None:
         ({"names": ["a", "b"]}, "it names 2 classes, but its tensors are those of 3"),
         ({"nc": 80, "names": NAMES}, "nc is 80, but its tensors are those of 3 classes"),
         ({"nc": "3"}, "nc is '3'"),
-        ({"nc": True}, r"nc is something else than text or a number \(bool\)"),
+        ({"nc": True}, r"nc is of type bool"),
         ({"names": "abc"}, "its class names are neither a list nor a dict"),
         ({"names": {1: "a", 2: "b", 3: "c"}}, "its 3 class names are not numbered from 0 to 2"),
         ({"names": {0: "a", None: "b", 2: "c"}}, "its 3 class names are not numbered from 0 to 2"),
-        ({"names": ["a", "b", ["c"]]}, "the name of its class 2 is no text"),
+        ({"names": ["a", "b", ["c"]]}, "the name of its class 2 is not text"),
         ({"names": ["a", "b" * 10**6, "c"]}, "the name of its class 1 has 1000000 characters, more than 200"),
         ({"imgsz": "320"}, "its image size is neither a number of pixels nor a pair of them"),
         ({"imgsz": [320, 320, 3]}, "its image size is neither"),
@@ -169,13 +169,13 @@ def test_the_task_is_checked_before_the_tensors(tmp_path: Path) -> None:
             {"stride": torch.tensor([4.0, 8.0, 16.0])},
             "its maps have the strides 4, 8, 16, and the network's have 8, 16",
         ),
-        ({"stride": torch.zeros(2, 2)}, "the strides of its maps are no list of numbers"),
-        ({"stride": "8"}, "the strides of its maps are no list of numbers"),
+        ({"stride": torch.zeros(2, 2)}, "the strides of its maps are not a list of numbers"),
+        ({"stride": "8"}, "the strides of its maps are not a list of numbers"),
         ({"activation": "nn.ReLU()"}, r"its activation is 'nn.ReLU\(\)', and the network's is SiLU"),
     ],
 )
-def test_what_contradicts_the_tensors_or_is_not_of_its_form_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(WeightsError, match=f"x cannot be used as it is: {message}.*save their state dict alone"):
+def test_fields_that_contradict_the_tensors_or_are_malformed_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=f"x cannot be used as it is: {message}.*save only the state dict"):
         described(fields, meta(), 3, "x")
 
 
@@ -243,7 +243,7 @@ def test_classes_in_another_order_have_the_same_scores(name: str) -> None:
     torch.testing.assert_close(after, before[..., [2, 0, 1]])
 
 
-# Networks of others
+# Weights that others trained
 
 
 @pytest.mark.slow
@@ -262,7 +262,7 @@ def test_a_checkpoint_that_others_trained_with_a_map_of_stride_4_loads(case: dic
     golden.assert_matches(boxes.mT.numpy(), case["outputs"][0])
 
 
-def test_a_network_with_a_map_of_stride_4_is_not_one_without(tmp_path: Path) -> None:
+def test_weights_with_and_without_a_map_of_stride_4_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="its maps have the strides 4, 8, 16, 32, and the network's have 8, 16, 32"):
         described({"stride": torch.tensor([4.0, 8.0, 16.0, 32.0])}, meta(), 80, "x")
 

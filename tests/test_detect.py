@@ -149,7 +149,7 @@ def test_the_same_image_in_any_form_gives_the_same() -> None:
         assert torch.equal(detector(same).boxes, expected.boxes)
 
 
-def test_images_of_mixed_sizes_in_a_batch_give_what_each_gives() -> None:
+def test_images_of_mixed_sizes_give_the_same_in_a_batch_as_alone() -> None:
     images = [picture(size, red=(3, 3, 9, 12), blue=(20, 5, 30, 15)) for size in ((40, 30), (33, 77), (128, 96))]
     net = Finder()
     detector = Detector(net, batch_size=2)

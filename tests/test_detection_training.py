@@ -160,7 +160,7 @@ def test_a_run_may_start_from_another_one_with_other_classes(
 
 
 @pytest.mark.slow
-def test_a_finished_run_goes_on_and_can_be_exported(
+def test_a_finished_run_can_be_continued_and_exported(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(box_report, "write", lambda *_: None)
@@ -254,7 +254,7 @@ def found(*boxes: tuple[int, float, float, float, float, float]) -> Detections:
     return Detections(table[:, 2:], table[:, 1], table[:, 0].long(), ("a", "b"))
 
 
-def said(data: BoxImages, *detections: Detections, scale: float = 1.0) -> BoxPredictions:
+def predictions_of(data: BoxImages, *detections: Detections, scale: float = 1.0) -> BoxPredictions:
     return BoxPredictions(data, list(detections), [(scale, scale)] * len(data), {}, {})
 
 
@@ -263,15 +263,15 @@ def test_average_precision_agrees_with_a_calculation_by_hand() -> None:
     boxes = found((0, 0.9, 0, 0, 40, 40), (0, 0.8, 300, 0, 340, 40), (0, 0.7, 100, 0, 140, 40))
     # recall up to 0.5 (51 of 101 points) at precision 1, the rest at 2/3, for every overlap
     expected = 100 * (51 + 50 * 2 / 3) / 101
-    figures = said(data, boxes).summary()
+    figures = predictions_of(data, boxes).summary()
     assert [figures[name] for name in ("ap", "ap50", "ap75")] == pytest.approx([expected] * 3, abs=1e-9)
     assert figures["ap_medium"] == pytest.approx(expected) and figures["ap_small"] is figures["ap_large"] is None
-    a, b = said(data, boxes).per_class()
+    a, b = predictions_of(data, boxes).per_class()
     assert a["ap"] == pytest.approx(expected) and a["objects"] == 2 and b["ap"] is None and b["objects"] == 0
 
 
 def test_a_box_must_overlap_as_much_as_the_threshold_says() -> None:
-    figures = said(truth([(0, 0, 0, 100, 100)]), found((0, 0.9, 0, 0, 100, 72))).summary()
+    figures = predictions_of(truth([(0, 0, 0, 100, 100)]), found((0, 0.9, 0, 0, 100, 72))).summary()
     assert figures["ap50"] == pytest.approx(100) and figures["ap75"] == 0
     assert figures["ap"] == pytest.approx(50)  # right at 0.5, 0.55, 0.6, 0.65 and 0.7
 
@@ -279,7 +279,7 @@ def test_a_box_must_overlap_as_much_as_the_threshold_says() -> None:
 def test_object_sizes_can_be_those_at_the_network_input() -> None:
     data = truth([(0, 0, 0, 40, 40), (0, 100, 0, 260, 160)])
     boxes = found((0, 0.9, 0, 0, 40, 40))
-    figures = said(data, boxes, scale=0.5).summary()
+    figures = predictions_of(data, boxes, scale=0.5).summary()
     assert figures["ap_small"] is None and figures["ap_medium"] == pytest.approx(100) and figures["ap_large"] == 0
     assert figures["input_ap_small"] == pytest.approx(100) and figures["input_ap_medium"] == 0
     assert figures["input_ap_large"] is None
@@ -288,7 +288,7 @@ def test_object_sizes_can_be_those_at_the_network_input() -> None:
 def test_a_crowd_is_not_an_object_and_boxes_in_it_are_not_errors() -> None:
     data = truth([(0, 0, 0, 40, 40)], [(0, 0, 0, 400, 400)])
     data.objects[1].ignored[:] = True
-    figures = said(data, found((0, 0.5, 0, 0, 40, 40)), found((0, 0.9, 50, 50, 90, 90))).summary()
+    figures = predictions_of(data, found((0, 0.5, 0, 0, 40, 40)), found((0, 0.9, 50, 50, 90, 90))).summary()
     assert figures["ap"] == pytest.approx(100) and figures["objects"] == 1
 
 
@@ -297,9 +297,10 @@ def test_a_region_of_no_class_is_ignored_for_every_class() -> None:
     data.objects[0].ignored[2] = True
     right = [(0, 0.5, 0, 0, 40, 40), (1, 0.5, 0, 100, 40, 140)]
     inside = [(0, 0.9, 310, 10, 350, 50), (1, 0.9, 410, 10, 450, 50)]
-    assert said(data, found(*right, *inside)).summary()["ap"] == pytest.approx(75)  # of class b it is a mistake
+    figures = predictions_of(data, found(*right, *inside)).summary()
+    assert figures["ap"] == pytest.approx(75)  # class b has a false positive
     data.objects[0].labels[2] = -1
-    figures = said(data, found(*right, *inside)).summary()
+    figures = predictions_of(data, found(*right, *inside)).summary()
     assert figures["ap"] == pytest.approx(100) and figures["objects"] == 2
     assert match(found(*right, *inside), data.objects[0]).tolist() == [0, 1, IN_IGNORED, IN_IGNORED]
 

@@ -231,11 +231,11 @@ def test_options_of_detectors_are_refused_for_classifiers(classifier: Path) -> N
 def test_a_detectors_file_is_a_detector(run: Path) -> None:
     image = ROOT / "examples" / "images" / "coffee.png"
     for options in ({}, {"score_threshold": 0.6, "tile": 300}, {"iou_threshold": 0.3}, {"image_size": (96, 128)}):
-        expected = Detector(run, **options, max_detections=300)(image)  # as many as the file has room for
+        expected = Detector(run, **options, max_detections=300)(image)  # the file's limit
         assert_same_objects(Detector(run / "model.onnx", **options, max_detections=300)(image), expected)
     few = Detector(run / "model.onnx", max_detections=5)(image)
     torch.testing.assert_close(few.scores, Detector(run)(image).scores[:5], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="room for 300 objects, fewer than 301"):
+    with pytest.raises(ValueError, match="limit of 300 objects, fewer than 301"):
         Detector(run / "model.onnx", max_detections=301)
     with pytest.raises(ImageSizeError, match="multiples of 32, got 50x64"):
         Detector(run / "model.onnx", image_size=(50, 64))(image)
@@ -266,15 +266,18 @@ def test_a_file_without_scores_says_so(run: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-def test_a_file_says_when_its_room_is_full(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_reports_that_its_limit_was_reached(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image, file = str(ROOT / "examples" / "images" / "coffee.png"), str(run / "model.onnx")
-    with pytest.warns(UserWarning, match="all the room for 300 that the exported file has, so some may be missing"):
+    with pytest.warns(UserWarning, match="file's limit of 300 objects was reached, so some may be missing"):
         assert Detector(file, score_threshold=0.0, image_size=128)(image).limited
     command = ["detect", file, image, "--score", "0", "--image-size", "128", "--classes", "blue"]
     assert main([*command, "--max-detections", "2"]) == 0
-    assert "more than 2 objects (max_detections), or objects took all the room for 300" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "more than 2 objects (max_detections), or the exported file's limit of 300 objects was reached" in err
     cells = make_coco(tmp_path / "data", 2, 2)
-    with pytest.raises(ValueError, match="was exported with room for 300 objects, fewer than 301"):
+    with pytest.raises(ValueError, match="was exported with a limit of 300 objects, fewer than 301"):
         evaluate(file, cells, workers=0, max_detections=301)
     (measured,) = evaluate(file, cells, workers=0, max_detections=50)
     assert measured.row["max_detections"] == 50

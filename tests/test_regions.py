@@ -134,12 +134,12 @@ def test_a_large_image_is_averaged_part_by_part(tmp_path: Path, monkeypatch: pyt
     assert reduced(image, (70, 60)) is image
 
 
-def test_an_image_of_more_pixels_than_the_limit_is_refused_by_the_options_that_help(tmp_path: Path) -> None:
+def test_an_image_above_the_limit_of_pixels_is_refused_with_the_options_that_help(tmp_path: Path) -> None:
     pixels("RGB").save(tmp_path / "image.png")
     pixels("RGB").save(tmp_path / "image.tif")
     with pytest.raises(ValueError, match=r"100x70 pixels, more than the limit of 6999; give --max-pixels 7000"):
         read_image(tmp_path / "image.png", max_pixels=6999)
-    with pytest.raises(ValueError, match="--tile N reads a TIFF by its parts, or give --max-pixels"):
+    with pytest.raises(ValueError, match="--tile N reads a TIFF in parts, or give --max-pixels"):
         read_image(tmp_path / "image.tif", max_pixels=6999)
     assert open_regions(tmp_path / "image.tif", max_pixels=6999).size == (100, 70)
     with pytest.raises(ValueError, match="give --max-pixels 7000"):

@@ -35,11 +35,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 Capture = pytest.CaptureFixture[str]
 
 
-def said(*probabilities: tuple[float, ...], labels: list[int]) -> Predictions:
+def predictions_of(*probabilities: tuple[float, ...], labels: list[int]) -> Predictions:
     return Predictions(torch.tensor(probabilities).log(), torch.tensor(labels), ["a", "b", "c"])
 
 
-FOUR = said((0.7, 0.2, 0.1), (0.1, 0.6, 0.3), (0.05, 0.9, 0.05), (0.2, 0.45, 0.35), labels=[0, 0, 1, 2])
+FOUR = predictions_of((0.7, 0.2, 0.1), (0.1, 0.6, 0.3), (0.05, 0.9, 0.05), (0.2, 0.45, 0.35), labels=[0, 0, 1, 2])
 
 
 def test_top_1_and_top_2_count_the_largest_logits() -> None:
@@ -59,7 +59,7 @@ def test_precision_recall_and_f1_are_those_of_each_class() -> None:
         0.5
     )
     assert (c["images"], c["precision"], c["recall"], c["f1"]) == (1, None, 0.0, 0.0)
-    assert said((0.9, 0.05, 0.05), labels=[0]).per_class()[1] == {
+    assert predictions_of((0.9, 0.05, 0.05), labels=[0]).per_class()[1] == {
         "class": "b", "images": 0, "precision": None, "recall": None, "f1": None
     }  # fmt: skip
 
@@ -299,7 +299,7 @@ def test_confusion_and_calibration_are_commented() -> None:
     confusion = np.array([[8, 2, 0], [0, 10, 0], [5, 0, 5]])
     found = comments.on_confusion(confusion, ["a", "b", "c"])
     assert found == "Confused most often: c is taken for a in 5 of 10 images, a is taken for b in 2 of 10 images."
-    assert comments.on_confusion(np.diag([3, 4]), ["a", "b"]) == "None of the 7 images is confused."
+    assert comments.on_confusion(np.diag([3, 4]), ["a", "b"]) == "All 7 images are classified correctly."
     assert comments.on_calibration(0.99, 0.8, 1000).startswith("Overconfident: the mean confidence is 99.0 %, and 80.0")
     assert comments.on_calibration(0.6, 0.8, 1000).startswith("Underconfident")
     assert comments.on_calibration(0.85, 0.8, 50).startswith("Calibrated as far as 50 images can show")

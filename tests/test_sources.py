@@ -1,4 +1,4 @@
-"""What `spd-zoo detect` looks at and writes: videos, addresses, lists; labels, crops, marked videos; BGR and grey."""
+"""The inputs and outputs of `spd-zoo detect`: videos, addresses, lists; labels, crops, marked videos; BGR and grey."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def make_video(file: Path, frames: int = 5, size: tuple[int, int] = (128, 96)) -
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that a run leaves, with a small detector that has learnt nothing."""
+    """The folder of a run with a small, untrained detector."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     config = {"pretrained_cfg": {"input_size": (3, 96, 96)}, "label_names": ["cat", "a/b"]}
@@ -164,7 +164,7 @@ def test_a_damaged_video_says_what_is_missing(run: Path, tmp_path: Path, capsys:
     assert main(["detect", str(run), str(video), str(tmp_path / "empty.mp4"), *options]) == 1
     errors = capsys.readouterr().err
     assert "empty.mp4: OpenCV cannot open this as a video" in errors
-    assert "of the 10 frames that it announces could be read" in errors
+    assert "of the 10 frames that it declares could be read" in errors
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["detections.json"]
 
 
@@ -245,7 +245,7 @@ def test_a_list_names_images_beside_it_and_addresses(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match="lists no image"):
         find_sources([str(tmp_path / "empty.txt")], Notes())
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ValueError, match="no list of images"):
+    with pytest.raises(ValueError, match="is not a list of images"):
         find_sources([str(tmp_path / "binary.txt")], Notes())
 
 
@@ -395,7 +395,7 @@ def test_an_empty_path_is_not_the_current_folder(run: Path, capsys: Capture) -> 
         find_images(["a.png", ""])
 
 
-def test_a_class_name_is_no_path_and_files_need_a_folder(run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_class_names_never_become_paths_and_files_need_a_folder(run: Path, tmp_path: Path, capsys: Capture) -> None:
     picture((40, 30)).save(tmp_path / "a.png")
     out = tmp_path / "out"
     options = ["--score", "0", "--device", "cpu"]

@@ -145,16 +145,16 @@ def test_two_processes_train_on_tiles_as_one(folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_run_on_tiles_says_what_it_trains_on_and_is_evaluated_alike(
+def test_a_run_on_tiles_describes_them_and_is_evaluated_on_the_same(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     run(folder, tmp_path / "run", epochs=1)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     about = json.loads((tmp_path / "run" / "data.json").read_text())["tiles"]
     assert (about["side"], about["overlap"], about["val"]) == (48, 0.2, {"images": 2, "views": 14})
     assert about["train"]["with objects"] + about["train"]["without objects"] >= 12 * 6
-    assert f"an epoch trains on {about['train']['in an epoch']}" in said
-    assert "val: 2 images in 14 views" in said
+    assert f"an epoch trains on {about['train']['in an epoch']}" in printed
+    assert "val: 2 images in 14 views" in printed
     own, again, whole = (
         evaluate(str(tmp_path / "run"), folder, workers=0, device="cpu", **options)[0]
         for options in ({}, {"tile": 48, "overlap": 0.2}, {"tile": 0})
@@ -195,7 +195,7 @@ def test_the_tiles_of_a_run_are_known_by_its_folder(name: str, tmp_path: Path) -
 
 
 def large(data: Path) -> None:
-    """Adds an image of more pixels than the others, in which there is a box, to the training images."""
+    """Adds an image with more pixels than the others, and a box, to the training images."""
     image, boxes = scene(77, (300, 200))
     image.save(data / "images" / "train" / "large.tif", tiffinfo={278: 16})
     lines = [
@@ -211,10 +211,10 @@ def test_a_tiff_above_the_limit_of_pixels_is_read_by_tiles_or_left_out(
 ) -> None:
     large(folder)
     finetune(config(folder, tmp_path / "run", max_pixels=50_000, tile=tile, dry_run=True))
-    said = capsys.readouterr().out
-    left_out = "300x200 pixels, more than the limit of 50000; --tile N reads a TIFF by its parts, or give --max-pixels"
-    assert (left_out in said) == (not tile)
-    assert f"train: {13 if tile else 12} images of 3 classes" in said
+    printed = capsys.readouterr().out
+    left_out = "300x200 pixels, more than the limit of 50000; --tile N reads a TIFF in parts, or give --max-pixels"
+    assert (left_out in printed) == (not tile)
+    assert f"train: {13 if tile else 12} images of 3 classes" in printed
 
 
 @pytest.mark.slow
@@ -283,8 +283,6 @@ def test_detect_and_finetune_take_no_overlap_without_tiles(capsys: Capture) -> N
         (["--tile", "-1"], "must not be negative"),
     ],
 )
-def test_evaluate_refuses_tiles_without_a_meaning(
-    arguments: list[str], message: str, folder: Path, capsys: Capture
-) -> None:
+def test_evaluate_refuses_meaningless_tiles(arguments: list[str], message: str, folder: Path, capsys: Capture) -> None:
     assert main(["evaluate", "yolov8n_spd.bccd", "--data", str(folder), *arguments]) != 0
     assert message in capsys.readouterr().err

@@ -1019,7 +1019,7 @@ def test_the_error_for_a_full_disk_says_which_checkpoint_is_left(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_finished_run_goes_on_from_what_it_kept_and_resumes_to_the_same_bits(
+def test_a_continued_run_starts_from_the_kept_network_and_resumes_to_the_same_bits(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -1029,7 +1029,7 @@ def test_a_finished_run_goes_on_from_what_it_kept_and_resumes_to_the_same_bits(
     capsys.readouterr()
     assert main(["finetune", "run", "--epochs", "+2", "--workers", "0", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "goes on from the network that run kept: 2 epochs from learning rate 0.0004 (a tenth of the peak" in printed
+    assert "continues from the network of run: 2 epochs from learning rate 0.0004 (a tenth of the peak" in printed
     assert "into run+2" in printed and (tmp_path / "run" / "model.safetensors").read_bytes() == kept
     assert main(["finetune", "run", "--epochs", "+2", "--workers", "0", "--device", "cpu"]) == 0
     assert "run+2 is trained already, for 2 epochs" in capsys.readouterr().out and "already" not in printed
@@ -1054,15 +1054,15 @@ def test_a_finished_run_goes_on_from_what_it_kept_and_resumes_to_the_same_bits(
 @pytest.mark.parametrize(
     ("model", "epochs", "options", "message"),
     [
-        ("cifar_resnet20", "+3", {}, r"epochs \+3 goes on from a finished run; give its folder instead of cifar_resn"),
+        ("cifar_resnet20", "+3", {}, r"epochs \+3 continues a finished run; give its folder instead of cifar_resn"),
         ("run", "+0", {}, r"epochs must be a whole number, or like \+10, got \+0"),
         ("run", "+1.5", {}, r"epochs must be a whole number, or like \+10, got \+1.5"),
-        ("run", "+3", {"seed": 2}, "a run that goes on from .*run keeps its seed; leave that out"),
-        ("run", "+3", {"recipe": "best"}, r"epochs \+3 takes the options of a finished run: give its folder"),
+        ("run", "+3", {"seed": 2}, "a run that continues .*run keeps its seed; leave that out"),
+        ("run", "+3", {"recipe": "best"}, r"epochs \+3 continues a finished run with its options: give its folder"),
         ("run", "+3", {"epoch": 2}, "did you mean epochs"),
     ],
 )
-def test_what_a_run_cannot_go_on_from_is_said(
+def test_what_a_run_cannot_continue_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, epochs: str, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -1073,7 +1073,7 @@ def test_what_a_run_cannot_go_on_from_is_said(
         call.finetune(model, epochs=epochs, **options)
 
 
-def test_an_unfinished_run_or_a_damaged_one_does_not_go_on(tmp_path: Path) -> None:
+def test_an_unfinished_or_damaged_run_cannot_be_continued(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("lr: 0.1\n")
     with pytest.raises(ModelError, match="choose the folder of a finished run"):
         call.finetune(tmp_path, epochs="+3")

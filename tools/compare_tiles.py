@@ -6,7 +6,7 @@
 AERIAL_CARS is a checkout of https://github.com/jekhor/aerial-cars-dataset. Frames of one video or flight stay together:
 for each seed whole sources are drawn for validation, until they have a fifth of the images. Both runs of a seed see
 --images inputs of --image-size, augmented, so that they train on the same number of pixels, and end with their last
-epoch. Three combinations of training and evaluation become lines of --records. After a stop the same command goes on:
+epoch. Three combinations of training and evaluation become lines of --records. After a stop, repeat the command:
 runs resume, and seeds that are recorded are not repeated. The table is printed and written to RUNS/tiles.md.
 """
 
@@ -45,14 +45,14 @@ SOURCES = (  # frames of one video or flight, by file name; the two crops of MOS
 )
 COMBINATIONS = (("whole", "whole"), ("whole", "tiles"), ("tiles", "tiles"))  # training, evaluation
 BATCH = 16
-VALIDATION = 0.2  # least share of the images
+VALIDATION = 0.2  # minimum share of the images
 
 
 def split(images: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
-    """Training and validation images, whole sources apart.
+    """Training and validation images, each source in only one of them.
 
     Raises:
-        DataError: If an image is of no known source, or only one source is there.
+        DataError: If an image is of no known source, or there is only one source.
     """
     sources: dict[str, list[Path]] = defaultdict(list)
     for image in images:
@@ -66,7 +66,7 @@ def split(images: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
     while order and len(val) < VALIDATION * len(images):
         val += sources[order.pop()]
     if not order:
-        raise DataError("the images are of too few sources to validate with one that is not trained on")
+        raise DataError("the images are of too few sources: validation needs one that is not trained on")
     return [image for source in order for image in sources[source]], val
 
 
@@ -102,12 +102,12 @@ def run_seed(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     tiled = replace(train, tiling=Tiling(options.tile, 0.2))
     tiles = cut(tiled, (options.image_size, options.image_size), seed)
     numbers = {"whole": len(train), "tiles": len(tiles)}
-    for way, number in numbers.items():
+    for training, number in numbers.items():
         config = FinetuneConfig(
             options.model,
             str(data),
-            folder / way,
-            tile=options.tile if way == "tiles" else 0,
+            folder / training,
+            tile=options.tile if training == "tiles" else 0,
             epochs=max(1, round(options.images / (number - number % BATCH))),
             batch_size=BATCH,
             image_size=str(options.image_size),
@@ -128,12 +128,12 @@ def run_seed(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 
 def key(options: argparse.Namespace) -> dict[str, Any]:
-    """What a record must agree in to be one of this comparison."""
+    """The options that all records of a comparison share."""
     return {name: getattr(options, name) for name in ("model", "image_size", "tile", "images")}
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and values of AP and AP of small objects of each combination."""
+    """A Markdown table: for each combination, mean and single values of AP, AP50 and AP of small objects."""
     lines = ["| trained on | evaluated on | inputs | AP | AP50 | AP small |", "| --- | --- | --- | --- | --- | --- |"]
     for trained, evaluated in COMBINATIONS:
         rows = [each for each in records if (each["trained"], each["evaluated"]) == (trained, evaluated)]
@@ -148,7 +148,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Does the missing seeds and writes the table; returns the exit status."""
+    """Runs the seeds without a record and writes the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

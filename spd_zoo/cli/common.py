@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 DEVICE = "torch device, such as cpu, cuda:1 or mps (default: cuda if available, else cpu)"
-MAX_PIXELS = "refuse images of more pixels that must be read as a whole; of a TIFF, --tile reads only what it needs"
+MAX_PIXELS = "largest image that may be read as a whole, in pixels; with --tile, a TIFF is read in parts"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

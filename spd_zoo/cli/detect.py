@@ -52,16 +52,21 @@ def add(commands: Commands) -> None:
         type=_score,
         default=0.25,
         metavar="X|auto",
-        help="minimum score; auto: of each class the best one when the run was validated (default: 0.25)",
+        help="minimum score; auto: the best one of each class on the run's validation images (default: 0.25)",
     )
     command.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
     command.add_argument(
         "--class-scores", type=class_scores, metavar="CLASS=X,...", help="minimum scores of single classes"
     )
     command.add_argument("--classes", metavar="CLASS,...", help="detect these classes only, by name or number")
-    command.add_argument("--agnostic", action="store_true", help="boxes also suppress boxes of other classes")
     command.add_argument(
-        "--max-detections", type=positive, metavar="N", help="objects per image (default: 300; a file: its room)"
+        "--agnostic", action="store_true", help="class-agnostic NMS: boxes also suppress boxes of other classes"
+    )
+    command.add_argument(
+        "--max-detections",
+        type=positive,
+        metavar="N",
+        help="maximum number of objects per image (default: 300, or an exported file's)",
     )
     command.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the network's)")
     command.add_argument("--tile", type=positive, metavar="N", help="also cut large images into squares of N pixels")
@@ -85,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
     from spd_zoo.inference.sources import find_sources
 
     if options.out is None and (options.save_txt or options.save_crops or options.no_images):
-        raise CommandError("--save-txt, --save-crops and --no-images are about the files in --out; add --out DIR")
+        raise CommandError("--save-txt, --save-crops and --no-images apply to the files in --out; add --out DIR")
     if options.overlap is not None and options.tile is None:
         raise CommandError("--overlap is for tiles; add --tile N")
     if options.results is not None:
@@ -161,7 +166,9 @@ def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
         **{name: getattr(options, name) for name in ("overlap", "max_pixels") if getattr(options, name) is not None},
     )
     if options.tile is None and (trained := trained_on_tiles(options.model)) is not None:
-        print_notes([f"{options.model} was trained on tiles of {trained[0]} px; --tile {trained[0]} cuts images alike"])
+        print_notes(
+            [f"{options.model} was trained on tiles of {trained[0]} px; --tile {trained[0]} cuts images the same way"]
+        )
     if options.score == "auto":
         print_notes([detector.scores_in_words()])
     return detector

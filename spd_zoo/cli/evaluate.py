@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
         "--tile",
         type=int,
         metavar="N",
-        help="detectors: also cut larger images into squares of N pixels; 0: do not (default: as the run was trained)",
+        help="detectors: also cut larger images into squares of N pixels; 0: never (default: as the run was trained)",
     )
     command.add_argument("--overlap", type=float, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)")
     command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
@@ -43,9 +43,13 @@ def add(commands: Commands) -> None:
         "--max-detections",
         type=positive,
         metavar="N",
-        help="detectors: boxes that count, per image and per class of it (default: the authors', and COCO's 100)",
+        help="detectors: boxes that count, per image and per class in it (default: the authors' limit, and COCO's 100)",
     )
-    command.add_argument("--agnostic", action="store_true", help="detectors: boxes also suppress other classes' boxes")
+    command.add_argument(
+        "--agnostic",
+        action="store_true",
+        help="detectors: class-agnostic NMS: boxes also suppress boxes of other classes",
+    )
     command.add_argument("--flip", action="store_true", help="average over every image and its mirror image")
     command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
     command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (default: 64)")

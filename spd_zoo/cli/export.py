@@ -30,7 +30,11 @@ def add(commands: Commands) -> None:
     group.add_argument("--score", type=float, default=0.25, metavar="X", help="minimum score (default: 0.25)")
     group.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
     group.add_argument(
-        "--max-detections", type=positive, default=300, metavar="N", help="room for boxes per image (default: 300)"
+        "--max-detections",
+        type=positive,
+        default=300,
+        metavar="N",
+        help="maximum number of boxes per image (default: 300)",
     )
     group = command.add_argument_group("int8", "static quantisation of an ONNX file, measured before and after")
     group.add_argument("--int8", action="store_true", help="compute convolutions and linear layers in int8")

@@ -58,7 +58,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--help-all", action="help", help="show all options and exit")
     command.add_argument("--config", metavar="FILE", help="YAML file with options, such as the run.yaml of a run")
     command.add_argument(
-        "--recipe", metavar="NAME", help=f"set of options, which others override: {', '.join(recipe_names())}"
+        "--recipe", metavar="NAME", help=f"predefined options, which any others override: {', '.join(recipe_names())}"
     )
     hints = typing.get_type_hints(FinetuneConfig)
     for field in dataclasses.fields(FinetuneConfig):
@@ -78,7 +78,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _epochs(text: str) -> int | str:
-    """A number of epochs; +10, which adds to those of a finished run, stays text."""
+    """A number of epochs; +10, which continues a finished run, stays text."""
     return text if text.startswith("+") else int(text)
 
 

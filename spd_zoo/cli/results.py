@@ -118,7 +118,7 @@ def write(
             sources = find(options.images, left_out)
             video = next((source for source in sources if isinstance(source, Video)), None)
             if video is not None:
-                raise CommandError(f"--results is for images, and {video} is a video; give it with --out or --json")
+                raise CommandError(f"--results is for images, and {video} is a video; use --out or --json for it")
             images = Files([str(source) for source in sources])
         job = job_for(str(process.device))
         summary = write_results(

@@ -54,7 +54,7 @@ SUFFIXES = tuple(
 MAX_PIXELS = 178_956_970  # of an image that is read as a whole: Pillow's own limit
 _HEIC = (".heic", ".heif", ".hif")
 
-_LIMIT = threading.RLock()  # of Pillow, which is global
+_LIMIT = threading.RLock()  # guards Pillow's limit of pixels, which is global
 _collected: ContextVar[list[str] | None] = ContextVar("notes on images", default=None)
 _SEVERAL_PAGES = "several pages or frames, of which the first is read"
 _DARK = "16 bits, of which the highest two or more are not used: read as 16 bits, and so perhaps too dark"
@@ -73,7 +73,7 @@ class ImageFilter:
     """Recognises image files by their suffix, or by their content if they have none, and counts other files.
 
     Args:
-        others: More suffixes, of files that count as images.
+        others: Further suffixes that count as images.
     """
 
     def __init__(self, others: tuple[str, ...] = ()) -> None:
@@ -133,7 +133,7 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None, others: tup
     Args:
         patterns: Files, folders and globs.
         notes: Receives a note for each folder that has no images, or files other than images.
-        others: More suffixes, of files in folders that count as images.
+        others: Further suffixes that count as images in folders.
 
     Returns:
         The paths.
@@ -170,14 +170,14 @@ def read_image(file: Path | str | BytesIO, mode: str = "RGB", max_pixels: int | 
     Args:
         file: The file, or its bytes.
         mode: PIL's mode of the result.
-        max_pixels: Most pixels that the image may have; None: Pillow's limit.
+        max_pixels: Maximum number of pixels of the image; None: Pillow's limit.
 
     Raises:
         ValueError: If `file` is not an image that can be read.
     """
     with opened(file, max_pixels is not None) as image:
         if max_pixels is not None:
-            tiles = "--tile N reads a TIFF by its parts, or " if image.format == "TIFF" else ""
+            tiles = "--tile N reads a TIFF in parts, or " if image.format == "TIFF" else ""
             refuse_larger(image.size, max_pixels, tiles)
         return upright(image, mode)
 
@@ -194,11 +194,11 @@ def refuse_larger(size: tuple[int, int], max_pixels: int, others: str = "") -> N
 
 @contextmanager
 def opened(file: Path | str | BytesIO, any_size: bool = False) -> Iterator[Image.Image]:
-    """An image file that Pillow has opened; what goes wrong until it is closed becomes a sentence.
+    """Opens an image file with Pillow; errors until it is closed become a ValueError of one sentence.
 
     Args:
         file: The file, or its bytes.
-        any_size: Whether Pillow's limit of pixels is lifted, which it is for a larger image and meanwhile only.
+        any_size: Whether to lift Pillow's limit of pixels while a larger image is open.
 
     Raises:
         ValueError: If `file` is not an image that can be read.

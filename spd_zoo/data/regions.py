@@ -20,27 +20,26 @@ from spd_zoo.data.reading import collect_notes, note_pages, opened, read_image, 
 __all__ = ["Box", "PartError", "Recent", "Regions", "TiffRegions", "bands", "bytes_of", "open_regions", "reduced"]
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upright image
-CACHE = 2**28  # bytes of decoded pixels that `Recent` keeps
-_SMALL = 2**24  # pixels of an image that is never reduced
-BAND = 256  # rows of `bands`
-_DATA, _ROWS = (
-    16,
-    64,
-)  # where pixels begin in a small TIFF; rows that strips are cut or joined to, where that is possible
-_FORMATS = {1: "B", 2: "c", 3: "H", 4: "L", 5: "LL", 7: "c"}  # of TIFF's types
-# what a decoder must know, by TIFF's numbers: bits, compression, colours, planes, predictor, JPEG's tables, ...
+CACHE = 2**28  # bytes that `Recent` keeps by default
+_SMALL = 2**24  # images of up to this many pixels are never reduced
+BAND = 256  # rows of each image that `bands` yields
+_DATA = 16  # offset of the pixels in a small TIFF
+_ROWS = 64  # strips are divided or joined to about this many rows where that is possible
+_FORMATS = {1: "B", 2: "c", 3: "H", 4: "L", 5: "LL", 7: "c"}  # struct formats of TIFF's field types
+# tags that a decoder needs, and their types: bits, compression, colours, planes, predictor, JPEG's tables, ...
 _KEPT = {258: 3, 259: 3, 262: 3, 266: 3, 277: 3, 284: 3, 292: 4, 293: 4, 317: 3, 320: 3, 332: 3, 338: 3, 339: 3}
 _KEPT |= {347: 7, 529: 5, 530: 3, 531: 3, 532: 5}
-_RAW, _OLD_JPEG, _YCBCR = 1, 6, 6  # compressions, and colours that may be stored in blocks of rows
+_RAW, _OLD_JPEG = 1, 6  # compressions
+_YCBCR = 6  # colours that may be stored in blocks of rows
 T = TypeVar("T")
 
 
 class PartError(ValueError):
-    """A part of an image that cannot be read, although its beginning can."""
+    """A part of an image cannot be read, although its header can."""
 
 
 class Regions(Protocol):
-    """An image of which regions can be read; PIL's images are such, too."""
+    """An image whose regions can be read, such as a PIL image."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,12 +50,12 @@ class Regions(Protocol):
 
 
 class Recent(Generic[T]):
-    """Values that were used last, as many as `limit` bytes hold, but at least one.
+    """A cache of the most recently used values: at most `limit` bytes, but at least one value.
 
-    A copy in another process begins empty.
+    A pickled copy, as in another process, is empty.
 
     Args:
-        limit: Bytes.
+        limit: Maximum size in bytes.
     """
 
     def __init__(self, limit: int = CACHE) -> None:
@@ -70,11 +69,11 @@ class Recent(Generic[T]):
         return len(self._values)
 
     def get(self, key: Hashable, read: Callable[[], T], size: Callable[[T], int]) -> T:
-        """The value of `key`, which `read` makes if it is not kept; `size` says how many bytes it has."""
+        """Returns the value of `key`; if it is not cached, `read` creates it, and `size` returns its bytes."""
         if key not in self._values:
             value = read()
             self._values[key] = (value, size(value))
-            while len(self._values) > 1 and sum(held for _, held in self._values.values()) > self.limit:
+            while len(self._values) > 1 and sum(bytes_ for _, bytes_ in self._values.values()) > self.limit:
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
         return self._values[key][0]
@@ -83,12 +82,12 @@ class Recent(Generic[T]):
 def open_regions(
     file: str | Path | BytesIO, mode: str = "RGB", max_pixels: int | None = None
 ) -> "Image.Image | TiffRegions":
-    """An image, upright and with 8 bits per channel, from which regions are read; for guesses see `collect_notes`.
+    """Opens an image whose regions can be read, upright, with 8 bits per channel; `collect_notes` gets assumptions.
 
     Args:
         file: The file, or its bytes.
         mode: PIL's mode of the regions.
-        max_pixels: Most pixels of an image that is decoded as a whole; None: Pillow's limit.
+        max_pixels: Maximum number of pixels of an image that is decoded as a whole; None: Pillow's limit.
 
     Raises:
         ValueError: If `file` is not an image that can be read.
@@ -104,7 +103,7 @@ def open_regions(
 
 
 def _has_regions(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether the pixels of a part do not depend on those of the rest."""
+    """Whether each region can be decoded without the rest of the image."""
     tags = image.tag_v2
     known_range = image.mode not in ("F", "I") and (not image.mode.startswith("I") or white_of(image) is None)
     whole = tags.get(259, _RAW) == _OLD_JPEG or tags.get(274, 1) not in (0, 1)
@@ -116,7 +115,7 @@ class TiffRegions:
 
     Args:
         file: The file, or its bytes.
-        image: The same, opened by Pillow.
+        image: The file as Pillow opened it.
         mode: PIL's mode of the regions.
     """
 
@@ -146,12 +145,12 @@ class TiffRegions:
         self.recent: Recent[Image.Image] = Recent()
 
     def _split_strips(self) -> None:
-        """Makes short strips of long ones, which is possible without compression."""
+        """Divides long strips into short ones, which is possible without compression."""
         rows, short = self.side[1], []
         for number, (offset, size) in enumerate(self.table):
             inside = min(rows, self.height - number * rows)
             if inside < 1 or size % inside or (rows % _ROWS and len(self.table) > 1):
-                return  # an odd file, which is read by its own strips
+                return  # an unusual layout: the file's own strips are read
             row = size // inside
             short += [(offset + first * row, min(_ROWS, inside - first) * row) for first in range(0, inside, _ROWS)]
         self.table, self.side = short, (self.width, _ROWS)
@@ -188,19 +187,19 @@ class TiffRegions:
             raise PartError(str(error)) from error
 
     def _pixels(self, parts: list[tuple[int, int]], inside: tuple[int, int]) -> Image.Image:
-        """The pixels of a tile or of strips, whose bytes are at these offsets and of these lengths."""
+        """The pixels of a tile or of strips; `parts` are the offsets and lengths of their bytes."""
         data = []
         with _binary(self.file) as stream:
             for offset, size in parts:
                 stream.seek(offset)
                 data.append(stream.read(size))
         small = BytesIO(self._small_tiff(data, self.side if self.tiled else (self.width, inside[1])))
-        with collect_notes(), opened(small, any_size=True) as image:  # a dark part says nothing about the image
+        with collect_notes(), opened(small, any_size=True) as image:  # a note on one part may be wrong for the image
             decoded = upright(image, self.mode)
         return decoded if decoded.size == inside else decoded.crop((0, 0, *inside))
 
     def _small_tiff(self, data: list[bytes], size: tuple[int, int]) -> bytes:
-        """A TIFF of this width and height with a single tile or a few strips, or those of each plane."""
+        """A TIFF of this width and height with one tile or a few strips, for each plane."""
         starts = [_DATA + sum(map(len, data[:i])) for i in range(len(data))]
         lengths = [len(each) for each in data]
         entries = self.kept | {256: (4, size[0]), 257: (4, size[1])}
@@ -233,7 +232,11 @@ def bands(image: Regions) -> Iterator[Image.Image]:
 
 
 def reduced(image: Regions, size: tuple[int, int]) -> Image.Image:
-    """The whole image; a large one that is read by regions is averaged to at least twice the width and height `size`.
+    """The whole image; a large one that is read by regions is averaged down to about twice `size`, or more.
+
+    Args:
+        image: The image.
+        size: Width and height.
 
     Raises:
         ValueError: If a part of it cannot be read.
@@ -260,7 +263,7 @@ def _numbers(value: Any) -> tuple[int, ...]:
 
 
 def _packed(type_: int, value: Any, order: str) -> tuple[int, bytes]:
-    """How many values a tag of TIFF has, and their bytes."""
+    """The number of values of a TIFF tag, and their bytes."""
     if isinstance(value, bytes):
         return len(value), value
     values = value if isinstance(value, tuple | list) else (value,)
@@ -271,7 +274,7 @@ def _packed(type_: int, value: Any, order: str) -> tuple[int, bytes]:
 
 
 def bytes_of(image: Regions) -> int:
-    """The memory of an image: Pillow keeps colours in four bytes; a TIFF keeps what it has decoded last."""
+    """The memory of an image: Pillow uses four bytes per colour pixel; `TiffRegions` only keeps a cache."""
     width, height = image.size
     every = width * height * (4 if getattr(image, "mode", "") != "L" else 1)
     return min(every, image.recent.limit) if isinstance(image, TiffRegions) else every

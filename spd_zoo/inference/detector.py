@@ -75,7 +75,7 @@ class Detections:
         labels: (M,), classes from 0.
         class_names: The names of all classes.
         image: The image as it was given to the detector, for `draw` and `show`; None if it is unknown.
-        limited: Whether there may be more objects: more than `max_detections`, or than an exported file has room for,
+        limited: Whether there may be more objects: more than `max_detections`, or than an exported file can hold,
             or more than 30,000 scores of one view are high enough.
     """
 
@@ -299,7 +299,7 @@ class Detector:
         score_threshold: Minimum score. "auto": of each class the one with the best F1 on the validation images of the
             run, as `scores.json` in its folder says; of classes without such a score 0.25.
         iou_threshold: IoU threshold of NMS; None: the authors' value.
-        max_detections: Maximum number of objects per image; by default 300, or what an exported file has room for.
+        max_detections: Maximum number of objects per image; by default 300, or the limit of an exported file.
             Where the default leaves objects out, a warning says so; `Detections.limited` always does.
         batch_size: Images or tiles per batch.
         tile: Side of the tiles in pixels of the image; None: no tiles.
@@ -311,7 +311,7 @@ class Detector:
         agnostic: Whether a box suppresses boxes of other classes, too, so that every object has one class. An exported
             file suppresses boxes within each class first.
         colour: The order of the channels of arrays: "rgb", or "bgr" as OpenCV reads them.
-        max_pixels: Most pixels of an image file that is decoded as a whole; with `tile`, a TIFF is not.
+        max_pixels: Maximum number of pixels of an image file that is decoded as a whole; with `tile`, a TIFF is not.
 
     Raises:
         DataError: If `class_map`, `classes` or `class_scores` names a class that the network does not have.
@@ -370,7 +370,7 @@ class Detector:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         self.image_size: tuple[int, int] = (height, width)
         self.iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
-        net.check_room(max_detections, name)
+        net.check_limit(max_detections, name)
         self.max_detections: int = max_detections or net.max_detections or 300
         self.warns = max_detections is None
         self.agnostic = agnostic
@@ -499,10 +499,10 @@ class Detector:
 
     def limit_in_words(self) -> str:
         """What it means that `Detections.limited` is true."""
-        room = self.net.max_detections
-        if room is not None:
-            full = f"objects took all the room for {room} that the exported file has, so some may be missing"
-            if self.max_detections == room:
+        limit = self.net.max_detections
+        if limit is not None:
+            full = f"the exported file's limit of {limit} objects was reached, so some may be missing"
+            if self.max_detections == limit:
                 return f"{full}; export it again with a larger --max-detections"
             return f"more than {self.max_detections} objects (max_detections), or {full}"
         limits = f"{self.max_detections} objects (max_detections), or 30,000 scores before suppression"

@@ -138,7 +138,7 @@ class ExportedDetector(Exported, ObjectFinder):
 
     Attributes:
         score_threshold: The file's own minimum score.
-        max_detections: The number of detections per image that it has room for.
+        max_detections: Its maximum number of detections per image.
     """
 
     max_detections: int
@@ -186,9 +186,9 @@ class ExportedDetector(Exported, ObjectFinder):
         """Images -> the best detections of each; see `DetectionNet.detections`.
 
         The file has one minimum score and suppresses boxes within each class. Scores of each class are compared
-        afterwards, which leaves the same boxes as long as the file has room for all. Boxes of different classes
+        afterwards, which leaves the same boxes unless the file's limit is reached. Boxes of different classes
         suppress each other after those of one class have done so, while a network compares all boxes at once.
-        `limited` says whether all room was taken, so that there may be more boxes.
+        `limited` says whether the limit was reached, so that there may be more boxes.
 
         Raises:
             ImageSizeError: If the file does not take images of this size.
@@ -212,8 +212,8 @@ class ExportedDetector(Exported, ObjectFinder):
             if isinstance(score_threshold, Tensor):
                 each = _rows(each, each["scores"] > score_threshold[labels])
             if agnostic:
-                alike = torch.zeros_like(each["labels"])
-                each = _rows(each, labelled_nms(each["boxes"], each["scores"], alike, iou_threshold))
+                same = torch.zeros_like(each["labels"])
+                each = _rows(each, labelled_nms(each["boxes"], each["scores"], same, iou_threshold))
             limited = number == self.max_detections or (
                 max_detections is not None and len(each["labels"]) > max_detections
             )

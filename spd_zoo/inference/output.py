@@ -23,7 +23,7 @@ from spd_zoo.inference.sources import Source, Video, VideoFile, name_of_address
 
 __all__ = ["CocoFile", "ImageDetections", "OutputFolder", "Saved", "new_folder"]
 
-DRAWN = 2048  # least longer side in pixels of a marked copy of a very large image
+DRAWN = 2048  # minimum longer side, in pixels, of the marked copy of a very large image
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class ImageDetections:
 class CocoFile:
     """Detections as a data set in COCO's format, whose `annotations` have a `score` as in COCO's results.
 
-    Categories and images are numbered from 1. A frame of a video has its number in `frame`. What is added waits in
-    temporary files, so that memory does not grow. A context manager.
+    Categories and images are numbered from 1. A frame of a video has its number in `frame`. Rows are kept
+    in temporary files, so that memory does not grow. A context manager.
 
     Args:
         class_names: The names of all classes.
@@ -123,7 +123,7 @@ class Saved:
 
     Attributes:
         images: Copies of images and videos with the objects marked.
-        txt: A file of YOLO's lines (class, centre, size, as shares of the image) for each image, in `labels`.
+        txt: A YOLO label file (class, centre, size, as shares of the image) for each image, in `labels`.
         crops: The pixels of each object, in a folder of `crops` for each class.
     """
 
@@ -159,7 +159,7 @@ class OutputFolder:
             (folder / "classes.txt").write_text(names, encoding="utf-8")
 
     def add(self, source: Source, found: ImageDetections, image: Regions | None, rate: float) -> None:
-        """Writes what belongs to an image, or to a frame of a video with `rate` frames per second."""
+        """Writes the results of an image, or of a frame of a video with `rate` frames per second."""
         if self.video is not None and self.video[0] is not source:
             self._end_video()
         self.coco.add(found)
@@ -168,26 +168,26 @@ class OutputFolder:
         place = self.places[source]
         if self.saved.images and isinstance(source, Video):
             if self.video is None:
-                self.video = (source, VideoFile(_made(self.folder / place), image.size, rate))
+                self.video = (source, VideoFile(_with_folder(self.folder / place), image.size, rate))
             self.video[1].add(_marked(found.detections, image))
         elif self.saved.images:
-            _marked(found.detections, image).save(_made(self.folder / place), quality=95)
+            _marked(found.detections, image).save(_with_folder(self.folder / place), quality=95)
         if not (self.saved.txt or self.saved.crops):
             return
         stem = self.stems[source] if found.frame is None else self.stems[source] / _frame_name(found.frame)
         if self.saved.txt:
             lines = "".join(_yolo_lines(found.detections, image.size))
-            _made(self.folder / "labels" / f"{stem}.txt").write_text(lines, encoding="utf-8")
+            _with_folder(self.folder / "labels" / f"{stem}.txt").write_text(lines, encoding="utf-8")
         if self.saved.crops:
             suffix = place.suffix if found.frame is None else ".png"
             for number, (label, box) in enumerate(
                 zip(found.detections.labels.tolist(), found.detections.boxes, strict=True), 1
             ):
                 folder = self.folder / "crops" / f"{label}_{_as_file_name(self.class_names[label])}"
-                _crop(image, box.tolist()).save(_made(folder / f"{stem}_{number}{suffix}"), quality=95)
+                _crop(image, box.tolist()).save(_with_folder(folder / f"{stem}_{number}{suffix}"), quality=95)
 
     def close(self) -> None:
-        """Ends the video that is being written, and writes `detections.json`."""
+        """Finishes the current video, and writes `detections.json`."""
         self._end_video()
         with (self.folder / "detections.json").open("w", encoding="utf-8") as file:
             self.coco.write(file)
@@ -303,15 +303,15 @@ def _crop(image: Regions, box: Sequence[float]) -> Image.Image:
 
 
 def _as_file_name(name: str) -> str:
-    """A class name without what means something in a path."""
+    """A class name without the characters that are special in paths."""
     return re.sub(r"[^\w-]+", "_", name)[:80]
 
 
-def _made(file: Path) -> Path:
-    """A new file, whose folder exists afterwards.
+def _with_folder(file: Path) -> Path:
+    """A new file, whose folder is created.
 
     Raises:
-        ValueError: If there is such a file, written for another image.
+        ValueError: If the file exists, written for another image.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists():

@@ -18,7 +18,7 @@ def scores_text(scores: Mapping[str, float | None]) -> str:
 
 
 def scores_file(model: str) -> Path:
-    """Where the minimum scores of a run are; the model is its folder, with or without `local-dir:`."""
+    """The file with the minimum scores of a run; the model is its folder, with or without `local-dir:`."""
     return Path(model.removeprefix("local-dir:")) / SCORES_FILE
 
 
@@ -47,7 +47,7 @@ def read_scores(model: str, class_names: Sequence[str]) -> dict[int, float]:
             raise ValueError("its classes are not the network's")
         numbers = [score for score in scores.values() if score is not None]
         if not all(type(score) in (int, float) and 0 <= score <= 1 for score in numbers):
-            raise ValueError("a score is not from 0 to 1")
+            raise ValueError("a score is not between 0 and 1")
     except (ValueError, OSError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise

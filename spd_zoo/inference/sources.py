@@ -1,4 +1,4 @@
-"""What `spd-zoo detect` looks at: image files, addresses of images, and videos and cameras, which OpenCV reads."""
+"""The inputs of `spd-zoo detect`: image files, addresses of images, and videos and cameras, which OpenCV reads."""
 
 import importlib.util
 import math
@@ -37,7 +37,7 @@ _STREAM_SUFFIXES = (*VIDEO_SUFFIXES, ".m3u8", ".mpd", ".sdp")  # of addresses
 _LARGEST_IMAGE = 2**28  # bytes of an image at an address
 _LONGEST = 120.0  # seconds that its download may take
 _PATIENCE = 10_000  # milliseconds to wait for a stream to open, and for each of its frames
-USUAL_RATE = 25.0  # frames per second of a marked video whose source does not say
+USUAL_RATE = 25.0  # frames per second of a marked video if the source does not state them
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,19 @@ Source: TypeAlias = "Path | str | Video"  # an image file, the address of an ima
 def find_sources(patterns: Iterable[str], notes: Notes) -> list[Source]:
     """The images and videos named by files, folders, globs, text files that list these, addresses and camera numbers.
 
-    A file is an image by its suffix or its content, and a video otherwise. In a folder, videos are known by their
-    suffix. A line of a list is a path relative to the current folder, or else to the list's.
+    A file is recognised as an image by its suffix or its content, and otherwise taken for a video. In a folder, videos
+    are recognised by their suffix. Paths in a list are relative to the current folder, or else to the list's.
 
     Args:
         patterns: Files, folders, globs, lists, addresses and numbers.
-        notes: Receives a note for each folder that has nothing, or files of other types.
+        notes: Receives a note for each folder that is empty or has files of other types.
 
     Returns:
         The sources, in order.
 
     Raises:
         ModuleNotFoundError: If there is a video, and OpenCV is missing.
-        ValueError: If a list is empty or no text, or an address is of no type that can be read.
+        ValueError: If a list is empty or not a text file, or the type of an address cannot be read.
     """
     found: list[Source] = []
     videos = VIDEO_SUFFIXES if _has_opencv() else ()  # in folders; without OpenCV they are left out, with a note
@@ -105,7 +105,7 @@ def _listed(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no list of images: it is no text in UTF-8") from error
+        raise ValueError(f"{file} is not a list of images: it is not UTF-8 text") from error
     entries = [line for line in lines if line]
     if not entries:
         raise ValueError(f"{file} lists no image: it needs a path or an address on each line")
@@ -132,7 +132,7 @@ def _image_or_video(path: Path) -> Source:
     # os.path.isfile returns False for over-long or forbidden paths; pathlib raises
     if suffix in SUFFIXES or not os.path.isfile(path) or is_identified(path):  # noqa: PTH113
         return path
-    return Video(str(path), str(path)) if _has_opencv() else path  # reading it says that it is no image
+    return Video(str(path), str(path)) if _has_opencv() else path  # reading it reports that it is not an image
 
 
 def _has_opencv() -> bool:
@@ -146,7 +146,7 @@ def public(address: str) -> str:
 
 
 def name_of_address(address: str) -> str:
-    """A file name for what an address or a camera's name leads to."""
+    """A file name for the image or video at an address, or for a camera."""
     name = unquote(urlsplit(address).path).replace("\\", "/").rstrip("/").rpartition("/")[2]
     kept = "".join(each if each.isalnum() or each in "-_." else "_" for each in name).lstrip(".")
     return kept[-100:] or "image"
@@ -198,7 +198,7 @@ class Frames:
         if not self.capture.isOpened():
             self.capture.release()
             if video.live:
-                raise ValueError("OpenCV cannot open this camera or stream; is it there, and free?")
+                raise ValueError("OpenCV cannot open this camera or stream; is it connected, and not in use?")
             raise ValueError("OpenCV cannot open this as a video, and it is no image in a format that Pillow knows")
         rate = float(self.capture.get(cv2.CAP_PROP_FPS))
         self.rate = rate if math.isfinite(rate) and 0 < rate <= 1000 else USUAL_RATE
@@ -219,7 +219,7 @@ class Frames:
             number += 1
             yield Image.fromarray(np.ascontiguousarray(frame[..., ::-1] if frame.ndim == 3 else frame)).convert("RGB")
         if number < self.expected:
-            self.note = f"only {number} of the {self.expected} frames that it announces could be read"
+            self.note = f"only {number} of the {self.expected} frames that it declares could be read"
 
 
 class VideoFile:
@@ -227,7 +227,7 @@ class VideoFile:
 
     Args:
         file: The file.
-        size: Width and height of the frames. Odd ones get a black line more, because the codec needs even ones.
+        size: Width and height of the frames. Odd ones are padded by a black line, because the codec needs even ones.
         rate: Frames per second.
 
     Raises:
@@ -252,12 +252,12 @@ class VideoFile:
         self.frames += 1
 
     def close(self) -> None:
-        """Ends the file.
+        """Finishes the file.
 
         Raises:
             OSError: If it does not hold all frames, for example because the disk is full.
         """
-        self.writer.release()  # which says nothing of failures
+        self.writer.release()  # which does not report failures
         cv2 = _opencv()
         capture = cv2.VideoCapture(str(self.file))
         written = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -267,7 +267,7 @@ class VideoFile:
 
 
 def _opencv() -> Any:
-    """OpenCV, which prints nothing if it is imported here first.
+    """Imports OpenCV with its log messages turned off.
 
     Raises:
         ModuleNotFoundError: If it is missing.

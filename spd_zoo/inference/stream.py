@@ -27,20 +27,20 @@ def detect(
 ) -> Iterator[ImageDetections]:
     """Detects objects in images and videos, in order; yields those of each image as soon as its batch is computed.
 
-    `out` appears after the last image. It has `detections.json`, which `CocoFile` describes, and what `saved` asks for,
-    in the subfolders that the images have below their common folder.
+    `out` appears after the last image. It has `detections.json` (see `CocoFile`) and what `saved` asks for, in the same
+    subfolders as the images.
 
     Args:
         detector: The detector.
         sources: What `find_sources` returns; duplicates count once.
         out: A folder that does not exist or is empty; it is written atomically.
         saved: What is written to `out` in addition to `detections.json`; None: marked images and videos.
-        stopped: Whether to take this frame of a camera or stream for its last.
+        stopped: Called for each frame of a camera or stream, which ends as soon as this returns True.
 
     Raises:
         ImageSizeError: If the network does not take inputs of the detector's size.
         OSError: If a file cannot be written.
-        ValueError: If `out` is something else, or two sources would have the same label file.
+        ValueError: If `out` is not an empty folder, or two sources would have the same label file.
     """
     sources = list(dict.fromkeys(sources))
     images = iter(_in_images(detector, [source for source in sources if not isinstance(source, Video)]))
@@ -71,7 +71,7 @@ def _in_images(
                 yield ImageDetections(name, error=outcome.error, notes=outcome.notes), None, 0.0
             else:
                 image, found = outcome.result
-                # the file, so that its pixels do not stay in memory
+                # the path instead of the pixels, to save memory
                 found = replace(found, image=source if isinstance(source, Path) else None)
                 notes = (*outcome.notes, *_limits(detector, found))
                 yield ImageDetections(name, image.size[::-1], found, notes=notes), image, 0.0
@@ -87,8 +87,8 @@ def _in_video(
         yield ImageDetections(video.name, error=str(error)), None, USUAL_RATE
         return
     with frames:
-        coming = enumerate(itertools.takewhile(lambda _: not (video.live and stopped()), frames))
-        while batch := list(itertools.islice(coming, at_once)):
+        numbered = enumerate(itertools.takewhile(lambda _: not (video.live and stopped()), frames))
+        while batch := list(itertools.islice(numbered, at_once)):
             for (number, image), found in zip(batch, detector.find_in(image for _, image in batch), strict=True):
                 size, notes = (image.height, image.width), _limits(detector, found)
                 yield ImageDetections(video.name, size, found, notes=notes, frame=number), image, frames.rate
@@ -97,5 +97,5 @@ def _in_video(
 
 
 def _limits(detector: Detector, found: Detections) -> tuple[str, ...]:
-    """A note if objects may have been left out."""
+    """A note if the limit of detections may have left out objects."""
     return (detector.limit_in_words(),) if found.limited else ()

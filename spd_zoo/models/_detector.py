@@ -41,7 +41,7 @@ class ObjectFinder(nn.Module, ABC):
         evaluation_score: Minimum score in the authors' evaluation.
         evaluation_boxes: Maximum number of detections per image in the authors' evaluation.
         size_multiple: Height and width must be multiples of it; 0: an exported file takes one size only.
-        max_detections: Number of detections per image that an exported file has room for; None: no limit.
+        max_detections: Maximum number of detections per image of an exported file; None: no limit.
     """
 
     pretrained_cfg: dict[str, Any]
@@ -67,15 +67,15 @@ class ObjectFinder(nn.Module, ABC):
                 f"height and width must be multiples of {multiple}, got {height}x{width}: resize or pad the images"
             )
 
-    def check_room(self, max_detections: int | None, name: str) -> None:
-        """Checks the number of detections per image that somebody asks `name` for.
+    def check_limit(self, max_detections: int | None, name: str) -> None:
+        """Checks the number of detections per image that is requested from `name`.
 
         Raises:
-            ValueError: If an exported file has no room for so many.
+            ValueError: If it is above the limit of an exported file.
         """
-        room = self.max_detections
-        if max_detections is not None and room is not None and max_detections > room:
-            raise ValueError(f"{name} was exported with room for {room} objects, fewer than {max_detections}")
+        limit = self.max_detections
+        if max_detections is not None and limit is not None and max_detections > limit:
+            raise ValueError(f"{name} was exported with a limit of {limit} objects, fewer than {max_detections}")
 
     @abstractmethod
     def detections(

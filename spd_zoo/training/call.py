@@ -22,13 +22,13 @@ def finetune(
 ) -> training.Result | None:
     """Trains a network on your images, as `spd-zoo finetune` does; see `spd_zoo.training.finetune.finetune`.
 
-    For example `finetune("cifar_resnet20", data="photos", out="run", epochs=5)`. `finetune("run", epochs="+10")` goes
-    on from the network that a finished run kept, with its options, and writes into the new folder run+10.
+    For example `finetune("cifar_resnet20", data="photos", out="run", epochs=5)`. `finetune("run", epochs="+10")`
+    continues a finished run: it trains its network with its options, and writes into the new folder run+10.
 
     Args:
         model: A network, with or without a tag, or a run's folder; or a `FinetuneConfig` with everything.
         config: A YAML file with options.
-        recipe: The name of a set of options that comes with the package, such as quick or best.
+        recipe: The name of a recipe, which is a set of options that comes with the package, such as quick or best.
         **options: The fields of `FinetuneConfig`, which are the options of the command. They take precedence over those
             in `config`, and these over those of the recipe.
 
@@ -51,11 +51,11 @@ def finetune(
     if isinstance(epochs, str) and epochs.startswith("+"):
         if config is not None or recipe is not None or model is None:
             raise ValueError(
-                f"epochs {epochs} takes the options of a finished run: give its folder, and no config or recipe"
+                f"epochs {epochs} continues a finished run with its options: give its folder, and no config or recipe"
             )
         asked = as_options({name: value for name, value in options.items() if name != "epochs"}, "finetune")
-        goes_on = continuation(os.fspath(model), epochs, asked)
-        return training.finetune(make_config(goes_on.options), goes_on=goes_on)
+        continued = continuation(os.fspath(model), epochs, asked)
+        return training.finetune(make_config(continued.options), continued=continued)
     everything = options if model is None else {"model": model, **options}
     chosen = make_config(as_options(everything, "finetune"), config, recipe)
     return training.finetune(replace(chosen, model=timm_name(chosen.model)), recipe)

@@ -8,9 +8,9 @@ import numpy as np
 
 __all__ = ["halves", "on_calibration", "on_confusion", "on_errors", "on_training"]
 
-FEW = 5  # epochs below which curves show no trend
-RISE = 1.05  # times its lowest value, from which on the validation loss has risen
-GAIN = 0.5  # points of the last quarter of the epochs that count as a gain
+FEW = 5  # with fewer epochs, curves show no trend
+RISE = 1.05  # the validation loss counts as risen above this many times its lowest value
+GAIN = 0.5  # percentage points in the last quarter of the epochs, above which longer training may help
 PAIRS = 3  # confused classes that are named
 
 
@@ -19,7 +19,7 @@ def on_training(history: Sequence[dict[str, Any]], metric: str) -> str:
 
     Args:
         history: The metrics of each epoch, with `train_loss`, `val_loss` and `metric`.
-        metric: The column in per cent that counts.
+        metric: The column to judge by, in per cent.
     """
     if len(history) < FEW:
         return f"Fewer than {FEW} epochs show no trend."
@@ -47,7 +47,7 @@ def on_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
     """
     wrong = confusion - np.diag(confusion.diagonal())
     if not wrong.any():
-        return f"None of the {confusion.sum()} images is confused."
+        return f"All {confusion.sum()} images are classified correctly."
     shares = wrong / np.maximum(confusion.sum(1, keepdims=True), 1)
     pairs = [divmod(int(i), len(names)) for i in np.lexsort((-shares.ravel(), -wrong.ravel()))[:PAIRS]]
     found = [
@@ -59,7 +59,7 @@ def on_confusion(confusion: np.ndarray, names: Sequence[str]) -> str:
 
 
 def on_calibration(confidence: float, accuracy: float, images: int) -> str:
-    """Whether the probabilities are too high or too low.
+    """Whether the predicted probabilities are too high or too low.
 
     Args:
         confidence: The mean probability of the predicted class.
@@ -74,7 +74,7 @@ def on_calibration(confidence: float, accuracy: float, images: int) -> str:
 
 
 def on_errors(wrong: int, images: int) -> str:
-    """How many of the images of a sheet are wrong."""
+    """How many of the images on a sheet are classified wrongly."""
     return f"{wrong} of these {images} images {'is' if wrong == 1 else 'are'} classified wrongly."
 
 

@@ -86,7 +86,7 @@ class FinetuneConfig:
     overlap: float = _option(0.2, "overlap of tiles, as a share of their side", only="detectors")
     max_pixels: int = _option(
         MAX_PIXELS,
-        "refuse images of more pixels that must be read as a whole; of a TIFF, --tile reads only what it needs",
+        "largest image that may be read as a whole, in pixels; with --tile, a TIFF is read in parts",
         free=True,
         only="detectors",
     )
@@ -111,7 +111,7 @@ class FinetuneConfig:
         former=False,
     )
     # steps
-    epochs: int = _option(20, "passes over the training images; +10 goes on from the finished run that MODEL is")
+    epochs: int = _option(20, "passes over the training images; +10: train MODEL, a finished run, for 10 more")
     batch_size: int | None = _option(
         None, "images per step, summed over all processes (default: 8 to 128, depending on the data)"
     )
@@ -231,8 +231,8 @@ class FinetuneConfig:
     )
     keep_tiny: bool | None = _option(
         None,
-        "keep objects that augmentation makes smaller than 2 px (SSD: 1 % of the image), which the authors drop; what "
-        "it cuts off is dropped all the same (default: yes)",
+        "keep objects that augmentation shrinks below 2 px (SSD: 1 % of the image), which the authors drop; objects "
+        "that it cuts off are still dropped (default: yes)",
         only="detectors",
         former=False,
     )

@@ -1,4 +1,4 @@
-"""`--epochs +10`: the options of a run that goes on from a finished one."""
+"""`--epochs +10`: the options of a run that continues a finished one."""
 
 import csv
 import json
@@ -21,12 +21,12 @@ _FIXED = ("seed", "val_name", "val_split", "val_size", "image_column", "label_co
 
 @dataclass(frozen=True)
 class Continuation:
-    """How a run goes on from a finished one.
+    """How a run continues a finished one.
 
     Attributes:
         options: The options of the new run.
-        fingerprint: The digest of the data of the finished one.
-        in_words: What happens, on one line.
+        fingerprint: The digest of the finished run's data.
+        in_words: What the new run does, on one line.
     """
 
     options: dict[str, Any]
@@ -35,15 +35,15 @@ class Continuation:
 
 
 def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
-    """How a new run goes on from the network that a finished run kept: with its options, without warmup.
+    """The options of a new run that trains the network of a finished run for longer.
 
-    Its learning rate falls, as a cosine, from where the finished one ended. Most runs end near 0, where nothing is
-    learned: then from a tenth of their peak.
+    They are those of the finished run, without warmup. The learning rate falls as a cosine from the last one of the
+    finished run, or from a tenth of its peak if that is higher, because nothing is learned near 0.
 
     Args:
         run: The folder of the finished run.
         epochs: How many epochs are added, such as "+10".
-        asked: Options that take precedence; without `out`, the new run is written into RUN+10.
+        asked: Options that the user set, which take precedence; without `out`, the new run is written into RUN+10.
 
     Raises:
         ModelError: If the folder holds no network.
@@ -54,11 +54,11 @@ def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
         raise ValueError(f"epochs must be a whole number, or like +10, got {epochs}")
     folder = Path(run.removeprefix("local-dir:"))
     if not (folder / "run.yaml").is_file():
-        raise ValueError(f"epochs {epochs} goes on from a finished run; give its folder instead of {run}")
+        raise ValueError(f"epochs {epochs} continues a finished run; give its folder instead of {run}")
     model = timm_name(f"local-dir:{folder}")
     changed = [name for name in _FIXED if name in asked]
     if changed:
-        raise ValueError(f"a run that goes on from {folder} keeps its {', '.join(changed)}; leave that out")
+        raise ValueError(f"a run that continues {folder} keeps its {', '.join(changed)}; leave that out")
     try:
         stored = completed(read_yaml(folder / "run.yaml"), folder)
         fingerprint = json.loads((folder / "data.json").read_text(encoding="utf-8"))["fingerprint"]
@@ -78,9 +78,9 @@ def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
     options |= {"out": f"{folder}{epochs}"} | asked | {"model": model, "epochs": int(epochs)}
     rate = f"the last learning rate of {folder}"
     if options["lr"] > last:
-        rate = f"a tenth of the peak of {folder}, which ended at {last:.2g}"
+        rate = f"a tenth of the peak of {folder}, whose last one was {last:.2g}"
     if "lr" in asked:
         rate = "as set"
     length = count(int(epochs), "epoch")
-    words = f"goes on from the network that {folder} kept: {length} from learning rate {options['lr']:.2g}"
+    words = f"continues from the network of {folder}: {length} from learning rate {options['lr']:.2g}"
     return Continuation(options, fingerprint, f"{words} ({rate}), into {options['out']}")

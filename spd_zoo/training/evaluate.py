@@ -107,7 +107,7 @@ def evaluate(
         tile: For a detector: the side of the tiles into which larger images are cut, as `Detector` does; 0: no tiles;
             None: as the run that trained it.
         overlap: Minimum overlap of tiles, as a share of their side; None: that of the run, or else 0.2.
-        max_pixels: For a detector: most pixels of an image that is read as a whole; None: Pillow's limit.
+        max_pixels: For a detector: maximum number of pixels of an image that is read as a whole; None: Pillow's limit.
 
     Returns:
         An evaluation for each image size.
@@ -144,7 +144,7 @@ def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_
     """
     if not isinstance(net, ObjectFinder):
         if tile is not None or overlap is not None or max_pixels is not None:
-            raise ValueError(f"tile, overlap and max_pixels are options for detectors, and {model} is none")
+            raise ValueError(f"tile, overlap and max_pixels are options for detectors, and {model} is not a detector")
         return {}
     trained = trained_on_tiles(model) if tile is None else None
     side, own_overlap = trained or (tile or 0, 0.2)
@@ -157,7 +157,8 @@ def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_
     if max_pixels is not None:
         fields["max_pixels"] = max_pixels
     if trained is not None:
-        note = f"evaluated on tiles of {side} px that overlap by {overlap:g}, as {model} was trained; --tile 0 does not"
+        tiles = f"tiles of {side} px that overlap by {overlap:g}"
+        note = f"evaluated on {tiles}, as {model} was trained; --tile 0 turns tiles off"
         fields["notes"] = (note,)
     return fields
 
@@ -193,7 +194,7 @@ def evaluate_network(
         bf16: Whether autocast computes in bfloat16.
         columns: The columns with images and labels.
         class_map: The network's names of classes that have other names in the data.
-        suppression: Where a detector's evaluation departs from the usual rules.
+        suppression: Settings of a detector's evaluation that differ from the usual rules.
         reading: Fields of `BoxImages` that differ from those of the data; its notes are added to theirs.
 
     Raises:

@@ -94,7 +94,7 @@ class Result:
         return as_html(None, columns, rows) + f"<p>{self.folder / 'report.html'}</p>"
 
 
-def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continuation | None = None) -> Result | None:
+def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Continuation | None = None) -> Result | None:
     """Trains `config.model` on `config.data`, also with the outputs of `config.teacher` as targets if there is one.
 
     `config.out` then holds
@@ -109,8 +109,8 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continu
 
     Args:
         config: What to train, on which data, with which settings.
-        recipe: The recipe that some of them come from, for the line that says what was chosen.
-        goes_on: How this run goes on from a finished one, whose data it must have.
+        recipe: The recipe that some of the options come from, for the line that lists them.
+        continued: How this run continues a finished one, whose data it must have.
 
     Returns:
         The result; None after a dry run.
@@ -125,8 +125,8 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continu
     """
     require(config.log)
     process = join(config.device)
-    if goes_on is not None:
-        process.print(goes_on.in_words)
+    if continued is not None:
+        process.print(continued.in_words)
     folder = RunFolder(config.out)
     began = process.broadcast(folder.beginning(config) if process.first else None)
     if began is not None:
@@ -140,7 +140,7 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, goes_on: Continu
 
     with names_other_task(task, config.data, "finetune"):
         splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
-    if goes_on is not None and goes_on.fingerprint != splits.about["fingerprint"]:
+    if continued is not None and continued.fingerprint != splits.about["fingerprint"]:
         raise DataError(f"{config.data} is not what {config.model.partition(':')[2]} was trained on; begin a new run")
     teacher = None
     if config.teacher:

@@ -63,12 +63,14 @@ def _wandb(folder: RunFolder, config: FinetuneConfig) -> Iterator[Log]:
 
     options = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(config).items()}
     first_start = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))[0]
-    same = hashlib.blake2b(json.dumps(first_start).encode(), digest_size=8).hexdigest()  # a resumed run has its own id
+    run_id = hashlib.blake2b(
+        json.dumps(first_start).encode(), digest_size=8
+    ).hexdigest()  # stays the same after a resume
     try:
         run = wandb.init(
             project="spd_zoo",
             name=folder.path.resolve().name,
-            id=same,
+            id=run_id,
             resume="allow",
             dir=folder.path,
             config=options,

@@ -31,13 +31,13 @@ tr:nth-child(even) { background: var(--stripe) } img { max-width: 100%; height: 
 pre { background: var(--stripe); padding: 1rem; overflow-x: auto }
 """
 _HEAD = "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-WIDE = 600  # pixels up to which a figure may be made as narrow as a phone
+WIDE = 600  # wider figures, in pixels, scroll on a phone instead of shrinking
 _PLOTS = (
     "curves",
     "confusion",
     "calibration",
     "precision_recall",
-)  # figures without photos, whose colours are turned in the dark
+)  # figures without photos, whose colours dark mode inverts
 
 
 def page(

@@ -1,7 +1,7 @@
-"""What a detector's checkpoint says beside its tensors: task, classes, image size, strides, and the program's version.
+"""What a detector's checkpoint states besides tensors: task, classes, image size, strides, the program's version.
 
-The fields have the names that YOLO's training programs give them. They come from a stranger's file: each is checked
-before it is used, and text is cleaned before it is printed.
+The fields have the names that YOLO's training programs give them. The file may come from anybody: each field is
+checked before it is used, and text is cleaned before it is printed.
 """
 
 import json
@@ -19,31 +19,26 @@ from spd_zoo.weights.unpickle import Unknown
 __all__ = ["Described", "check_task", "described", "fields_in", "fields_of_metadata"]
 
 _FIELDS = ("task", "names", "nc", "imgsz", "stride", "activation", "version", "license")
-_SETTINGS = (
-    "args",
-    "train_args",
-    "opt",
-    "yaml",
-)  # a training's settings and a network's plan, inside of which they lie
-_IN_JSON = ("names", "nc", "imgsz", "stride")  # fields that are no text, in the metadata of an imported file
+_SETTINGS = ("args", "train_args", "opt", "yaml")  # settings, which may contain the fields, too
+_IN_JSON = ("names", "nc", "imgsz", "stride")  # fields that the metadata of an imported file holds as JSON
 _DETECTION = ("detect", "detection", "object-detection")
-_LONGEST = 200  # characters of a class name, or of another text
+_LONGEST = 200  # maximum number of characters of a class name or another text
 _LARGEST_IMAGE = 2**24  # pixels
 _MOST_STRIDES = 16
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reverses the text after it
-_ALONE = "To import the weights without it, save their state dict alone: torch.save(net.state_dict(), FILE)"
+_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reverse the text after them
+_ADVICE = "To import the weights without these fields, save only the state dict: torch.save(net.state_dict(), FILE)"
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a checkpoint says about its network.
+    """What a checkpoint states about its network.
 
     Attributes:
-        num_classes: The number of classes, as the tensors tell it.
-        names: The name of each class; None if they have none but their numbers.
+        num_classes: The number of classes, from the shapes of the tensors.
+        names: The name of each class; None if the classes are only numbered.
         image_size: Height and width in pixels of the images that it was trained on.
-        strides: The strides of the maps.
-        texts: `task`, `version` and `license`, those of them that are known.
+        strides: The strides of the feature maps.
+        texts: `task`, `version` and `license`, as far as they are known.
     """
 
     num_classes: int
@@ -70,7 +65,7 @@ def fields_in(places: Sequence[Any]) -> dict[str, Any]:
     """The fields in parts of a checkpoint, unchecked.
 
     Args:
-        places: Networks and dicts, of which the first that has a field decides.
+        places: Networks and dicts; the first that has a field takes precedence.
 
     Returns:
         The fields that are not None.
@@ -94,9 +89,9 @@ def fields_of_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """The fields in the metadata of a safetensors file that this package imported, unchecked.
 
     Raises:
-        ValueError: If they are no JSON.
+        ValueError: If they are not JSON.
     """
-    if metadata is None or "original_sha256" not in metadata:  # in files of others these words may mean anything
+    if metadata is None or "original_sha256" not in metadata:  # in other files these keys may mean something else
         return {}
     try:
         return {name: json.loads(metadata[name]) for name in _IN_JSON if name in metadata}
@@ -104,37 +99,37 @@ def fields_of_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any]:
         raise ValueError("metadata that is nested too deeply") from error
 
 
-def described(fields: Mapping[str, Any], net: nn.Module, num_classes: int, called: str) -> Described:
+def described(fields: Mapping[str, Any], net: nn.Module, num_classes: int, checkpoint: str) -> Described:
     """Checks the fields of a checkpoint.
 
     Args:
         fields: What `fields_in` or `fields_of_metadata` found.
         net: The detector that the checkpoint is for.
-        num_classes: The number of classes, as the checkpoint's tensors tell it.
-        called: The checkpoint's name in errors.
+        num_classes: The number of classes, from the shapes of the tensors.
+        checkpoint: The checkpoint's name in errors.
 
     Returns:
-        The fields.
+        The checked fields.
 
     Raises:
-        WeightsError: If a field contradicts the tensors or the network, or is not of its form.
+        WeightsError: If a field contradicts the tensors or the network, or is malformed.
     """
     try:
         count = fields.get("nc", num_classes)
         if type(count) is not int or count != num_classes:
-            raise ValueError(f"nc is {_shown(count)}, but its tensors are those of {num_classes} classes")
-        names = _names(fields["names"], called) if "names" in fields else None
+            raise ValueError(f"nc is {_printable(count)}, but its tensors are those of {num_classes} classes")
+        names = _names(fields["names"], checkpoint) if "names" in fields else None
         if names is not None and len(names) != num_classes:
             raise ValueError(f"it names {len(names)} classes, but its tensors are those of {num_classes}")
-        if names == tuple(map(str, range(num_classes))):  # which the programs write where nobody named the classes
+        if names == tuple(map(str, range(num_classes))):  # which training programs write for classes without names
             names = None
         strides = _strides(fields["stride"], net) if "stride" in fields else None
         activation = fields.get("activation")
         if activation is not None and not (isinstance(activation, str) and "SiLU" in activation):
-            raise ValueError(f"its activation is {_shown(activation)}, and the network's is SiLU")
-        image_size = _image_size(fields["imgsz"], net, called) if "imgsz" in fields else None
+            raise ValueError(f"its activation is {_printable(activation)}, and the network's is SiLU")
+        image_size = _image_size(fields["imgsz"], net, checkpoint) if "imgsz" in fields else None
     except ValueError as error:
-        raise WeightsError(f"{called} cannot be used as it is: {error}. {_ALONE}") from error
+        raise WeightsError(f"{checkpoint} cannot be used as it is: {error}. {_ADVICE}") from error
     texts = {name: fields.get(name) for name in ("task", "version", "license")}
     return Described(
         num_classes,
@@ -145,13 +140,13 @@ def described(fields: Mapping[str, Any], net: nn.Module, num_classes: int, calle
     )
 
 
-def check_task(fields: Mapping[str, Any], network: str, called: str) -> None:
+def check_task(fields: Mapping[str, Any], network: str, checkpoint: str) -> None:
     """Refuses a checkpoint for another task than detection.
 
     Args:
         fields: What `fields_in` found.
         network: The detector that the checkpoint should be for.
-        called: The checkpoint's name in errors.
+        checkpoint: The checkpoint's name in errors.
 
     Raises:
         WeightsError: If the checkpoint states another task.
@@ -159,18 +154,18 @@ def check_task(fields: Mapping[str, Any], network: str, called: str) -> None:
     task = fields.get("task", "detect")
     if task not in _DETECTION:
         raise WeightsError(
-            f"{called} is a checkpoint for the task {_shown(task)}, and {network} is a detector: give a checkpoint "
-            "for the task 'detect'"
+            f"{checkpoint} is a checkpoint for the task {_printable(task)}, and {network} is a detector: give a "
+            "checkpoint for the task 'detect'"
         )
 
 
-def _shown(value: Any) -> str:
-    """A value of a stranger's file, short enough to be printed."""
+def _printable(value: Any) -> str:
+    """A value of an untrusted file, shortened and cleaned for printing."""
     if isinstance(value, str):
         return repr(_clean(value[: _LONGEST // 4]))
     if type(value) in (int, float) and abs(value) < 1e15:
         return repr(value)
-    return f"something else than text or a number ({type(value).__name__})"
+    return f"of type {type(value).__name__}"
 
 
 def _clean(text: str) -> str:
@@ -179,11 +174,11 @@ def _clean(text: str) -> str:
     return "".join(" " if bad else char for char, bad in zip(text, unsafe, strict=True)).strip()
 
 
-def _names(value: Any, called: str) -> tuple[str, ...]:
+def _names(value: Any, checkpoint: str) -> tuple[str, ...]:
     """Class names from a list, or from a dict whose keys are their numbers.
 
     Raises:
-        ValueError: If they are neither, or one is no name.
+        ValueError: If they are neither, or one is not a name.
     """
     value = value.items if isinstance(value, Unknown) else value
     if isinstance(value, dict):
@@ -198,14 +193,14 @@ def _names(value: Any, called: str) -> tuple[str, ...]:
         if type(name) is int and abs(name) < 10**18:  # YAML reads a class called 7 as a number
             name = str(name)
         if not isinstance(name, str):
-            raise ValueError(f"the name of its class {i} is no text")
+            raise ValueError(f"the name of its class {i} is not text")
         if len(name) > _LONGEST:
             raise ValueError(f"the name of its class {i} has {len(name)} characters, more than {_LONGEST}")
         names.append(_clean(name) or str(i))
     changed = [new for old, new in zip(value, names, strict=True) if isinstance(old, str) and old.strip() != new]
     if changed:
         warnings.warn(
-            f"{called}: class names that are empty or hold control characters are changed to "
+            f"{checkpoint}: class names that are empty or hold control characters are changed to "
             f"{', '.join(map(repr, changed[:5]))}",
             stacklevel=2,
         )
@@ -222,18 +217,18 @@ def _strides(value: Any, net: nn.Module) -> tuple[int, ...]:
         value = value.tolist() if value.ndim == 1 and len(value) <= _MOST_STRIDES else None
     own: tuple[int, ...] = tuple(getattr(net, "strides", ()))
     if not isinstance(value, list | tuple) or not all(type(stride) in (int, float) for stride in value[:_MOST_STRIDES]):
-        raise ValueError("the strides of its maps are no list of numbers")
+        raise ValueError("the strides of its maps are not a list of numbers")
     if own and sorted(value) != sorted(own):
-        shown = ", ".join(f"{stride:g}" for stride in value[:_MOST_STRIDES])
-        raise ValueError(f"its maps have the strides {shown}, and the network's have {', '.join(map(str, own))}")
+        stated = ", ".join(f"{stride:g}" for stride in value[:_MOST_STRIDES])
+        raise ValueError(f"its maps have the strides {stated}, and the network's have {', '.join(map(str, own))}")
     return own or tuple(int(stride) for stride in value)
 
 
-def _image_size(value: Any, net: nn.Module, called: str) -> tuple[int, int] | None:
-    """Height and width of a checkpoint's images; None for a network of one size, which its own weights tell.
+def _image_size(value: Any, net: nn.Module, checkpoint: str) -> tuple[int, int] | None:
+    """Height and width of a checkpoint's images; None for a network with a fixed size.
 
     Raises:
-        ValueError: If they are no sizes, or too large.
+        ValueError: If they are not sizes, or are too large.
     """
     sides = value if isinstance(value, list | tuple) else [value]
     if not 1 <= len(sides) <= 2 or not all(type(side) is int and side > 0 for side in sides):
@@ -247,7 +242,7 @@ def _image_size(value: Any, net: nn.Module, called: str) -> tuple[int, int] | No
     size = height + -height % multiple, width + -width % multiple
     if size != (height, width):
         warnings.warn(
-            f"{called}: the image size {height}x{width} is taken as {size[0]}x{size[1]}, multiples of {multiple}",
+            f"{checkpoint}: the image size {height}x{width} is taken as {size[0]}x{size[1]}, multiples of {multiple}",
             stacklevel=2,
         )
     return size

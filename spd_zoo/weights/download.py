@@ -109,7 +109,7 @@ def download_bytes(address: str, most: int, seconds: float) -> bytes:
 
     Args:
         address: The address.
-        most: Bytes that it may have.
+        most: Its maximum size in bytes.
         seconds: How long the download may take.
 
     Raises:

@@ -79,7 +79,7 @@ class Tiling:
     """How large images are cut into tiles.
 
     Attributes:
-        side: Of a tile, in pixels of the image.
+        side: Side of a tile, in pixels of the image.
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
         recent: The images that were read last, from which tiles are cut.
     """
@@ -104,8 +104,8 @@ class BoxImages:
         encoded: The bytes of each image, or None if it is a file; None if all are files.
         format: The format that was found, such as "YOLO by data.yaml".
         place: Where the images of the split are.
-        max_pixels: Most pixels of an image that is read as a whole.
-        tiling: How images are cut for training and evaluation; None: not at all.
+        max_pixels: Maximum number of pixels of an image that is read as a whole.
+        tiling: How images are cut for training and evaluation; None: they are not cut.
     """
 
     files: list[str]
@@ -151,7 +151,7 @@ class BoxImages:
         return self._read(read_image, index, mode)
 
     def regions(self, index: int, mode: str = "RGB") -> Regions:
-        """The image at `index` for reading parts of it; with `tiling` it stays in memory as long as there is room.
+        """The image at `index`, for reading parts of it; with `tiling` it is cached.
 
         Raises:
             DataError: If it cannot be read, or has another size than its annotation says.

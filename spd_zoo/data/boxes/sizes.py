@@ -16,8 +16,8 @@ __all__ = ["describe_sizes", "sides_in_input", "sizes_in_words"]
 EDGES = (8, 16, 32, 64, 128)  # pixels in the input, of the square root of a box's area
 NAMES = ("tiny (< 8 px)", "small (< 16)", "< 32", "< 64", "< 128", "larger")
 SMALLEST = 2  # pixels in the input; a box with a smaller side covers hardly any cell that could learn it
-MOST = 0.95  # share of the boxes with a smaller side that a larger input or a tile is to make larger
-LONGEST, NARROWEST = 8192, 32  # pixels of an input or a tile beyond which neither is recommended
+MOST = 0.95  # share of these boxes that a recommended input or tile makes larger than that
+LONGEST, NARROWEST = 8192, 32  # limits in pixels of a recommended input or tile
 LISTED = 12  # classes that are printed
 
 
@@ -66,7 +66,7 @@ def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
 
 
 def _remedies(data: BoxImages, sides: np.ndarray, below: np.ndarray, image_size: tuple[int, int]) -> dict[str, Any]:
-    """A larger input, and a tile for this one, with which most boxes of less than 2 px have more.
+    """A larger input, or tiles for the present one, with which most boxes below 2 px become larger.
 
     Args:
         data: The images.

@@ -1,4 +1,4 @@
-"""Large images cut into tiles for training: where tiles lie, and what of the objects each one has.
+"""Large images cut into tiles for training: the positions of the tiles, and the objects in each.
 
 Nothing is written: a tile is cut when it is read.
 """
@@ -28,8 +28,8 @@ __all__ = [
     "visible_shares",
 ]
 
-VISIBLE = 0.5  # share of an object's area in a tile from which on it is an object there; below it, it is ignored
-EMPTY = 0.25  # tiles without objects in an epoch, for each tile with objects
+VISIBLE = 0.5  # minimum share of an object's area in a tile; with less, the object is ignored there
+EMPTY = 0.25  # tiles without objects per tile with objects, in each epoch
 
 
 def tile_boxes(size: tuple[int, int], side: int, overlap: float) -> list[Box]:
@@ -37,7 +37,7 @@ def tile_boxes(size: tuple[int, int], side: int, overlap: float) -> list[Box]:
 
     Args:
         size: Width and height of the image in pixels.
-        side: Of a tile in pixels; an image that is no larger is a tile by itself.
+        side: Side of a tile in pixels; an image that is no larger becomes one tile.
         overlap: Minimum overlap of neighbouring tiles, as a share of their side.
     """
     columns, rows = (_starts(length, side, overlap) for length in size)
@@ -64,9 +64,9 @@ def visible_shares(objects: Objects, boxes: Sequence[Box]) -> torch.Tensor:
 
 
 def objects_inside(objects: Objects, box: Box) -> Objects:
-    """The objects in a part of an image, clipped to it, in its own pixels.
+    """The objects in a part of an image, clipped to it, with coordinates relative to it.
 
-    Those of which less than `VISIBLE` is seen are neither object nor background there.
+    Objects with less than `VISIBLE` of their area inside are marked as ignored.
     """
     (shares,) = visible_shares(objects, [box])
     seen = shares > 0
@@ -78,9 +78,9 @@ def objects_inside(objects: Objects, box: Box) -> Objects:
 
 
 def views(data: BoxImages, index: int) -> list[Box | None]:
-    """The parts of an image that inference looks at: the whole image, which is None, and its tiles.
+    """The parts of an image that inference runs on: the whole image, which is None, and its tiles.
 
-    An image that is not larger than a tile, or of a data set without `tiling`, is looked at as a whole only.
+    Images no larger than a tile, and those of a data set without `tiling`, are only used as a whole.
     """
     if data.tiling is None:
         return [None]
@@ -88,7 +88,7 @@ def views(data: BoxImages, index: int) -> list[Box | None]:
 
 
 def view_boxes(size: tuple[int, int], side: int, overlap: float, whole: bool = True) -> list[Box | None]:
-    """As `views`, for an image of the width and height `size`, of which the whole can be left out."""
+    """As `views`, for an image of width and height `size`; `whole=False` leaves out the whole image."""
     if max(size) <= side:
         return [None]
     return [*([None] if whole else []), *tile_boxes(size, side, overlap)]
@@ -100,9 +100,9 @@ class Tiles(BoxImages):
 
     Attributes:
         source: The images.
-        parts: For each tile the image that it is cut from, and where; None: the whole image, scaled down.
-        with_objects: How many tiles come first and are part of every epoch.
-        seed: Of the choice of tiles without objects.
+        parts: For each tile the index of its image, and its box; a box of None is the whole image, scaled down.
+        with_objects: The number of tiles with objects, which come first and are in every epoch.
+        seed: Seed of the random choice of tiles without objects.
     """
 
     source: BoxImages | None = None
@@ -111,7 +111,7 @@ class Tiles(BoxImages):
     seed: int = 0
 
     def __len__(self) -> int:
-        """How many tiles an epoch has."""
+        """The number of tiles in an epoch."""
         return self.with_objects + min(len(self.parts) - self.with_objects, round(EMPTY * self.with_objects))
 
     def image(self, index: int, mode: str = "RGB") -> Image.Image:
@@ -126,7 +126,7 @@ class Tiles(BoxImages):
         return self.source.part(number, box, self.sizes[row], mode)
 
     def in_epoch(self, index: int, epoch: int) -> int:
-        """The tile that is at `index` in an epoch: those without objects are drawn for each epoch anew."""
+        """The tile at `index` in an epoch; those without objects are drawn anew for each epoch."""
         first = self.with_objects
         if index < first:
             return index
@@ -141,15 +141,15 @@ def _drawn(number: int, seed: int, epoch: int) -> list[int]:
 
 
 def cut(data: BoxImages, fit: tuple[int, int], seed: int) -> Tiles:
-    """The tiles of all images by `data.tiling`.
+    """Cuts all images into tiles as `data.tiling` says.
 
-    An image with an object of which no tile shows `VISIBLE` is also trained on as a whole, as inference looks at the
-    whole image, too.
+    If no tile contains `VISIBLE` of an object, its image is also trained on as a whole, because inference runs on whole
+    images, too.
 
     Args:
         data: The images.
         fit: Height and width of the network's input, to which a whole image is scaled down.
-        seed: Of the choice of tiles without objects.
+        seed: Seed of the random choice of tiles without objects.
     """
     assert data.tiling is not None
     full: list[tuple[tuple[int, Box | None], Objects, tuple[int, int]]] = []
@@ -171,7 +171,7 @@ def cut(data: BoxImages, fit: tuple[int, int], seed: int) -> Tiles:
             full.append(((i, None), own, small))
     parts, objects_of, sizes = zip(*full, *empty, strict=True)
     return Tiles(
-        [_called(data.name(i), box, data.sizes[data.rows[i]]) for i, box in parts],
+        [_tile_name(data.name(i), box, data.sizes[data.rows[i]]) for i, box in parts],
         list(sizes),
         list(objects_of),
         data.class_names,
@@ -185,14 +185,14 @@ def cut(data: BoxImages, fit: tuple[int, int], seed: int) -> Tiles:
     )
 
 
-def _called(name: str, box: Box | None, size: tuple[int, int]) -> str:
+def _tile_name(name: str, box: Box | None, size: tuple[int, int]) -> str:
     if box == (0, 0, *size):
         return name
     return f"{name} as a whole" if box is None else f"{name} at {box[0]},{box[1]}"
 
 
 def describe_tiles(train: Tiles, val: BoxImages) -> dict[str, Any]:
-    """How the images of a run are cut, as JSON."""
+    """How the images of a run are cut, as a dict for JSON."""
     source = train.source
     assert source is not None
     assert source.tiling is not None
@@ -214,7 +214,7 @@ def describe_tiles(train: Tiles, val: BoxImages) -> dict[str, Any]:
 
 
 def tiles_in_words(about: dict[str, Any]) -> Iterator[str]:
-    """The lines to print for what `describe_tiles` found."""
+    """The result of `describe_tiles` as lines to print."""
     train, val = about["train"], about["val"]
     images = count(train["whole images"], "whole image")
     whole = f", {images} with objects too large for a tile among them," if train["whole images"] else ""

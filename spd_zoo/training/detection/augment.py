@@ -34,10 +34,10 @@ __all__ = [
     "yolo_augment",
 ]
 
-SMALLEST, VISIBLE = 2, 0.5  # pixels that the authors keep; share of a side that is enough where it has fewer
+SMALLEST, VISIBLE = 2, 0.5  # minimum side in pixels, as the authors; minimum share of a shorter side
 CACHE = 2**28  # bytes of scaled images that each loader worker keeps
 # image: tv_tensors.Image; boxes: tv_tensors.BoundingBoxes, x1 y1 x2 y2; labels: (M,); ignored: (M,), as in `Objects`;
-# of a mosaic also sides: width and height (M, 2) of the boxes before it clipped them
+# a mosaic also has sides: width and height (M, 2) of the boxes before clipping
 Sample = dict[str, Any]
 
 
@@ -53,7 +53,7 @@ class Augmentation:
         zoom: YOLO: largest change of size, as `window` takes it.
         shift: YOLO: largest shift as a share of the image.
         hsv: YOLO: largest change of hue, saturation and brightness.
-        keep_tiny: Whether objects that become tiny stay, which the authors drop.
+        keep_tiny: Whether to keep objects that become tiny, which the authors drop.
     """
 
     hflip: float
@@ -156,8 +156,8 @@ def window(sample: Sample, size: int | tuple[int, int], zoom: float, shift: floa
     """`sample` scaled about its centre by 1 +- `zoom`, shifted by up to `shift` of `size`, cropped to `size`.
 
     A box stays if both sides are above 2 pixels, their ratio is below 100, and more than a tenth of its area is left.
-    With `keep_tiny` more than half of the object's side is enough, too: what was cut off is dropped, what is small is
-    not. What is ignored stays however little of it is left.
+    With `keep_tiny`, a shorter side is also enough if more than half of it is left: objects that were cut off are
+    dropped, small ones are not. Ignored regions always stay.
     """
     scale = 1 + zoom * (2 * torch.rand(()).item() - 1)
     rows, columns = to_2tuple(size)
@@ -280,7 +280,7 @@ class _TrainImages(Dataset[tuple[Tensor, Target]]):
 
 
 class _EvalViews(Dataset[tuple[Tensor, Placement, Target, int, float]]):
-    """Each view of each image, which has only one without tiles, ready for the network.
+    """The views of all images (one per image without tiles), preprocessed for the network.
 
     They are the input, its placement, the objects in input pixels, the image's index, and the seconds for reading.
     """

@@ -24,15 +24,15 @@ __all__ = [
     "rates",
 ]
 
-IOU = 0.5  # with an object of its class, from which on a detection is correct
-FALSE_POSITIVE, IN_IGNORED = -1, -2  # in place of the object of a detection
+IOU = 0.5  # minimum, with an object of its class, of a correct detection
+FALSE_POSITIVE, IN_IGNORED = -1, -2  # in place of the index of an object
 
 
 def match(detections: Detections, objects: Objects) -> Tensor:
     """The object that each detection of an image detects, by COCO's rules at an IoU of `IOU`.
 
-    The best score comes first, and takes the object of its class that it overlaps most. Lower scores therefore change
-    nothing, and the result holds for every minimum score.
+    By descending score, each detection is matched with the unmatched object of its class that it overlaps most. Lower
+    scores therefore change nothing, and the result holds for every minimum score.
 
     Args:
         detections: The detections in an image.
@@ -48,7 +48,7 @@ def match(detections: Detections, objects: Objects) -> Tensor:
     boxes = detections.boxes.double()
     iou = box_iou(boxes, objects.boxes.double())
     iou[(detections.labels[:, None] != objects.labels) & (objects.labels != EVERY_CLASS)] = 0
-    # of what is ignored a box needs to lie in it, not to cover it; iou / (1 + iou) is intersection / sum of areas
+    # a box only has to lie inside an ignored region, not to cover it; iou / (1 + iou) is intersection / sum of areas
     sums = box_area(boxes)[:, None] + box_area(objects.boxes.double())
     inside = iou / (1 + iou) * sums / box_area(boxes)[:, None]
     found[(inside * objects.ignored).amax(1) >= IOU] = IN_IGNORED
@@ -64,7 +64,7 @@ def match(detections: Detections, objects: Objects) -> Tensor:
 
 @dataclass(frozen=True)
 class Curve:
-    """The correct and the wrong boxes of a class by the minimum score.
+    """The numbers of correct and of wrong boxes of a class at each minimum score.
 
     Attributes:
         objects: The number of its objects.
@@ -79,9 +79,9 @@ class Curve:
     wrong: np.ndarray
 
     def threshold(self) -> float | None:
-        """The minimum score with the highest F1, of several the highest, between two scores that occur.
+        """The minimum score with the highest F1, in the middle between two scores that occur.
 
-        None if no box is correct.
+        The highest if several have the same F1; None if no box is correct.
         """
         if not self.correct.any():
             return None
@@ -126,7 +126,7 @@ def curves(detections: Sequence[Detections], matches: Sequence[Tensor], counts: 
         mine = (labels == label) & (found != IN_IGNORED)
         order = np.argsort(-scores[mine], kind="stable")
         ordered, right = scores[mine][order], np.cumsum(found[mine][order] >= 0)
-        last = np.flatnonzero(np.diff(ordered, append=-1))  # of boxes with the same score
+        last = np.flatnonzero(np.diff(ordered, append=-1))  # the last of the boxes with the same score
         result.append(Curve(objects, ordered[last], right[last], last + 1 - right[last]))
     return result
 
@@ -179,8 +179,8 @@ def confusion_matrix(
 ) -> np.ndarray:
     """How often an object of each class is detected as each class.
 
-    Correct boxes are those of `match`. Of what is left, the box with the best score takes the object of another class
-    that it overlaps most, if the IoU is at least `IOU`.
+    Correct boxes are those of `match`. By descending score, each remaining box is then matched with the
+    unmatched object of another class that it overlaps most, if the IoU is at least `IOU`.
 
     Args:
         detections: The detections in each image.
@@ -189,8 +189,8 @@ def confusion_matrix(
         classes: The number of classes.
 
     Returns:
-        (classes + 1, classes + 1): objects down, boxes across, and background last: objects that are missed stand in
-        the last column, boxes without an object in the last row.
+        (classes + 1, classes + 1): objects down, boxes across, and background last: missed objects are in the last
+        column, boxes without an object in the last row.
     """
     matrix = np.zeros((classes + 1, classes + 1), np.int64)
     for found, truth, result in zip(detections, objects, outcomes, strict=True):

@@ -37,13 +37,13 @@ from spd_zoo.training.steps import Batches, read
 __all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
-SCORES = np.linspace(0, 1, 101)  # minimum scores of the table of curves
-COCO_BOXES = 100  # of a class in an image, the best ones, which count by COCO's rules
+SCORES = np.linspace(0, 1, 101)  # minimum scores in the table of curves
+COCO_BOXES = 100  # best boxes per class and image that count by COCO's rules
 
 
 @dataclass(frozen=True)
 class Suppression:
-    """Where an evaluation departs from the authors' suppression of boxes, and from COCO's rules.
+    """How an evaluation differs from the authors' settings for boxes, and from COCO's rules.
 
     Attributes:
         max_detections: Maximum number of boxes per image, all of which count; None: the authors', of which COCO's rules
@@ -57,12 +57,12 @@ class Suppression:
     iou_threshold: float | None = None
 
     def columns(self) -> dict[str, Any]:
-        """What departs, by name."""
+        """The settings that differ, by name."""
         own = {"max_detections": self.max_detections, "agnostic": self.agnostic, "iou_threshold": self.iou_threshold}
         return {name: value for name, value in own.items() if value is not None and value is not False}
 
     def in_words(self) -> str:
-        """What departs, after the figures; empty if nothing does."""
+        """The settings that differ from the usual ones, to append to the metrics; empty if none do."""
         most = f"; up to {self.max_detections} boxes count in an image" if self.max_detections else ""
         iou = f"; NMS at an IoU of {self.iou_threshold:g}" if self.iou_threshold is not None else ""
         return most + iou + ("; boxes suppress boxes of other classes" if self.agnostic else "")
@@ -81,7 +81,7 @@ def coco_precision(
         detections: Detections in each image.
         scales: Factors in x and y for each image, by which sizes are multiplied before objects are sorted into small,
             medium and large; None: 1.
-        max_boxes: Number of boxes of a class that count in each image, the best ones.
+        max_boxes: Number of boxes per class and image that count, those with the highest scores.
 
     Returns:
         (10 IoU thresholds 0.5, 0.55, ..., 101 recalls 0, 0.01, ..., classes, 4 areas as in `AREAS`), from 0 to 1, with
@@ -138,7 +138,7 @@ class BoxPredictions:
         milliseconds: Per image and process: `prepare` (reading and preprocessing), `network`, and `boxes` (decoding and
             NMS; of an exported file, they are in `network`).
         max_detections: Maximum number of boxes per image; None: no limit.
-        suppression: Where it departs from the authors' and COCO's rules.
+        suppression: Settings that differ from the authors' and COCO's rules.
     """
 
     data: BoxImages
@@ -246,7 +246,7 @@ class BoxPredictions:
         return figures | tiles | self.suppression.columns()
 
     def notes(self) -> list[str]:
-        """Says for which images fewer boxes count than there are objects."""
+        """A note that names images with more objects than the number of boxes that count."""
         crowded, most = [], 0
         for i in range(len(self.data)):
             labels = self.data.objects_in(i).counted().labels
@@ -256,12 +256,12 @@ class BoxPredictions:
                 most = max(most, objects)
         if not crowded:
             return []
-        limits = [f"{self.max_detections} of an image"] if self.max_detections else []
+        limits = [f"{self.max_detections} per image"] if self.max_detections else []
         if not self.suppression.max_detections:
-            limits.append(f"by COCO's rules {COCO_BOXES} of a class in an image")
+            limits.append(f"{COCO_BOXES} per class and image by COCO's rules")
         return [
-            f"{count(len(crowded), 'image')} with up to {count(most, 'object')} are more crowded than what AP counts, "
-            f"the best {' and '.join(limits)}: {some(crowded)}; evaluate --max-detections {most} counts all"
+            f"{count(len(crowded), 'image')} with up to {count(most, 'object')}, of which AP counts only the "
+            f"best {' and '.join(limits)}: {some(crowded)}; evaluate --max-detections {most} counts all"
         ]
 
     def headline(self) -> str:
@@ -332,7 +332,7 @@ class BoxPredictions:
         pictures = folder / f"figures{suffix}"
         pictures.mkdir(exist_ok=True)
         for name, content in self._figures().items():
-            (pictures / f"{name}.png").unlink(missing_ok=True)  # one of an earlier evaluation
+            (pictures / f"{name}.png").unlink(missing_ok=True)  # from an earlier evaluation
             if content:
                 (pictures / f"{name}.png").write_bytes(content)
 
@@ -350,7 +350,7 @@ class BoxPredictions:
 
 
 def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:
-    """A class at its best minimum score; rates that are undefined are None."""
+    """The metrics of a class at its best minimum score; undefined rates are None."""
     correct, wrong = curve.at(np.array(threshold))
     figures = {name: float(rate) for name, rate in rates(correct, wrong, curve.objects).items()}
     return {
@@ -379,7 +379,7 @@ def predict(
 ) -> BoxPredictions:
     """Predictions for the images of all processes; every process gets all of them.
 
-    Unless `suppression` says otherwise, boxes are kept as the authors evaluate: scores above 0.001 (SSD: 0.01), at most
+    By default, boxes are filtered as in the authors' evaluation: scores above 0.001 (SSD: 0.01), at most
     300 boxes an image (SSD: no limit).
 
     Args:
@@ -389,7 +389,7 @@ def predict(
         image_size: Height and width of the network's input in pixels.
         preprocessing: The network's device and precision; the batches are normalised already.
         process: This process.
-        suppression: Where it departs from that.
+        suppression: Settings that differ from these.
 
     Returns:
         The predictions.

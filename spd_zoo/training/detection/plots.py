@@ -10,17 +10,17 @@ from spd_zoo.training.page import png
 __all__ = ["BACKGROUND", "plot_confusion", "plot_curves"]
 
 BACKGROUND = "background"
-_WIDTH = 4.8  # inches, of 100 pixels
-_LEGEND = 8  # classes that have a curve and a name of their own
-_NUMBERS = 10  # classes up to which the cells of the confusion matrix have numbers
-_LABELS = 40  # classes up to which its rows and columns have names
+_WIDTH = 4.8  # inches, at 100 pixels per inch
+_LEGEND = 8  # up to this many classes, the legend names each curve
+_NUMBERS = 10  # up to this many classes, the cells of the confusion matrix have numbers
+_LABELS = 40  # up to this many classes, its rows and columns have names
 
 
 def plot_curves(precision: np.ndarray, curves: Sequence[Curve], names: Sequence[str]) -> bytes:
     """Precision by recall, and precision, recall and F1 by the minimum score; empty without matplotlib or objects.
 
     Args:
-        precision: Of each class at 101 recalls from 0 to 1, (101, classes); -1 for classes without objects.
+        precision: Precision of each class at 101 recalls from 0 to 1, (101, classes); -1 for classes without objects.
         curves: The curve of each class.
         names: The name of each class.
 
@@ -77,7 +77,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
     figure = Figure((side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(confusion / np.maximum(confusion.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="detected as (background: missed)", ylabel="object (background: there is none)")
+    axes.set(xlabel="detected as (background: missed)", ylabel="object (background: none)")
     if classes <= _LABELS:
         axes.set_xticks(range(classes + 1), labels, rotation=90)
         axes.set_yticks(range(classes + 1), labels)
@@ -89,5 +89,5 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
 
 
 def _plain(name: str) -> str:
-    """A name, if it is long its beginning, whose dollar signs are no formulas to matplotlib."""
+    """The first 30 characters of a name, without formulas for matplotlib, which dollar signs begin."""
     return name[:30].replace("$", r"\$")

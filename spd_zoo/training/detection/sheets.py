@@ -1,6 +1,6 @@
 """Contact sheets of a detector's images, false positives and misses, with boxes drawn.
 
-Correct boxes are green, wrong ones red, missed objects yellow, and what is ignored is grey.
+Correct boxes are green, wrong ones red, missed objects yellow, and ignored ones grey.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from spd_zoo.training.page import fitting, image_png
 
 __all__ = ["IMAGES", "box_sheet", "false_positives", "missed_objects"]
 
-TILE, COLUMNS, IMAGES = 320, 3, 9  # of whole images: pixels of an image, images in a row, images in all
-CROP, CROP_COLUMNS, CROPS = 240, 2, 12  # the same of single boxes
-CONTEXT, LEAST = 3, 48  # sides of a box, and pixels, that a crop shows
+TILE, COLUMNS, IMAGES = 320, 3, 9  # sheet of images: pixels per image, images per row, number of images
+CROP, CROP_COLUMNS, CROPS = 240, 2, 12  # the same for a sheet of boxes
+CONTEXT, LEAST = 3, 48  # side of a crop: this times that of the box, and at least so many pixels
 _GAP, _LINE = 8, 18  # pixels between pictures, and of a line of text
 
 
 class _Mark(NamedTuple):
-    """A box to look at: its image, its corners, and a line of text."""
+    """A box to crop: its image, its corners, and a line of text."""
 
     image: int
     box: Tensor
@@ -35,7 +35,7 @@ class _Mark(NamedTuple):
 def box_sheet(
     data: BoxImages, detections: Sequence[Detections], outcomes: Sequence[Outcome], indices: Sequence[int]
 ) -> bytes:
-    """A PNG of the images at `indices`; empty without any."""
+    """A PNG of the images at `indices`; empty if there are none."""
     pictures = []
     for i in indices:
         (width, height), result = data.sizes[data.rows[i]], outcomes[i]
@@ -48,7 +48,7 @@ def box_sheet(
 
 
 def false_positives(data: BoxImages, detections: Sequence[Detections], outcomes: Sequence[Outcome]) -> bytes:
-    """A PNG of the boxes with the highest scores that are wrong, and what they lie on; empty if there are none."""
+    """A PNG of the wrong boxes with the highest scores, and what is below each; empty if there are none."""
     wrong = [
         (float(detections[i].scores[index]), i, index)
         for i, result in enumerate(outcomes)
@@ -66,7 +66,7 @@ def false_positives(data: BoxImages, detections: Sequence[Detections], outcomes:
             if other.max() >= IOU:
                 words = f"on {data.class_names[counted.labels[other.argmax()]]}"
             elif same.max() >= IOU:
-                words = "found twice"
+                words = "duplicate"
             elif same.max() >= 0.1:
                 words = f"IoU {float(same.max()):.2f}"
         marks.append(_Mark(i, box, f"{data.class_names[label]} {100 * score:.0f} %: {words}"))
@@ -80,7 +80,7 @@ def missed_objects(
     matches: Sequence[Tensor],
     thresholds: Sequence[float],
 ) -> bytes:
-    """A PNG of the largest objects that are missed, with the score of their box if it has one; empty without any."""
+    """A PNG of the largest missed objects, with the score of a box below the minimum; empty if there are none."""
     missed = [
         (float(data.objects_in(i).areas[index]), i, index)
         for i, result in enumerate(outcomes)
@@ -103,7 +103,7 @@ def _crops(
     marks: Sequence[_Mark],
     colour: str,
 ) -> bytes:
-    """A PNG of what is around each mark; empty if there is none."""
+    """A PNG of the surroundings of each mark; empty if there are none."""
     pictures = []
     for mark in marks:
         image = data.regions(mark.image)
@@ -129,7 +129,7 @@ def _draw(
     corner: tuple[int, int] = (0, 0),
     names: bool = True,
 ) -> None:
-    """Draws the boxes of an image on what `tile` shows of it."""
+    """Draws the boxes of image `index` on `tile`, a part of it that begins at `corner` and is scaled by `scale`."""
     pen, objects = ImageDraw.Draw(tile), data.objects_in(index)
 
     def draw(box: Tensor, text: str, colour: str) -> None:

@@ -37,7 +37,7 @@ from spd_zoo.training.steps import Batches, Steps
 __all__ = ["LR", "Detection", "DetectorTraining"]
 
 LR = 2e-3  # of AdamW for steps of 16 images; proportional to the square root of the batch size
-BOX_TERMS = ("train_box", "train_dfl", "train_location")  # which are 0 if no box is learned from
+BOX_TERMS = ("train_box", "train_dfl", "train_location")  # 0 if no box contributes to the loss
 YOLO_OPTIONS = ("mosaic", "mosaic_off", "zoom", "shift", "hsv")
 
 
@@ -80,8 +80,8 @@ class Detection:
     def defaults(self, config: FinetuneConfig, net: Any, batch_size: int, pretrained: bool) -> dict[str, Any]:
         """The values of options that depend on the task.
 
-        YOLO's augmentation is that of its authors, except that it keeps tiny objects. SSD's has no options except flips
-        and that one.
+        YOLO's augmentation is that of its authors, except that it keeps tiny objects. SSD's only has options for flips
+        and tiny objects.
 
         Raises:
             ValueError: If an option has no meaning for the network.
@@ -145,7 +145,7 @@ class Detection:
         return Splits(train, val, about)
 
     def _opened(self, config: FinetuneConfig, split: str) -> BoxImages | None:
-        """A split, whose images are read as the configuration says."""
+        """A split with the configuration's options for reading images."""
         data = open_boxes(config.data, split)
         tiling = Tiling(config.tile, config.overlap) if config.tile else None
         return data and replace(data, max_pixels=config.max_pixels, tiling=tiling)
@@ -178,10 +178,10 @@ class Detection:
         return DetectorTraining(net, process.device)
 
     def init_head(self, net: Any, plan: Plan, data: BoxImages, process: Process, preprocessing: Preprocessing) -> bool:
-        """Gives each class the output that a pretrained network has for its name.
+        """Matches the outputs of a pretrained network with the classes of the data by name.
 
         If the network names its classes and does not have those of the data, the class outputs begin at random. If it
-        does not name them, but has as many, they are taken in their order.
+        does not name them, but has as many, they are matched by their order.
         """
         known = network_classes(net.pretrained_cfg, net.pretrained_cfg["num_classes"])
         classes = data.class_names
@@ -263,12 +263,12 @@ class Detection:
         return f"val AP {row['val_ap']:.2f} %, AP50 {row['val_ap50']:.2f} %"
 
     def epoch_notes(self, row: dict[str, Any]) -> list[str]:
-        """Says if no box was learned from."""
+        """A note if the loss was computed from no box."""
         empty = [name for name in BOX_TERMS if row.get(name) == 0]
         if not empty:
             return []
         return [
-            f"{' and '.join(empty)} were computed from no box in epoch {row['epoch']}: augmentation left none, or none "
+            f"no box contributed to {' and '.join(empty)} in epoch {row['epoch']}: augmentation left none, or none "
             "matched a cell of the network; a larger --image-size or --tile makes objects larger"
         ]
 
@@ -294,11 +294,11 @@ class Detection:
         """Checks the options of an evaluation.
 
         Raises:
-            ValueError: If one is for classifiers only, or asks an exported file for more boxes than it has room for.
+            ValueError: If one is for classifiers only, or exceeds the limit of boxes of an exported file.
         """
         if only_classifiers:
             raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
-        net.check_room(suppression and suppression.max_detections, model)
+        net.check_limit(suppression and suppression.max_detections, model)
 
     def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
         """Nothing: detectors resize whole images."""
