@@ -286,17 +286,17 @@ def build(models: Sequence[str] = ()) -> "gr.Blocks":
             try:
                 picture, net = read_picture(path), load(model)
                 seen, text = predict_html(net, picture)
-                shown: list[Any] = [_beside(net, picture, seen), text]
+                values: list[Any] = [_beside(net, picture, seen), text]
                 for size in SIZES:
                     reduced, words = _at(net, picture, size)
-                    shown += [_beside(net, picture, reduced), words]
+                    values += [_beside(net, picture, reduced), words]
                 compared = twin(model)
                 table = compare(net, compared.net, picture) if compared is not None else ""
             except (ValueError, WeightsError) as error:
                 return [str(error), gr.Column(visible=False), None, "", *[gr.skip() for _ in outputs[4:]]]
             title = f"## Against its twin\n{compared.description}" if compared is not None else ""
-            shown += [gr.Column(visible=compared is not None), title, table]
-            return [_summary(model, net, picture), gr.Column(visible=True), *shown]
+            values += [gr.Column(visible=compared is not None), title, table]
+            return [_summary(model, net, picture), gr.Column(visible=True), *values]
 
         changed = [file.change, chosen.change]
         gr.on(changed, show, [file, chosen], outputs, trigger_mode="always_last", api_visibility="private")

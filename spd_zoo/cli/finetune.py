@@ -29,9 +29,9 @@ class _ShortHelp(argparse.Action):
     """Prints the help with the options used most."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        shown = (*_FIRST, "help", "help_all")
+        listed = (*_FIRST, "help", "help_all")
         for action in parser._actions:
-            if action.option_strings and action.dest not in shown:
+            if action.option_strings and action.dest not in listed:
                 action.help = argparse.SUPPRESS  # this process prints the help and ends
         parser.print_help()
         parser.exit()

@@ -72,40 +72,40 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
     entry = find_entry(name)
     if entry is not None and str(entry.source).startswith(("bundled:", "package:")):
         raise WeightsError(f"the weights of {name} come with a package; give yours another tag, like {network}.mine")
-    called = origin or str(file)
-    state_dict, fields = read_described(file, called)
+    label = origin or str(file)
+    state_dict, fields = read_described(file, label)
     sha256 = sha256_of(file)
     if entry is not None and entry.sha256 not in (None, sha256):
         raise WeightsError(
-            f"{called} has sha256 {sha256}, the weights of {name} have {entry.sha256}: it is another file. "
+            f"{label} has sha256 {sha256}, the weights of {name} have {entry.sha256}: it is another file. "
             f"Give it another tag to import it as your own, for example {network}.mine"
         )
     classes = {} if entry is None else {"num_classes": entry.num_classes}
     detects = entries()[network].task == "detection" if network in entries() else False
     if detects:
-        check_task(fields, network, called)
+        check_task(fields, network, label)
     try:
         made_for, tensors = converted(network, state_dict, classes)
     except WeightsError as error:
-        raise WeightsError(f"{called} does not fit {name}: {error}") from error
+        raise WeightsError(f"{label} does not fit {name}: {error}") from error
     wild = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if wild:
-        raise WeightsError(f"{called} is damaged: {wild} holds a number that is not finite. Get it again")
+        raise WeightsError(f"{label} is damaged: {wild} holds a number that is not finite. Get it again")
     net = timm.create_model(network, **made_for).eval()
     net.load_state_dict(tensors)
-    about = described(fields, net, made_for["num_classes"], called) if detects else None
+    about = described(fields, net, made_for["num_classes"], label) if detects else None
     metadata = {} if about is None else about.metadata()
     own: tuple[int, int] = cfg_of(net)["input_size"][1:]
     image = (made_for["in_chans"], *min(own, (about and about.image_size) or own, key=math.prod))
     if math.prod(image) > _LARGEST_IMAGE:
         raise WeightsError(
-            f"{called} is made for images of {image[0]} channels, too many to try it on an image of "
+            f"{label} is made for images of {image[0]} channels, too many to try it on an image of "
             f"{image[1]} x {image[2]} pixels; give a file for fewer channels"
         )
     with torch.inference_mode():
         outputs = tree_leaves(net(torch.zeros(1, *image)))
     if not all(output.isfinite().all() for output in outputs):
-        raise WeightsError(f"{called} is damaged: {network} computes a number that is not finite with it. Get it again")
+        raise WeightsError(f"{label} is damaged: {network} computes a number that is not finite with it. Get it again")
     metadata |= {
         "format": "pt",
         "name": name,

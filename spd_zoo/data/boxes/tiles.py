@@ -217,11 +217,11 @@ def tiles_in_words(about: dict[str, Any]) -> Iterator[str]:
     """The result of `describe_tiles` as lines to print."""
     train, val = about["train"], about["val"]
     images = count(train["whole images"], "whole image")
-    whole = f", {images} with objects too large for a tile among them," if train["whole images"] else ""
+    whole = f" ({images} with objects too large for a tile)" if train["whole images"] else ""
     yield f"tiles of {about['side']} px that overlap by {about['overlap']:g} at least:"
     yield (
         f"  train: {count(train['images'], 'image')} in {count(train['with objects'], 'tile')} with objects{whole} and "
-        f"{train['without objects']} without; an epoch trains on {train['in an epoch']}, and draws those without anew; "
+        f"{train['without objects']} without; an epoch trains on {train['in an epoch']}, those without newly drawn; "
         f"{count(train['objects'], 'object')} seen {train['objects in tiles']} times"
     )
     yield f"  val: {count(val['images'], 'image')} in {count(val['views'], 'view')}, whose boxes are merged"

@@ -155,33 +155,33 @@ def load_teacher(config: FinetuneConfig, class_names: Sequence[str], channels: i
         ValueError: If it takes other images, or is not the one that `config.teacher_digest` pins.
         WeightsError: If its weights cannot be had or do not fit.
     """
-    called = f"the teacher {config.teacher}"
+    label = f"the teacher {config.teacher}"
     net = _load(config, device)
-    check_classifier(net, called)
+    check_classifier(net, label)
     if net.in_chans != channels:
         raise ValueError(
-            f"{called} takes images of {net.in_chans} channels, {config.model} of {channels}; choose a "
+            f"{label} takes images of {net.in_chans} channels, {config.model} of {channels}; choose a "
             "teacher that takes the same"
         )
     classes = network_classes(net.pretrained_cfg, net.num_classes)
     digest = _digest(net, classes)
     if config.teacher_digest not in (None, digest):
         raise ValueError(
-            f"{called} is not what it was when the run began: the digest of its weights, normalisation and classes is "
+            f"{label} is not what it was when the run began: the digest of its weights, normalisation and classes is "
             f"{digest}, not {config.teacher_digest}; give the former one, or begin another run with --out and without "
             "--teacher-digest"
         )
-    outputs, note = outputs_of(class_names, classes, called)
+    outputs, note = outputs_of(class_names, classes, label)
     own: tuple[int, int] = tuple(resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][1:])
     size = own if config.teacher_size is None else parse_size(config.teacher_size)
-    notes = [f"{called}: {note}"] if note else []
+    notes = [f"{label}: {note}"] if note else []
     try:
         if size != own and hasattr(net, "set_input_size"):
             net.set_input_size(size)
         return Teacher(net, size, outputs, digest, notes, device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"{called} cannot compute images of {size_text(size)} pixels ({first_line(error)}); give another "
+            f"{label} cannot compute images of {size_text(size)} pixels ({first_line(error)}); give another "
             "--teacher-size"
         ) from error
 
