@@ -76,7 +76,11 @@ class SpaceToDepth(nn.Module):
 def _pad_to_cells(x: Tensor, size: int) -> Tensor:
     """Pads `x` with zeros at the bottom and right until `size` divides its height and width."""
     right, bottom = (size - x.shape[-1] % size) % size, (size - x.shape[-2] % size) % size
-    return x if _is_zero(right) and _is_zero(bottom) else F.pad(x, [0, right, 0, bottom])
+    if torch.jit.is_scripting():
+        fits = right == 0 and bottom == 0
+    else:
+        fits = _is_zero(right) and _is_zero(bottom)
+    return x if fits else F.pad(x, [0, right, 0, bottom])
 
 
 def _is_zero(number: Any) -> bool:
