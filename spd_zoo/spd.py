@@ -76,7 +76,7 @@ class SpaceToDepth(nn.Module):
 def _pad_to_cells(x: Tensor, size: int) -> Tensor:
     """Pads `x` with zeros at the bottom and right until `size` divides its height and width."""
     right, bottom = (size - x.shape[-1] % size) % size, (size - x.shape[-2] % size) % size
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting():  # noqa: SIM108 (TorchScript compiles both sides of an expression)
         fits = right == 0 and bottom == 0
     else:
         fits = _is_zero(right) and _is_zero(bottom)
