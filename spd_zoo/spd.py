@@ -76,17 +76,13 @@ class SpaceToDepth(nn.Module):
 def _pad_to_cells(x: Tensor, size: int) -> Tensor:
     """Pads `x` with zeros at the bottom and right until `size` divides its height and width."""
     right, bottom = (size - x.shape[-1] % size) % size, (size - x.shape[-2] % size) % size
-    if torch.jit.is_scripting():  # noqa: SIM108 (TorchScript compiles both sides of an expression)
-        fits = right == 0 and bottom == 0
-    else:
-        fits = _is_zero(right) and _is_zero(bottom)
-    return x if fits else F.pad(x, [0, right, 0, bottom])
+    if not torch.jit.is_scripting() and is_exporting():
+        return x if _is_always_zero(right) and _is_always_zero(bottom) else F.pad(x, [0, right, 0, bottom])
+    return F.pad(x, [0, right, 0, bottom]) if bottom or right else x
 
 
-def _is_zero(number: Any) -> bool:
-    """Whether a number is zero; while a graph is recorded, whether it is for all image sizes that the graph is for."""
-    if not is_exporting():
-        return bool(number == 0)
+def _is_always_zero(number: Any) -> bool:
+    """Whether a number is zero for all image sizes of the graph that is being recorded."""
     return isinstance(number, int | torch.SymInt) and statically_known_true(number == 0)
 
 
