@@ -8,11 +8,24 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 
-__all__ = ["data_page", "fitting", "image_png", "page", "plot_notes", "png", "short", "table"]
+__all__ = [
+    "data_page",
+    "draw_confusion",
+    "fitting",
+    "image_png",
+    "new_figure",
+    "page",
+    "plain",
+    "plot_notes",
+    "png",
+    "short",
+    "table",
+]
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #222; --page: #fff; --stripe: #f4f4f4 }
@@ -127,6 +140,40 @@ def plot_notes() -> list[str]:
 def short(value: Any) -> str:
     """A float with four significant digits; anything else as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of this size in inches; None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return None
+    return Figure((width, height), layout="constrained")
+
+
+def draw_confusion(axes: Any, confusion: np.ndarray, labels: Sequence[str], with_labels: bool, numbers: bool) -> None:
+    """Draws a confusion matrix, coloured by the share of each row.
+
+    Args:
+        axes: Matplotlib's axes.
+        confusion: The counts, (rows, columns).
+        labels: The name of each row and column.
+        with_labels: Whether rows and columns have names.
+        numbers: Whether cells have numbers.
+    """
+    axes.imshow(confusion / np.maximum(confusion.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    if with_labels:
+        axes.set_xticks(range(len(labels)), labels, rotation=90)
+        axes.set_yticks(range(len(labels)), labels)
+    if numbers:
+        for i, j in zip(*confusion.nonzero(), strict=True):
+            dark = confusion[i, j] > 0.5 * confusion[i].sum()
+            axes.text(j, i, str(confusion[i, j]), ha="center", va="center", color="white" if dark else "black")
+
+
+def plain(name: str) -> str:
+    """A name with dollar signs escaped, which matplotlib would read as a formula."""
+    return name.replace("$", r"\$")
 
 
 def png(figure: Any) -> bytes:

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from spd_zoo.data.labelled import LabelledImages, StreamedImages
 from spd_zoo.training import comments
 from spd_zoo.training.classification.metrics import Predictions
 from spd_zoo.training.config import FinetuneConfig
-from spd_zoo.training.page import fitting, image_png, page, png, table
+from spd_zoo.training.page import draw_confusion, fitting, image_png, new_figure, page, plain, png, table
 from spd_zoo.training.run import RunFolder
 
 __all__ = ["contact_sheet", "write"]
@@ -80,13 +79,11 @@ def _remarks(history: Sequence[dict[str, Any]], predictions: Predictions) -> dic
 
 def _plots(history: Sequence[dict[str, Any]], predictions: Predictions) -> dict[str, bytes]:
     """Curves, confusion matrix and calibration as PNG, by name; empty without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return {}
-    figures = {}
+    figures: dict[str, bytes] = {}
 
-    figure = Figure((5.5, 6), layout="constrained")
+    figure = new_figure(5.5, 6)
+    if figure is None:
+        return figures
     above, below = figure.subplots(2, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
     for name in ("train_loss", "val_loss"):
@@ -103,20 +100,14 @@ def _plots(history: Sequence[dict[str, Any]], predictions: Predictions) -> dict[
     confusion = predictions.confusion()
     classes = len(predictions.class_names)
     side = min(14.0, 3 + 0.3 * classes)
-    figure = Figure((side, side), layout="constrained")
+    figure = new_figure(side, side)
     axes = figure.subplots()
-    axes.imshow(confusion / np.maximum(confusion.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted class", ylabel="true class")
-    if classes <= 40:
-        axes.set_xticks(range(classes), _plain(predictions.class_names), rotation=90)
-        axes.set_yticks(range(classes), _plain(predictions.class_names))
-    if classes <= 20:
-        for i, j in zip(*confusion.nonzero(), strict=True):
-            dark = confusion[i, j] > 0.5 * confusion[i].sum()
-            axes.text(j, i, str(confusion[i, j]), ha="center", va="center", color="white" if dark else "black")
+    labels = [*map(plain, predictions.class_names)]
+    draw_confusion(axes, confusion, labels, with_labels=classes <= 40, numbers=classes <= 20)
     figures["confusion"] = png(figure)
 
-    figure = Figure((4.5, 4.5), layout="constrained")
+    figure = new_figure(4.5, 4.5)
     axes = figure.subplots()
     ranges = predictions.calibration()
     axes.plot([0, 1], [0, 1], "--", color="grey")
@@ -125,11 +116,6 @@ def _plots(history: Sequence[dict[str, Any]], predictions: Predictions) -> dict[
     axes.grid(alpha=0.3)
     figures["calibration"] = png(figure)
     return figures
-
-
-def _plain(names: Sequence[str]) -> list[str]:
-    """Class names with `$` escaped, which matplotlib would read as a formula."""
-    return [name.replace("$", r"\$") for name in names]
 
 
 def contact_sheet(predictions: Predictions, data: LabelledImages, indices: Sequence[int]) -> bytes:

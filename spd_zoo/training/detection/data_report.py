@@ -12,7 +12,7 @@ from spd_zoo.data.boxes import BoxImages
 from spd_zoo.data.boxes.sizes import sides_in_input
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import size_text
-from spd_zoo.training.page import fitting, image_png, png
+from spd_zoo.training.page import fitting, image_png, new_figure, png
 
 __all__ = ["data_picture"]
 
@@ -49,14 +49,10 @@ def _chosen(data: BoxImages, seed: int) -> list[int]:
 
 def _histograms(data: BoxImages, image_size: tuple[int, int], keeps_aspect: bool) -> bytes:
     """Sizes in the input and centres in the image of all objects, as PNG; empty without matplotlib or objects."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return b""
     sides = sides_in_input(data, image_size, keeps_aspect)
-    if not len(sides):
+    figure = new_figure(9.84, 3.2)
+    if figure is None or not len(sides):
         return b""
-    figure = Figure((9.84, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     root = np.sqrt(sides[:, 1] * sides[:, 2]).clip(0.5)
     left.hist(root, bins=np.geomspace(0.5, max(2.0, root.max()), 40))

@@ -170,10 +170,14 @@ class BoxPredictions:
         return curves(self.detections, self._matches, self.data.counts())
 
     @cached_property
+    def best_scores(self) -> list[float | None]:
+        """The minimum score with the best F1 of each class; None for a class without a correct box."""
+        return [curve.threshold() for curve in self.curves]
+
+    @cached_property
     def thresholds(self) -> list[float]:
-        """The minimum score with the best F1 of each class; `SCORE` for a class without a correct box."""
-        best = [curve.threshold() for curve in self.curves]
-        return [SCORE if threshold is None else threshold for threshold in best]
+        """`best_scores`, with `SCORE` for a class without a correct box."""
+        return [SCORE if score is None else score for score in self.best_scores]
 
     @cached_property
     def outcomes(self) -> list[Outcome]:
@@ -231,7 +235,7 @@ class BoxPredictions:
                 "ap": _mean(own[:, :, i, 0]),
                 "ap50": _mean(own[0, :, i, 0]),
                 "ap75": _mean(own[5, :, i, 0]),
-                **_at_best(self.curves[i], self.thresholds[i]),
+                **_at_best(self.curves[i], self.best_scores[i]),
                 **{f"ap_{area}": _mean(own[:, :, i, a]) for a, area in enumerate(AREAS) if a},
                 **{f"input_ap_{area}": _mean(scaled[:, :, i, a]) for a, area in enumerate(AREAS) if a},
             }
@@ -278,8 +282,8 @@ class BoxPredictions:
         boxes = f"{row['ms_boxes']:.1f} ms" if "ms_boxes" in row else "in it"
         tiling = self.data.tiling
         tiles = "" if tiling is None else f"; on tiles of {tiling.side} px that overlap by {tiling.overlap:g}"
-        scores = {name: curve.threshold() for name, curve in zip(self.data.class_names, self.curves, strict=True)}
-        best = ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if score is not None)
+        scores = zip(self.data.class_names, self.best_scores, strict=True)
+        best = ", ".join(f"{name} {score:.2f}" for name, score in scores if score is not None)
         return (
             f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; precision "
             f"{_words(row['precision'])}, recall {_words(row['recall'])}, F1 {_words(row['f1'])} at the minimum score "
@@ -310,7 +314,7 @@ class BoxPredictions:
         `curves.csv` has a row for each class and each of the minimum scores `SCORES`. `predictions.json` has the form
         of `detections.json`, which `spd-zoo detect` writes.
         """
-        names, best = self.data.class_names, [curve.threshold() for curve in self.curves]
+        names = self.data.class_names
         points = [
             [name, f"{score:.2f}", *("" if math.isnan(value) else f"{100 * value:.6g}" for value in values)]
             for name, curve in zip(names, self.curves, strict=True)
@@ -322,7 +326,7 @@ class BoxPredictions:
         for name, table in (("per_class", self.per_class()), ("by_size", self.by_size())):
             write_csv(folder / f"{name}{suffix}.csv", table[0], [row.values() for row in table])
         with whole(folder / f"{Path(SCORES_FILE).stem}{suffix}.json") as temporary:
-            temporary.write_text(scores_text(dict(zip(names, best, strict=True))), encoding="utf-8")
+            temporary.write_text(scores_text(dict(zip(names, self.best_scores, strict=True))), encoding="utf-8")
         with whole(folder / f"predictions{suffix}.json") as temporary, CocoFile(names) as coco:
             for i, found in enumerate(self.detections):
                 width, height = self.data.sizes[self.data.rows[i]]
@@ -349,12 +353,12 @@ class BoxPredictions:
         }
 
 
-def _at_best(curve: Curve, threshold: float) -> dict[str, Any]:
-    """The metrics of a class at its best minimum score; undefined rates are None."""
-    correct, wrong = curve.at(np.array(threshold))
+def _at_best(curve: Curve, score: float | None) -> dict[str, Any]:
+    """The metrics of a class at its best minimum score, without one at `SCORE`; undefined rates are None."""
+    correct, wrong = curve.at(np.array(SCORE if score is None else score))
     figures = {name: float(rate) for name, rate in rates(correct, wrong, curve.objects).items()}
     return {
-        "score": curve.threshold(),
+        "score": score,
         **{name: 100 * rate if math.isfinite(rate) else None for name, rate in figures.items()},
         "correct": int(correct),
         "wrong": int(wrong),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from spd_zoo.training.detection.curves import Curve, rates
-from spd_zoo.training.page import png
+from spd_zoo.training.page import draw_confusion, new_figure, plain, png
 
 __all__ = ["BACKGROUND", "plot_confusion", "plot_curves"]
 
@@ -27,20 +27,16 @@ def plot_curves(precision: np.ndarray, curves: Sequence[Curve], names: Sequence[
     Returns:
         A PNG.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return b""
     present = [i for i, curve in enumerate(curves) if curve.objects]
-    if not present:
+    figure = new_figure(_WIDTH, 8)
+    if figure is None or not present:
         return b""
-    figure = Figure((_WIDTH, 8), layout="constrained")
     above, below = figure.subplots(2, 1)
     recalls = np.linspace(0, 1, 101)
     for i in present if len(present) > 1 else []:
-        label = _plain(names[i]) if len(present) <= _LEGEND else None
+        label = _short(names[i]) if len(present) <= _LEGEND else None
         above.plot(recalls, precision[:, i].clip(0), lw=1, alpha=0.9 if label else 0.3, label=label)
-    label = "mean of the classes" if len(present) > 1 else _plain(names[present[0]])
+    label = "mean of the classes" if len(present) > 1 else _short(names[present[0]])
     above.plot(recalls, precision[:, present].clip(0).mean(1), color="black", lw=2.5, label=label)
     above.set(xlabel="recall", ylabel="precision", title="at an IoU of 0.5")
     scores = np.linspace(0, 1, 201)
@@ -50,7 +46,7 @@ def plot_curves(precision: np.ndarray, curves: Sequence[Curve], names: Sequence[
         defined = np.isfinite(values).any(0)
         mean = np.nanmean(values[:, defined], 0)
         below.plot(scores[defined], mean, color=f"tab:{colour}", lw=2, label="F1" if column == "f1" else column)
-    below.set(xlabel="minimum score", title="mean of the classes" if len(present) > 1 else _plain(names[present[0]]))
+    below.set(xlabel="minimum score", title="mean of the classes" if len(present) > 1 else _short(names[present[0]]))
     for axes in (above, below):
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
@@ -68,26 +64,17 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str]) -> bytes:
     Returns:
         A PNG.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return b""
-    classes, labels = len(names), [*map(_plain, names), BACKGROUND]
+    classes, labels = len(names), [*map(_short, names), BACKGROUND]
     side = max(_WIDTH, min(14.0, 2.5 + 0.32 * classes))
-    figure = Figure((side, side), layout="constrained")
+    figure = new_figure(side, side)
+    if figure is None:
+        return b""
     axes = figure.subplots()
-    axes.imshow(confusion / np.maximum(confusion.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="detected as (background: missed)", ylabel="object (background: none)")
-    if classes <= _LABELS:
-        axes.set_xticks(range(classes + 1), labels, rotation=90)
-        axes.set_yticks(range(classes + 1), labels)
-    if classes <= _NUMBERS:
-        for i, j in zip(*confusion.nonzero(), strict=True):
-            dark = confusion[i, j] > 0.5 * confusion[i].sum()
-            axes.text(j, i, str(confusion[i, j]), ha="center", va="center", color="white" if dark else "black")
+    draw_confusion(axes, confusion, labels, with_labels=classes <= _LABELS, numbers=classes <= _NUMBERS)
     return png(figure)
 
 
-def _plain(name: str) -> str:
-    """The first 30 characters of a name, without formulas for matplotlib, which dollar signs begin."""
-    return name[:30].replace("$", r"\$")
+def _short(name: str) -> str:
+    """The first 30 characters of a name."""
+    return plain(name[:30])

@@ -6,7 +6,7 @@ from typing import Any
 from spd_zoo.training import comments
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection.metrics import BoxPredictions
-from spd_zoo.training.page import page, png, table
+from spd_zoo.training.page import new_figure, page, png, table
 from spd_zoo.training.run import RunFolder
 
 __all__ = ["write"]
@@ -82,11 +82,9 @@ def write(
 
 def _curves(history: Sequence[dict[str, Any]]) -> bytes:
     """Losses and AP by epoch as PNG; empty without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
+    figure = new_figure(5.5, 6)
+    if figure is None:
         return b""
-    figure = Figure((5.5, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     epochs = [row["epoch"] for row in history]
     losses = [name for name in history[0] if name.startswith("train_") or name == "val_loss"]

@@ -124,14 +124,13 @@ class Detection:
             about["found"] = found
         val = with_names(val, train.class_names)
         splits = {"train": train, "val": val}
-        if began_with is None and config.check:
+        checked = began_with is None and config.check
+        if checked:
             about |= check(splits, config.workers, process)
             for name, data in splits.items():
                 readable = data.without(about[name]["unreadable"])
                 about[name]["boxes"] = data.problems()
                 about[name]["without boxes"] = sum(not len(readable.objects_in(i).labels) for i in range(len(readable)))
-                seen = cut(readable, _largest_size(config, net), config.seed) if config.tile else readable
-                about[name]["box sizes"] = describe_sizes(seen, _input_size(config, net), net.keeps_aspect)
         elif began_with is None:
             about |= {"notes": notes_on(splits.values())}
             for line in (line for data in splits.values() for line in defects_in_words(data.problems())):
@@ -139,9 +138,13 @@ class Detection:
         train, val = without_unreadable(train, val, about, "box")
         if not sum(val.counts()):
             raise DataError(f"the split {config.val_name} has no box of a class that is trained; add some")
+        cut_val: BoxImages = val
         if config.tile:
             train = cut(train, _largest_size(config, net), config.seed)
             about.setdefault("tiles", describe_tiles(train, val))
+            cut_val = cut(val, _largest_size(config, net), config.seed) if checked else val
+        for name, data in (("train", train), ("val", cut_val)) if checked else ():
+            about[name]["box sizes"] = describe_sizes(data, _input_size(config, net), net.keeps_aspect)
         return Splits(train, val, about)
 
     def _opened(self, config: FinetuneConfig, split: str) -> BoxImages | None:
