@@ -14,11 +14,13 @@ from torch import Tensor
 from torchvision.ops import batched_nms, box_area, box_convert, nms
 
 __all__ = [
+    "MAX_CANDIDATES",
     "above",
     "anchor_boxes",
     "as_float",
     "cell_corners",
     "class_nms",
+    "compared_labels",
     "complete_iou",
     "expected_distances",
     "labelled_nms",
@@ -29,6 +31,7 @@ __all__ = [
     "yolov8_predictions",
 ]
 
+MAX_CANDIDATES = 30_000  # scores of an image that enter non-maximum suppression by default
 FEW = 4000  # boxes: up to here comparing every pair is the fastest
 PAIRS = 2**20  # compared at a time, which limits memory
 
@@ -352,12 +355,17 @@ def above(scores: Tensor, score_threshold: float | Tensor) -> Tensor:
     return scores > (score_threshold.to(scores.device) if isinstance(score_threshold, Tensor) else score_threshold)
 
 
+def compared_labels(labels: Tensor, agnostic: bool) -> Tensor:
+    """The labels (M,) for suppression: boxes of equal ones suppress each other, if `agnostic` all of them."""
+    return torch.zeros_like(labels) if agnostic else labels
+
+
 def class_nms(
     boxes: Tensor,
     scores: Tensor,
     score_threshold: float | Tensor,
     iou_threshold: float,
-    max_candidates: int | None = 30000,
+    max_candidates: int | None = MAX_CANDIDATES,
     agnostic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Non-maximum suppression within each class; a box may be a detection of several classes.
@@ -378,6 +386,5 @@ def class_nms(
     if max_candidates is not None and len(candidates) > max_candidates:
         candidates = candidates[flat[candidates].topk(max_candidates).indices]
     rows, labels = candidates // scores.shape[1], candidates % scores.shape[1]
-    compared = torch.zeros_like(labels) if agnostic else labels
-    keep = labelled_nms(boxes[rows], flat[candidates], compared, iou_threshold)
+    keep = labelled_nms(boxes[rows], flat[candidates], compared_labels(labels, agnostic), iou_threshold)
     return rows[keep], labels[keep]

@@ -1,7 +1,6 @@
 """Shared by several commands: errors, types of options, tables. Has no slow imports."""
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from spd_zoo.errors import first_line
-from spd_zoo.weights.manifest import WeightsError
+from spd_zoo.weights.manifest import PACKAGE, WeightsError
 
 __all__ = [
     "DEVICE",
@@ -48,7 +47,6 @@ _EXTRAS = {
     "shtab": "[completion]",
 }
 
-_PACKAGE = os.path.dirname(os.path.dirname(__file__))  # noqa: PTH120  (warnings name files as text)
 _quiet = False  # whether only results and errors are printed
 
 
@@ -121,7 +119,7 @@ def warnings_as_notes() -> Iterator[None]:
     def as_note(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
-        if not filename.startswith(_PACKAGE):
+        if not filename.startswith(str(PACKAGE)):
             return usual(message, category, filename, lineno, line)
         return "" if _quiet else f"note: {message}\n"
 

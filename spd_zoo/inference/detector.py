@@ -19,7 +19,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
-from spd_zoo.boxes import as_float, labelled_nms, mostly_covered
+from spd_zoo.boxes import MAX_CANDIDATES, as_float, compared_labels, labelled_nms, mostly_covered
 from spd_zoo.data.boxes.tiles import view_boxes
 from spd_zoo.data.classes import class_numbers, network_classes, renamed
 from spd_zoo.data.notes import count, some
@@ -497,6 +497,10 @@ class Detector:
             found.append(replace(merged[: self.max_detections], limited=limited))
         return found
 
+    def limit_notes(self, found: Detections) -> tuple[str, ...]:
+        """A note if a limit may have left out objects."""
+        return (self.limit_in_words(),) if found.limited else ()
+
     def limit_in_words(self) -> str:
         """What it means that `Detections.limited` is true."""
         limit = self.net.max_detections
@@ -505,7 +509,7 @@ class Detector:
             if self.max_detections == limit:
                 return f"{full}; export it again with a larger --max-detections"
             return f"more than {self.max_detections} objects (max_detections), or {full}"
-        limits = f"{self.max_detections} objects (max_detections), or 30,000 scores before suppression"
+        limits = f"{self.max_detections} objects (max_detections), or {MAX_CANDIDATES:,} scores before suppression"
         return f"more than {limits}, of which the best are kept"
 
     def _compute(self, views: Iterable[tuple[int, Tensor, Placement]]) -> Iterator[tuple[int, Placement, Detections]]:
@@ -554,7 +558,7 @@ def merge_views(
     cut = torch.cat([_is_cut(each.boxes, place, width, height) for each, place in zip(found, placements, strict=True)])
     merged = _concatenate(found)
     complete, cut_off = _nms(merged[~cut], iou_threshold, agnostic), merged[cut]
-    labels, others = (_compared(each, agnostic) for each in (cut_off, complete))
+    labels, others = (compared_labels(each.labels, agnostic) for each in (cut_off, complete))
     dropped = mostly_covered(cut_off.boxes, labels, complete.boxes, others, COVERED)
     return _nms(_concatenate([complete, cut_off[~dropped]]), iou_threshold, agnostic)
 
@@ -577,9 +581,4 @@ def _concatenate(found: Sequence[Detections]) -> Detections:
 
 
 def _nms(found: Detections, iou_threshold: float, agnostic: bool) -> Detections:
-    return found[labelled_nms(found.boxes, found.scores, _compared(found, agnostic), iou_threshold)]
-
-
-def _compared(found: Detections, agnostic: bool) -> Tensor:
-    """The labels (M,) of which equal ones are compared."""
-    return torch.zeros_like(found.labels) if agnostic else found.labels
+    return found[labelled_nms(found.boxes, found.scores, compared_labels(found.labels, agnostic), iou_threshold)]

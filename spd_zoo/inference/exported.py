@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_zoo.blocks import ImageSizeError
-from spd_zoo.boxes import labelled_nms
+from spd_zoo.boxes import compared_labels, labelled_nms
 from spd_zoo.data.reading import parse_size, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.inference.scores import SCORES_FILE
@@ -212,7 +212,7 @@ class ExportedDetector(Exported, ObjectFinder):
             if isinstance(score_threshold, Tensor):
                 each = _rows(each, each["scores"] > score_threshold[labels])
             if agnostic:
-                same = torch.zeros_like(each["labels"])
+                same = compared_labels(each["labels"], agnostic)
                 each = _rows(each, labelled_nms(each["boxes"], each["scores"], same, iou_threshold))
             limited = number == self.max_detections or (
                 max_detections is not None and len(each["labels"]) > max_detections

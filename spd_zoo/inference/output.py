@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,10 +64,10 @@ class CocoFile:
     def __init__(self, class_names: Sequence[str]) -> None:
         self.categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
         self.images = self.annotations = 0
-        self._files = ExitStack()
-        self._parts = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115  (`__exit__`)
-        for part in self._parts:
-            self._files.enter_context(part)
+        with ExitStack() as files:
+            temporary = partial(tempfile.TemporaryFile, "w+", encoding="utf-8")
+            self._parts = [files.enter_context(temporary()) for _ in ("images", "annotations")]
+            self._files = files.pop_all()
 
     def __enter__(self) -> "CocoFile":
         return self

@@ -152,7 +152,7 @@ def detection(detector: Detector, model: str) -> Job:
         settings |= {"agnostic": True}
 
     def notes(detected: Detected) -> Sequence[str]:
-        return [detector.limit_in_words()] if detected[1].limited else ()
+        return detector.limit_notes(detected[1])
 
     def of_images(images: list[Regions]) -> list[Detected]:
         return [(image.size, found) for image, found in zip(images, detector.find_in(images), strict=True)]

@@ -84,14 +84,14 @@ def find_sources(patterns: Iterable[str], notes: Notes) -> list[Source]:
     found: list[Source] = []
     videos = VIDEO_SUFFIXES if _has_opencv() else ()  # in folders; without OpenCV they are left out, with a note
     for pattern in patterns:
-        if Path(pattern).suffix.lower() == ".txt" and os.path.isfile(pattern):  # noqa: PTH113  (too long names raise)
+        if Path(pattern).suffix.lower() == ".txt" and _is_file(pattern):
             entries = _listed(Path(pattern))
         else:
             entries = [pattern]
         for entry in entries:
             if is_url(entry):
                 found.append(_at_address(entry))
-            elif entry.isdecimal() and not os.path.exists(entry):  # noqa: PTH110
+            elif entry.isdecimal() and not _exists(entry):
                 found.append(Video(f"camera {int(entry)}", entry))
             else:
                 found += map(_image_or_video, find_images([entry], notes, videos))
@@ -111,7 +111,7 @@ def _listed(file: Path) -> list[str]:
         raise ValueError(f"{file} lists no image: it needs a path or an address on each line")
     beside = [str(file.parent / entry) for entry in entries]
     return [
-        there if not is_url(entry) and not os.path.exists(entry) and os.path.exists(there) else entry  # noqa: PTH110
+        there if not is_url(entry) and not _exists(entry) and _exists(there) else entry
         for entry, there in zip(entries, beside, strict=True)
     ]
 
@@ -129,10 +129,17 @@ def _image_or_video(path: Path) -> Source:
     suffix = path.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return Video(str(path), str(path))
-    # os.path.isfile returns False for over-long or forbidden paths; pathlib raises
-    if suffix in SUFFIXES or not os.path.isfile(path) or is_identified(path):  # noqa: PTH113
+    if suffix in SUFFIXES or not _is_file(path) or is_identified(path):
         return path
     return Video(str(path), str(path)) if _has_opencv() else path  # reading it reports that it is not an image
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  (pathlib raises for over-long or forbidden paths)
+
+
+def _is_file(path: str | Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113  (pathlib raises for over-long or forbidden paths)
 
 
 def _has_opencv() -> bool:

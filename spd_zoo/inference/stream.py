@@ -73,7 +73,7 @@ def _in_images(
                 image, found = outcome.result
                 # the path instead of the pixels, to save memory
                 found = replace(found, image=source if isinstance(source, Path) else None)
-                notes = (*outcome.notes, *_limits(detector, found))
+                notes = (*outcome.notes, *detector.limit_notes(found))
                 yield ImageDetections(name, image.size[::-1], found, notes=notes), image, 0.0
 
 
@@ -90,12 +90,7 @@ def _in_video(
         numbered = enumerate(itertools.takewhile(lambda _: not (video.live and stopped()), frames))
         while batch := list(itertools.islice(numbered, at_once)):
             for (number, image), found in zip(batch, detector.find_in(image for _, image in batch), strict=True):
-                size, notes = (image.height, image.width), _limits(detector, found)
+                size, notes = (image.height, image.width), detector.limit_notes(found)
                 yield ImageDetections(video.name, size, found, notes=notes, frame=number), image, frames.rate
         if frames.note:
             yield ImageDetections(video.name, notes=(frames.note,)), None, frames.rate
-
-
-def _limits(detector: Detector, found: Detections) -> tuple[str, ...]:
-    """A note if the limit of detections may have left out objects."""
-    return (detector.limit_in_words(),) if found.limited else ()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from spd_zoo.blocks import ImageSizeError
-from spd_zoo.boxes import above, class_nms
+from spd_zoo.boxes import MAX_CANDIDATES, above, class_nms
 from spd_zoo.losses import Target
 from spd_zoo.models._backbone import Backbone
 from spd_zoo.spd import is_exporting
@@ -85,7 +85,7 @@ class ObjectFinder(nn.Module, ABC):
         score_threshold: float | Tensor,
         iou_threshold: float | None = None,
         max_detections: int | None = 300,
-        max_candidates: int | None = 30000,
+        max_candidates: int | None = MAX_CANDIDATES,
         agnostic: bool = False,
     ) -> list[dict[str, Tensor]]:
         """What `forward` returned -> for each image `boxes`, `scores` and `labels`; see `DetectionNet.detections`."""
@@ -183,7 +183,7 @@ class DetectionNet(Backbone, ObjectFinder):
         score_threshold: float | Tensor,
         iou_threshold: float | None = None,
         max_detections: int | None = 300,
-        max_candidates: int | None = 30000,
+        max_candidates: int | None = MAX_CANDIDATES,
         agnostic: bool = False,
     ) -> list[dict[str, Tensor]]:
         """Decodes raw predictions and applies non-maximum suppression.
