@@ -6,8 +6,6 @@
 import copy
 import csv
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from box_pictures import make_coco
 from networks import noise, random_network
 from pictures import make_folders
-from runs import rows_of, same_run, stop_in
+from runs import finetune_in_processes, rows_of, same_run, stop_in
 from torch import Tensor
 from torchvision.ops import box_iou
 
@@ -28,7 +26,7 @@ from spd_zoo.exporter import export
 from spd_zoo.inference.detector import Detector
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.training.config import FinetuneConfig, to_yaml
+from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.finetune import Stopped, finetune
 from spd_zoo.training.memory import bytes_per_image
 from spd_zoo.training.preprocessing import Preprocessing
@@ -234,12 +232,7 @@ def test_two_processes_share_a_gpu(task: str, device: str, tmp_path: Path) -> No
         plain = {"opt": "momentum", "bf16": False}
     one = config(task, tmp_path, "one", device, accumulate=2, **plain)
     two = config(task, tmp_path, "two", device, **plain)
-    (tmp_path / "two.yaml").write_text(to_yaml(two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    launch.append(str(torch.cuda.device_count() + 1))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [*launch, "-m", "spd_zoo", "finetune", "--config", str(tmp_path / "two.yaml")]
-    subprocess.run(command, check=True, timeout=300, env=environment)
+    finetune_in_processes(two, torch.cuda.device_count() + 1)
     finetune(one)
     alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
     first = [float(rows[0]["train_loss"]) for rows in (alone, together)]

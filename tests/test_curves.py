@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from box_pictures import NAMES, make_coco
+from box_pictures import NAMES
 from PIL import Image
 from runs import rows_of
-from test_detection_training import found, predictions_of, run, truth
+from test_detection_training import finished_run, found, predictions_of, truth
 from timm.models import save_for_hf
 
 from spd_zoo import Detector
@@ -188,11 +188,7 @@ def test_plots_are_narrow_and_take_any_classes() -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A finished run, and its data."""
-    root = tmp_path_factory.mktemp("finished")
-    data = make_coco(root / "data", train=12, val=4)
-    run(data, root / "run", epochs=1)
-    return root / "run", data
+    return finished_run(tmp_path_factory.mktemp("finished"))
 
 
 def test_a_run_stores_its_best_scores_curves_and_predictions(finished: tuple[Path, Path]) -> None:

@@ -216,7 +216,9 @@ def test_metadata_of_an_imported_file_that_was_changed_are_checked_like_those_of
 def test_the_outputs_of_imported_weights_go_to_the_classes_of_their_names(
     tensors: dict[str, Tensor], tmp_path: Path, cache: Path
 ) -> None:
-    classes = open_boxes(make_coco(tmp_path / "data", train=8, val=4), "train").class_names  # type: ignore[union-attr]
+    data = open_boxes(make_coco(tmp_path / "data", train=8, val=4), "train")
+    assert data is not None
+    classes = data.class_names
     turned = dict(enumerate(reversed(classes)))
     import_weights("yolov8n.mine", checkpoint(random_network("yolov8n", num_classes=len(classes)).state_dict(),
                                               tmp_path / "a.pt", names=turned, nc=len(classes)), cache)  # fmt: skip

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import timm
 import torch
 from box_pictures import NAMES, make_coco, make_yolo
 from PIL import Image
-from runs import rows_of, same_run, stop_in
+from runs import finetune_in_processes, rows_of, same_run, stop_in
 from safetensors.torch import load_file
 
 from spd_zoo.cli.main import main
@@ -23,7 +20,7 @@ from spd_zoo.data.boxes import BoxImages, Objects, open_boxes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.inference.detector import Detections
 from spd_zoo.training import call
-from spd_zoo.training.config import FinetuneConfig, make_config, to_yaml
+from spd_zoo.training.config import FinetuneConfig, make_config
 from spd_zoo.training.detection import report as box_report
 from spd_zoo.training.detection.anchors import anchor_fit, fit_anchors, kmeans
 from spd_zoo.training.detection.curves import FALSE_POSITIVE, IN_IGNORED, match, outcome
@@ -181,11 +178,7 @@ def rows_best(run: Path) -> float:
 def test_two_processes_train_as_one(folder: Path, tmp_path: Path) -> None:
     shared = {"epochs": 2, "opt": "momentum", "lr": 0.01, "workers": 1}
     one, two = config(folder, tmp_path / "one", **shared, accumulate=2), config(folder, tmp_path / "two", **shared)
-    (tmp_path / "two.yaml").write_text(to_yaml(two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [*launch, "-m", "spd_zoo", "finetune", "--config", str(tmp_path / "two.yaml")]
-    subprocess.run(command, check=True, timeout=300, env=environment)
+    finetune_in_processes(two)
     finetune(one)
     alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
     for a, b in zip(alone, together, strict=True):
@@ -370,13 +363,16 @@ def test_boxes_are_right_wrong_or_missed() -> None:
 # evaluation
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run that is done, and its data."""
-    root = tmp_path_factory.mktemp("finished")
+def finished_run(root: Path) -> tuple[Path, Path]:
+    """A finished run, and its data."""
     data = make_coco(root / "data", train=12, val=4)
     run(data, root / "run", epochs=1)
     return root / "run", data
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return finished_run(tmp_path_factory.mktemp("finished"))
 
 
 def test_evaluate_prints_and_writes_the_figures_of_the_run(

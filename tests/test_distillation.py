@@ -4,8 +4,6 @@ import json
 import pickle
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from pictures import COLOURS, make_folders, picture
-from runs import rows_of, same_run, stop_in
+from runs import finetune_in_processes, rows_of, same_run, stop_in
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -28,7 +26,7 @@ from spd_zoo.training import memory
 from spd_zoo.training.classification import distillation, report
 from spd_zoo.training.classification.distillation import DistilledTraining, Teacher, load_teacher
 from spd_zoo.training.classification.task import Classification, ClassifierTraining
-from spd_zoo.training.config import FinetuneConfig, load_config, to_yaml
+from spd_zoo.training.config import FinetuneConfig, load_config
 from spd_zoo.training.finetune import Result, Stopped, finetune
 from spd_zoo.training.memory import forward_bytes_per_image
 from spd_zoo.training.preprocessing import Preprocessing
@@ -457,9 +455,7 @@ def test_a_stopped_run_with_a_teacher_resumes_to_the_same_bits(
 def test_two_processes_with_a_teacher_train_as_one(folders: Path, tmp_path: Path, taught: str) -> None:
     shared = {"epochs": 2, "opt": "momentum", "lr": 0.05, "teacher": taught, "head_epochs": 1}
     one, two = config(folders, tmp_path / "one", **shared, accumulate=2), config(folders, tmp_path / "two", **shared)
-    (tmp_path / "two.yaml").write_text(to_yaml(two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, "-m", "spd_zoo", "finetune", "--config", tmp_path / "two.yaml"], check=True, timeout=300)
+    finetune_in_processes(two)
     finetune(one)
     alone, together = (rows_of(folder / "metrics.csv") for folder in (one.out, two.out))
     for a, b in zip(alone, together, strict=True):

@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_recent_images_are_kept_within_bytes_but_at_least_one() -> None:
         return value
 
     for value in (4, 5, 4, 3, 4, 5, 90, 90):
-        assert recent.get(value, lambda value=value: make(value), int) == value  # type: ignore[misc]
+        assert recent.get(value, partial(make, value), int) == value
     assert read == [4, 5, 3, 5, 90]
     assert len(recent) == 1
     assert len(pickle.loads(pickle.dumps(recent))) == 0

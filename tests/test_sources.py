@@ -101,6 +101,7 @@ def moved(to: str) -> Any:
 def test_the_objects_of_every_frame_are_found_and_marked_in_a_video(tmp_path: Path) -> None:
     video = make_video(tmp_path / "clip.avi")
     (source,) = find_sources([str(video)], Notes())
+    assert isinstance(source, Video)
     detector = Detector(Finder(), batch_size=2)
     found = list(detect(detector, [source], tmp_path / "out", Saved(txt=True, crops=True)))
     assert [each.frame for each in found] == [0, 1, 2, 3, 4] and not any(each.notes for each in found)
@@ -109,7 +110,7 @@ def test_the_objects_of_every_frame_are_found_and_marked_in_a_video(tmp_path: Pa
         np.testing.assert_allclose(each.detections.boxes[0].tolist(), (16 * i, 32, 16 * i + 32, 64), atol=3)
     marked = list(Frames(Video("clip", str(tmp_path / "out" / "clip.avi.mp4"))))
     assert len(marked) == 5 and all(image.size == (128, 96) for image in marked)
-    outlined = np.asarray(marked[2]).astype(int) - np.asarray(list(Frames(source))[2]).astype(int)  # type: ignore[arg-type]
+    outlined = np.asarray(marked[2]).astype(int) - np.asarray(list(Frames(source))[2]).astype(int)
     assert np.abs(outlined[:32]).max() > 100 > np.abs(outlined[70:]).max()  # the name, above the box
     images = json.loads((tmp_path / "out" / "detections.json").read_text())["images"]
     assert [(image["file_name"], image["frame"]) for image in images] == [(str(video), i) for i in range(5)]

@@ -1,10 +1,7 @@
 """Training and evaluation of detectors on tiles of large images."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +9,14 @@ import pytest
 import torch
 from box_pictures import make_yolo, scene
 from PIL import Image
-from runs import rows_of, same_run, stop_in
+from PIL.TiffImagePlugin import TiffImageFile
+from runs import finetune_in_processes, rows_of, same_run, stop_in
 
 from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, Objects, Tiling, open_boxes
 from spd_zoo.data.boxes.tiles import cut, objects_inside, tile_boxes
 from spd_zoo.inference.detector import Detector, trained_on_tiles
-from spd_zoo.training.config import FinetuneConfig, to_yaml
+from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection import report as box_report
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import Result, Stopped, finetune
@@ -130,11 +128,7 @@ def test_a_stopped_run_on_tiles_resumes_to_the_same_bits(
 def test_two_processes_train_on_tiles_as_one(folder: Path, tmp_path: Path) -> None:
     shared = {"opt": "momentum", "lr": 0.01}
     one, two = config(folder, tmp_path / "one", **shared, accumulate=2), config(folder, tmp_path / "two", **shared)
-    (tmp_path / "two.yaml").write_text(to_yaml(two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "spd_zoo", "finetune", "--config", str(tmp_path / "two.yaml")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run(command, check=True, timeout=500, env=environment)
+    finetune_in_processes(two, timeout=500)
     finetune(one)
     alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
     for a, b in zip(alone, together, strict=True):
@@ -254,7 +248,8 @@ def test_a_damaged_part_of_an_image_leaves_the_others(tmp_path: Path, capsys: Ca
     image, _ = scene(5, (300, 200))
     image.save(tmp_path / "damaged.tif", compression="tiff_deflate", tiffinfo={278: 16})
     with Image.open(tmp_path / "damaged.tif") as opened:
-        offset = opened.tag_v2[273][9]  # type: ignore[attr-defined]
+        assert isinstance(opened, TiffImageFile)
+        offset = opened.tag_v2[273][9]
     content = bytearray((tmp_path / "damaged.tif").read_bytes())
     content[offset : offset + 200] = b"\xff" * 200
     (tmp_path / "damaged.tif").write_bytes(content)

@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ import timm
 import torch
 from box_pictures import make_coco, make_yolo
 from pictures import make_folders
-from runs import rows_of, same_run, stop_in
+from runs import finetune_in_processes, rows_of, same_run, stop_in
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -365,9 +364,7 @@ def test_two_processes_train_as_one(folders: Path, tmp_path: Path) -> None:
     (folders / "val" / "red" / "1.png").unlink()  # five images: they cannot be shared evenly
     shared = {"epochs": 3, "head_epochs": 1, "opt": "momentum", "lr": 0.05, "workers": 1}
     one, two = config(folders, tmp_path / "one", **shared, accumulate=2), config(folders, tmp_path / "two", **shared)
-    (tmp_path / "two.yaml").write_text(to_yaml(two))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, "-m", "spd_zoo", "finetune", "--config", tmp_path / "two.yaml"], check=True, timeout=300)
+    finetune_in_processes(two)
     finetune(one)
     alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
     for epoch, (a, b) in enumerate(zip(alone, together, strict=True)):
