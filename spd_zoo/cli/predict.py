@@ -124,7 +124,7 @@ def _is_model(first: str) -> bool:
     from spd_zoo.weights.folder import CONFIG, WEIGHTS
     from spd_zoo.weights.load import is_network
 
-    exists, is_folder = os.path.exists(first), os.path.isdir(first)  # noqa: PTH110, PTH112  (pathlib raises if it is long)
+    exists, is_folder = os.path.exists(first), os.path.isdir(first)  # noqa: PTH110, PTH112  (pathlib raises)
     suffix = Path(first).suffix.lower()
     if (suffix in SUFFIXES and not is_folder) or "://" in first:
         return False

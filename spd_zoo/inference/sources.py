@@ -84,10 +84,8 @@ def find_sources(patterns: Iterable[str], notes: Notes) -> list[Source]:
     found: list[Source] = []
     videos = VIDEO_SUFFIXES if _has_opencv() else ()  # in folders; without OpenCV they are left out, with a note
     for pattern in patterns:
-        if Path(pattern).suffix.lower() == ".txt" and _is_file(pattern):
-            entries = _listed(Path(pattern))
-        else:
-            entries = [pattern]
+        is_list = Path(pattern).suffix.lower() == ".txt" and _is_file(pattern)
+        entries = _listed(Path(pattern)) if is_list else [pattern]
         for entry in entries:
             if is_url(entry):
                 found.append(_at_address(entry))
