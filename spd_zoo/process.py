@@ -18,6 +18,7 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 from tqdm import tqdm
 
+from spd_zoo.console import is_quiet
 from spd_zoo.errors import first_line
 
 __all__ = [
@@ -115,9 +116,9 @@ class Process:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def print(self, text: str) -> None:
-        """Prints `text` in the first process only."""
-        if self.first:
+    def print(self, text: str, result: bool = False) -> None:
+        """Prints `text` in the first process only; in a quiet command only if it is a `result`."""
+        if self.first and (result or not is_quiet()):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 

@@ -521,6 +521,18 @@ def test_a_dry_run_writes_nothing(folders: Path, tmp_path: Path, capsys: pytest.
     assert "train: 24 images of 3 classes" in printed and "torn.png (this is no image" in printed
 
 
+def test_a_quiet_training_prints_its_result_only(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(to_yaml(config(folders, tmp_path / "run")))
+    assert main(["finetune", "--config", str(tmp_path / "run.yaml"), "--quiet"]) == 0
+    printed = capsys.readouterr()
+    result, *findings = printed.out.splitlines()
+    assert result.startswith("top-1 ") and result.endswith("report.html") and not printed.err
+    assert all(line.startswith(("kept: ", "note: training ended below")) for line in findings)
+    assert "epoch 2/2" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_unreadable_images_are_left_out(folders: Path, tmp_path: Path) -> None:
     for name in ("train/red/torn.png", "val/blue/torn.png"):
         (folders / name).write_text("no image")

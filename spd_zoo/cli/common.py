@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from spd_zoo.console import is_quiet
 from spd_zoo.errors import first_line
 from spd_zoo.weights.manifest import PACKAGE, WeightsError
 
@@ -15,8 +16,6 @@ __all__ = [
     "MAX_PIXELS",
     "CommandError",
     "add_command",
-    "bar_disabled",
-    "be_quiet",
     "class_scores",
     "complain",
     "explained",
@@ -47,8 +46,6 @@ _EXTRAS = {
     "shtab": "[completion]",
 }
 
-_quiet = False  # whether only results and errors are printed
-
 
 class CommandError(Exception):
     """A command that cannot be carried out; the message is one sentence for the user."""
@@ -77,21 +74,9 @@ def add_command(
     """
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", add_help=not own_help)
     command.set_defaults(run=run, needs_networks=networks, command=name)
-    if name != "finetune":  # whose output is its progress
-        command.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
+    command.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
     command.add_argument("-v", "--verbose", action="store_true", help="print where in the code an error came from")
     return command
-
-
-def be_quiet(quiet: bool) -> None:
-    """Sets whether notes and progress bars are left out from now on."""
-    global _quiet
-    _quiet = quiet
-
-
-def bar_disabled(few: bool = False) -> bool | None:
-    """The argument `disable` of tqdm: no bar in a quiet command, for `few` steps, or outside a terminal."""
-    return True if few or _quiet else None
 
 
 def complain(text: str) -> None:
@@ -107,7 +92,7 @@ def complain(text: str) -> None:
 
 def print_notes(notes: Iterable[str]) -> None:
     """Prints what was guessed or left out, a line for each, to standard error; nothing in a quiet command."""
-    for note in () if _quiet else notes:
+    for note in () if is_quiet() else notes:
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -121,7 +106,7 @@ def warnings_as_notes() -> Iterator[None]:
     ) -> str:
         if not filename.startswith(str(PACKAGE)):
             return usual(message, category, filename, lineno, line)
-        return "" if _quiet else f"note: {message}\n"
+        return "" if is_quiet() else f"note: {message}\n"
 
     warnings.formatwarning = as_note
     try:

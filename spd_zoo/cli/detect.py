@@ -13,7 +13,6 @@ from spd_zoo.cli.common import (
     CommandError,
     Commands,
     add_command,
-    bar_disabled,
     class_scores,
     complain,
     explained,
@@ -21,6 +20,7 @@ from spd_zoo.cli.common import (
     positive,
     print_notes,
 )
+from spd_zoo.console import bar_disabled
 
 if TYPE_CHECKING:
     from spd_zoo.inference.detector import Detector

@@ -83,7 +83,7 @@ def _epochs(text: str) -> int | str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    ours = ("run", "config", "recipe", "needs_networks", "command", "verbose")
+    ours = ("run", "config", "recipe", "needs_networks", "command", "quiet", "verbose")
     lower = "use a smaller --batch-size or --image-size, a larger --accumulate, or fewer --workers"
     lower += "; where the run has saved its state, also another --out"
     on_command_line = {key: value for key, value in vars(options).items() if key not in ours}

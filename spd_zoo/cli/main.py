@@ -22,8 +22,9 @@ from spd_zoo.cli import (
     weights,
 )
 from spd_zoo.cli import list as list_command
-from spd_zoo.cli.common import CommandError, be_quiet, complain, explained, warnings_as_notes
+from spd_zoo.cli.common import CommandError, complain, explained, warnings_as_notes
 from spd_zoo.cli.deferred import load_networks
+from spd_zoo.console import quiet_if
 from spd_zoo.version import __version__
 from spd_zoo.weights.catalogue import ModelError
 from spd_zoo.weights.manifest import WeightsError
@@ -40,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid Unicode
     try:
         options = make_parser("finetune" in arguments[:1]).parse_args(arguments)
-        be_quiet(getattr(options, "quiet", False))
-        with warnings_as_notes():
+        with quiet_if(options.quiet), warnings_as_notes():
             if options.needs_networks:
                 with explained():
                     load_networks()

@@ -13,12 +13,12 @@ from spd_zoo.cli.common import (
     CommandError,
     Commands,
     add_command,
-    bar_disabled,
     complain,
     explained,
     positive,
     print_notes,
 )
+from spd_zoo.console import bar_disabled
 
 if TYPE_CHECKING:
     from spd_zoo.inference.classifier import Prediction

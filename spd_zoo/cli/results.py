@@ -129,7 +129,6 @@ def write(
             options.workers,
             options.save_every,
             options.overwrite,
-            progress=not options.quiet,
         )
     if summary is None:
         return 0  # another process writes the file and prints the summary

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spd_zoo.cli.common import Commands, add_command, bar_disabled, complain, print_table
+from spd_zoo.cli.common import Commands, add_command, complain, print_table
+from spd_zoo.console import bar_disabled
 from spd_zoo.data.notes import some
 from spd_zoo.weights import catalogue
 from spd_zoo.weights.cache import find, is_right, origin_of

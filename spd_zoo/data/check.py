@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from spd_zoo.console import bar_disabled
 from spd_zoo.data.boxes import BoxImages
 from spd_zoo.data.boxes.sizes import sizes_in_words
 from spd_zoo.data.boxes.tiles import tiles_in_words
@@ -127,7 +128,7 @@ def _read_all(data: LabelledImages | BoxImages, workers: int, process: Process, 
     mine = range(process.rank, len(data), process.world)
     options: dict[str, Any] = {"num_workers": workers, "collate_fn": list, "worker_init_fn": leave_ctrl_c_to_parent}
     facts: list[_Fact] = []
-    with tqdm(total=len(mine), desc=f"checking {split}", leave=False, disable=None if process.first else True) as bar:
+    with tqdm(total=len(mine), desc=f"checking {split}", leave=False, disable=bar_disabled(not process.first)) as bar:
         for batch in DataLoader(_Facts(data), 32, sampler=mine, **options):
             facts += batch
             bar.update(len(batch))

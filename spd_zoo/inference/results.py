@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spd_zoo.console import bar_disabled
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.regions import Regions
@@ -225,7 +226,6 @@ def write_results(
     workers: int = 2,
     save_every: int = 512,
     overwrite: bool = False,
-    progress: bool = True,
 ) -> Summary | None:
     """Writes a row per image, in the order of the images, to a new file; resumes where the same call was interrupted.
 
@@ -240,7 +240,6 @@ def write_results(
         workers: Processes that read images for this one; 0: it reads them itself.
         save_every: Images per part: an interruption loses at most so many.
         overwrite: Whether to replace an existing file at the end.
-        progress: Whether the first process shows a progress bar in a terminal.
 
     Returns:
         The number of images; None if another process, the last one to finish its parts, wrote the file.
@@ -279,7 +278,7 @@ def write_results(
                 initial=done,
                 unit="image",
                 leave=False,
-                disable=None if process.first and progress else True,
+                disable=bar_disabled(not process.first),
             ) as bar,
         ):
             try:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from spd_zoo.console import bar_disabled
 from spd_zoo.data.check import in_words
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.notes import count
@@ -152,7 +153,7 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
     if "train" not in splits.about:
         process.print("the images are not checked")
     for line in in_words(splits.about):
-        process.print(line)
+        process.print(line, result=config.dry_run)
     if teacher is not None:
         process.print(teacher.in_words(config))
     if config.dry_run:
@@ -669,11 +670,14 @@ def finish(run: Run) -> Result:
         notes = [*run.splits.about.get("notes", []), *plot_notes(), *missed]
         run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(
-        f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}"
+        f"{predictions.headline()}, {figures['images']} validation images; see {run.folder.path / 'report.html'}",
+        result=True,
     )
     for note in missed:
         process.print(f"note: {note}")
-    for line in [*verdict(run.plan, run.task, run.evaluations), *next_commands(config, run.task)]:
+    for line in verdict(run.plan, run.task, run.evaluations):
+        process.print(line, result=True)
+    for line in next_commands(config, run.task):
         process.print(line)
     return Result(config.out, run.history, figures | {"image_size": size_value(size)}, run.before)
 
@@ -785,5 +789,5 @@ def _progress_bar(run: Run) -> "tqdm[Any]":
         initial=len(run.history) * steps.images + run.done * steps.batch_size,
         unit=" images",
         smoothing=0,  # the mean over the run: a time left that does not jump with every evaluation
-        disable=None if run.process.first else True,
+        disable=bar_disabled(not run.process.first),
     )

@@ -23,6 +23,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of the Hub's client, httpx or httpx2
 from tqdm import tqdm
 
+from spd_zoo.console import bar_disabled, is_quiet
 from spd_zoo.weights.manifest import WeightsError
 
 __all__ = ["DownloadError", "download", "download_bytes", "download_from_hub", "hub_url", "page_or_pointer"]
@@ -141,7 +142,9 @@ def _download_from_server(link: str, path: Path) -> None:
     with get_session().stream("GET", link, timeout=_PAUSES, follow_redirects=True) as response, path.open("wb") as out:
         response.raise_for_status()
         size = int(response.headers.get("Content-Length", 0)) or None
-        with tqdm(desc=path.stem, total=size, unit="B", unit_scale=True, leave=False, disable=None) as progress:
+        with tqdm(
+            desc=path.stem, total=size, unit="B", unit_scale=True, leave=False, disable=bar_disabled()
+        ) as progress:
             for block in response.iter_bytes(2**20):
                 progress.update(out.write(block))
 
@@ -160,7 +163,7 @@ def _download_from_drive(link: str, file: str | None, path: Path) -> None:
             if file not in ids:
                 raise DownloadError(f"the folder holds {', '.join(sorted(ids)) or 'nothing'}, and no {file}")
             url = f"https://drive.google.com/uc?id={ids[file]}"
-        gdown.download(url, str(path), timeout=timeout, use_cookies=False, quiet=not sys.stderr.isatty())
+        gdown.download(url, str(path), timeout=timeout, use_cookies=False, quiet=is_quiet() or not sys.stderr.isatty())
 
     _with_retries(get, gdown.DownloadError)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from spd_zoo.console import bar_disabled
 from spd_zoo.files import write_csv
 from spd_zoo.process import Process
 from spd_zoo.training.preprocessing import Preprocessing
@@ -131,7 +132,7 @@ def _outputs(
     """Logits and labels, batch by batch; with `flip`, the mean of the logits of every image and its mirror image."""
     net.eval()
     total = None if isinstance(batches.dataset, IterableDataset) else len(batches)
-    for pixels, labels in tqdm(read(batches), "evaluating", total, leave=False, disable=None, delay=5):
+    for pixels, labels in tqdm(read(batches), "evaluating", total, leave=False, disable=bar_disabled(), delay=5):
         images = preprocessing.normalize(pixels)
         with torch.inference_mode(), preprocessing.autocast():
             logits = net(images).float()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spd_zoo.console import bar_disabled
 from spd_zoo.data.boxes import EVERY_CLASS, BoxImages, Objects
 from spd_zoo.data.boxes.sizes import EDGES
 from spd_zoo.data.boxes.sizes import NAMES as SIZES
@@ -411,7 +412,7 @@ def predict(
     def of_views() -> Iterator[tuple[int, Placement, Detections]]:
         nonlocal seen
         for inputs, placements, targets, indices, seconds in tqdm(
-            read(batches), "evaluating", leave=False, disable=None, delay=5
+            read(batches), "evaluating", leave=False, disable=bar_disabled(), delay=5
         ):
             clock["prepare"] += sum(seconds)
             with torch.inference_mode():
