@@ -316,6 +316,22 @@ def test_drawn_boxes_lie_around_the_objects_and_leave_the_image_as_it_was() -> N
     assert (drawn[50, 40] == COLOURS["blue"]).all() and (drawn[80, 100] == 10).all()
 
 
+def coloured(*boxes: tuple[float, float, float, float]) -> int:
+    """Pixels that are not black when these objects, equal but for their boxes, are drawn on a black image."""
+    number = len(boxes)
+    found = Detections(torch.tensor(boxes), torch.full((number,), 0.9), torch.zeros(number).long(), ("cell",))
+    return int(np.asarray(found.draw(Image.new("RGB", (200, 100)))).any(2).sum())
+
+
+def test_labels_of_drawn_boxes_lie_in_the_image_and_hide_no_other_one() -> None:
+    box = (80.0, 40.0, 84.0, 44.0)
+    label = coloured(box) - 16  # pixels of the outline
+    assert coloured((196.0, 40.0, 199.0, 44.0)) > label  # at the right edge
+    assert coloured((80.0, 0.0, 84.0, 4.0)) > label
+    assert coloured(box, box) > 1.9 * label
+    assert coloured(*[box] * 9) <= 4 * label + 16
+
+
 # errors
 
 

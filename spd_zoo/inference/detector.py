@@ -146,6 +146,9 @@ class Detections:
     def draw(self, image: ImageLike | None = None) -> Image.Image:
         """A copy of the image, upright and in colour, with a box, the name and the score of every object.
 
+        A label lies above or below its box or in it, inside the image; it is left out where it would hide another one,
+        of an object with a higher score.
+
         Args:
             image: In any form that `Detector` takes, an array in RGB; by default the one that the detector was given.
 
@@ -158,14 +161,19 @@ class Detections:
         pen = ImageDraw.Draw(drawn)
         width = max(1, round(max(drawn.size) / 500))
         font = ImageFont.load_default(max(10, 6 * width))
-        objects = zip(self.boxes.round().tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
-        for (left, top, right, bottom), score, label in reversed(list(objects)):  # the most certain on top
-            colour = ImageColor.getrgb(f"hsv({137 * label % 360}, 80%, 90%)")
-            pen.rectangle((left, top, right, bottom), outline=colour, width=width)
+        boxes, labels = self.boxes.round().tolist(), self.labels.tolist()
+        colours = [ImageColor.getrgb(f"hsv({137 * label % 360}, 60%, 100%)") for label in labels]
+        for box, colour in reversed(list(zip(boxes, colours, strict=True))):  # the most certain on top
+            pen.rectangle(box, outline=colour, width=width)
+        taken: list[tuple[float, float, float, float]] = []
+        for box, score, label, colour in zip(boxes, self.scores, labels, colours, strict=True):
             text = f"{self.class_names[label]} {score:.2f}"
-            place = (left, max(0.0, top - font.getbbox(text)[3] - 2))
-            pen.rectangle(pen.textbbox(place, text, font), fill=colour)
-            pen.text(place, text, (0, 0, 0), font)
+            _, _, *size = font.getbbox(text)
+            place = _label_place(box, (size[0] + 2, size[1] + 2), drawn.size, taken)
+            if place is not None:
+                taken.append(place)
+                pen.rectangle(place, fill=colour)
+                pen.text((place[0] + 1, place[1]), text, (0, 0, 0), font)
         return drawn
 
     def show(self, image: ImageLike | None = None) -> None:
@@ -176,6 +184,21 @@ class Detections:
             ValueError: If the image is unknown or cannot be read.
         """
         show(self.draw(image))
+
+
+def _label_place(
+    box: Sequence[float], size: tuple[float, float], image_size: tuple[int, int], taken: Iterable[Sequence[float]]
+) -> tuple[float, float, float, float] | None:
+    """The area of a box's label, above it, below it or in it, that is in the image and free; None if there is none."""
+    (left, top, _, bottom), (width, height) = box, size
+    left = max(0, min(left, image_size[0] - width))
+    for y in (top - height, bottom + 1, top, bottom - height):
+        fits = y >= 0 and y + height <= image_size[1]
+        if fits and all(
+            left >= right or left + width <= x or y >= lower or y + height <= upper for x, upper, right, lower in taken
+        ):
+            return left, y, left + width, y + height
+    return None
 
 
 def prepare(image: Image.Image, net: ObjectFinder, image_size: tuple[int, int]) -> tuple[Tensor, Placement]:
