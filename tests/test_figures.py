@@ -23,7 +23,7 @@ CHANGES = [  # a figure that a record holds, another, and what it is drawn in
     ("published.csv", "75.37%", "75.38%", ["twins"]),
     ("published.csv", "89.20%", "89.30%", ["latency"]),
     ("complexity.csv", "cifar_ghostnet,3x32x32,100,4029080", "cifar_ghostnet,3x32x32,100,4029081", ["twins"]),
-    ("latency.jsonl", '"padded_ms": 15.02', '"padded_ms": 15.03', ["latency"]),
+    ("latency.jsonl", '"padded_ms": 15.54', '"padded_ms": 15.55', ["latency"]),
     ("detectors.csv", "Platelets,69,39.34", "Platelets,69,39.35", ["detectors"]),
     ("activations.json", '["WBC", 0.897', '["WBC", 0.898', ["activations"]),
 ]

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RECORDS, FIGURES = ROOT / "tools", ROOT / "docs" / "figures"
+WIDTH = 5.4  # inches: 389 px, so that letters keep their size on a phone
 INK = "#0b0c0d"  # replaced by the colour of text, which the style below sets
 STYLE = "svg { color: #1f2328 } @media (prefers-color-scheme: dark) { svg { color: #e6edf3 } }"
 FONTS = "system-ui, Helvetica, Arial, sans-serif"
@@ -54,6 +56,11 @@ def digest(drawing: Drawing) -> str:
     scripts = (__file__, str(sys.modules[drawing.draw.__module__].__file__))
     code = "".join(Path(script).read_text(encoding="utf-8") for script in scripts)
     return hashlib.sha256((json.dumps(drawing.data(), sort_keys=True) + code).encode()).hexdigest()
+
+
+def heading(figure: Any, text: str) -> None:
+    """Writes a bold heading at the top left of a figure or a part of it, broken into lines that fit."""
+    figure.suptitle(textwrap.fill(text, 58), x=0.01, ha="left", weight="bold", fontsize=10)
 
 
 def render(drawing: Drawing) -> str:

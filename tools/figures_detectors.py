@@ -13,7 +13,7 @@ from typing import Any
 import check_published
 import figures_common
 import numpy as np
-from figures_common import BLUE, GREEN, GREY, PURPLE, RED
+from figures_common import BLUE, GREEN, GREY, PURPLE, RED, WIDTH, heading
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -55,19 +55,13 @@ def detectors() -> dict[str, Any]:
 
 
 def draw_detectors(data: dict[str, Any]) -> Figure:
-    """AP by size: a row of panels for our measurements, and one for the authors' figures."""
-    figure = Figure((9, 6.4), layout="constrained")
+    """AP by size: panels for our measurements, and others for the authors' figures."""
+    figure = Figure((WIDTH, 13), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     top, bottom = halves
     (size,) = {row["image_size"] for row in data["ours"]}
-    top.suptitle(
-        f"Measured here: blood cells (BCCD test) at {size} px, one run each",
-        x=0.01,
-        ha="left",
-        weight="bold",
-        fontsize=10,
-    )
-    panels: Any = top.subplots(1, 3, sharey=True)
+    heading(top, f"Measured here: blood cells (BCCD test) at {size} px, one run each")
+    panels: Any = top.subplots(3, 1, sharey=True)
     titles = {"": "of all sizes", "image": "by size in the image", "input": "by size in the network's input"}
     for axes, (pixels, title) in zip(panels, titles.items(), strict=True):
         rows = [row for row in data["ours"] if row["pixels"] == pixels]
@@ -83,11 +77,12 @@ def draw_detectors(data: dict[str, Any]) -> Figure:
                 groups[group] = "\n".join([group, *counts])
         _bars(axes, list(groups.values()), bars, (GREY, BLUE), filled=True)
         axes.set_title(title)
-    panels[0].set(ylabel="AP, %", ylim=(0, 100))
-    _legend(panels[0])
+        axes.set_ylabel("AP, %")
+    panels[0].set_ylim(0, 100)
+    _legend(panels[0], "upper right")
 
-    bottom.suptitle("The authors' figures: COCO val2017", x=0.01, ha="left", weight="bold", fontsize=10)
-    panels = bottom.subplots(1, 3, sharey=True)
+    heading(bottom, "The authors' figures: COCO val2017")
+    panels = bottom.subplots(3, 1, sharey=True)
     for axes, title, base, more in (
         (panels[0], "VGG16", "vgg16", "s1l2"),
         (panels[1], "MobileNetV1", "mobilenetv1", "s1l0"),
@@ -102,7 +97,9 @@ def draw_detectors(data: dict[str, Any]) -> Figure:
     bars["all objects"] = [figures["ap"] for figures in yolo.values()]
     _bars(panels[2], [name.removesuffix("_spd") for name in yolo], bars, (BLUE, GREEN), filled=False)
     panels[2].set_title("YOLOv5-SPD, 640 px")
-    panels[0].set(ylabel="AP, %", ylim=(0, 60))
+    for axes in panels:
+        axes.set_ylabel("AP, %")
+    panels[0].set_ylim(0, 60)
     _legend(panels[0])
     _legend(panels[2])
     return figure
@@ -122,8 +119,8 @@ def _bars(
     axes.set_xticks(range(len(groups)), groups)
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(loc="upper left", fontsize=8, handlelength=1).set_in_layout(False)
+def _legend(axes: Any, where: str = "upper left") -> None:
+    axes.legend(loc=where, fontsize=8, handlelength=1).set_in_layout(False)
 
 
 def draw_cells() -> Image.Image:
@@ -216,13 +213,13 @@ def activations() -> dict[str, Any]:
 
 
 def draw_activations(data: dict[str, Any]) -> Figure:
-    """A row for each detector: the picture with its boxes, and its maps."""
+    """Two rows for each detector: the picture with its boxes, and its maps."""
     picture = Image.open(io.BytesIO(base64.b64decode(data["picture"])))
     shown = np.asarray(picture.resize((SHOWN, SHOWN))) // 8 * 8 + 4  # fewer colours: a smaller file
     colours = {"RBC": RED, "WBC": PURPLE, "Platelets": BLUE}
     descriptions = {"yolov8n": "strided, not in the package", "yolov8n_spd": "SPD, in the package"}
-    figure = Figure((9, 5.2), layout="constrained")
-    rows = figure.subplots(len(data["networks"]), 1 + len(STRIDES))
+    figure = Figure((WIDTH, 11.6), layout="constrained")
+    rows = figure.subplots(2 * len(data["networks"]), 2).reshape(len(data["networks"]), 1 + len(STRIDES))
     for axes, (name, record) in zip(rows, data["networks"].items(), strict=True):
         axes[0].imshow(shown, interpolation="none", extent=(0, SIDE, SIDE, 0))
         for label, _, left, top, right, bottom in record["boxes"]:
@@ -239,12 +236,9 @@ def draw_activations(data: dict[str, Any]) -> Figure:
         for panel in axes:
             panel.set(xticks=[], yticks=[])
     drawn = ", ".join(f"{count} {label}" for label, count in data["drawn"].items())
-    figure.suptitle(
-        f"A generated picture ({drawn}), the boxes of two detectors with scores above {data['least_score']},\nand the "
+    heading(
+        figure,
+        f"A generated picture ({drawn}), the boxes of two detectors with scores above {data['least_score']}, and the "
         "channel means of their maps. We trained both with the same settings on photographs of blood cells (BCCD)",
-        x=0.01,
-        ha="left",
-        weight="bold",
-        fontsize=9,
     )
     return figure

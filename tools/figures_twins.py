@@ -7,7 +7,7 @@ from typing import Any
 
 import check_published
 import figures_common
-from figures_common import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
+from figures_common import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, WIDTH, heading
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -109,7 +109,7 @@ def _more(pairs: Sequence[dict[str, Any]], what: str) -> list[float]:
 
 
 def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Accuracy against parameters and MACs, a row of panels for each type of twins."""
+    """Accuracy against parameters and MACs, two panels for each type of twins."""
     free, spd = data["padding-free"], data["spd"]
     gains = {
         ours: [pair["twins"][1]["top1"] - pair["twins"][0]["top1"] for pair in free if pair["ours"] == ours]
@@ -121,12 +121,12 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
         f"SPD: conversion keeps the outputs, and so the authors' top-1, with "
         f"{_span(_more(spd, 'macs'), '{:.0f}')} % more MACs",
     )
-    figure = Figure((9, 7.4), layout="constrained")
-    rows: Any = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    figure = Figure((WIDTH, 14), layout="constrained")
+    rows: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     types = (("CIFAR-100, 32 px", "log", "padded", "padding-free"), ("ImageNet-1k, 224 px", "linear", "strided", "SPD"))
     for row, head, pairs, (data_set, scale, *names) in zip(rows, heads, (free, spd), types, strict=True):
-        row.suptitle(head, x=0.01, ha="left", weight="bold", fontsize=10)
-        panels = row.subplots(1, 2, sharey=True)
+        heading(row, head)
+        panels = row.subplots(2, 1, sharey=True)
         for axes, what, label in zip(panels, ("params", "macs"), ("parameters", "MACs for one image"), strict=True):
             for pair in pairs:
                 _, colour = _series(pair["network"])
@@ -137,11 +137,10 @@ def draw_twins(data: dict[str, list[dict[str, Any]]]) -> Figure:
                     axes.plot(x[i], y[i], marker, color=colour, markerfacecolor=face, markersize=6)
                 if what == "macs" and pair["network"] in NAMED:
                     _name(axes, pair)
-            axes.set(xlabel=label, xscale=scale)
+            axes.set(xlabel=label, xscale=scale, ylabel=f"top-1 on {data_set}, %")
             axes.grid()
             axes.xaxis.set_major_formatter(FuncFormatter(_count))
             axes.xaxis.set_minor_formatter(NullFormatter())
-        panels[0].set_ylabel(f"top-1 on {data_set}, %")
         handles = [
             Line2D([], [], color=INK, marker=marker, linestyle="", markerfacecolor="none", label=name)
             for marker, name in zip("o^", names, strict=True)
@@ -194,12 +193,12 @@ def latency() -> dict[str, Any]:
 
 def draw_latency(data: dict[str, Any]) -> Figure:
     """Padded and padding-free networks: milliseconds in eager PyTorch and in ONNX Runtime, and accuracy."""
-    figure = Figure((9, 3.4), layout="constrained")
-    left, middle, right = panels = figure.subplots(1, 3, sharey=True)
+    figure = Figure((WIDTH, 7.2), layout="constrained")
+    eager, exported, accuracy = panels = figure.subplots(3, 1, sharey=True)
     names = list(dict.fromkeys(row["network"] for row in data["times"]))
     ratios = {}
     (size,) = {row["image_size"] for row in data["times"]}
-    for axes, runtime, title in ((left, "eager", "eager PyTorch"), (middle, "onnx", "ONNX Runtime")):
+    for axes, runtime, title in ((eager, "eager", "eager PyTorch"), (exported, "onnx", "ONNX Runtime")):
         rows = {row["network"]: row for row in data["times"] if row["runtime"] == runtime}
         ratios[runtime] = [row["ratio"] for row in rows.values()]
         for y, name in enumerate(names):
@@ -207,26 +206,23 @@ def draw_latency(data: dict[str, Any]) -> Figure:
             _twins_in_row(axes, y, (row["padded_ms"], row["padding_free_ms"]), colour, colour)
             end = max(row["padded_ms"], row["padding_free_ms"])
             axes.annotate(f"x{row['ratio']:.2f}", (end, y), (8, -3), textcoords="offset points")
-        axes.set(xlabel=f"ms for an image of {size} px, one thread", title=f"{title}, measured here", xlim=(0, 56))
+        axes.set(xlabel=f"ms for an image of {size} px, one thread", title=f"{title}, measured here", xlim=(0, 30))
     for y, name in enumerate(names):
-        _twins_in_row(right, y, data["top1"][name], _series(name)[1], "none")
-    right.set(xlabel="top-1, %", title="VegFru-292 (hollow: the authors' figures)")
-    left.set_yticks(range(len(names)), [_series(name)[0] for name in names])
-    left.set_ylim(len(names) - 0.5, -0.5)
+        _twins_in_row(accuracy, y, data["top1"][name], _series(name)[1], "none")
+    accuracy.set(xlabel="top-1, %", title="VegFru-292 (hollow: the authors' figures)")
+    eager.set_ylim(len(names) - 0.5, -0.5)
     for axes in panels:
+        axes.set_yticks(range(len(names)), [_series(name)[0] for name in names])
         axes.grid(axis="x")
     handles = [
         Line2D([], [], color=INK, marker=marker, linestyle="", label=name)
         for marker, name in (("o", "padded"), ("^", "padding-free"))
     ]
-    middle.legend(handles=handles, loc="lower right")
-    figure.suptitle(
+    exported.legend(handles=handles, loc="lower right")
+    heading(
+        figure,
         f"Padding-free: {_span(ratios['eager'], '{:.2f}')} times the time in eager PyTorch, "
         f"{_span(ratios['onnx'], '{:.2f}')} in ONNX Runtime",
-        x=0.01,
-        ha="left",
-        weight="bold",
-        fontsize=10,
     )
     return figure
 

@@ -157,9 +157,35 @@ def _rows_of(groups: Sequence[str]) -> list[dict[str, str]]:
 
 
 def counted(groups: Sequence[str]) -> str:
-    """Published parameters and operations next to our counts."""
-    head, *rows = check_published.table(_rows_of(groups))
-    return table(head, rows)
+    """Published parameters and operations next to our counts; exact counts, rules and sources are collapsed."""
+    rows = _rows_of(groups)
+    head, *exact = check_published.table(rows)
+    if not exact:
+        return ""
+    short = [
+        [f"`{row['model']}`", row["dataset"], *map(_pair, ("params", "flops"), [row] * 2), row["verdict"]]
+        for row in rows
+        if not row["verdict"].startswith("uncounted")
+    ]
+    summary = "Exact counts, counting rules and sources"
+    return "\n\n".join(
+        [
+            table(["network", "data set", "parameters", "operations", "verdict"], short),
+            f'<details markdown="1">\n<summary>{summary}</summary>',
+            table([name.replace("_", " ") for name in head], exact),
+            "</details>",
+        ]
+    )
+
+
+def _pair(figure: str, row: dict[str, str]) -> str:
+    """The published parameters (`params`) or operations (`flops`), as printed, and ours in the same unit."""
+    printed, ours = row[figure], row[f"our_{figure}"]
+    if not printed:
+        return ""
+    unit = {"M": 1e6, "G": 1e9}.get(printed[-1], 1)
+    decimals = len(printed.rstrip("MG").partition(".")[2])
+    return f"{printed}, ours {int(ours) / unit:.{decimals}f}{printed[-1] if unit > 1 else ''}"
 
 
 def printed(groups: Sequence[str]) -> str:
@@ -167,15 +193,15 @@ def printed(groups: Sequence[str]) -> str:
     rows = [
         [
             f"`{row['model']}`" if row["model"] else "",
+            *figures,
             row["dataset"],
             row["row"].replace("|", ","),
-            *figures,
             row["source"],
         ]
         for row in _rows_of(groups)
         if any(figures := (row["accuracy"], row["latency"]))
     ]
-    return table(["network", "data set", "their name for it", "accuracy", "latency", "source"], rows)
+    return table(["network", "accuracy", "latency", "data set", "their name for it", "source"], rows)
 
 
 def recipe(name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import figures_common
-from figures_common import BLUE, GREY, ORANGE
+from figures_common import BLUE, GREY, ORANGE, WIDTH, heading
 from matplotlib.figure import Figure
 from readme_common import table
 from scipy.special import stdtrit
@@ -112,13 +112,9 @@ def panels(configs: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]])
 
 def draw(panels: dict[str, Any]) -> Figure:
     """A panel per config: a dot per seed, means with 95 % intervals."""
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure((9, 2.6 * lines), layout="constrained")
-    grid: Any = figure.subplots(lines, columns, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.axis("off")
-    for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
+    figure = Figure((WIDTH, 2.2 * len(panels)), layout="constrained")
+    grid: Any = figure.subplots(len(panels), squeeze=False)
+    for axes, (title, panel) in zip(grid.flat, panels.items(), strict=True):
         for y, (_, values) in enumerate(panel["rows"]):
             colour = BLUE if y == 0 else ORANGE
             if not values:
@@ -133,9 +129,9 @@ def draw(panels: dict[str, Any]) -> Figure:
         names = [name for name, _ in panel["rows"]]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set(title=textwrap.fill(title, 40), xlabel=panel["label"])
+        axes.set(title=textwrap.fill(title, 44), xlabel=panel["label"])
         axes.grid(axis="x")
         if not any(values for _, values in panel["rows"]):
             axes.set_xticks([])
-    figure.suptitle("Every seed, and means with 95 % intervals", x=0.01, ha="left", weight="bold", fontsize=10)
+    heading(figure, "Every seed, and means with 95 % intervals")
     return figure
