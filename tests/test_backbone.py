@@ -1,10 +1,12 @@
 """Backbones of detectors: trained as classifiers, published without a head, and used by detectors."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bundle_weights
 import pytest
 import timm
 import torch
@@ -55,6 +57,36 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publish
 
     yield publish
     spd_zoo.use_manifest(None)
+
+
+@pytest.mark.slow
+def test_a_run_is_published_as_a_backbone_of_its_detector(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish("yolov8n_spd")  # makes the folder that of the package
+    name, own = "yolov8n_spd.tiny_in200_backbone", tmp_path / "weights_manifest.json"
+    shutil.copy(bundle_weights.manifest_path(), own)
+    monkeypatch.setattr(bundle_weights, "BUNDLED", tmp_path)
+    monkeypatch.setattr(bundle_weights, "manifest_path", lambda: own)
+    make_folders(tmp_path / "data", train=8, val=4, test=4)
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"epochs": 1, "image_size": "32", "batch_size": 8, "workers": 0, "pretrained": False}
+    options |= {"model_args": 'detector="yolov8n_spd"', "device": "cpu", "bf16": False}
+    finetune(FinetuneConfig("backbone_classifier", str(tmp_path / "data"), run, **options))
+    arguments = [str(run), name, "--dataset", "Colours", "--hardware", "a test", "--image-sizes", "32"]
+    assert bundle_weights.main(arguments) == 0
+    group = entries()["yolov8n_spd"].group
+    (tmp_path / "manifest.json").write_text(json.dumps({group: {name: json.loads(own.read_text())[group][name]}}))
+    spd_zoo.use_manifest(tmp_path / "manifest.json")
+    entry = entries()[name]
+    assert entry.part == "backbone" and entry.num_classes == entries()["yolov8n_spd"].num_classes
+    assert {metric["dataset"] for metric in entry.metrics} == {"Colours test", "Colours held-out train"}
+    with pytest.warns(BackboneWarning):
+        net: Any = timm.create_model(name, pretrained=True)
+    trained = load_file(run / "model.safetensors")
+    for key, tensor in net.state_dict().items():
+        if key.startswith(BACKBONE):
+            torch.testing.assert_close(tensor, trained[key].to(torch.half).to(tensor.dtype))
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

@@ -1,9 +1,11 @@
 """Adds the network of a finished run to the package, measures its accuracy, and enters it in the manifest.
 
     python tools/bundle_weights.py RUN pyconvresnet50_spd.cifar100 --dataset CIFAR-100 --hardware "2 CPU cores"
+    python tools/bundle_weights.py RUN yolov8n_spd.tiny_in200_backbone --dataset "Tiny ImageNet" --hardware ...
 
-The weights are stored as fp16. The input size is the one of `--image-sizes` with the best accuracy on the images that
-the run held out; the accuracy that is entered is measured once, on the test images, with the stored weights in fp32.
+The weights are stored as fp16; of a run of `backbone_classifier`, only the backbone, for its detector. The input size
+is the one of `--image-sizes` with the best accuracy on the images that the run held out; the accuracy that is entered
+is measured once, on the test images, with the stored weights in fp32.
 """
 
 import argparse
@@ -29,7 +31,10 @@ from spd_zoo.training.evaluate import evaluate_network
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.weights import sha256_of
 from spd_zoo.weights.cache import BUNDLED
+from spd_zoo.weights.load import load_backbone
 from spd_zoo.weights.manifest import manifest_path, write_manifest
+
+BACKBONE = ("stem.", "stages.")  # where the names of a backbone's weights begin
 
 
 def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: dict[str, Any]) -> float:
@@ -41,9 +46,9 @@ def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: d
     return task.score(net, batches, preprocessing, process)["top1"]
 
 
-def save_fp16(run: Path, target: Path) -> None:
-    """Writes the run's weights as fp16, and integers unchanged."""
-    state_dict = load_file(run / "model.safetensors")
+def save_fp16(run: Path, target: Path, parts: tuple[str, ...] = ("",)) -> None:
+    """Writes the run's weights whose names begin with one of `parts` as fp16, and integers unchanged."""
+    state_dict = {key: value for key, value in load_file(run / "model.safetensors").items() if key.startswith(parts)}
     halves = {key: value.half() if value.is_floating_point() else value for key, value in state_dict.items()}
     if not all(value.isfinite().all() for value in halves.values()):
         raise SystemExit(f"{run}: a weight does not fit into fp16")
@@ -109,10 +114,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = json.loads((options.run / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
     config = FinetuneConfig(**recipe | {"check": False})
     file = BUNDLED / f"{options.name}.safetensors"
-    save_fp16(options.run, file)
     network = options.name.partition(".")[0]
-    overlay = {"file": str(file), "label_names": cfg["label_names"], "input_size": tuple(cfg["input_size"])}
-    net: Any = timm.create_model(network, pretrained=True, pretrained_cfg_overlay=overlay)
+    is_backbone = config.model == "backbone_classifier"
+    save_fp16(options.run, file, BACKBONE if is_backbone else ("",))
+    net: Any
+    if is_backbone:
+        net = timm.create_model(f"local-dir:{options.run}", pretrained=True)
+        load_backbone(net, file)  # in fp16, as it is stored
+    else:
+        overlay = {"file": str(file), "label_names": cfg["label_names"], "input_size": tuple(cfg["input_size"])}
+        net = timm.create_model(network, pretrained=True, pretrained_cfg_overlay=overlay)
     net = net.to(memory_format=torch.channels_last)
     score = detection if isinstance(net, DetectionNet) else classification
     on_val, on_test, size = score(net, config, options, cfg)
@@ -121,16 +132,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     free = {field.name for field in fields(FinetuneConfig) if field.metadata.get("free")}
     manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
     group = next(group for group, members in manifest.items() if network in members)
-    meta: Any = timm.create_model(network, num_classes=net.num_classes, device="meta")
-    entry: dict[str, Any] = {
-        "num_classes": net.num_classes,
-        "input_size": [net.in_chans, size, size],
-        "params": count_params(net),
-        "macs": count_macs(meta, (3, size, size)),
-    }
-    if not isinstance(net, DetectionNet):
-        last_map = meta.forward_features(torch.empty(1, *cfg["input_size"][:1], size, size, device="meta"))
-        entry["pool_size"] = list(last_map.shape[-2:])
+    entry: dict[str, Any]
+    if is_backbone:
+        detector = manifest[group][network]
+        entry = {key: detector[key] for key in ("num_classes", "input_size", "params", "macs")} | {"part": "backbone"}
+    else:
+        meta: Any = timm.create_model(network, num_classes=net.num_classes, device="meta")
+        entry = {
+            "num_classes": net.num_classes,
+            "input_size": [net.in_chans, size, size],
+            "params": count_params(net),
+            "macs": count_macs(meta, (3, size, size)),
+            "mean": cfg["mean"],
+            "std": cfg["std"],
+            "crop_pct": cfg["crop_pct"],
+            "interpolation": cfg["interpolation"],
+            "class_names": cfg["label_names"],
+        }
+        if not isinstance(net, DetectionNet):
+            last_map = meta.forward_features(torch.empty(1, *cfg["input_size"][:1], size, size, device="meta"))
+            entry["pool_size"] = list(last_map.shape[-2:])
     metrics = [
         {
             "dataset": f"{options.dataset} {split}",
@@ -143,16 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for metric, value in found.items()
     ]
     manifest[group][options.name] = entry | {
-        "mean": cfg["mean"],
-        "std": cfg["std"],
-        "crop_pct": cfg["crop_pct"],
-        "interpolation": cfg["interpolation"],
         "source": f"bundled:{file.name}",
         "sha256": sha256_of(file),
         "size": file.stat().st_size,
         "license": options.license,
         "dataset": options.dataset,
-        "class_names": cfg["label_names"],
         "recipe": {key: value for key, value in recipe.items() if key not in free}
         | {"hardware": options.hardware, "torch": torch.__version__},
         "metrics": metrics,
