@@ -476,7 +476,7 @@ def test_the_memory_of_a_step_counts_the_teacher(folders: Path, monkeypatch: pyt
     asked = config(folders, folders, teacher=taught, teacher_size="128", batch_size=16)
     net = timm.create_model(asked.model, device="meta")
     parts = [
-        training.plan(asked, Classification(), net, 24, 3, Process(CPU), teacher).micro_batches
+        training.plan(asked, Classification(), net, 24, ["a", "b", "c"], Process(CPU), teacher).micro_batches
         for teacher in (None, load_teacher(asked, list(COLOURS), 3, CPU))
     ]
     assert parts[0] < parts[1]

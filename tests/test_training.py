@@ -265,7 +265,7 @@ def test_saving_within_an_epoch_changes_nothing(folders: Path, tmp_path: Path) -
 def test_deviations_from_the_options_are_reported(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    classes, process, name = 3, Process(torch.device("cpu")), "cifar_resnet110_bsconvu"
+    classes, process, name = ["a", "b", "c"], Process(torch.device("cpu")), "cifar_resnet110_bsconvu"
     for images, batch_size, said in ((24, 64, "24 training images: a step has 24, not 64"), (24, 8, "")):
         asked = config(folders, tmp_path / "run", batch_size=batch_size, pretrained=None, model=name)
         training.plan(asked, Classification(), training._blank(name), images, classes, process)
@@ -276,8 +276,21 @@ def test_deviations_from_the_options_are_reported(
 
 def test_a_run_from_scratch_names_weights_that_are_no_default(capsys: pytest.CaptureFixture[str]) -> None:
     asked, process = FinetuneConfig(model="yolov8n_spd", data="data", out=Path("run")), Process(torch.device("cpu"))
-    training.plan(asked, Detection(), training._blank("yolov8n_spd"), 24, 3, process)
+    training.plan(asked, Detection(), training._blank("yolov8n_spd"), 24, ["a", "b", "c"], process)
     assert "by name: yolov8n_spd.bccd (BCCD, 3 classes: RBC, WBC, Platelets, 320 px)" in capsys.readouterr().out
+
+
+def test_a_network_that_knows_the_classes_gets_a_small_learning_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["RBC", "WBC", "Platelets"]
+    rates = []
+    model = "yolov8n_spd.bccd"
+    for classes in (own, ["RBC", "cat"]):
+        asked, process = FinetuneConfig(model=model, data="data", out=Path("run")), Process(torch.device("cpu"))
+        rates.append(training.plan(asked, Detection(), training._blank(model), 24, classes, process).lr)
+        assert ("was trained for exactly these classes" in capsys.readouterr().out) == (classes is own)
+    assert rates[0] == pytest.approx(rates[1] / 30)
+    asked = replace(asked, lr=0.1)
+    assert training.plan(asked, Detection(), training._blank(model), 24, own, process).lr == 0.1
 
 
 def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
@@ -954,7 +967,7 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
 
 def chosen_for(asked: FinetuneConfig, images: int) -> Plan:
     net = timm.create_model(asked.model, device="meta")
-    return training.plan(asked, Classification(), net, images, 3, Process(torch.device("cpu")))
+    return training.plan(asked, Classification(), net, images, ["a", "b", "c"], Process(torch.device("cpu")))
 
 
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
@@ -990,7 +1003,7 @@ def started(folders: Path, out: Path, **changes: Any) -> training.Run:
     asked, process = config(folders, out, **changes), Process(torch.device("cpu"))
     task = Classification()
     splits = task.open_splits(asked, timm.create_model(asked.model, device="meta"), process, None)
-    plan = training.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, 3, process)
+    plan = training.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, ["a", "b", "c"], process)
     return training.start(plan, task, splits, RunFolder(out), process)
 
 

@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from spd_zoo.console import bar_disabled
 from spd_zoo.data.check import in_words
+from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
@@ -66,6 +67,7 @@ from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
 
+FAMILIAR = 30  # default learning rate for new classes, divided by that for the classes of the pretrained weights
 FUSED = ("adam", "adamw")  # torch's fused SGD fails when some weights get their first gradient later than others
 
 
@@ -161,7 +163,7 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
     for note in plot_notes():
         process.print(f"note: {note}")
 
-    chosen = plan(config, task, blank, len(splits.train), len(splits.train.class_names), process, teacher)
+    chosen = plan(config, task, blank, len(splits.train), splits.train.class_names, process, teacher)
     process.print(choices(chosen, process, recipe))
     try:
         run = start(chosen, task, splits, folder, process, teacher)
@@ -185,7 +187,7 @@ def plan(
     task: Task[Any],
     net: Any,
     images: int,
-    classes: int,
+    class_names: Sequence[str],
     process: Process,
     teacher: Teacher | None = None,
 ) -> Plan:
@@ -196,7 +198,7 @@ def plan(
         task: The task of its network.
         net: The network, on the meta device.
         images: Number of training images.
-        classes: Number of classes.
+        class_names: The names of their classes.
         process: This process, whose device and memory count.
         teacher: The network that it also learns from, on that device.
 
@@ -217,6 +219,14 @@ def plan(
     only_backbone = pretrained and ":" not in config.model and loads_backbone_only(config.model)
     if only_backbone:
         process.print(f"note: the weights of {config.model} are a backbone: neck and head begin at random")
+    known = network_classes(net.pretrained_cfg, net.num_classes)
+    keeps_classes = pretrained and not only_backbone and config.head_init != "random"
+    if config.lr is None and keeps_classes and known.named and {*known.names} == {*class_names}:
+        defaults["lr"] /= FAMILIAR
+        process.print(
+            f"note: {config.model} was trained for exactly these classes: the learning rate is {FAMILIAR} times "
+            "smaller than for new ones (--lr sets another)"
+        )
     bf16 = _has_bf16(process.device) and not (process.device.type == "cpu" and mostly_depthwise(net))
     defaults = {"head_epochs": int(pretrained and not only_backbone), "freeze_bn": False} | defaults
     defaults |= {"pretrained": pretrained, "bf16": bf16, "keep": "best"}
@@ -228,7 +238,7 @@ def plan(
     config = replace(config, **options)
 
     sizes = parse_sizes(options["image_size"])
-    net = _blank(config.model, **_model_args(config, classes, sizes))
+    net = _blank(config.model, **_model_args(config, len(class_names), sizes))
     largest = max((size for size, _ in sizes), key=math.prod)
     try:
         per_image = bytes_per_image(net, largest, _preprocessing(net, config, process.device))
