@@ -141,7 +141,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         for name in ("ap", "ap50", "ap_small"):
             values = [each["metrics"][name] for each in rows if each["metrics"][name] is not None]
             each = ", ".join(f"{value:.1f}" for value in values)
-            cells.append(f"{statistics.mean(values):.1f} ({each})" if values else "-")
+            mean = statistics.mean(values) if values else None
+            cells.append("-" if mean is None else f"{mean:.1f} ({each})" if len(values) > 1 else each)
         inputs = ", ".join(str(each["inputs"]) for each in rows)
         lines.append(f"| {trained} | {evaluated} | {inputs} | {' | '.join(cells)} |")
     return "\n".join(lines)

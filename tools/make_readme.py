@@ -52,6 +52,8 @@ SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
         "linear_probe": readme_measurements.linear_probe,
         "starts": readme_measurements.starts,
         "training_speed": readme_measurements.training_speed,
+        "sweep": readme_measurements.sweep,
+        "tiles": readme_measurements.tiles,
     },
     "docs/weights.md": {"bundled": readme_networks.bundled},
     "docs/reliability.md": {"faults": readme_measurements.faults},

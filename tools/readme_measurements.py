@@ -1,8 +1,10 @@
 """Sections of `make_readme.py` about measurements, made from what other tools recorded in `tools/`."""
 
 import csv
+import statistics
 from collections import Counter, defaultdict
 
+import compare_tiles
 import convert_experiment
 import convert_report
 import twins_report
@@ -43,6 +45,35 @@ def latency() -> str:
     columns = ("network", "image_size", "runtime", "padded_ms", "padding_free_ms", "ratio")
     rows = [[str(row[column]) for column in columns] for row in records("latency.jsonl")]
     return table(("network", "pixels", "runtime", "padded (ms)", "padding-free (ms)", "ratio"), rows)
+
+
+def tiles() -> str:
+    """What `tools/compare_tiles.py` recorded in `tools/tiles.jsonl`."""
+    return compare_tiles.table(records("tiles.jsonl"))
+
+
+def sweep() -> str:
+    """What `tools/finetune_sweep.py` recorded in `tools/finetune_sweep.jsonl`."""
+    settings = ("data", "network", "classes", "images", "pixels")
+    found = defaultdict(list)
+    for row in records("finetune_sweep.jsonl"):
+        found[tuple(row[name] for name in settings)].append(row)
+    rows = []
+    for (data, network, classes, images, pixels), results in sorted(found.items()):
+        ours, plain = ([row for row in results if row["method"] == name] for name in ("defaults", "timm"))
+        tops = ([row["start"] for row in ours], [row["end"] for row in ours], [row["end"] for row in plain])
+        cells = [str(data), f"`{network}`", f"{classes} x {images}", f"{pixels} px", *map(_mean, tops)]
+        rows.append([*cells, f"{len(ours)}, {len(plain)}"])
+    head = ("data", "network", "training images", "input", "at the start", "defaults", "timm's recipe", "runs")
+    return table(head, rows)
+
+
+def _mean(values: list[float]) -> str:
+    """The mean and, of several values, the half of its 95 % interval."""
+    if not values:
+        return ""
+    half = twins_report.interval(values)
+    return f"{statistics.mean(values):.1f}" + ("" if half is None else f" ± {half:.1f}")
 
 
 def twins() -> str:
