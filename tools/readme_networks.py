@@ -85,8 +85,8 @@ def checkpoints(groups: Sequence[str]) -> str:
     for entry in _members(groups):
         if entry.tag:
             figures = ", ".join(_figure(metric) for metric in entry.metrics)
-            rows.append([f"`{entry.name}`", str(entry.dataset), figures, _place(entry), str(entry.license)])
-    return table(["weights", "trained on", "accuracy", "file", "licence"], rows)
+            rows.append([f"`{entry.name}`", figures, str(entry.dataset), _place(entry), str(entry.license)])
+    return table(["weights", "accuracy", "trained on", "file", "licence"], rows)
 
 
 def bundled() -> str:
