@@ -59,7 +59,7 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "spd-zoo weights rm pyconvresnet50.in1k": "deletes from this machine's cache",
     "spd-zoo weights publish --org ORG MODEL.tag": "needs the Hub",
     "spd-zoo demo": "serves until Ctrl-C",
-    "spd-zoo finetune yolov8n_p2 --data DIR --out RUN": "takes hours",
+    "spd-zoo finetune yolov8n_p2 --data DIR --tile 640 --out RUN": "takes hours",
     "spd-zoo detect RUN PHOTOS --tile 640 --out FOUND": "belongs to the one before",
 }
 PROGRAMS = {  # other programs than spd-zoo, which are never run here
