@@ -20,6 +20,7 @@ import spd_zoo
 from spd_zoo.training.finetune import FinetuneConfig, finetune
 from spd_zoo.weights import BackboneWarning, WeightsError, cache, entries, loads_backbone_only, sha256_of
 from spd_zoo.weights.load import ModelError, load_backbone, load_network
+from spd_zoo.weights.manifest import manifest_path
 
 DETECTORS = ["yolov8n", "yolov8n_spd"]
 BACKBONE = ("stem.", "stages.")
@@ -65,7 +66,7 @@ def test_a_run_is_published_as_a_backbone_of_its_detector(
 ) -> None:
     publish("yolov8n_spd")  # makes the folder that of the package
     name, own = "yolov8n_spd.tiny_in200_backbone", tmp_path / "weights_manifest.json"
-    shutil.copy(bundle_weights.manifest_path(), own)
+    shutil.copy(manifest_path(), own)
     monkeypatch.setattr(bundle_weights, "BUNDLED", tmp_path)
     monkeypatch.setattr(bundle_weights, "manifest_path", lambda: own)
     make_folders(tmp_path / "data", train=8, val=4, test=4)

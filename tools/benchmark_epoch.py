@@ -113,7 +113,7 @@ def measure(config: FinetuneConfig) -> dict[str, float]:
     blank: Any = timm.create_model(config.model, device="meta")
     task = task_of(blank)
     splits = task.open_splits(config, blank, process, None)
-    chosen = training.plan(config, task, blank, len(splits.train), len(splits.train.class_names), process)
+    chosen = training.plan(config, task, blank, len(splits.train), splits.train.class_names, process)
     run = training.start(chosen, task, splits, RunFolder(config.out), process)
     stages = Stages(process.device)
     for net in {id(net): net for net in (run.net, run.eval_net)}.values():
