@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.process import StopSignals, join
+from spd_zoo.process import StopSignals, freed_memory_kept, join
 from spd_zoo.training import finetune as training
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.run import RunFolder
@@ -134,7 +134,7 @@ def measure(config: FinetuneConfig) -> dict[str, float]:
         mock.patch.object(training, "_next_micro_batches", stages.timed("reading", training._next_micro_batches)),
     ]
     bar: tqdm[Any] = tqdm(disable=True)
-    with StopSignals() as signals, patches[0], patches[1]:
+    with freed_memory_kept(process.device), StopSignals() as signals, patches[0], patches[1]:
         for epoch in range(config.epochs):
             if epoch == 1:
                 stages.enter("rest")  # ends what the first epoch has left open

@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     recipe = recipe_of(options.run)
-    cfg = json.loads((options.run / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    stored = json.loads((options.run / "config.json").read_text(encoding="utf-8"))
+    cfg = stored["pretrained_cfg"] | {"label_names": stored["label_names"]}
     config = FinetuneConfig(**recipe | {"check": False})
     file = BUNDLED / f"{options.name}.safetensors"
     network = options.name.partition(".")[0]

@@ -43,6 +43,7 @@ EXPORTED = {  # network: image size
     "cifar_resnet20_pfd": 32,
     "cifar_resnet20": 32,
     "tf_efficientnet_lite0_spd": 224,
+    "tf_efficientnet_lite0_spd_lowres": 64,
     "tf_efficientnet_lite1_spd": 240,
     "yolov8n_p2": 640,
 }

@@ -31,7 +31,7 @@ from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
 from spd_zoo.errors import first_line
 from spd_zoo.inference.images import as_html
-from spd_zoo.process import Process, Stopped, StopSignals, join, ran_out_of_memory
+from spd_zoo.process import Process, Stopped, StopSignals, freed_memory_kept, join, ran_out_of_memory
 from spd_zoo.training.classification.distillation import DistilledTraining, Teacher, load_teacher
 from spd_zoo.training.config import (
     FinetuneConfig,
@@ -168,7 +168,7 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
     try:
         run = start(chosen, task, splits, folder, process, teacher)
         log = open_log(folder, chosen.config) if process.first else nullcontext(run.log)
-        with StopSignals() as signals, _progress_bar(run) as bar, log as run.log:
+        with freed_memory_kept(process.device), StopSignals() as signals, _progress_bar(run) as bar, log as run.log:
             begin(run, signals)
             if began is not None and _is_over(run):
                 process.print(f"{config.out} is trained already, for {count(len(run.history), 'epoch')}")
