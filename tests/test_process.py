@@ -2,11 +2,12 @@
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
 
-from spd_zoo.process import Process, Stopped, StopSignals, join, pick_device
+from spd_zoo.process import Process, Stopped, StopSignals, freed_memory_kept, join, pick_device
 
 
 def test_the_first_signal_is_noted_and_handlers_are_restored() -> None:
@@ -61,3 +62,23 @@ def test_a_device_that_this_torch_was_not_built_for_is_named(monkeypatch: pytest
     monkeypatch.setattr(torch, "zeros", zeros)
     with pytest.raises(ValueError, match=r"^cannot use device 'xla': this build of torch does not compute on it$"):
         pick_device("xla")
+
+
+def faults_of_filling(megabytes: int) -> int:
+    """Page faults when a tensor is made and freed a second time."""
+    resource: Any = pytest.importorskip("resource", reason="this system counts no page faults")
+    torch.ones(megabytes * 2**18)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(megabytes * 2**18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_is_kept_for_the_next_step_on_a_cpu() -> None:
+    usual = faults_of_filling(64)
+    if usual < 64:
+        pytest.skip("this system counts no page faults, or keeps freed memory anyway")
+    with freed_memory_kept(torch.device("cpu")):
+        assert faults_of_filling(64) < usual / 10
+    assert faults_of_filling(64) > usual / 2
+    with freed_memory_kept(torch.device("meta")):
+        assert faults_of_filling(64) > usual / 2

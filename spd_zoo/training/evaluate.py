@@ -20,7 +20,7 @@ from spd_zoo.inference.detector import trained_on_tiles
 from spd_zoo.inference.exported import Exported, load_model
 from spd_zoo.inference.images import as_html
 from spd_zoo.models._detector import ObjectFinder
-from spd_zoo.process import Process
+from spd_zoo.process import Process, freed_memory_kept
 from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, names_other_task, task_of
@@ -133,7 +133,8 @@ def evaluate(
     columns = (image_column, label_column)
     place: torch.device = next(net.parameters()).device
     options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading)
-    return evaluate_network(net, model, data, split, sizes, *options)
+    with freed_memory_kept(place):
+        return evaluate_network(net, model, data, split, sizes, *options)
 
 
 def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_pixels: int | None) -> dict[str, Any]:
