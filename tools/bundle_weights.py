@@ -31,10 +31,9 @@ from spd_zoo.training.evaluate import evaluate_network
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.weights import sha256_of
 from spd_zoo.weights.cache import BUNDLED
+from spd_zoo.weights.fit import BACKBONE
 from spd_zoo.weights.load import load_backbone
 from spd_zoo.weights.manifest import manifest_path, write_manifest
-
-BACKBONE = ("stem.", "stages.")  # where the names of a backbone's weights begin
 
 
 def accuracy(net: torch.nn.Module, data: LabelledImages, image_size: int, cfg: dict[str, Any]) -> float:

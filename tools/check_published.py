@@ -149,10 +149,14 @@ def check_published(networks: Sequence[str] = ()) -> list[dict[str, str]]:
     return checked
 
 
+def counted(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The checked rows that are not "uncounted"."""
+    return [row for row in rows if not row["verdict"].startswith("uncounted")]
+
+
 def table(rows: Sequence[dict[str, str]]) -> list[list[str]]:
-    """The header, and a line for every checked row that is not "uncounted"."""
-    checked = [row for row in rows if not row["verdict"].startswith("uncounted")]
-    return [list(SHOWN), *([row[key] for key in SHOWN] for row in checked)]
+    """The header, and a line for every counted row."""
+    return [list(SHOWN), *([row[key] for key in SHOWN] for row in counted(rows))]
 
 
 def cost(network: str) -> dict[str, str]:

@@ -158,14 +158,12 @@ def _rows_of(groups: Sequence[str]) -> list[dict[str, str]]:
 
 def counted(groups: Sequence[str]) -> str:
     """Published parameters and operations next to our counts; exact counts, rules and sources are collapsed."""
-    rows = _rows_of(groups)
-    head, *exact = check_published.table(rows)
-    if not exact:
+    rows = check_published.counted(_rows_of(groups))
+    if not rows:
         return ""
+    head, *exact = check_published.table(rows)
     short = [
-        [f"`{row['model']}`", row["dataset"], *map(_pair, ("params", "flops"), [row] * 2), row["verdict"]]
-        for row in rows
-        if not row["verdict"].startswith("uncounted")
+        [f"`{row['model']}`", row["dataset"], _pair("params", row), _pair("flops", row), row["verdict"]] for row in rows
     ]
     summary = "Exact counts, counting rules and sources"
     return "\n\n".join(

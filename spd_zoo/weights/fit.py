@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spd_zoo.weights.manifest import WeightsError, entries_for_import
 
 __all__ = [
+    "BACKBONE",
     "MOST_DIMENSIONS",
     "MOST_TENSORS",
     "FilterFn",
@@ -34,7 +35,7 @@ StateDict = dict[str, Tensor]
 FilterFn = Callable[[StateDict, Any], StateDict]
 MOST_TENSORS, MOST_DIMENSIONS = 10_000, 64  # largest number of tensors, and of a tensor's dimensions (as in torch)
 _LONGEST_NAME = 1_000  # characters
-_BACKBONE = ("stem.", "stages.")  # of every network that `spd_zoo.models` builds on `Backbone`
+BACKBONE = ("stem.", "stages.")  # prefixes of every network that `spd_zoo.models` builds on `Backbone`
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _OTHERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -87,8 +88,8 @@ def backbone_only(state_dict: StateDict, model: nn.Module) -> StateDict:
     Returns:
         The tensors; if the checkpoint's backbone does not fit, `misfit` says so.
     """
-    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(_BACKBONE)}
-    return own | {key: tensor for key, tensor in state_dict.items() if key.startswith(_BACKBONE)}
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(BACKBONE)}
+    return own | {key: tensor for key, tensor in state_dict.items() if key.startswith(BACKBONE)}
 
 
 def first_conv_name(model: nn.Module) -> str:
