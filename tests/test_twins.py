@@ -109,6 +109,8 @@ def test_runs_on_other_images_are_not_averaged(read: Any) -> None:
         ({"networks": [NETWORKS[0], NETWORKS[1] | {"spd": True}]}, "unknown field spd"),
         ({"options": {"epochs": 1}}, "must give batch_size and image_size"),
         ({"options": OPTIONS | {"seed": 1}}, "the tool itself sets the options seed"),
+        ({"networks": [NETWORKS[0], NETWORKS[1] | {"options": {"seed": 1}}]}, "the tool itself sets the options seed"),
+        ({"networks": [NETWORKS[0], NETWORKS[1] | {"options": {"bf16": True}}]}, "bf16 is an option of all networks"),
     ],
     ids=lambda value: str(value)[:25],
 )
@@ -119,8 +121,11 @@ def test_a_wrong_config_is_refused(read: Any, fields: dict[str, Any], problem: s
 
 @pytest.mark.parametrize("found", CONFIGS, ids=lambda found: found["name"])
 def test_the_configs_of_the_repository_have_options_of_finetune(found: dict[str, Any], tmp_path: Path) -> None:
-    request = twins_run.request(found, found["networks"][0]["model"], tmp_path, tmp_path, seed=1)
-    assert (request.seed, request.bf16, request.batch_size) == (1, False, found["options"]["batch_size"])
+    for spec in found["networks"]:
+        request = twins_run.request(found, spec, spec["model"], tmp_path, tmp_path, seed=1)
+        wanted = found["options"] | spec.get("options", {})
+        assert (request.seed, request.bf16, request.batch_size) == (1, wanted["bf16"], wanted["batch_size"])
+        assert request.lr == wanted["lr"]
 
 
 def test_converted_twins_compute_the_same_before_training() -> None:

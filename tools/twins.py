@@ -5,8 +5,8 @@
 A config names a data set (a folder of DATA, as `spd-zoo finetune` takes it), the options of `finetune`, and networks:
 `model` with random weights, with the `weights` of a checkpoint (`network.tag`, perhaps imported), or with those of a
 `backbone` (another such tag); then `keep_resolution: N` removes strides, and `convert: true` makes space-to-depth of
-the others. Each is compared with the first, or with the one named by `against`. Equal seeds have equal held-out images,
-order and augmentation.
+the others. Its own `options` replace those of the config. Each is compared with the first, or with the one named by
+`against`. Equal seeds have equal held-out images, order and augmentation.
 
 Each of --jobs processes trains one network on one thread. A finished run is evaluated on the split test, or val if
 there is none, and becomes a line of --records (default: RUNS/twins.jsonl). After a stop the same command resumes the
@@ -110,7 +110,8 @@ def run_all(runs: Sequence[tuple[Any, ...]], jobs: int, file: Path) -> int:
 
 def missing(config: dict[str, Any], records: Sequence[dict[str, Any]], data: Path, out: Path) -> list[tuple[Any, ...]]:
     """The runs of a config that are not recorded, as arguments of `run`, seed by seed."""
-    request(config, config["networks"][0]["model"], data, out, 0)
+    for spec in config["networks"]:
+        request(config, spec, spec["model"], data, out, 0)
     if config["train_images"]:
         subset = out / f"{config['data']}_{config['train_images']}.csv"
         if not subset.exists():

@@ -18,6 +18,7 @@ SPEC = {  # fields of a network in a config; see `twins_run.build`
     "backbone": str,
     "keep_resolution": int,
     "convert": bool,
+    "options": dict,
     "against": str,
 }
 OF_TABLES = ("name", "against")  # those on which no run depends
@@ -75,8 +76,11 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} must name at least two networks, each by another name, got {', '.join(names)}")
     if config["seeds"] < 1 or not config["metrics"] or config.get("train_images", 1) < 1:
         raise ConfigError(f"{file} needs at least one seed, one metric, and one image")
-    if own := {"model", "data", "out", "seed", "pretrained", "workers", "device"} & config["options"].keys():
+    given = config["options"].keys() | {name for network in config["networks"] for name in network.get("options", {})}
+    if own := {"model", "data", "out", "seed", "pretrained", "workers", "device"} & given:
         raise ConfigError(f"{file}: the tool itself sets the options {', '.join(sorted(own))}")
+    if any("bf16" in network.get("options", {}) for network in config["networks"]):
+        raise ConfigError(f"{file}: bf16 is an option of all networks, or of none")
     config["options"] = SETTINGS | config["options"]
     return {"name": file.stem, "train_images": 0} | config
 

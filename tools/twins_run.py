@@ -110,7 +110,9 @@ def milliseconds(net: nn.Module, size: tuple[int, int, int]) -> float:
     return min(times)
 
 
-def request(config: dict[str, Any], model: str, data: Path, out: Path, seed: int) -> FinetuneConfig:
+def request(
+    config: dict[str, Any], spec: dict[str, Any], model: str, data: Path, out: Path, seed: int
+) -> FinetuneConfig:
     """The configuration of a run, whose options are checked as those of `spd-zoo finetune --config`.
 
     Raises:
@@ -119,7 +121,7 @@ def request(config: dict[str, Any], model: str, data: Path, out: Path, seed: int
     own = {"model": model, "data": str(data), "out": out, "seed": seed, "pretrained": True, "workers": 0}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{config['name']}.yaml"
-        file.write_text(yaml.safe_dump(config["options"]), encoding="utf-8")
+        file.write_text(yaml.safe_dump(config["options"] | spec.get("options", {})), encoding="utf-8")
         return make_config(own, file)
 
 
@@ -148,7 +150,7 @@ def run(config: dict[str, Any], spec: dict[str, Any], seed: int, data: Path, out
             save_network(build(spec, train.class_names, seed), temporary)
     seconds, began = float(clock.read_text(encoding="utf-8")) if clock.exists() else 0.0, time.monotonic()
     try:
-        finetune(request(config, f"local-dir:{start}", data, folder, seed))
+        finetune(request(config, spec, f"local-dir:{start}", data, folder, seed))
     finally:
         seconds += time.monotonic() - began
         clock.write_text(str(seconds), encoding="utf-8")
