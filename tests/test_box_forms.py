@@ -303,7 +303,7 @@ def test_a_repeated_line_counts_once(tmp_path: Path) -> None:
     data = opened(one_image(tmp_path, "0 .5 .5 .2 .4\n0 .5 .5 .2 .4\n1 .5 .5 .2 .4\n"))
     assert data.objects_in(0).labels.tolist() == [0, 1]
     assert data.problems() == {
-        "boxes stand twice in their file and count once": [f"{tmp_path / 'labels' / 'train' / 'a.txt'} line 2"]
+        "boxes stand twice and count once": [f"{tmp_path / 'labels' / 'train' / 'a.txt'} line 2"]
     }
 
 

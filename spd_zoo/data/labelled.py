@@ -325,8 +325,9 @@ def load_hugging_face(name: str) -> Any:
     import datasets
 
     try:
-        if Path(name, "dataset_dict.json").is_file():
-            return datasets.load_from_disk(name)
+        if Path(name, "dataset_dict.json").is_file() or Path(name, "state.json").is_file():
+            saved = datasets.load_from_disk(name)
+            return saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
         splits = datasets.load_dataset(name)
         files = _files_by_split(Path(name))
         if files and not any(Path(name).glob("README.md")) and {split_of(str(split)) for split in splits} != set(files):
@@ -335,7 +336,7 @@ def load_hugging_face(name: str) -> Any:
             splits = datasets.load_dataset(builder, data_files=files)
         return splits
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot read {name} as a data set: {first_line(error)}") from error
+        raise DataError(f"cannot read {name} as a data set: {first_line(error.__cause__ or error)}") from error
 
 
 def _files_by_split(folder: Path) -> dict[str, list[str]]:
@@ -432,7 +433,7 @@ def open_stream(
     try:
         splits = datasets.load_dataset(name, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot read {name} as a data set: {first_line(error)}") from error
+        raise DataError(f"cannot read {name} as a data set: {first_line(error.__cause__ or error)}") from error
     by_name = _files_by_split(Path(name)) if not any(Path(name).glob("README.md")) else {}
     if by_name and {split_of(str(read_as)) for read_as in splits} != set(by_name):
         raise DataError(

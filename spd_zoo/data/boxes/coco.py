@@ -47,16 +47,19 @@ def find(root: Path) -> Source | None:
         for name, inside in split_folders(folder).items():
             files += files_with(inside, ".json", deep=False) if split_of(name) else []
     found: dict[str, list[Path]] = defaultdict(list)
-    for file in _few_of_each_folder(files):
-        if _is_coco(file):
-            found[_split_name(file, root)].append(file)
+    is_coco = {file: _is_coco(file) for file in _few_of_each_folder(files)}
+    damaged = [file for file, known in is_coco.items() if known is None]
+    if not any(is_coco.values()) and not any("coco" in file.name.lower() for file in damaged):
+        return None
+    for file in (*(file for file, known in is_coco.items() if known), *damaged):  # opening a damaged one says so
+        found[_split_name(file, root)].append(file)
     notes = [
         f"{root} has several COCO files for the split {name}: {some([relative_to(each, root) for each in several])}; "
         "the first is read"
         for name, several in found.items()
         if len(several) > 1
     ]
-    return _source(root, {name: several[0] for name, several in found.items()}, notes) if found else None
+    return _source(root, {name: several[0] for name, several in found.items()}, notes)
 
 
 def find_file(file: Path) -> Source:
@@ -83,12 +86,12 @@ def _few_of_each_folder(files: list[Path]) -> list[Path]:
     return [file for file in files if number[file.parent] <= 20]
 
 
-def _is_coco(file: Path) -> bool:
-    """Whether a JSON file has the keys of COCO's object annotations."""
+def _is_coco(file: Path) -> bool | None:
+    """Whether a JSON file has the keys of COCO's object annotations; None if it cannot be read."""
     try:
         content = json.loads(text_of(file))
     except (ValueError, OSError, RecursionError):
-        return False
+        return None
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         return False
     annotations = content["annotations"]
@@ -112,15 +115,15 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
         raise DataError(f"cannot read {file} as JSON: {error}") from error
     try:
         annotations, categories = content["annotations"], content["categories"]
-        images = [
-            image for image in content["images"] if isinstance(image, dict) and {"id", "file_name"} <= image.keys()
-        ]
+        images = [image for image in content["images"] if _is_image(image)]
         image_ids = [image["id"] for image in images]
         names = [str(image["file_name"]) for image in images]
         used = {str(annotation.get("category_id")) for annotation in annotations if isinstance(annotation, dict)}
         categories, notes = _without_parent(categories, used, file)
         category_ids = [category["id"] for category in categories]
         class_names = [str(category["name"]) for category in categories]
+        number = {key: i for i, key in enumerate(category_ids)}
+        set(image_ids)  # an id that is a list or mapping is a TypeError
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(
             f"{file} is not in COCO's format for objects ({type(error).__name__}: {error}); it needs images, "
@@ -135,7 +138,7 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
         raise DataError(f"{file} lists no image")
     for _ in range(len(content["images"]) - len(images)):
         collected.leave_out("images lack an id or a file_name and are left out", str(file))
-    boxes = _boxes(annotations, {key: i for i, key in enumerate(category_ids)}, file, collected)
+    boxes = _boxes(annotations, number, file, collected)
     paths, folder = _paths(root, split, file, names)
     for image, key, path in zip(images, image_ids, paths, strict=True):
         collected.add(path, _size(image), boxes.pop(key, ()))

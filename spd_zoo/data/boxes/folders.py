@@ -1,6 +1,6 @@
 """Shared by the readers of all formats: images in folders, folders of splits, and files whose paths are stale."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from spd_zoo.data.classes import DataError
@@ -21,6 +21,7 @@ __all__ = [
     "split_folders",
     "text_of",
     "unread_folders",
+    "without_annotation",
 ]
 
 _ANNOTATIONS = (".txt", ".xml", ".json", ".csv")  # which lie beside images
@@ -77,6 +78,12 @@ def images_in(folder: Path) -> tuple[list[Path], list[str]]:
         if file.suffix.lower() not in _ANNOTATIONS and not is_hidden(file, folder) and is_image(file, folder)
     ]
     return images, [*is_image.notes(folder), *hidden_in(folder)]
+
+
+def without_annotation(folder: Path, annotated: Container[Path], needed: str) -> list[str]:
+    """A note on the images in a folder that lack what is `needed`, if there are any."""
+    others = [str(image) for image in images_in(folder)[0] if image not in annotated]
+    return [f"{count(len(others), 'image')} in {folder} without {needed} left out: {some(others)}"] if others else []
 
 
 def hidden_in(folder: Path) -> list[str]:

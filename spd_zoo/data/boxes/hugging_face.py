@@ -69,7 +69,7 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
     described = feature[category]
     described = described[0] if isinstance(described, list) else getattr(described, "feature", described)
     rows = [_by_key(objects, keys) for objects in dataset.select_columns(["objects"])[:]["objects"]]
-    values = [value for objects in rows for value in objects[category]]
+    values = [value for objects in rows for value in objects[category] if value is not None]
     declared = getattr(described, "names", None)
     class_names = declared or in_order(str(value) for value in values)
     number = {i if declared else class_name: i for i, class_name in enumerate(class_names)}
@@ -78,16 +78,19 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
         image = images[i]
         image_name = image if isinstance(image, str) else f"{split} row {i}"
         boxes = []
-        for j, (bbox, value) in enumerate(zip(objects["bbox"], objects[category], strict=True)):
+        for j in range(max(len(objects["bbox"]), len(objects[category]))):
             where = f"{image_name} object {j + 1}"
             try:
-                x, y, width, height = map(float, bbox)
-            except (TypeError, ValueError):
-                collected.leave_out("objects lack four numbers of a box and are left out", where, image_name)
+                x, y, width, height = map(float, objects["bbox"][j])
+                value = objects[category][j]
+                ignored = any(bool(objects[key][j]) for key in ("iscrowd", "ignore", "difficult") if key in keys)
+                area = float(objects["area"][j]) if "area" in keys and objects["area"][j] is not None else None
+            except (IndexError, TypeError, ValueError):
+                collected.leave_out(
+                    "objects lack four numbers of a box or a category and are left out", where, image_name
+                )
                 continue
             label = number.get(value if declared else str(value))
-            ignored = any(bool(objects[key][j]) for key in ("iscrowd", "ignore", "difficult") if key in keys)
-            area = float(objects["area"][j]) if "area" in keys and objects["area"][j] is not None else None
             boxes.append(Box(label, x, y, x + width, y + height, where, area, ignored))
         collected.add(image_name, upright_size(image), boxes)
     return replace(collected.images(f"{name} {split}", split), encoded=images)

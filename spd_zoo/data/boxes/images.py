@@ -8,7 +8,7 @@ class is left out.
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
@@ -329,7 +329,8 @@ class Collector:
                 sort = "images are rotated by EXIF without another size: their boxes are taken to be those of the "
                 self.defect(f"{sort}upright image, which cannot be known", str(file))
         size = size or turned
-        kept = [row for box in boxes if (row := self._checked(box, size, str(file))) is not None] if size[0] else []
+        different = self._different(boxes, str(file)) if size[0] else ()
+        kept = [row for box in different if (row := self._checked(box, size, str(file))) is not None]
         table = np.array(kept, dtype=np.float64).reshape(-1, 7)
         self.files.append(str(file))
         self.sizes.append(size)
@@ -342,6 +343,17 @@ class Collector:
                 torch.from_numpy(table[:, 6].astype(bool)),
             )
         )
+
+    def _different(self, boxes: Iterable[Box], image: str) -> Iterator[Box]:
+        """The boxes of an image, each once."""
+        seen = set()
+        for box in boxes:
+            same = (*box[:5], box.ignored)
+            if same in seen and box.label is not None:
+                self.defect("boxes stand twice and count once", box.where, image)
+            else:
+                seen.add(same)
+                yield box
 
     def _checked(self, box: Box, size: tuple[int, int], image: str) -> tuple[float, ...] | None:
         """Corners, label, area and whether it is ignored, of a box inside its image; None if it is left out."""

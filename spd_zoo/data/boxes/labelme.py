@@ -9,7 +9,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from spd_zoo.data.boxes.folders import child, files_with, find_moved, hidden_in, relative_to, split_folders, text_of
+from spd_zoo.data.boxes.folders import (
+    child,
+    files_with,
+    find_moved,
+    hidden_in,
+    relative_to,
+    split_folders,
+    text_of,
+    without_annotation,
+)
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.boxes.voc import image_of
 from spd_zoo.data.classes import clean_name
@@ -27,36 +36,32 @@ def find(root: Path) -> Source | None:
 
 
 def _has_files(folder: Path) -> bool:
-    """Whether the first JSON file is one of LabelMe's."""
-    file = next(iter(files_with(folder, ".json")), None)
+    """Whether one of the first JSON files is one of LabelMe's."""
+    return any(_read(file) is not None for file in files_with(folder, ".json")[:20])
+
+
+def _read(file: Path) -> Any:
+    """The content of one of LabelMe's files; None if it is none."""
     try:
-        return file is not None and _is_labelme(json.loads(text_of(file)))
+        content = json.loads(text_of(file))
     except (ValueError, RecursionError):
-        return False
-
-
-def _is_labelme(content: Any) -> bool:
-    return isinstance(content, dict) and isinstance(content.get("shapes"), list)
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("shapes"), list) else None
 
 
 def _open(root: Path, folder: Path) -> BoxImages:
-    contents: dict[Path, Any] = {}
-    damaged = []
-    for file in files_with(folder, ".json"):
-        try:
-            contents[file] = json.loads(text_of(file))
-        except (ValueError, RecursionError):
-            contents[file] = None
-        if not _is_labelme(contents[file]):
-            damaged.append(file)
-            del contents[file]
+    read = {file: _read(file) for file in files_with(folder, ".json")}
+    contents = {file: content for file, content in read.items() if content is not None}
+    damaged = [file for file in read if file not in contents]
     names = {_name(shape) for content in contents.values() for shape in content["shapes"]} - {""}
     collected = Collector(sorted(names), folder)
     number = {name: i for i, name in enumerate(sorted(names))}
     for file in damaged:
         collected.leave_out("JSON files are not in LabelMe's format; their images are left out", str(file))
+    used = set()
     for file, content in contents.items():
         image, encoded = _image(file, content, root)
+        used.add(image)
         boxes = []
         for i, shape in enumerate(content["shapes"], 1):
             where = f"{file} shape {i}"
@@ -66,7 +71,8 @@ def _open(root: Path, folder: Path) -> BoxImages:
             except (KeyError, TypeError, ValueError, IndexError, AttributeError):
                 collected.leave_out("shapes lack a label or enclose nothing and are left out", where, image)
         collected.add(image, _size(content), boxes, encoded)
-    return collected.images(folder, relative_to(folder, root), hidden_in(folder))
+    notes = [*hidden_in(folder), *without_annotation(folder, used, "a usable JSON file")]
+    return collected.images(folder, relative_to(folder, root), notes)
 
 
 def _name(shape: Any) -> str:

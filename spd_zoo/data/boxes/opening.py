@@ -4,15 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from spd_zoo.data.boxes import coco, hugging_face, labelme, table, voc, yolo
+from spd_zoo.data.boxes.folders import is_hidden
 from spd_zoo.data.boxes.images import BoxImages, Source
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.reading import is_url
-from spd_zoo.data.splits import find_split, split_notes
+from spd_zoo.data.splits import find_split, split_notes, split_of
 
 __all__ = ["find_source", "open_boxes", "open_split"]
 
 _FORMS = (coco.find, yolo.find, voc.find, table.find, labelme.find, hugging_face.find)
 _FILES = {".json": coco.find_file, ".csv": table.find_file, ".txt": yolo.find_list}
+_LAYOUT = ("images", "annotations", "annotation", "vocdevkit", "obj_train_data")
 _FILES |= dict.fromkeys(yolo.CONFIGS, yolo.find_by_config)
 
 
@@ -50,7 +52,7 @@ def find_source(data: str | Path) -> Source:
         return hugging_face.find_named(str(data).removeprefix("hf://"))
     if is_url(data):
         raise DataError(f"{data} is an address, which is not read; download the data set and give its folder")
-    root = Path(data)
+    root = _unpacked(Path(data))
     if root.is_file():
         if (find := _FILES.get(root.suffix.lower())) is None:
             raise DataError(f"{root} is no data set with boxes; give a folder, a data.yaml, or a .json, .txt or .csv")
@@ -69,3 +71,15 @@ def find_source(data: str | Path) -> Source:
         formats = " and ".join(source.format for source in found)
         notes.append(f"{root} has boxes in the formats of {formats}: those of {found[0].format} are read")
     return found[0]._replace(notes=notes)
+
+
+def _unpacked(folder: Path) -> Path:
+    """The folder in which an archive put its files, if there is nothing else in `folder`."""
+    entries = [entry for entry in folder.glob("*") if not is_hidden(entry, folder)]
+    if len(entries) != 1 or not entries[0].is_dir() or _belongs_to_a_layout(entries[0].name):
+        return folder
+    return _unpacked(entries[0])
+
+
+def _belongs_to_a_layout(name: str) -> bool:
+    return name.lower() in _LAYOUT or split_of(name) is not None

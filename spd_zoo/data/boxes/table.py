@@ -8,10 +8,17 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from spd_zoo.data.boxes.folders import child, files_with, find_moved, folders_in, images_in, relative_to, split_folders
+from spd_zoo.data.boxes.folders import (
+    child,
+    files_with,
+    find_moved,
+    folders_in,
+    relative_to,
+    split_folders,
+    without_annotation,
+)
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.classes import DataError, clean_name
-from spd_zoo.data.notes import count
 from spd_zoo.data.splits import find_split, split_of
 
 __all__ = ["find", "find_file"]
@@ -87,10 +94,8 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
         if name:
             collected.add(paths[name], _size(several[0][1]), boxes)
     folder = next((path.parent for path in paths.values() if path.is_file()), root)
-    listed = set(paths.values())
-    others = [image for image in images_in(folder)[0] if image not in listed]
-    note = f"{count(len(others), 'image')} in {folder} without a line in {file} left out"
-    return collected.images(file, relative_to(folder, root), [note] if others else [])
+    notes = without_annotation(folder, set(paths.values()), f"a line in {file}")
+    return collected.images(file, relative_to(folder, root), notes)
 
 
 def _size(row: dict[str, str]) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from spd_zoo.data.boxes.folders import (
     relative_to,
     split_folders,
     text_of,
+    without_annotation,
 )
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.classes import DataError, clean_name
@@ -36,12 +37,15 @@ class _Folder(NamedTuple):
 
 def find(root: Path) -> Source | None:
     """The splits of a folder in the format of Pascal VOC: by `ImageSets/Main`, by folders, or all as train."""
-    inside = [child(root, "VOCdevkit") or root]
-    inside += list(folders_in(inside[0]).values()) if child(root, "VOCdevkit") else []
-    for folder in inside:
-        if (source := _find(folder)) is not None:
-            return source
-    return None
+    devkit = child(root, "VOCdevkit")
+    inside = [devkit, *folders_in(devkit).values()] if devkit else [root]
+    found = {folder: source for folder in inside if (source := _find(folder)) is not None}
+    if not found:
+        return None
+    (folder, source), *others = found.items()
+    names = [relative_to(other, root) for other, _ in others]
+    notes = [f"{some(names)} not read, only {relative_to(folder, root)}; give each by itself"] if names else []
+    return source._replace(notes=[*source.notes, *notes])
 
 
 def _find(root: Path) -> Source | None:
@@ -80,7 +84,16 @@ def _beside(folder: Path) -> _Folder | None:
     """XML files beside the images, or in folders `annotations` and `images` of a split."""
     annotations = child(folder, "Annotations") or folder
     images = child(folder, "JPEGImages", "images") or folder
-    return _Folder(annotations, images) if any(files_with(annotations, ".xml", deep=annotations != folder)) else None
+    files = files_with(annotations, ".xml", deep=annotations != folder)
+    return _Folder(annotations, images) if any(map(_is_annotation, files)) else None
+
+
+def _is_annotation(file: Path) -> bool:
+    """Whether an XML file has the root element of Pascal VOC's, or is damaged, which opening it says."""
+    try:
+        return ElementTree.parse(file).getroot().tag == "annotation"
+    except (OSError, ElementTree.ParseError, ValueError):
+        return True
 
 
 def image_of(stem: str, folder: Path) -> Path | None:
@@ -120,21 +133,35 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
     number = {name: i for i, name in enumerate(names)}
     for sort, file in damaged:
         collected.leave_out(sort, str(file))
+    used = set()
     for file, annotation in read:
         below = file.parent.relative_to(folder.annotations)
-        image = image_of(file.stem, folder.images / below) or image_of(file.stem, folder.images)
+        image = _image_of(file.stem, annotation, folder.images / below, folder.images)
         if image is None:  # only now does the name in the file matter
             image = folder.images / (annotation.file_name or f"{file.stem}.jpg")
-        elif annotation.file_name and Path(annotation.file_name.replace("\\", "/")).name not in (
-            image.name,
-            image.stem,
-        ):
+        elif annotation.file_name and _last_part(annotation.file_name) not in (image.name, image.stem):
             collected.defect("XML files name another image than they are called after, which is read", str(file), image)
         for problem, where_it_is in annotation.problems:
             collected.leave_out(problem, where_it_is, image)
+        used.add(image)
         boxes = [Box(number[box.name], *box.corners, box.where, None, box.difficult) for box in annotation.boxes]
         collected.add(image, annotation.size, boxes)
+    if listed is None:
+        notes += without_annotation(folder.images, used, "a usable XML file")
     return collected.images(where, relative_to(folder.images, root), notes)
+
+
+def _image_of(stem: str, annotation: "_Annotation", *folders: Path) -> Path | None:
+    """The image with the stem of an XML file; of several, the one that the file names."""
+    name = _last_part(annotation.file_name)
+    named = next((folder / name for folder in folders if Path(name).stem == stem and (folder / name).is_file()), None)
+    if named is not None:
+        return named
+    return next((image for folder in folders if (image := image_of(stem, folder)) is not None), None)
+
+
+def _last_part(file_name: str) -> str:
+    return Path(file_name.replace("\\", "/")).name
 
 
 def _stems(file: Path, folder: _Folder) -> list[str]:
@@ -165,6 +192,8 @@ class _Annotation(NamedTuple):
 
 def _read(file: Path) -> _Annotation:
     tree = ElementTree.parse(file).getroot()
+    if tree.tag != "annotation":
+        raise ValueError(f"{file} is another XML file")
     width, height = (_side(tree.findtext(f"size/{side}")) for side in ("width", "height"))
     boxes, problems = [], []
     for i, item in enumerate(tree.iter("object"), 1):

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, found_in_words
+from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, found_in_words, upright_size
 from spd_zoo.data.boxes.opening import find_source, open_split
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
@@ -94,11 +94,17 @@ def _open_splits(data: str | Path) -> tuple[dict[str, BoxImages], list[str]]:
         for sort, places in each.problems().items():
             problems[sort] += len(places)
             where.setdefault(sort, []).extend(places)
-        unreadable = {each.name(i) for i in range(len(each)) if not all(each.sizes[each.rows[i]])}
-        if unreadable:
-            number = count(len(unreadable), "image")
-            lines.append(f"note: {number} of {name} left out as unreadable: {some(sorted(unreadable))}")
-            splits[name] = each.without(unreadable)
+        found = {each.name(i): upright_size(each.file(i)) for i in range(len(each))}
+        expected = {each.name(i): each.sizes[each.rows[i]] for i in range(len(each))}
+        unreadable = {image for image, size in found.items() if not all(size)}
+        wrong = {image for image, size in found.items() if size != expected[image]} - unreadable
+        for images, why in ((unreadable, "as unreadable"), (wrong, "whose size is not that of their annotation")):
+            if images:
+                lines.append(f"note: {count(len(images), 'image')} of {name} left out {why}: {some(sorted(images))}")
+        if len(unreadable | wrong) == len(found):
+            raise DataError(f"no image of the split {name} can be used: {lines[-1].removeprefix('note: ')}")
+        if unreadable | wrong:
+            splits[name] = each.without(unreadable | wrong)
     lines += [f"note: {times} {sort}: {some(where[sort])}" for sort, times in problems.items()]
     return splits, lines
 

@@ -6,6 +6,7 @@ The layout is that of `data.yaml` (or darknet's `obj.data`), or else recognised 
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +39,9 @@ __all__ = ["find", "find_by_config", "find_list"]
 
 CONFIGS = (".yaml", ".yml", ".data")
 PIXELS = 2.0  # a coordinate above it is no fraction of an image, but looks like pixels
+_CLASS_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 _NO_LABELS = ("classes", "notes", "predefined_classes")  # text files of labelling tools among the labels
+_SHARED = "images share their label file with another image, whose name differs in the suffix alone"
 
 
 class Config(NamedTuple):
@@ -86,6 +89,8 @@ def find(root: Path) -> Source | None:
             "YOLO by lists", {name: partial(_open, root, [file], config) for name, file in lists.items()}, notes
         )
     if images and (labels or _has_labels_beside(images)):
+        texts = [file.name for file in files_with(root, ".txt", deep=False) if split_of(file.stem)]
+        notes += [f"{some(texts)} in {root} not read, because no list of images"] if texts else []
         return Source("YOLO", {"train": partial(_open, root, [images], config)}, notes)
     beside = {name: path for name, path in split_folders(root).items() if split_of(name) and _has_labels_beside(path)}
     if beside:
@@ -171,19 +176,26 @@ def _by_config(config: Config, notes: list[str]) -> Source:
         elif split_of(name) == "test":
             notes.append(f"{config.file} has a split {name} whose images {some(entries)} do not exist: it is left out")
         else:
-            splits[name] = partial(_refuse, config.file, name, entries, base)
+            splits[name] = partial(_refuse, config, name, entries, base)
     return Source(f"YOLO by {config.file.name}", splits, notes)
 
 
 def _base(config: Config, notes: list[str]) -> Path:
     """The folder to which paths are relative: `path` where it exists, else the folder of the file."""
-    folder = config.file.parent
-    if config.values.get("path"):
-        for path in (folder / str(config.values["path"]), Path(str(config.values["path"]))):
-            if path.is_dir():
-                return path
-        notes.append(f"{config.file} has path {config.values['path']}, which does not exist: {folder} is taken")
-    return folder
+    folder, path = config.file.parent, str(config.values.get("path") or "")
+    exact = _exact_base(folder, path)
+    if exact is not None:
+        return exact
+    # YOLOv5's paths are relative to the folder above data/; others are of another machine
+    places = (Path(os.path.normpath(folder.parent / path)), find_moved(path, [folder]))
+    found = next((place for place in places if place is not None and place.is_dir()), folder)
+    notes.append(f"{config.file} has path {path}, which does not exist: {found} is taken")
+    return found
+
+
+def _exact_base(folder: Path, path: str) -> Path | None:
+    """Where `path` is, from the folder of the file or from the current one; None if it does not exist."""
+    return next((place for place in (folder / path, Path(path)) if place.is_dir()), None) if path else folder
 
 
 def _place(entry: str, base: Path, config: Config, notes: list[str]) -> Path | None:
@@ -199,19 +211,27 @@ def _place(entry: str, base: Path, config: Config, notes: list[str]) -> Path | N
     return moved
 
 
-def _refuse(file: Path, split: str, entries: list[str], base: Path) -> BoxImages:
-    raise DataError(f"{file} has the images of {split} in {some(entries)}, which is not in {base}; correct the path")
+def _refuse(config: Config, split: str, entries: list[str], base: Path) -> BoxImages:
+    path = str(config.values.get("path") or "")
+    lost = f", and path {path} does not exist" if _exact_base(config.file.parent, path) is None else ""
+    raise DataError(
+        f"{config.file} has the images of {split} in {some(entries)}, which is not in {base}{lost}; correct the path"
+    )
 
 
 def _lines(file: Path) -> list[str]:
     return [line.strip() for line in text_of(file).splitlines() if line.strip()]
 
 
+def _is_comment(line: str) -> bool:
+    return line.startswith("#") and not line.lower().endswith(SUFFIXES)
+
+
 def _is_list(file: Path) -> bool:
     """Whether the first line of a text file is the path of an image."""
     try:
         with file.open(encoding="utf-8-sig", errors="replace") as lines:
-            first = next((line.strip() for line in lines if line.strip()), "")
+            first = next((line for line in map(str.strip, lines) if line and not _is_comment(line)), "")
     except OSError:
         return False
     return first.lower().endswith(SUFFIXES)
@@ -243,14 +263,27 @@ def _is_label(text: Path) -> bool:
 
 def _names(root: Path, places: list[Path], config: Config | None) -> Names:
     """The classes: those of the configuration, or else of the first file that names them near the images."""
-    if config is not None and config.values.get("names") is not None:
-        return _names_of_config(config)
+    if config is None:
+        return _names_of_file(root, places)
+    found = _names_of_config(config) if config.values.get("names") is not None else _names_of_file(root, places)
+    number = config.values.get("nc", config.values.get("classes"))
+    if number is not None and str(number) != str(len(found.by_number)):
+        where = "" if found.where == config.file else f"{found.where} "
+        raise DataError(
+            f"{config.file} says that there are {number} classes (nc), but {where}names {len(found.by_number)}; "
+            "correct it"
+        )
+    return found
+
+
+def _names_of_file(root: Path, places: list[Path]) -> Names:
     folders = [root, root / "labels", *(place if place.is_dir() else place.parent for place in places)]
     folders += [folder for place in places for folder in (_label_folder(place), place.parent) if folder is not None]
     for folder in dict.fromkeys(folders):
-        for name in ("classes.txt", "obj.names", "_darknet.labels", "*.names"):
-            for file in sorted(folder.glob(name)):
-                return Names(dict(enumerate(_lines(file))), file)
+        files = {file.name.lower(): file for file in folder.glob("*") if not file.name.startswith("._")}
+        others = sorted(name for name in files if name.endswith(".names"))
+        for file in (files[name] for name in (*_CLASS_FILES, *others) if name in files):
+            return Names(dict(enumerate(_lines(file))), file)
     raise DataError(
         f"{root} does not name its classes; add data.yaml with names, or classes.txt with one name per line"
     )
@@ -273,9 +306,8 @@ def _names_of_config(config: Config) -> Names:
         by_number = {i: str(name) for i, name in enumerate(names)}
     else:
         raise DataError(needed)
-    number = config.values.get("nc", config.values.get("classes"))
-    if number is not None and str(number) != str(len(by_number)):
-        raise DataError(f"{file} says that there are {number} classes (nc), but names {len(by_number)}; correct it")
+    if not all(isinstance(name, str) and name for name in (names.values() if isinstance(names, dict) else names)):
+        raise DataError(needed)
     shape = config.values.get("kpt_shape")
     if isinstance(shape, list) and shape:
         notes.append(f"{file} has keypoints (kpt_shape): only the boxes are read")
@@ -309,7 +341,7 @@ class _Labels:
     """The text files of a data set's labels, by the folders of the images."""
 
     files: dict[Path, dict[str, Path]] = field(default_factory=dict)
-    used: set[Path] = field(default_factory=set)
+    used: dict[Path, Path] = field(default_factory=dict)  # label file -> its first image
 
     def of(self, image: Path) -> Path | None:
         """The label file of an image; None if there is none."""
@@ -320,7 +352,7 @@ class _Labels:
             self.files[folder] = {text.stem: text for text in texts if text.stem.lower() not in _NO_LABELS}
         text = self.files[folder].get(image.stem)
         if text is not None:
-            self.used.add(text)
+            self.used.setdefault(text, image)
         return text
 
     def unused(self) -> Iterator[Path]:
@@ -341,6 +373,8 @@ def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
             images = _listed(place, root, notes)
         for image in images:
             text = labels.of(image)
+            if text is not None and labels.used[text] != image:
+                collected.defect(_SHARED, str(image), image)
             collected.add(image, None, partial(collected.boxes, text, image) if text is not None else ())
         below = _label_folder(place) if place.is_dir() else None
         if below is not None:
@@ -360,7 +394,7 @@ def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
 def _listed(file: Path, root: Path, notes: list[str]) -> list[Path]:
     """The images of a list file; paths of another machine are looked for beside the list."""
     images, moved = [], []
-    for line in _lines(file):
+    for line in (line for line in _lines(file) if not _is_comment(line)):
         path = next((path for path in (Path(line), file.parent / line, root / line) if path.is_file()), None)
         if path is None and (path := find_moved(line, dict.fromkeys((root, file.parent)))) is not None:
             moved.append(line)
@@ -384,7 +418,6 @@ class _Lines(Collector):
     def boxes(self, text: Path, image: Path, size: tuple[int, int]) -> Iterator[Box]:
         """The boxes of a label file in pixels of its image of a width and height."""
         width, height = size
-        seen = set()
         for number, line in enumerate(text.read_bytes().decode("utf-8-sig", "replace").splitlines(), 1):
             where = f"{text} line {number}"
             if not line.strip():
@@ -401,10 +434,7 @@ class _Lines(Collector):
                 self.leave_out(
                     "lines look like pixels, not like fractions of the image, and are left out", where, image
                 )
-            elif (label, *box) in seen:
-                self.defect("boxes stand twice in their file and count once", where, image)
             else:
-                seen.add((label, *box))
                 left, top = box[0] * width, box[1] * height
                 yield Box(self.place.get(int(label)), left, top, left + box[2] * width, top + box[3] * height, where)
 

@@ -1,0 +1,268 @@
+"""Data sets with boxes as tools and people leave them: nothing is guessed, left out or wrong without a word."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from box_pictures import NAMES, SIZE, make_coco, make_voc, make_yolo, scenes
+from PIL import Image
+from test_box_forms import boxes_of, change_coco, flat, make_csv, one_image, opened, truth
+
+from spd_zoo.data.boxes import open_boxes
+from spd_zoo.data.boxes.writing import convert_data
+from spd_zoo.data.labelled import DataError
+
+# YOLO
+
+
+def test_lists_may_have_comments(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    flat(root)
+    images = "\n\n".join(f"images/train_{i}.png" for i in range(8))
+    (root / "train.txt").write_text(f"# made by hand\n\n{images}\n# of the second day\n")
+    Image.new("RGB", SIZE).save(root / "images" / "unlisted.png")
+    for data in (root, root / "train.txt"):
+        if data != root:
+            (root / "classes.txt").write_text("\n".join(NAMES))
+        assert boxes_of(opened(data)) == truth() and opened(data).format.startswith("YOLO by")
+
+
+def test_a_text_file_of_a_splits_name_that_lists_no_images_is_noted(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    flat(root)
+    (root / "train.txt").write_text("\n".join(f"train_{i}" for i in range(4)))
+    assert any("train.txt in" in note and "not read" in note for note in opened(root).notes)
+
+
+def test_nc_must_agree_with_a_file_of_names(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    (root / "data.yaml").write_text("train: images/train\nnc: 3\n")
+    assert boxes_of(opened(root)) == truth()
+    (root / "data.yaml").write_text("train: images/train\nnc: 4\n")
+    with pytest.raises(DataError, match=r"says that there are 4 classes \(nc\), but .*classes\.txt names 3"):
+        open_boxes(root, "train")
+
+
+@pytest.mark.parametrize("names", ["[[cat], [dog]]", "[{0: cat}, {1: dog}]", "\n- cat\n-\n", "{0: cat, 1: {dog: 2}}"])
+def test_names_that_are_no_texts_are_refused(names: str, tmp_path: Path) -> None:
+    root = one_image(tmp_path, "0 .5 .5 .2 .2")
+    (root / "data.yaml").write_text(f"names: {names}")
+    with pytest.raises(DataError, match=r"data\.yaml needs names: a list of classes, or a mapping"):
+        open_boxes(root, "train")
+
+
+@pytest.mark.parametrize("name", ["Classes.txt", "OBJ.NAMES", "coco.names"])
+def test_a_file_of_names_is_found_in_any_case_and_beside_hidden_ones(name: str, tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    (root / "data.yaml").unlink()
+    (root / name).write_text("\n".join(NAMES))
+    (root / f"._{name}").write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    assert opened(root).class_names == NAMES
+
+
+def test_images_that_share_a_label_file_are_counted(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    images = root / "images" / "train"
+    shutil.copy(images / "train_3.png", images / "train_3.bmp")
+    data = opened(root)
+    problem = "images share their label file with another image, whose name differs in the suffix alone"
+    assert len(data) == 9 and data.problems() == {problem: [str(images / "train_3.png")]}
+    (root / "train.txt").write_text("images/train/train_3.png\n" * 3)  # the same image more often is meant so
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    assert not opened(root / "train.txt").defects
+
+
+@pytest.mark.parametrize(
+    ("path", "file"),
+    [
+        ("/content/datasets/cells", "c.yaml"),  # beside the folder, with the path of another machine
+        ("../datasets/cells", "repository/data/c.yaml"),  # as YOLOv5 has it: from the repository
+    ],
+)
+def test_path_is_found_from_where_it_was_written(path: str, file: str, tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / ("cells" if "/" not in file else "datasets/cells"))
+    config = tmp_path / file
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(f"path: {path}\ntrain: images/train\nval: images/val\nnames: {NAMES}\n")
+    data = opened(config)
+    assert boxes_of(data) == truth() and any(f"path {path}, which does not exist: {root}" in n for n in data.notes)
+
+
+def test_a_path_that_does_not_exist_is_named_in_the_error(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("path: ../datasets/cells\ntrain: images/train\nnames: [cat]\n")
+    with pytest.raises(DataError, match=r"path \.\./datasets/cells does not exist"):
+        opened(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
+def test_a_folder_that_an_archive_was_unpacked_into_is_opened(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "cells" / "cells v1 yolo")
+    (tmp_path / "cells" / "__MACOSX").mkdir()
+    assert boxes_of(opened(tmp_path / "cells")) == truth()
+
+
+# COCO
+
+
+def test_ids_that_are_neither_numbers_nor_texts_are_refused(tmp_path: Path) -> None:
+    for key in ("images", "categories"):
+        root = make_coco(tmp_path / key)
+        change_coco(root, lambda content, key=key: [entry.update(id=[entry["id"]]) for entry in content[key]])  # type: ignore[misc]
+        with pytest.raises(DataError, match="is not in COCO's format for objects"):
+            opened(root)
+
+
+@pytest.mark.parametrize("content", [b'{"images": [', '{"a": "бык"}'.encode("cp1251")])
+def test_a_damaged_coco_file_is_no_missing_split(content: bytes, tmp_path: Path) -> None:
+    root = make_coco(tmp_path)
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        (root / f"instances_{split}.json").rename(root / split / "_annotations.coco.json")
+    (root / "val" / "_annotations.coco.json").write_bytes(content)
+    assert boxes_of(opened(root)) == truth()
+    with pytest.raises(DataError, match=r"_annotations\.coco\.json"):
+        open_boxes(root, "val")
+    (root / "train" / "_annotations.coco.json").write_bytes(content)  # every file
+    with pytest.raises(DataError, match=r"_annotations\.coco\.json"):
+        open_boxes(root, "train")
+
+
+# all formats
+
+
+@pytest.mark.parametrize("form", ["coco", "voc", "csv"])
+def test_a_box_that_is_annotated_twice_counts_once(form: str, tmp_path: Path) -> None:
+    if form == "coco":
+        root = make_coco(tmp_path)
+        change_coco(root, lambda content: content["annotations"].append(content["annotations"][0] | {"id": 999}))
+    elif form == "voc":
+        root = make_voc(tmp_path)
+        file = root / "Annotations" / "train_0.xml"
+        text = file.read_text()
+        first = text[text.index("<object>") : text.index("</object>") + len("</object>")]
+        file.write_text(text.replace("</annotation>", f"{first}</annotation>"))
+    else:
+        root = make_csv(tmp_path, "train.csv")
+        lines = (root / "train.csv").read_text().splitlines()
+        (root / "train.csv").write_text("\n".join([*lines, lines[1]]))
+    data = opened(root)
+    assert boxes_of(data) == truth()
+    assert {sort: len(where) for sort, where in data.problems().items()} == {"boxes stand twice and count once": 1}
+
+
+@pytest.mark.parametrize("make", [make_coco, make_voc])
+def test_a_conversion_leaves_out_missing_images_and_those_of_another_size(make: Any, tmp_path: Path) -> None:
+    root = make(tmp_path / "data")
+    images = root / ("images" if make is make_coco else "JPEGImages")
+    (images / "train_1.png").unlink()
+    Image.new("RGB", (50, 30)).save(images / "train_2.png")
+    lines = convert_data(root, "yolo", tmp_path / "yolo")
+    left = {name: boxes for name, boxes in truth().items() if name not in ("train_1", "train_2")}
+    assert boxes_of(opened(tmp_path / "yolo")) == left
+    assert f"note: 1 image of train left out as unreadable: {images / 'train_1.png'}" in lines
+    words = "left out whose size is not that of their annotation"
+    assert f"note: 1 image of train {words}: {images / 'train_2.png'}" in lines
+
+
+def test_a_split_without_a_usable_image_is_not_converted(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "data")
+    for image in (root / "images").glob("val_*"):
+        Image.new("RGB", (50, 30)).save(image)
+    with pytest.raises(DataError, match="no image of the split val can be used"):
+        convert_data(root, "yolo", tmp_path / "yolo")
+    assert not (tmp_path / "yolo").exists()
+
+
+# Pascal VOC
+
+
+def test_other_folders_of_a_devkit_are_noted(tmp_path: Path) -> None:
+    for year in ("VOC2007", "VOC2012"):
+        make_voc(tmp_path / "VOCdevkit" / year)
+    assert any("VOC2012" in note and "not read" in note for note in opened(tmp_path).notes)
+
+
+@pytest.mark.parametrize("text", ["<annotations><image/></annotations>", "<project/>"])
+def test_other_xml_files_are_not_taken_for_annotations(text: str, tmp_path: Path) -> None:
+    root = make_csv(tmp_path, "train.csv")
+    (root / "annotations.xml").write_text(text)
+    data = opened(root)
+    assert boxes_of(data) == truth() and data.format == "CSV"
+    (root / "train.csv").unlink()
+    with pytest.raises(DataError, match="is no data set with boxes"):
+        opened(root)
+
+
+def test_of_two_images_of_one_stem_the_named_one_is_read(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    Image.new("RGB", (5, 5)).save(root / "JPEGImages" / "train_3.jpg")
+    data = opened(root)
+    assert boxes_of(data) == truth() and data.image(3).size == SIZE and not data.defects
+
+
+def test_images_without_an_annotation_file_are_noted(tmp_path: Path) -> None:
+    root = make_voc(tmp_path / "voc")
+    shutil.rmtree(root / "ImageSets")
+    Image.new("RGB", SIZE).save(root / "JPEGImages" / "new.png")
+    assert any("1 image in" in note and "without a usable XML file left out" in note for note in opened(root).notes)
+    labelme = make_labelme(tmp_path / "labelme")
+    Image.new("RGB", SIZE).save(labelme / "new.png")
+    assert any("1 image in" in note and "without a usable JSON file left out" in note for note in opened(labelme).notes)
+
+
+def test_an_xml_file_whose_image_is_gone_keeps_its_own_name_for_it(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    (root / "JPEGImages" / "train_3.png").unlink()
+    assert opened(root).name(3).endswith("train_3.png")
+
+
+# LabelMe and the library datasets
+
+
+def make_labelme(root: Path) -> Path:
+    root.mkdir()
+    for i, (image, boxes) in enumerate(scenes(8)):
+        image.save(root / f"train_{i}.png")
+        shapes = [{"label": NAMES[label], "points": [[x1, y1], [x2, y2]]} for label, x1, y1, x2, y2 in boxes]
+        (root / f"train_{i}.json").write_text(json.dumps({"shapes": shapes}))
+    return root
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "{", "[]"])
+def test_the_first_json_file_need_not_be_one_of_labelme(text: str, tmp_path: Path) -> None:
+    root = make_labelme(tmp_path / "data")
+    (root / "a_first.json").write_text(text)
+    data = opened(root)
+    assert boxes_of(data) == truth() and [len(where) for where in data.problems().values()] == [1]
+
+
+@pytest.mark.slow
+def test_objects_of_hugging_face_with_lists_of_different_lengths_are_counted(tmp_path: Path) -> None:
+    import datasets
+
+    images = [image for image, _ in scenes(2)]
+    objects = [
+        {"bbox": [[1.0, 1.0, 9.0, 9.0], [2.0, 2.0, 9.0, 9.0]], "category": ["cat"]},
+        {"bbox": [[1.0, 1.0, 9.0, 9.0]], "category": ["dog"]},
+    ]
+    columns: Any = {"image": datasets.Image()}
+    boxes = datasets.List(datasets.List(datasets.Value("float32")))
+    columns["objects"] = {"bbox": boxes, "category": datasets.List(datasets.Value("string"))}
+    rows = datasets.Dataset.from_dict({"image": images, "objects": objects}, datasets.Features(columns))
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "dict")
+    rows.save_to_disk(tmp_path / "single")
+    for folder in ("dict", "single"):  # a data set without splits is train
+        data = opened(tmp_path / folder)
+        assert data.counts() == [1, 1] and data.class_names == ["cat", "dog"]
+        assert [len(where) for where in data.problems().values()] == [1]
+
+
+def test_the_xml_files_of_a_damaged_data_set_are_named(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    for file in (root / "Annotations").iterdir():
+        file.write_text("<annotation>")
+    with pytest.raises(DataError, match="none of the XML files"):
+        opened(root)
