@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from box_pictures import make_coco, make_voc, make_yolo
 from PIL import Image
 from test_detect import COLOURS, Box, Finder, picture
 from timm.models import save_for_hf
@@ -450,3 +451,44 @@ def test_grey_arrays_and_tensors_are_taken() -> None:
         for same in (grey, grey[..., None], tensor, tensor / 255):
             assert torch.equal(classifier(same).probabilities, expected)
     assert len(Detector(Finder())(grey)) == 0
+
+
+def test_a_list_may_have_comments(tmp_path: Path) -> None:
+    picture((40, 30)).save(tmp_path / "a.png")
+    picture((40, 30)).save(tmp_path / "#1.png")
+    (tmp_path / "list.txt").write_text(f"# of monday\n\n{tmp_path / 'a.png'}\n#1.png\n")
+    assert find_sources([str(tmp_path / "list.txt")], Notes()) == [tmp_path / "a.png", tmp_path / "#1.png"]
+
+
+def test_nothing_is_written_if_no_image_could_be_read(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    out = tmp_path / "out"
+    command = ["detect", str(run), str(tmp_path / "a.png"), "--out", str(out), "--device", "cpu"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "a.png: this is no image" in error and f"{out} is not written, because nothing could be read" in error
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    picture((40, 30)).save(tmp_path / "a.png")  # and the same command works when the image is mended
+    assert main(command) == 0 and (out / "detections.json").is_file()
+
+
+@pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc])
+def test_data_of_detect_is_a_data_set_with_boxes(make: Any, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    root = make(tmp_path / "data")
+    command = ["detect", str(run), "--data", str(root), "--workers", "0", "--device", "cpu"]
+    assert main([*command, "--split", "val", "--results", str(tmp_path / "val.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "val.jsonl").read_text().splitlines()]
+    assert [Path(row["path"]).stem for row in rows] == [f"val_{i}" for i in range(4)]
+    assert not any(row["error"] for row in rows)
+    assert main([*command, "--results", str(tmp_path / "all.jsonl")]) == 1
+    assert "has the splits train, val; choose one with --split" in capsys.readouterr().err
+
+
+def test_data_of_detect_may_also_be_images_with_labels(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "data" / "train" / "cat").mkdir(parents=True)
+    picture((40, 30)).save(tmp_path / "data" / "train" / "cat" / "a.png")
+    results = tmp_path / "rows.jsonl"
+    command = ["detect", str(run), "--workers", "0", "--device", "cpu", "--results", str(results), "--data"]
+    assert main([*command, str(tmp_path / "data")]) == 0 and len(results.read_text().splitlines()) == 1
+    assert main([*command, str(tmp_path / "nothing"), "--overwrite"]) == 1
+    assert f"there is no folder {tmp_path / 'nothing'}" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
         def job(device: str) -> "Job":
             return detection(_detector(options, device), options.model)
 
-        return results.write(options, job, _LOWER, find_sources)
+        return results.write(options, job, _LOWER, find_sources, boxes=True)
     from tqdm import tqdm
 
     from spd_zoo.data.notes import Notes

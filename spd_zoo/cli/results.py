@@ -83,6 +83,7 @@ def write(
     job_for: "Callable[[str], Job]",
     lower: str,
     find: "Callable[[list[str], Notes], Sequence[Any]]",
+    boxes: bool = False,
 ) -> int:
     """Writes the file of results.
 
@@ -91,6 +92,7 @@ def write(
         job_for: Creates the job for a torch device.
         lower: Advice for the case that memory runs out.
         find: As for `find_images`.
+        boxes: Whether the data set may have boxes.
 
     Returns:
         The exit status.
@@ -113,7 +115,7 @@ def write(
         images: Images
         left_out = Notes()
         if options.data:
-            images = open_split(options.data, options.split, options.image_column, options.label_column)
+            images = open_split(options.data, options.split, options.image_column, options.label_column, boxes)
         else:
             sources = find(options.images, left_out)
             video = next((source for source in sources if isinstance(source, Video)), None)

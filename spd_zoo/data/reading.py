@@ -28,6 +28,7 @@ __all__ = [
     "collect_notes",
     "files_in",
     "find_images",
+    "is_comment",
     "is_identified",
     "is_url",
     "note_pages",
@@ -63,6 +64,11 @@ _DARK = "16 bits, of which the highest two or more are not used: read as 16 bits
 def is_url(text: str | os.PathLike[str]) -> bool:
     """Whether this is an address such as https://example.org/1.png rather than a file."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(text)) is not None and not os.path.exists(text)
+
+
+def is_comment(line: str) -> bool:
+    """Whether a line of a list of images is a comment, and not the name of an image that begins with #."""
+    return line.startswith("#") and not line.lower().endswith(SUFFIXES)
 
 
 def _url_error(text: str | os.PathLike[str]) -> ValueError:

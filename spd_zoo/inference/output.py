@@ -206,7 +206,8 @@ def new_folder(
     """An `OutputFolder` that becomes `path` when the block ends, and is deleted if the block fails.
 
     Raises:
-        ValueError: If `path` is anything but an empty folder, or two sources would have the same label file.
+        ValueError: If `path` is anything but an empty folder, two sources would have the same label file, or none
+            could be read.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty; choose a new folder with --out")
@@ -216,6 +217,8 @@ def new_folder(
         output = OutputFolder(temporary, sources, class_names, saved)
         with output.coco:
             yield output
+            if sources and not output.coco.images:
+                raise ValueError(f"{path} is not written, because nothing could be read")
             output.close()
 
 

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spd_zoo.console import bar_disabled
+from spd_zoo.data.boxes import BoxImages
+from spd_zoo.data.boxes.opening import find_source
+from spd_zoo.data.boxes.opening import open_split as open_box_split
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.regions import Regions
@@ -53,14 +56,17 @@ class ResultsError(ValueError):
     """Results that cannot be written; the message says why and what to do. Finished parts are kept."""
 
 
-def open_split(data: str, split: str = "", image_column: str = "", label_column: str = "") -> LabelledImages:
-    """Opens a split of a data set that `spd_zoo.data.labelled.open_data` reads.
+def open_split(
+    data: str, split: str = "", image_column: str = "", label_column: str = "", boxes: bool = False
+) -> LabelledImages | BoxImages:
+    """Opens a split of a data set that `spd_zoo.data.labelled.open_data` reads, or of one with boxes.
 
     Args:
-        data: The data set, as for `open_data`.
+        data: The data set, as for `open_data`, or for `spd_zoo.data.boxes.open_boxes`.
         split: The split; by default the only one.
         image_column: The column with the images, as for `open_data`.
         label_column: The column with the labels, as for `open_data`.
+        boxes: Whether the data set may have boxes instead of labels.
 
     Returns:
         The images of the split.
@@ -69,12 +75,31 @@ def open_split(data: str, split: str = "", image_column: str = "", label_column:
         DataError: If there is no such data set or split, or there are several and none is asked for.
     """
     names = (split,) if split else ("train", "val", "test")
-    found = {name: images for name in names if (images := open_data(data, name, image_column, label_column))}
+    opening, refused = _opening(data, image_column, label_column, boxes)
+    try:
+        found = {name: images for name in names if (images := opening(name))}
+    except DataError as error:
+        raise DataError(
+            f"{refused}; nor can it be read as images with labels: {error}" if refused else error
+        ) from error
     if len(found) == 1:
         return next(iter(found.values()))
     if found:
         raise DataError(f"{data} has the splits {', '.join(found)}; choose one with --split")
     raise DataError(f"{data} has no split {' or '.join(names)}")
+
+
+def _opening(
+    data: str, image_column: str, label_column: str, boxes: bool
+) -> tuple[Callable[[str], LabelledImages | BoxImages | None], DataError | None]:
+    """What opens a split, and why it is none with boxes although those were looked for."""
+    refused = None
+    if boxes and not (image_column or label_column):
+        try:
+            return partial(open_box_split, find_source(data), data), None
+        except DataError as error:
+            refused = error
+    return partial(open_data, data, image_column=image_column, label_column=label_column), refused
 
 
 @dataclass(frozen=True)
@@ -251,7 +276,7 @@ def write_results(
     parts = _Parts(results, len(images), save_every, job.columns, overwrite)
     settings = {"images": _digest(images), "save_every": save_every, "version": __version__} | job.settings
     settings = json.loads(json.dumps(settings))  # as they will be read again
-    notes = Notes(images.notes if isinstance(images, LabelledImages) else ())
+    notes = Notes(images.notes if isinstance(images, LabelledImages | BoxImages) else ())
     lock = FileLock(parts.folder.with_name(f".{results.name}.lock"))
     try:
         complaint, missing = "", []
@@ -335,7 +360,7 @@ def _digest(images: Images) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for i in range(len(images)):
         digest.update(f"{images.name(i)}\0".encode(errors="backslashreplace"))
-    if isinstance(images, LabelledImages):
+    if isinstance(images, LabelledImages | BoxImages):
         digest.update(images.fingerprint().encode())
     return f"{len(images)} {digest.hexdigest()}"
 

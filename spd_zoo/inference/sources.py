@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from spd_zoo.data.notes import Notes
-from spd_zoo.data.reading import SUFFIXES, find_images, is_identified, is_url, read_image
+from spd_zoo.data.reading import SUFFIXES, find_images, is_comment, is_identified, is_url, read_image
 from spd_zoo.weights.download import DownloadError, download_bytes
 
 __all__ = [
@@ -104,7 +104,7 @@ def _listed(file: Path) -> list[str]:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a list of images: it is not UTF-8 text") from error
-    entries = [line for line in lines if line]
+    entries = [line for line in lines if line and not is_comment(line)]
     if not entries:
         raise ValueError(f"{file} lists no image: it needs a path or an address on each line")
     beside = [str(file.parent / entry) for entry in entries]

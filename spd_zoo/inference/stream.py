@@ -40,7 +40,8 @@ def detect(
     Raises:
         ImageSizeError: If the network does not take inputs of the detector's size.
         OSError: If a file cannot be written.
-        ValueError: If `out` is not an empty folder, or two sources would have the same label file.
+        ValueError: If `out` is not an empty folder, two sources would have the same label file, or none could be read
+            although there is `out`.
     """
     sources = list(dict.fromkeys(sources))
     images = iter(_in_images(detector, [source for source in sources if not isinstance(source, Video)]))

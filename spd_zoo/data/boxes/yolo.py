@@ -31,7 +31,7 @@ from spd_zoo.data.boxes.folders import (
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import SUFFIXES, files_in
+from spd_zoo.data.reading import SUFFIXES, files_in, is_comment
 from spd_zoo.data.splits import split_of
 from spd_zoo.files import compose_yaml, read_yaml
 
@@ -223,15 +223,11 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in text_of(file).splitlines() if line.strip()]
 
 
-def _is_comment(line: str) -> bool:
-    return line.startswith("#") and not line.lower().endswith(SUFFIXES)
-
-
 def _is_list(file: Path) -> bool:
     """Whether the first line of a text file is the path of an image."""
     try:
         with file.open(encoding="utf-8-sig", errors="replace") as lines:
-            first = next((line for line in map(str.strip, lines) if line and not _is_comment(line)), "")
+            first = next((line for line in map(str.strip, lines) if line and not is_comment(line)), "")
     except OSError:
         return False
     return first.lower().endswith(SUFFIXES)
@@ -394,7 +390,7 @@ def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
 def _listed(file: Path, root: Path, notes: list[str]) -> list[Path]:
     """The images of a list file; paths of another machine are looked for beside the list."""
     images, moved = [], []
-    for line in (line for line in _lines(file) if not _is_comment(line)):
+    for line in (line for line in _lines(file) if not is_comment(line)):
         path = next((path for path in (Path(line), file.parent / line, root / line) if path.is_file()), None)
         if path is None and (path := find_moved(line, dict.fromkeys((root, file.parent)))) is not None:
             moved.append(line)
