@@ -1,7 +1,10 @@
 """Data sets with boxes as tools and people leave them: nothing is guessed, left out or wrong without a word."""
 
 import json
+import os
 import shutil
+import unicodedata
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,15 @@ def test_a_file_of_names_is_found_in_any_case_and_beside_hidden_ones(name: str, 
     (root / name).write_text("\n".join(NAMES))
     (root / f"._{name}").write_bytes(b"\x00\x05\x16\x07Mac OS X")
     assert opened(root).class_names == NAMES
+
+
+def test_labels_may_be_in_one_folder(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    for split in ("train", "val"):
+        for file in list((root / "labels" / split).iterdir()):
+            file.rename(root / "labels" / file.name)
+        (root / "labels" / split).rmdir()
+    assert boxes_of(opened(root)) == truth() and len(opened(root, "val")) == 4
 
 
 def test_images_that_share_a_label_file_are_counted(tmp_path: Path) -> None:
@@ -130,7 +142,29 @@ def test_a_damaged_coco_file_is_no_missing_split(content: bytes, tmp_path: Path)
         open_boxes(root, "train")
 
 
+def test_images_of_fiftyone_are_found(tmp_path: Path) -> None:
+    root = make_coco(tmp_path)
+    (root / "images").rename(root / "data")
+    (root / "instances_train.json").rename(root / "labels.json")
+    (root / "instances_val.json").unlink()
+    assert boxes_of(opened(root)) == truth()
+
+
 # all formats
+
+
+@pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc, partial(make_csv, file="train.csv")])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_letters_that_macos_takes_apart_are_the_same(make: Any, forms: tuple[str, str], tmp_path: Path) -> None:
+    root = make(tmp_path)
+    for file in [*root.rglob("*train_0*")]:
+        form = forms[file.suffix == ".png"]
+        file.rename(file.with_name(unicodedata.normalize(form, f"й{file.suffix}")))
+    for file in (file for suffix in ("json", "xml", "csv", "txt") for file in root.rglob(f"*.{suffix}")):
+        file.write_text(file.read_text().replace("train_0", unicodedata.normalize(forms[0], "й")))
+    data = opened(root)
+    assert len(data) == 8 and not data.defects
+    assert truth()["train_0"] in boxes_of(data).values() and all(data.image(i) for i in range(8))
 
 
 @pytest.mark.parametrize("form", ["coco", "voc", "csv"])
@@ -165,6 +199,31 @@ def test_a_conversion_leaves_out_missing_images_and_those_of_another_size(make: 
     assert f"note: 1 image of train left out as unreadable: {images / 'train_1.png'}" in lines
     words = "left out whose size is not that of their annotation"
     assert f"note: 1 image of train {words}: {images / 'train_2.png'}" in lines
+
+
+@pytest.mark.parametrize("to", ["yolo", "coco", "voc"])
+def test_names_that_are_no_unicode_are_converted(to: str, tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    for kind, suffix in (("images", "png"), ("labels", "txt")):
+        folder = root / kind / "train"
+        (folder / f"train_0.{suffix}").rename(folder / os.fsdecode(b"train\xff0." + suffix.encode()))
+    convert_data(root, to, tmp_path / "out")
+    assert boxes_of(opened(tmp_path / "out")) == truth()
+
+
+def test_names_that_xml_cannot_hold_are_refused(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    (root / "data.yaml").write_text('names: ["a\\x01b", red, green]\n')
+    with pytest.raises(DataError, match=r"'a\\x01b' has a character that XML cannot hold; rename it"):
+        convert_data(root, "voc", tmp_path / "voc")
+    assert not (tmp_path / "voc").exists()
+
+
+def test_a_data_set_is_not_written_among_its_own_images(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    with pytest.raises(DataError, match="lies among the images of"):
+        convert_data(root, "yolo", root / "images" / "train" / "out")
+    convert_data(root, "coco", root / "as_coco")
 
 
 def test_a_split_without_a_usable_image_is_not_converted(tmp_path: Path) -> None:

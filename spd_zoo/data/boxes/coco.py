@@ -234,7 +234,7 @@ def _paths(root: Path, split: str, file: Path, names: list[str]) -> tuple[list[P
         raise DataError(
             f"{file} has the address {url} as file_name; download the images, and give the names of their files"
         )
-    images = child(root, "images")
+    images = child(root, "images", "data")
     folders = [*_split_folders(images, split), *_split_folders(root, split)]
     folders = list(dict.fromkeys([*folders, *([images] if images else []), file.parent, root]))
     for folder in folders:

@@ -1,5 +1,6 @@
 """Shared by the readers of all formats: images in folders, folders of splits, and files whose paths are stale."""
 
+import unicodedata
 from collections.abc import Container, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -18,6 +19,7 @@ __all__ = [
     "images_in",
     "is_hidden",
     "relative_to",
+    "spellings",
     "split_folders",
     "text_of",
     "unread_folders",
@@ -99,6 +101,11 @@ def hidden_in(folder: Path) -> list[str]:
     return [f"{files} in {folder} skipped, such as macOS puts beside others: {some(hidden)}"]
 
 
+def spellings(name: str) -> list[str]:
+    """A name as it is, and with letters such as й in one piece, and in two, as macOS stores them."""
+    return list(dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))))
+
+
 def find_moved(path: str, folders: Iterable[Path], least: int = 1) -> Path | None:
     """Finds the file of a path from another machine: the longest end of the path that exists in one of the folders.
 
@@ -111,8 +118,9 @@ def find_moved(path: str, folders: Iterable[Path], least: int = 1) -> Path | Non
     parts = [part for part in plain.parts if part not in (plain.anchor, ".", "..")]
     places = list(folders)
     for i in range(max(len(parts) - least + 1, min(1, len(parts)))):
-        for folder in places:
-            if (found := folder.joinpath(*parts[i:])).exists():
+        ends = spellings("/".join(parts[i:]))
+        for found in (folder / end for folder in places for end in ends):
+            if found.exists():
                 return found
     return None
 

@@ -15,6 +15,7 @@ from spd_zoo.data.boxes.folders import (
     folders_in,
     hidden_in,
     relative_to,
+    spellings,
     split_folders,
     text_of,
     without_annotation,
@@ -98,7 +99,8 @@ def _is_annotation(file: Path) -> bool:
 
 def image_of(stem: str, folder: Path) -> Path | None:
     """The image in a folder with this name but for its suffix."""
-    usual = (folder / f"{stem}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".bmp"))
+    suffixes = (".jpg", ".jpeg", ".png", ".JPG", ".bmp")
+    usual = (folder / f"{spelling}{suffix}" for spelling in spellings(stem) for suffix in suffixes)
     found = next((path for path in usual if path.is_file()), None)
     if found is None and folder.is_dir():
         # a stem may hold what a glob takes for a pattern
@@ -111,7 +113,7 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
     """The images of a list, or all that have an XML file."""
     notes = hidden_in(folder.annotations)
     if listed is not None:
-        files = [folder.annotations / f"{stem}.xml" for stem in _stems(listed, folder)]
+        files = [_xml_of(stem, folder.annotations) for stem in _stems(listed, folder)]
     else:
         files = files_with(folder.annotations, ".xml")
     where = listed or folder.annotations
@@ -139,7 +141,7 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
         image = _image_of(file.stem, annotation, folder.images / below, folder.images)
         if image is None:  # only now does the name in the file matter
             image = folder.images / (annotation.file_name or f"{file.stem}.jpg")
-        elif annotation.file_name and _last_part(annotation.file_name) not in (image.name, image.stem):
+        elif annotation.file_name and _last_part(annotation.file_name) not in map(clean_name, (image.name, image.stem)):
             collected.defect("XML files name another image than they are called after, which is read", str(file), image)
         for problem, where_it_is in annotation.problems:
             collected.leave_out(problem, where_it_is, image)
@@ -154,14 +156,20 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
 def _image_of(stem: str, annotation: "_Annotation", *folders: Path) -> Path | None:
     """The image with the stem of an XML file; of several, the one that the file names."""
     name = _last_part(annotation.file_name)
-    named = next((folder / name for folder in folders if Path(name).stem == stem and (folder / name).is_file()), None)
+    same = Path(name).stem == clean_name(stem)
+    named = next((folder / name for folder in folders if same and (folder / name).is_file()), None)
     if named is not None:
         return named
     return next((image for folder in folders if (image := image_of(stem, folder)) is not None), None)
 
 
 def _last_part(file_name: str) -> str:
-    return Path(file_name.replace("\\", "/")).name
+    return clean_name(Path(file_name.replace("\\", "/")).name)
+
+
+def _xml_of(stem: str, folder: Path) -> Path:
+    files = [folder / f"{spelling}.xml" for spelling in spellings(stem)]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def _stems(file: Path, folder: _Folder) -> list[str]:

@@ -1,6 +1,7 @@
 """Writes a data set with boxes in another format; images are linked, not copied."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -58,6 +59,10 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is no empty folder; give another --out")
     splits, lines = _open_splits(data)
+    files = (each.file(i) for each in splits.values() for i in range(len(each)))
+    places = {Path(file).parent for file in files if isinstance(file, str)}
+    if not {place.resolve() for place in places}.isdisjoint(out.resolve().parents):
+        raise DataError(f"{out} lies among the images of {data}; give another --out")
     names = _common_names(splits)
     used: set[str] = set()
     made = [_Split(name, each, _file_names(each, used)) for name, each in splits.items()]
@@ -127,6 +132,7 @@ def _file_names(data: BoxImages, used: set[str]) -> list[str]:
             with opened(data.file(i), any_size=True) as image:
                 suffix = f".{(image.format or 'png').lower()}"
         stem, number = path.stem.replace(" ", "_") if data.encoded is not None else path.stem, 2
+        stem = re.sub("[\ud800-\udfff]", "_", stem)  # what is no Unicode in the name of a file
         unique = stem
         while unique in used:
             unique, number = f"{stem}_{number}", number + 1
@@ -200,6 +206,9 @@ def _write_coco(folder: Path, splits: list[_Split], names: list[str]) -> set[str
 
 
 def _write_voc(folder: Path, splits: list[_Split], names: list[str]) -> set[str]:
+    for name in (*names, *(file for split in splits for file in split.files)):
+        if re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", name):
+            raise DataError(f"{name!r} has a character that XML cannot hold; rename it")
     copied: set[str] = set()
     lists = folder / "ImageSets" / "Main"
     lists.mkdir(parents=True)

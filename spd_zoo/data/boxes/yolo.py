@@ -19,6 +19,7 @@ from spd_zoo.data.boxes.folders import (
     child,
     files_with,
     find_moved,
+    folders_in,
     folders_of_split,
     hidden_in,
     images_in,
@@ -29,7 +30,7 @@ from spd_zoo.data.boxes.folders import (
     unread_folders,
 )
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
-from spd_zoo.data.classes import DataError
+from spd_zoo.data.classes import DataError, clean_name
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import SUFFIXES, files_in, is_comment
 from spd_zoo.data.splits import split_of
@@ -238,9 +239,9 @@ def _has_labels_beside(folder: Path) -> bool:
     texts = files_with(folder, ".txt")
     if not texts:
         return False
-    names = {file.stem for file in map(Path, files_in(folder)) if file.suffix.lower() in SUFFIXES}
+    names = {clean_name(file.stem) for file in map(Path, files_in(folder)) if file.suffix.lower() in SUFFIXES}
     for text in texts:
-        if text.stem in names and _is_label(text):
+        if clean_name(text.stem) in names and _is_label(text):
             try:
                 first = next(iter(_lines(text)), "0 0 0 0 0").split()
                 if len(first) > 4 and list(map(float, first)):
@@ -322,8 +323,10 @@ def _label_folder(folder: Path) -> Path | None:
             continue
         found = child(Path(*parts[:i]) if i else Path(), "labels")
         for part in parts[i + 1 :]:
-            if found is not None and not (found / part).is_dir():  # images/train2017, labels/train
-                found = next(iter(folders_of_split(found, part)), None)
+            if (
+                found is not None and not (found / part).is_dir()
+            ):  # images/train2017, labels/train; images/train, labels
+                found = next(iter(folders_of_split(found, part)), None if folders_in(found) else found)
             elif found is not None:
                 found = found / part
         if found is not None and any(files_with(found, ".txt")):
@@ -345,8 +348,8 @@ class _Labels:
         if folder not in self.files:
             labels = _label_folder(folder)
             texts = files_with(labels, ".txt", deep=False) if labels else []
-            self.files[folder] = {text.stem: text for text in texts if text.stem.lower() not in _NO_LABELS}
-        text = self.files[folder].get(image.stem)
+            self.files[folder] = {clean_name(text.stem): text for text in texts if text.stem.lower() not in _NO_LABELS}
+        text = self.files[folder].get(clean_name(image.stem))
         if text is not None:
             self.used.setdefault(text, image)
         return text
