@@ -73,6 +73,7 @@ def test_labels_may_be_in_one_folder(tmp_path: Path) -> None:
             file.rename(root / "labels" / file.name)
         (root / "labels" / split).rmdir()
     assert boxes_of(opened(root)) == truth() and len(opened(root, "val")) == 4
+    assert not opened(root).defects  # the labels of val are not without an image
 
 
 def test_images_that_share_a_label_file_are_counted(tmp_path: Path) -> None:

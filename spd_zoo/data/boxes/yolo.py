@@ -376,7 +376,8 @@ def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
                 collected.defect(_SHARED, str(image), image)
             collected.add(image, None, partial(collected.boxes, text, image) if text is not None else ())
         below = _label_folder(place) if place.is_dir() else None
-        if below is not None:
+        of_all_splits = below is not None and below.name.lower() == "labels" and place.name.lower() != "images"
+        if below is not None and not of_all_splits:
             for text in files_with(below, ".txt"):
                 if text not in labels.used and _is_label(text):
                     collected.defect("label files belong to no image", str(text))
