@@ -12,6 +12,7 @@ from box_pictures import COLOURS, NAMES, SIZE, make_coco, make_voc, make_yolo, s
 from PIL import Image
 from torchvision import tv_tensors
 
+from spd_zoo.blocks import ImageSizeError
 from spd_zoo.data.boxes import BoxImages, hold_out, open_boxes, with_names
 from spd_zoo.data.classes import NetworkClasses, match_classes
 from spd_zoo.data.labelled import DataError
@@ -131,6 +132,12 @@ def test_a_dry_run_reports_problems_and_writes_nothing(tmp_path: Path, capsys: p
     assert not (tmp_path / "run").exists()
     finetune(config(root, tmp_path / "run", dry_run=True, check=False))
     assert "1 boxes lie outside their image and are left out" in capsys.readouterr().out
+
+
+def test_a_dry_run_refuses_a_size_that_the_network_does_not_take(tmp_path: Path) -> None:
+    data = make_yolo(tmp_path / "data")
+    with pytest.raises(ImageSizeError, match="height and width must be multiples of 32, got 60x60"):
+        finetune(config(data, tmp_path / "run", dry_run=True, image_size="64,60@1"))
 
 
 def test_an_image_of_another_size_than_its_annotation_is_left_out(

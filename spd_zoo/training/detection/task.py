@@ -59,16 +59,9 @@ class DetectorTraining(ClassificationTask):
         return {"loss": torch.stack(list(terms.values())).sum(), "terms": terms}
 
 
-def _input_size(config: FinetuneConfig, net: Any) -> tuple[int, int]:
-    """The height and width in pixels at which training ends."""
-    size = config.image_size or size_text(net.pretrained_cfg["input_size"][1:])
-    return parse_sizes(size)[-1][0]
-
-
-def _largest_size(config: FinetuneConfig, net: Any) -> tuple[int, int]:
-    """The largest height and width in pixels of a run's inputs."""
-    size = config.image_size or size_text(net.pretrained_cfg["input_size"][1:])
-    return max((each for each, _ in parse_sizes(size)), key=math.prod)
+def _input_sizes(config: FinetuneConfig, net: Any) -> list[tuple[int, int]]:
+    """The heights and widths in pixels of a run's inputs, in the order of the epochs."""
+    return [size for size, _ in parse_sizes(config.image_size or size_text(net.pretrained_cfg["input_size"][1:]))]
 
 
 class Detection:
@@ -112,7 +105,11 @@ class Detection:
 
         Raises:
             DataError: If there are no training images, or no validation box of a class that is trained.
+            ImageSizeError: If the network does not take inputs of a size.
         """
+        sizes = _input_sizes(config, net)
+        for size in sizes:
+            net.check_size(*size)
         train, val = (self._opened(config, name) for name in ("train", config.val_name))
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
@@ -140,11 +137,11 @@ class Detection:
             raise DataError(f"the split {config.val_name} has no box of a class that is trained; add some")
         cut_val: BoxImages = val
         if config.tile:
-            train = cut(train, _largest_size(config, net), config.seed)
+            train = cut(train, max(sizes, key=math.prod), config.seed)
             about.setdefault("tiles", describe_tiles(train, val))
-            cut_val = cut(val, _largest_size(config, net), config.seed) if checked else val
+            cut_val = cut(val, max(sizes, key=math.prod), config.seed) if checked else val
         for name, data in (("train", train), ("val", cut_val)) if checked else ():
-            about[name]["box sizes"] = describe_sizes(data, _input_size(config, net), net.keeps_aspect)
+            about[name]["box sizes"] = describe_sizes(data, sizes[-1], net.keeps_aspect)
         return Splits(train, val, about)
 
     def _opened(self, config: FinetuneConfig, split: str) -> BoxImages | None:
@@ -164,7 +161,7 @@ class Detection:
         """Writes `data.png` and a first `report.html`, unless the run is resumed."""
         if (folder.path / "data.png").exists():
             return
-        size = _input_size(config, net)
+        size = _input_sizes(config, net)[-1]
         picture = data_report.data_picture(splits.train, size, net.keeps_aspect, config.seed)
         with folder.writing("data.png"), whole(folder.path / "data.png") as temporary:
             temporary.write_bytes(picture)
