@@ -88,6 +88,30 @@ def test_images_that_share_a_label_file_are_counted(tmp_path: Path) -> None:
     assert not opened(root / "train.txt").defects
 
 
+def test_a_link_to_a_lost_label_file_is_counted(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    text = root / "labels" / "train" / "train_3.txt"
+    text.unlink()
+    text.symlink_to(tmp_path / "elsewhere" / "train_3.txt")
+    data = opened(root)
+    assert data.problems() == {"label files cannot be read, and their images have no boxes": [str(text)]}
+    assert boxes_of(data) == truth() | {"train_3": []}
+
+
+def test_files_of_names_beside_images_are_no_lost_images(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    for kind in ("images", "labels"):
+        (root / kind / "train").rename(root / kind / "x")
+    (root / "train").mkdir()
+    for file in (*(root / "images" / "x").iterdir(), *(root / "labels" / "x").iterdir()):
+        file.rename(root / "train" / file.name)
+    for name in ("images", "labels", "data.yaml"):
+        shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
+    (root / "train" / "_darknet.labels").write_text("\n".join(NAMES))
+    data = opened(root)
+    assert boxes_of(data) == truth() and not data.notes
+
+
 @pytest.mark.parametrize(
     ("path", "file"),
     [

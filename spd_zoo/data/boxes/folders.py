@@ -26,7 +26,7 @@ __all__ = [
     "without_annotation",
 ]
 
-_ANNOTATIONS = (".txt", ".xml", ".json", ".csv")  # which lie beside images
+_ANNOTATIONS = (".txt", ".xml", ".json", ".csv", ".labels", ".names", ".yaml", ".yml", ".data")  # beside images
 
 
 def is_hidden(path: Path, folder: Path) -> bool:
@@ -64,11 +64,13 @@ def unread_folders(folder: Path, splits: Iterable[str]) -> list[str]:
 
 
 def files_with(folder: Path, suffix: str, deep: bool = True) -> list[Path]:
-    """The files in a folder whose names end with a suffix in any case, without hidden ones, in order."""
+    """The files in a folder whose names end with a suffix in any case, without hidden ones, in order.
+
+    Links that lead nowhere are among them: reading them is an error, and a missing file is not.
+    """
     found = map(Path, files_in(folder)) if deep else folder.glob("*")
-    return sorted(
-        file for file in found if file.suffix.lower() == suffix and not is_hidden(file, folder) and file.is_file()
-    )
+    named = (file for file in found if file.suffix.lower() == suffix and not is_hidden(file, folder))
+    return sorted(file for file in named if file.is_file() or (file.is_symlink() and not file.exists()))
 
 
 def images_in(folder: Path) -> tuple[list[Path], list[str]]:

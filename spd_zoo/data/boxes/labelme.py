@@ -44,7 +44,7 @@ def _read(file: Path) -> Any:
     """The content of one of LabelMe's files; None if it is none."""
     try:
         content = json.loads(text_of(file))
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and isinstance(content.get("shapes"), list) else None
 

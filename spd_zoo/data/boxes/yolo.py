@@ -246,7 +246,7 @@ def _has_labels_beside(folder: Path) -> bool:
                 first = next(iter(_lines(text)), "0 0 0 0 0").split()
                 if len(first) > 4 and list(map(float, first)):
                     return True
-            except (ValueError, DataError):
+            except (OSError, ValueError):
                 continue
     return False
 
@@ -418,7 +418,12 @@ class _Lines(Collector):
     def boxes(self, text: Path, image: Path, size: tuple[int, int]) -> Iterator[Box]:
         """The boxes of a label file in pixels of its image of a width and height."""
         width, height = size
-        for number, line in enumerate(text.read_bytes().decode("utf-8-sig", "replace").splitlines(), 1):
+        try:
+            lines = text.read_bytes().decode("utf-8-sig", "replace").splitlines()
+        except OSError:
+            self.leave_out("label files cannot be read, and their images have no boxes", str(text), image)
+            return
+        for number, line in enumerate(lines, 1):
             where = f"{text} line {number}"
             if not line.strip():
                 continue
