@@ -78,6 +78,16 @@ def test_only_equal_seeds_are_compared_and_what_is_missing_is_named(read: Any) -
     assert twins_report.markdown(found, []).splitlines()[-2:] == [f"| strided {nothing}", f"| SPD {nothing}"]
 
 
+def test_configs_without_a_run_are_named_and_have_no_table_and_no_panel(read: Any) -> None:
+    measured, other = read(), read(title="Later", options=OPTIONS | {"epochs": 2})
+    records = [record(measured, 0, 0)]
+    text = twins_report.tables([other, measured], records)
+    assert text.startswith(f"{measured['title']}:\n") and text.endswith("\n\nNot measured yet: Later.")
+    assert list(twins_report.panels([other, measured], records)) == [measured["title"]]
+    assert twins_report.tables([other], []) == "Not measured yet: Later."
+    assert list(twins_report.panels([other], [])) == ["Later"]
+
+
 def test_other_settings_are_not_measured_yet_and_equal_ones_are_shared(read: Any) -> None:
     found = read()
     records = [record(found, network, 0) for network in (0, 1)]
@@ -168,7 +178,7 @@ def test_missing_data_is_skipped_with_a_sentence(tmp_path: Path, capsys: pytest.
     command = [str(file), "--data-root", str(tmp_path), "--out", str(tmp_path / "runs"), "--jobs", "1"]
     assert twins.main(command) == 1
     assert f"skipped colours: there is no {tmp_path / 'colours'}" in capsys.readouterr().err
-    assert "not measured yet" in (tmp_path / "runs" / "twins.md").read_text()
+    assert "Not measured yet: " in (tmp_path / "runs" / "twins.md").read_text()
 
 
 def test_a_stopped_sweep_repeats_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

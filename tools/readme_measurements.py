@@ -79,16 +79,13 @@ def _mean(values: list[float]) -> str:
 def twins() -> str:
     """What `tools/twins.py` recorded in `tools/twins.jsonl`; a figure where anything is measured."""
     record = read_records(ROOT / "tools" / "twins.jsonl")
-    tables = [twins_report.markdown(config, record) for config in read_configs()]
-    figure = f"![{twins_report.TITLE}](figures/seeds.svg)"
-    return "\n\n".join([figure, *tables] if record else tables)
+    figure = f"![{twins_report.TITLE}](figures/seeds.svg)\n\n" if record else ""
+    return figure + twins_report.tables(read_configs(), record)
 
 
 def imported_twins() -> str:
     """The same for the configs that begin with imported weights."""
-    record = read_records(ROOT / "tools" / "twins.jsonl")
-    found = read_configs(CONFIGS / "imported")
-    return "\n\n".join(twins_report.markdown(config, record) for config in found)
+    return twins_report.tables(read_configs(CONFIGS / "imported"), read_records(ROOT / "tools" / "twins.jsonl"))
 
 
 def deploy_latency() -> str:

@@ -29,7 +29,6 @@ import torch
 import twins_report
 from figures_common import Drawing, render
 from twins_config import ConfigError, digest, find_record, read_config, read_records
-from twins_report import markdown
 from twins_run import checkpoint, request, run, write_subset
 
 from spd_zoo.data.labelled import DataError
@@ -164,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status |= int(run_all(runs, options.jobs, file) > 0)
         records = read_records(file)
         options.out.mkdir(parents=True, exist_ok=True)
-        text = "\n\n".join(markdown(config, records) for config in configs)
+        text = twins_report.tables(configs, records)
         panels = twins_report.panels(configs, records)
     except Stopped as stopped:
         print(stopped or "stopped; the same command resumes", file=sys.stderr)

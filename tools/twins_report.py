@@ -95,15 +95,27 @@ def markdown(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
     return f"{config['title']}:\n\n{table(('', 'runs', *config['metrics'].values(), 'ms per image'), lines)}"
 
 
+def tables(configs: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
+    """The tables of all configs of which a run is recorded; the titles of the others."""
+    measured = [config for config in configs if _has_runs(config, records)]
+    missing = [config["title"] for config in configs if config not in measured]
+    last = [f"{NOT_MEASURED.capitalize()}: {'; '.join(missing)}."] if missing else []
+    return "\n\n".join([markdown(config, records) for config in measured] + last)
+
+
+def _has_runs(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> bool:
+    return any(row["runs"] for row in summary(config, records))
+
+
 def recorded() -> dict[str, Any]:
     """What the published figure draws: the configs and runs in `tools/`."""
     return panels(read_configs(), read_records(figures_common.RECORDS / "twins.jsonl"))
 
 
 def panels(configs: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the figure draws: each config's title and first metric, and the values of its networks."""
+    """What the figure draws: each measured config's title and first metric, and the values of its networks."""
     panels = {}
-    for config in configs:
+    for config in [config for config in configs if _has_runs(config, records)] or configs:
         metric, label = next(iter(config["metrics"].items()))
         rows = [(row["network"], list(row["values"][metric].values())) for row in summary(config, records)]
         panels[config["title"]] = {"label": label, "rows": rows}

@@ -39,7 +39,7 @@ from spd_zoo.inference.classifier import Classification, Classifier, transform_e
 from spd_zoo.inference.detector import Detections, Detector, Placement
 from spd_zoo.inference.loop import ImageFile, Images, Task, batches, run
 from spd_zoo.inference.sources import read_source
-from spd_zoo.process import Process, Stopped, StopSignals
+from spd_zoo.process import Process, Stopped, StopSignals, freed_memory_kept
 from spd_zoo.version import __version__
 
 __all__ = ["FORMATS", "Job", "ResultsError", "Summary", "classification", "detection", "open_split", "write_results"]
@@ -297,6 +297,7 @@ def write_results(
         total = sum(len(parts.rows(part)) for part in share)
         done = total - sum(len(parts.rows(part)) for part in todo)
         with (
+            freed_memory_kept(process.device),
             StopSignals(interrupt=True) as signals,
             tqdm(
                 total=total,
