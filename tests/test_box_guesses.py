@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,14 +178,13 @@ def test_images_of_fiftyone_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_coco, make_yolo, make_voc, partial(make_csv, file="train.csv")])
-@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_letters_that_macos_takes_apart_are_the_same(make: Any, forms: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("letters", [("\u0439", "\u0438\u0306"), ("\u0438\u0306", "\u0439")])
+def test_letters_that_macos_takes_apart_are_the_same(make: Any, letters: tuple[str, str], tmp_path: Path) -> None:
     root = make(tmp_path)
     for file in [*root.rglob("*train_0*")]:
-        form = forms[file.suffix == ".png"]
-        file.rename(file.with_name(unicodedata.normalize(form, f"й{file.suffix}")))
+        file.rename(file.with_name(f"{letters[file.suffix == '.png']}{file.suffix}"))
     for file in (file for suffix in ("json", "xml", "csv", "txt") for file in root.rglob(f"*.{suffix}")):
-        file.write_text(file.read_text().replace("train_0", unicodedata.normalize(forms[0], "й")))
+        file.write_text(file.read_text().replace("train_0", letters[0]))
     data = opened(root)
     assert len(data) == 8 and not data.defects
     assert truth()["train_0"] in boxes_of(data).values() and all(data.image(i) for i in range(8))
