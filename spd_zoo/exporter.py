@@ -468,6 +468,7 @@ def _boxes_metadata(net: DetectionNet, size: tuple[int, int], part: _Part) -> di
         "channel_order": net.channel_order,
         "size_multiple": str(net.size_multiple),
         "evaluation_score": repr(net.evaluation_score),
+        "evaluation_boxes": str(net.evaluation_boxes),
         **thresholds,
     }
 

@@ -299,6 +299,29 @@ def test_detect_takes_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
+def test_an_evaluation_notes_that_a_file_holds_too_few_boxes(run: Path, cells: Path, tmp_path: Path) -> None:
+    model = onnx.load(run / "model.onnx")
+    values = {each.key: each for each in model.metadata_props}
+    limit, values["evaluation_score"].value = values["evaluation_boxes"], "0.0"  # so that the file is full
+    assert limit.value == "300"  # as many as it holds
+    options: dict[str, Any] = {"workers": 0, "image_size": 128, "iou_threshold": 1.0}
+    onnx.save(model, tmp_path / "model.onnx")
+    (evaluation,) = evaluate(str(tmp_path / "model.onnx"), cells, **options)
+    assert all(found.limited for found in evaluation.predictions.detections)
+    assert not any("can hold" in note for note in evaluation.notes)
+    limit.value = "1000000"  # as of SSD's authors
+    onnx.save(model, tmp_path / "model.onnx")
+    (evaluation,) = evaluate(str(tmp_path / "model.onnx"), cells, **options)
+    assert any("3 images with as many boxes as the exported file can hold (300)" in note for note in evaluation.notes)
+    (evaluation,) = evaluate(str(tmp_path / "model.onnx"), cells, **options, max_detections=50)
+    assert not any("can hold" in note for note in evaluation.notes)
+    limit.value = "5"
+    onnx.save(model, tmp_path / "model.onnx")
+    (evaluation,) = evaluate(str(tmp_path / "model.onnx"), cells, **options)
+    assert evaluation.predictions.max_detections == 5  # the authors' limit is smaller than the file's
+
+
+@pytest.mark.slow
 def test_a_file_has_the_networks_ap(run: Path, cells: Path) -> None:
     figures = []
     for model in (run, run / "model.onnx"):

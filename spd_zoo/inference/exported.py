@@ -151,7 +151,9 @@ class ExportedDetector(Exported, ObjectFinder):
             _number(metadata[name], 0, 1) for name in ("score_threshold", "iou_threshold", "evaluation_score")
         )
         self.max_detections = int(_number(metadata["max_detections"], 1, _MOST_DETECTIONS))
-        self.evaluation_boxes = self.max_detections
+        authors = int(_number(metadata.get("evaluation_boxes", str(self.max_detections)), 1, _MOST_DETECTIONS))
+        self.evaluation_boxes = min(authors, self.max_detections)
+        self.holds_all_boxes = authors <= self.max_detections
         self.size_multiple = int(_number(metadata["size_multiple"], 0, 1024))
         self.class_scores = _class_scores(metadata["class_scores"]) if "class_scores" in metadata else None
         if self.class_scores is not None and len(self.class_scores) != self.num_classes:

@@ -42,6 +42,7 @@ class ObjectFinder(nn.Module, ABC):
         evaluation_boxes: Maximum number of detections per image in the authors' evaluation.
         size_multiple: Height and width must be multiples of it; 0: an exported file takes one size only.
         max_detections: Maximum number of detections per image of an exported file; None: no limit.
+        holds_all_boxes: Whether that is no less than `evaluation_boxes`.
     """
 
     pretrained_cfg: dict[str, Any]
@@ -54,6 +55,7 @@ class ObjectFinder(nn.Module, ABC):
     evaluation_boxes = 300
     size_multiple = 0
     max_detections: int | None = None
+    holds_all_boxes = True
 
     def check_size(self, height: int, width: int) -> None:
         """Checks the size of an input in pixels.

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -140,6 +140,7 @@ class BoxPredictions:
             NMS; of an exported file, they are in `network`).
         max_detections: Maximum number of boxes per image; None: no limit.
         suppression: Settings that differ from the authors' and COCO's rules.
+        in_file: Maximum number of boxes per image of an exported file, if the authors' evaluation counts more.
     """
 
     data: BoxImages
@@ -149,6 +150,7 @@ class BoxPredictions:
     milliseconds: dict[str, float]
     max_detections: int | None = None
     suppression: Suppression = Suppression()
+    in_file: int | None = None
 
     @property
     def max_boxes(self) -> int:
@@ -251,7 +253,11 @@ class BoxPredictions:
         return figures | tiles | self.suppression.columns()
 
     def notes(self) -> list[str]:
-        """A note that names images with more objects than the number of boxes that count."""
+        """Notes that name images with more objects than the number of boxes that count, or boxes than a file holds."""
+        names = [self.data.name(i) for i, found in enumerate(self.detections) if found.limited]
+        full = f"{count(len(names), 'image')} with as many boxes as the exported file can hold ({self.in_file})"
+        advice = "export it again with a larger --max-detections for the AP of the network"
+        notes = [f"{full}: {some(names)}; {advice}"] if self.in_file and names else []
         crowded, most = [], 0
         for i in range(len(self.data)):
             labels = self.data.objects_in(i).counted().labels
@@ -260,13 +266,14 @@ class BoxPredictions:
                 crowded.append(self.data.name(i))
                 most = max(most, objects)
         if not crowded:
-            return []
+            return notes
         limits = [f"{self.max_detections} per image"] if self.max_detections else []
         if not self.suppression.max_detections:
             limits.append(f"{COCO_BOXES} per class and image by COCO's rules")
         return [
+            *notes,
             f"{count(len(crowded), 'image')} with up to {count(most, 'object')}, of which AP counts only the "
-            f"best {' and '.join(limits)}: {some(crowded)}; evaluate --max-detections {most} counts all"
+            f"best {' and '.join(limits)}: {some(crowded)}; evaluate --max-detections {most} counts all",
         ]
 
     def headline(self) -> str:
@@ -436,7 +443,8 @@ def predict(
         began = time.perf_counter()
         merged = merge_views(found, placements, iou_threshold, suppression.agnostic)
         clock["boxes"] += time.perf_counter() - began
-        mine[i] = (merged[:max_detections], placements[-1].scale)  # of the tiles, which come last
+        limited = any(each.limited for each in found)
+        mine[i] = (replace(merged[:max_detections], limited=limited), placements[-1].scale)  # of tiles, which come last
     if not isinstance(net, DetectionNet):  # an exported file computes all in one
         clock["network"] += clock.pop("boxes")
     gathered = process.all_gather((mine, sums, clock, seen))
@@ -451,6 +459,7 @@ def predict(
         {name: 1000 * sum(clock[name] for _, _, clock, _ in gathered) / len(data) for name in clock},
         max_detections,
         suppression,
+        None if net.holds_all_boxes or suppression.max_detections else net.max_detections,
     )
 
 
