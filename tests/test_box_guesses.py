@@ -190,6 +190,30 @@ def test_letters_that_macos_takes_apart_are_the_same(make: Any, letters: tuple[s
     assert truth()["train_0"] in boxes_of(data).values() and all(data.image(i) for i in range(8))
 
 
+def test_fractions_are_no_pixels(tmp_path: Path) -> None:
+    root = make_coco(tmp_path / "coco")
+    width, height = SIZE
+
+    def change(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            x, y, w, h = annotation["bbox"]
+            annotation["bbox"] = [x / width, y / height, w / width, h / height]
+
+    change_coco(root, change)
+    with pytest.raises(DataError, match=r"instances_train\.json look like fractions of the image, not like pixels"):
+        opened(root)
+    tiny = make_csv(tmp_path / "csv", "train.csv")  # a tiny object in the corner is no reason
+    with (tiny / "train.csv").open("a") as table:
+        table.write("\ntrain_0.png,96,64,red,0,0,1,1")
+    assert sum(opened(tiny).counts()) == 1 + sum(map(len, truth().values()))
+
+
+def test_several_tables_of_a_split_are_noted(tmp_path: Path) -> None:
+    root = make_csv(tmp_path, "a.csv")
+    shutil.copy(root / "a.csv", root / "b.csv")
+    assert any("a.csv, b.csv; the first is read" in note for note in opened(root).notes)
+
+
 @pytest.mark.parametrize("form", ["coco", "voc", "csv"])
 def test_a_box_that_is_annotated_twice_counts_once(form: str, tmp_path: Path) -> None:
     if form == "coco":

@@ -18,6 +18,7 @@ from spd_zoo.data.boxes.folders import (
     find_moved,
     folders_of_split,
     relative_to,
+    several_files,
     split_folders,
     text_of,
 )
@@ -53,13 +54,7 @@ def find(root: Path) -> Source | None:
         return None
     for file in (*(file for file, known in is_coco.items() if known), *damaged):  # opening a damaged one says so
         found[_split_name(file, root)].append(file)
-    notes = [
-        f"{root} has several COCO files for the split {name}: {some([relative_to(each, root) for each in several])}; "
-        "the first is read"
-        for name, several in found.items()
-        if len(several) > 1
-    ]
-    return _source(root, {name: several[0] for name, several in found.items()}, notes)
+    return _source(root, {name: several[0] for name, several in found.items()}, several_files(root, found))
 
 
 def find_file(file: Path) -> Source:

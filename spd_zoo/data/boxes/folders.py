@@ -1,7 +1,7 @@
 """Shared by the readers of all formats: images in folders, folders of splits, and files whose paths are stale."""
 
 import unicodedata
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from spd_zoo.data.classes import DataError
@@ -19,6 +19,7 @@ __all__ = [
     "images_in",
     "is_hidden",
     "relative_to",
+    "several_files",
     "spellings",
     "split_folders",
     "text_of",
@@ -82,6 +83,16 @@ def images_in(folder: Path) -> tuple[list[Path], list[str]]:
         if file.suffix.lower() not in _ANNOTATIONS and not is_hidden(file, folder) and is_image(file, folder)
     ]
     return images, [*is_image.notes(folder), *hidden_in(folder)]
+
+
+def several_files(root: Path, files: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A note for each split that has several files, of which the first is read."""
+    return [
+        f"{root} has several files for the split {split}: {some([relative_to(each, root) for each in several])}; "
+        "the first is read"
+        for split, several in files.items()
+        if len(several) > 1
+    ]
 
 
 def without_annotation(folder: Path, annotated: Container[Path], needed: str) -> list[str]:

@@ -386,10 +386,16 @@ class Collector:
             notes: What was guessed.
 
         Raises:
-            DataError: If there is no image, or too many lines cannot be used.
+            DataError: If there is no image, too many lines cannot be used, or no box goes beyond the first pixel.
         """
         if not self.files:
             raise DataError(f"{where} lists no image")
+        farthest = max((float(each.boxes.max()) for each in self.objects if len(each.boxes)), default=math.inf)
+        if farthest <= 1 < max(map(max, self.sizes)):
+            raise DataError(
+                f"the boxes of {where} look like fractions of the image, not like pixels: all lie in the first pixel; "
+                "multiply x and width by the image's width, and y and height by its height"
+            )
         bad = self.unusable.total()
         if bad >= UNUSABLE_LINES and bad > UNUSABLE * self.lines:
             sorts = [

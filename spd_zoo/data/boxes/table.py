@@ -14,6 +14,7 @@ from spd_zoo.data.boxes.folders import (
     find_moved,
     folders_in,
     relative_to,
+    several_files,
     split_folders,
     without_annotation,
 )
@@ -33,8 +34,13 @@ def find(root: Path) -> Source | None:
         files += files_with(folder, ".csv", deep=False) if split_of(name) else []
     annotations = child(root, "annotations", "data")
     files += files_with(annotations, ".csv", deep=False) if annotations else []
-    found = {_split_name(file): file for file in reversed(files) if set(COLUMNS) <= set(_header(file))}
-    return Source("CSV", {name: partial(_open, root, name, file) for name, file in found.items()}) if found else None
+    found: dict[str, list[Path]] = defaultdict(list)
+    for file in (file for file in files if set(COLUMNS) <= set(_header(file))):
+        found[_split_name(file)].append(file)
+    if not found:
+        return None
+    splits = {name: partial(_open, root, name, several[0]) for name, several in found.items()}
+    return Source("CSV", splits, several_files(root, found))
 
 
 def find_file(file: Path) -> Source:
