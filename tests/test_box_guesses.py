@@ -151,6 +151,13 @@ def test_ids_that_are_neither_numbers_nor_texts_are_refused(tmp_path: Path) -> N
             opened(root)
 
 
+def test_a_class_name_that_no_file_can_hold_is_refused(tmp_path: Path) -> None:
+    root = make_coco(tmp_path)
+    change_coco(root, lambda content: content["categories"][1].update(name="a\ud800b"))
+    with pytest.raises(DataError, match=r"instances_train\.json has a class 'a\\ud800b' that is no Unicode; rename it"):
+        opened(root)
+
+
 @pytest.mark.parametrize("content", [b'{"images": [', '{"a": "бык"}'.encode("cp1251")])
 def test_a_damaged_coco_file_is_no_missing_split(content: bytes, tmp_path: Path) -> None:
     root = make_coco(tmp_path)

@@ -267,13 +267,16 @@ class Collector:
         where: The file or folder that names them, for messages.
 
     Raises:
-        DataError: If there is no class, or two have the same name.
+        DataError: If there is no class, or a name is no Unicode, or that of two.
     """
 
     def __init__(self, class_names: Sequence[str], where: object) -> None:
         names = [clean_name(name) for name in class_names]
         if not names:
             raise DataError(f"{where} names no classes")
+        broken = next((name for name in names if any("\ud800" <= each <= "\udfff" for each in name)), None)
+        if broken is not None:
+            raise DataError(f"{where} has a class {broken!r} that is no Unicode; rename it")
         twice = [name for name, number in Counter(names).items() if number > 1]
         if twice:
             raise DataError(f"{where} has two classes called {twice[0]!r}; give each a name of its own")
