@@ -913,3 +913,20 @@ def test_images_with_more_pixels_than_the_limit_are_counted(tmp_path: Path) -> N
     assert describe_sizes(data, (64, 64), True)["above the pixel limit"] == []
     data = replace(data, max_pixels=1000)
     assert describe_sizes(data, (64, 64), True)["above the pixel limit"] == [data.name(0)]
+
+
+def test_boxes_between_the_cells_of_a_network_are_counted(tmp_path: Path) -> None:
+    # 100 x 50 pixels; three boxes of 4 x 4 and one of 40 x 40
+    data = opened(one_image(tmp_path, "\n".join(f"0 .{i} .5 .04 .08" for i in (1, 2, 3)) + "\n1 .6 .5 .4 .8"))
+    about = describe_sizes(data, (100, 100), True, strides=(8, 16, 32))
+    # a box of 4 x 4 contains one of the centres that lie 8 px apart in a quarter of all positions, 16 and 32 apart less
+    assert about["without a cell"] == {
+        "cell": 8,
+        "missed": round(3 * (1 - 1 / 4 - 1 / 16 - 1 / 64)),
+        "larger image size": "192",
+    }
+    (line,) = (line for line in sizes_in_words(about) if "network's cells" in line)
+    assert line.startswith("  about 2 of the boxes contain the centre of none of the network's cells, which have 8 px")
+    assert line.endswith("and are not learnt; try --image-size 192 or a network with cells of 4 px (yolov8n_p2)")
+    assert "without a cell" not in describe_sizes(data, (192, 192), True, strides=(8, 16, 32))
+    assert "without a cell" not in describe_sizes(data, (100, 100), True)

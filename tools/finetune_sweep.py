@@ -5,9 +5,10 @@
         --classes 100 --images 20 --size 32
 
 `--train` and `--test` hold class folders; `--parquet` holds a data set's splits train and test. Each seed draws classes
-and training images. Every method trains for the same number of steps, and its last epoch counts, so that the test
-images choose nothing. The start is the network before its first epoch: with a linear probe as classifier, or with the
-pretrained outputs of the same classes where they are better on the training images.
+and training images. The methods defaults and timm train for the same number of steps, quick and best as these recipes
+say. The last epoch counts, so that the test images choose nothing. The start is the network before its first epoch:
+with a linear probe as classifier, or with the pretrained outputs of the same classes where they are better on the
+training images.
 
 `--record` gets a line for each result; results that it has are not computed again, and interrupted runs are resumed.
 """
@@ -27,7 +28,9 @@ from linear_probe import draw, read
 from spd_zoo.cli import main as cli
 from spd_zoo.cli.common import print_table
 from spd_zoo.data.labelled import open_data
+from spd_zoo.training.config import GENERAL, load_recipe
 
+METHODS = ("defaults", "timm", *GENERAL)
 RECORD = Path(__file__).parent / "finetune_sweep.jsonl"
 # timm's train.py with its defaults: SGD, learning rate 0.1 for 256 images, weight decay 2e-5, random classifier
 TIMM = ["--opt", "sgd", "--weight-decay", "2e-5", "--layer-decay", "1", "--head-init", "random", "--no-freeze-bn"]
@@ -61,11 +64,17 @@ def unpack(parquet: Path, folder: Path, tests: int) -> None:
     unfinished.rename(folder)
 
 
+def epochs(options: argparse.Namespace, method: str) -> int:
+    """The epochs of a method."""
+    return int(load_recipe(method)["epochs"]) if method in GENERAL else int(options.epochs)
+
+
 def train(options: argparse.Namespace, data: Path, method: str, seed: int) -> dict[str, float]:
     """Top-1 in per cent before the first epoch, if it was evaluated, and after the last one."""
-    run = options.out / f"{options.name}_{options.model}_{options.images}_{options.epochs}_{method}_{seed}"
+    run = options.out / f"{options.name}_{options.model}_{options.images}_{epochs(options, method)}_{method}_{seed}"
     command = ["finetune", options.model, "--data", str(data), "--out", str(run), "--image-size", str(options.size)]
-    command += ["--epochs", str(options.epochs), "--seed", str(seed), "--keep", "last", "--workers", "1", "--no-bf16"]
+    command += ["--seed", str(seed), "--keep", "last", "--workers", "1", "--no-bf16"]
+    command += ["--recipe", method] if method in GENERAL else ["--epochs", str(options.epochs)]
     if method == "timm":
         images = options.classes * options.images
         batch = max(8, min(128, 2 ** ((images // 20).bit_length() - 1)))  # finetune's own, so that the steps are equal
@@ -108,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--methods", nargs="*", default=["defaults", "timm"], choices=["defaults", "timm"])
+    parser.add_argument("--methods", nargs="*", default=["defaults", "timm"], choices=METHODS)
     options = parser.parse_args(argv)
     if options.parquet is not None:
         folder = options.out / options.name
@@ -119,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = draw(options.train, options.test, images, seed, options.classes, options.images)
         for method in options.methods:
             facts = {"data": options.name, "network": options.model, "classes": options.classes}
-            facts |= {"images": options.images, "pixels": options.size, "epochs": options.epochs}
-            facts |= {"method": method, "seed": seed}
+            facts |= {"images": options.images, "pixels": options.size}
+            facts |= {"epochs": epochs(options, method), "method": method, "seed": seed}
             if any(row | facts == row for row in read(options.record)):
                 continue
             row = facts | {name: round(top1, 2) for name, top1 in train(options, data, method, seed).items()}

@@ -53,6 +53,7 @@ SECTIONS: dict[str, Mapping[str, Callable[[], str]]] = {
         "starts": readme_measurements.starts,
         "training_speed": readme_measurements.training_speed,
         "sweep": readme_measurements.sweep,
+        "recipes": readme_measurements.recipes,
         "tiles": readme_measurements.tiles,
     },
     "docs/weights.md": {"bundled": readme_networks.bundled},

@@ -3,6 +3,7 @@
 import csv
 import statistics
 from collections import Counter, defaultdict
+from typing import Any
 
 import compare_tiles
 import convert_experiment
@@ -10,6 +11,10 @@ import convert_report
 import twins_report
 from readme_common import ROOT, records, table
 from twins_config import CONFIGS, read_configs, read_records
+
+from spd_zoo.training.config import GENERAL, FinetuneConfig, load_recipe
+
+_SETTINGS = ("data", "network", "training images", "input")  # columns of a sweep
 
 
 def speed() -> str:
@@ -53,19 +58,40 @@ def tiles() -> str:
 
 
 def sweep() -> str:
-    """What `tools/finetune_sweep.py` recorded in `tools/finetune_sweep.jsonl`."""
-    settings = ("data", "network", "classes", "images", "pixels")
+    """What `tools/finetune_sweep.py` recorded in `tools/finetune_sweep.jsonl` for six epochs."""
+    rows = []
+    for cells, results in _settings_of_sweep():
+        ours, plain = (
+            [row for row in results if (row["method"], row["epochs"]) == (name, 6)] for name in ("defaults", "timm")
+        )
+        tops = ([row["start"] for row in ours], [row["end"] for row in ours], [row["end"] for row in plain])
+        if ours:
+            rows.append([*cells, *map(_mean, tops), f"{len(ours)}, {len(plain)}"])
+    return table((*_SETTINGS, "at the start", "defaults", "timm's recipe", "runs"), rows)
+
+
+def recipes() -> str:
+    """What it recorded for the recipes, beside the default number of epochs."""
+    quick, best = (load_recipe(name)["epochs"] for name in GENERAL)
+    columns = {"`quick`": ("quick", quick), "defaults": ("defaults", FinetuneConfig.epochs), "`best`": ("best", best)}
+    rows = []
+    for cells, results in _settings_of_sweep():
+        found = [[row for row in results if (row["method"], row["epochs"]) == column] for column in columns.values()]
+        if found[0]:
+            tops = [[row["start"] for row in found[0]], *([row["end"] for row in runs] for runs in found)]
+            rows.append([*cells, *map(_mean, tops), ", ".join(str(len(runs)) for runs in found)])
+    return table((*_SETTINGS, "at the start", *columns, "runs"), rows)
+
+
+def _settings_of_sweep() -> list[tuple[list[str], list[dict[str, Any]]]]:
+    """The cells that name a setting, and its results."""
     found = defaultdict(list)
     for row in records("finetune_sweep.jsonl"):
-        found[tuple(row[name] for name in settings)].append(row)
-    rows = []
-    for (data, network, classes, images, pixels), results in sorted(found.items()):
-        ours, plain = ([row for row in results if row["method"] == name] for name in ("defaults", "timm"))
-        tops = ([row["start"] for row in ours], [row["end"] for row in ours], [row["end"] for row in plain])
-        cells = [str(data), f"`{network}`", f"{classes} x {images}", f"{pixels} px", *map(_mean, tops)]
-        rows.append([*cells, f"{len(ours)}, {len(plain)}"])
-    head = ("data", "network", "training images", "input", "at the start", "defaults", "timm's recipe", "runs")
-    return table(head, rows)
+        found[tuple(row[name] for name in ("data", "network", "classes", "images", "pixels"))].append(row)
+    return [
+        ([str(data), f"`{network}`", f"{classes} x {images}", f"{pixels} px"], results)
+        for (data, network, classes, images, pixels), results in sorted(found.items())
+    ]
 
 
 def _mean(values: list[float]) -> str:

@@ -14,6 +14,8 @@ from spd_zoo.training.task import Task
 
 __all__ = ["choices", "next_commands", "verdict"]
 
+NOTHING = 1.0  # an AP in per cent below which a detector is of no use
+
 
 def choices(plan: Plan, process: Process, recipe: str | None = None) -> str:
     """What a run does, on one line.
@@ -54,7 +56,7 @@ def _augmentation(config: FinetuneConfig) -> str:
 
 
 def verdict(plan: Plan, task: Task[Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Which network was kept, if not the last; and what to try if training made the network worse.
+    """Which network was kept, if not the last; and what to try if the network became worse or detects nothing.
 
     Args:
         plan: All values of the run.
@@ -74,6 +76,12 @@ def verdict(plan: Plan, task: Task[Any], rows: Sequence[dict[str, Any]]) -> list
         lines.append(
             f"note: training ended below where it began: {ended}, before the first epoch {began}{at_start}. Try a "
             f"smaller learning rate ({lower}){frozen}, more --epochs, or weaker augmentation"
+        )
+    elif task.metric == "val_ap" and max(scores) < NOTHING:
+        start = "" if plan.pretrained else ", pretrained weights"
+        lines.append(
+            f"note: the network detects next to nothing: {task.epoch_in_words(rows[best])}. Try more --epochs{start}, "
+            "or a larger --image-size"
         )
     return lines
 

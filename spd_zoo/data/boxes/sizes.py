@@ -1,7 +1,7 @@
 """How large the boxes of a data set are in a network's input, and what of that is hard to learn."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,17 @@ def sides_in_input(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
     return np.concatenate(rows)
 
 
-def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: bool) -> dict[str, Any]:
-    """What matters of the boxes in a network's input, as JSON; for the arguments see `sides_in_input`."""
+def describe_sizes(
+    data: BoxImages, image_size: tuple[int, int], keeps_aspect: bool, strides: Sequence[int] = ()
+) -> dict[str, Any]:
+    """What matters of the boxes in a network's input, as JSON.
+
+    Args:
+        data: As for `sides_in_input`.
+        image_size: As for `sides_in_input`.
+        keeps_aspect: As for `sides_in_input`.
+        strides: Pixels per cell of each map, if a box is learnt only by cells whose centre it contains.
+    """
     whole = data.source if isinstance(data, Tiles) and data.source is not None else data
     table = sides_in_input(data, image_size, keeps_aspect)
     size = np.digitize(np.sqrt(table[:, 1] * table[:, 2]), EDGES)
@@ -57,6 +66,7 @@ def describe_sizes(data: BoxImages, image_size: tuple[int, int], keeps_aspect: b
         "sizes": per_class,
         "below 2 px": int(below.sum()),
         **(_remedies(data, table[:, 1:].min(1), below, image_size) if below.any() else {}),
+        **(_without_cell(table[:, 1:], strides, image_size) if strides and len(table) else {}),
         "ignored": sum(int(whole.objects_in(i).ignored.sum()) for i in range(len(whole))),
         "most objects": {"image": data.name(most), "objects": numbers[most]},
         "above the pixel limit": [
@@ -84,6 +94,29 @@ def _remedies(data: BoxImages, sides: np.ndarray, below: np.ndarray, image_size:
     return found | ({"tile": tile} if NARROWEST <= tile < longest else {})
 
 
+def _without_cell(sides: np.ndarray, strides: Sequence[int], image_size: tuple[int, int]) -> dict[str, Any]:
+    """How many boxes contain no cell's centre on average over positions, if many, and an input in which few do.
+
+    Args:
+        sides: Width and height of every object in pixels of the input, (M, 2).
+        strides: Pixels per cell of each map.
+        image_size: Height and width of the input in pixels.
+    """
+
+    def missed(enlarged: float) -> float:
+        contained = sum(np.minimum(enlarged * sides / stride, 1).prod(1) for stride in strides)
+        return float((1 - np.minimum(contained, 1)).mean())
+
+    share = missed(1)
+    if share <= 1 - MOST:
+        return {}
+    sizes = (tuple(32 * math.ceil(side * factor / 32) for side in image_size) for factor in np.arange(1.25, 33, 0.25))
+    fitting = (size for size in sizes if max(size) <= LONGEST)
+    found = next((size for size in fitting if missed(min(size) / min(image_size)) <= 1 - MOST), None)
+    about = {"cell": min(strides), "missed": max(1, round(share * len(sides)))}
+    return {"without a cell": about | ({"larger image size": size_text(found)} if found else {})}
+
+
 def sizes_in_words(about: Mapping[str, Any]) -> Iterator[str]:
     """The lines to print for what `describe_sizes` found."""
     size, per_class = about["image size"], about["sizes"]
@@ -98,6 +131,13 @@ def sizes_in_words(about: Mapping[str, Any]) -> Iterator[str]:
         remedy = f"; {' or '.join(ways)} makes nearly all of them larger" if ways else ""
         small = count(about["below 2 px"], "box", "boxes")
         yield f"  {small} with a side below 2 px at {size} px are hardly seen in training{remedy}"
+    if missed := about.get("without a cell"):
+        ways = [f"--image-size {missed['larger image size']}"] if "larger image size" in missed else []
+        ways += ["a network with cells of 4 px (yolov8n_p2)"] if missed["cell"] > 4 else []
+        yield (
+            f"  about {missed['missed']} of the boxes contain the centre of none of the network's cells, which have "
+            f"{missed['cell']} px and more, and are not learnt{'; try ' if ways else ''}{' or '.join(ways)}"
+        )
     if about["ignored"]:
         yield f"  {about['ignored']} crowds, difficult objects or regions to ignore: neither object nor background"
     yield f"  at most {count(about['most objects']['objects'], 'object')} in an image: {about['most objects']['image']}"

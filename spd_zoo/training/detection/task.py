@@ -23,6 +23,7 @@ from spd_zoo.files import whole
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet, YoloNet
 from spd_zoo.models.yolov5_spd import YOLOv5SPD
+from spd_zoo.models.yolov8_spd import YOLOv8
 from spd_zoo.process import Process
 from spd_zoo.training.config import FinetuneConfig, Plan, parse_sizes
 from spd_zoo.training.detection import data_report, metrics, report
@@ -140,8 +141,9 @@ class Detection:
             train = cut(train, max(sizes, key=math.prod), config.seed)
             about.setdefault("tiles", describe_tiles(train, val))
             cut_val = cut(val, max(sizes, key=math.prod), config.seed) if checked else val
+        strides = net.strides if isinstance(net, YOLOv8) else ()
         for name, data in (("train", train), ("val", cut_val)) if checked else ():
-            about[name]["box sizes"] = describe_sizes(data, sizes[-1], net.keeps_aspect)
+            about[name]["box sizes"] = describe_sizes(data, sizes[-1], net.keeps_aspect, strides)
         return Splits(train, val, about)
 
     def _opened(self, config: FinetuneConfig, split: str) -> BoxImages | None:
