@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ class ExportError(ValueError):
 
 
 def export(
-    model: str | nn.Module,
+    model: str | os.PathLike[str] | nn.Module,
     to: str,
     out: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -103,8 +104,12 @@ def export(
     """
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
-    name = model if isinstance(model, str) else str(vars(model)["pretrained_cfg"]["architecture"])
-    net: Any = load_network(model, "cpu") if isinstance(model, str) else model.eval()
+    net: Any
+    if isinstance(model, nn.Module):
+        name, net = str(vars(model)["pretrained_cfg"]["architecture"]), model.eval()
+    else:
+        name = os.fspath(model)
+        net = load_network(name, "cpu")
     net = net.to(memory_format=torch.contiguous_format)
     if isinstance(net, DetectionNet):
         iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
+from spd_zoo import Classifier
 from spd_zoo import exporter as exporting
 from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.exporter import ExportError, export
+from spd_zoo.training.evaluate import evaluate
+from spd_zoo.weights.load import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +132,11 @@ def test_a_network_that_folding_would_change_is_one_sentence(
 def test_another_format_is_refused(run: Path) -> None:
     with pytest.raises(ExportError, match="the formats are onnx and pt2, got 'tflite'"):
         export(str(run), "tflite")
+
+
+def test_a_path_is_taken_as_its_text_and_nothing_else_is_a_network(run: Path, tmp_path: Path) -> None:
+    for call in (lambda model: export(model, "onnx"), lambda model: evaluate(model, tmp_path)):
+        with pytest.raises(ModelError, match=r"there is no network, file or folder '.*gone'"):
+            call(tmp_path / "gone")
+        with pytest.raises(TypeError, match="not Classifier"):
+            call(Classifier(run, device="cpu"))

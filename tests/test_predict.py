@@ -82,7 +82,7 @@ def test_a_classifier_gives_for_images_in_any_form_what_predict_gives(net: Any, 
         tensors,
         [tensor / 255 for tensor in tensors],
     ]
-    for images in [*forms, tuple(paths), tmp_path, str(tmp_path)]:
+    for images in [*forms, tuple(paths), tmp_path, str(tmp_path), f"{tmp_path}/*.png"]:
         found = classifier(images)
         assert [each.name for each in found] == [answer.top[0].name for answer in answers]
         for each, answer in zip(found, answers, strict=True):
@@ -130,6 +130,9 @@ def test_a_classification_is_a_small_object(saved: str, tmp_path: Path) -> None:
     [
         ("missing.png", "missing.png: there is no such file"),
         (["."], "is a folder; give it alone"),
+        (["*.png"], r"\*\.png is a pattern; give it alone"),
+        ("*.png", r"\*\.png: there is no such file, nor does a file match it as a pattern"),
+        ("https://example.org/a.png", r"^https://example\.org/a\.png: this is an address, which is not read"),
         ("empty", "this folder holds no image"),
         (np.zeros((4, 4, 2), np.uint8), "an array must be"),
         (None, "got NoneType"),

@@ -243,11 +243,11 @@ class Classifier:
         Args:
             images: A file, a PIL image, an array of uint8, (H, W, 3) in the order `colour` or grey (H, W), a tensor
                 (3, H, W) or grey (1, H, W) of uint8 or of floats from 0 to 1, or a list of these, of any sizes; or a
-                folder, for the images in it, in the order of their paths. Files and PIL images are turned as their
-                EXIF says.
+                folder or a pattern such as photos/*.png, for its images in the order of their paths. Files and PIL
+                images are turned as their EXIF says.
 
         Returns:
-            A `Classification`; for a list or a folder, a list of them.
+            A `Classification`; for a list, a folder or a pattern, a list of them.
 
         Raises:
             ValueError: If an image cannot be read or is none of these.
