@@ -132,7 +132,7 @@ def test_a_classification_is_a_small_object(saved: str, tmp_path: Path) -> None:
         (["."], "is a folder; give it alone"),
         (["*.png"], r"\*\.png is a pattern; give it alone"),
         ("*.png", r"\*\.png: there is no such file, nor does a file match it as a pattern"),
-        ("https://example.org/a.png", r"^https://example\.org/a\.png: this is an address, which is not read"),
+        ("https://example.org/a.png", r"^https://example\.org/a\.png is an address, which is not read"),
         ("empty", "this folder holds no image"),
         (np.zeros((4, 4, 2), np.uint8), "an array must be"),
         (None, "got NoneType"),

@@ -211,7 +211,7 @@ def opened(file: Path | str | BytesIO, any_size: bool = False) -> Iterator[Image
     """
     if not isinstance(file, BytesIO):
         if is_url(file):
-            raise ValueError("this is an address, which is not read; download the file and give its path")
+            raise _url_error(file)
         if not os.path.exists(file):
             if os.path.islink(file):
                 raise ValueError("this link leads to no file")

@@ -98,6 +98,8 @@ def _opened(image: Any, mode: str, read: Callable[[str, str], Any]) -> Any:
         try:
             return read(os.fspath(image), mode)
         except ValueError as error:
+            if str(error).startswith(os.fspath(image)):  # as for an address
+                raise
             raise ValueError(f"{os.fspath(image)}: {error}") from error
     if isinstance(image, Image.Image):
         return upright(image, mode)
