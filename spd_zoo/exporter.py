@@ -25,7 +25,7 @@ from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.data.notes import Notes
-from spd_zoo.data.reading import channel_mode, size_text
+from spd_zoo.data.reading import channel_mode, per_channel, size_text
 from spd_zoo.files import whole
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import Classifier, check_classifier
@@ -405,8 +405,8 @@ def _metadata(net: Any, size: tuple[int, int], part: _Part) -> dict[str, str]:
         "parameters": str(count_params(net)),
         "channels": str(net.in_chans),
         "image_size": size_text(size),
-        "mean": json.dumps(list(config["mean"])),
-        "std": json.dumps(list(config["std"])),
+        "mean": json.dumps(per_channel(config["mean"], net.in_chans)),
+        "std": json.dumps(per_channel(config["std"], net.in_chans)),
         **described,
         "output": part.words,
         "made_by": f"spd-zoo {spd_zoo.__version__}, torch {torch.__version__}",

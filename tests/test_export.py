@@ -129,6 +129,16 @@ def test_a_network_that_folding_would_change_is_one_sentence(
     assert_cannot_be_folded(run, capsys)
 
 
+@pytest.mark.slow
+def test_a_network_made_for_grey_images_is_described_by_its_own_channels(tmp_path: Path) -> None:
+    net = timm.create_model("cifar_resnet20", num_classes=3, in_chans=1)
+    extra = {"metadata.json": ""}
+    torch.export.load(export(net, "pt2", tmp_path / "net.pt2"), extra_files=extra)
+    metadata = json.loads(extra["metadata.json"])
+    mean = sum(net.pretrained_cfg["mean"]) / 3
+    assert metadata["channels"] == "1" and json.loads(metadata["mean"]) == [pytest.approx(mean)]
+
+
 def test_another_format_is_refused(run: Path) -> None:
     with pytest.raises(ExportError, match="the formats are onnx and pt2, got 'tflite'"):
         export(str(run), "tflite")

@@ -17,14 +17,14 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from spd_zoo.data.classes import NetworkClasses, network_classes, outputs_of
-from spd_zoo.data.reading import parse_size, size_text
+from spd_zoo.data.reading import parse_size, per_channel, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.training.classification.task import ClassifierTraining
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.memory import forward_bytes_per_image
-from spd_zoo.training.preprocessing import Preprocessing, per_channel
+from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.weights import WeightsError
 from spd_zoo.weights.load import ModelError, load_file, load_network
 from spd_zoo.weights.manifest import tags_in_words
