@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.exporter import ExportError, export
 from spd_zoo.training.evaluate import evaluate
-from spd_zoo.weights.load import ModelError
+from spd_zoo.weights.load import ModelError, pretrained_cfg
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_network_made_for_grey_images_is_described_by_its_own_channels(tmp_pat
     extra = {"metadata.json": ""}
     torch.export.load(export(net, "pt2", tmp_path / "net.pt2"), extra_files=extra)
     metadata = json.loads(extra["metadata.json"])
-    mean = sum(net.pretrained_cfg["mean"]) / 3
+    mean = sum(pretrained_cfg(net)["mean"]) / 3
     assert metadata["channels"] == "1" and json.loads(metadata["mean"]) == [pytest.approx(mean)]
 
 
@@ -145,7 +146,8 @@ def test_another_format_is_refused(run: Path) -> None:
 
 
 def test_a_path_is_taken_as_its_text_and_nothing_else_is_a_network(run: Path, tmp_path: Path) -> None:
-    for call in (lambda model: export(model, "onnx"), lambda model: evaluate(model, tmp_path)):
+    calls: list[Callable[[Any], Any]] = [lambda model: export(model, "onnx"), lambda model: evaluate(model, tmp_path)]
+    for call in calls:
         with pytest.raises(ModelError, match=r"there is no network, file or folder '.*gone'"):
             call(tmp_path / "gone")
         with pytest.raises(TypeError, match="not Classifier"):

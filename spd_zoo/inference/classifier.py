@@ -222,9 +222,8 @@ class Classifier:
         self.names = tuple(renamed(network_classes(cfg, self.net.num_classes), class_map or {}))
         config = resolve_data_config(pretrained_cfg=cfg)
         self.image_size: tuple[int, int] = (config["input_size"][1], config["input_size"][2])
-        channels = getattr(
-            self.net, "in_chans", config["input_size"][0]
-        )  # timm keeps those of the weights in the config
+        # timm's config has the channels of the weights, whatever the network was created with
+        channels = getattr(self.net, "in_chans", config["input_size"][0])
         mode = channel_mode(channels, self.name)
         config |= {name: per_channel(config[name], channels) for name in ("mean", "std")}
         never_larger = config["crop_mode"] in ("border", "squash")  # the resized image is never larger than the input

@@ -108,6 +108,9 @@ class Detections:
             index = [index]
         return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index])
 
+    def __iter__(self) -> Iterator["Detections"]:
+        return (self[index] for index in range(len(self)))
+
     @property
     def names(self) -> list[str]:
         """The class name of each object."""
