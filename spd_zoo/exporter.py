@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.data.notes import Notes
-from spd_zoo.data.reading import channel_mode, size_text
+from spd_zoo.data.reading import channel_mode, per_channel, size_text
 from spd_zoo.files import whole
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import Classifier, check_classifier
@@ -58,7 +59,7 @@ class ExportError(ValueError):
 
 
 def export(
-    model: str | nn.Module,
+    model: str | os.PathLike[str] | nn.Module,
     to: str,
     out: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -103,8 +104,12 @@ def export(
     """
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
-    name = model if isinstance(model, str) else str(vars(model)["pretrained_cfg"]["architecture"])
-    net: Any = load_network(model, "cpu") if isinstance(model, str) else model.eval()
+    net: Any
+    if isinstance(model, nn.Module):
+        name, net = str(vars(model)["pretrained_cfg"]["architecture"]), model.eval()
+    else:
+        name = os.fspath(model)
+        net = load_network(name, "cpu")
     net = net.to(memory_format=torch.contiguous_format)
     if isinstance(net, DetectionNet):
         iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
@@ -400,8 +405,8 @@ def _metadata(net: Any, size: tuple[int, int], part: _Part) -> dict[str, str]:
         "parameters": str(count_params(net)),
         "channels": str(net.in_chans),
         "image_size": size_text(size),
-        "mean": json.dumps(list(config["mean"])),
-        "std": json.dumps(list(config["std"])),
+        "mean": json.dumps(per_channel(config["mean"], net.in_chans)),
+        "std": json.dumps(per_channel(config["std"], net.in_chans)),
         **described,
         "output": part.words,
         "made_by": f"spd-zoo {spd_zoo.__version__}, torch {torch.__version__}",

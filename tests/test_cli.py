@@ -455,8 +455,9 @@ def test_the_first_argument_of_predict_is_a_network_or_an_image(
         (["efficientnet_lite0_spd", "a.png"], "the nearest names are tf_efficientnet_lite0_spd"),
         (["photo", "a.png"], "there is no network, file or folder 'photo'; `spd-zoo list` shows all networks"),
         (["runs/mine", "a.png"], "there is no network, file or folder 'runs/mine'"),
+        (["a.png", "cifar_resnet20"], "cifar_resnet20 is a network; give it before the images"),
         (["empty", "a.png"], "empty is a folder without images, and without the config.json of a finished run"),
-        (["mine.pth", "a.png"], "mine.pth is neither a network nor an image; for a checkpoint, run `spd-zoo weights"),
+        (["mine.pth", "a.png"], "mine.pth is a file, but no network; to use a checkpoint, run `spd-zoo weights"),
         (["https://example.org/a", "a.png"], "https://example.org/a is an address, which is not read; download"),
         ([], "give IMAGES"),
         (["resnet34"], "give IMAGES"),
@@ -484,6 +485,21 @@ def test_counts_must_be_positive(option: str, value: str, capsys: Capture) -> No
     with pytest.raises(SystemExit, match="2"):
         main(["predict", "pyconvresnet50", "a.png", option, value])
     assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["many", "1.5"])
+@pytest.mark.parametrize("words", [["predict", "net", "a.png", "--top-k"], ["finetune", "--epochs"]], ids=str)
+def test_a_count_that_is_no_number_is_called_that(words: list[str], value: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, value])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {words[-1]}: must be a whole number" in error and error.endswith(f"got '{value}'")
+
+
+def test_without_a_command_all_commands_are_listed(capsys: Capture) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "classify images" in printed.err and "finetune" in printed.err
 
 
 @pytest.fixture
@@ -604,6 +620,10 @@ def test_finetune_names_missing_options(capsys: Capture) -> None:
     [
         (["detect", "IMAGE"], "give IMAGES: `spd-zoo detect MODEL IMAGES`"),
         (["export", "IMAGE", "--to", "onnx"], "is a file or folder, but no network; commands take the network first"),
+        (["export", "runs/mine", "--to", "onnx"], "there is no network, file or folder 'runs/mine'"),
+        (["detect", "mine.pt", "IMAGE"], "there is no network, file or folder 'mine.pt'"),
+        (["detect", "yolov8n_spd.bccd", "IMAGE", "yolov8n"], "yolov8n is a network; give it before the images"),
+        (["detect", "yolov8n_spd.bccd", "IMAGE", "yolov8n", "--results", "r.csv"], "yolov8n is a network; give it"),
         (["predict", "pyconvresnet18", "IMAGE"], "train it: `spd-zoo finetune pyconvresnet18 --data DIR --out RUN`"),
         (["predict", "yolov8n_spd.bccd", "IMAGE"], "run `spd-zoo detect yolov8n_spd.bccd IMAGES`"),
         (["detect", "cifar_resnet20", "IMAGE"], "run `spd-zoo predict cifar_resnet20 IMAGES`"),

@@ -405,6 +405,18 @@ def test_objects_know_their_image_and_show_it_in_a_notebook(tmp_path: Path) -> N
         dataclasses.replace(found, image=None).draw()
 
 
+def test_detections_are_indexed_and_iterated_like_a_sequence() -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [1, 1, 9, 9], [2, 2, 6, 8]])
+    found = Detections(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0]), ("cell", "nucleus"))
+    assert [repr(each) for each in found] == ["Detections(1 cell)", "Detections(1 nucleus)", "Detections(1 cell)"]
+    assert found[-1].to_dict() == found.to_dict()[2:] == found[2:].to_dict()
+    for mask in (found.labels == 0, np.array([True, False, True]), [True, False, True], [0, 2]):
+        assert found[mask].to_dict() == [found.to_dict()[0], found.to_dict()[2]]
+    assert list(found[:0]) == []
+    with pytest.raises(IndexError):
+        found[3]
+
+
 def test_an_image_without_objects_is_reported(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture((60, 40)).save(tmp_path / "a.png")
     status, out, _ = run_command(capsys, run, str(tmp_path / "a.png"), "--score", "0.99")

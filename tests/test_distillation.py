@@ -331,7 +331,8 @@ def test_a_file_of_another_network_is_refused(save: Any, network: str) -> None:
     [
         ({"teacher": "no_such_network"}, "the teacher: there is no network 'no_such_network'"),
         ({"teacher": "cifar_resnet110_bsconvu"}, "the teacher cifar_resnet110_bsconvu has no pretrained weights"),
-        ({"teacher": "detector"}, "detector is a detector"),
+        ({"teacher": "resnet50_spd"}, "resnet50_spd has no default weights; select some by name: resnet50_spd.spd_"),
+        ({"teacher": "detector"}, "the teacher detector is a detector; choose a classifier"),
         ({"teacher": "taught/model.safetensors"}, "does not say of which network it is: give --teacher-model NETWORK"),
         ({"teacher": "taught", "teacher_model": "cifar_resnet20"}, "teacher_model is for a teacher that is a file"),
         ({"teacher": "taught", "model_args": "in_chans=1"}, "takes images of 3 channels, cifar_resnet20 of 1"),
@@ -384,7 +385,7 @@ def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, 
 
 
 def test_a_missing_teacher_file_is_an_error(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"the teacher: there is no network 'gone\.pth'"):
+    with pytest.raises(ModelError, match=r"the teacher: there is no network, file or folder 'gone\.pth'"):
         run(folders, tmp_path / "run", teacher="gone.pth")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
+from spd_zoo import Classifier
 from spd_zoo import exporter as exporting
 from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.exporter import ExportError, export
+from spd_zoo.training.evaluate import evaluate
+from spd_zoo.weights.load import ModelError, pretrained_cfg
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,25 @@ def test_a_network_that_folding_would_change_is_one_sentence(
     assert_cannot_be_folded(run, capsys)
 
 
+@pytest.mark.slow
+def test_a_network_made_for_grey_images_is_described_by_its_own_channels(tmp_path: Path) -> None:
+    net = timm.create_model("cifar_resnet20", num_classes=3, in_chans=1)
+    extra = {"metadata.json": ""}
+    torch.export.load(export(net, "pt2", tmp_path / "net.pt2"), extra_files=extra)
+    metadata = json.loads(extra["metadata.json"])
+    mean = sum(pretrained_cfg(net)["mean"]) / 3
+    assert metadata["channels"] == "1" and json.loads(metadata["mean"]) == [pytest.approx(mean)]
+
+
 def test_another_format_is_refused(run: Path) -> None:
     with pytest.raises(ExportError, match="the formats are onnx and pt2, got 'tflite'"):
         export(str(run), "tflite")
+
+
+def test_a_path_is_taken_as_its_text_and_nothing_else_is_a_network(run: Path, tmp_path: Path) -> None:
+    calls: list[Callable[[Any], Any]] = [lambda model: export(model, "onnx"), lambda model: evaluate(model, tmp_path)]
+    for call in calls:
+        with pytest.raises(ModelError, match=r"there is no network, file or folder '.*gone'"):
+            call(tmp_path / "gone")
+        with pytest.raises(TypeError, match="not Classifier"):
+            call(Classifier(run, device="cpu"))

@@ -347,7 +347,7 @@ def test_a_classifiers_file_predicts_and_is_evaluated_as_the_network(
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and "top-1" in printed[0]
     with pytest.raises(ImageSizeError, match="takes images of 32 pixels only, got 48"):
-        evaluate(str(classifier / "model.onnx"), data, workers=0, image_size=48)
+        evaluate(classifier / "model.onnx", data, workers=0, image_size=48)
     with pytest.raises(ModelError, match=r"`spd-zoo predict .*IMAGES`"):
         Detector(classifier / "model.onnx")
 

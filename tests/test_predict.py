@@ -82,7 +82,7 @@ def test_a_classifier_gives_for_images_in_any_form_what_predict_gives(net: Any, 
         tensors,
         [tensor / 255 for tensor in tensors],
     ]
-    for images in [*forms, tuple(paths), tmp_path, str(tmp_path)]:
+    for images in [*forms, tuple(paths), tmp_path, str(tmp_path), f"{tmp_path}/*.png"]:
         found = classifier(images)
         assert [each.name for each in found] == [answer.top[0].name for answer in answers]
         for each, answer in zip(found, answers, strict=True):
@@ -130,6 +130,9 @@ def test_a_classification_is_a_small_object(saved: str, tmp_path: Path) -> None:
     [
         ("missing.png", "missing.png: there is no such file"),
         (["."], "is a folder; give it alone"),
+        (["*.png"], r"\*\.png is a pattern; give it alone"),
+        ("*.png", r"\*\.png: there is no such file, nor does a file match it as a pattern"),
+        ("https://example.org/a.png", r"^https://example\.org/a\.png is an address, which is not read"),
         ("empty", "this folder holds no image"),
         (np.zeros((4, 4, 2), np.uint8), "an array must be"),
         (None, "got NoneType"),
@@ -143,6 +146,18 @@ def test_an_image_that_no_classifier_takes_is_one_sentence(
     Path("empty").mkdir()
     with pytest.raises(ValueError, match=words):
         Classifier(saved, device="cpu")(image)
+
+
+def test_a_network_made_for_other_channels_reads_images_with_its_own() -> None:
+    grey: Any = timm.create_model("cifar_resnet20", num_classes=3, in_chans=1)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)
+    assert grey.pretrained_cfg["input_size"][0] == 3  # as in timm, which describes the weights
+    found = Classifier(grey, device="cpu")(np.stack([image] * 3, 2))
+    torch.testing.assert_close(found.probabilities, Classifier(grey, device="cpu")(image).probabilities)
+    normalize: Any = Classifier(grey, device="cpu").reader.transform
+    assert normalize.transforms[-1].mean.tolist() == [pytest.approx(sum(grey.pretrained_cfg["mean"]) / 3)]
+    with pytest.raises(ModelError, match="takes 4 channels; images have 1 or 3"):
+        Classifier(timm.create_model("cifar_resnet20", in_chans=4))
 
 
 def test_networks_that_cannot_classify_are_refused() -> None:

@@ -190,8 +190,7 @@ def non_negative(text: str) -> int:
     """An integer from 0.
 
     Raises:
-        argparse.ArgumentTypeError: If it is negative.
-        ValueError: If it is no integer.
+        argparse.ArgumentTypeError: If it is negative or no integer.
     """
     return _at_least(0, text)
 
@@ -200,14 +199,16 @@ def positive(text: str) -> int:
     """An integer from 1.
 
     Raises:
-        argparse.ArgumentTypeError: If it is less.
-        ValueError: If it is no integer.
+        argparse.ArgumentTypeError: If it is less or no integer.
     """
     return _at_least(1, text)
 
 
 def _at_least(least: int, text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
     if number < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
     return number

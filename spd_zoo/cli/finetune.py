@@ -78,8 +78,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _epochs(text: str) -> int | str:
-    """A number of epochs; +10, which continues a finished run, stays text."""
-    return text if text.startswith("+") else int(text)
+    """A number of epochs; +10, which continues a finished run, stays text.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    try:
+        return text if text.startswith("+") else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, or like +10, got {text!r}") from error
 
 
 def _run(options: argparse.Namespace) -> int:

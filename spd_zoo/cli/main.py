@@ -35,12 +35,20 @@ _COMMANDS = (list_command, info, predict, detect, convert, convert_data, weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command of `spd-zoo`; returns its exit status: 0, 1 after an error, 128 + N after the signal N."""
+    """Runs one command of `spd-zoo`.
+
+    Returns:
+        The exit status: 0, 1 after an error, 2 without a command, 128 + N after the signal N.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid Unicode
     try:
-        options = make_parser("finetune" in arguments[:1]).parse_args(arguments)
+        parser = make_parser("finetune" in arguments[:1])
+        if not arguments:
+            parser.print_help(sys.stderr)
+            return 2
+        options = parser.parse_args(arguments)
         with quiet_if(options.quiet), warnings_as_notes():
             if options.needs_networks:
                 with explained():

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 _LOWER = "use a smaller --batch-size"
-_CHECKPOINTS = (".bin", ".ckpt", ".onnx", ".pt", ".pt2", ".pth", ".safetensors", ".tar")
 
 
 def add(commands: Commands) -> None:
@@ -120,7 +119,7 @@ def _set_model(options: argparse.Namespace) -> None:
 def _is_model(first: str) -> bool:
     """Whether the first argument is a network or the folder of a run; otherwise it names images."""
     from spd_zoo.data.reading import SUFFIXES, ImageFilter
-    from spd_zoo.weights.catalogue import unknown_network
+    from spd_zoo.weights.catalogue import CHECKPOINTS, unknown_network
     from spd_zoo.weights.folder import CONFIG, WEIGHTS
     from spd_zoo.weights.load import is_network
 
@@ -143,11 +142,8 @@ def _is_model(first: str) -> bool:
             return True
         if not any(is_image(file, inside) for file in inside.rglob("*")):
             raise CommandError(f"{first} is a folder without images, and without the {CONFIG} of a finished run")
-    elif suffix in _CHECKPOINTS and exists:
-        raise CommandError(
-            f"{first} is neither a network nor an image; for a checkpoint, run `spd-zoo weights import NETWORK.TAG "
-            "FILE` and give NETWORK.TAG"
-        )
+    elif suffix in CHECKPOINTS and exists:
+        raise unknown_network(first)
     elif not exists and not set(first) & set("*?["):
         raise unknown_network(first, "network, file or folder")
     return False

@@ -1,6 +1,7 @@
 """`--results` of predict and detect: one file with a row per image."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,7 +62,18 @@ def find_images(
         usage = f"spd-zoo {options.command} MODEL"
         raise CommandError(f"give IMAGES: `{usage} IMAGES`, or `{usage} --data DATA --results FILE`")
     with explained():
+        _check_order(options)
         return find(options.images, notes)
+
+
+def _check_order(options: argparse.Namespace) -> None:
+    """Raises CommandError if one of the images is the name of a network, which comes first."""
+    from spd_zoo.weights.load import is_network
+
+    for image in options.images:
+        if ":" not in image and not os.path.exists(image) and is_network(image):  # noqa: PTH110  (pathlib raises)
+            usage = f"spd-zoo {options.command} {image} IMAGES"
+            raise CommandError(f"{image} is a network; give it before the images: `{usage}`")
 
 
 def class_map(options: argparse.Namespace) -> dict[str, str]:
@@ -117,6 +129,7 @@ def write(
         if options.data:
             images = open_split(options.data, options.split, options.image_column, options.label_column, boxes)
         else:
+            _check_order(options)
             sources = find(options.images, left_out)
             video = next((source for source in sources if isinstance(source, Video)), None)
             if video is not None:

@@ -34,6 +34,7 @@ __all__ = [
     "note_pages",
     "opened",
     "parse_size",
+    "per_channel",
     "read_image",
     "refuse_larger",
     "size_text",
@@ -374,3 +375,8 @@ def size_value(size: Sequence[int]) -> int | str:
 def size_text(size: Sequence[int]) -> str:
     """The size (height, width) as `parse_size` reads it: "64" if it is square, else "48x96"."""
     return str(size_value(size))
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A number for each of a network's channels: their mean for all if the config has them for other channels."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from spd_zoo.data.classes import network_classes, renamed
-from spd_zoo.data.reading import channel_mode, read_image, size_text
+from spd_zoo.data.reading import channel_mode, per_channel, read_image, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.inference.exported import load_model
 from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package
@@ -222,7 +222,10 @@ class Classifier:
         self.names = tuple(renamed(network_classes(cfg, self.net.num_classes), class_map or {}))
         config = resolve_data_config(pretrained_cfg=cfg)
         self.image_size: tuple[int, int] = (config["input_size"][1], config["input_size"][2])
-        mode = channel_mode(config["input_size"][0], self.name)
+        # timm's config has the channels of the weights, whatever the network was created with
+        channels = getattr(self.net, "in_chans", config["input_size"][0])
+        mode = channel_mode(channels, self.name)
+        config |= {name: per_channel(config[name], channels) for name in ("mean", "std")}
         never_larger = config["crop_mode"] in ("border", "squash")  # the resized image is never larger than the input
         side = 0 if never_larger else math.ceil(max(config["input_size"][1:]) / config["crop_pct"])
         self.reader = ImageReader(create_transform(**config), mode, side)
@@ -243,11 +246,11 @@ class Classifier:
         Args:
             images: A file, a PIL image, an array of uint8, (H, W, 3) in the order `colour` or grey (H, W), a tensor
                 (3, H, W) or grey (1, H, W) of uint8 or of floats from 0 to 1, or a list of these, of any sizes; or a
-                folder, for the images in it, in the order of their paths. Files and PIL images are turned as their
-                EXIF says.
+                folder or a pattern such as photos/*.png, for its images in the order of their paths. Files and PIL
+                images are turned as their EXIF says.
 
         Returns:
-            A `Classification`; for a list or a folder, a list of them.
+            A `Classification`; for a list, a folder or a pattern, a list of them.
 
         Raises:
             ValueError: If an image cannot be read or is none of these.

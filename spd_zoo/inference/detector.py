@@ -67,7 +67,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects in an image, by descending score. `detections[mask]` selects some of them.
+    """The objects in an image, by descending score. `detections[mask]` selects some, `detections[0]` one of them.
 
     Attributes:
         boxes: (M, 4), x1 y1 x2 y2 in pixels of the upright image.
@@ -103,8 +103,13 @@ class Detections:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Tensor | slice) -> "Detections":
+    def __getitem__(self, index: Any) -> "Detections":
+        if isinstance(index, int):
+            index = [index]
         return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index])
+
+    def __iter__(self) -> Iterator["Detections"]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def names(self) -> list[str]:
@@ -466,11 +471,11 @@ class Detector:
         Args:
             images: A file, a PIL image, an array of uint8, (H, W, 3) in the order `colour` or grey (H, W), a tensor
                 (3, H, W) or grey (1, H, W) of uint8 or of floats from 0 to 1, or a list of these, of any sizes; or a
-                folder, for the images in it, in the order of their paths. Files and PIL images are turned as their
-                EXIF says.
+                folder or a pattern such as photos/*.png, for its images in the order of their paths. Files and PIL
+                images are turned as their EXIF says.
 
         Returns:
-            `Detections`; for a list or a folder, a list of them.
+            `Detections`; for a list, a folder or a pattern, a list of them.
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from glob import has_magic
 from importlib import import_module
 from io import BytesIO
 from typing import Any, TypeAlias
@@ -32,24 +33,25 @@ def check_colour(colour: str) -> None:
 
 
 def listed(images: Any, colour: str = "rgb") -> tuple[list[Any], bool]:
-    """The images that a caller means: one, those of a list, or those in a folder.
+    """The images that a caller means: one, those of a list, or those of a folder or pattern.
 
     Args:
-        images: An image, a list of images, or the path of a folder.
+        images: An image, a list of images, or the path of a folder, or a pattern such as photos/*.png.
         colour: The order of the channels of arrays (H, W, 3); those of "bgr" are returned in RGB.
 
     Returns:
         The images, and whether they are several.
 
     Raises:
-        ValueError: If a list has a folder in it.
+        ValueError: If a list has a folder or a pattern in it.
     """
     if isinstance(images, list | tuple):
-        folder = next((image for image in images if _is_folder(image)), None)
-        if folder is not None:
-            raise ValueError(f"{os.fspath(folder)} is a folder; give it alone, not in a list")
+        for image in images:
+            if _is_folder(image) or _is_pattern(image):
+                what = "folder" if _is_folder(image) else "pattern"
+                raise ValueError(f"{os.fspath(image)} is a {what}; give it alone, not in a list")
         return [_in_rgb(image, colour) for image in images], True
-    if _is_folder(images):
+    if _is_folder(images) or _is_pattern(images):
         return list(find_images([os.fspath(images)])), True
     return [_in_rgb(images, colour)], False
 
@@ -63,6 +65,10 @@ def _in_rgb(image: Any, colour: str) -> Any:
 def _is_folder(image: Any) -> bool:
     # os.path.isdir returns False for over-long or forbidden paths; pathlib raises
     return isinstance(image, str | os.PathLike) and os.path.isdir(image)  # noqa: PTH112
+
+
+def _is_pattern(image: Any) -> bool:
+    return isinstance(image, str | os.PathLike) and has_magic(os.fspath(image)) and not os.path.exists(image)  # noqa: PTH110
 
 
 def open_image(image: Any, mode: str = "RGB", read: Callable[[str, str], Any] = read_image) -> Any:
@@ -92,6 +98,8 @@ def _opened(image: Any, mode: str, read: Callable[[str, str], Any]) -> Any:
         try:
             return read(os.fspath(image), mode)
         except ValueError as error:
+            if str(error).startswith(os.fspath(image)):  # as for an address
+                raise
             raise ValueError(f"{os.fspath(image)}: {error}") from error
     if isinstance(image, Image.Image):
         return upright(image, mode)

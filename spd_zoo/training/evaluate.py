@@ -1,5 +1,6 @@
 """Evaluation of a classifier or a detector on the images of a data set."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: str,
+    model: str | os.PathLike[str],
     data: str | Path,
     split: str = "",
     image_size: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
@@ -120,6 +121,7 @@ def evaluate(
     """
     if max_detections is not None and max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+    model = os.fspath(model)
     net: Any = load_model(model, device)
     if bf16 and isinstance(net, Exported):
         raise ValueError(f"bf16 is for torch; {model} computes as it was exported")

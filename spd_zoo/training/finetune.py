@@ -28,7 +28,7 @@ from spd_zoo.data.check import in_words
 from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.notes import count
-from spd_zoo.data.reading import channel_mode, parse_size, size_text, size_value
+from spd_zoo.data.reading import channel_mode, parse_size, per_channel, size_text, size_value
 from spd_zoo.errors import first_line
 from spd_zoo.inference.images import as_html
 from spd_zoo.process import Process, Stopped, StopSignals, freed_memory_kept, join, ran_out_of_memory
@@ -56,7 +56,7 @@ from spd_zoo.training.logs import Log, open_log, require
 from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
 from spd_zoo.training.messages import choices, next_commands, verdict
 from spd_zoo.training.page import plot_notes, short
-from spd_zoo.training.preprocessing import Preprocessing, per_channel
+from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything

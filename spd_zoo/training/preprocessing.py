@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Preprocessing", "normalize", "per_channel"]
+__all__ = ["Preprocessing", "normalize"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,3 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], devic
     images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last).div_(255)
     center, scale = (torch.tensor(values, device=device).view(shape) for values in (mean, std))
     return images.sub_(center).div_(scale)
-
-
-def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """A number for each of a network's channels: their mean for all if the config has them for other channels."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

@@ -11,6 +11,7 @@ from spd_zoo.weights.cache import find, find_imported, imported_names, is_right,
 from spd_zoo.weights.manifest import Entry, WeightsError, default_checkpoints, entries
 
 __all__ = [
+    "CHECKPOINTS",
     "ModelError",
     "accuracy",
     "checkpoint",
@@ -24,6 +25,7 @@ __all__ = [
     "unknown_network",
 ]
 
+CHECKPOINTS = (".bin", ".ckpt", ".onnx", ".pt", ".pt2", ".pth", ".safetensors", ".tar")  # suffixes
 TASKS = ("classification", "detection")
 
 
@@ -41,8 +43,16 @@ def unknown_network(name: str, what: str = "network") -> ModelError:
     Returns:
         The error.
     """
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
+    if os.path.isfile(name) and suffix in CHECKPOINTS:  # noqa: PTH113
+        return ModelError(
+            f"{name} is a file, but no {what}; to use a checkpoint, run `spd-zoo weights import NETWORK.TAG {name}` "
+            "and give NETWORK.TAG; to use a run, give its folder"
+        )
     if os.path.exists(name):  # noqa: PTH110  (which raises for names that are too long)
         return ModelError(f"{name} is a file or folder, but no {what}; commands take the network first, then the rest")
+    if os.sep in name or suffix in CHECKPOINTS:
+        what = "network, file or folder"
     nearest = difflib.get_close_matches(name.lower(), entries(), n=3, cutoff=0.5)
     advice = f"the nearest names are {', '.join(nearest)}" if nearest else "`spd-zoo list` shows all networks"
     return ModelError(f"there is no {what} {name!r}; {advice}")

@@ -17,15 +17,17 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from spd_zoo.data.classes import NetworkClasses, network_classes, outputs_of
-from spd_zoo.data.reading import parse_size, size_text
+from spd_zoo.data.reading import parse_size, per_channel, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.inference.classifier import check_classifier
+from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.training.classification.task import ClassifierTraining
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.memory import forward_bytes_per_image
-from spd_zoo.training.preprocessing import Preprocessing, per_channel
+from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.weights import WeightsError
 from spd_zoo.weights.load import ModelError, load_file, load_network
+from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = ["DistilledTraining", "Teacher", "load_teacher"]
 
@@ -157,6 +159,8 @@ def load_teacher(config: FinetuneConfig, class_names: Sequence[str], channels: i
     """
     label = f"the teacher {config.teacher}"
     net = _load(config, device)
+    if isinstance(net, ObjectFinder):
+        raise ModelError(f"{label} is a detector; choose a classifier")
     check_classifier(net, label)
     if net.in_chans != channels:
         raise ValueError(
@@ -197,7 +201,7 @@ def _load(config: FinetuneConfig, device: torch.device) -> Any:
             raise ModelError(f"the teacher: {error}") from error
         except WeightsError as error:
             known = get_pretrained_cfg(config.teacher)
-            if known is None or known.has_weights:
+            if known is None or known.has_weights or tags_in_words(config.teacher):
                 raise
             raise WeightsError(
                 f"the teacher {config.teacher} has no pretrained weights; choose one that has, or the folder of a run, "
