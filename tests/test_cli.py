@@ -808,3 +808,12 @@ def test_the_version_is_that_of_the_package(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"spd-zoo {spd_zoo.__version__}\n"
+
+
+@pytest.mark.parametrize("value", ["2", "-0.1", "nan", "half"])
+@pytest.mark.parametrize("command", ["detect net a.png --score", "evaluate net --iou", "export net --score"])
+def test_a_threshold_beyond_0_and_1_is_named_as_it_was_typed(command: str, value: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), value])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {command.split()[-1]}: must be a number from 0 to 1, got " in error

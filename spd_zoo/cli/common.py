@@ -24,6 +24,7 @@ __all__ = [
     "positive",
     "print_notes",
     "print_table",
+    "threshold",
     "warnings_as_notes",
 ]
 
@@ -202,6 +203,21 @@ def positive(text: str) -> int:
         argparse.ArgumentTypeError: If it is less or no integer.
     """
     return _at_least(1, text)
+
+
+def threshold(text: str) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}") from error
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text}")
+    return number
 
 
 def _at_least(least: int, text: str) -> int:

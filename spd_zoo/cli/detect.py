@@ -19,6 +19,7 @@ from spd_zoo.cli.common import (
     image_size,
     positive,
     print_notes,
+    threshold,
 )
 from spd_zoo.console import bar_disabled
 
@@ -54,7 +55,7 @@ def add(commands: Commands) -> None:
         metavar="X|auto",
         help="minimum score; auto: the best one of each class on the run's validation images (default: 0.25)",
     )
-    command.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
+    command.add_argument("--iou", type=threshold, metavar="X", help="IoU threshold of NMS (default: the authors')")
     command.add_argument(
         "--class-scores", type=class_scores, metavar="CLASS=X,...", help="minimum scores of single classes"
     )
@@ -79,11 +80,8 @@ def add(commands: Commands) -> None:
 
 
 def _score(text: str) -> float | str:
-    """Raises argparse.ArgumentTypeError if this is neither a number nor auto."""
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from error
+    """Raises argparse.ArgumentTypeError if this is neither a number from 0 to 1 nor auto."""
+    return text if text == "auto" else threshold(text)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from spd_zoo.cli.common import (
     image_size,
     positive,
     print_notes,
+    threshold,
 )
 
 __all__ = ["add"]
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--overlap", type=float, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)")
     command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     command.add_argument(
-        "--iou", type=float, metavar="X", help="detectors: IoU threshold of NMS (default: the authors')"
+        "--iou", type=threshold, metavar="X", help="detectors: IoU threshold of NMS (default: the authors')"
     )
     command.add_argument(
         "--max-detections",

@@ -12,6 +12,7 @@ from spd_zoo.cli.common import (
     non_negative,
     positive,
     print_notes,
+    threshold,
 )
 
 __all__ = ["add"]
@@ -27,8 +28,8 @@ def add(commands: Commands) -> None:
     command.add_argument("--no-fold", action="store_true", help="keep space-to-depth and BatchNorm as layers")
     group = command.add_argument_group("detectors")
     group.add_argument("--raw", action="store_true", help="raw predictions, without decoding and NMS")
-    group.add_argument("--score", type=float, default=0.25, metavar="X", help="minimum score (default: 0.25)")
-    group.add_argument("--iou", type=float, metavar="X", help="IoU threshold of NMS (default: the authors')")
+    group.add_argument("--score", type=threshold, default=0.25, metavar="X", help="minimum score (default: 0.25)")
+    group.add_argument("--iou", type=threshold, metavar="X", help="IoU threshold of NMS (default: the authors')")
     group.add_argument(
         "--max-detections",
         type=positive,
