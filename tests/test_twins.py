@@ -78,9 +78,9 @@ def test_only_equal_seeds_are_compared_and_what_is_missing_is_named(read: Any) -
     assert twins_report.markdown(found, []).splitlines()[-2:] == [f"| strided {nothing}", f"| SPD {nothing}"]
 
 
-def test_configs_without_a_run_are_named_and_have_no_table_and_no_panel(read: Any) -> None:
+def test_configs_of_which_no_two_networks_ran_are_named_and_have_no_table_and_no_panel(read: Any) -> None:
     measured, other = read(), read(title="Later", options=OPTIONS | {"epochs": 2})
-    records = [record(measured, 0, 0)]
+    records = [record(measured, 0, 0), record(measured, 1, 0), record(other, 1, 0)]
     text = twins_report.tables([other, measured], records)
     assert text.startswith(f"{measured['title']}:\n") and text.endswith("\n\nNot measured yet: Later.")
     assert list(twins_report.panels([other, measured], records)) == [measured["title"]]

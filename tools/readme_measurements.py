@@ -103,10 +103,11 @@ def _mean(values: list[float]) -> str:
 
 
 def twins() -> str:
-    """What `tools/twins.py` recorded in `tools/twins.jsonl`; a figure where anything is measured."""
-    record = read_records(ROOT / "tools" / "twins.jsonl")
-    figure = f"![{twins_report.TITLE}](figures/seeds.svg)\n\n" if record else ""
-    return figure + twins_report.tables(read_configs(), record)
+    """What `tools/twins.py` recorded in `tools/twins.jsonl`; a figure where anything is compared."""
+    configs, record = read_configs(), read_records(ROOT / "tools" / "twins.jsonl")
+    compared = any(twins_report.is_compared(config, record) for config in configs)
+    figure = f"![{twins_report.TITLE}](figures/seeds.svg)\n\n" if compared else ""
+    return figure + twins_report.tables(configs, record)
 
 
 def imported_twins() -> str:

@@ -96,15 +96,16 @@ def markdown(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
 
 
 def tables(configs: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
-    """The tables of all configs of which a run is recorded; the titles of the others."""
-    measured = [config for config in configs if _has_runs(config, records)]
+    """The tables of all configs that the recorded runs compare; the titles of the others."""
+    measured = [config for config in configs if is_compared(config, records)]
     missing = [config["title"] for config in configs if config not in measured]
     last = [f"{NOT_MEASURED.capitalize()}: {'; '.join(missing)}."] if missing else []
     return "\n\n".join([markdown(config, records) for config in measured] + last)
 
 
-def _has_runs(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> bool:
-    return any(row["runs"] for row in summary(config, records))
+def is_compared(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> bool:
+    """Whether two of its networks have runs."""
+    return sum(row["runs"] > 0 for row in summary(config, records)) > 1
 
 
 def recorded() -> dict[str, Any]:
@@ -115,7 +116,7 @@ def recorded() -> dict[str, Any]:
 def panels(configs: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the figure draws: each measured config's title and first metric, and the values of its networks."""
     panels = {}
-    for config in [config for config in configs if _has_runs(config, records)] or configs:
+    for config in [config for config in configs if is_compared(config, records)] or configs:
         metric, label = next(iter(config["metrics"].items()))
         rows = [(row["network"], list(row["values"][metric].values())) for row in summary(config, records)]
         panels[config["title"]] = {"label": label, "rows": rows}
