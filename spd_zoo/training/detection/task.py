@@ -141,8 +141,8 @@ class Detection:
             train = cut(train, max(sizes, key=math.prod), config.seed)
             about.setdefault("tiles", describe_tiles(train, val))
             cut_val = cut(val, max(sizes, key=math.prod), config.seed) if checked else val
-        strides = net.strides if isinstance(net, YOLOv8) else ()
-        for name, data in (("train", train), ("val", cut_val)) if checked else ():
+        learnt_at = net.strides if isinstance(net, YOLOv8) else ()
+        for name, data, strides in (("train", train, learnt_at), ("val", cut_val, ())) if checked else ():
             about[name]["box sizes"] = describe_sizes(data, sizes[-1], net.keeps_aspect, strides)
         return Splits(train, val, about)
 
