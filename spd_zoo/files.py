@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, tables as CSV, and settings as YAML with limits on its cost."""
+"""Files that exist, atomic writes of files and folders, tables as CSV, and settings as YAML with limits on its cost."""
 
 import csv
 import os
@@ -10,11 +10,37 @@ from typing import Any
 
 import yaml
 
-__all__ = ["LEFTOVERS", "compose_yaml", "is_leftover", "read_yaml", "remove_leftovers", "whole", "write_csv"]
+__all__ = [
+    "LEFTOVERS",
+    "compose_yaml",
+    "exists",
+    "is_file",
+    "is_folder",
+    "is_leftover",
+    "read_yaml",
+    "remove_leftovers",
+    "whole",
+    "write_csv",
+]
 
 LEFTOVERS = ".writing-*.tmp"  # a process that is killed inside `whole` leaves such a folder
 _YAML_BYTES, _YAML_VALUES = 2**20, 50_000  # at most: of a file
 _YAML_DEPTH, _YAML_LENGTH = 20, 10_000  # at most: collections in each other, characters of a value
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file or folder; False, too, for over-long or forbidden paths, for which pathlib raises."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file; False as for `exists`."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder; False as for `exists`."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 @contextmanager

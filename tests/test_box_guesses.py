@@ -144,9 +144,13 @@ def test_a_folder_that_an_archive_was_unpacked_into_is_opened(make: Any, tmp_pat
 
 
 def test_ids_that_are_neither_numbers_nor_texts_are_refused(tmp_path: Path) -> None:
+    def lists_as_ids(key: str, content: dict[str, Any]) -> None:
+        for entry in content[key]:
+            entry["id"] = [entry["id"]]
+
     for key in ("images", "categories"):
         root = make_coco(tmp_path / key)
-        change_coco(root, lambda content, key=key: [entry.update(id=[entry["id"]]) for entry in content[key]])  # type: ignore[misc]
+        change_coco(root, partial(lists_as_ids, key))
         with pytest.raises(DataError, match="is not in COCO's format for objects"):
             opened(root)
 

@@ -92,7 +92,7 @@ def faults_and_memory(device: str) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only for glibc")
+@pytest.mark.skipif(sys.platform != "linux", reason="freed memory is kept by options of glibc, which Linux has")
 def test_freed_memory_is_kept_for_the_next_step_on_a_cpu_and_returned_at_the_end() -> None:
     (usual, _), (kept, stays) = faults_and_memory("meta"), faults_and_memory("cpu")
     if usual < 64:

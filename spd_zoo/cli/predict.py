@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,32 +118,33 @@ def _set_model(options: argparse.Namespace) -> None:
 def _is_model(first: str) -> bool:
     """Whether the first argument is a network or the folder of a run; otherwise it names images."""
     from spd_zoo.data.reading import SUFFIXES, ImageFilter
+    from spd_zoo.files import exists, is_folder
     from spd_zoo.weights.catalogue import CHECKPOINTS, unknown_network
     from spd_zoo.weights.folder import CONFIG, WEIGHTS
     from spd_zoo.weights.load import is_network
 
-    exists, is_folder = os.path.exists(first), os.path.isdir(first)  # noqa: PTH110, PTH112  (pathlib raises)
+    there, folder = exists(first), is_folder(first)
     suffix = Path(first).suffix.lower()
-    if (suffix in SUFFIXES and not is_folder) or "://" in first:
+    if (suffix in SUFFIXES and not folder) or "://" in first:
         return False
-    if suffix == ".onnx" and not is_folder:
+    if suffix == ".onnx" and not folder:
         return True
     if is_network(first):
-        if exists:
+        if there:
             raise CommandError(
                 f"{first} is the name of a network, and of a file or folder here; write ./{first} for the latter, or "
                 "the network with its tag"
             )
         return True
-    if is_folder:
+    if folder:
         is_image, inside = ImageFilter(), Path(first)
         if any((inside / name).exists() for name in (CONFIG, WEIGHTS, "run.yaml")):
             return True
         if not any(is_image(file, inside) for file in inside.rglob("*")):
             raise CommandError(f"{first} is a folder without images, and without the {CONFIG} of a finished run")
-    elif suffix in CHECKPOINTS and exists:
+    elif suffix in CHECKPOINTS and there:
         raise unknown_network(first)
-    elif not exists and not set(first) & set("*?["):
+    elif not there and not set(first) & set("*?["):
         raise unknown_network(first, "network, file or folder")
     return False
 

@@ -1,7 +1,6 @@
 """`--results` of predict and detect: one file with a row per image."""
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -68,10 +67,11 @@ def find_images(
 
 def _check_order(options: argparse.Namespace) -> None:
     """Raises CommandError if one of the images is the name of a network, which comes first."""
+    from spd_zoo.files import exists
     from spd_zoo.weights.load import is_network
 
     for image in options.images:
-        if ":" not in image and not os.path.exists(image) and is_network(image):  # noqa: PTH110  (pathlib raises)
+        if ":" not in image and not exists(image) and is_network(image):
             usage = f"spd-zoo {options.command} {image} IMAGES"
             raise CommandError(f"{image} is a network; give it before the images: `{usage}`")
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageShow
 from torch import Tensor
 
 from spd_zoo.data.reading import collect_notes, find_images, read_image, upright
+from spd_zoo.files import exists, is_folder
 
 __all__ = ["COLOURS", "ImageLike", "as_html", "check_colour", "listed", "open_image", "optional_package", "show"]
 
@@ -63,12 +64,11 @@ def _in_rgb(image: Any, colour: str) -> Any:
 
 
 def _is_folder(image: Any) -> bool:
-    # os.path.isdir returns False for over-long or forbidden paths; pathlib raises
-    return isinstance(image, str | os.PathLike) and os.path.isdir(image)  # noqa: PTH112
+    return isinstance(image, str | os.PathLike) and is_folder(image)
 
 
 def _is_pattern(image: Any) -> bool:
-    return isinstance(image, str | os.PathLike) and has_magic(os.fspath(image)) and not os.path.exists(image)  # noqa: PTH110
+    return isinstance(image, str | os.PathLike) and has_magic(os.fspath(image)) and not exists(image)
 
 
 def open_image(image: Any, mode: str = "RGB", read: Callable[[str, str], Any] = read_image) -> Any:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import SUFFIXES, find_images, is_comment, is_identified, is_url, read_image
+from spd_zoo.files import exists, is_file
 from spd_zoo.weights.download import DownloadError, download_bytes
 
 __all__ = [
@@ -84,12 +85,12 @@ def find_sources(patterns: Iterable[str], notes: Notes) -> list[Source]:
     found: list[Source] = []
     videos = VIDEO_SUFFIXES if _has_opencv() else ()  # in folders; without OpenCV they are left out, with a note
     for pattern in patterns:
-        is_list = Path(pattern).suffix.lower() == ".txt" and _is_file(pattern)
+        is_list = Path(pattern).suffix.lower() == ".txt" and is_file(pattern)
         entries = _listed(Path(pattern)) if is_list else [pattern]
         for entry in entries:
             if is_url(entry):
                 found.append(_at_address(entry))
-            elif entry.isdecimal() and not _exists(entry):
+            elif entry.isdecimal() and not exists(entry):
                 found.append(Video(f"camera {int(entry)}", entry))
             else:
                 found += map(_image_or_video, find_images([entry], notes, videos))
@@ -109,7 +110,7 @@ def _listed(file: Path) -> list[str]:
         raise ValueError(f"{file} lists no image: it needs a path or an address on each line")
     beside = [str(file.parent / entry) for entry in entries]
     return [
-        there if not is_url(entry) and not _exists(entry) and _exists(there) else entry
+        there if not is_url(entry) and not exists(entry) and exists(there) else entry
         for entry, there in zip(entries, beside, strict=True)
     ]
 
@@ -127,17 +128,9 @@ def _image_or_video(path: Path) -> Source:
     suffix = path.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return Video(str(path), str(path))
-    if suffix in SUFFIXES or not _is_file(path) or is_identified(path):
+    if suffix in SUFFIXES or not is_file(path) or is_identified(path):
         return path
     return Video(str(path), str(path)) if _has_opencv() else path  # reading it reports that it is not an image
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(path)  # noqa: PTH110  (pathlib raises for over-long or forbidden paths)
-
-
-def _is_file(path: str | Path) -> bool:
-    return os.path.isfile(path)  # noqa: PTH113  (pathlib raises for over-long or forbidden paths)
 
 
 def _has_opencv() -> bool:

@@ -5,8 +5,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from spd_zoo.files import exists, is_file
 from spd_zoo.weights.cache import find, find_imported, imported_names, is_right, origin_of, original_of
 from spd_zoo.weights.manifest import Entry, WeightsError, default_checkpoints, entries
 
@@ -43,13 +45,13 @@ def unknown_network(name: str, what: str = "network") -> ModelError:
     Returns:
         The error.
     """
-    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
-    if os.path.isfile(name) and suffix in CHECKPOINTS:  # noqa: PTH113
+    suffix = Path(name).suffix.lower()
+    if is_file(name) and suffix in CHECKPOINTS:
         return ModelError(
             f"{name} is a file, but no {what}; to use a checkpoint, run `spd-zoo weights import NETWORK.TAG {name}` "
             "and give NETWORK.TAG; to use a run, give its folder"
         )
-    if os.path.exists(name):  # noqa: PTH110  (which raises for names that are too long)
+    if exists(name):
         return ModelError(f"{name} is a file or folder, but no {what}; commands take the network first, then the rest")
     if os.sep in name or suffix in CHECKPOINTS:
         what = "network, file or folder"

@@ -1,6 +1,5 @@
 """Loads networks with their weights, by name, by tag or from a folder."""
 
-import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from spd_zoo.errors import first_line
+from spd_zoo.files import exists
 from spd_zoo.weights import (
     WeightsError,
     create,
@@ -52,7 +52,7 @@ def is_network(name: str) -> bool:
     network = name.partition(".")[0]
     ours = {entry.network for entry in entries().values()}
     known = name in entries() or (network in ours and name in imported_names())
-    source = ":" in name and not os.path.exists(name)  # noqa: PTH110  (which raises for names that are too long)
+    source = ":" in name and not exists(name)
     return known or source or (network not in ours and timm.is_model(network))
 
 

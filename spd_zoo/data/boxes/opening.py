@@ -14,8 +14,8 @@ __all__ = ["find_source", "open_boxes", "open_split"]
 
 _FORMS = (coco.find, yolo.find, voc.find, table.find, labelme.find, hugging_face.find)
 _FILES = {".json": coco.find_file, ".csv": table.find_file, ".txt": yolo.find_list}
-_LAYOUT = ("images", "annotations", "annotation", "vocdevkit", "obj_train_data")
 _FILES |= dict.fromkeys(yolo.CONFIGS, yolo.find_by_config)
+_LAYOUT = ("images", "annotations", "annotation", "vocdevkit", "obj_train_data")  # folders that belong to a data set
 
 
 def open_boxes(data: str | Path, split: str) -> BoxImages | None:

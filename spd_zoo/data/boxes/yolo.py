@@ -323,9 +323,8 @@ def _label_folder(folder: Path) -> Path | None:
             continue
         found = child(Path(*parts[:i]) if i else Path(), "labels")
         for part in parts[i + 1 :]:
-            if (
-                found is not None and not (found / part).is_dir()
-            ):  # images/train2017, labels/train; images/train, labels
+            # images/train2017 with labels/train, or images/train with labels
+            if found is not None and not (found / part).is_dir():
                 found = next(iter(folders_of_split(found, part)), None if folders_in(found) else found)
             elif found is not None:
                 found = found / part

@@ -138,9 +138,10 @@ class Detection:
             raise DataError(f"the split {config.val_name} has no box of a class that is trained; add some")
         cut_val: BoxImages = val
         if config.tile:
-            train = cut(train, max(sizes, key=math.prod), config.seed)
+            largest = max(sizes, key=math.prod)
+            train = cut(train, largest, config.seed)
             about.setdefault("tiles", describe_tiles(train, val))
-            cut_val = cut(val, max(sizes, key=math.prod), config.seed) if checked else val
+            cut_val = cut(val, largest, config.seed) if checked else val
         learnt_at = net.strides if isinstance(net, YOLOv8) else ()
         for name, data, strides in (("train", train, learnt_at), ("val", cut_val, ())) if checked else ():
             about[name]["box sizes"] = describe_sizes(data, sizes[-1], net.keeps_aspect, strides)
