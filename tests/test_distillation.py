@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from pictures import COLOURS, make_folders, picture
+from PIL import Image
 from runs import finetune_in_processes, rows_of, same_run, stop_in
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -204,6 +206,29 @@ def test_the_teacher_sees_what_the_student_sees(folders: Path, colour_net: Colou
     shown = (images * task.student_std + task.student_mean - 0.3) / 0.2
     torch.testing.assert_close(colour_net.seen[-1], shown, rtol=0, atol=1e-4)
     assert not torch.allclose(images, preprocessing.normalize(pixels))
+
+
+@pytest.mark.parametrize(("teacher_size", "seen"), [(16, 16), (8, 8), (48, 48)])
+def test_a_larger_teacher_sees_details_that_the_student_does_not(
+    folders: Path, tmp_path: Path, colour_net: ColourNet, teacher_size: int, seen: int
+) -> None:
+    for file in (folders / "train").rglob("*.png"):  # lines of one pixel at 48 px, a plain grey at 16 px
+        Image.fromarray(np.tile(np.array([0, 255], np.uint8), (48, 24))).convert("RGB").save(file)
+    options = {"image_size": "16", "crop_scale": 1.0, "crop_padding": 0, "hflip": 0.0, "interpolation": "bicubic"}
+    run(folders, tmp_path / "run", epochs=1, **options, teacher="colour", teacher_size=str(teacher_size))
+    views = [images for images in colour_net.seen if images.shape[-1] == seen]
+    assert views
+    contrast = torch.cat([images.std((1, 2, 3)) for images in views]).min().item() * 0.2
+    assert contrast > 0.4 if teacher_size == 48 else contrast < 0.1
+
+
+def test_padding_keeps_its_share_of_the_image(folders: Path, tmp_path: Path, colour_net: ColourNet) -> None:
+    for file in (folders / "train").rglob("*.png"):
+        Image.new("RGB", (48, 48), "white").save(file)
+    run(folders, tmp_path / "run", epochs=1, crop_padding=4, teacher="colour", teacher_size="48")
+    views = torch.cat([images for images in colour_net.seen if images.shape[-1] == 48])
+    black = (views.amax((1, 3)) < 0).sum(1)  # rows
+    assert 6 < black.max().item() <= 12  # pixels of 48, as 4 of 16
 
 
 @pytest.mark.slow

@@ -725,8 +725,12 @@ def _set_image_size(run: Run, epoch: int) -> None:
     size = next(size for size, first in reversed(run.plan.sizes) if epoch >= first)
     if size != run.image_size:
         run.image_size = size
+        config, views = run.plan.config, size
+        if isinstance(run.training, DistilledTraining):
+            views = run.training.set_image_size(size)
+            config = replace(config, crop_padding=round((config.crop_padding or 0) * views[0] / size[0]))
         run.train_batches = run.task.train_batches(
-            run.net, run.splits.train, size, run.steps, run.plan.config, run.preprocessing
+            run.net, run.splits.train, views, run.steps, config, run.preprocessing
         )
         run.val_batches = _val_batches(run, size)
 

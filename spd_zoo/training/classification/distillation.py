@@ -45,6 +45,7 @@ class Teacher(DistillationTeacher):
 
     Attributes:
         bytes_per_image: What its forward pass takes for an image.
+        views: The images of a step before they were reduced for the student.
 
     Raises:
         RuntimeError: If the network cannot compute images of this size.
@@ -65,6 +66,7 @@ class Teacher(DistillationTeacher):
         self.requires_grad_(False)
         self.size, self.digest, self.notes = size, digest, notes
         self.bytes_per_image = forward_bytes_per_image(net, size)
+        self.views: Tensor | None = None
         mean, std = _normalization(net)
         self.mean_kd, self.std_kd = (_as_image(values, device) for values in (mean, std))
         self.register_buffer("outputs", torch.tensor(outputs, device=device), persistent=False)
@@ -84,11 +86,10 @@ class Teacher(DistillationTeacher):
     def normalize_input(
         self, input: Tensor, student_mean: Tensor | None = None, student_std: Tensor | None = None
     ) -> Tensor:
-        """The student's input -> the teacher's, (N, C, height, width) of `size`."""
-        images: Tensor = super().normalize_input(input, student_mean, student_std)
-        if images.shape[-2:] == self.size:
-            return images
-        return F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        """`views`, or else the student's input -> the teacher's, (N, C, height, width) of `size`."""
+        views = input if self.views is None else self.views
+        images: Tensor = super().normalize_input(views, student_mean, student_std)
+        return _resized(images, self.size)
 
     def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, the student's classes): a softmax over them renormalises the teacher's probabilities."""
@@ -106,7 +107,9 @@ class DistilledTraining(LogitDistillationTask):
     """timm's task of distillation, with the loss of a `ClassifierTraining` for the labels.
 
     The loss is (1 - weight) times that of the labels, plus weight times the Kullback-Leibler divergence of the
-    student's probabilities from the teacher's, both at the temperature, times the temperature squared.
+    student's probabilities from the teacher's, both at the temperature, times the temperature squared. Both networks
+    see the same views. A teacher whose images are larger than the student's gets views of its own size, which are
+    reduced for the student.
 
     Args:
         labelled: The student and its loss for labels.
@@ -114,6 +117,8 @@ class DistilledTraining(LogitDistillationTask):
         config: The weight and the temperature.
         preprocessing: How pixels became the student's input, which the teacher undoes.
     """
+
+    teacher: Teacher
 
     def __init__(
         self, labelled: ClassifierTraining, teacher: Teacher, config: FinetuneConfig, preprocessing: Preprocessing
@@ -131,10 +136,18 @@ class DistilledTraining(LogitDistillationTask):
         )
         self.student_mean, self.student_std = (_as_image(v, device) for v in (preprocessing.mean, preprocessing.std))
         self.regularize = labelled.regularize
+        self.image_size: tuple[int, int] | None = None
+
+    def set_image_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Sets the student's height and width in pixels; returns those of the views for `forward`."""
+        self.image_size = size
+        return max(size[0], self.teacher.size[0]), max(size[1], self.teacher.size[1])
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Any]:
         """(N, C, H, W) and (N,) classes or (N, classes) probabilities -> `loss`, its `terms`, and `output`."""
-        result: dict[str, Any] = super().forward(images, targets)
+        self.teacher.views = images  # timm's task passes on what the student sees
+        result: dict[str, Any] = super().forward(_resized(images, self.image_size), targets)
+        self.teacher.views = None
         terms = {"label_loss": result["task_loss"], "distill_loss": result["kd_loss"].squeeze()}
         return self.regularize({"loss": result["loss"].squeeze(), "terms": terms, "output": result["output"]})
 
@@ -219,6 +232,13 @@ def _normalization(net: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of a network's input."""
     cfg = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
     return per_channel(cfg["mean"], net.in_chans), per_channel(cfg["std"], net.in_chans)
+
+
+def _resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """(N, C, H, W) -> (N, C, height, width) of `size`; None keeps the size."""
+    if size is None or images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True)
 
 
 def _as_image(values: Sequence[float], device: torch.device) -> Tensor:
