@@ -575,9 +575,22 @@ def test_the_function_finetune_takes_the_options_of_the_command(configs: list[Fi
     assert configs == [wanted] * 3
 
 
+def test_the_function_finetune_takes_lists_and_tuples(configs: list[FinetuneConfig], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("std: [0.2, 0.2, 0.3]\ndecay_epochs: [3, 5]\nsched: multistep\n")
+    options: dict[str, Any] = {"config": tmp_path / "mine.yaml", "data": "photos", "out": "run"}
+    spd_zoo.finetune("resnet18_spd", image_size=(32, 48), mean=[0.5, 0.5, 0.5], **options)
+    asked = configs[0]
+    assert (asked.image_size, asked.mean, asked.std, asked.decay_epochs) == (
+        "32x48", "0.5,0.5,0.5", "0.2,0.2,0.3", "3,5"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"image_size": (32, 48, 3)}, "image_size '32x48x3' is not like 64, 32x48"),
+        ({"image_size": ()}, "finetune: image_size is (), not of the type str"),
+        ({"epochs": [3]}, "finetune: epochs is [3], not of the type int"),
         ({"epoch": 3}, "finetune has an unknown option 'epoch'; did you mean epochs?"),
         ({"epochs": "many"}, "finetune: epochs is 'many', not of the type int"),
         ({"data": ""}, "give --data"),

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 RECIPES = Path(__file__).parent / "recipes"
+SEPARATORS = {"image_size": "x", "teacher_size": "x", "mean": ",", "std": ",", "hsv": ",", "decay_epochs": ","}
 GENERAL = ("quick", "best")  # recipes for any data
 DISTILLATION = ("teacher_model", "teacher_size", "teacher_digest", "distill_weight", "distill_temperature")
 UNKNOWN = "unknown"  # in a recipe: its source does not give the value
@@ -518,7 +519,7 @@ def as_options(found: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """Options by their names, with values of the types of `FinetuneConfig`.
 
     Args:
-        found: The options; paths may be of any type.
+        found: The options; paths may be of any type, sizes and numbers in lists or tuples.
         where: Where they come from, for messages.
 
     Raises:
@@ -530,7 +531,7 @@ def as_options(found: Mapping[Any, Any], where: str) -> dict[str, Any]:
             nearest = difflib.get_close_matches(str(name), hints, n=1)
             advice = f"; did you mean {nearest[0]}?" if nearest else ""
             raise ValueError(f"{where} has an unknown option {reprlib.repr(name)}{advice}")
-    values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in found.items()}
+    values = {name: _as_text(name, value) for name, value in found.items()}
     return {
         name: value if value == UNKNOWN else _as(hints[name], value, f"{where}: {name}")
         for name, value in values.items()
@@ -554,6 +555,15 @@ def make_config(options: dict[str, Any], file: str | Path | None = None, recipe:
         names = " and ".join(name.upper() if name == "model" else f"--{name}" for name in missing)
         raise ValueError(f"give {names}: `spd-zoo finetune MODEL --data DATA --out RUN`")
     return FinetuneConfig(**values)
+
+
+def _as_text(name: str, value: Any) -> Any:
+    """The value of an option as it is written on the command line, if it is a path, a list or a tuple."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if name in SEPARATORS and isinstance(value, list | tuple) and value:
+        return SEPARATORS[name].join(map(str, value))
+    return value
 
 
 def _as(hint: Any, value: Any, where: str) -> Any:
