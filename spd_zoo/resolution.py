@@ -182,8 +182,8 @@ def _halved(module: Any, name: str, down: _Downsampling, smaller: tuple[int, int
     """The layer with half its stride, padded so that an input of `smaller` pixels gives an output of the same size."""
     if not isinstance(module, _LAYERS):
         raise ValueError(
-            f"{down.operator}, which downsamples first, is called in the forward of {type(module).__name__}"
-            f"{f' ({name})' if name else ''}; only the stride of a convolution or pooling layer can be removed"
+            f"{type(module).__name__}{f' ({name})' if name else ''} downsamples first, by {down.operator}; only the "
+            "stride of a convolution or pooling layer can be removed"
         )
     strides = to_2tuple(module.stride)
     if strides[0] != strides[1] or strides[0] % 2:

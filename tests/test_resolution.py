@@ -133,8 +133,11 @@ class Sliced(nn.Module):
 @pytest.mark.parametrize(
     ("net", "why"),
     [
-        (Sliced(), r"max_pool2d_with_indices, which downsamples first, is called in the forward of Sliced"),
-        (Plain(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3, 2, 1)), "pixel_unshuffle, which downsamples first"),
+        (Sliced(), "Sliced downsamples first, by max_pool2d_with_indices; only the stride of a convolution"),
+        (
+            Plain(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3, 2, 1)),
+            r"PixelUnshuffle \(0\) downsamples first, by pixel_unshuffle",
+        ),
         (Plain(nn.Conv2d(3, 4, 3, (2, 1), 1)), r"0 has stride \(2, 1\), which cannot be halved"),
         (Plain(nn.Conv2d(3, 4, 3, 3, 1)), r"0 has stride \(3, 3\), which cannot be halved"),
         (
