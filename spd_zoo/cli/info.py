@@ -44,8 +44,8 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
     best = checkpoints[0] if checkpoints else described
     family = next(family for family in FAMILIES.values() if described["group"] in family.groups)
     detects = described["task"] == "detection"
-    data = f" of {best['dataset']}" if best["dataset"] else ""
-    yield "name", f"{name}: {described['task']}, {best['num_classes']:,} classes{data}"
+    trained = f", trained on {best['dataset']}" if best["dataset"] else ""
+    yield "name", f"{name}: {described['task']}, {best['num_classes']:,} {'classes' if detects else 'outputs'}{trained}"
     yield "family", f"{family.title}: {family.text}"
     size = "x".join(map(str, best["input_size"][1:]))
     yield "size", f"{best['params'] / 1e6:.1f} M parameters, {best['macs'] / 1e9:.2f} G MACs at {size} pixels"
