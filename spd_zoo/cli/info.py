@@ -57,12 +57,14 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "weights", f"none; train it: spd-zoo finetune {network} --data DIR --out RUN"
     elif best["notes"]:
         yield "note", textwrap.shorten(best["notes"], _WIDTH, placeholder=" ...")
-    if checkpoints:
+    if best.get("replaced_by"):
+        yield "train", best["train_again"]
+    elif checkpoints:
         if best["weights"] == "unverified":
             yield "get", f"spd-zoo weights pull {best['name']}"
         yield "use", f"spd-zoo {'detect' if detects else 'predict'} {best['name']} IMAGES"
         yield "", f'spd_zoo.{"Detector" if detects else "Classifier"}("{best["name"]}")("IMAGE")'
-    pretrained = ", pretrained=True" if checkpoints else ""
+    pretrained = ", pretrained=True" if checkpoints and not best.get("replaced_by") else ""
     yield "", f'timm.create_model("{best["name"]}"{pretrained})'
     yield "more", f"spd-zoo info {name} --all"
 
@@ -70,7 +72,11 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _rank(checkpoint: dict[str, Any]) -> tuple[bool, bool, float]:
     """The order of checkpoints: those that load at once, the default first, then by accuracy."""
     found = _accuracy(checkpoint)
-    return checkpoint["weights"] == "unverified", not checkpoint["default"], -(found["value"] if found else 0.0)
+    return (
+        checkpoint["weights"] in ("unverified", "replaced"),
+        not checkpoint["default"],
+        -(found["value"] if found else 0.0),
+    )
 
 
 def _accuracy(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -84,6 +90,7 @@ def _place(checkpoint: dict[str, Any]) -> str:
         "package": f"in the extra {checkpoint['extra']}",
         "hub": "downloaded when used",
         "unverified": "at its authors'",
+        "replaced": f"replaced by {checkpoint['replaced_by']}",
     }[checkpoint["weights"]]
     return f"{place} ({checkpoint['license'] or 'licence unknown'})"
 

@@ -168,6 +168,8 @@ def _availability(entry: Entry) -> str:
     if entry.verified:
         place = str(entry.source).partition(":")[0]
         return place if place in ("bundled", "package") else "hub"
+    if entry.replaced_by:
+        return "replaced"
     return "unverified" if entry.tag else "none"
 
 
@@ -274,7 +276,9 @@ def locate(entry: Entry, verify: bool = False) -> dict[str, Any]:
     """
     file = find(entry)
     if file is None:
-        location, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
+        file_at = " ".join(filter(None, (entry.original_link, entry.original_file)))
+        location = "replaced" if entry.replaced_by else "missing"
+        origin = f"replaced by {entry.replaced_by}" if entry.replaced_by else entry.source or file_at
     elif str(entry.source).startswith("bundled:"):
         location, origin = "bundled", "spd-zoo"
     elif str(entry.source).startswith("package:"):

@@ -70,6 +70,11 @@ def _missing(entry: Entry, source: re.Match[str]) -> WeightsError:
 
 def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_dir: str | Path | None) -> Path:
     """Downloads the file of `entry`; processes that wait for the lock then find it."""
+    if damaged is None and entry.replaced_by:
+        raise WeightsError(
+            f"the weights {entry.name} are not distributed any more; use {entry.replaced_by}, which replaced them, or "
+            f"train them again: {entry.train_again}"
+        )
     if hub is None and entry.original_link is None:
         if damaged is not None:
             raise _wrong(entry, damaged, f"import it again: spd-zoo weights import {entry.name} FILE")

@@ -69,6 +69,8 @@ class Entry:
     origin_url: str | None = None
     original_link: str | None = None
     original_file: str | None = None  # the file's name, if original_link is a folder
+    replaced_by: str | None = None  # the checkpoint to use instead, where this one's file is not distributed any more
+    train_again: str | None = None  # the command that trained it
     derived_from: str | None = None  # the entry whose weights this network converts when it loads them
     dataset: str | None = None
     class_names: tuple[str, ...] | str | None = None  # "imagenet-1k" stands for the WordNet ids of its 1000 classes
