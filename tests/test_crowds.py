@@ -178,10 +178,12 @@ def test_detect_takes_classes_scores_and_a_limit(run: Path, photo: str, capsys: 
     few, err = printed(capsys, str(run), photo, "--score", "0", "--max-detections", "4")
     assert few == names[:4] and err.startswith("note: 1 image: more than 4 objects (max_detections), or 30,000 scores")
     assert printed(capsys, str(run), photo, "--score", "0", "--max-detections", "4", "--quiet")[1] == ""
-    for option in ("blue", "blue=x", "=0.3", "blue=0.1,blue=0.2"):
+    wrong = dict.fromkeys(("blue", "=0.3", "blue=0.1,blue=0.2"), "must be like cell=0.4,platelet=0.1")
+    wrong |= dict.fromkeys(("blue=x", "red=0.1,blue=2"), "the minimum score of blue must be a number from 0 to 1")
+    for option, message in wrong.items():
         with pytest.raises(SystemExit):
             main(["detect", str(run), photo, "--class-scores", option])
-        assert "must be like cell=0.4,platelet=0.1" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main(["detect", str(run), photo, "--classes", "cell"]) == 1
     assert "there is no class 'cell' among the 3 classes (blue, green, red)" in capsys.readouterr().err
 

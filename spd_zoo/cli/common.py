@@ -139,12 +139,12 @@ def class_scores(text: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for item in text.split(","):
         name, _, score = item.rpartition("=")
+        if not name or name in found:
+            raise argparse.ArgumentTypeError(f"must be like cell=0.4,platelet=0.1, got {item!r}")
         try:
-            if not name or name in found:
-                raise ValueError
-            found[name] = float(score)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"must be like cell=0.4,platelet=0.1, got {item!r}") from error
+            found[name] = threshold(score)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"the minimum score of {name} {error}") from error
     return found
 
 
