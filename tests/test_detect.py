@@ -387,6 +387,9 @@ def test_a_classifier_is_refused_with_the_command_for_it() -> None:
         Detector(timm.create_model("cifar_resnet20"))
     with pytest.raises(ModelError, match="spd-zoo predict"):
         Detector("cifar_resnet20_pfd", device="cpu")
+    for name in ("resnet18", "resnet50_spd.spd_cifar10"):  # whose weights are not on this machine
+        with pytest.raises(ModelError, match="is no detector; run `spd-zoo predict"):
+            Detector(name)
 
 
 def test_objects_know_their_image_and_show_it_in_a_notebook(tmp_path: Path) -> None:

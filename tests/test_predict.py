@@ -447,6 +447,8 @@ def test_a_detector_is_refused(tmp_path: Path) -> None:
     save_for_hf(timm.create_model("yolov8n_spd", num_classes=3), str(tmp_path), safe_serialization=True)
     with pytest.raises(ModelError, match=r"is a detector; run `spd-zoo detect .* IMAGES`"):
         next(predict(str(tmp_path), [write_image(tmp_path / "a.png")], device="cpu"))
+    with pytest.raises(ModelError, match=r"is a detector; run `spd-zoo detect .* IMAGES`"):
+        next(predict("yolov5n_spd", [tmp_path / "a.png"]))  # whose weights are not on this machine
 
 
 def test_an_impossible_device_is_refused(saved: str, tmp_path: Path) -> None:

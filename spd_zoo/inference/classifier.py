@@ -22,7 +22,7 @@ from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, o
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, pretrained_cfg
+from spd_zoo.weights.load import ModelError, pretrained_cfg, task_by_name
 
 __all__ = [
     "DEFAULT_CLASSIFIER",
@@ -316,9 +316,15 @@ def load_classifier(model: str, device: str | None) -> nn.Module:
         ModelError: If there is no such network, or it cannot be used.
         WeightsError: If its weights are unavailable or must not be used.
     """
+    if task_by_name(model) == "detection":
+        raise _no_classifier(model)
     net = load_model(model, device)
     check_classifier(net, model)
     return net
+
+
+def _no_classifier(model: str) -> ModelError:
+    return ModelError(f"{model} is a detector; run `spd-zoo detect {model} IMAGES`, or use spd_zoo.Detector")
 
 
 def check_classifier(net: nn.Module, model: str) -> None:
@@ -328,7 +334,7 @@ def check_classifier(net: nn.Module, model: str) -> None:
         ModelError: If it is a detector or has no classes.
     """
     if isinstance(net, ObjectFinder):
-        raise ModelError(f"{model} is a detector; run `spd-zoo detect {model} IMAGES`, or use spd_zoo.Detector")
+        raise _no_classifier(model)
     if not hasattr(net, "pretrained_cfg"):
         raise ModelError(
             f"{model} has no pretrained_cfg, which says how its images are prepared; use one of timm's networks"

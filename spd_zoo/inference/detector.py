@@ -31,7 +31,7 @@ from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, o
 from spd_zoo.inference.scores import read_scores
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError
+from spd_zoo.weights.load import ModelError, task_by_name
 
 __all__ = ["Detections", "Detector", "Placement", "postprocess", "prepare"]
 
@@ -304,6 +304,16 @@ def postprocess(
     return found
 
 
+def _no_detector(name: str) -> ModelError:
+    return ModelError(f"{name} is no detector; run `spd-zoo predict {name} IMAGES`, or use spd_zoo.Classifier")
+
+
+def _load(name: str, device: str | None) -> nn.Module:
+    if task_by_name(name) == "classification":
+        raise _no_detector(name)
+    return load_model(name, device)
+
+
 class Detector:
     """Detects objects in images of any size.
 
@@ -383,9 +393,9 @@ class Detector:
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
-        net = model if isinstance(model, nn.Module) else load_model(name, device)
+        net = model if isinstance(model, nn.Module) else _load(name, device)
         if not isinstance(net, ObjectFinder):
-            raise ModelError(f"{name} is no detector; run `spd-zoo predict {name} IMAGES`, or use spd_zoo.Classifier")
+            raise _no_detector(name)
         if device is not None:
             net.to(pick_device(device))
         net.eval()

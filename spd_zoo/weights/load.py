@@ -38,6 +38,7 @@ __all__ = [
     "load_file",
     "load_network",
     "pretrained_cfg",
+    "task_by_name",
     "timm_name",
 ]
 
@@ -54,6 +55,14 @@ def is_network(name: str) -> bool:
     known = name in entries() or (network in ours and name in imported_names())
     source = ":" in name and not exists(name)
     return known or source or (network not in ours and timm.is_model(network))
+
+
+def task_by_name(name: str) -> str | None:
+    """The task of a network of the zoo or of timm, "classification" or "detection"; None for folders and files."""
+    network = name.partition(".")[0]
+    if ":" in name or name.endswith(".onnx") or not is_network(name):
+        return None
+    return entries()[network].task if network in entries() else "classification"
 
 
 def has_weights(name: str) -> bool:
