@@ -284,6 +284,23 @@ def test_a_data_set_is_not_written_among_its_own_images(tmp_path: Path) -> None:
     convert_data(root, "coco", root / "as_coco")
 
 
+def test_test_images_without_labels_are_not_converted(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    shutil.copytree(root / "images" / "val", root / "images" / "test")
+    (note,) = (line for line in convert_data(root, "coco", tmp_path / "coco") if "not converted" in line)
+    image = root / "images" / "test" / "val_0.png"
+    needed = root / "labels" / "test" / "val_0.txt"
+    assert note == f"note: test not converted: no image of {image.parent} has a label file; {image} needs {needed}"
+    assert sorted(file.name for file in (tmp_path / "coco" / "annotations").iterdir()) == [
+        "instances_train.json",
+        "instances_val.json",
+    ]
+    shutil.rmtree(root / "labels" / "val")
+    with pytest.raises(DataError, match=r"no image of .*val has a label file"):
+        convert_data(root, "coco", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_split_without_a_usable_image_is_not_converted(tmp_path: Path) -> None:
     root = make_coco(tmp_path / "data")
     for image in (root / "images").glob("val_*"):

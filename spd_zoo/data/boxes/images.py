@@ -35,6 +35,7 @@ __all__ = [
     "Objects",
     "Source",
     "Tiling",
+    "UnlabelledError",
     "found_in_words",
     "hold_out",
     "with_names",
@@ -47,6 +48,10 @@ UNUSABLE = 0.01  # share of lines that may be unusable, from `UNUSABLE_LINES` of
 UNUSABLE_LINES = 10
 _REGIONS = {"ignore", "ignored", "ignore region", "ignore regions", "ignored region", "ignored regions"}
 _REGIONS |= {"dontcare", "dont care", "don't care"}
+
+
+class UnlabelledError(DataError):
+    """Images of which none has a label."""
 
 
 class Objects(NamedTuple):

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, found_in_words, upright_size
+from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, UnlabelledError, found_in_words, upright_size
 from spd_zoo.data.boxes.opening import find_source, open_split
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
@@ -87,9 +87,17 @@ def _open_splits(data: str | Path) -> tuple[dict[str, BoxImages], list[str]]:
     names = list(source.splits)
     usual = [name for name in ("train", "val", "test") if any(split_of(each) == name for each in names)]
     others = [name for name in names if split_of(name) is None]
-    opened = {name: open_split(source, data, name) for name in usual or others}
-    splits = {name: each for name, each in opened.items() if each is not None}
-    notes = dict.fromkeys(note for each in splits.values() for note in each.notes)
+    splits: dict[str, BoxImages] = {}
+    unlabelled = []
+    for name in usual or others:
+        try:
+            if (each := open_split(source, data, name)) is not None:
+                splits[name] = each
+        except UnlabelledError as error:
+            if split_of(name) != "test" or not splits:
+                raise
+            unlabelled.append(f"{name} not converted: {error}")  # the authors of many data sets keep its labels
+    notes = dict.fromkeys([*(note for each in splits.values() for note in each.notes), *unlabelled])
     if usual and others:
         notes[f"not converted, because they are no usual splits: {some(others)}"] = None
     lines = [found_in_words(splits), *(f"note: {note}" for note in notes)]

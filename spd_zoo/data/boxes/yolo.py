@@ -29,7 +29,7 @@ from spd_zoo.data.boxes.folders import (
     text_of,
     unread_folders,
 )
-from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
+from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, UnlabelledError
 from spd_zoo.data.classes import DataError, clean_name
 from spd_zoo.data.notes import count, some
 from spd_zoo.data.reading import SUFFIXES, files_in, is_comment
@@ -334,6 +334,16 @@ def _label_folder(folder: Path) -> Path | None:
     return folder if first is None or any(files_with(folder, ".txt", deep=False)) else first
 
 
+def _usual_label(image: Path) -> Path:
+    """Where the label file of an image belongs: below labels in place of images, or else beside the image."""
+    parts = list(image.parts)
+    for i in reversed(range(len(parts) - 1)):
+        if parts[i].lower() == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
 @dataclass
 class _Labels:
     """The text files of a data set's labels, by the folders of the images."""
@@ -384,8 +394,7 @@ def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
     where = places[0] if len(places) == 1 else root
     if collected.files and not labels.used:
         image = Path(collected.files[0])
-        expected = (_label_folder(image.parent) or image.parent) / f"{image.stem}.txt"
-        raise DataError(f"no image of {where} has a label file; {image} needs {expected}")
+        raise UnlabelledError(f"no image of {where} has a label file; {image} needs {_usual_label(image)}")
     collected.refuse_pixels(where)
     return collected.images(where, some([relative_to(place, root) for place in places], 3), notes)
 
