@@ -167,7 +167,7 @@ def test_quiet_leaves_out_notes_and_verbose_shows_where_an_error_came_from(image
     assert main(["predict", "yolov8n_spd.bccd", str(image)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["predict", "yolov8n_spd.bccd", str(image), "-v"]) == 1
-    assert "check_classifier" in capsys.readouterr().err
+    assert "load_classifier" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("made_up_entries")
