@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,8 @@ def test_a_run_stores_its_best_scores_curves_and_predictions(finished: tuple[Pat
     page = (folder / "report.html").read_text()
     for title in ("Precision and recall", "Confusion", "Missed objects", "Recall by size", "background"):
         assert title in page
+    assert re.search(r"minimum scores: \d+ correct box(es)?, \d+ wrong box(es)?, \d+ missed objects?\.", page)
+    assert not re.search(r"\b1 (correct boxes|wrong boxes|missed objects)", page)
     assert {"precision_recall.png", "confusion.png", "missed.png"} <= {
         file.name for file in (folder / "figures").iterdir()
     }

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from spd_zoo.data.notes import count
 from spd_zoo.training import comments
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection.metrics import BoxPredictions
@@ -109,7 +110,8 @@ def _errors(predictions: BoxPredictions, indices: Sequence[int]) -> str:
         )
     )
     return (
-        f"With the best minimum scores, {right} boxes are correct, {wrong} are wrong, and {missed} objects are missed."
+        f"With the best minimum scores: {count(right, 'correct box', 'correct boxes')}, "
+        f"{count(wrong, 'wrong box', 'wrong boxes')}, {count(missed, 'missed object')}."
     )
 
 
