@@ -57,14 +57,15 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "weights", f"none; train it: spd-zoo finetune {network} --data DIR --out RUN"
     elif best["notes"]:
         yield "note", textwrap.shorten(best["notes"], _WIDTH, placeholder=" ...")
-    if best.get("replaced_by"):
+    replaced = best["weights"] == "replaced"
+    if replaced:
         yield "train", best["train_again"]
     elif checkpoints:
         if best["weights"] == "unverified":
             yield "get", f"spd-zoo weights pull {best['name']}"
         yield "use", f"spd-zoo {'detect' if detects else 'predict'} {best['name']} IMAGES"
         yield "", f'spd_zoo.{"Detector" if detects else "Classifier"}("{best["name"]}")("IMAGE")'
-    pretrained = ", pretrained=True" if checkpoints and not best.get("replaced_by") else ""
+    pretrained = ", pretrained=True" if checkpoints and not replaced else ""
     yield "", f'timm.create_model("{best["name"]}"{pretrained})'
     yield "more", f"spd-zoo info {name} --all"
 

@@ -275,10 +275,10 @@ def locate(entry: Entry, verify: bool = False) -> dict[str, Any]:
         The fields of the row.
     """
     file = find(entry)
-    if file is None:
-        file_at = " ".join(filter(None, (entry.original_link, entry.original_file)))
-        location = "replaced" if entry.replaced_by else "missing"
-        origin = f"replaced by {entry.replaced_by}" if entry.replaced_by else entry.source or file_at
+    if file is None and entry.replaced_by:
+        location, origin = "replaced", f"replaced by {entry.replaced_by}"
+    elif file is None:
+        location, origin = "missing", entry.source or " ".join(filter(None, (entry.original_link, entry.original_file)))
     elif str(entry.source).startswith("bundled:"):
         location, origin = "bundled", "spd-zoo"
     elif str(entry.source).startswith("package:"):
