@@ -120,6 +120,7 @@ def test_a_dry_run_reports_problems_and_writes_nothing(tmp_path: Path, capsys: p
     (root / "labels" / "train" / "train_5.txt").unlink()
     assert finetune(config(root, tmp_path / "run", dry_run=True)) is None
     printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("chosen: random weights, 20 epochs at 64 px, ")
     for line in (
         "train: 7 images of 3 classes, 96x64 to 96x64 pixels",
         "1 image left out as unreadable",

@@ -267,7 +267,7 @@ class FinetuneConfig:
     )
     save_minutes: float = _option(10.0, "minutes after which the state is saved within an epoch, too", free=True)
     log: str = _option("", "also log the metrics of each epoch with tensorboard or wandb", free=True)
-    dry_run: bool = _option(False, "check the data and exit; write nothing", free=True)
+    dry_run: bool = _option(False, "check the data, print what would be trained and exit; write nothing", free=True)
 
     def __post_init__(self) -> None:
         """Raises ValueError for invalid values."""
