@@ -158,12 +158,13 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
         process.print(line, result=config.dry_run)
     if teacher is not None:
         process.print(teacher.in_words(config))
+    for note in plot_notes():
+        process.print(f"note: {note}")
+
     chosen = plan(config, task, blank, len(splits.train), splits.train.class_names, process, teacher)
     process.print(choices(chosen, process, recipe), result=config.dry_run)
     if config.dry_run:
         return None
-    for note in plot_notes():
-        process.print(f"note: {note}")
 
     try:
         run = start(chosen, task, splits, folder, process, teacher)
