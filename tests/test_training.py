@@ -240,7 +240,7 @@ EVERYTHING = {  # every option with a state or with randomness
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_run_resumes_to_the_same_bits(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     run(folders, tmp_path / "whole", **EVERYTHING, workers=workers)
     for epoch, step in ((0, 1), (1, 2), (2, 0)):  # within an epoch, and at its end
@@ -249,7 +249,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(
             run(folders, tmp_path / "stopped", **EVERYTHING, workers=workers)
         assert stopped.value.number == signal.SIGTERM
         torch.manual_seed(epoch)  # a new process begins with generators in another state
+    capsys.readouterr()
     run(folders, tmp_path / "stopped", **EVERYTHING, workers=2 - workers)
+    assert "stopped is resumed in epoch 3 after step 1 of 3" in capsys.readouterr().out
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
     assert len(json.loads((tmp_path / "stopped" / "environment.json").read_text())) == 4
 

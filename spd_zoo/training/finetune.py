@@ -171,8 +171,8 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
         log = open_log(folder, chosen.config) if process.first else nullcontext(run.log)
         with freed_memory_kept(process.device), StopSignals() as signals, _progress_bar(run) as bar, log as run.log:
             begin(run, signals)
-            if began is not None and _is_over(run):
-                process.print(f"{config.out} is trained already, for {count(len(run.history), 'epoch')}")
+            if began is not None:
+                process.print(_resumed(run))
             while not _is_over(run):
                 train_epoch(run, signals, bar)
                 end_epoch(run, signals)
@@ -788,6 +788,14 @@ def _stop_if_asked(run: Run, signals: StopSignals, message: str) -> None:
 
 def _is_over(run: Run) -> bool:
     return len(run.history) >= run.plan.config.epochs or _stagnates(run)
+
+
+def _resumed(run: Run) -> str:
+    """The line about a run that was in the folder."""
+    if _is_over(run):
+        return f"{run.folder.path} is trained already, for {count(len(run.history), 'epoch')}"
+    step = f" after step {run.done} of {run.steps.per_epoch}" if run.done else ""
+    return f"the run in {run.folder.path} is resumed in epoch {len(run.history) + 1}{step}"
 
 
 def _stagnates(run: Run) -> bool:
