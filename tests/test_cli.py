@@ -492,8 +492,17 @@ def test_counts_must_be_positive(option: str, value: str, capsys: Capture) -> No
 def test_a_count_that_is_no_number_is_called_that(words: list[str], value: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([*words, value])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert f"argument {words[-1]}: must be a whole number" in error and error.endswith(f"got '{value}'")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"argument {words[-1]}: must be a whole number" in error
+    assert error.endswith(f"got '{value}'; see `spd-zoo {words[0]} --help`")
+
+
+@pytest.mark.parametrize("line", ["finetune --lr abc", "predict --nonsense", "nonsense", "weights nonsense", "weights"])
+def test_a_wrong_command_line_is_an_error_of_one_line(line: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("spd-zoo: error: ") and error.endswith("--help`")
 
 
 def test_without_a_command_all_commands_are_listed(capsys: Capture) -> None:

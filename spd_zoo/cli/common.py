@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from spd_zoo.console import is_quiet
 from spd_zoo.errors import first_line
@@ -15,6 +15,7 @@ __all__ = [
     "DEVICE",
     "MAX_PIXELS",
     "CommandError",
+    "Parser",
     "add_command",
     "class_scores",
     "complain",
@@ -50,6 +51,15 @@ _EXTRAS = {
 
 class CommandError(Exception):
     """A command that cannot be carried out; the message is one sentence for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, instead of all options and then the error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error and where the help is, and exits with 2."""
+        complain(f"{message}; see `{self.prog} --help`")
+        self.exit(2)
 
 
 def add_command(

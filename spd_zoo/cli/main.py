@@ -22,7 +22,7 @@ from spd_zoo.cli import (
     weights,
 )
 from spd_zoo.cli import list as list_command
-from spd_zoo.cli.common import CommandError, complain, explained, warnings_as_notes
+from spd_zoo.cli.common import CommandError, Parser, complain, explained, warnings_as_notes
 from spd_zoo.cli.deferred import load_networks
 from spd_zoo.console import quiet_if
 from spd_zoo.version import __version__
@@ -79,7 +79,7 @@ def make_parser(finetune_options: bool = True) -> argparse.ArgumentParser:
     Raises:
         CommandError: If a package is missing that these need.
     """
-    parser = argparse.ArgumentParser("spd-zoo", description="Networks for low-resolution images and small objects.")
+    parser = Parser("spd-zoo", description="Networks for low-resolution images and small objects.")
     parser.add_argument("--version", action="version", version=f"spd-zoo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
