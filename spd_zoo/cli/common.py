@@ -32,7 +32,7 @@ __all__ = [
 DEVICE = "torch device, such as cpu, cuda:1 or mps (default: cuda if available, else cpu)"
 MAX_PIXELS = "largest image that may be read as a whole, in pixels; with --tile, a TIFF is read in parts"
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 _EXTRAS = {
     "cv2": "[video]",
@@ -69,7 +69,7 @@ def add_command(
     text: str,
     networks: bool = True,
     own_help: bool = False,
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Adds a command.
 
     Args:

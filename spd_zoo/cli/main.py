@@ -1,6 +1,5 @@
 """The parser of `spd-zoo`, and the handling of errors."""
 
-import argparse
 import io
 import os
 import signal
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def make_parser(finetune_options: bool = True) -> argparse.ArgumentParser:
+def make_parser(finetune_options: bool = True) -> Parser:
     """The parser of all commands.
 
     Args:
