@@ -481,6 +481,23 @@ def test_the_command_marks_images_and_writes_coco(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["marked", "photos"]
 
 
+def test_marked_images_do_not_lie_among_the_images(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    picture((60, 40)).save(tmp_path / "photos" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for images, out in (
+        ("photos", "photos/marked"),
+        (".", "photos/more/marked"),
+        ("photos/../photos", "photos/marked"),
+    ):
+        error = f"spd-zoo: error: {out} lies among the images in {images}; give another --out\n"
+        assert run_command(capsys, run, images, "--out", out, "--device", "cpu") == (1, "", error)
+    assert [path.name for path in Path("photos").iterdir()] == ["a.png"]
+    assert run_command(capsys, run, "photos/a.png", "--out", "photos/marked", "--device", "cpu")[0] == 0
+
+
 def test_no_copy_leaves_the_folder(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()

@@ -22,6 +22,7 @@ from spd_zoo.cli.common import (
     threshold,
 )
 from spd_zoo.console import bar_disabled
+from spd_zoo.files import is_folder
 
 if TYPE_CHECKING:
     from spd_zoo.inference.detector import Detector
@@ -110,6 +111,8 @@ def _run(options: argparse.Namespace) -> int:
 
     notes = Notes()
     sources = results.find_images(options, notes, find_sources)
+    if options.out is not None and (around := _folder_around(options.out, options.images)) is not None:
+        raise CommandError(f"{options.out} lies among the images in {around}; give another --out")
     saved = Saved(not options.no_images, options.save_txt, options.save_crops)
     videos = [source for source in sources if isinstance(source, Video)]
     failed = False
@@ -143,6 +146,12 @@ def _run(options: argparse.Namespace) -> int:
             coco.write(sys.stdout)
     print_notes(notes.lines())
     return int(failed)
+
+
+def _folder_around(out: Path, images: list[str]) -> str | None:
+    """The first of the folders with images around the folder `out`, whose images would be found there the next time."""
+    above = out.resolve().parents
+    return next((image for image in images if is_folder(image) and Path(image).resolve() in above), None)
 
 
 def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
