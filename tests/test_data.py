@@ -455,6 +455,42 @@ def test_a_folder_may_have_a_csv_file_per_split(folders: Path) -> None:
     assert open_data(folders, "test") is None
 
 
+def test_a_csv_file_has_the_columns_that_are_asked_for(folders: Path) -> None:
+    (folders / "list.csv").write_text("file,label,Species\ntrain/red/0.png,1,cat\ntrain/red/1.png,1,dog\n")
+    data = opened(folders / "list.csv", image_column="file", label_column="Species")
+    assert (data.class_names, data.labels) == (["cat", "dog"], [0, 1])
+    with pytest.raises(
+        DataError, match="needs a first line with the columns file and kind, got 'file, label, species'"
+    ):
+        open_data(folders / "list.csv", "train", image_column="file", label_column="kind")
+
+
+def test_class_folders_have_no_columns(folders: Path) -> None:
+    with pytest.raises(DataError, match="names of its folders are the classes"):
+        open_data(folders, "train", label_column="kind")
+
+
+@pytest.mark.parametrize(
+    ("table", "read", "other", "classes"),
+    [("train.csv", "train.csv", "train, val", ["cat"]), ("test.csv", "train, val", "test.csv", [*COLOURS])],
+)
+def test_of_csv_files_and_class_folders_those_with_train_are_read(
+    folders: Path, table: str, read: str, other: str, classes: list[str]
+) -> None:
+    (folders / table).write_text("path,label\ntrain/red/0.png,cat\n")
+    data = opened(folders)
+    assert sorted(data.class_names) == sorted(classes)
+    assert data.notes == (f"{folders} has {table} and class folders in train, val: {read} read, {other} not",)
+    assert open_data(folders, "test") is None
+
+
+def test_an_archive_beside_its_class_folders_is_not_read(folders: Path) -> None:
+    (folders / "train.tar").write_bytes(b"archive")
+    data = opened(folders)
+    assert sorted(data.class_names) == sorted(COLOURS)
+    assert data.notes == (f"{folders} has train.tar and class folders in train, val: the folders are read",)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

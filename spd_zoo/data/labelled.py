@@ -168,11 +168,14 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
     Args:
         data: Where the data set is.
         split: train, val or test, in any case and under any usual name; or another name.
-        image_column: The column with the images, where `datasets` reads them; by default the only one of images.
-        label_column: The column with the classes; by default the only one of classes, `label` or `cls`.
+        image_column: The column with the images; by default `path` in CSV files, and where `datasets` reads them, the
+            only one of images.
+        label_column: The column with the classes; by default `label` in CSV files, and where `datasets` reads them,
+            the only one of classes, `label` or `cls`.
 
     Raises:
-        DataError: If there is no such data set, it has no classes, or a class folder is empty.
+        DataError: If there is no such data set, it has no classes, a class folder is empty, or a column is given for
+            class folders.
     """
     data = os.fspath(data)
     if data.startswith("hf://"):
@@ -181,20 +184,38 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
         raise DataError(f"{data} is an address, which is not read; download the data set and give its folder")
     root = Path(data)
     if root.is_file() and root.suffix.lower() == ".csv":
-        return _open_csv(root, split)
+        return _open_csv(root, split, image_column, label_column)
     if not root.is_dir():
         raise DataError(
             f"{root} is not a folder; give one with train/<class>/ folders or train*.parquet files, a CSV file, or "
             "hf://NAME for a data set of the Hugging Face Hub"
         )
     tables = {file.stem: file for file in sorted(root.iterdir()) if file.suffix.lower() == ".csv" and file.is_file()}
+    folders = sorted(entry.name for entry in root.iterdir() if split_of(entry.name) and entry.is_dir())
+    folders = [name for name in folders if _has_folders(root / name)]
     found = find_split(tables, split)
-    if found or find_split(tables, "train"):
-        opened = _open_csv(tables[found[0]], None) if found else None
-        return opened and replace(opened, notes=(*split_notes(root, split, found), *opened.notes))
-    if any(next(root.glob(pattern), None) for pattern in _DATASET_FILES):
+    only_folders = split_of(split) is not None and bool(find_split(folders, "train"))
+    in_tables = bool(find_split(tables, "train")) or (bool(found) and not only_folders)
+    notes = []
+    if folders and (named := [table.name for stem, table in tables.items() if split_of(stem)]):
+        read, other = (named, folders) if in_tables else (folders, named)
+        notes.append(
+            f"{root} has {some(named)} and class folders in {some(folders)}: {some(read)} read, {some(other)} not"
+        )
+    if in_tables:
+        opened = _open_csv(tables[found[0]], None, image_column, label_column) if found else None
+        return opened and replace(opened, notes=(*split_notes(root, split, found), *notes, *opened.notes))
+    files = [file for pattern in _DATASET_FILES if (file := next(root.glob(pattern), None))]
+    if files and not find_split(folders, "train"):
         return _open_hugging_face(str(root.resolve()), split, image_column, label_column)
-    return _open_folders(root, split)
+    notes += [f"{root} has {files[0].name} and class folders in {some(folders)}: the folders are read"] if files else []
+    if image_column or label_column:
+        raise DataError(
+            f"image_column and label_column are for CSV files and data sets with columns, and {root} is neither: the "
+            "names of its folders are the classes"
+        )
+    opened = _open_folders(root, split)
+    return opened and replace(opened, notes=(*notes, *opened.notes))
 
 
 def _open_folders(root: Path, split: str) -> LabelledImages | None:
@@ -259,8 +280,9 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
     return LabelledImages(files, labels, class_names, range(len(files)), tuple(notes))
 
 
-def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
+def _open_csv(file: Path, split: str | None, image_column: str, label_column: str) -> LabelledImages | None:
     """The rows of `file`, or those of a split by its column `split`; paths are relative to its folder."""
+    path, label = image_column.strip().lower() or "path", label_column.strip().lower() or "label"
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, skipinitialspace=True)
@@ -269,9 +291,9 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
             read = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no CSV file in UTF-8: {error}") from error
-    if not {"path", "label"} <= set(columns):
-        raise DataError(f"{file} needs a first line with the columns path and label, got {', '.join(columns)!r}")
-    twice = next((name for name in ("path", "label", "split") if columns.count(name) > 1), None)
+    if not {path, label} <= set(columns):
+        raise DataError(f"{file} needs a first line with the columns {path} and {label}, got {', '.join(columns)!r}")
+    twice = next((name for name in (path, label, "split") if columns.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{file} has the column {twice} twice; rename or remove one of them")
     surplus = next((i for i, row in enumerate(read) if any(map(str.strip, row.get(None) or []))), None)
@@ -281,7 +303,7 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
             "a comma"
         )
     rows = [{name: (value or "").strip() for name, value in row.items() if name in columns} for row in read]
-    short = next((i for i, row in enumerate(rows) if not row["path"] or not row["label"]), None)
+    short = next((i for i, row in enumerate(rows) if not row[path] or not row[label]), None)
     if short is not None:
         raise DataError(f"{file}: row {short + 1} after the header lacks a path or a label")
     notes = []
@@ -298,7 +320,7 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
             left_out = count(sum(others.values()), "row")
             notes.append(f"{left_out} of {file} left out, of other splits than train, val and test: {values}")
         rows = [row for row in known if row["split"]]
-    class_names = in_order(clean_name(row["label"]) for row in rows)
+    class_names = in_order(clean_name(row[label]) for row in rows)
     known_splits = {row.get("split", "train") for row in rows}
     if split is not None:
         chosen = find_split(known_splits, split)
@@ -311,8 +333,8 @@ def _open_csv(file: Path, split: str | None) -> LabelledImages | None:
             )
         return None
     number = {name: i for i, name in enumerate(class_names)}
-    paths = [row["path"] if is_url(row["path"]) else str(file.parent / row["path"]) for row in rows]
-    labels = [number[clean_name(row["label"])] for row in rows]
+    paths = [row[path] if is_url(row[path]) else str(file.parent / row[path]) for row in rows]
+    labels = [number[clean_name(row[label])] for row in rows]
     return LabelledImages(paths, labels, class_names, range(len(rows)), (*notes, *look_alikes(class_names)))
 
 
