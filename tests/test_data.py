@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,7 @@ def labelled(*names: str) -> LabelledImages:
         (["2"], NAMELESS, [2], "does not name its classes"),
         (["b10", "B2", "a"], NAMELESS, [2, 1, 0], "timm's natural order: a = 0, B2 = 1, b10 = 2"),
         (["1", "2", "3"], NAMELESS, [0, 1, 2], "timm's natural order"),
+        (["b10", "B2", "a"], replace(NAMELESS, listed=True), [0, 1, 2], "their order there: b10 = 0, B2 = 1, a = 2"),
         (["07", "3"], NetworkClasses(["3", "7", "9"]), [1, 0], "matched by their value"),
         (["n01", "shark"], NetworkClasses(["fish, shark", "bird"], synonyms=[["n02", "shark"], ["n01"]]), [1, 0], ""),
     ],

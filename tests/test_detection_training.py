@@ -27,6 +27,7 @@ from spd_zoo.training.detection.curves import FALSE_POSITIVE, IN_IGNORED, match,
 from spd_zoo.training.detection.metrics import AREAS, BoxPredictions, coco_precision
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import Result, Stopped, finetune
+from spd_zoo.weights import save_network
 from spd_zoo.weights.load import ModelError
 
 Capture = pytest.CaptureFixture[str]
@@ -154,6 +155,22 @@ def test_a_run_may_start_from_another_one_with_other_classes(
     kept = [key for key in old if "cv3" not in key and key.endswith("weight")]
     assert all(torch.allclose(old[key], new[key]) for key in kept) and len(kept) > 50
     assert len(new["head.cv3.0.2.bias"]) == 1
+
+
+@pytest.mark.slow
+def test_outputs_without_names_are_taken_in_the_order_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(box_report, "write", lambda *_: None)
+    data = make_yolo(tmp_path / "data", train=4, val=2)
+    (data / "data.yaml").write_text("names: [square, circle, arrow]")
+    save_network(timm.create_model("yolov8n_spd", num_classes=3), tmp_path / "start")
+    options = {"epochs": 1, "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0, "batch_size": 2, "pretrained": True}
+    run(data, tmp_path / "run", model=f"local-dir:{tmp_path / 'start'}", **options)
+    printed = capsys.readouterr().out
+    assert "those of the data are taken in their order there: square = 0, circle = 1, arrow = 2\n" in printed
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "run"))
+    assert torch.allclose(old["head.cv3.0.2.weight"], new["head.cv3.0.2.weight"])
 
 
 @pytest.mark.slow

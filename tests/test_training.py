@@ -111,6 +111,21 @@ def test_a_new_classifier_on_pretrained_layers_starts_with_equal_probabilities(f
     assert kept.history[0]["train_loss"] > 5
 
 
+def test_outputs_without_names_are_taken_in_natural_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_folders(tmp_path / "data", train=8, val=2)
+    for split in ("train", "val"):
+        for old, new in (("red", "c10"), ("green", "c2"), ("blue", "c1")):
+            (data / split / old).rename(data / split / new)
+    start: Any = timm.create_model("cifar_resnet20", num_classes=3)
+    save_network(start, tmp_path / "start")
+    run(data, tmp_path / "run", model=f"local-dir:{tmp_path / 'start'}", pretrained=True, epochs=1, lr=1e-9)
+    net: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert net.pretrained_cfg["label_names"] == ["c1", "c10", "c2"]
+    for ours, theirs in zip(net.get_classifier().parameters(), start.get_classifier().parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs[[0, 2, 1]], rtol=0, atol=1e-6)
+    assert "those of the data are taken in timm's natural order: c1 = 0, c2 = 1, c10 = 2\n" in capsys.readouterr().out
+
+
 def test_a_new_classifier_starts_as_a_linear_probe_and_is_evaluated_before_the_first_epoch(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

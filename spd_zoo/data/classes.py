@@ -80,11 +80,14 @@ class NetworkClasses:
         names: Name of each output; its index if no name is known.
         named: Whether names are known.
         synonyms: Other names of each output, such as the WordNet ids of ImageNet; may be empty.
+        listed: Whether outputs without names are taken in the order in which the data lists its classes, as for
+            detectors, and not in timm's natural order, as for class folders.
     """
 
     names: Sequence[str]
     named: bool = True
     synonyms: Sequence[Sequence[str]] = ()
+    listed: bool = False
 
     def numbers(self) -> dict[str, int]:
         """The output of each name; a synonym counts only if it is not a name and belongs to one output."""
@@ -98,20 +101,21 @@ class NetworkClasses:
         return found
 
 
-def network_classes(cfg: Mapping[str, Any], num_classes: int) -> NetworkClasses:
+def network_classes(cfg: Mapping[str, Any], num_classes: int, listed: bool = False) -> NetworkClasses:
     """The classes of a network.
 
     Args:
         cfg: Its `pretrained_cfg`.
         num_classes: Its number of outputs; if it differs from that of `cfg`, their names are unknown.
+        listed: As in `NetworkClasses`.
 
     Returns:
         The classes.
     """
     if cfg["num_classes"] != num_classes:
-        return NetworkClasses([str(i) for i in range(num_classes)], named=False)
+        return NetworkClasses([str(i) for i in range(num_classes)], named=False, listed=listed)
     synonyms = class_synonyms(dict(cfg))
-    return NetworkClasses(class_names(dict(cfg)), synonyms is not None, synonyms or ())
+    return NetworkClasses(class_names(dict(cfg)), synonyms is not None, synonyms or (), listed)
 
 
 class _Images(Protocol):
@@ -135,7 +139,8 @@ def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str
     """Renumbers the classes of `data` as outputs of a network, by name.
 
     Classes that become one output add a note to `data`, and so do two assumptions: that names 0 to n-1 are the indices
-    of n outputs, and that a network without class names has learned the classes in timm's natural order.
+    of n outputs, and that a network without class names has learned the classes in timm's natural order, or if its
+    classes are `listed`, in that of the data.
 
     Args:
         data: Labelled images, or images with boxes.
@@ -261,9 +266,10 @@ def _guessed(names: Sequence[str], network: NetworkClasses) -> tuple[Sequence[in
             f"{_pairs(names, network.names, values, range(len(network.names)))}"
         )
     if not network.named and len(names) == len(network.names):
-        order = sorted(names, key=lambda name: (natural_key(name), name))
+        order = list(names) if network.listed else sorted(names, key=lambda name: (natural_key(name), name))
+        which = "their order there" if network.listed else "timm's natural order"
         return [order.index(name) for name in names], (
-            "the network does not name its classes; those of the data are taken in timm's natural order: "
+            f"the network does not name its classes; those of the data are taken in {which}: "
             + some([f"{name} = {i}" for i, name in enumerate(order)], LISTED)
         )
     return [], ""

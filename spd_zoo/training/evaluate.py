@@ -213,7 +213,8 @@ def evaluate_network(
             raise DataError(f"{data} has no split {' or '.join(splits)}")
         if reading:
             images = replace(images, **{**reading, "notes": (*images.notes, *reading.get("notes", ()))})
-        images = match_classes(images, network_classes(net.pretrained_cfg, net.num_classes), class_map)
+        known = network_classes(net.pretrained_cfg, net.num_classes, listed=isinstance(net, ObjectFinder))
+        images = match_classes(images, known, class_map)
     about = check({split: images}, workers, process)
     unreadable = about[split]["unreadable"]
     images = images.without(unreadable)

@@ -15,7 +15,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from spd_zoo.data.check import check, notes_on
-from spd_zoo.data.classes import network_classes, pretrained_outputs, without_unused
+from spd_zoo.data.classes import network_classes, outputs_of, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import (
     DataError,
     LabelledImages,
@@ -186,17 +186,27 @@ class Classification:
     def init_head(self, net: Any, plan: Plan, data: Images, process: Process, preprocessing: Preprocessing) -> bool:
         """Sets the classifier of a pretrained network as `head_init` says, and prints what was chosen.
 
-        A classifier whose outputs have no names is kept if there are as many as classes.
+        A classifier whose outputs have no names is kept if there are as many as classes, with its outputs in the order
+        of the classes that `outputs_of` assumes.
         """
         config, classes = plan.config, data.class_names
         if not plan.pretrained:
             return False
         known = network_classes(net.pretrained_cfg, net.pretrained_cfg["num_classes"])
-        outputs = pretrained_outputs(config.model, known, classes)
-        unnamed = not known.named and len(known.names) == len(classes)
-        trained = unnamed or outputs == list(range(len(known.names)))
         layer = linear_classifier(net)
-        probe = config.head_init == "probe" and not unnamed
+        if not known.named and len(known.names) == len(classes):
+            order, guess = outputs_of(classes, known, config.model)
+            as_it_is = order == list(range(len(classes)))
+            if layer is not None and not as_it_is:
+                bias = layer.bias.detach()[order] if layer.bias is not None else torch.zeros(len(order))
+                set_classifier(layer, layer.weight.detach().flatten(1)[order], bias)
+            if layer is not None or as_it_is:
+                if guess:
+                    process.print(f"note: {guess}")
+                return True
+        outputs = pretrained_outputs(config.model, known, classes)
+        trained = outputs == list(range(len(known.names)))
+        probe = config.head_init == "probe"
         if probe and (layer is None or isinstance(data, StreamedImages)):
             process.print("note: no linear probe of a stream, or of more than one layer: a new classifier is zero")
             probe = False

@@ -15,7 +15,7 @@ from spd_zoo.data.boxes import hold_out as split_boxes
 from spd_zoo.data.boxes.sizes import describe_sizes
 from spd_zoo.data.boxes.tiles import cut, describe_tiles
 from spd_zoo.data.check import check, defects_in_words, in_words, notes_on
-from spd_zoo.data.classes import network_classes, pretrained_outputs, without_unused
+from spd_zoo.data.classes import network_classes, outputs_of, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.notes import some
 from spd_zoo.data.reading import size_text
@@ -184,13 +184,17 @@ class Detection:
         """Matches the outputs of a pretrained network with the classes of the data by name.
 
         If the network names its classes and does not have those of the data, the class outputs begin at random. If it
-        does not name them, but has as many, they are matched by their order.
+        does not name them, but has as many, they are matched as `outputs_of` assumes.
         """
-        known = network_classes(net.pretrained_cfg, net.pretrained_cfg["num_classes"])
+        known = network_classes(net.pretrained_cfg, net.pretrained_cfg["num_classes"], listed=True)
         classes = data.class_names
         if not plan.pretrained or len(known.names) != len(classes):
             return False
         if not known.named:
+            order, guess = outputs_of(classes, known, plan.config.model)
+            if guess:
+                process.print(f"note: {guess}")
+            net.reorder_classes(order)
             return True
         outputs = pretrained_outputs(plan.config.model, known, classes)
         if outputs is None:
