@@ -26,7 +26,7 @@ from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import channel_mode, per_channel, size_text
-from spd_zoo.files import whole
+from spd_zoo.files import is_folder, whole
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import Classifier, check_classifier
 from spd_zoo.inference.detector import GREY, Detector
@@ -40,7 +40,7 @@ from spd_zoo.inference.exported import (
 from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.training.evaluate import Evaluation, evaluate
-from spd_zoo.weights.load import class_synonyms, load_network
+from spd_zoo.weights.load import class_synonyms, is_network, load_network
 
 __all__ = ["FORMATS", "ExportError", "export", "export_int8", "quantize"]
 
@@ -157,9 +157,9 @@ def export(
 
 
 def _place(name: str, out: str | Path | None, suffix: str) -> Path:
-    folder = Path(name)
-    file = f"model{suffix}" if folder.is_dir() else f"{name.replace('/', '_').replace(':', '_')}{suffix}"
-    path = Path(out) if out is not None else (folder if folder.is_dir() else Path()) / file
+    folder = Path(name) if not is_network(name) and is_folder(name) else None  # of a run
+    file = f"{name.replace('/', '_').replace(':', '_')}{suffix}" if folder is None else f"model{suffix}"
+    path = Path(out) if out is not None else (folder or Path()) / file
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

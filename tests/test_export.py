@@ -140,6 +140,14 @@ def test_a_network_made_for_grey_images_is_described_by_its_own_channels(tmp_pat
     assert metadata["channels"] == "1" and json.loads(metadata["mean"]) == [pytest.approx(mean)]
 
 
+def test_the_file_of_a_network_does_not_go_into_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cifar_resnet20").mkdir()
+    assert export("cifar_resnet20", "pt2") == Path("cifar_resnet20.pt2")
+
+
 def test_another_format_is_refused(run: Path) -> None:
     with pytest.raises(ExportError, match="the formats are onnx and pt2, got 'tflite'"):
         export(str(run), "tflite")

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -408,6 +409,18 @@ def test_the_folder_of_a_run_is_a_network(saved: str, tmp_path: Path) -> None:
     assert timm_name(saved.removeprefix("local-dir:")) == saved
     with pytest.raises(ModelError, match=r"is a folder without config\.json"):
         timm_name(str(tmp_path))
+
+
+def test_a_name_that_is_a_network_and_a_run_is_refused(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("resnet18").mkdir()
+    assert timm_name("resnet18") == "resnet18"  # some folder
+    shutil.copytree(saved.removeprefix("local-dir:"), "cifar_resnet20")
+    with pytest.raises(ModelError, match=r"name of a network, and of a run's folder here; write \./cifar_resnet20 for"):
+        timm_name("cifar_resnet20")
+    assert timm_name("./cifar_resnet20") == "local-dir:./cifar_resnet20"
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pth", "other.pth.tar"])

@@ -111,6 +111,13 @@ def test_a_new_classifier_on_pretrained_layers_starts_with_equal_probabilities(f
     assert kept.history[0]["train_loss"] > 5
 
 
+def test_a_run_is_not_called_like_a_network(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="resnet18 is the name of a network, which would be taken for the run"):
+        run(folders, Path("resnet18"))
+    assert not Path("resnet18").exists()
+
+
 def test_outputs_without_names_are_taken_in_natural_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_folders(tmp_path / "data", train=8, val=2)
     for split in ("train", "val"):

@@ -62,7 +62,7 @@ from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, names_other_task, task_of
 from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
-from spd_zoo.weights.load import has_weights, timm_name
+from spd_zoo.weights.load import has_weights, is_network, timm_name
 from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
@@ -136,6 +136,8 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
         config = merged(began.config, config)
     if config.model.startswith("local-dir:"):
         timm_name(config.model)  # checks the folder
+    if began is None and is_network(str(config.out)):
+        raise ValueError(f"{config.out} is the name of a network, which would be taken for the run; give another --out")
     blank = _blank(config.model)
     task = task_of(blank)
     if began is None:

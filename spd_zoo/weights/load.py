@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from spd_zoo.errors import first_line
-from spd_zoo.files import exists
+from spd_zoo.files import exists, is_file
 from spd_zoo.weights import (
     WeightsError,
     create,
@@ -84,8 +84,8 @@ def timm_name(name: str) -> str:
         The name for `timm.create_model`.
 
     Raises:
-        ModelError: If there is no such network (the message lists the nearest names), or the folder has no weights in
-            safetensors.
+        ModelError: If there is no such network (the message lists the nearest names), there is a run of the same name,
+            or the folder has no weights in safetensors.
     """
     if name.endswith(".onnx"):
         raise ModelError(
@@ -95,6 +95,11 @@ def timm_name(name: str) -> str:
     if name.startswith("local-dir:"):
         _check_folder(Path(name.removeprefix("local-dir:")))
     if is_network(name):
+        if any(is_file(Path(name) / file) for file in (CONFIG, "run.yaml")):
+            raise ModelError(
+                f"{name} is the name of a network, and of a run's folder here; write ./{name} for the run, or the "
+                "network with its tag"
+            )
         return name
     if Path(name).is_dir():
         _check_folder(Path(name))
