@@ -279,7 +279,7 @@ def test_names_that_xml_cannot_hold_are_refused(tmp_path: Path) -> None:
 
 def test_a_data_set_is_not_written_among_its_own_images(tmp_path: Path) -> None:
     root = make_yolo(tmp_path / "data")
-    with pytest.raises(DataError, match="lies among the images of"):
+    with pytest.raises(ValueError, match="lies among the images of"):
         convert_data(root, "yolo", root / "images" / "train" / "out")
     convert_data(root, "coco", root / "as_coco")
 

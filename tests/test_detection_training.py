@@ -157,6 +157,13 @@ def test_a_run_may_start_from_another_one_with_other_classes(
     assert len(new["head.cv3.0.2.bias"]) == 1
 
 
+def test_a_run_among_the_images_is_refused(tmp_path: Path) -> None:
+    data = make_yolo(tmp_path / "data", train=4, val=2)
+    for place in ("train", "val"):
+        with pytest.raises(ValueError, match=r"run lies among the images of .*; give another --out"):
+            run(data, data / "images" / place / "run")
+
+
 @pytest.mark.slow
 def test_outputs_without_names_are_taken_in_the_order_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -427,6 +434,19 @@ def test_evaluate_prints_json(finished: tuple[Path, Path], capsys: Capture) -> N
     assert main(["evaluate", str(folder), "--data", str(data), *options]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["images"] == 12 and 0 <= row["ap50"] <= 100 and row["img_size"] == 64
+
+
+def test_evaluate_refuses_a_place_for_its_results_before_it_computes(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    folder, _ = finished
+    data = make_yolo(tmp_path / "data", 1, 2)
+    (tmp_path / "file").touch()
+    command = ["evaluate", str(folder), "--data", str(data), "--split", "val", "--device", "cpu", "--workers", "0"]
+    among = data / "images" / "val" / "results"
+    for out, message in ((among, f"lies among the images of {data}"), (tmp_path / "file", "is no folder")):
+        assert main([*command, "--out", str(out)]) == 1
+        assert capsys.readouterr() == ("", f"spd-zoo: error: {out} {message}; give another --out\n")
 
 
 def test_evaluate_refuses_invalid_options_data_and_networks(finished: tuple[Path, Path], tmp_path: Path) -> None:

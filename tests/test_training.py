@@ -507,9 +507,9 @@ def test_a_folder_with_another_run_is_left_alone(folders: Path, tmp_path: Path) 
 
 
 def test_a_run_among_the_class_folders_is_refused(folders: Path) -> None:
-    for data in (folders, folders / "train"):
-        with pytest.raises(ValueError, match=r"run lies among the class folders of .*train; give another folder"):
-            run(data, folders / "train" / "run")
+    for data, place in ((folders, "train"), (folders / "train", "train"), (folders, "val")):
+        with pytest.raises(ValueError, match=r"run lies among the images of .*; give another --out"):
+            run(data, folders / place / "run")
     run(folders, folders / "run", epochs=1)
     run(folders, folders / "run", epochs=1)
 

@@ -89,9 +89,8 @@ def _run(options: argparse.Namespace) -> int:
             overlap=options.overlap,
             max_pixels=options.max_pixels,
             class_map=load_class_map(options.class_map) if options.class_map is not None else None,
+            out=options.out,
         )
-        if options.out:
-            save(evaluations, options.out)
     for line in evaluations[0].complaints():
         complain(line)
     print_notes(evaluations[0].notes)
@@ -101,7 +100,8 @@ def _run(options: argparse.Namespace) -> int:
             for evaluation in evaluations
         ]
         print(json.dumps(rows, indent=2))
-        return 0
-    for evaluation in evaluations:
+    for evaluation in evaluations if not options.json else ():
         print(evaluation.in_words())
+    if options.out is not None:
+        save(evaluations, options.out)
     return 0

@@ -66,6 +66,7 @@ class LabelledImages:
         class_names: Names of the classes.
         rows: The images of the split, as indices into `files` and `labels`.
         notes: What was guessed or left out when the data set was opened.
+        folder: That of the class folders; None if the classes come from a table.
     """
 
     files: list[str] | _EncodedColumn
@@ -73,9 +74,14 @@ class LabelledImages:
     class_names: list[str]
     rows: Sequence[int]
     notes: tuple[str, ...] = ()
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def folders(self) -> set[Path]:
+        """The folder in which a further folder of images would be a class, if there is one."""
+        return set() if self.folder is None else {self.folder}
 
     def label(self, index: int) -> int:
         """The class of the image at `index`."""
@@ -277,7 +283,7 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
         notes.append(f"class folders of {folder} with images only in inner folders, all of one class: {some(nested)}")
     if stray:
         notes.append(f"{count(len(stray), 'image')} outside the class folders of {folder} left out: {some(stray)}")
-    return LabelledImages(files, labels, class_names, range(len(files)), tuple(notes))
+    return LabelledImages(files, labels, class_names, range(len(files)), tuple(notes), folder)
 
 
 def _open_csv(file: Path, split: str | None, image_column: str, label_column: str) -> LabelledImages | None:

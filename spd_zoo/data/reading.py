@@ -36,6 +36,7 @@ __all__ = [
     "parse_size",
     "per_channel",
     "read_image",
+    "refuse_among",
     "refuse_larger",
     "size_text",
     "size_value",
@@ -187,6 +188,12 @@ def read_image(file: Path | str | BytesIO, mode: str = "RGB", max_pixels: int | 
             tiles = "--tile N reads a TIFF in parts, or " if image.format == "TIFF" else ""
             refuse_larger(image.size, max_pixels, tiles)
         return upright(image, mode)
+
+
+def refuse_among(out: Path, folders: Iterable[Path], data: str | Path) -> None:
+    """Raises ValueError if the folder `out` lies in one of the `folders` of `data`, where its images would be found."""
+    if not {folder.resolve() for folder in folders}.isdisjoint(out.resolve().parents):
+        raise ValueError(f"{out} lies among the images of {data}; give another --out")
 
 
 def refuse_larger(size: tuple[int, int], max_pixels: int, others: str = "") -> None:

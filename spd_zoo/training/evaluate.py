@@ -15,7 +15,7 @@ from spd_zoo.data.boxes import Tiling
 from spd_zoo.data.check import check
 from spd_zoo.data.classes import match_classes, network_classes
 from spd_zoo.data.labelled import DataError
-from spd_zoo.data.reading import channel_mode, size_value
+from spd_zoo.data.reading import channel_mode, refuse_among, size_value
 from spd_zoo.files import write_csv
 from spd_zoo.inference.detector import trained_on_tiles
 from spd_zoo.inference.exported import Exported, load_model
@@ -83,6 +83,7 @@ def evaluate(
     tile: int | None = None,
     overlap: float | None = None,
     max_pixels: int | None = None,
+    out: Path | None = None,
 ) -> list[Evaluation]:
     """Evaluates a classifier or a detector on the readable images of a data set, at one image size or several.
 
@@ -109,6 +110,8 @@ def evaluate(
             None: as the run that trained it.
         overlap: Minimum overlap of tiles, as a share of their side; None: that of the run, or else 0.2.
         max_pixels: For a detector: maximum number of pixels of an image that is read as a whole; None: Pillow's limit.
+        out: The folder that `save` will write the results to, which is refused before anything is computed if it is no
+            folder or lies among the images.
 
     Returns:
         An evaluation for each image size.
@@ -119,6 +122,8 @@ def evaluate(
         ValueError: If an option has no meaning for the network, or there is no such device.
         WeightsError: If the weights are unavailable or must not be used.
     """
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is no folder; give another --out")
     if max_detections is not None and max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, got {max_detections}")
     model = os.fspath(model)
@@ -134,7 +139,7 @@ def evaluate(
     sizes = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]
     columns = (image_column, label_column)
     place: torch.device = next(net.parameters()).device
-    options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading)
+    options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading, out)
     with freed_memory_kept(place):
         return evaluate_network(net, model, data, split, sizes, *options)
 
@@ -181,6 +186,7 @@ def evaluate_network(
     class_map: Mapping[str, str] | None = None,
     suppression: Suppression | None = None,
     reading: Mapping[str, Any] | None = None,
+    out: Path | None = None,
 ) -> list[Evaluation]:
     """Evaluates a network that is loaded already; see `evaluate`.
 
@@ -199,6 +205,7 @@ def evaluate_network(
         class_map: The network's names of classes that have other names in the data.
         suppression: Settings of a detector's evaluation that differ from the usual rules.
         reading: Fields of `BoxImages` that differ from those of the data; its notes are added to theirs.
+        out: As in `evaluate`.
 
     Raises:
         DataError: If the data set cannot be used, or its classes are not the network's.
@@ -211,6 +218,8 @@ def evaluate_network(
         split, images = next(((name, found) for name, found in opened if found), ("", None))
         if images is None:
             raise DataError(f"{data} has no split {' or '.join(splits)}")
+        if out is not None:
+            refuse_among(out, images.folders(), data)
         if reading:
             images = replace(images, **{**reading, "notes": (*images.notes, *reading.get("notes", ()))})
         known = network_classes(net.pretrained_cfg, net.num_classes, listed=isinstance(net, ObjectFinder))

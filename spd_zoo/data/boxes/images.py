@@ -138,6 +138,11 @@ class BoxImages:
         encoded = None if self.encoded is None else self.encoded[self.rows[index]]
         return self.name(index) if encoded is None else encoded
 
+    def folders(self) -> set[Path]:
+        """The folders of the image files, in which further images might be found."""
+        files = map(self.file, range(len(self)))
+        return {Path(file).parent for file in files if isinstance(file, str)}
+
     def label(self, index: int) -> Any:
         """The boxes and classes of the image at `index`, as a value that can be compared."""
         boxes, labels, _, _ = self.objects_in(index)

@@ -17,7 +17,7 @@ from spd_zoo.data.boxes.images import EVERY_CLASS, BoxImages, UnlabelledError, f
 from spd_zoo.data.boxes.opening import find_source, open_split
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import opened
+from spd_zoo.data.reading import opened, refuse_among
 from spd_zoo.data.splits import split_of
 from spd_zoo.files import whole
 
@@ -54,15 +54,13 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
     Raises:
         DataError: If there is no such data set, it cannot be used, or `out` is not empty.
         OSError: If something cannot be written; `out` is as it was.
+        ValueError: If `out` lies among the images.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is no empty folder; give another --out")
     splits, lines = _open_splits(data)
-    files = (each.file(i) for each in splits.values() for i in range(len(each)))
-    places = {Path(file).parent for file in files if isinstance(file, str)}
-    if not {place.resolve() for place in places}.isdisjoint(out.resolve().parents):
-        raise DataError(f"{out} lies among the images of {data}; give another --out")
+    refuse_among(out, set().union(*(each.folders() for each in splits.values())), data)
     names = _common_names(splits)
     used: set[str] = set()
     made = [_Split(name, each, _file_names(each, used)) for name, each in splits.items()]

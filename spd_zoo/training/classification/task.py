@@ -1,7 +1,6 @@
 """The task of classification for `finetune` and `evaluate`: data, loss, metrics and report."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from spd_zoo.data.labelled import (
     train_val_split,
     with_classes,
 )
+from spd_zoo.data.reading import refuse_among
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.process import Process
@@ -145,7 +145,7 @@ class Classification:
             return self._open_stream(config, began_with, columns)
         train, val = open_data(config.data, "train", **columns), open_data(config.data, config.val_name, **columns)
         train = _with_several_classes(train, config)
-        _refuse_run_among_classes(train, config)
+        refuse_among(config.out, set().union(*(each.folders() for each in (train, val) if each)), config.data)
         about = describe(config, train, val, began_with)
         train = _with_several_classes(without_unused(train), config)
         train, val = hold_out(config, train, val, train_val_split)
@@ -364,12 +364,3 @@ def _with_several_classes(train: ImagesT | None, config: FinetuneConfig) -> Imag
     if len(train.class_names) < 2:
         raise DataError(f"{config.data} has one class only, {train.class_names[0]!r}; training needs two or more")
     return train
-
-
-def _refuse_run_among_classes(train: LabelledImages, config: FinetuneConfig) -> None:
-    """Raises ValueError if the run's folder would be read as a class the next time."""
-    parents = config.out.resolve().parents
-    if isinstance(train.files, list) and Path(config.data).resolve() in parents:
-        classes = Path(os.path.commonpath([Path(file).resolve() for file in train.files]))
-        if classes in parents:
-            raise ValueError(f"{config.out} lies among the class folders of {classes}; give another folder with --out")

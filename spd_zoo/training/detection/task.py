@@ -18,7 +18,7 @@ from spd_zoo.data.check import check, defects_in_words, in_words, notes_on
 from spd_zoo.data.classes import network_classes, outputs_of, pretrained_outputs, without_unused
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.notes import some
-from spd_zoo.data.reading import size_text
+from spd_zoo.data.reading import refuse_among, size_text
 from spd_zoo.files import whole
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet, YoloNet
@@ -115,6 +115,8 @@ class Detection:
         if train is None:
             raise DataError(f"{config.data} has no split train; give instances_train.json, images/train or train.txt")
         about = describe(config, train, val, began_with)
+        if began_with is None:
+            refuse_among(config.out, set().union(*(each.folders() for each in (train, val) if each)), config.data)
         found = found_in_words({"train": train, config.val_name: val})
         train = without_unused(train)
         train, val = hold_out(config, train, val, split_boxes)
