@@ -514,6 +514,17 @@ def test_a_run_among_the_class_folders_is_refused(folders: Path) -> None:
     run(folders, folders / "run", epochs=1)
 
 
+def test_evaluate_measures_on_the_images_that_a_run_held_out(tmp_path: Path) -> None:
+    data = make_folders(tmp_path / "data", train=10)
+    result = run(data, tmp_path / "run", epochs=1, val_size=6)
+    (measured,) = evaluate(tmp_path / "run", data, workers=0, device="cpu")
+    assert measured.in_words().endswith("; 6 images of val")
+    assert measured.row["top1"] == pytest.approx(result.metrics["top1"])
+    assert measured.notes[-1].endswith(f"evaluated on the 6 images that {tmp_path / 'run'} held out for validation")
+    (other,) = evaluate(tmp_path / "run", make_folders(tmp_path / "other", train=4), workers=0, device="cpu")
+    assert other.in_words().endswith("; 12 images of train")
+
+
 def test_a_damaged_run_is_named(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "run", epochs=1)
     whole = (tmp_path / "run" / "last.pt").read_bytes()

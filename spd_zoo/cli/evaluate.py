@@ -27,7 +27,11 @@ def add(commands: Commands) -> None:
         "model", metavar="MODEL", help="network, with or without a tag, a run, or an exported .onnx file"
     )
     command.add_argument("--data", required=True, help="as for finetune")
-    command.add_argument("--split", default="", help="split of the data (default: test, else val)")
+    command.add_argument(
+        "--split",
+        default="",
+        help="split of the data (default: test, else val, else what the run held out, else train)",
+    )
     command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
     command.add_argument(
         "--tile",

@@ -1,5 +1,6 @@
 """Evaluation of a classifier or a detector on the images of a data set."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,15 @@ from spd_zoo.data.boxes import Tiling
 from spd_zoo.data.check import check
 from spd_zoo.data.classes import match_classes, network_classes
 from spd_zoo.data.labelled import DataError
+from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, refuse_among, size_value
-from spd_zoo.files import write_csv
+from spd_zoo.files import is_file, read_yaml, write_csv
 from spd_zoo.inference.detector import trained_on_tiles
 from spd_zoo.inference.exported import Exported, load_model
 from spd_zoo.inference.images import as_html
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import Process, freed_memory_kept
+from spd_zoo.training.config import FinetuneConfig, completed
 from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, names_other_task, task_of
@@ -91,7 +94,8 @@ def evaluate(
         model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, the folder of a run, or an
             ONNX file that `spd-zoo export` wrote, which ONNX Runtime runs on the CPU.
         data: As `open_data` takes it, or for a detector `open_boxes`.
-        split: The split to evaluate on; by default the first that exists of test, val and train.
+        split: The split to evaluate on; by default the first that exists of test and val, else for a run the images
+            that it held out, else train.
         image_size: Height and width, or one number for both, or a list of these; by default the network's own input
             size.
         flip: Whether to average the logits of every image and its mirror image; not for detectors.
@@ -142,6 +146,22 @@ def evaluate(
     options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading, out)
     with freed_memory_kept(place):
         return evaluate_network(net, model, data, split, sizes, *options)
+
+
+def _held_out(task: Any, net: Any, model: str, data: str | Path, process: Process) -> tuple[str, Any] | None:
+    """The split val of images that a run held out of `data`; None for other networks and other data."""
+    run = Path(model.removeprefix("local-dir:"))
+    if not all(is_file(run / name) for name in ("run.yaml", "data.json")):
+        return None
+    config = FinetuneConfig(**completed(read_yaml(run / "run.yaml"), run) | {"data": str(data), "out": run})
+    if config.stream:
+        return None
+    try:
+        images = task.open_splits(config, net, process, json.loads((run / "data.json").read_text(encoding="utf-8"))).val
+    except DataError:
+        return None
+    which = f"the {count(len(images), 'image')} that {model} held out for validation"
+    return "val", replace(images, notes=(*images.notes, f"{data} has no split test or val; evaluated on {which}"))
 
 
 def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_pixels: int | None) -> dict[str, Any]:
@@ -218,6 +238,8 @@ def evaluate_network(
         split, images = next(((name, found) for name, found in opened if found), ("", None))
         if images is None:
             raise DataError(f"{data} has no split {' or '.join(splits)}")
+        if split == "train" and len(splits) > 1:
+            split, images = _held_out(task, net, model, data, process) or (split, images)
         if out is not None:
             refuse_among(out, images.folders(), data)
         if reading:
