@@ -553,7 +553,7 @@ def spd_converted(
             "spd_converted needs a saved network: give timm.create_model the folder, local-dir:FOLDER, "
             "or convert a network with spd_zoo.convert_to_spd"
         )
-    own = {key: kwargs[key] for key in ("network", "steps") if key in kwargs}  # arguments of resolution_kept
+    own = {key: kwargs[key] for key in ("network", "sizes", "steps") if key in kwargs}  # arguments of resolution_kept
     like: Any = timm.create_model(base, device="meta", **own)
     first_convs: Any = like.pretrained_cfg.get("first_conv")
     names = [first_convs] if isinstance(first_convs, str) else list(first_convs or ())

@@ -7,11 +7,12 @@ another resolution: Touvron et al., Fixing the train-test resolution discrepancy
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torch
 from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, to_2tuple
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models import build_model_with_cfg
@@ -85,16 +86,16 @@ def keep_resolution(
         raise ValueError(
             f"{type(model).__name__} has space-to-depth layers; call keep_resolution before convert_to_spd"
         )
-    size = image_size(model, example_input)
+    sizes = [image_size(model, example_input)]
     trial = meta_copy(model)
     changed: dict[str, None] = {}  # an ordered set
     for _ in range(steps):
-        changed |= dict.fromkeys(_step(trial, size))
-        size = _half(size)
+        changed |= dict.fromkeys(_step(trial, sizes[-1]))
+        sizes.append(_half(sizes[-1]))
     net = model if inplace else copy_network(model)
     for name in changed:
         _apply(net, name, trial.get_submodule(name))
-    _describe(net, steps)
+    _describe(net, sizes)
     return net
 
 
@@ -239,21 +240,24 @@ def _apply(net: nn.Module, name: str, planned: nn.Module) -> None:
     net.set_submodule(name, planned.train(layer.training))
 
 
-def _describe(net: Any, steps: int) -> None:
-    """Updates timm's description of the network."""
+def _describe(net: Any, sizes: list[tuple[int, int, int]]) -> None:
+    """Updates timm's description of a network whose images had these sizes, the last of which is the new one."""
+    steps = len(sizes) - 1
     infos = getattr(net, "feature_info", None)
     for info in getattr(infos, "info", infos) or ():
         info["reduction"] = max(1, info["reduction"] // 2**steps)
     cfg: dict[str, Any] | None = getattr(net, "pretrained_cfg", None)
     if not cfg:
         return
-    sizes = {key: cfg[key] for key in ("input_size", "test_input_size", "min_input_size") if cfg.get(key)}
-    cfg = cfg | {key: (size[0], *(-(-side // 2**steps) for side in size[1:])) for key, size in sizes.items()}
+    others = {key: cfg[key] for key in ("test_input_size", "min_input_size") if cfg.get(key)}
+    halved = {key: (size[0], *(-(-side // 2**steps) for side in size[1:])) for key, size in others.items()}
+    cfg = cfg | halved | {"input_size": sizes[-1]}
     if cfg.get("architecture") and hasattr(net, "num_classes"):
         args: dict[str, Any] = getattr(net, "_model_args", {})
         again = cfg["architecture"] == resolution_kept.__name__
         network = args["network"] if again else cfg["architecture"]
-        update_model_args(net, network=network, steps=steps + (args["steps"] if again else 0))
+        earlier = args["sizes"] if again else []
+        update_model_args(net, network=network, sizes=[*earlier, *map(list, sizes[:-1])])
         cfg["architecture"] = resolution_kept.__name__
     net.pretrained_cfg = net.default_cfg = cfg
 
@@ -262,7 +266,8 @@ def _describe(net: Any, steps: int) -> None:
 def resolution_kept(
     pretrained: bool = False,
     network: str = "",
-    steps: int = 1,
+    sizes: Sequence[Sequence[int]] = (),
+    steps: int = 0,
     pretrained_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -271,7 +276,8 @@ def resolution_kept(
     Args:
         pretrained: Load the weights in the config's folder.
         network: The network whose first strides were removed.
-        steps: As in `keep_resolution`.
+        sizes: The size (C, H, W) of the images before each step.
+        steps: As in `keep_resolution`, in earlier configs, which have no `sizes`.
         pretrained_cfg: The saved config.
         **kwargs: Arguments of the network.
 
@@ -289,7 +295,13 @@ def resolution_kept(
     like: Any = timm.create_model(network, device="meta")
 
     def create(**kwargs: Any) -> nn.Module:
-        return keep_resolution(timm.create_model(network, **kwargs), steps, inplace=True)
+        net = timm.create_model(network, **kwargs)
+        if not sizes:
+            return keep_resolution(net, steps, inplace=True)
+        for channels, *size in sizes:
+            images = torch.empty(1, kwargs.get("in_chans", channels), *size, device="meta")
+            net = keep_resolution(net, inplace=True, example_input=images)
+        return net
 
     feature_cfg: dict[str, Any] = {}
     if kwargs.get("features_only"):

@@ -1,6 +1,7 @@
 """Without its first strides a network accepts smaller images, with unchanged weights."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,32 @@ def test_a_saved_network_is_what_it_was(convert: bool, tmp_path: Path) -> None:
         assert torch.equal(again(x), net(x))
         maps = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()(x)
         assert torch.equal(maps[-1], net.forward_intermediates(x, intermediates_only=True)[-1])
-    assert size_of(again) == size_of(net) and again._model_args["steps"] == 2
+    assert size_of(again) == size_of(net) and again._model_args["sizes"] == net._model_args["sizes"]
+    assert len(net._model_args["sizes"]) == 2
+
+
+def test_a_saved_network_keeps_the_size_that_it_was_changed_for(tmp_path: Path) -> None:
+    net: Any = random_network("convnext_atto", num_classes=3)
+    kept: Any = keep_resolution(net, example_input=noise(1, 3, 227, 227))
+    save_network(kept, tmp_path)
+    again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = noise(2, 3, 114, 114)
+    with torch.inference_mode():
+        assert torch.equal(again(x), kept(x))
+    assert size_of(again) == (3, 114, 114)
+
+
+def test_a_config_that_only_counts_steps_is_read(tmp_path: Path) -> None:
+    net: Any = keep_resolution(random_network("test_resnet", num_classes=3), 2)
+    save_network(net, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model_args"]["sizes"]
+    config["model_args"]["steps"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = noise(2, 3, 40, 40)
+    with torch.inference_mode():
+        assert torch.equal(again(x), net(x))
 
 
 def test_the_name_of_saved_networks_cannot_be_created_directly() -> None:
