@@ -29,7 +29,7 @@ from spd_zoo.data.reading import channel_mode, per_channel, size_text
 from spd_zoo.files import is_folder, whole
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import Classifier, check_classifier
-from spd_zoo.inference.detector import GREY, Detector
+from spd_zoo.inference.detector import GREY, Detector, trained_on_tiles
 from spd_zoo.inference.exported import (
     THRESHOLDS,
     ExportedDetector,
@@ -147,6 +147,8 @@ def export(
         if classes.named:
             labels = [names[0] for names in class_synonyms(net.pretrained_cfg) or ()]
             metadata["label_names"] = json.dumps(labels, ensure_ascii=False)
+        if isinstance(net, DetectionNet) and (tiles := trained_on_tiles(name)) is not None:
+            metadata |= {"tile": str(tiles[0]), "overlap": repr(tiles[1])}
         if isinstance(part, _Boxes) and scores_file(name).is_file():
             measured = read_scores(name, classes.names)
             metadata["class_scores"] = json.dumps([measured.get(i) for i in range(len(classes.names))])
@@ -642,7 +644,10 @@ QUANTIZED = {True: ["Conv"], False: ["Conv", "Gemm", "MatMul", "Add", "MaxPool",
 def _calibration(file: str, data: str | Path, image_column: str, label_column: str, notes: Notes) -> Iterator[Tensor]:
     """Inputs (C, H, W) of an exported file: images spread evenly over the training images."""
     net = read_exported(Path(file))
-    detector = Detector(net) if isinstance(net, ExportedDetector) else None
+    detector = None
+    if isinstance(net, ExportedDetector):
+        tile, overlap = net.tiles or (None, 0.2)
+        detector = Detector(net, tile=tile, overlap=overlap)
     opened = (
         open_boxes(data, split) if detector else open_data(data, split, image_column, label_column)
         for split in ("train", "val", "test")
@@ -657,6 +662,7 @@ def _calibration(file: str, data: str | Path, image_column: str, label_column: s
             if reader is not None:
                 yield reader(images.file(i))
             elif detector is not None:
-                yield next(detector.views(images.image(i)))[0]
+                views = list(detector.views(images.image(i)))
+                yield views[i % len(views)][0]
         except ValueError as error:
             notes.add(f"left out of the calibration: {error}", images.name(i))

@@ -15,6 +15,7 @@ from runs import finetune_in_processes, rows_of, same_run, stop_in
 from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, Objects, Tiling, open_boxes
 from spd_zoo.data.boxes.tiles import cut, objects_inside, tile_boxes
+from spd_zoo.exporter import export_int8
 from spd_zoo.inference.detector import Detector, trained_on_tiles
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection import report as box_report
@@ -177,6 +178,17 @@ def test_a_run_on_tiles_describes_them_and_is_evaluated_on_the_same(
     limited = evaluate(str(tmp_path / "run"), folder, workers=0, device="cpu", max_detections=5)[0]
     for all_boxes, best in zip(own.predictions.detections, limited.predictions.detections, strict=True):
         assert torch.equal(best.boxes, all_boxes.boxes[:5])  # the limit counts merged boxes, not those of a tile
+
+
+@pytest.mark.slow
+def test_what_is_made_from_a_run_on_tiles_is_used_on_tiles(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("onnxruntime", reason="exported files need the extra `export`")
+    run(folder, tmp_path / "run", epochs=1, model="yolov8n")
+    file, before, after = export_int8(str(tmp_path / "run"), folder, tmp_path / "moved.onnx", workers=0)
+    for evaluation in (before, after, evaluate(file, folder, workers=0)[0]):
+        assert evaluation.row["tile"] == 48
+    assert main(["convert", str(tmp_path / "run"), "--out", str(tmp_path / "converted")]) == 0
+    assert f"was trained on tiles; use {tmp_path / 'converted'} with --tile 48, too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["{}", "local-dir:{}", "{}/model.onnx"])

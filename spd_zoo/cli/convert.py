@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from spd_zoo.cli.common import CommandError, Commands, add_command
+from spd_zoo.cli.common import CommandError, Commands, add_command, print_notes
 
 __all__ = ["add"]
 
@@ -22,10 +22,13 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from spd_zoo.convert import ConversionError, convert_checkpoint
+    from spd_zoo.inference.detector import trained_on_tiles
 
     try:
         print(convert_checkpoint(options.model, options.out, options.include, options.exclude))
     except (ValueError, ConversionError) as error:
         raise CommandError(str(error)) from error
+    if (tiles := trained_on_tiles(options.model)) is not None:
+        print_notes([f"{options.model} was trained on tiles; use {options.out} with --tile {tiles[0]}, too"])
     print(f'saved: timm.create_model("local-dir:{options.out}", pretrained=True)')
     return 0

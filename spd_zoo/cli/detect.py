@@ -172,7 +172,7 @@ def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
         agnostic=options.agnostic,
         **{name: getattr(options, name) for name in ("overlap", "max_pixels") if getattr(options, name) is not None},
     )
-    if options.tile is None and (trained := trained_on_tiles(options.model)) is not None:
+    if options.tile is None and (trained := trained_on_tiles(options.model, detector.net)) is not None:
         print_notes(
             [f"{options.model} was trained on tiles of {trained[0]} px; --tile {trained[0]} cuts images the same way"]
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -570,12 +570,15 @@ class Detector:
             yield prepare_part(image, box, self.net, self.image_size)
 
 
-def trained_on_tiles(model: str) -> tuple[int, float] | None:
+def trained_on_tiles(model: str, net: Any = None) -> tuple[int, float] | None:
     """The side and the overlap of the tiles on which a run was trained; None for other networks.
 
     Args:
         model: The folder of the run, also as `local-dir:FOLDER`, or an exported file in it.
+        net: The network, which knows it if it comes from an exported file.
     """
+    if (tiles := getattr(net, "tiles", None)) is not None:
+        return cast("tuple[int, float]", tiles)
     path = Path(model.removeprefix("local-dir:"))
     file = (path.parent if path.suffix == ".onnx" else path) / "run.yaml"
     options = read_yaml(file) if file.is_file() else None

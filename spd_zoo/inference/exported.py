@@ -44,7 +44,7 @@ _LARGEST_FILE = 2**31 - 1  # bytes; protobuf, the container of ONNX, allows no m
 _MOST_PIXELS = 100_000_000  # of an input
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 _MOST_CLASSES = 1_000_000
-_MOST_DETECTIONS = 1_000_000
+_MOST_DETECTIONS = _LARGEST_TILE = 1_000_000
 
 
 def load_model(model: str, device: str | None = None) -> nn.Module:
@@ -139,6 +139,7 @@ class ExportedDetector(Exported, ObjectFinder):
     Attributes:
         score_threshold: The file's own minimum score.
         max_detections: Its maximum number of detections per image.
+        tiles: The side and the overlap of the tiles on which the network was trained; None without tiles.
     """
 
     max_detections: int
@@ -158,6 +159,9 @@ class ExportedDetector(Exported, ObjectFinder):
         self.class_scores = _class_scores(metadata["class_scores"]) if "class_scores" in metadata else None
         if self.class_scores is not None and len(self.class_scores) != self.num_classes:
             raise ValueError("class_scores and class_names differ in number")
+        self.tiles: tuple[int, float] | None = None
+        if "tile" in metadata:
+            self.tiles = int(_number(metadata["tile"], 1, _LARGEST_TILE)), _number(metadata["overlap"], 0, 0.99)
 
     def scores_of_classes(self) -> dict[int, float]:
         """The best minimum score of each class by its number, where it is known.

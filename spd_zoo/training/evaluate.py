@@ -174,7 +174,7 @@ def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_
         if tile is not None or overlap is not None or max_pixels is not None:
             raise ValueError(f"tile, overlap and max_pixels are options for detectors, and {model} is not a detector")
         return {}
-    trained = trained_on_tiles(model) if tile is None else None
+    trained = trained_on_tiles(model, net) if tile is None else None
     side, own_overlap = trained or (tile or 0, 0.2)
     overlap = own_overlap if overlap is None else overlap
     if side < 0 or not 0 <= overlap < 1:
