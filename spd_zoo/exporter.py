@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -537,7 +538,9 @@ def _to_pt2(part: _Part, example: Tensor, metadata: dict[str, str], file: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torchvision's NMS warns about itself
         program = torch.export.export(part, (example,), dynamic_shapes=(_dynamic(part),))
-    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata, ensure_ascii=False)})
+    content = BytesIO()  # on a full disk, torch would end the process
+    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata, ensure_ascii=False)})
+    file.write_bytes(content.getbuffer())
     loaded: Any = torch.export.load(file).module()
 
     def compute(images: Tensor, score: float) -> Outputs:

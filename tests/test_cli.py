@@ -564,6 +564,8 @@ def test_finetune_has_an_option_for_every_field(
         arguments = [option, str(value)]
     both = {"sched": ["--decay-epochs", "1,2"], "decay_epochs": ["--sched", "multistep"], "opt": ["--lr", "1"]}
     both |= {name: ["--teacher", "run"] for name in DISTILLATION} | {"overlap": ["--tile", "96"]}
+    both |= {"mix_prob": ["--mixup", "0.2"], "decay_rate": ["--sched", "multistep", "--decay-epochs", "1,2"]}
+    both |= {"stream_length": ["--stream"]}
     assert main(["finetune", *REQUIRED, *arguments, *both.get(field.name, [])]) == 0
     assert getattr(configs[0], field.name) == value
 

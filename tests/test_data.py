@@ -486,6 +486,15 @@ def test_of_csv_files_and_class_folders_those_with_train_are_read(
     assert open_data(folders, "test") is None
 
 
+def test_a_padded_crop_is_resized_as_asked() -> None:
+    image = Image.fromarray(torch.randint(0, 256, (7, 7, 3), generator=torch.Generator().manual_seed(0)).byte().numpy())
+    made = {}
+    for way in ("bilinear", "bicubic"):
+        torch.manual_seed(0)
+        made[way] = train_transform(16, crop_padding=2, interpolation=way, hflip=0.0)(image)
+    assert not torch.equal(made["bilinear"], made["bicubic"])
+
+
 def test_an_archive_beside_its_class_folders_is_not_read(folders: Path) -> None:
     (folders / "train.tar").write_bytes(b"archive")
     data = opened(folders)

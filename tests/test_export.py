@@ -19,6 +19,7 @@ from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.exporter import ExportError, export
 from spd_zoo.training.evaluate import evaluate
+from spd_zoo.weights import save_network
 from spd_zoo.weights.load import ModelError, pretrained_cfg
 
 
@@ -146,6 +147,27 @@ def test_the_file_of_a_network_does_not_go_into_a_folder_of_its_name(
     monkeypatch.chdir(tmp_path)
     Path("cifar_resnet20").mkdir()
     assert export("cifar_resnet20", "pt2") == Path("cifar_resnet20.pt2")
+
+
+@pytest.mark.parametrize("write", ["export", "convert", "save"])
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    resource = pytest.importorskip("resource", reason="the size of files is limited by POSIX")
+    monkeypatch.chdir(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            if write == "export":
+                export(str(run), "pt2", "file.pt2")
+            elif write == "convert":
+                convert_checkpoint("cifar_resnet20", Path("converted"))
+            else:
+                save_network(timm.create_model("cifar_resnet20"), "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 def test_another_format_is_refused(run: Path) -> None:

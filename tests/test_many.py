@@ -261,6 +261,22 @@ def stop_after_a_part(images: Files, job: Job, results: Path) -> None:
             run(images, job, results)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--overwrite"], "--overwrite goes with --results FILE"),
+        (["--workers", "9"], "--workers goes with --results FILE"),
+        (["--split", "test"], "--split goes with --results FILE"),
+        (["--split", "test", "--results", "r.csv"], "--split goes with --data DATA"),
+    ],
+)
+def test_options_without_what_they_go_with_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", MODEL, "a.png", *options]) == 1
+    assert capsys.readouterr().err == f"spd-zoo: error: {message}; add that, or leave it out\n"
+
+
 @pytest.mark.parametrize("changed", ["images", "save_every", "weights"])
 def test_unfinished_results_of_something_else_are_refused(images: Files, tmp_path: Path, changed: str) -> None:
     job = colours(tmp_path / "log", weights="one")

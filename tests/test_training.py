@@ -843,6 +843,12 @@ def test_a_cosine_between_epochs_ends_above_its_floor(folders: Path, tmp_path: P
     assert lr_of(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_rate_that_never_falls_is_noted(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"sched": "multistep", "decay_epochs": "1,5", "opt": "sgd", "lr": 0.1, "dry_run": True}
+    finetune(config(folders, tmp_path / "run", epochs=2, **options))
+    assert "note: 2 epochs end before the learning rate falls after epoch 5\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("sizes", ["", "0", "px", "32@1", "32,48", "32,48@5,64@3", "32,48@x"])
 def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_size"):
@@ -875,6 +881,11 @@ def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> 
         ({"std": "0,1,1"}, "std must be positive"),
         ({"auto_augment": "nonsense"}, "auto_augment 'nonsense' is no policy of timm's"),
         ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1, got 1.0"),
+        ({"mix_prob": 0.5}, "mix_prob is for Mixup and CutMix; give mixup or cutmix, too"),
+        ({"decay_rate": 0.5}, "decay_rate is for sched multistep; give it, too"),
+        ({"stream_length": 5}, "stream_length is for a streamed data set; give stream, too"),
+        ({"model_args": "num_classes=7"}, "num_classes follows from the data; leave it out of model_args"),
+        ({"epochs": 2, "image_size": "32,48@2"}, "the 2 epochs of the run end before image size 48@2 begins"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -1115,6 +1126,7 @@ def test_a_continued_run_starts_from_the_kept_network_and_resumes_to_the_same_bi
         ("run", "+0", {}, r"epochs must be a whole number, or like \+10, got \+0"),
         ("run", "+1.5", {}, r"epochs must be a whole number, or like \+10, got \+1.5"),
         ("run", "+3", {"seed": 2}, "a run that continues .*run keeps its seed; leave that out"),
+        ("run", "+3", {"pretrained": False}, "keeps its pretrained; leave that out"),
         ("run", "+3", {"recipe": "best"}, r"epochs \+3 continues a finished run with its options: give its folder"),
         ("run", "+3", {"epoch": 2}, "did you mean epochs"),
     ],

@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 __all__ = ["add_options", "class_map", "find_images", "write"]
 
+_OF_DATA = {"split": "", "image_column": "", "label_column": ""}
+
 
 def add_options(command: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     """Adds the options for a file of results, and returns their group."""
@@ -57,12 +59,20 @@ def find_images(
     """
     if options.data:
         raise CommandError("--data needs --results FILE, which receives a row for each image")
+    _refuse(options, "--results FILE", workers=2, save_every=512, overwrite=False, **_OF_DATA)
     if not options.images:
         usage = f"spd-zoo {options.command} MODEL"
         raise CommandError(f"give IMAGES: `{usage} IMAGES`, or `{usage} --data DATA --results FILE`")
     with explained():
         _check_order(options)
         return find(options.images, notes)
+
+
+def _refuse(options: argparse.Namespace, owner: str, **defaults: Any) -> None:
+    """Raises CommandError if one of the options, which only mean something with `owner`, has not its default."""
+    for name, default in defaults.items():
+        if getattr(options, name) != default:
+            raise CommandError(f"--{name.replace('_', '-')} goes with {owner}; add that, or leave it out")
 
 
 def _check_order(options: argparse.Namespace) -> None:
@@ -116,6 +126,8 @@ def write(
         raise CommandError("--json prints, --results writes a file; give one of them")
     if bool(options.data) == bool(options.images):
         raise CommandError("give either IMAGES or a data set with --data")
+    if not options.data:
+        _refuse(options, "--data DATA", **_OF_DATA)
     with explained(lower):
         from spd_zoo.data.notes import Notes
         from spd_zoo.inference.loop import Files, Images

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from timm.data import create_transform
 
-from spd_zoo.data.reading import MAX_PIXELS, parse_size
+from spd_zoo.data.notes import count
+from spd_zoo.data.reading import MAX_PIXELS, parse_size, size_text
 from spd_zoo.files import read_yaml
 
 __all__ = [
@@ -296,8 +297,14 @@ class FinetuneConfig:
         for name in ("ema", "val_split", "label_smoothing", "overlap"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
-        if not self.tile and self.overlap != type(self).overlap:
-            raise ValueError("overlap is for tiles; give tile, too")
+        for name, owner, there in (
+            ("overlap", "tiles; give tile", self.tile),
+            ("mix_prob", "Mixup and CutMix; give mixup or cutmix", self.mixup or self.cutmix),
+            ("decay_rate", "sched multistep; give it", self.sched == "multistep"),
+            ("stream_length", "a streamed data set; give stream", self.stream),
+        ):
+            if not there and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} is for {owner}, too")
         for name in ("hflip", "vflip", "erase", "mix_prob", "mosaic", "zoom", "shift"):
             if (getattr(self, name) or 0) > 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
@@ -326,10 +333,17 @@ class FinetuneConfig:
             raise ValueError(
                 f"auto_augment {self.auto_augment!r} is no policy of timm's; give one like rand-m6-n2-mstd0.5"
             ) from error
-        parse_sizes("64" if self.image_size is None else self.image_size)
+        for size, first in parse_sizes("64" if self.image_size is None else self.image_size):
+            if first >= self.epochs:
+                raise ValueError(
+                    f"the {count(self.epochs, 'epoch')} of the run end before image size {size_text(size)}@{first} "
+                    "begins; give more epochs or leave the size out"
+                )
         if self.teacher_size is not None:
             parse_size(self.teacher_size)
-        parse_epochs(self.decay_epochs), parse_model_args(self.model_args)
+        parse_epochs(self.decay_epochs)
+        if "num_classes" in parse_model_args(self.model_args):
+            raise ValueError("num_classes follows from the data; leave it out of model_args")
         parse_numbers(self.mean)
         if not all(value > 0 for value in parse_numbers(self.std)):
             raise ValueError(f"std must be positive, got {self.std}")

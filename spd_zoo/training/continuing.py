@@ -16,7 +16,10 @@ from spd_zoo.weights.load import timm_name
 __all__ = ["Continuation", "continuation"]
 
 SHARE = 10  # the learning rate begins at no less than the peak of the finished run divided by this
-_FIXED = ("seed", "val_name", "val_split", "val_size", "image_column", "label_column", "stream", "model_args")
+_FIXED = (
+    *("seed", "pretrained", "model_args", "val_name", "val_split", "val_size"),
+    *("image_column", "label_column", "stream"),
+)
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,9 @@ def plan(
     batch_size = _batch_size(config, images, process)
     if config.batch_size is not None and min(batch_size, images) < config.batch_size:
         process.print(f"note: {images} training images: a step has {min(batch_size, images)}, not {config.batch_size}")
+    late = [epoch for epoch in parse_epochs(config.decay_epochs) if epoch >= config.epochs]
+    if late:
+        process.print(f"note: {count(config.epochs, 'epoch')} end before the learning rate falls after epoch {late[0]}")
     defaults = task.defaults(config, net, batch_size, pretrained)
     only_backbone = pretrained and ":" not in config.model and loads_backbone_only(config.model)
     if only_backbone:

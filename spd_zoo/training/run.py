@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from spd_zoo.files import is_leftover, read_yaml, remove_leftovers, whole, write_csv
@@ -146,7 +145,7 @@ class RunFolder:
         """
         try:
             yield
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError) as error:
             reason = _reason(error)
             if reason is None:
                 raise
@@ -157,7 +156,7 @@ class RunFolder:
 
 def _reason(error: BaseException | None) -> str | None:
     """The reason of the operating system, which torch hides in the context of a RuntimeError."""
-    while error is not None and not isinstance(error, OSError | SafetensorError):
+    while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return getattr(error, "strerror", None) or (str(error) if error is not None else None)
 

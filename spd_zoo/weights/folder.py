@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -87,11 +87,15 @@ def save_network(
         folder: Created if it does not exist.
         cfg: Fields that differ from `net.pretrained_cfg`: input, normalisation, `label_names`, ...
         model_args: Arguments of `timm.create_model` for this network, if its `pretrained_cfg` does not have them.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / WEIGHTS) as weights, whole(folder / CONFIG) as config:
-        save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, weights)
+        tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        weights.write_bytes(save(tensors))  # an OSError on a full disk, unlike `save_file`
         config.write_text(json.dumps(config_of(net, cfg, model_args), indent=2), encoding="utf-8")
 
 

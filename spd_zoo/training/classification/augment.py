@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, create_dataset, create_transform
 from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
 from spd_zoo.data.reading import upright
@@ -39,7 +39,8 @@ def train_transform(
     size: tuple[int, int] = to_2tuple(image_size)
     make = create_transform(size, is_training=True, use_prefetcher=True, scale=(crop_scale, 1.0), **options)
     if crop_padding:
-        make.transforms[0] = v2.Compose([v2.Resize(size), v2.RandomCrop(size, padding=crop_padding)])
+        way = InterpolationMode.BICUBIC if options.get("interpolation") == "bicubic" else InterpolationMode.BILINEAR
+        make.transforms[0] = v2.Compose([v2.Resize(size, way), v2.RandomCrop(size, padding=crop_padding)])
     if rotation:
         make.transforms.insert(-1, v2.RandomRotation([-rotation, rotation]))
     return make
