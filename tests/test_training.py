@@ -961,7 +961,7 @@ def test_recipes_have_options_that_there_are_and_say_what_is_unknown(recipe: Pat
     if unknown:
         with pytest.raises(ValueError, match=f"give .*{unknown[-1].replace('_', '-')}"):
             make_config(given, recipe=recipe.stem)
-    made = make_config(given | dict.fromkeys(unknown, 0), recipe=recipe.stem)
+    made = make_config(given | dict.fromkeys(unknown, 1), recipe=recipe.stem)
     published = recipe.stem not in GENERAL
     assert (made.pretrained is False and made.lr is not None and made.warmup_epochs is not None) == published
     assert unknown == (["weight_decay", "warmup_epochs", "cutmix", "mix_prob"] if "augment" in recipe.stem else [])
