@@ -1,6 +1,7 @@
 """Images with boxes: their check, classes and splits, and augmentation that moves boxes with their objects."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,47 @@ def test_invalid_boxes_are_counted_and_left_out(tmp_path: Path) -> None:
     assert {kind: len(names) for kind, names in data.defects.items()} == {
         "boxes reach out of their image by more than half a pixel and are clipped": 2,
         "boxes lie outside their image and are left out": 1,
-        "boxes have no area and are left out": 3,
+        "boxes have no area and are left out": 1,
+        "boxes have a negative or no finite size and are left out": 2,
         "boxes are of an unknown class and are left out": 1,
         "boxes belong to no image of the list and are left out": 1,
     }
     assert sum(data.counts()) == count + 2
     assert data.objects_in(0).boxes[-2:].tolist() == [[0, 5, 20, 35], [90, 60, 96, 64]]
     assert data.objects_in(0).areas[-2:].tolist() == [20 * 30, 6 * 4]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_boxes_in_another_convention_are_an_error(tmp_path: Path, swapped: bool) -> None:
+    file = make_coco(tmp_path, train=16) / "instances_train.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x + width, y + height, -width, -height] if swapped else [x, y, x + width, y + height]
+    file.write_text(json.dumps(content))
+    message = "have a negative or no finite size" if swapped else "are corners given in place of width and height"
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path)
+
+
+def test_the_results_of_a_detector_are_no_annotations(tmp_path: Path) -> None:
+    make_yolo(tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    found = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "score": 0.9}
+    images, categories = [{"id": 1, "file_name": "train_0.png"}], [{"id": 1, "name": "blue"}]
+    content = {"images": images, "annotations": [found], "categories": categories}
+    (tmp_path / "detections.json").write_text(json.dumps(content))
+    assert opened(tmp_path).format.startswith("YOLO")
+    with pytest.raises(DataError, match="results of a detector, and no annotations"):
+        open_boxes(tmp_path / "detections.json", "train")
+
+
+def test_labels_beside_the_images_of_each_split_are_read(tmp_path: Path) -> None:
+    make_yolo(tmp_path)
+    for label in (tmp_path / "labels").rglob("*.txt"):
+        label.rename(tmp_path / "images" / label.relative_to(tmp_path / "labels"))
+    shutil.rmtree(tmp_path / "labels")
+    assert len(opened(tmp_path)) == 8 and len(opened(tmp_path, "val")) == 4
 
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:

@@ -296,6 +296,14 @@ def test_imported_weights_are_used_pulled_verified_and_deleted(
     assert main(["weights", "rm", "cifar_resnet20.mine"]) == 1
 
 
+def test_an_import_says_what_it_replaces(own_cache: Path, checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    other = tmp_path / "other.pth"
+    torch.save(timm.create_model("cifar_resnet20").state_dict(), other)
+    for file in (checkpoint, checkpoint, other):
+        assert main(["weights", "import", "cifar_resnet20.mine", str(file)]) == 0
+    assert capsys.readouterr().err == f"note: it replaces cifar_resnet20.mine from {checkpoint.as_uri()}\n"
+
+
 @pytest.mark.slow
 def test_pull_gives_the_default_weights_of_a_network(capsys: Capture) -> None:
     assert main(["weights", "pull", "pyconvresnet50_spd"]) == 0

@@ -277,6 +277,11 @@ def test_options_without_what_they_go_with_are_refused(
     assert capsys.readouterr().err == f"spd-zoo: error: {message}; add that, or leave it out\n"
 
 
+def test_an_address_is_written_without_its_password() -> None:
+    address = "http://me:secret@camera/shot.jpg"
+    assert (Files([address]).name(0), Files([address]).file(0)) == ("http://camera/shot.jpg", address)
+
+
 @pytest.mark.parametrize("changed", ["images", "save_every", "weights"])
 def test_unfinished_results_of_something_else_are_refused(images: Files, tmp_path: Path, changed: str) -> None:
     job = colours(tmp_path / "log", weights="one")

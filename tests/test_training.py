@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError, open_data
+from spd_zoo.exporter import export, export_int8
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.process import Process, StopSignals
 from spd_zoo.training import call, memory
@@ -523,6 +524,31 @@ def test_evaluate_measures_on_the_images_that_a_run_held_out(tmp_path: Path) -> 
     assert measured.notes[-1].endswith(f"evaluated on the 6 images that {tmp_path / 'run'} held out for validation")
     (other,) = evaluate(tmp_path / "run", make_folders(tmp_path / "other", train=4), workers=0, device="cpu")
     assert other.in_words().endswith("; 12 images of train")
+
+
+@pytest.mark.slow
+def test_an_exported_file_is_evaluated_like_its_run(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="exported files need the extra `export`")
+    data = make_folders(tmp_path / "data", train=10)
+    run(data, tmp_path / "run", epochs=1, val_size=6)
+    file, *measured = export_int8(str(tmp_path / "run"), data, tmp_path / "elsewhere.onnx", workers=0)
+    inside = export(str(tmp_path / "run"), "onnx")
+    for evaluation in (*measured, *evaluate(inside, data, workers=0)):
+        assert evaluation.in_words().endswith("; 6 images of val")
+    (alone,) = evaluate(file, data, workers=0)
+    assert alone.in_words().endswith("; 30 images of train")
+    assert alone.notes[-1] == f"{data} has no split test or val; evaluated on train"
+
+
+def test_a_run_with_unreadable_images_is_resumed_where_the_data_was_moved(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folders / "train" / "red" / "0.png").write_bytes(b"no image")
+    stop_in(monkeypatch, 0, 1)
+    with pytest.raises(Stopped):
+        run(folders, tmp_path / "run", epochs=1)
+    folders.rename(tmp_path / "moved")
+    assert run(tmp_path / "moved", tmp_path / "run", epochs=1).history
 
 
 def test_a_damaged_run_is_named(folders: Path, tmp_path: Path) -> None:

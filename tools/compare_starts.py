@@ -24,6 +24,7 @@ from typing import Any
 from PIL import Image
 
 import spd_zoo  # noqa: F401  (registers the networks)
+from spd_zoo.files import whole
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import FinetuneConfig, finetune
 
@@ -92,7 +93,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         row |= {"epochs": options.epochs, "image_size": options.image_size, "seeds": options.seeds}
         for key in ("top1", "macro_f1", "minutes"):
             row[key] = round(statistics.mean(figures[key] for figures in found), 4)
-        row["top1_std"] = round(statistics.pstdev(figures["top1"] for figures in found), 4)
+        row["top1_std"] = round(statistics.stdev([figures["top1"] for figures in found]), 4) if len(found) > 1 else 0.0
         rows.append(row)
     return rows
 
@@ -117,9 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     options = parser.parse_args(argv)
     if options.coco:
-        options.data = options.out / "images"
+        options.data = options.out / f"images_{options.largest_class or 'all'}"
         if not options.data.is_dir():
-            crop_boxes(options.coco, options.data, options.largest_class)
+            options.out.mkdir(parents=True, exist_ok=True)
+            with whole(options.data) as folder:  # all images, or none
+                crop_boxes(options.coco, folder, options.largest_class)
     for row in compare(options):
         print(json.dumps(row) if options.json else ", ".join(f"{key} {value}" for key, value in row.items()))
     return 0

@@ -29,7 +29,7 @@ import torch
 import twins_report
 from figures_common import Drawing, render
 from twins_config import ConfigError, digest, find_record, read_config, read_records
-from twins_run import checkpoint, request, run, write_subset
+from twins_run import files_of, request, run, write_subset
 
 from spd_zoo.data.labelled import DataError
 from spd_zoo.files import whole
@@ -117,12 +117,15 @@ def missing(config: dict[str, Any], records: Sequence[dict[str, Any]], data: Pat
             out.mkdir(parents=True, exist_ok=True)
             write_subset(data, config["train_images"], subset)
         data = subset
-    return [
-        (config, spec, seed, data, out / f"{spec['model']}_{digest(config, spec)}_{seed}")
-        for seed in range(config["seeds"])
-        for spec in config["networks"]
-        if find_record(records, config, spec, seed) is None
-    ]
+    runs = []
+    files = [files_of(spec) for spec in config["networks"]]
+    for seed in range(config["seeds"]):
+        for spec, used in zip(config["networks"], files, strict=True):
+            record = find_record(records, config, spec, seed)
+            if record is None or record.get("files", used) != used:  # another file has the name now
+                folder = "_".join([spec["model"], digest(config, spec), *(sha[:8] for sha in used.values()), str(seed)])
+                runs.append((config, spec, seed, data, out / folder))
+    return runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not data.exists():
                     raise ConfigError(f"there is no {data}; put the data set there")
                 for spec in config["networks"]:
-                    for key in spec.keys() & {"weights", "backbone"}:
-                        checkpoint(spec[key])
+                    files_of(spec)
             except (ConfigError, WeightsError) as error:
                 print(f"skipped {config['name']}: {error}", file=sys.stderr)
                 status = 1

@@ -117,6 +117,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 def find_record(
     records: Sequence[dict[str, Any]], config: dict[str, Any], network: dict[str, Any], seed: int
 ) -> dict[str, Any] | None:
-    """The record of a run with the settings of the config; None if there is none."""
+    """The last record of a run with the settings of the config; None if there is none."""
     wanted = (digest(config, network), seed)
-    return next((record for record in records if (record["digest"], record["seed"]) == wanted), None)
+    found = [record for record in records if (record["digest"], record["seed"]) == wanted]
+    return found[-1] if found else None

@@ -25,9 +25,10 @@ from spd_zoo.training.finetune import finetune
 from spd_zoo.training.steps import seed_everything
 from spd_zoo.training.task import task_of
 from spd_zoo.weights import catalogue, fetch, save_network
+from spd_zoo.weights.cache import origin_of, sha256_of
 from spd_zoo.weights.load import load_backbone, load_file, load_network
 
-__all__ = ["build", "checkpoint", "request", "run", "write_subset"]
+__all__ = ["build", "checkpoint", "files_of", "request", "run", "write_subset"]
 
 BATCH, TIMES = 8, 15  # images per batch, and timed batches
 
@@ -42,6 +43,17 @@ def checkpoint(name: str) -> Path:
     if "." not in name:
         raise ConfigError(f"there are no weights called {name}; give network.tag")
     return fetch(catalogue.checkpoint(name))
+
+
+def files_of(spec: dict[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each checkpoint that a run begins with, as it was before it was imported.
+
+    Raises:
+        ConfigError: As `checkpoint`.
+        WeightsError: As `checkpoint`.
+    """
+    files = {key: checkpoint(spec[key]) for key in ("weights", "backbone") if key in spec}
+    return {key: origin_of(file).get("original_sha256") or sha256_of(file) for key, file in files.items()}
 
 
 def build(spec: dict[str, Any], class_names: list[str], seed: int) -> nn.Module:
@@ -170,4 +182,5 @@ def run(config: dict[str, Any], spec: dict[str, Any], seed: int, data: Path, out
         "seconds": round(seconds, 1),
         "ms_per_image": round(milliseconds(net, net.pretrained_cfg["input_size"]), 3),
         "bf16": bf16,
+        "files": files_of(spec),
     }

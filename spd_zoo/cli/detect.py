@@ -173,8 +173,9 @@ def _detector(options: argparse.Namespace, device: str | None) -> "Detector":
         **{name: getattr(options, name) for name in ("overlap", "max_pixels") if getattr(options, name) is not None},
     )
     if options.tile is None and (trained := trained_on_tiles(options.model, detector.net)) is not None:
+        side, overlap = trained
         print_notes(
-            [f"{options.model} was trained on tiles of {trained[0]} px; --tile {trained[0]} cuts images the same way"]
+            [f"{options.model} was trained on tiles; --tile {side} --overlap {overlap:g} cuts images the same way"]
         )
     if options.score == "auto":
         print_notes([detector.scores_in_words()])

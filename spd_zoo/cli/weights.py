@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spd_zoo.cli.common import Commands, add_command, complain, print_table
+from spd_zoo.cli.common import Commands, add_command, complain, print_notes, print_table
 from spd_zoo.console import bar_disabled
 from spd_zoo.data.notes import some
 from spd_zoo.weights import catalogue
-from spd_zoo.weights.cache import find, is_right, origin_of
+from spd_zoo.weights.cache import find, import_folder, is_right, origin_of
 from spd_zoo.weights.manifest import WeightsError, entries
 
 __all__ = ["add"]
@@ -67,9 +67,13 @@ def _pull(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from spd_zoo.weights.fetch import import_weights
 
+    before = {each: origin_of(each) for each in import_folder().glob("*.safetensors")}
     file = import_weights(options.name, options.file)
     name = file.name.rsplit(".", 2)[0]
     print(file)
+    digest = origin_of(file).get("original_sha256")
+    replaced = [about for each, about in before.items() if not each.exists() and about.get("original_sha256") != digest]
+    print_notes([f"it replaces {name} from {about.get('origin', 'another file')}" for about in replaced])
     network = name.partition(".")[0]
     if network not in entries():  # one of timm's, which does not know our tags
         call = f'"{network}", pretrained=True, pretrained_cfg_overlay={{"file": "{file}"}}'

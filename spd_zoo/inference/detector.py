@@ -462,7 +462,19 @@ class Detector:
             words.append(
                 f"{self.score_threshold:g} for {unmeasured}, of which no box was correct when the run was validated"
             )
+        settings = ", ".join(self._other_settings())
+        words += [f"this detection differs from their measurement: it is {settings}"] if settings else []
         return f"minimum scores: {'; '.join(words)}"
+
+    def _other_settings(self) -> Iterator[str]:
+        """The settings that differ from those with which the minimum scores of the run were measured."""
+        tile, _ = trained_on_tiles(self.name, self.net) or (None, 0.2)
+        if self.tile != tile:
+            yield f"on tiles of {self.tile} px" if self.tile else "without tiles"
+        if self.image_size != tuple(self.net.pretrained_cfg["input_size"][1:]):
+            yield f"at {size_text(self.image_size)} px"
+        if self.iou_threshold != self.net.iou_threshold:
+            yield f"with an IoU threshold of {self.iou_threshold:g}"
 
     def __repr__(self) -> str:
         device = next(self.net.parameters()).device

@@ -7,8 +7,9 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from spd_zoo.data.reading import collect_notes
+from spd_zoo.data.reading import collect_notes, is_url
 from spd_zoo.data.regions import PartError
+from spd_zoo.inference.sources import public
 from spd_zoo.process import leave_ctrl_c_to_parent
 
 __all__ = ["Files", "ImageFile", "Images", "Outcome", "Task", "batches", "run"]
@@ -39,10 +40,13 @@ class Files:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """The path."""
-        return self.paths[index]
+        """The path, or the address without user and password."""
+        path = self.paths[index]
+        return public(path) if is_url(path) else path
 
-    file = name
+    def file(self, index: int) -> str:
+        """The path or address."""
+        return self.paths[index]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from spd_zoo.data.boxes.opening import find_source
 from spd_zoo.data.boxes.opening import open_split as open_box_split
 from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.notes import Notes
+from spd_zoo.data.reading import MAX_PIXELS
 from spd_zoo.data.regions import Regions
 from spd_zoo.errors import first_line
 from spd_zoo.files import is_leftover, remove_leftovers, whole
@@ -176,6 +177,8 @@ def detection(detector: Detector, model: str) -> Job:
         settings |= {"thresholds": repr(detector.thresholds.tolist())}
     if detector.agnostic:
         settings |= {"agnostic": True}
+    if detector.max_pixels != MAX_PIXELS:
+        settings |= {"max_pixels": detector.max_pixels}
 
     def notes(detected: Detected) -> Sequence[str]:
         return detector.limit_notes(detected[1])

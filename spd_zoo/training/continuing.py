@@ -78,6 +78,8 @@ def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
     options |= {"head_init": "zero"} if classifies else {"auto_anchors": False}  # zero keeps a head of the same classes
     options |= {"sched": "cosine", "decay_epochs": "", "lr": max(last, peak / SHARE), "warmup_epochs": 0}
     options |= {"warmup_lr": None, "mosaic_off": None, "head_epochs": 0}
+    if "teacher" in asked:  # what was measured or chosen for the former one does not hold for it
+        options |= {"teacher_digest": None, "teacher_size": None, "teacher_model": ""}
     options |= {"out": f"{folder}{epochs}"} | asked | {"model": model, "epochs": int(epochs)}
     rate = f"the last learning rate of {folder}"
     if options["lr"] > last:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
@@ -28,6 +29,7 @@ from spd_zoo.training.config import FinetuneConfig, completed
 from spd_zoo.training.detection.metrics import Suppression
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Predictions, names_other_task, task_of
+from spd_zoo.weights.load import timm_name
 
 __all__ = ["Evaluation", "evaluate", "evaluate_network", "save"]
 
@@ -87,6 +89,7 @@ def evaluate(
     overlap: float | None = None,
     max_pixels: int | None = None,
     out: Path | None = None,
+    run: str = "",
 ) -> list[Evaluation]:
     """Evaluates a classifier or a detector on the readable images of a data set, at one image size or several.
 
@@ -116,6 +119,7 @@ def evaluate(
         max_pixels: For a detector: maximum number of pixels of an image that is read as a whole; None: Pillow's limit.
         out: The folder that `save` will write the results to, which is refused before anything is computed if it is no
             folder or lies among the images.
+        run: The run that an exported file comes from, if it lies in another folder.
 
     Returns:
         An evaluation for each image size.
@@ -143,25 +147,27 @@ def evaluate(
     sizes = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]
     columns = (image_column, label_column)
     place: torch.device = next(net.parameters()).device
-    options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading, out)
+    options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading, out, run)
     with freed_memory_kept(place):
         return evaluate_network(net, model, data, split, sizes, *options)
 
 
-def _held_out(task: Any, net: Any, model: str, data: str | Path, process: Process) -> tuple[str, Any] | None:
-    """The split val of images that a run held out of `data`; None for other networks and other data."""
+def _held_out(task: Any, model: str, data: str | Path, process: Process) -> tuple[str, Any] | None:
+    """The validation images of a run on `data`, and the name of their split; None for other networks and data."""
     run = Path(model.removeprefix("local-dir:"))
+    run = run.parent if run.suffix == ".onnx" else run
     if not all(is_file(run / name) for name in ("run.yaml", "data.json")):
         return None
     config = FinetuneConfig(**completed(read_yaml(run / "run.yaml"), run) | {"data": str(data), "out": run})
     if config.stream:
         return None
+    with torch.device("meta"):
+        net = timm.create_model(timm_name(f"local-dir:{run}"))
     try:
         images = task.open_splits(config, net, process, json.loads((run / "data.json").read_text(encoding="utf-8"))).val
     except DataError:
         return None
-    which = f"the {count(len(images), 'image')} that {model} held out for validation"
-    return "val", replace(images, notes=(*images.notes, f"{data} has no split test or val; evaluated on {which}"))
+    return config.val_name, images
 
 
 def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_pixels: int | None) -> dict[str, Any]:
@@ -174,8 +180,10 @@ def _reading(net: Any, model: str, tile: int | None, overlap: float | None, max_
         if tile is not None or overlap is not None or max_pixels is not None:
             raise ValueError(f"tile, overlap and max_pixels are options for detectors, and {model} is not a detector")
         return {}
-    trained = trained_on_tiles(model, net) if tile is None else None
-    side, own_overlap = trained or (tile or 0, 0.2)
+    known = trained_on_tiles(model, net)
+    trained = known if tile is None else None
+    side = trained[0] if trained is not None else tile or 0
+    own_overlap = known[1] if known is not None and known[0] == side else 0.2
     overlap = own_overlap if overlap is None else overlap
     if side < 0 or not 0 <= overlap < 1:
         raise ValueError(f"tile must not be negative and overlap from 0 to below 1, got {side} and {overlap}")
@@ -207,6 +215,7 @@ def evaluate_network(
     suppression: Suppression | None = None,
     reading: Mapping[str, Any] | None = None,
     out: Path | None = None,
+    run: str = "",
 ) -> list[Evaluation]:
     """Evaluates a network that is loaded already; see `evaluate`.
 
@@ -226,6 +235,7 @@ def evaluate_network(
         suppression: Settings of a detector's evaluation that differ from the usual rules.
         reading: Fields of `BoxImages` that differ from those of the data; its notes are added to theirs.
         out: As in `evaluate`.
+        run: As in `evaluate`.
 
     Raises:
         DataError: If the data set cannot be used, or its classes are not the network's.
@@ -239,7 +249,10 @@ def evaluate_network(
         if images is None:
             raise DataError(f"{data} has no split {' or '.join(splits)}")
         if split == "train" and len(splits) > 1:
-            split, images = _held_out(task, net, model, data, process) or (split, images)
+            split, images = _held_out(task, run or model, data, process) or (split, images)
+            which = f"the {count(len(images), 'image')} that {run or model} held out for validation"
+            which = "train" if split == "train" else which
+            images = replace(images, notes=(*images.notes, f"{data} has no split test or val; evaluated on {which}"))
         if out is not None:
             refuse_among(out, images.folders(), data)
         if reading:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from spd_zoo.data.labelled import DataError
@@ -33,6 +34,9 @@ class Readable(Data, Protocol):
 
     def counts(self) -> list[int]:
         """Images or objects of each class."""
+
+    def name(self, index: int) -> str:
+        """The name of an image in messages and reports: its path, if it is a file."""
 
     def without(self, names: Container[str]) -> Any:
         """The images that have other names."""
@@ -106,12 +110,33 @@ def without_unreadable(
     """Both splits without the images that the check could not read.
 
     Raises:
-        DataError: If a class has no `examples` (images, boxes) to train on.
+        DataError: If a class has no `examples` (images, boxes) to train on, or an image that the check of a resumed run
+            could not read cannot be told from the others.
     """
     train, val = (
-        data.without(about.get(name, {}).get("unreadable", {})) for name, data in (("train", train), ("val", val))
+        data.without([_name_now(each, data) for each in about.get(name, {}).get("unreadable", {})])
+        for name, data in (("train", train), ("val", val))
     )
     empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if not count]
     if empty:
         raise DataError(f"class {empty[0]!r} has no {examples} to train on; add some, or remove the class")
     return train, val
+
+
+def _name_now(name: str, data: Readable) -> str:
+    """The name of an image now that had `name` when its run began, when the data may have been in another folder.
+
+    Raises:
+        DataError: If no image or several have a name like it.
+    """
+    names = [data.name(i) for i in range(len(data))]
+    if name in names:
+        return name
+    parts = Path(name).parts
+    for number in range(1, len(parts)):
+        alike = [each for each in names if Path(each).parts[-number:] == parts[-number:]]
+        if len(alike) == 1:
+            return alike[0]
+        if not alike:
+            break
+    raise DataError(f"{name}, which could not be read when the run began, is not among the data; begin another run")

@@ -93,7 +93,14 @@ def _is_coco(file: Path) -> bool | None:
     if not isinstance(annotations, list):
         return False
     objects = [each for each in annotations[:1000] if isinstance(each, dict)]
+    if _has_scores(objects):
+        return False
     return not annotations or any("bbox" in each or "segmentation" in each for each in objects)
+
+
+def _has_scores(annotations: Sequence[Any]) -> bool:
+    """Whether annotations are results of a detector, as `detect` writes them."""
+    return any(isinstance(each, dict) and "score" in each for each in annotations)
 
 
 def _split_name(file: Path, root: Path) -> str:
@@ -124,6 +131,8 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
             f"{file} is not in COCO's format for objects ({type(error).__name__}: {error}); it needs images, "
             "annotations and categories"
         ) from error
+    if _has_scores(annotations):
+        raise DataError(f"{file} has the results of a detector, and no annotations; correct them and remove the scores")
     collected = Collector(class_names, file)
     for list_name, keys in (("categories", category_ids), ("images", image_ids)):
         twice = next((key for key, number in Counter(map(repr, keys)).items() if number > 1), None)

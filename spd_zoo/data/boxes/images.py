@@ -46,6 +46,7 @@ EVERY_CLASS = -1  # the label of a region in which objects of all classes are ig
 CLIPPED = "boxes reach out of their image by more than half a pixel and are clipped"
 UNUSABLE = 0.01  # share of lines that may be unusable, from `UNUSABLE_LINES` of them on
 UNUSABLE_LINES = 10
+FAR, FAR_OUT = 0.1, 0.2  # share of the boxes that may reach out of their image by more than this share of its side
 _REGIONS = {"ignore", "ignored", "ignore region", "ignore regions", "ignored region", "ignored regions"}
 _REGIONS |= {"dontcare", "dont care", "don't care"}
 
@@ -302,7 +303,7 @@ class Collector:
         self.objects: list[Objects] = []
         self.encoded: list[Any] = []
         self.defects: dict[str, list[Defect]] = defaultdict(list)
-        self.lines, self.unusable = 0, Counter[str]()
+        self.lines, self.far_out, self.unusable = 0, 0, Counter[str]()
 
     def defect(self, sort: str, where: str, image: object = "", times: int = 1) -> None:
         """Counts something odd that does not make the data unusable."""
@@ -374,7 +375,10 @@ class Collector:
         if box.label is None:
             self.leave_out("boxes are of an unknown class and are left out", box.where, image)
             return None
-        if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
+        if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:
+            self.leave_out("boxes have a negative or no finite size and are left out", box.where, image)
+            return None
+        if x2 == x1 or y2 == y1:
             self.lines += 1
             self.defect("boxes have no area and are left out", box.where, image)
             return None
@@ -384,6 +388,8 @@ class Collector:
             return None
         if max(-x1, -y1, x2 - width, y2 - height) > 0.5:
             self.defect(CLIPPED, box.where, image)
+        if max(-x1 / width, -y1 / height, x2 / width - 1, y2 / height - 1) > FAR:
+            self.far_out += 1
         self.lines += 1
         label = self.numbers[box.label]
         own = (corners[2] - corners[0]) * (corners[3] - corners[1])
@@ -418,6 +424,11 @@ class Collector:
             raise DataError(
                 f"{bad} of {count(self.lines, 'box', 'boxes')} in {where} cannot be used, and at most 1 % may be "
                 f"wrong; mend them: {'; '.join(sorts)}"
+            )
+        if self.far_out >= UNUSABLE_LINES and self.far_out > FAR_OUT * self.lines:
+            raise DataError(
+                f"{self.far_out} of {count(self.lines, 'box', 'boxes')} in {where} reach out of their images by more "
+                "than a tenth of its side; are corners given in place of width and height, or is their size wrong?"
             )
         return BoxImages(
             self.files,

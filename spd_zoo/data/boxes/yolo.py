@@ -89,16 +89,25 @@ def find(root: Path) -> Source | None:
         return Source(
             "YOLO by lists", {name: partial(_open, root, [file], config) for name, file in lists.items()}, notes
         )
+    inside = _splits_with_labels_beside(images) if images else {}
+    if inside:
+        return Source("YOLO", {name: partial(_open, root, [path], config) for name, path in inside.items()}, notes)
     if images and (labels or _has_labels_beside(images)):
         texts = [file.name for file in files_with(root, ".txt", deep=False) if split_of(file.stem)]
         notes += [f"{some(texts)} in {root} not read, because no list of images"] if texts else []
         return Source("YOLO", {"train": partial(_open, root, [images], config)}, notes)
-    beside = {name: path for name, path in split_folders(root).items() if split_of(name) and _has_labels_beside(path)}
+    beside = _splits_with_labels_beside(root)
     if beside:
         return Source("YOLO", {name: partial(_open, root, [path], config) for name, path in beside.items()}, notes)
     if _has_labels_beside(root):
         return Source("YOLO", {"train": partial(_open, root, [root], config)}, notes)
     return None
+
+
+def _splits_with_labels_beside(folder: Path) -> dict[str, Path]:
+    """The folders of splits in a folder whose images have labels beside them."""
+    found = split_folders(folder)
+    return {name: path for name, path in found.items() if split_of(name) and _has_labels_beside(path)}
 
 
 def find_by_config(file: Path) -> Source:
