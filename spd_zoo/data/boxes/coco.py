@@ -99,8 +99,9 @@ def _is_coco(file: Path) -> bool | None:
 
 
 def _has_scores(annotations: Sequence[Any]) -> bool:
-    """Whether annotations are results of a detector, as `detect` writes them."""
-    return any(isinstance(each, dict) and "score" in each for each in annotations)
+    """Whether annotations are results of a detector, as `detect` writes them; VisDrone has scores of 0 and 1."""
+    scores = [each.get("score") for each in annotations if isinstance(each, dict)]
+    return any(isinstance(score, float) and 0 < score < 1 for score in scores)
 
 
 def _split_name(file: Path, root: Path) -> str:
