@@ -88,7 +88,7 @@ def evaluate(
     tile: int | None = None,
     overlap: float | None = None,
     max_pixels: int | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     run: str = "",
 ) -> list[Evaluation]:
     """Evaluates a classifier or a detector on the readable images of a data set, at one image size or several.
@@ -130,6 +130,7 @@ def evaluate(
         ValueError: If an option has no meaning for the network, or there is no such device.
         WeightsError: If the weights are unavailable or must not be used.
     """
+    out = None if out is None else Path(out)
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"{out} is no folder; give another --out")
     if max_detections is not None and max_detections < 1:
@@ -158,14 +159,14 @@ def _held_out(task: Any, model: str, data: str | Path, process: Process) -> tupl
     run = run.parent if run.suffix == ".onnx" else run
     if not all(is_file(run / name) for name in ("run.yaml", "data.json")):
         return None
-    config = FinetuneConfig(**completed(read_yaml(run / "run.yaml"), run) | {"data": str(data), "out": run})
-    if config.stream:
-        return None
     with torch.device("meta"):
         net = timm.create_model(timm_name(f"local-dir:{run}"))
     try:
+        config = FinetuneConfig(**completed(read_yaml(run / "run.yaml"), run) | {"data": str(data), "out": run})
+        if config.stream:
+            return None
         images = task.open_splits(config, net, process, json.loads((run / "data.json").read_text(encoding="utf-8"))).val
-    except DataError:
+    except ValueError:  # it is another data set, or an earlier version began the run with options of then
         return None
     return config.val_name, images
 

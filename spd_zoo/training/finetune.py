@@ -136,7 +136,7 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
         config = merged(began.config, config)
     if config.model.startswith("local-dir:"):
         timm_name(config.model)  # checks the folder
-    if began is None and is_network(str(config.out)):
+    if began is None and ":" not in str(config.out) and is_network(str(config.out)):
         raise ValueError(f"{config.out} is the name of a network, which would be taken for the run; give another --out")
     blank = _blank(config.model)
     task = task_of(blank)
