@@ -265,7 +265,7 @@ def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint
     assert {name for name, entry in entries().items() if entry.tag} | {"cifar_resnet20.mine"} == set(rows)
     assert rows["cifar_resnet20.mine"]["location"] == "imported"
     assert rows["cifar_resnet20.mine"]["from"] == checkpoint.as_uri()
-    assert rows["pyconvresnet50_spd.cifar100"]["location"] == "bundled"
+    assert rows["pyconvresnet50_spd.tiny_in200"]["location"] == "bundled"
     assert rows["pyconvresnet50.in1k"]["location"] == "missing"
     assert main(["weights", "list", "*.mine"]) == 0
     header, line = capsys.readouterr().out.splitlines()
@@ -307,7 +307,7 @@ def test_an_import_says_what_it_replaces(own_cache: Path, checkpoint: Path, tmp_
 @pytest.mark.slow
 def test_pull_gives_the_default_weights_of_a_network(capsys: Capture) -> None:
     assert main(["weights", "pull", "pyconvresnet50_spd"]) == 0
-    assert Path(capsys.readouterr().out.strip()).name == "pyconvresnet50_spd.cifar100.safetensors"
+    assert Path(capsys.readouterr().out.strip()).name == "pyconvresnet50_spd.tiny_in200.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_pull_gives_the_default_weights_of_a_network(capsys: Capture) -> None:
         (["pull", "nonsense"], "there are no weights called nonsense; `spd-zoo weights list` shows all"),
         (["pull", "pyconvresnet101"], "there are pyconvresnet101.in1k, pyconvresnet101.aug_in1k"),
         (["list", "nonsense*"], "there are no weights called nonsense*"),
-        (["rm", "pyconvresnet50_spd.cifar100"], "belong to spd-zoo and cannot be removed"),
+        (["rm", "pyconvresnet50_spd.tiny_in200"], "belong to spd-zoo and cannot be removed"),
         (["rm", "pyconvresnet50.in1k"], "are not on this machine"),
         (["import", "cifar_resnet20", "missing.pth"], "missing.pth does not exist or is no file"),
         (["import", "nonsense", "missing.pth"], "nonsense is not NETWORK or NETWORK.TAG"),
@@ -440,7 +440,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, saved: str) -> list[t
         (["./vgg11"], None, ["vgg11/d.png"]),
         (["resnet34", "a.png"], "resnet34", ["a.png"]),
         (["resnet34.a1_in1k", "a.png"], "resnet34.a1_in1k", ["a.png"]),
-        (["pyconvresnet50_spd.cifar100", "a.png"], "pyconvresnet50_spd.cifar100", ["a.png"]),
+        (["pyconvresnet50_spd.tiny_in200", "a.png"], "pyconvresnet50_spd.tiny_in200", ["a.png"]),
         (["local-dir:run", "a.png"], "local-dir:run", ["a.png"]),
         (["run", "a.png"], "run", ["a.png"]),
         (["stopped", "a.png"], "stopped", ["a.png"]),
@@ -825,7 +825,7 @@ def test_bash_completes_commands_options_and_names(capsys: Capture, tmp_path: Pa
         return set(done.stdout.split())
 
     assert completed("spd-zoo", "pre") == {"predict"}
-    assert "pyconvresnet50_spd.cifar100" in completed("spd-zoo", "predict", "pyconvresnet50_spd.")
+    assert "pyconvresnet50_spd.tiny_in200" in completed("spd-zoo", "predict", "pyconvresnet50_spd.")
     assert "--image-size" in completed("spd-zoo", "finetune", "--image")
     assert {"pull", "publish"} == completed("spd-zoo", "weights", "pu")
 

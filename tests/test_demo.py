@@ -41,7 +41,7 @@ def cells(table: str) -> list[str]:
 
 
 def test_the_bundled_weights_are_offered() -> None:
-    assert {STRIDED, PADDING_FREE, "pyconvresnet50_spd.cifar100", "yolov8n_spd.bccd"} <= {*local_checkpoints()}
+    assert {STRIDED, PADDING_FREE, "pyconvresnet50_spd.tiny_in200", "yolov8n_spd.bccd"} <= {*local_checkpoints()}
 
 
 def test_the_default_classifier_comes_first_unless_others_are_named() -> None:
@@ -338,7 +338,7 @@ def test_a_browser_shows_answers_twins_and_sentences_and_asks_no_other_machine(
             page.get_by_role("option", name=name).click()
             playwright.expect(message).to_contain_text(name)
 
-        choose("pyconvresnet50_spd.cifar100")
+        choose("pyconvresnet50_spd.tiny_in200")
         playwright.expect(page.locator("body")).not_to_contain_text("Against its twin")
         choose("yolov8n_spd.bccd")
         playwright.expect(page.locator("body")).to_contain_text("Found:")

@@ -51,6 +51,7 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "spd-zoo evaluate RUN --data BCCD --split test": "belongs to those before",
     "spd-zoo finetune cifar_resnet20_pfd --no-pretrained": "takes hours",
     "spd-zoo finetune pyconvresnet50_spd --no-pretrained --data CIFAR100": "takes a night",
+    "spd-zoo finetune RUN --data TINY --val-size 5000 --out RUN2": "takes a night",
     "spd-zoo export yolov8n_spd.bccd --to onnx --int8": "needs BCCD, and takes minutes",
     "spd-zoo weights pull pyconvresnet50.in1k": "needs the authors' servers",
     "spd-zoo weights import pyconvresnet50.in1k FILE": "needs the authors' file",

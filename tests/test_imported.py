@@ -597,7 +597,7 @@ def test_a_private_original_is_that_of_the_derived_checkpoint(tmp_path: Path) ->
     try:
         spd_zoo.use_manifest(tmp_path / "private.json")
         assert entries()["pyconvresnet50_spd.in1k"].sha256 == "0" * 64
-        assert config_of("pyconvresnet50_spd").tag == "cifar100"
+        assert config_of("pyconvresnet50_spd").tag == "tiny_in200"
         mine = {"derived_from": "pyconvresnet50.in1k", "params": 1, "macs": 1}
         (tmp_path / "b.json").write_text(json.dumps({"pyconvresnet": {"pyconvhgresnet50_spd.mine": mine}}))
         spd_zoo.use_manifest(tmp_path / "b.json")

@@ -183,25 +183,25 @@ def cifar100(split: str, count: int, net: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor([row["label"] for row in rows])
 
 
-def compared(name: str, count: int, quantized: Callable[..., Any]) -> tuple[float, float, float]:
-    """Top-1 of the network and of its int8 form, and how often both say the same, in per cent."""
+def compared(name: str, count: int, quantized: Callable[..., Any]) -> list[float]:
+    """Top-1 of the network and of its int8 form if its classes are CIFAR-100's, and how often both say the same."""
     net = timm.create_model(name, pretrained=True).eval()
     images, labels = cifar100("test", count, net)
     small = quantized(net, cifar100("train", 128, net)[0].split(32))
     before, after = (torch.cat([logits_of(one, part) for part in images.split(50)]).argmax(1) for one in (net, small))
-    pairs = ((before, labels), (after, labels), (before, after))
-    top1, top1_int8, same = (100 * (a == b).double().mean().item() for a, b in pairs)
-    return top1, top1_int8, same
+    known = [(before, labels), (after, labels)] if net.num_classes == 100 else []
+    return [100 * (a == b).double().mean().item() for a, b in (*known, (before, after))]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:The input of maxpool2d is not quantized:UserWarning")  # then it stays in float32
-@pytest.mark.parametrize("name", ["cifar_resnet20.cifar100", "pyconvresnet50_spd.cifar100"])
+@pytest.mark.parametrize("name", ["cifar_resnet20.cifar100", "pyconvresnet50_spd.tiny_in200"])
 def test_the_page_has_the_accuracy_of_int8_classifiers(name: str, quantized: Callable[..., Any]) -> None:
     figures = compared(name, 1000, quantized)
     row = re.search(rf"^\| `{name}` \|(.*)\|$", (ROOT / "docs" / "integrations.md").read_text(), re.MULTILINE)
     assert row is not None
-    assert [float(cell) for cell in row[1].split("|")] == pytest.approx(list(figures), abs=0.5)  # kernels round apart
+    page = [float(cell) for cell in row[1].split("|") if cell.strip()]
+    assert page == pytest.approx(figures, abs=0.5)  # kernels round apart
 
 
 @pytest.mark.slow

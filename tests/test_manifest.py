@@ -69,7 +69,7 @@ def test_the_catalogue_and_timm_agree_on_the_default_weights(first: bool, write:
 
 
 def test_a_private_checkpoint_replaces_one_of_the_package(write: Write) -> None:
-    name = "pyconvresnet50_spd.cifar100"
+    name = "pyconvresnet50_spd.tiny_in200"
     spd_zoo.use_manifest(write(name, "pyconvresnet", license="proprietary"))
     assert entries()[name].license == "proprietary"
     assert config_of(name).license == "proprietary"

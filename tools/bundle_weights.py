@@ -1,6 +1,6 @@
 """Adds the network of a finished run to the package, measures its accuracy, and enters it in the manifest.
 
-    python tools/bundle_weights.py RUN pyconvresnet50_spd.cifar100 --dataset CIFAR-100 --hardware "2 CPU cores"
+    python tools/bundle_weights.py RUN cifar_resnet20.cifar100 --dataset CIFAR-100 --hardware "2 CPU cores"
     python tools/bundle_weights.py RUN yolov8n_spd.tiny_in200_backbone --dataset "Tiny ImageNet" --hardware ...
 
 The weights are stored as fp16; of a run of `backbone_classifier`, only the backbone, for its detector. The input size

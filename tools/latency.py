@@ -39,7 +39,7 @@ EXPORTED = {  # network: image size
     "yolov8n": 320,
     "yolov8n_spd": 320,
     "yolov8n_spd_p2": 320,
-    "pyconvresnet50_spd": 48,
+    "pyconvresnet50_spd": 64,
     "cifar_resnet20_pfd": 32,
     "cifar_resnet20": 32,
     "tf_efficientnet_lite0_spd": 224,

@@ -28,8 +28,8 @@ OVERVIEW = {  # weights: what they are for
     "tf_efficientnet_lite0_spd.in1k": "photos",
     "tf_efficientnet_lite1_spd.in1k": "photos, more accurate",
     "tf_efficientnet_lite0_spd_lowres.tiny_in200": "64 px, 200 classes of ImageNet",
+    "pyconvresnet50_spd.tiny_in200": "the same, with pyramids",
     "cifar_resnet20.cifar100": "32 px",
-    "pyconvresnet50_spd.cifar100": "48 px",
     "yolov8n_spd.bccd": "blood cells",
 }
 
