@@ -596,8 +596,9 @@ def export_int8(
     """
     notes = notes if notes is not None else Notes()
     path = _place(model, out, "_int8.onnx")
-    columns = {"image_column": image_column, "label_column": label_column}
-    measure = partial(evaluate, data=data, workers=workers, run=model, **columns)
+    measure = partial(
+        evaluate, data=data, workers=workers, image_column=image_column, label_column=label_column, run=model
+    )
     with tempfile.TemporaryDirectory() as folder, whole(path) as temporary:
         plain = export(model, "onnx", Path(folder) / "float32.onnx", notes=notes, **options)
         before = measure(str(plain))[0]

@@ -1031,9 +1031,9 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
     net: Any = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert net.stages[-2][0](torch.zeros(1, 160, 5, 5)).shape[-2:] == (5, 5)
     assert tuple(net.pretrained_cfg["input_size"]) == (3, 48, 48)
-    for other in ({"image_size": "32,48@1"}, {"image_size": "48", "model_args": "img_size=32"}):
+    for other in ({"image_size": "32,48@1", "epochs": 2}, {"image_size": "48", "model_args": "img_size=32"}):
         with pytest.raises(ValueError, match="takes images of one size: give one --image-size"):
-            run(folders, tmp_path / "other", **options, **other)
+            run(folders, tmp_path / "other", **options | other)
     assert not (tmp_path / "other").exists()
 
 
