@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +154,6 @@ def test_the_file_of_a_network_does_not_go_into_a_folder_of_its_name(
 def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
 ) -> None:
-    resource = pytest.importorskip("resource", reason="the size of files is limited by POSIX")
     monkeypatch.chdir(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

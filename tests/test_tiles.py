@@ -182,7 +182,6 @@ def test_a_run_on_tiles_describes_them_and_is_evaluated_on_the_same(
 
 @pytest.mark.slow
 def test_what_is_made_from_a_run_on_tiles_is_used_on_tiles(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    pytest.importorskip("onnxruntime", reason="exported files need the extra `export`")
     run(folder, tmp_path / "run", epochs=1, model="yolov8n")
     file, before, after = export_int8(str(tmp_path / "run"), folder, tmp_path / "moved.onnx", workers=0)
     for evaluation in (before, after, evaluate(file, folder, workers=0)[0]):

@@ -528,7 +528,6 @@ def test_evaluate_measures_on_the_images_that_a_run_held_out(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_an_exported_file_is_evaluated_like_its_run(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="exported files need the extra `export`")
     data = make_folders(tmp_path / "data", train=10)
     run(data, tmp_path / "run", epochs=1, val_size=6)
     file, *measured = export_int8(str(tmp_path / "run"), data, tmp_path / "elsewhere.onnx", workers=0)

@@ -119,5 +119,4 @@ def find_record(
 ) -> dict[str, Any] | None:
     """The last record of a run with the settings of the config; None if there is none."""
     wanted = (digest(config, network), seed)
-    found = [record for record in records if (record["digest"], record["seed"]) == wanted]
-    return found[-1] if found else None
+    return next((record for record in reversed(records) if (record["digest"], record["seed"]) == wanted), None)

@@ -104,8 +104,9 @@ def _run(options: argparse.Namespace) -> int:
             for evaluation in evaluations
         ]
         print(json.dumps(rows, indent=2))
-    for evaluation in evaluations if not options.json else ():
-        print(evaluation.in_words())
+    else:
+        for evaluation in evaluations:
+            print(evaluation.in_words())
     if options.out is not None:
         save(evaluations, options.out)
     return 0

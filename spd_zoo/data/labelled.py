@@ -200,8 +200,8 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
     folders = sorted(entry.name for entry in root.iterdir() if split_of(entry.name) and entry.is_dir())
     folders = [name for name in folders if _has_folders(root / name)]
     found = find_split(tables, split)
-    only_folders = split_of(split) is not None and bool(find_split(folders, "train"))
-    in_tables = bool(find_split(tables, "train")) or (bool(found) and not only_folders)
+    train_in_folders = bool(find_split(folders, "train"))
+    in_tables = bool(find_split(tables, "train")) or (bool(found) and not (train_in_folders and split_of(split)))
     notes = []
     if folders and (named := [table.name for stem, table in tables.items() if split_of(stem)]):
         read, other = (named, folders) if in_tables else (folders, named)
@@ -212,7 +212,7 @@ def open_data(data: str | Path, split: str, image_column: str = "", label_column
         opened = _open_csv(tables[found[0]], None, image_column, label_column) if found else None
         return opened and replace(opened, notes=(*split_notes(root, split, found), *notes, *opened.notes))
     files = [file for pattern in _DATASET_FILES if (file := next(root.glob(pattern), None))]
-    if files and not find_split(folders, "train"):
+    if files and not train_in_folders:
         return _open_hugging_face(str(root.resolve()), split, image_column, label_column)
     notes += [f"{root} has {files[0].name} and class folders in {some(folders)}: the folders are read"] if files else []
     if image_column or label_column:

@@ -17,8 +17,15 @@ __all__ = ["Continuation", "continuation"]
 
 SHARE = 10  # the learning rate begins at no less than the peak of the finished run divided by this
 _FIXED = (
-    *("seed", "pretrained", "model_args", "val_name", "val_split", "val_size"),
-    *("image_column", "label_column", "stream"),
+    "seed",
+    "pretrained",
+    "model_args",
+    "val_name",
+    "val_split",
+    "val_size",
+    "image_column",
+    "label_column",
+    "stream",
 )
 
 

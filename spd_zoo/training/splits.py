@@ -1,6 +1,6 @@
 """The images of training and validation: steps that both tasks share after opening a data set."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -114,7 +114,7 @@ def without_unreadable(
             could not read cannot be told from the others.
     """
     train, val = (
-        data.without([_name_now(each, data) for each in about.get(name, {}).get("unreadable", {})])
+        data.without(_names_now(about.get(name, {}).get("unreadable", {}), data))
         for name, data in (("train", train), ("val", val))
     )
     empty = [name for name, count in zip(train.class_names, train.counts(), strict=True) if not count]
@@ -123,15 +123,18 @@ def without_unreadable(
     return train, val
 
 
-def _name_now(name: str, data: Readable) -> str:
-    """The name of an image now that had `name` when its run began, when the data may have been in another folder.
+def _names_now(unreadable: Collection[str], data: Readable) -> set[str]:
+    """The names that unreadable images have now, if the data was in another folder when the run began.
 
     Raises:
         DataError: If no image or several have a name like it.
     """
-    names = [data.name(i) for i in range(len(data))]
-    if name in names:
-        return name
+    names = {data.name(i) for i in range(len(data))} if unreadable else set()
+    return {name if name in names else _alike(name, names) for name in unreadable}
+
+
+def _alike(name: str, names: Iterable[str]) -> str:
+    """The only one of `names` that ends like `name`, in as few parts of the path as tell it from the others."""
     parts = Path(name).parts
     for number in range(1, len(parts)):
         alike = [each for each in names if Path(each).parts[-number:] == parts[-number:]]
