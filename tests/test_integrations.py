@@ -99,7 +99,10 @@ def test_transformers_computes_what_timm_does(run: Any) -> None:
     assert_close(left["logits"].detach(), logits_of(run, images), rtol=1e-5)
     assert left["net"].config.id2label == {0: "blue", 1: "green", 2: "red"}
     (answer,) = predict("pyconvresnet50_spd", [Path("photo.jpg")], top_k=3)
-    assert [guess["label"] for guess in left["top"]] == [guess.name for guess in answer.top]
+    assert [guess["label"] for guess in left["top"]] == [
+        left["bundled"].pretrained_cfg["label_names"][guess.index] for guess in answer.top
+    ]
+    assert left["names"] == [guess.name for guess in answer.top]
     assert [guess["score"] for guess in left["top"]] == pytest.approx([g.probability for g in answer.top], abs=1e-5)
 
 
