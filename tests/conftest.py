@@ -15,16 +15,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per process, because pytes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--eighth", metavar="SEED", help="run only an eighth of the exhaustive tests, drawn by SEED")
+    parser.addoption("--sixteenth", metavar="SEED", help="run only a sixteenth of the exhaustive tests, drawn by SEED")
     parser.addoption("--one-case", metavar="SEED", help="run one case of each parametrized test, drawn by SEED")
 
 
 @pytest.hookimpl(trylast=True)  # draws from the tests that -m and -k select
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what --eighth and --one-case do not draw; another SEED, as CI's commit, draws other tests."""
+    """Leaves out what --sixteenth and --one-case do not draw; another SEED, as CI's commit, draws other tests."""
     kept = list(items)
-    if (seed := config.getoption("--eighth")) is not None:
-        kept = [item for item in kept if "exhaustive" not in item.keywords or _digest(seed, item)[0] < 32]
+    if (seed := config.getoption("--sixteenth")) is not None:
+        kept = [item for item in kept if "exhaustive" not in item.keywords or _digest(seed, item)[0] < 16]
     if (seed := config.getoption("--one-case")) is not None:
         drawn: dict[str, pytest.Item] = {}
         for item in sorted(kept, key=lambda item: _digest(seed, item)):

@@ -80,7 +80,7 @@ def run(script: str, repo: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_hub_lists_explains_and_builds_exactly_the_networks_from_the_checkout(repo: Path) -> None:
     names, helps, built, refusal, file = run(EVERY_NETWORK, repo)
     assert Path(file) == repo / "spd_zoo" / "__init__.py"
