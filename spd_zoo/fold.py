@@ -85,7 +85,7 @@ class FoldReport:
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += map(str, self.unchanged)
         channels, height, width = self.input_size
-        lines.append(f"seen at {height}x{width} pixels, {channels} channels: other sizes must take the same way")
+        lines.append(f"traced at {height}x{width} pixels, {channels} channels: other sizes must follow the same path")
         if self.difference is not None:
             lines.append(f"largest difference of the outputs: {self.difference:.1e} of their standard deviation")
         return "\n".join(lines)

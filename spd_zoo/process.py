@@ -168,7 +168,7 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 def out_of_memory(error: BaseException) -> str:
     """A message for an error that `ran_out_of_memory`, with the missing size if the error states it."""
     size = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    return f"out of memory, {size[1]} more are needed" if size else "out of memory"
+    return f"out of memory, {size[1]} could not be allocated" if size else "out of memory"
 
 
 def pick_device(name: str | None = None) -> str:

@@ -498,7 +498,7 @@ def _depthwise_conv2d(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 def max_pool2d(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """`torch.nn.functional.max_pool2d`, several times as fast on a CPU (docs/speed.md).
+    """`torch.nn.functional.max_pool2d`, faster on a CPU.
 
     torch's own kernel also finds the index of every maximum, which only training needs, and scans contiguous maps pixel
     by pixel. Without gradients the maxima of shifted maps replace it; with gradients contiguous maps are pooled as

@@ -95,7 +95,7 @@ def test_invalid_boxes_are_counted_and_left_out(tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     data = opened(tmp_path)
     assert {kind: len(names) for kind, names in data.defects.items()} == {
-        "boxes reach out of their image by more than half a pixel and are clipped": 2,
+        "boxes extend beyond their image by more than half a pixel and are clipped": 2,
         "boxes lie outside their image and are left out": 1,
         "boxes have no area and are left out": 1,
         "boxes have a negative or no finite size and are left out": 2,

@@ -303,7 +303,7 @@ def test_a_repeated_line_counts_once(tmp_path: Path) -> None:
     data = opened(one_image(tmp_path, "0 .5 .5 .2 .4\n0 .5 .5 .2 .4\n1 .5 .5 .2 .4\n"))
     assert data.objects_in(0).labels.tolist() == [0, 1]
     assert data.problems() == {
-        "boxes stand twice and count once": [f"{tmp_path / 'labels' / 'train' / 'a.txt'} line 2"]
+        "boxes are there twice and count once": [f"{tmp_path / 'labels' / 'train' / 'a.txt'} line 2"]
     }
 
 
@@ -926,7 +926,7 @@ def test_boxes_between_the_cells_of_a_network_are_counted(tmp_path: Path) -> Non
         "larger image size": "192",
     }
     (line,) = (line for line in sizes_in_words(about) if "network's cells" in line)
-    assert line.startswith("  about 2 of the boxes contain the centre of none of the network's cells, which have 8 px")
+    assert line.startswith("  about 2 of the boxes contain no cell's centre (cells have 8 px")
     assert line.endswith("and are not learnt; try --image-size 192 or a network with cells of 4 px (yolov8n_p2)")
     assert "without a cell" not in describe_sizes(data, (192, 192), True, strides=(8, 16, 32))
     assert "without a cell" not in describe_sizes(data, (100, 100), True)

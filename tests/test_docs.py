@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,6 +207,12 @@ def test_the_links_of_the_readme_lead_to_files() -> None:
     assert len(targets) > 10
     for target in targets:
         assert (ROOT / target).is_file(), target
+
+
+def test_every_extra_is_explained() -> None:
+    rows = [line.split("|")[1] for line in (ROOT / "docs" / "index.md").read_text().splitlines() if line[:3] == "| `"]
+    explained = [name for row in rows for name in re.findall(r"`([a-z-]+)`", row)]
+    assert sorted(explained) == sorted(metadata("spd_zoo").get_all("Provides-Extra"))
 
 
 def test_every_recipe_is_on_a_page() -> None:

@@ -91,7 +91,7 @@ def test_the_size_that_did_not_fit_is_reported(
 ) -> None:
     network_fails(ERRORS["CUDA"])
     image = str(pictures / "val" / "red" / "0.png")
-    assert "20.00 GiB more are needed" in sentence_of(capsys, "predict", classifier, image, "--device", "cpu")
+    assert "20.00 GiB could not be allocated" in sentence_of(capsys, "predict", classifier, image, "--device", "cpu")
 
 
 def test_other_errors_are_not_taken_for_missing_memory() -> None:
@@ -217,7 +217,7 @@ def test_a_step_is_not_split_if_free_memory_is_unknown(capsys: Capture) -> None:
     process = Process(torch.device("meta"))
     assert free_memory(process.device) is None
     assert choose_micro_batches(2**20, 2.0**30, 64, False, process) == 1
-    assert "how much memory is free on meta is not known" in capsys.readouterr().out
+    assert "the free memory of meta is not known" in capsys.readouterr().out
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

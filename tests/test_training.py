@@ -970,7 +970,7 @@ def test_a_yaml_file_holds_options(tmp_path: Path) -> None:
         ("bf16: 1", "bf16 is 1, not of the type bool"),
         ("- 1", "must hold lines like"),
         ("a: [", "is not YAML"),
-        ("momentum: unknown", "the source of .* does not say everything: give --momentum"),
+        ("momentum: unknown", "the publication behind .* leaves some settings out: give --momentum"),
     ],
 )
 def test_a_yaml_file_without_meaning_is_refused(tmp_path: Path, text: str, message: str) -> None:

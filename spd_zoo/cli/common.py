@@ -86,7 +86,7 @@ def add_command(
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", add_help=not own_help)
     command.set_defaults(run=run, needs_networks=networks, command=name)
     command.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
-    command.add_argument("-v", "--verbose", action="store_true", help="print where in the code an error came from")
+    command.add_argument("-v", "--verbose", action="store_true", help="print the traceback of an error")
     return command
 
 

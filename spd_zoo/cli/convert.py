@@ -15,7 +15,9 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "model", metavar="MODEL", help="network of this zoo or of timm, with or without a tag, or the folder of a run"
     )
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, for predict and finetune")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder, which the other commands take as MODEL"
+    )
     command.add_argument("--include", nargs="+", metavar="PATTERN", help="only these modules, for example 'layer4.*'")
     command.add_argument("--exclude", nargs="+", metavar="PATTERN", default=[], help="not these modules")
 

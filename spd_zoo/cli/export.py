@@ -39,7 +39,7 @@ def add(commands: Commands) -> None:
     )
     group = command.add_argument_group("int8", "static quantisation of an ONNX file, measured before and after")
     group.add_argument("--int8", action="store_true", help="compute convolutions and linear layers in int8")
-    group.add_argument("--data", help="as for finetune: images for the ranges of numbers, and for the measurement")
+    group.add_argument("--data", help="with --int8: data set for calibration and for the measurement, as for finetune")
     group.add_argument("--image-column", default="", help="as for finetune")
     group.add_argument("--label-column", default="", help="as for finetune")
     group.add_argument("--workers", type=non_negative, default=2, metavar="N", help="processes that read images")

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "info", _run, "print what is known about a network or its weights", networks=False)
     command.add_argument("model", metavar="MODEL", help="network, with or without a tag")
-    command.add_argument("--all", action="store_true", help="all that the manifest says instead of a card")
+    command.add_argument("--all", action="store_true", help="print the whole manifest entry instead of a card")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

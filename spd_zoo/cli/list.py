@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "filters", metavar="FILTER", nargs="*", help="part of a name, or name with wildcards, such as 'pyconv*_spd'"
     )
-    command.add_argument("--pretrained", action="store_true", help="only verified weights")
+    command.add_argument("--pretrained", action="store_true", help="only networks with verified weights")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -37,7 +37,7 @@ def add_options(command: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     group.add_argument(
         "--save-every", type=positive, default=512, metavar="N", help="save after so many images (default: 512)"
     )
-    group.add_argument("--overwrite", action="store_true", help="replace an existing FILE at the end")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing FILE once the new one is complete")
     return group
 
 

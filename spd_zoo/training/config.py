@@ -60,7 +60,9 @@ class FinetuneConfig:
     None stands for a value that the run chooses and writes into its `run.yaml`.
     """
 
-    model: str = field(metadata={"help": "network, with or without a tag"})
+    model: str = field(
+        metadata={"help": "network, with or without a tag, or local-dir:FOLDER; with --epochs +N: a finished run"}
+    )
     data: str = field(
         metadata={
             "help": "folder with train/ and val/, CSV file, parquet or tar folder, or hf://NAME; for detectors a "
@@ -79,7 +81,9 @@ class FinetuneConfig:
     image_column: str = _option("", "column with the images, if the data set has several", only="classifiers")
     label_column: str = _option("", "column with the classes, if the data set has several", only="classifiers")
     stream: bool = _option(False, "stream a Hugging Face data set instead of copying it", only="classifiers")
-    stream_length: int = _option(0, "its number of training images, if it does not declare them", only="classifiers")
+    stream_length: int = _option(
+        0, "with --stream: number of training images, if the data set does not declare it", only="classifiers"
+    )
     tile: int = _option(
         0,
         "train and validate on tiles of N pixels, cut from larger images as they are read (0: no)",
@@ -156,7 +160,8 @@ class FinetuneConfig:
     warmup_lr: float | None = _option(None, "learning rate at the start of warmup (default: a hundredth of --lr)")
     ema: float | None = _option(
         None,
-        "decay of the moving average of weights, which then is the result (0: none; default: 0; detectors: 0.999)",
+        "decay of the exponential moving average of the weights, which is then evaluated and saved (0: none; default: "
+        "0; detectors: 0.999)",
     )
     # loss
     label_smoothing: float = _option(0.1, "label smoothing", only="classifiers")
@@ -174,7 +179,7 @@ class FinetuneConfig:
     )
     teacher_model: str = _option(
         "",
-        "network that the weights in the file of --teacher are of; a tag says that its classes are those of the tag",
+        "architecture of the file given as --teacher; with a tag, it has the classes of that tag",
         only="classifiers",
     )
     teacher_size: str | None = _option(
@@ -187,7 +192,7 @@ class FinetuneConfig:
         only="classifiers",
     )
     distill_weight: float = _option(
-        0.9, "weight of the teacher's loss, at most 1; the loss of the labels has the rest", only="classifiers"
+        0.9, "weight of the teacher's loss, at most 1; the loss of the labels has 1 minus this", only="classifiers"
     )
     distill_temperature: float = _option(4.0, "softmax temperature of teacher and student", only="classifiers")
     # augmentation
@@ -199,8 +204,8 @@ class FinetuneConfig:
     )
     crop_padding: int | None = _option(
         None,
-        "instead: pad each side by this many black pixels, then crop at random; 0: do not (default: an eighth of "
-        "images of up to 48 pixels, unless --crop-scale is set)",
+        "pad each side by this many black pixels and crop at random, instead of random resized crops; 0: do not "
+        "(default: an eighth of images of up to 48 pixels, unless --crop-scale is set)",
         only="classifiers",
         former=0,
     )
@@ -563,7 +568,7 @@ def make_config(options: dict[str, Any], file: str | Path | None = None, recipe:
     unknown = [f"--{name.replace('_', '-')}" for name, value in values.items() if value == UNKNOWN]
     if unknown:
         source = file if recipe is None else f"the recipe {recipe}"
-        raise ValueError(f"the source of {source} does not say everything: give {', '.join(unknown)}")
+        raise ValueError(f"the publication behind {source} leaves some settings out: give {', '.join(unknown)}")
     missing = [name for name in ("model", "data", "out") if not values.get(name)]
     if missing:
         names = " and ".join(name.upper() if name == "model" else f"--{name}" for name in missing)

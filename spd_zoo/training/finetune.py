@@ -224,7 +224,11 @@ def plan(
     defaults = task.defaults(config, net, batch_size, pretrained)
     only_backbone = pretrained and ":" not in config.model and loads_backbone_only(config.model)
     if only_backbone:
-        process.print(f"note: the weights of {config.model} are a backbone: neck and head begin at random")
+        others = tags_in_words(config.model.partition(".")[0])
+        process.print(
+            f"note: the weights of {config.model} are a backbone: neck and head begin at random"
+            + (f"; whole networks for certain data, by name: {others}" if others else "")
+        )
     known = network_classes(net.pretrained_cfg, net.num_classes)
     keeps_classes = pretrained and not only_backbone and config.head_init != "random"
     if config.lr is None and keeps_classes and known.named and {*known.names} == {*class_names}:

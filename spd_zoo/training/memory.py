@@ -32,8 +32,8 @@ def choose_micro_batches(weights: int, per_image: float, batch_size: int, pairs:
     free = free_memory(process.device)
     if free is None:
         process.print(
-            f"how much memory is free on {process.device} is not known: each step is computed at once; if memory runs "
-            "out, give --accumulate"
+            f"the free memory of {process.device} is not known, so each step is computed at once; if memory runs out, "
+            "give --accumulate"
         )
         return 1
     fixed = 4 * weights  # weights, gradients, optimiser, moving average

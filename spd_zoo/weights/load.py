@@ -27,6 +27,7 @@ from spd_zoo.weights.catalogue import ModelError, unknown_network
 from spd_zoo.weights.fit import backbone_only, filter_of, fit_image_channels, misfit
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, check_config
 from spd_zoo.weights.imported import converted
+from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = [
     "ModelError",
@@ -189,9 +190,10 @@ def load_network(model: str, device: str) -> nn.Module:
     """
     name = timm_name(model)
     if ":" not in name and loads_backbone_only(name):
+        others = tags_in_words(name.partition(".")[0])
         raise ModelError(
             f"the weights of {model} are a backbone without neck and head; fine-tune the network first: "
-            f"spd-zoo finetune {model} --data DATA --out RUN"
+            f"spd-zoo finetune {model} --data DATA --out RUN" + (f"; or use, by name: {others}" if others else "")
         )
     entry = entries().get(name)
     try:

@@ -177,8 +177,8 @@ def find_entry(name: str) -> Entry | None:
 
 
 def tags_in_words(network: str) -> str:
-    """The weights of a network, by name and with what each is for: the verified ones, or else all; empty if none."""
-    tagged = [entry for entry in entries().values() if entry.network == network and entry.tag]
+    """A network's weights by name, and what each is for: the verified ones, or else all; no backbones; "" if none."""
+    tagged = [entry for entry in entries().values() if entry.network == network and entry.tag and entry.part is None]
     found = []
     for entry in [entry for entry in tagged if entry.verified] or tagged:
         classes = f"{entry.num_classes} classes"

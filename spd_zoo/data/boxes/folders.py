@@ -111,7 +111,7 @@ def hidden_in(folder: Path) -> list[str]:
     if not hidden:
         return []
     files = count(len(hidden), "hidden file")
-    return [f"{files} in {folder} skipped, such as macOS puts beside others: {some(hidden)}"]
+    return [f"{files} in {folder} skipped (macOS writes such files): {some(hidden)}"]
 
 
 def spellings(name: str) -> list[str]:

@@ -43,7 +43,7 @@ __all__ = [
 
 AnyRegions = TypeVar("AnyRegions", bound=Regions)
 EVERY_CLASS = -1  # the label of a region in which objects of all classes are ignored
-CLIPPED = "boxes reach out of their image by more than half a pixel and are clipped"
+CLIPPED = "boxes extend beyond their image by more than half a pixel and are clipped"
 UNUSABLE = 0.01  # share of lines that may be unusable, from `UNUSABLE_LINES` of them on
 UNUSABLE_LINES = 10
 FAR, FAR_OUT = 0.1, 0.2  # share of the boxes that may reach out of their image by more than this share of its side
@@ -364,7 +364,7 @@ class Collector:
         for box in boxes:
             same = (*box[:5], box.ignored)
             if same in seen and box.label is not None:
-                self.defect("boxes stand twice and count once", box.where, image)
+                self.defect("boxes are there twice and count once", box.where, image)
             else:
                 seen.add(same)
                 yield box
@@ -423,11 +423,11 @@ class Collector:
             ]
             raise DataError(
                 f"{bad} of {count(self.lines, 'box', 'boxes')} in {where} cannot be used, and at most 1 % may be "
-                f"wrong; mend them: {'; '.join(sorts)}"
+                f"wrong; correct them: {'; '.join(sorts)}"
             )
         if self.far_out >= UNUSABLE_LINES and self.far_out > FAR_OUT * self.lines:
             raise DataError(
-                f"{self.far_out} of {count(self.lines, 'box', 'boxes')} in {where} reach out of their images by more "
+                f"{self.far_out} of {count(self.lines, 'box', 'boxes')} in {where} extend beyond their images by more "
                 "than a tenth of its side; are corners given in place of width and height, or is their size wrong?"
             )
         return BoxImages(

@@ -135,8 +135,8 @@ def sizes_in_words(about: Mapping[str, Any]) -> Iterator[str]:
         ways = [f"--image-size {missed['larger image size']}"] if "larger image size" in missed else []
         ways += ["a network with cells of 4 px (yolov8n_p2)"] if missed["cell"] > 4 else []
         yield (
-            f"  about {missed['missed']} of the boxes contain the centre of none of the network's cells, which have "
-            f"{missed['cell']} px and more, and are not learnt{'; try ' if ways else ''}{' or '.join(ways)}"
+            f"  about {missed['missed']} of the boxes contain no cell's centre (cells have {missed['cell']} px and "
+            f"more) and cannot be learnt{'; try ' if ways else ''}{' or '.join(ways)}"
         )
     if about["ignored"]:
         yield f"  {about['ignored']} crowds, difficult objects or regions to ignore: neither object nor background"
