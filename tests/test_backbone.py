@@ -81,6 +81,8 @@ def test_a_run_is_published_as_a_backbone_of_its_detector(
     spd_zoo.use_manifest(tmp_path / "manifest.json")
     entry = entries()[name]
     assert entry.part == "backbone" and entry.num_classes == entries()["yolov8n_spd"].num_classes
+    written = json.loads(own.read_text())[group][name]
+    assert (written["mean"], written["std"], written["crop_pct"]) == ([0, 0, 0], [1, 1, 1], 1)  # not ImageNet's
     assert {metric["dataset"] for metric in entry.metrics} == {"Colours test", "Colours held-out train"}
     with pytest.warns(BackboneWarning):
         net: Any = timm.create_model(name, pretrained=True)

@@ -76,6 +76,17 @@ def test_a_private_checkpoint_replaces_one_of_the_package(write: Write) -> None:
     assert set(entries()) == {key for members in OWN.values() for key in members}
 
 
+def test_a_private_checkpoint_gets_its_images_as_its_network_does(write: Write) -> None:
+    path = write("yolov8n.company", "yolov8_spd")
+    groups = json.loads(path.read_text())
+    for field in ("mean", "std", "crop_pct"):
+        groups["yolov8_spd"]["yolov8n.company"].pop(field, None)
+    path.write_text(json.dumps(groups))
+    spd_zoo.use_manifest(path)
+    cfg = config_of("yolov8n.company")
+    assert (cfg.mean, cfg.std, cfg.crop_pct) == ((0, 0, 0), (1, 1, 1), 1)  # not ImageNet's
+
+
 COMMAND = "spd-zoo finetune cifar_resnet20 --data CIFAR100 --out RUN"
 
 

@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     entry: dict[str, Any]
     if is_backbone:
         detector = manifest[group][network]
-        entry = {key: detector[key] for key in ("num_classes", "input_size", "params", "macs")} | {"part": "backbone"}
+        entry = detector | {"part": "backbone"}
     else:
         meta: Any = timm.create_model(network, num_classes=net.num_classes, device="meta")
         entry = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from spd_zoo.files import whole
@@ -33,6 +34,7 @@ __all__ = [
 
 PACKAGE = Path(__file__).parent.parent
 _IMAGENET = "imagenet-1k"
+_PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "fixed_input_size")
 _WORDNET_ID = re.compile("n[0-9]{8}")
 _LARGEST = 2**20  # bytes of a private manifest
 _private: str | Path | None = os.environ.get("SPD_ZOO_MANIFEST") or None
@@ -208,7 +210,10 @@ def _derived(found: dict[str, Entry]) -> dict[str, Entry]:
     }
 
 
-def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entry]:
+def _entries_of(
+    groups: dict[str, dict[str, Any]], path: Path, networks: Mapping[str, Entry] = MappingProxyType({})
+) -> dict[str, Entry]:
+    """The entries of a manifest; a checkpoint has those fields of its network in `networks` that it leaves out."""
     found: dict[str, Entry] = {}
     for group, members in groups.items():
         for name, fields in members.items():
@@ -216,6 +221,8 @@ def _entries_of(groups: dict[str, dict[str, Any]], path: Path) -> dict[str, Entr
                 raise WeightsError(f"{path} has {name} twice, in {found[name].group} and in {group}; remove one")
             if "derived_from" in fields:  # placeholders; `_derived` copies these fields from the original
                 fields = {"num_classes": 1, "input_size": (1, 1, 1), "pool_size": (1, 1)} | fields
+            elif network := networks.get(name.partition(".")[0]):
+                fields = {field: getattr(network, field) for field in _PREPROCESSING} | fields
             try:
                 found[name] = Entry(name=name, group=group, **{key: _tuple(value) for key, value in fields.items()})
             except TypeError as error:
@@ -271,7 +278,7 @@ def _read_private(path: Path) -> dict[str, Entry]:
     if problem is not None:
         where = "/".join(map(str, problem.absolute_path)) or "top level"
         refuse(f"is invalid at {where[:150]}: {problem.message[:200]}", problem)
-    found = _entries_of(groups, path)
+    found = _entries_of(groups, path, _own())
     for entry in found.values():
         network = _own().get(entry.network)
         if network is None and entry.group != "timm":
