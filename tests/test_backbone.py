@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import spd_zoo
+from spd_zoo.cli.main import main
 from spd_zoo.training.finetune import FinetuneConfig, finetune
 from spd_zoo.weights import BackboneWarning, WeightsError, cache, entries, loads_backbone_only, sha256_of
+from spd_zoo.weights.catalogue import local_checkpoints
 from spd_zoo.weights.load import ModelError, load_backbone, load_network
 from spd_zoo.weights.manifest import manifest_path
+from spd_zoo.weights.publish import prepare
 
 DETECTORS = ["yolov8n", "yolov8n_spd"]
 BACKBONE = ("stem.", "stages.")
@@ -149,6 +152,25 @@ def test_nothing_is_detected_without_a_head(publish: Publish) -> None:
     for name in ("yolov8n", "yolov8n.tiny_in200_backbone"):
         with pytest.raises(ModelError, match=f"the weights of {name} are a backbone .* spd-zoo finetune {name} --data"):
             load_network(name, "cpu")
+
+
+def test_a_backbone_is_not_published_as_a_network(publish: Publish) -> None:
+    publish("yolov8n")
+    with pytest.raises(WeightsError, match="is a backbone only, which timm cannot load from the Hub"):
+        prepare(entries()["yolov8n.tiny_in200_backbone"], "org", offline=True)
+
+
+def test_list_and_info_say_what_a_backbone_is_for(publish: Publish, capsys: pytest.CaptureFixture[str]) -> None:
+    publish("yolov8n")
+    name = "yolov8n.tiny_in200_backbone"
+    assert main(["list", "yolov8n.*"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(name)]
+    assert " finetune " in row and " detect " not in row
+    assert main(["info", name]) == 0
+    card = capsys.readouterr().out
+    assert f"{name}: backbone only, top-1 1.00 %" in card and f"spd-zoo finetune {name} --data DIR --out RUN" in card
+    assert "spd_zoo.Detector" not in card
+    assert name not in local_checkpoints()  # nothing to try in the demo
 
 
 def test_a_backbone_that_does_not_fit_is_refused(publish: Publish, tmp_path: Path) -> None:

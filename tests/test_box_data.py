@@ -142,7 +142,7 @@ def test_labels_beside_the_images_of_each_split_are_read(tmp_path: Path) -> None
 
 def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
     options: dict[str, Any] = {"image_size": "64", "workers": 0, "device": "cpu", "bf16": False}
-    options |= {"model": "yolov8n_spd", "data": data, "out": out}
+    options |= {"model": "yolov8n_spd", "pretrained": False, "data": data, "out": out}
     return FinetuneConfig(**options | changes)
 
 

@@ -125,7 +125,8 @@ def test_list_models_takes_filters_and_tasks() -> None:
     detectors = spd_zoo.list_models(task="detection")
     assert {*detectors} == {name for name in NETWORKS if name.startswith(("yolo", "ssd"))}
     assert {*detectors} | {*spd_zoo.list_models(task="classification")} == {*NETWORKS}
-    assert spd_zoo.list_models(["yolo", "ssd"], pretrained=True) == ["yolov8n_spd.bccd"]
+    backbones = ["yolov8n_spd.tiny_in200_backbone", "yolov8n.tiny_in200_backbone"]
+    assert spd_zoo.list_models(["yolo", "ssd"], pretrained=True) == ["yolov8n_spd.bccd", *backbones]
     assert spd_zoo.list_models("vit") == []
     with pytest.raises(ValueError, match="classification and detection"):
         spd_zoo.list_models(task="segmentation")

@@ -48,7 +48,7 @@ def config(data: Path, out: Path, **changes: Any) -> FinetuneConfig:
         "workers": 0,
     }
     options |= {"bf16": False, "device": "cpu"}
-    options |= {"model": "yolov8n_spd", "data": data, "out": out}
+    options |= {"model": "yolov8n_spd", "pretrained": False, "data": data, "out": out}
     return FinetuneConfig(**options | changes)
 
 

@@ -65,7 +65,7 @@ def test_the_catalogue_and_timm_agree_on_the_default_weights(first: bool, write:
     of_timm = {name: f"{name}.{cfg.tag}" for name, cfg in cfgs.items() if cfg.has_weights}
     assert default_checkpoints(entries()) == of_timm
     assert of_timm["pyconvresnet18"] == f"pyconvresnet18.{'first' if first else 'second'}"
-    assert "yolov8n_spd" not in of_timm  # its checkpoint says "default": false
+    assert of_timm["yolov8n_spd"] == "yolov8n_spd.tiny_in200_backbone"  # "yolov8n_spd.bccd" says "default": false
 
 
 def test_a_private_checkpoint_replaces_one_of_the_package(write: Write) -> None:

@@ -300,9 +300,20 @@ def test_deviations_from_the_options_are_reported(
 
 
 def test_a_run_from_scratch_names_weights_that_are_no_default(capsys: pytest.CaptureFixture[str]) -> None:
+    asked, process = FinetuneConfig(model="resnet50_spd", data="data", out=Path("run")), Process(torch.device("cpu"))
+    training.plan(asked, Classification(), training._blank("resnet50_spd"), 24, ["a", "b", "c"], process)
+    said = capsys.readouterr().out
+    assert "resnet50_spd has no default weights: all weights begin at random" in said
+    assert "resnet50_spd has weights for certain data, by name: resnet50_spd.spd_tiny_in200 (" in said
+
+
+def test_a_run_from_a_backbone_names_whole_networks(capsys: pytest.CaptureFixture[str]) -> None:
     asked, process = FinetuneConfig(model="yolov8n_spd", data="data", out=Path("run")), Process(torch.device("cpu"))
-    training.plan(asked, Detection(), training._blank("yolov8n_spd"), 24, ["a", "b", "c"], process)
-    assert "by name: yolov8n_spd.bccd (BCCD, 3 classes: RBC, WBC, Platelets, 320 px)" in capsys.readouterr().out
+    plan = training.plan(asked, Detection(), training._blank("yolov8n_spd"), 24, ["a", "b", "c"], process)
+    said = capsys.readouterr().out
+    assert "the weights of yolov8n_spd are a backbone: neck and head begin at random; whole networks" in said
+    assert "by name: yolov8n_spd.bccd (BCCD, 3 classes: RBC, WBC, Platelets, 320 px)" in said
+    assert (plan.pretrained, plan.head_epochs) == (True, 0)
 
 
 def test_a_network_that_knows_the_classes_gets_a_small_learning_rate(capsys: pytest.CaptureFixture[str]) -> None:

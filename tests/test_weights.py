@@ -31,7 +31,7 @@ from spd_zoo.inference.detector import Detector
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, fit, save_network, sha256_of
 from spd_zoo.weights.cache import BUNDLED
-from spd_zoo.weights.catalogue import locate
+from spd_zoo.weights.catalogue import ModelError, locate
 from spd_zoo.weights.fit import own_networks
 from spd_zoo.weights.load import class_names
 from spd_zoo.weights.manifest import Entry, manifest_path
@@ -177,9 +177,7 @@ def test_only_verified_weights_are_a_default(network: str) -> None:
 
 
 def test_a_network_without_default_weights_says_what_each_of_its_weights_is_for() -> None:
-    with pytest.raises(
-        WeightsError, match=r"no default weights; .*: yolov8n_spd\.bccd \(BCCD, 3 classes: RBC, .* 320 px\)"
-    ):
+    with pytest.raises(ModelError, match=r"a backbone .*, by name: yolov8n_spd\.bccd \(BCCD, 3 classes: RBC, .* px\)"):
         Detector("yolov8n_spd")
     with pytest.raises(WeightsError, match=r"spd_cifar10 \(.*, at their authors': spd-zoo info resnet50_spd\."):
         timm.create_model("resnet50_spd", pretrained=True)

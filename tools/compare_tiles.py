@@ -112,6 +112,7 @@ def run_seed(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             batch_size=BATCH,
             image_size=str(options.image_size),
             keep="last",
+            pretrained=False,
             seed=seed,
             workers=options.workers,
         )

@@ -16,7 +16,7 @@ def families(pages: str) -> str:
     rows = []
     for page, (title, text, groups) in FAMILIES.items():
         nets = [entry for entry in _members(groups) if not entry.tag]
-        bundled = [f"`{entry.name}`" for entry in _members(groups) if str(entry.source).startswith("bundled:")]
+        bundled = [_named(entry) for entry in _members(groups) if str(entry.source).startswith("bundled:")]
         costs = [sorted(costs) for costs in ([n.params / 1e6 for n in nets], [n.macs / 1e9 for n in nets])]
         spans = [f"{cost[0]:.2g} to {cost[-1]:.3g}" for cost in costs]
         rows.append([f"[{title}]({pages}/{page}.md)", text, str(len(nets)), *spans, ", ".join(bundled) or "none"])
@@ -85,7 +85,7 @@ def checkpoints(groups: Sequence[str]) -> str:
     for entry in _members(groups):
         if entry.tag:
             figures = ", ".join(_figure(metric) for metric in entry.metrics)
-            rows.append([f"`{entry.name}`", figures, str(entry.dataset), _place(entry), str(entry.license)])
+            rows.append([_named(entry), figures, str(entry.dataset), _place(entry), str(entry.license)])
     return table(["weights", "accuracy", "trained on", "file", "licence"], rows)
 
 
@@ -93,7 +93,7 @@ def bundled() -> str:
     """The weights that come with the package."""
     rows = [
         [
-            f"`{entry.name}`",
+            _named(entry),
             str(entry.dataset),
             ", ".join(map(_figure, entry.metrics)),
             f"{(entry.size or 0) / 2**20:.1f}",
@@ -102,6 +102,10 @@ def bundled() -> str:
         if str(entry.source).startswith("bundled:")
     ]
     return table(["weights", "trained on", "accuracy", "MiB"], rows)
+
+
+def _named(entry: Entry) -> str:
+    return f"`{entry.name}`" + (", stem and stages only" if entry.part == "backbone" else "")
 
 
 def _figure(metric: dict[str, Any]) -> str:

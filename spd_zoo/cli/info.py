@@ -50,7 +50,8 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
     size = "x".join(map(str, best["input_size"][1:]))
     yield "size", f"{best['params'] / 1e6:.1f} M parameters, {best['macs'] / 1e9:.2f} G MACs at {size} pixels"
     for checkpoint in checkpoints[:_SHOWN]:
-        yield "weights", f"{checkpoint['name']}: {_figure(checkpoint)}; {_place(checkpoint)}"
+        part = f"{checkpoint['part']} only, " if checkpoint["part"] else ""
+        yield "weights", f"{checkpoint['name']}: {part}{_figure(checkpoint)}; {_place(checkpoint)}"
     if len(checkpoints) > _SHOWN:
         yield "", f"and {len(checkpoints) - _SHOWN} more"
     if not checkpoints:
@@ -63,25 +64,29 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
     elif checkpoints:
         if best["weights"] == "unverified":
             yield "get", f"spd-zoo weights pull {best['name']}"
-        yield "use", f"spd-zoo {'detect' if detects else 'predict'} {best['name']} IMAGES"
-        yield "", f'spd_zoo.{"Detector" if detects else "Classifier"}("{best["name"]}")("IMAGE")'
+        if best["part"]:
+            yield "use", f"spd-zoo finetune {best['name']} --data DIR --out RUN"
+        else:
+            yield "use", f"spd-zoo {'detect' if detects else 'predict'} {best['name']} IMAGES"
+            yield "", f'spd_zoo.{"Detector" if detects else "Classifier"}("{best["name"]}")("IMAGE")'
     pretrained = ", pretrained=True" if checkpoints and not replaced else ""
     yield "", f'timm.create_model("{best["name"]}"{pretrained})'
     yield "more", f"spd-zoo info {name} --all"
 
 
-def _rank(checkpoint: dict[str, Any]) -> tuple[bool, bool, float]:
-    """The order of checkpoints: those that load at once, the default first, then by accuracy."""
+def _rank(checkpoint: dict[str, Any]) -> tuple[bool, bool, bool, float]:
+    """The order of checkpoints: those that load at once, whole ones, the default first, then by accuracy."""
     found = _accuracy(checkpoint)
     return (
         checkpoint["weights"] in ("unverified", "replaced"),
+        checkpoint["part"] is not None,
         not checkpoint["default"],
         -(found["value"] if found else 0.0),
     )
 
 
 def _accuracy(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    metric = "ap" if checkpoint["task"] == "detection" else "top1"
+    metric = "ap" if checkpoint["task"] == "detection" and not checkpoint["part"] else "top1"
     return catalogue.accuracy(checkpoint["metrics"], checkpoint["input_size"], metric)
 
 

@@ -43,7 +43,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     found = row["top1"] or row["ap"]
     return (
         row["name"],
-        _COMMANDS[row["task"]],
+        "finetune" if row["part"] else _COMMANDS[row["task"]],
         f"{found['value']:.2f} {found['dataset']}" if found else "-",
         f"{row['params'] / 1e6:.1f} M",
         f"{_WEIGHTS.get(row['weights'], row['weights'])}{'*' if row['default'] else ''}",

@@ -145,6 +145,7 @@ def summarize(entry: Entry) -> dict[str, Any]:
         "ap": accuracy(entry.metrics, entry.input_size, "ap"),
         "license": entry.license,
         "weights": _availability(entry),
+        "part": entry.part,
     }
 
 
@@ -260,8 +261,8 @@ def checkpoint(name: str) -> Entry:
 
 
 def local_checkpoints() -> list[str]:
-    """The names of all checkpoints on this machine: bundled, downloaded or imported."""
-    return [entry.name for entry in checkpoints() if find(entry)]
+    """The names of all checkpoints of whole networks on this machine: bundled, downloaded or imported."""
+    return [entry.name for entry in checkpoints() if entry.part is None and find(entry)]
 
 
 def locate(entry: Entry, verify: bool = False) -> dict[str, Any]:

@@ -120,12 +120,16 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
 
     Raises:
         LicenseError: If they may not be redistributed.
-        WeightsError: If they are derived from others, unavailable, do not fit the network, or give outputs that are
-            not finite.
+        WeightsError: If they are derived from others, a backbone only, unavailable, do not fit the network, or give
+            outputs that are not finite.
     """
     if entry.derived_from is not None:
         raise WeightsError(
             f"{entry.name} has no file of its own: loading it converts {entry.derived_from}; publish that"
+        )
+    if entry.part is not None:
+        raise WeightsError(
+            f"{entry.name} is a {entry.part} only, which timm cannot load from the Hub; publish a fine-tuned network"
         )
     if file is None and str(entry.source).startswith("package:"):
         raise WeightsError(f"{entry.name} is published already, as a package: {entry.source}; publish your own file")
