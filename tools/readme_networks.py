@@ -105,7 +105,7 @@ def bundled() -> str:
 
 
 def _named(entry: Entry) -> str:
-    return f"`{entry.name}`" + (", stem and stages only" if entry.part == "backbone" else "")
+    return f"`{entry.name}`" + (" (stem and stages only)" if entry.part == "backbone" else "")
 
 
 def _figure(metric: dict[str, Any]) -> str:
