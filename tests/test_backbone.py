@@ -168,6 +168,7 @@ def test_list_and_info_say_what_a_backbone_is_for(publish: Publish, capsys: pyte
     assert " finetune " in row and " detect " not in row
     assert main(["info", name]) == 0
     card = capsys.readouterr().out
+    assert f"{name}: detection, 80 classes, backbone trained on Tiny-ImageNet-200" in card
     assert f"{name}: backbone only, top-1 1.00 %" in card and f"spd-zoo finetune {name} --data DIR --out RUN" in card
     assert "spd_zoo.Detector" not in card
     assert name not in local_checkpoints()  # nothing to try in the demo
