@@ -125,7 +125,7 @@ def test_list_models_takes_filters_and_tasks() -> None:
     detectors = spd_zoo.list_models(task="detection")
     assert {*detectors} == {name for name in NETWORKS if name.startswith(("yolo", "ssd"))}
     assert {*detectors} | {*spd_zoo.list_models(task="classification")} == {*NETWORKS}
-    backbones = ["yolov8n.tiny_in200_backbone", "yolov8n_spd.tiny_in200_backbone"]
+    backbones = [f"{name}.tiny_in200_backbone" for name in ("yolov8n", "yolov8n_spd", "yolov8n_p2", "yolov8n_spd_p2")]
     assert spd_zoo.list_models(["yolo", "ssd"], pretrained=True) == ["yolov8n_spd.bccd", *backbones]
     assert spd_zoo.list_models("vit") == []
     with pytest.raises(ValueError, match="classification and detection"):

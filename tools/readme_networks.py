@@ -16,7 +16,10 @@ def families(pages: str) -> str:
     rows = []
     for page, (title, text, groups) in FAMILIES.items():
         nets = [entry for entry in _members(groups) if not entry.tag]
-        bundled = [_named(entry) for entry in _members(groups) if str(entry.source).startswith("bundled:")]
+        inside = [entry for entry in _members(groups) if str(entry.source).startswith("bundled:")]
+        bundled = [f"`{entry.name}`" for entry in inside if entry.part is None]
+        if backbones := [f"`{entry.network}`" for entry in inside if entry.part == "backbone"]:
+            bundled.append(f"backbones of {', '.join(backbones)}")
         costs = [sorted(costs) for costs in ([n.params / 1e6 for n in nets], [n.macs / 1e9 for n in nets])]
         spans = [f"{cost[0]:.2g} to {cost[-1]:.3g}" for cost in costs]
         rows.append([f"[{title}]({pages}/{page}.md)", text, str(len(nets)), *spans, ", ".join(bundled) or "none"])
@@ -90,17 +93,17 @@ def checkpoints(groups: Sequence[str]) -> str:
 
 
 def bundled() -> str:
-    """The weights that come with the package."""
-    rows = [
-        [
-            _named(entry),
-            str(entry.dataset),
-            ", ".join(map(_figure, entry.metrics)),
-            f"{(entry.size or 0) / 2**20:.1f}",
-        ]
-        for entry in entries().values()
-        if str(entry.source).startswith("bundled:")
-    ]
+    """The weights that come with the package, a row per file."""
+    files: dict[str, list[Entry]] = {}
+    for entry in entries().values():
+        if str(entry.source).startswith("bundled:"):
+            files.setdefault(str(entry.source), []).append(entry)
+    rows = []
+    for same in files.values():
+        entry = same[0]
+        names = ", ".join(map(_named, same))
+        figures = ", ".join(map(_figure, entry.metrics))
+        rows.append([names, str(entry.dataset), figures, f"{(entry.size or 0) / 2**20:.1f}"])
     return table(["weights", "trained on", "accuracy", "MiB"], rows)
 
 
