@@ -28,10 +28,12 @@ from torch import Tensor, nn
 import spd_zoo
 from spd_zoo.weights import (
     WeightsError,
+    create,
     fetch,
     find_entry,
     import_weights,
     imported_names,
+    is_right,
     origin_of,
     original_of,
     read_checkpoint,
@@ -385,6 +387,56 @@ def test_a_manually_downloaded_file_serves_as_the_pinned_one(private: Callable[.
     assert not file.exists()
 
 
+def test_a_file_that_has_its_own_sha256_in_its_name_is_still_not_the_pinned_one(
+    private: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("cifar_resnet20", num_classes=100).state_dict(), tmp_path / "a.safetensors")
+    mine = import_weights(NAME, tmp_path / "a.safetensors", tmp_path)
+    overlay = {"file": str(mine)}
+    with pytest.raises(
+        WeightsError, match=r"the weights of cifar_resnet20\.cifar100 have .*: it is truncated, changed"
+    ):
+        timm.create_model(
+            "cifar_resnet20.cifar100", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path
+        )
+    with hub_double() as server, server.replace(monkeypatch):
+        server.files[f"org/repo/{mine.name}"] = mine.read_bytes()
+        entry = private(source=f"hf://org/repo@{COMMIT}:{mine.name}", sha256="0" * 64)
+        with pytest.raises(WeightsError, match=f"has sha256 {sha256_of(mine)}, expected {'0' * 64}"):
+            fetch(entry, tmp_path)
+        path = next(path for path in tmp_path.rglob(mine.name) if "snapshots" in path.parts)
+        assert is_right(entry, path, tmp_path) is False
+
+
+@pytest.mark.parametrize("group", ["bsconv_resnet", "timm"])
+def test_a_pinned_file_of_torch_save_is_loaded_after_its_import(
+    private: Callable[..., Entry], tmp_path: Path, group: str
+) -> None:
+    network = FAR if group == "bsconv_resnet" else "resnet18.far"
+    net = timm.create_model(network.partition(".")[0])
+    file = save({"state_dict": net.state_dict(), "args": argparse.Namespace(a=Path())}, tmp_path / "a.pth")
+    entry = private(network, group, source=f"hf://org/repo@{COMMIT}:a.pth", sha256=sha256_of(file))
+    imported = import_weights(network, file, tmp_path)
+    assert fetch(entry, tmp_path) == imported and imported.read_bytes() == file.read_bytes()
+    if group == "timm":
+        loaded = create(entry, imported)
+    else:
+        loaded = timm.create_model(network, pretrained=True, cache_dir=tmp_path)
+    assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_a_file_of_the_hub_without_a_known_sha256_can_be_imported_by_hand(
+    private: Callable[..., Entry], tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    entry = private(source=f"hf://org/repo@{COMMIT}:a.pth", sha256=None)
+    file = import_weights(FAR, save(tensors, tmp_path / "a.pth"), tmp_path)
+    assert fetch(entry, tmp_path) == file  # without a connection
+    golden.assert_matches(outputs(FAR, tmp_path), CASE["outputs"][0])
+    file.write_bytes(file.read_bytes()[:-1])
+    assert is_right(entry, file, tmp_path) is False
+
+
 def test_removing_one_file_of_a_repository_leaves_the_others(
     private: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,12 +467,13 @@ def test_weights_of_the_package_are_not_imported_over(tensors: dict[str, Tensor]
 def private(tmp_path: Path) -> Iterator[Callable[..., Entry]]:
     """Puts a checkpoint with such fields into a private manifest."""
     own = json.loads(manifest_path().read_text(encoding="utf-8"))
-    like = own["pyconvresnet"]["pyconvresnet50.in1k"] | own["bsconv_resnet"]["cifar_resnet20"]
+    like = own["pyconvresnet"]["pyconvresnet50.in1k"]
 
-    def use(**fields: Any) -> Entry:
-        (tmp_path / "private.json").write_text(json.dumps({"bsconv_resnet": {FAR: like | fields}}))
+    def use(name: str = FAR, group: str = "bsconv_resnet", **fields: Any) -> Entry:
+        network = own[group].get(name.partition(".")[0], {})
+        (tmp_path / "private.json").write_text(json.dumps({group: {name: like | network | fields}}))
         spd_zoo.use_manifest(tmp_path / "private.json")
-        entry = find_entry(FAR)
+        entry = find_entry(name)
         assert entry is not None
         return entry
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from spd_zoo.errors import first_line
 from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
-from spd_zoo.weights.checkpoint import read_described
+from spd_zoo.weights.checkpoint import read_checkpoint, read_described
 from spd_zoo.weights.described import check_task, described
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.fit import (
@@ -32,7 +32,7 @@ from spd_zoo.weights.fit import (
     own_networks,
     which_fits,
 )
-from spd_zoo.weights.imported import UNTAGGED
+from spd_zoo.weights.imported import UNTAGGED, converted
 from spd_zoo.weights.manifest import (
     Entry,
     WeightsError,
@@ -44,7 +44,15 @@ from spd_zoo.weights.manifest import (
     tags_in_words,
 )
 
-__all__ = ["BackboneWarning", "build", "create", "default_cfgs", "loads_backbone_only", "use_manifest"]
+__all__ = [
+    "BackboneWarning",
+    "build",
+    "create",
+    "default_cfgs",
+    "loads_backbone_only",
+    "timms_network",
+    "use_manifest",
+]
 
 _CLASSES = ("label_names", "label_descriptions")  # fields of a configuration that describe the classes
 _NOT_OF_WEIGHTS = ("num_classes", "in_chans", "features_only", "out_indices", "feature_cls")
@@ -168,7 +176,7 @@ def build(
     if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
         partial = loads_backbone_only(f"{variant}.{tag}" if tag or overlay.get("file") else variant)
         if overlay.get("file"):
-            _check_tag(variant, tag, Path(overlay["file"]))
+            _check_tag(variant, tag, Path(overlay["file"]), cache_dir)
             read, fields = read_described(Path(overlay["file"]))
             cfg = _cfg_of_file(variant, tag, Path(overlay["file"]), read, fields, pretrained_filter_fn, kwargs)
         elif mine := _imported_by_user(variant, tag, cache_dir):
@@ -178,7 +186,9 @@ def build(
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
         else:
             entry = _entry_of(variant, tag)
-            cfg = {"file": str(fetch(entry, cache_dir))}
+            file = fetch(entry, cache_dir)
+            read, _ = read_described(file)
+            cfg = {"file": str(file)}
             overwritten = (0, entry.num_classes)
         if "num_classes" in cfg:
             kwargs.setdefault("num_classes", overlay.get("num_classes", cfg["num_classes"]))
@@ -290,14 +300,46 @@ def create(entry: Entry, file: Path) -> nn.Module:
     Raises:
         WeightsError: If `file` is not the one that the manifest pins, or does not fit.
     """
-    name = entry.network if entry.group == "timm" else entry.name
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    if entry.group != "timm":
+        return timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    net: Any = timms_network(entry.network, file)
+    net.pretrained_cfg = net.pretrained_cfg | {"tag": entry.tag, "label_names": entry.label_names}
+    return cast("nn.Module", net)
 
 
-def _check_tag(variant: str, tag: str | None, file: Path) -> None:
+def timms_network(name: str, file: Path) -> nn.Module:
+    """Creates one of timm's networks with the weights in a file, for as many classes and image channels as these have.
+
+    Args:
+        name: The network. With a tag, timm's configuration describes its classes; otherwise nothing does.
+        file: The weights, in any form that `read_checkpoint` understands.
+
+    Returns:
+        The network.
+
+    Raises:
+        WeightsError: If `file` cannot be read, or does not fit.
+    """
+    tensors = read_checkpoint(file)
+    try:
+        made_for, tensors = converted(name, tensors, {})
+    except WeightsError as error:
+        raise WeightsError(f"{file} does not fit {name}: {error}") from error
+    net: Any = timm.create_model(name, **made_for)
+    net.load_state_dict(tensors)
+    input_size = (made_for["in_chans"], *net.pretrained_cfg["input_size"][1:])
+    net.pretrained_cfg = net.pretrained_cfg | {"num_classes": net.num_classes, "input_size": input_size}
+    if "." not in name:  # timm describes the classes of its default tag
+        net.pretrained_cfg = net.pretrained_cfg | {"tag": None, "label_names": None}
+    return cast("nn.Module", net)
+
+
+def _check_tag(variant: str, tag: str | None, file: Path, cache_dir: str | Path | None) -> None:
     """Refuses a file for a tag whose SHA-256 is not the manifest's."""
     entry = find_entry(f"{variant}.{tag}") if tag else None
-    if entry is not None and entry.sha256 is not None and file.is_file() and not is_right(entry, file):
+    if entry is None or entry.sha256 is None or not file.is_file():
+        return
+    if not is_right(entry, file, cache_dir):
         raise WeightsError(
             f"{file} has sha256 {sha256_of(file)}, the weights of {entry.name} have {entry.sha256}: it is truncated, "
             f"changed or another file. Get it again, or load it without the tag, as {variant}"

@@ -70,17 +70,21 @@ def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
         path = _installed_file(installed)
         return path if path is not None and path.is_file() else None
     imported = find_imported(entry.name, cache_dir)
-    if imported and (hub is None or sha256_in_name(imported) == entry.sha256):
+    if imported and (hub is None or entry.sha256 in (None, sha256_in_name(imported))):
         return imported
     return find_in_hub_cache(hub, cache_dir) if hub else None
 
 
-def is_right(entry: Entry, path: Path) -> bool | None:
-    """Whether a file that `find` or `fetch` returned has the expected SHA-256.
+def is_right(entry: Entry, path: Path, cache_dir: str | Path | None = None) -> bool | None:
+    """Whether a file has the SHA-256 that is expected of the weights of an entry.
+
+    That is the manifest's. Only an imported file that was converted has another one, which is in its name; its metadata
+    says from which file it was made.
 
     Args:
         entry: The weights.
         path: The file.
+        cache_dir: Where imported files are (default: next to the Hugging Face cache).
 
     Returns:
         True or False; None if no SHA-256 is known.
@@ -88,15 +92,14 @@ def is_right(entry: Entry, path: Path) -> bool | None:
     entry = original_of(entry)
     if not path.is_file():
         return False
-    imported = sha256_in_name(path)
-    expected = imported or entry.sha256
+    is_imported = path.parent.resolve() == import_folder(cache_dir).resolve()  # any other file may have any name
+    in_name = sha256_in_name(path) if is_imported and not entry.verified else None
+    expected = in_name or entry.sha256
     if expected is None:
         return None
     if sha256_of(path) != expected:
         return False
-    if imported and entry.source is None and entry.sha256 is not None:
-        return origin_of(path).get("original_sha256") == entry.sha256
-    return True
+    return in_name is None or entry.sha256 in (None, origin_of(path).get("original_sha256"))
 
 
 def sources(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:

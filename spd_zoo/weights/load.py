@@ -23,10 +23,10 @@ from spd_zoo.weights import (
     loads_backbone_only,
     read_checkpoint,
 )
+from spd_zoo.weights.build import timms_network
 from spd_zoo.weights.catalogue import ModelError, unknown_network
 from spd_zoo.weights.fit import backbone_only, filter_of, fit_image_channels, misfit
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, check_config
-from spd_zoo.weights.imported import converted
 from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = [
@@ -247,14 +247,7 @@ def load_file(network: str, file: str | Path, device: str) -> nn.Module:
     if entry is not None and entry.group != "timm":
         net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     else:
-        try:
-            made_for, tensors = converted(name, read_checkpoint(Path(file)), {})
-        except WeightsError as error:
-            raise WeightsError(f"{file} does not fit {name}: {error}") from error
-        net = timm.create_model(name, **made_for)
-        net.load_state_dict(tensors)
-        if "." not in name:  # timm describes the classes of its default tag
-            net.pretrained_cfg = net.pretrained_cfg | {"tag": None, "label_names": None}
+        net = timms_network(name, Path(file))
     return net.eval().to(device).to(memory_format=torch.channels_last)
 
 
