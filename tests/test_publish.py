@@ -437,7 +437,15 @@ def test_a_manifest_that_cannot_take_the_address_is_refused_before_anything_is_s
     hub: HubDouble, checkout: Checkout, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other.json"
-    for text, reason in (("{}", f"has no entry {NAME}"), ("{", "cannot be read as a manifest")):
+    invalid = {
+        "{": "cannot be read as a manifest",
+        "[]": f"the manifest {other} is invalid at top level: [] is not of type 'object'. Correct it, or name another",
+        '{"bsconv_resnet": 3}': "is invalid at bsconv_resnet",
+        json.dumps({GROUP: {NAME: {}}}): f"is invalid at {GROUP}/{NAME}",
+        json.dumps({GROUP: {NAME: "x"}}): f"is invalid at {GROUP}/{NAME}",
+        "{}": f"has no entry {NAME}",
+    }
+    for text, reason in invalid.items():
         other.write_text(text)
         assert reason in error_of(capsys, *COMMAND, "--manifest", str(other))
     assert "No such file" in error_of(capsys, *COMMAND, "--manifest", str(tmp_path / "missing.json"))

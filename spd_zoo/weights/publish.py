@@ -26,7 +26,7 @@ from spd_zoo.weights.cache import sha256_of
 from spd_zoo.weights.card import TERMS, model_card
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, config_of
-from spd_zoo.weights.manifest import PACKAGE, Entry, WeightsError, manifest_path, write_manifest
+from spd_zoo.weights.manifest import PACKAGE, Entry, WeightsError, manifest_path, schema_problem, write_manifest
 
 __all__ = [
     "LicenseError",
@@ -256,11 +256,14 @@ def _explained(publication: Publication) -> Iterator[None]:
 
 
 def _read(manifest: Path, entry: Entry) -> dict[str, Any]:
-    """The content of `manifest`, after checking that it has the entry and is writable."""
+    """The content of `manifest`, after checking that it is valid, has the entry and is writable."""
     try:
         content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{manifest} cannot be read as a manifest ({error})") from error
+    problem = schema_problem(content)
+    if problem is not None:
+        raise WeightsError(f"the manifest {manifest} {problem}. Correct it, or name another one: --manifest FILE")
     if entry.name not in content.get(entry.group, {}):
         raise WeightsError(f"{manifest} has no entry {entry.name} in {entry.group}; add it first")
     if not os.access(manifest.parent, os.W_OK):
