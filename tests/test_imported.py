@@ -56,8 +56,9 @@ def tensors() -> dict[str, Tensor]:
     return {key: torch.from_numpy(value) for key, value in golden.fill_state_dict(CASE["entries"]).items()}
 
 
-def outputs(name: str, cache: Path) -> np.ndarray:
-    net = timm.create_model(name, pretrained=True, cache_dir=cache).eval()
+def outputs(name: str, cache: Path, file: Path | None = None) -> np.ndarray:
+    overlay = {"file": str(file)} if file else None
+    net = timm.create_model(name, pretrained=True, cache_dir=cache, pretrained_cfg_overlay=overlay).eval()
     with torch.inference_mode():
         return net(torch.from_numpy(golden.make_input(**CASE["input"]))).numpy()
 
@@ -171,8 +172,10 @@ def test_tensors_that_share_numbers_are_imported(tensors: dict[str, Tensor], tmp
 
 def test_prefixes_and_missing_counters_do_not_matter(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     old = {f"net.{key}": tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
-    file = import_weights(NAME, save({"state_dict": old}, tmp_path / "a.pth"), tmp_path)
+    original = save({"state_dict": old}, tmp_path / "a.pth")
+    file = import_weights(NAME, original, tmp_path)
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
+    golden.assert_matches(outputs("cifar_resnet20", tmp_path, original), CASE["outputs"][0])
     assert load_file(file).keys() == timm.create_model("cifar_resnet20").state_dict().keys()
 
 
@@ -279,8 +282,11 @@ def test_a_number_that_is_not_finite_is_refused(tensors: dict[str, Tensor], tmp_
     key = next(iter(tensors))
     damaged = tensors | {key: tensors[key].clone()}
     damaged[key].view(-1)[0] = value
-    with pytest.raises(WeightsError, match="holds a number that is not finite"):
-        import_weights(NAME, save(damaged, tmp_path / "a.pth"), tmp_path)
+    file = save(damaged, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=f"{file} is damaged: .* holds a number that is not finite. Get it again"):
+        import_weights(NAME, file, tmp_path)
+    with pytest.raises(WeightsError, match=f"{file} is damaged: .* holds a number that is not finite. Get it again"):
+        outputs("cifar_resnet20", tmp_path, file)
 
 
 def test_numbers_that_overflow_in_the_network_are_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from spd_zoo.weights import (
 )
 from spd_zoo.weights.build import timms_network
 from spd_zoo.weights.catalogue import ModelError, unknown_network
-from spd_zoo.weights.fit import backbone_only, filter_of, fit_image_channels, misfit
+from spd_zoo.weights.fit import backbone_only, check_finite, filter_of, fit_image_channels, misfit, own_tensors
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, check_config
 from spd_zoo.weights.manifest import tags_in_words
 
@@ -219,10 +219,11 @@ def load_backbone(net: nn.Module, source: str | Path) -> None:
         WeightsError: If the file cannot be read, or its backbone does not fit the network; `net` is then unchanged.
     """
     file = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    tensors = backbone_only(fit_image_channels(filter_of(net)(read_checkpoint(file), net), net), net)
+    tensors = backbone_only(fit_image_channels(own_tensors(read_checkpoint(file), net, filter_of(net)), net), net)
     problem = misfit(tensors, net, with_classifier=True)
     if problem:
         raise WeightsError(f"the backbone in {file} does not fit {pretrained_cfg(net)['architecture']}: {problem}")
+    check_finite(tensors, str(file))
     net.load_state_dict(tensors)
 
 
