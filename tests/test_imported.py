@@ -40,6 +40,7 @@ from spd_zoo.weights import (
     remove,
     sha256_of,
 )
+from spd_zoo.weights.download import page_or_pointer
 from spd_zoo.weights.manifest import Entry, entries, manifest_path
 from spd_zoo.weights.publish import prepare
 
@@ -277,6 +278,12 @@ def test_a_web_page_is_recognised(tmp_path: Path) -> None:
         import_weights(NAME, tmp_path / "a.pth", tmp_path)
 
 
+@pytest.mark.parametrize("length", [0x3C, 0x3C20, 0x3C0A])
+def test_the_length_of_a_header_is_not_taken_for_text(length: int) -> None:
+    assert page_or_pointer(length.to_bytes(8, "little") + b'{"a":') is None
+    assert page_or_pointer(length.to_bytes(8, "little").rstrip(b"\0") + b"html>") is not None
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_is_refused(tensors: dict[str, Tensor], tmp_path: Path, value: float) -> None:
     key = next(iter(tensors))
@@ -461,6 +468,16 @@ def test_removing_one_file_of_a_repository_leaves_the_others(
             assert blob.exists() == any(other.resolve() == blob for other in others)
 
 
+def test_a_file_that_another_process_replaces_now_is_an_error_that_says_so(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = import_weights(NAME, save(tensors, tmp_path / "a.pth"), tmp_path)
+    monkeypatch.setattr("spd_zoo.weights.cache.imported_files", lambda name, folder: [file])
+    file.unlink()
+    with pytest.raises(WeightsError, match=f"{file} is being deleted, because {NAME} is imported again or removed"):
+        timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
+
+
 def test_weights_of_the_package_are_not_imported_over(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="come with a package"):
         import_weights("cifar_resnet20.cifar100", save(tensors, tmp_path / "a.pth"), tmp_path)
@@ -516,6 +533,12 @@ def test_a_file_in_a_folder_is_found_by_its_name(
         fetch(private(original_link=FOLDER, original_file="resnet.pt"), tmp_path)
     with pytest.raises(WeightsError, match=r"the folder holds resnet\.pt, and no other\.pt"):
         fetch(private(original_link=FOLDER, original_file="other.pt"), tmp_path / "other")
+
+
+def test_the_link_of_a_folder_is_not_that_of_a_checkpoint(drive: DriveDouble, tmp_path: Path) -> None:
+    text = rf"cannot download {FOLDER} \(it is a folder with resnet\.pt; give the link of one file in it\)"
+    with pytest.raises(WeightsError, match=text):
+        import_weights(NAME, FOLDER, tmp_path)
 
 
 def test_googles_question_about_viruses_is_answered(

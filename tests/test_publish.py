@@ -460,6 +460,15 @@ def test_a_manifest_that_cannot_take_the_address_is_refused_before_anything_is_s
     assert REPO in other.read_text() and REPO not in checkout.path.read_text()
 
 
+@pytest.mark.parametrize("org", ["a/b", "", "a b", "../x"])
+def test_an_organisation_that_the_hub_cannot_have_is_refused(
+    hub: HubDouble, checkout: Checkout, capsys: Capture, org: str
+) -> None:
+    text = f"the Hub allows no repository '{org}/{NAME}'; give the name of an organisation or user: --org"
+    assert text in error_of(capsys, "weights", "publish", "--org", org, NAME, "--dry-run")
+    assert hub.requests == []
+
+
 def test_writing_an_unchanged_manifest_changes_no_byte(tmp_path: Path) -> None:
     path = tmp_path / "weights_manifest.json"
     shutil.copy(manifest_path(), path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spd_zoo.errors import first_line
-from spd_zoo.weights.cache import find, find_imported, is_right, sha256_in_name, sha256_of, sources
+from spd_zoo.weights.cache import find, is_right, sha256_of, sources, verified_import
 from spd_zoo.weights.checkpoint import read_checkpoint, read_described
 from spd_zoo.weights.described import check_task, described
 from spd_zoo.weights.fetch import fetch
@@ -372,15 +372,12 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
     """The file that a user imported under a tag of their own, or without a tag if the network has no default.
 
     Raises:
-        WeightsError: If it is damaged.
+        WeightsError: As `verified_import`.
     """
     known = find_entry(f"{variant}.{tag}") if tag else _default_tag(variant)
     if known is not None:
         return None
-    found = find_imported(f"{variant}.{tag or UNTAGGED}", cache_dir)
-    if found is not None and sha256_of(found) != sha256_in_name(found):
-        raise WeightsError(f"{found} is damaged, its sha256 is not that of its name; import the weights again")
-    return found
+    return verified_import(f"{variant}.{tag or UNTAGGED}", cache_dir)
 
 
 def _cfg_of_file(
@@ -423,8 +420,8 @@ def _default_tag(variant: str) -> str | None:
 
 def _entry_of_cfg(variant: str, cfg: dict[str, Any], cache_dir: str | Path | None) -> Entry | None:
     """The entry whose weights a configuration of timm's is about, as `timm.get_pretrained_cfg` returns it."""
-    entry = find_entry(f"{variant}.{cfg.get('tag')}")
-    if entry is None or entry.source is None or cfg.get("url") != entry.source:
+    entry = find_entry(f"{variant}.{cfg.get('tag')}") if cfg.get("url") else None
+    if entry is None or cfg["url"] != entry.source:
         return None
     if cfg.get("hf_hub_id") or cfg.get("state_dict") or cfg.get("file") not in (None, "", str(find(entry, cache_dir))):
         return None

@@ -28,6 +28,7 @@ __all__ = [
     "sha256_in_name",
     "sha256_of",
     "sources",
+    "verified_import",
 ]
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -175,8 +176,33 @@ def imported_names(cache_dir: str | Path | None = None) -> list[str]:
 
 def find_imported(name: str, cache_dir: str | Path | None = None) -> Path | None:
     """The file that was imported under this name last."""
-    files = imported_files(name, import_folder(cache_dir))
-    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+    return max(imported_files(name, import_folder(cache_dir)), key=_time, default=None)
+
+
+def _time(file: Path) -> int:
+    """When a file was written; 0 if another process has just deleted it."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def verified_import(name: str, cache_dir: str | Path | None = None) -> Path | None:
+    """The file that was imported under this name last, after checking its SHA-256.
+
+    Raises:
+        WeightsError: If it is damaged, or another process deletes it now.
+    """
+    found = find_imported(name, cache_dir)
+    try:
+        damaged = found is not None and sha256_of(found) != sha256_in_name(found)
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{found} is being deleted, because {name} is imported again or removed; run this again afterwards"
+        ) from error
+    if damaged:
+        raise WeightsError(f"{found} is damaged, its sha256 is not that of its name; import the weights again")
+    return found
 
 
 def imported_files(name: str, folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from spd_zoo.weights import (
     read_checkpoint,
 )
 from spd_zoo.weights.build import timms_network
+from spd_zoo.weights.cache import verified_import
 from spd_zoo.weights.catalogue import ModelError, unknown_network
 from spd_zoo.weights.fit import backbone_only, check_finite, filter_of, fit_image_channels, misfit, own_tensors
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, check_config
@@ -195,10 +196,14 @@ def load_network(model: str, device: str) -> nn.Module:
             f"the weights of {model} are a backbone without neck and head; fine-tune the network first: "
             f"spd-zoo finetune {model} --data DATA --out RUN" + (f"; or use, by name: {others}" if others else "")
         )
-    entry = entries().get(name)
+    entry, network = entries().get(name), name.partition(".")[0]
     try:
         if entry is not None and entry.group == "timm":
             net = create(entry, fetch(entry)).eval()
+        elif (
+            ":" not in name and network not in entries() and (file := verified_import(name))
+        ):  # timm does not know our tags
+            net = timms_network(network, file).eval()
         else:
             net = timm.create_model(name, pretrained=True).eval()
     except WeightsError:

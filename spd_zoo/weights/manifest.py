@@ -307,8 +307,12 @@ def _read_private(path: Path) -> dict[str, Entry]:
             refuse(f"has {named} class names for the {entry.num_classes} classes of {entry.name}")
         if network is not None and network.group != entry.group:
             refuse(f"has {entry.name} in the group {entry.group}; it belongs to {network.group}")
-        original = {**_own(), **found}.get(entry.derived_from or entry.name)
+    merged = {**_own(), **found}
+    for entry in merged.values():
+        original = merged.get(entry.derived_from or entry.name)
         if original is None or (entry.derived_from and (original.derived_from or not original.tag)):
+            if entry.name not in found:
+                refuse(f"derives {entry.derived_from} from another entry, but {entry.name} is derived from it")
             refuse(f"derives {entry.name} from {entry.derived_from}, which has no weights or is itself derived")
     return found
 
