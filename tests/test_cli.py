@@ -265,7 +265,7 @@ def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint
     assert {name for name, entry in entries().items() if entry.tag} | {"cifar_resnet20.mine"} == set(rows)
     assert rows["cifar_resnet20.mine"]["location"] == "imported"
     assert rows["cifar_resnet20.mine"]["from"] == checkpoint.as_uri()
-    assert rows["cifar_resnet20.mine"]["sha256"] == sha256_of(Path(rows["cifar_resnet20.mine"]["file"]))
+    assert rows["cifar_resnet20.mine"]["sha256"] == sha256_of(Path(str(rows["cifar_resnet20.mine"]["file"])))
     assert rows["pyconvresnet50_spd.tiny_in200"]["location"] == "bundled"
     assert rows["pyconvresnet50.in1k"]["location"] == "missing"
     assert main(["weights", "list", "*.mine"]) == 0
@@ -358,7 +358,7 @@ def test_a_checkpoint_of_ones_own_for_a_network_of_timms_predicts_its_classes(
     net = eval(advice, {"timm": timm})
     assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in net.state_dict().items())
     assert main(["predict", "resnet50.mine", str(image), "--top-k", "3"]) == 0
-    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]) == ["0", "1", "2"]
+    assert sorted(line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:4]) == ["0", "1", "2"]
 
 
 def test_predict_prints_a_table_per_image(saved: str, image: Path, capsys: Capture) -> None:

@@ -422,7 +422,7 @@ def test_a_file_that_has_its_own_sha256_in_its_name_is_still_not_the_pinned_one(
         assert is_right(entry, path, tmp_path) is False
 
 
-@pytest.mark.parametrize("group", ["bsconv_resnet", "timm"])
+@pytest.mark.parametrize("group", ["bsconv_resnet", pytest.param("timm", marks=pytest.mark.slow)])
 def test_a_pinned_file_of_torch_save_is_loaded_after_its_import(
     private: Callable[..., Entry], tmp_path: Path, group: str
 ) -> None:

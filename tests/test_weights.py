@@ -674,12 +674,13 @@ def test_weights_that_timm_cannot_read_are_named(tmp_path: Path, monkeypatch: py
     file, name = tmp_path / "bad.pt", "cifar_resnet20"
     file.write_bytes(b"garbage")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    arguments, named = {
+    cases: dict[str, tuple[dict[str, Any], str]] = {
         "configuration": ({"pretrained_cfg": PretrainedCfg(file="nope.pt")}, "nope.pt"),
         "dict": ({"pretrained_cfg": {"file": str(file), "num_classes": 100, "input_size": (3, 32, 32)}}, str(file)),
         "url": ({"pretrained_cfg_overlay": {"url": file.as_uri()}, "cache_dir": tmp_path / "cache"}, file.as_uri()),
         "hub": ({"pretrained_cfg_overlay": {"hf_hub_id": "o/r"}, "cache_dir": tmp_path / "cache"}, "o/r"),
-    }[source]
+    }
+    arguments, named = cases[source]
     with pytest.raises(WeightsError, match=rf"timm cannot read the weights in {named} \(.*; get them again") as error:
         timm.create_model(f"{name}.cifar100", pretrained=True, **arguments)
     assert "weights_only" not in str(error.value)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spd_zoo.errors import first_line
-from spd_zoo.weights.cache import find, is_right, sha256_of, sources, verified_import
+from spd_zoo.weights.cache import find, is_right, sha256_of, verified_import
 from spd_zoo.weights.checkpoint import read_checkpoint, read_described
 from spd_zoo.weights.described import check_task, described
 from spd_zoo.weights.fetch import fetch
@@ -95,7 +95,7 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
             key += ".*"  # without a default checkpoint, the plain name means the network without weights
         cfgs[key] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
-            "file": _file_in_package(entry),
+            "file": _bundled_file(entry),
             "num_classes": entry.num_classes,
             "label_names": entry.label_names,
             "label_descriptions": entry.label_descriptions,
@@ -107,10 +107,10 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
     return generate_default_cfgs(dict(sorted(cfgs.items(), key=lambda item: item[0].endswith("*"))))
 
 
-def _file_in_package(entry: Entry) -> str | None:
-    """The path of bundled weights, or of those of an installed package, which timm's own functions can read."""
-    installed, _ = sources(entry)
-    file = find(entry) if installed and entry.derived_from is None else None
+def _bundled_file(entry: Entry) -> str | None:
+    """The path of bundled weights, which timm's own functions can read; None for others."""
+    bundled = str(entry.source).startswith("bundled:") and entry.derived_from is None
+    file = find(entry) if bundled else None
     return None if file is None else str(file)
 
 
