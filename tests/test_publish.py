@@ -416,6 +416,7 @@ def test_weights_that_are_not_the_networks_are_refused(hub: HubDouble, checkout:
     authors = {f"module.{key}": tensor for key, tensor in net.state_dict().items()}
     save_file(authors, tmp_path / "authors.safetensors")
     nan = torch.full_like(net.get_parameter("head.fc.bias"), float("nan")).detach()
+    large = torch.full_like(net.get_parameter("head.fc.weight"), 3e38).detach()
     classes = {"head.fc.weight": torch.zeros(7, 64), "head.fc.bias": torch.zeros(7)}
     files = {
         r"no safetensors file .* import the weights of cifar_resnet20\.made_up first": original(
@@ -423,7 +424,8 @@ def test_weights_that_are_not_the_networks_are_refused(hub: HubDouble, checkout:
         ),
         "does not exist|No such file": tmp_path / "missing.safetensors",
         "does not have the keys of cifar_resnet20; import the weights": tmp_path / "authors.safetensors",
-        "are not finite": changed(net, tmp_path / "c.safetensors", **{"head.fc.bias": nan}),
+        "holds a number that is not finite": changed(net, tmp_path / "c.safetensors", **{"head.fc.bias": nan}),
+        "the outputs .* are not finite": changed(net, tmp_path / "e.safetensors", **{"head.fc.weight": large}),
         "has classes and image": changed(net, tmp_path / "d.safetensors", **classes),
     }
     for reason, file in files.items():
