@@ -22,7 +22,7 @@ from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError
 from spd_zoo.inference.classifier import DEFAULT_CLASSIFIER
 from spd_zoo.training.config import DISTILLATION, FinetuneConfig
-from spd_zoo.weights import Entry, entries
+from spd_zoo.weights import Entry, entries, sha256_of
 from spd_zoo.weights.fit import own_networks
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
@@ -266,12 +266,13 @@ def test_weights_list_tells_where_each_checkpoint_is(own_cache: Path, checkpoint
     assert {name for name, entry in entries().items() if entry.tag} | {"cifar_resnet20.mine"} == set(rows)
     assert rows["cifar_resnet20.mine"]["location"] == "imported"
     assert rows["cifar_resnet20.mine"]["from"] == checkpoint.as_uri()
+    assert rows["cifar_resnet20.mine"]["sha256"] == sha256_of(Path(str(rows["cifar_resnet20.mine"]["file"])))
     assert rows["pyconvresnet50_spd.tiny_in200"]["location"] == "bundled"
     assert rows["pyconvresnet50.in1k"]["location"] == "missing"
     assert main(["weights", "list", "*.mine"]) == 0
     header, line = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "location", "sha256", "size", "licence", "from"]
-    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "unknown"]
+    assert line.split()[:3] == ["cifar_resnet20.mine", "imported", "pinned"]
     assert main(["weights", "list", "*.mine", "--verify"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["cifar_resnet20.mine", "imported", "verified"]
 
@@ -320,6 +321,8 @@ def test_pull_gives_the_default_weights_of_a_network(capsys: Capture) -> None:
         (["rm", "pyconvresnet50_spd.tiny_in200"], "belong to spd-zoo and cannot be removed"),
         (["rm", "pyconvresnet50.in1k"], "are not on this machine"),
         (["import", "cifar_resnet20", "missing.pth"], "missing.pth does not exist or is no file"),
+        (["import", "cifar_resnet20", "hf://o/r:m.safetensors"], "hf://o/r:m.safetensors is no link that can be"),
+        (["import", "cifar_resnet20", "file:///m.pth"], "give a path, https://..., or hf://ORG/REPO@<40-digit commit>"),
         (["import", "nonsense", "missing.pth"], "nonsense is not NETWORK or NETWORK.TAG"),
     ],
     ids=" ".join,
@@ -343,6 +346,20 @@ def test_a_checkpoint_for_a_network_of_timms_is_imported_and_predicts(
     assert eval(advice, {"timm": timm}).num_classes == 1000
     assert main(["predict", "resnet50.pyconv_in1k", str(image)]) == 0
     assert "%" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_ones_own_for_a_network_of_timms_predicts_its_classes(
+    own_cache: Path, image: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    theirs: Any = timm.create_model("resnet50", num_classes=3, in_chans=1)
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    assert main(["weights", "import", "resnet50.mine", str(tmp_path / "a.pth")]) == 0
+    advice = capsys.readouterr().out.splitlines()[-1].removeprefix("load it with ")
+    net = eval(advice, {"timm": timm})
+    assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in net.state_dict().items())
+    assert main(["predict", "resnet50.mine", str(image), "--top-k", "3"]) == 0
+    assert sorted(line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:4]) == ["0", "1", "2"]
 
 
 def test_predict_prints_a_table_per_image(saved: str, image: Path, capsys: Capture) -> None:

@@ -28,16 +28,19 @@ from torch import Tensor, nn
 import spd_zoo
 from spd_zoo.weights import (
     WeightsError,
+    create,
     fetch,
     find_entry,
     import_weights,
     imported_names,
+    is_right,
     origin_of,
     original_of,
     read_checkpoint,
     remove,
     sha256_of,
 )
+from spd_zoo.weights.download import page_or_pointer
 from spd_zoo.weights.manifest import Entry, entries, manifest_path
 from spd_zoo.weights.publish import prepare
 
@@ -54,8 +57,9 @@ def tensors() -> dict[str, Tensor]:
     return {key: torch.from_numpy(value) for key, value in golden.fill_state_dict(CASE["entries"]).items()}
 
 
-def outputs(name: str, cache: Path) -> np.ndarray:
-    net = timm.create_model(name, pretrained=True, cache_dir=cache).eval()
+def outputs(name: str, cache: Path, file: Path | None = None) -> np.ndarray:
+    overlay = {"file": str(file)} if file else None
+    net = timm.create_model(name, pretrained=True, cache_dir=cache, pretrained_cfg_overlay=overlay).eval()
     with torch.inference_mode():
         return net(torch.from_numpy(golden.make_input(**CASE["input"]))).numpy()
 
@@ -169,8 +173,10 @@ def test_tensors_that_share_numbers_are_imported(tensors: dict[str, Tensor], tmp
 
 def test_prefixes_and_missing_counters_do_not_matter(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     old = {f"net.{key}": tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
-    file = import_weights(NAME, save({"state_dict": old}, tmp_path / "a.pth"), tmp_path)
+    original = save({"state_dict": old}, tmp_path / "a.pth")
+    file = import_weights(NAME, original, tmp_path)
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
+    golden.assert_matches(outputs("cifar_resnet20", tmp_path, original), CASE["outputs"][0])
     assert load_file(file).keys() == timm.create_model("cifar_resnet20").state_dict().keys()
 
 
@@ -272,13 +278,22 @@ def test_a_web_page_is_recognised(tmp_path: Path) -> None:
         import_weights(NAME, tmp_path / "a.pth", tmp_path)
 
 
+@pytest.mark.parametrize("length", [0x3C, 0x3C20, 0x3C0A])
+def test_the_length_of_a_header_is_not_taken_for_text(length: int) -> None:
+    assert page_or_pointer(length.to_bytes(8, "little") + b'{"a":') is None
+    assert page_or_pointer(length.to_bytes(8, "little").rstrip(b"\0") + b"html>") is not None
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_is_refused(tensors: dict[str, Tensor], tmp_path: Path, value: float) -> None:
     key = next(iter(tensors))
     damaged = tensors | {key: tensors[key].clone()}
     damaged[key].view(-1)[0] = value
-    with pytest.raises(WeightsError, match="holds a number that is not finite"):
-        import_weights(NAME, save(damaged, tmp_path / "a.pth"), tmp_path)
+    file = save(damaged, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=f"{file} is damaged: .* holds a number that is not finite. Get it again"):
+        import_weights(NAME, file, tmp_path)
+    with pytest.raises(WeightsError, match=f"{file} is damaged: .* holds a number that is not finite. Get it again"):
+        outputs("cifar_resnet20", tmp_path, file)
 
 
 def test_numbers_that_overflow_in_the_network_are_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
@@ -385,6 +400,56 @@ def test_a_manually_downloaded_file_serves_as_the_pinned_one(private: Callable[.
     assert not file.exists()
 
 
+def test_a_file_that_has_its_own_sha256_in_its_name_is_still_not_the_pinned_one(
+    private: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("cifar_resnet20", num_classes=100).state_dict(), tmp_path / "a.safetensors")
+    mine = import_weights(NAME, tmp_path / "a.safetensors", tmp_path)
+    overlay = {"file": str(mine)}
+    with pytest.raises(
+        WeightsError, match=r"the weights of cifar_resnet20\.cifar100 have .*: it is truncated, changed"
+    ):
+        timm.create_model(
+            "cifar_resnet20.cifar100", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path
+        )
+    with hub_double() as server, server.replace(monkeypatch):
+        server.files[f"org/repo/{mine.name}"] = mine.read_bytes()
+        entry = private(source=f"hf://org/repo@{COMMIT}:{mine.name}", sha256="0" * 64)
+        with pytest.raises(WeightsError, match=f"has sha256 {sha256_of(mine)}, expected {'0' * 64}"):
+            fetch(entry, tmp_path)
+        path = next(path for path in tmp_path.rglob(mine.name) if "snapshots" in path.parts)
+        assert is_right(entry, path, tmp_path) is False
+
+
+@pytest.mark.parametrize("group", ["bsconv_resnet", pytest.param("timm", marks=pytest.mark.slow)])
+def test_a_pinned_file_of_torch_save_is_loaded_after_its_import(
+    private: Callable[..., Entry], tmp_path: Path, group: str
+) -> None:
+    network = FAR if group == "bsconv_resnet" else "resnet18.far"
+    net = timm.create_model(network.partition(".")[0])
+    file = save({"state_dict": net.state_dict(), "args": argparse.Namespace(a=Path())}, tmp_path / "a.pth")
+    entry = private(network, group, source=f"hf://org/repo@{COMMIT}:a.pth", sha256=sha256_of(file))
+    imported = import_weights(network, file, tmp_path)
+    assert fetch(entry, tmp_path) == imported and imported.read_bytes() == file.read_bytes()
+    if group == "timm":
+        loaded = create(entry, imported)
+    else:
+        loaded = timm.create_model(network, pretrained=True, cache_dir=tmp_path)
+    assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_a_file_of_the_hub_without_a_known_sha256_can_be_imported_by_hand(
+    private: Callable[..., Entry], tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    entry = private(source=f"hf://org/repo@{COMMIT}:a.pth", sha256=None)
+    file = import_weights(FAR, save(tensors, tmp_path / "a.pth"), tmp_path)
+    assert fetch(entry, tmp_path) == file  # without a connection
+    golden.assert_matches(outputs(FAR, tmp_path), CASE["outputs"][0])
+    file.write_bytes(file.read_bytes()[:-1])
+    assert is_right(entry, file, tmp_path) is False
+
+
 def test_removing_one_file_of_a_repository_leaves_the_others(
     private: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,6 +468,16 @@ def test_removing_one_file_of_a_repository_leaves_the_others(
             assert blob.exists() == any(other.resolve() == blob for other in others)
 
 
+def test_a_file_that_another_process_replaces_now_is_an_error_that_says_so(
+    tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = import_weights(NAME, save(tensors, tmp_path / "a.pth"), tmp_path)
+    monkeypatch.setattr("spd_zoo.weights.cache.imported_files", lambda name, folder: [file])
+    file.unlink()
+    with pytest.raises(WeightsError, match=f"{file} is being deleted, because {NAME} is imported again or removed"):
+        timm.create_model(NAME, pretrained=True, cache_dir=tmp_path)
+
+
 def test_weights_of_the_package_are_not_imported_over(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="come with a package"):
         import_weights("cifar_resnet20.cifar100", save(tensors, tmp_path / "a.pth"), tmp_path)
@@ -415,12 +490,13 @@ def test_weights_of_the_package_are_not_imported_over(tensors: dict[str, Tensor]
 def private(tmp_path: Path) -> Iterator[Callable[..., Entry]]:
     """Puts a checkpoint with such fields into a private manifest."""
     own = json.loads(manifest_path().read_text(encoding="utf-8"))
-    like = own["pyconvresnet"]["pyconvresnet50.in1k"] | own["bsconv_resnet"]["cifar_resnet20"]
+    like = own["pyconvresnet"]["pyconvresnet50.in1k"]
 
-    def use(**fields: Any) -> Entry:
-        (tmp_path / "private.json").write_text(json.dumps({"bsconv_resnet": {FAR: like | fields}}))
+    def use(name: str = FAR, group: str = "bsconv_resnet", **fields: Any) -> Entry:
+        network = own[group].get(name.partition(".")[0], {})
+        (tmp_path / "private.json").write_text(json.dumps({group: {name: like | network | fields}}))
         spd_zoo.use_manifest(tmp_path / "private.json")
-        entry = find_entry(FAR)
+        entry = find_entry(name)
         assert entry is not None
         return entry
 
@@ -457,6 +533,12 @@ def test_a_file_in_a_folder_is_found_by_its_name(
         fetch(private(original_link=FOLDER, original_file="resnet.pt"), tmp_path)
     with pytest.raises(WeightsError, match=r"the folder holds resnet\.pt, and no other\.pt"):
         fetch(private(original_link=FOLDER, original_file="other.pt"), tmp_path / "other")
+
+
+def test_the_link_of_a_folder_is_not_that_of_a_checkpoint(drive: DriveDouble, tmp_path: Path) -> None:
+    text = rf"cannot download {FOLDER} \(it is a folder with resnet\.pt; give the link of one file in it\)"
+    with pytest.raises(WeightsError, match=text):
+        import_weights(NAME, FOLDER, tmp_path)
 
 
 def test_googles_question_about_viruses_is_answered(

@@ -152,6 +152,15 @@ def test_after_an_invalid_manifest_the_previous_one_still_applies(write: Write, 
     assert timm.list_pretrained("pyconvresnet18.*") == ["pyconvresnet18.company"]
 
 
+def test_an_original_of_the_package_cannot_become_a_derived_entry(tmp_path: Path) -> None:
+    chained = {"params": 24847720, "macs": 5, "derived_from": "pyconvresnet101.in1k"}
+    (tmp_path / "a.json").write_text(json.dumps({"pyconvresnet": {"pyconvresnet50.in1k": chained}}))
+    text = r"derives pyconvresnet50\.in1k from another entry, but pyconvresnet50_spd\.in1k is derived from it\. Correct"
+    with pytest.raises(WeightsError, match=text):
+        spd_zoo.use_manifest(tmp_path / "a.json")
+    assert entries()["pyconvresnet50_spd.in1k"].input_size == (3, 224, 224)
+
+
 ASK = """
 import timm, spd_zoo
 timm.create_model("pyconvresnet18", device="meta")

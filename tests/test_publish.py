@@ -416,6 +416,7 @@ def test_weights_that_are_not_the_networks_are_refused(hub: HubDouble, checkout:
     authors = {f"module.{key}": tensor for key, tensor in net.state_dict().items()}
     save_file(authors, tmp_path / "authors.safetensors")
     nan = torch.full_like(net.get_parameter("head.fc.bias"), float("nan")).detach()
+    large = torch.full_like(net.get_parameter("head.fc.weight"), 3e38).detach()
     classes = {"head.fc.weight": torch.zeros(7, 64), "head.fc.bias": torch.zeros(7)}
     files = {
         r"no safetensors file .* import the weights of cifar_resnet20\.made_up first": original(
@@ -423,7 +424,8 @@ def test_weights_that_are_not_the_networks_are_refused(hub: HubDouble, checkout:
         ),
         "does not exist|No such file": tmp_path / "missing.safetensors",
         "does not have the keys of cifar_resnet20; import the weights": tmp_path / "authors.safetensors",
-        "are not finite": changed(net, tmp_path / "c.safetensors", **{"head.fc.bias": nan}),
+        "holds a number that is not finite": changed(net, tmp_path / "c.safetensors", **{"head.fc.bias": nan}),
+        "the outputs .* are not finite": changed(net, tmp_path / "e.safetensors", **{"head.fc.weight": large}),
         "has classes and image": changed(net, tmp_path / "d.safetensors", **classes),
     }
     for reason, file in files.items():
@@ -437,7 +439,15 @@ def test_a_manifest_that_cannot_take_the_address_is_refused_before_anything_is_s
     hub: HubDouble, checkout: Checkout, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other.json"
-    for text, reason in (("{}", f"has no entry {NAME}"), ("{", "cannot be read as a manifest")):
+    invalid = {
+        "{": "cannot be read as a manifest",
+        "[]": f"the manifest {other} is invalid at top level: [] is not of type 'object'. Correct it, or name another",
+        '{"bsconv_resnet": 3}': "is invalid at bsconv_resnet",
+        json.dumps({GROUP: {NAME: {}}}): f"is invalid at {GROUP}/{NAME}",
+        json.dumps({GROUP: {NAME: "x"}}): f"is invalid at {GROUP}/{NAME}",
+        "{}": f"has no entry {NAME}",
+    }
+    for text, reason in invalid.items():
         other.write_text(text)
         assert reason in error_of(capsys, *COMMAND, "--manifest", str(other))
     assert "No such file" in error_of(capsys, *COMMAND, "--manifest", str(tmp_path / "missing.json"))
@@ -450,6 +460,15 @@ def test_a_manifest_that_cannot_take_the_address_is_refused_before_anything_is_s
     shutil.copy(checkout.path, other)
     assert main([*COMMAND, "--manifest", str(other)]) == 0
     assert REPO in other.read_text() and REPO not in checkout.path.read_text()
+
+
+@pytest.mark.parametrize("org", ["a/b", "", "a b", "../x"])
+def test_an_organisation_that_the_hub_cannot_have_is_refused(
+    hub: HubDouble, checkout: Checkout, capsys: Capture, org: str
+) -> None:
+    text = f"the Hub allows no repository '{org}/{NAME}'; give the name of an organisation or user: --org"
+    assert text in error_of(capsys, "weights", "publish", "--org", org, NAME, "--dry-run")
+    assert hub.requests == []
 
 
 def test_writing_an_unchanged_manifest_changes_no_byte(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from spd_zoo.data.reading import read_image
 from spd_zoo.fold import fold_batchnorm
 from spd_zoo.models._classifier import Classifier
 from spd_zoo.training.config import FinetuneConfig, to_yaml
+from spd_zoo.weights import save_network
+from spd_zoo.weights.manifest import manifest_path
 
 EVERY = timm_contract.own_networks(Classifier)
 STEPS = ("inference", "train")
@@ -170,6 +172,33 @@ def test_the_options_of_new_and_old_runs_are_read(tmp_path: Path, old: bool) -> 
         (tmp_path / "run.yaml").write_text(to_yaml(FinetuneConfig(**stored)))
     found = bundle_weights.recipe_of(tmp_path)
     assert {key: str(found[key]) for key in stored} == {key: str(value) for key, value in stored.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("cifar_resnet20.cifar100", "cannot be evaluated"), ("no_network.a", "no_network; add its entry first")],
+)
+def test_weights_that_cannot_be_bundled_leave_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    (tmp_path / "bundled").mkdir()
+    before = {tmp_path / "bundled" / f"{name}.safetensors": b"those before", tmp_path / "manifest.json": b""}
+    before[tmp_path / "manifest.json"] = manifest_path().read_bytes()
+    for path, content in before.items():
+        path.write_bytes(content)
+    monkeypatch.setattr(bundle_weights, "BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr(bundle_weights, "manifest_path", lambda: tmp_path / "manifest.json")
+
+    def fail(*_: object) -> None:
+        raise ValueError("cannot be evaluated")
+
+    monkeypatch.setattr(bundle_weights, "classification", fail)
+    save_network(timm.create_model("cifar_resnet20", num_classes=2), tmp_path / "run", {"label_names": ["a", "b"]})
+    (tmp_path / "run" / "run.yaml").write_text(to_yaml(FinetuneConfig("cifar_resnet20", "data", tmp_path / "run")))
+    with pytest.raises((ValueError, SystemExit), match=message):
+        bundle_weights.main([str(tmp_path / "run"), name, "--dataset", "A", "--hardware", "B"])
+    assert {path: path.read_bytes() for path in before} == before
+    assert list((tmp_path / "bundled").iterdir()) == [tmp_path / "bundled" / f"{name}.safetensors"]
 
 
 def test_every_box_becomes_an_image_of_its_class(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from hub_double import COMMIT, HubDouble, hub_double
 from huggingface_hub import constants
 from networks import config_of
 from safetensors.torch import load_file, save_file
-from timm.models import load_checkpoint, save_for_hf
+from timm.models import PretrainedCfg, load_checkpoint, load_pretrained, save_for_hf
+from torch.utils._pytree import tree_leaves
 
 import spd_zoo
 from spd_zoo import WeightsError
@@ -539,6 +540,15 @@ def test_a_network_for_grey_images_computes_what_it_did_for_the_three_channels(
     assert warnings_of_loading(caplog) == []
 
 
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0_spd.in1k", "yolov8n_spd.bccd"])
+def test_the_channels_of_weights_in_half_precision_are_summed_without_rounding(name: str) -> None:
+    net, grey = (timm.create_model(name, pretrained=True, in_chans=chans).eval() for chans in (3, 1))
+    image = torch.rand(1, 1, 64, 64)
+    with torch.inference_mode():
+        for ours, theirs in zip(tree_leaves(grey(image)), tree_leaves(net(image.expand(1, 3, 64, 64))), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
 # A tag, from the manifest to the network
 
 
@@ -617,6 +627,61 @@ def test_a_broken_file_in_a_folder_or_in_the_callers_configuration_is_named(tmp_
     cfg = dict(config_of("resnet18_spd").to_dict(), file=str(file))
     with pytest.raises(WeightsError, match=re.escape(str(file))):
         timm.create_model("resnet18_spd", pretrained=True, pretrained_cfg=cfg)
+
+
+IDIOMS: dict[str, Callable[[str], Any]] = {
+    "configuration": lambda name: timm.create_model(name, pretrained=True, pretrained_cfg=config_of(name)),
+    "dict": lambda name: timm.create_model(
+        name, pretrained=True, pretrained_cfg=vars(timm.create_model(name))["pretrained_cfg"]
+    ),
+    "no file": lambda name: timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": None}),
+    "empty file": lambda name: timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": ""}),
+    "load_pretrained": lambda name: loaded_by_timm(timm.create_model(name)),
+}
+
+
+def loaded_by_timm(net: Any) -> Any:
+    load_pretrained(net, num_classes=net.num_classes)
+    return net
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_timms_idioms_load_bundled_weights(idiom: str) -> None:
+    net = IDIOMS[idiom]("cifar_resnet20")
+    expected = timm.create_model("cifar_resnet20.cifar100", pretrained=True).state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in net.state_dict().items())
+    assert net.pretrained_cfg["tag"] == "cifar100"
+
+
+def test_weights_of_ones_own_go_before_the_bundled_ones(tmp_path: Path) -> None:
+    net = timm.create_model("cifar_resnet20")
+    save_file(net.state_dict(), tmp_path / "a.safetensors")
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    ways: list[dict[str, Any]] = [
+        {"pretrained_cfg": replace(config_of("cifar_resnet20"), file=str(tmp_path / "a.safetensors"))},
+        {"pretrained_cfg_overlay": {"url": (tmp_path / "a.pth").as_uri()}, "cache_dir": tmp_path / "cache"},
+        {"pretrained_cfg_overlay": {"state_dict": net.state_dict()}},
+    ]
+    for arguments in ways:
+        loaded = timm.create_model("cifar_resnet20.cifar100", pretrained=True, **arguments)
+        assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["configuration", "dict", "url", "hub"])
+def test_weights_that_timm_cannot_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    file, name = tmp_path / "bad.pt", "cifar_resnet20"
+    file.write_bytes(b"garbage")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cases: dict[str, tuple[dict[str, Any], str]] = {
+        "configuration": ({"pretrained_cfg": PretrainedCfg(file="nope.pt")}, "nope.pt"),
+        "dict": ({"pretrained_cfg": {"file": str(file), "num_classes": 100, "input_size": (3, 32, 32)}}, str(file)),
+        "url": ({"pretrained_cfg_overlay": {"url": file.as_uri()}, "cache_dir": tmp_path / "cache"}, file.as_uri()),
+        "hub": ({"pretrained_cfg_overlay": {"hf_hub_id": "o/r"}, "cache_dir": tmp_path / "cache"}, "o/r"),
+    }
+    arguments, named = cases[source]
+    with pytest.raises(WeightsError, match=rf"timm cannot read the weights in {named} \(.*; get them again") as error:
+        timm.create_model(f"{name}.cifar100", pretrained=True, **arguments)
+    assert "weights_only" not in str(error.value)
 
 
 def test_a_row_of_the_catalogue_says_where_the_weights_are() -> None:

@@ -51,9 +51,7 @@ def save_fp16(run: Path, target: Path, parts: tuple[str, ...] = ("",)) -> None:
     halves = {key: value.half() if value.is_floating_point() else value for key, value in state_dict.items()}
     if not all(value.isfinite().all() for value in halves.values()):
         raise SystemExit(f"{run}: a weight does not fit into fp16")
-    target.parent.mkdir(exist_ok=True)
-    with whole(target) as temporary:
-        save_file(halves, temporary, metadata={"format": "pt"})
+    save_file(halves, target, metadata={"format": "pt"})
 
 
 def recipe_of(run: Path) -> dict[str, Any]:
@@ -94,27 +92,21 @@ def detection(
     return found[0], found[1], size
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Bundles one run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("name", help="network.tag of the new entry")
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--hardware", required=True)
-    parser.add_argument("--notes")
-    parser.add_argument("--held-out", default="held-out train", help="name of the validation images in the manifest")
-    parser.add_argument("--test-data", help="the data set of a classifier's test images; by default that of the run")
-    parser.add_argument("--test-split", default="test", help="the split of a classifier's test images")
-    parser.add_argument("--license", default="apache-2.0")
-    parser.add_argument("--image-sizes", type=int, nargs="+", default=[48, 56, 64])
-    options = parser.parse_args(argv)
+def measured(
+    file: Path, network: str, members: dict[str, Any], recipe: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Writes the weights of the run to `file`, and measures them; returns their entry.
 
-    recipe = recipe_of(options.run)
+    Args:
+        file: The file to write.
+        network: The network.
+        members: The group of the network in the manifest.
+        recipe: The options of the run.
+        options: The arguments of the command.
+    """
     stored = json.loads((options.run / "config.json").read_text(encoding="utf-8"))
     cfg = stored["pretrained_cfg"] | {"label_names": stored["label_names"]}
     config = FinetuneConfig(**recipe | {"check": False})
-    file = BUNDLED / f"{options.name}.safetensors"
-    network = options.name.partition(".")[0]
     is_backbone = config.model == "backbone_classifier"
     save_fp16(options.run, file, BACKBONE if is_backbone else ("",))
     net: Any
@@ -130,12 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"at {size} px, held-out: {on_val}; test: {on_test}")
 
     free = {field.name for field in fields(FinetuneConfig) if field.metadata.get("free")}
-    manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
-    group = next(group for group, members in manifest.items() if network in members)
     entry: dict[str, Any]
     if is_backbone:
-        detector = manifest[group][network]
-        entry = detector | {"part": "backbone"}
+        entry = members[network] | {"part": "backbone"}
     else:
         meta: Any = timm.create_model(network, num_classes=net.num_classes, device="meta")
         entry = {
@@ -163,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for split, found in ((options.test_split, on_test), (options.held_out, on_val))
         for metric, value in found.items()
     ]
-    manifest[group][options.name] = entry | {
+    notes = {"notes": options.notes} if options.notes else {}
+    return entry | {
         "source": f"bundled:{file.name}",
         "sha256": sha256_of(file),
         "size": file.stat().st_size,
@@ -172,9 +162,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recipe": {key: value for key, value in recipe.items() if key not in free}
         | {"hardware": options.hardware, "torch": torch.__version__},
         "metrics": metrics,
+        **notes,
     }
-    if options.notes:
-        manifest[group][options.name]["notes"] = options.notes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Bundles one run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name", help="network.tag of the new entry")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--hardware", required=True)
+    parser.add_argument("--notes")
+    parser.add_argument("--held-out", default="held-out train", help="name of the validation images in the manifest")
+    parser.add_argument("--test-data", help="the data set of a classifier's test images; by default that of the run")
+    parser.add_argument("--test-split", default="test", help="the split of a classifier's test images")
+    parser.add_argument("--license", default="apache-2.0")
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[48, 56, 64])
+    options = parser.parse_args(argv)
+
+    recipe = recipe_of(options.run)
+    network = options.name.partition(".")[0]
+    manifest = json.loads(manifest_path().read_text(encoding="utf-8"))
+    group = next((group for group, members in manifest.items() if network in members), None)
+    if group is None:
+        raise SystemExit(f"{manifest_path()} has no network {network}; add its entry first, or correct the name")
+    BUNDLED.mkdir(exist_ok=True)
+    file = BUNDLED / f"{options.name}.safetensors"
+    with whole(file) as new:  # replaces `file` at the end, so that an error before it changes nothing
+        manifest[group][options.name] = measured(new, network, manifest[group], recipe, options)
     write_manifest(manifest_path(), manifest)
     return 0
 

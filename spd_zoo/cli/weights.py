@@ -76,7 +76,7 @@ def _import(options: argparse.Namespace) -> int:
     print_notes([f"it replaces {name} from {about.get('origin', 'another file')}" for about in replaced])
     network = name.partition(".")[0]
     if network not in entries():  # one of timm's, which does not know our tags
-        call = f'"{network}", pretrained=True, pretrained_cfg_overlay={{"file": "{file}"}}'
+        call = f'"{network}", pretrained=True, pretrained_cfg_overlay={_timms_overlay(network, file)}'
     else:
         call = f'"{name}", pretrained=True'
     print(f"load it with timm.create_model({call})")
@@ -86,6 +86,19 @@ def _import(options: argparse.Namespace) -> int:
         size = "x".join(map(str, json.loads(about["imgsz"]))) if "imgsz" in about else "the network's own"
         print(f"image size: {size}; licence: {about['license']}")
     return 0
+
+
+def _timms_overlay(network: str, file: Path) -> str:
+    """The fields with which timm loads a file into one of its networks: the file, and what differs from the network."""
+    import timm
+
+    from spd_zoo.weights.build import timms_network
+    from spd_zoo.weights.fit import cfg_of
+
+    cfg, own = cfg_of(timms_network(network, file)), cfg_of(timm.create_model(network, device="meta"))
+    other = [name for name in ("num_classes", "input_size") if cfg[name] != own[name]]
+    fields = ", ".join([f'"file": "{file}"', *(f'"{name}": {cfg[name]}' for name in other)])
+    return f"{{{fields}}}"
 
 
 def _verify(options: argparse.Namespace) -> int:

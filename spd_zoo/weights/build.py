@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -10,13 +11,13 @@ from typing import Any, TypeVar, cast
 
 import timm
 from safetensors import SafetensorError
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spd_zoo.errors import first_line
-from spd_zoo.weights.cache import find_imported, is_right, sha256_in_name, sha256_of
-from spd_zoo.weights.checkpoint import read_described
+from spd_zoo.weights.cache import find, is_right, sha256_of, verified_import
+from spd_zoo.weights.checkpoint import read_checkpoint, read_described
 from spd_zoo.weights.described import check_task, described
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.fit import (
@@ -24,15 +25,17 @@ from spd_zoo.weights.fit import (
     StateDict,
     backbone_only,
     cfg_of,
+    check_finite,
     checked_tensors,
     facts,
     first_conv_name,
     fit_image_channels,
     misfit,
     own_networks,
+    own_tensors,
     which_fits,
 )
-from spd_zoo.weights.imported import UNTAGGED
+from spd_zoo.weights.imported import UNTAGGED, converted
 from spd_zoo.weights.manifest import (
     Entry,
     WeightsError,
@@ -44,9 +47,18 @@ from spd_zoo.weights.manifest import (
     tags_in_words,
 )
 
-__all__ = ["BackboneWarning", "build", "create", "default_cfgs", "loads_backbone_only", "use_manifest"]
+__all__ = [
+    "BackboneWarning",
+    "build",
+    "create",
+    "default_cfgs",
+    "loads_backbone_only",
+    "timms_network",
+    "use_manifest",
+]
 
 _CLASSES = ("label_names", "label_descriptions")  # fields of a configuration that describe the classes
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where timm gets weights
 _NOT_OF_WEIGHTS = ("num_classes", "in_chans", "features_only", "out_indices", "feature_cls")
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -83,6 +95,7 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
             key += ".*"  # without a default checkpoint, the plain name means the network without weights
         cfgs[key] = _input_of(entry) | {
             "url": entry.source if entry.verified else None,
+            "file": _bundled_file(entry),
             "num_classes": entry.num_classes,
             "label_names": entry.label_names,
             "label_descriptions": entry.label_descriptions,
@@ -92,6 +105,13 @@ def default_cfgs(group: str, classifier: str | tuple[str, ...]) -> dict[str, Any
         }
     # timm takes the last of several defaults
     return generate_default_cfgs(dict(sorted(cfgs.items(), key=lambda item: item[0].endswith("*"))))
+
+
+def _bundled_file(entry: Entry) -> str | None:
+    """The path of bundled weights, which timm's own functions can read; None for others."""
+    bundled = str(entry.source).startswith("bundled:") and entry.derived_from is None
+    file = find(entry) if bundled else None
+    return None if file is None else str(file)
 
 
 def _input_of(entry: Entry) -> dict[str, Any]:
@@ -160,15 +180,24 @@ def build(
         WeightsError: If the weights do not exist, cannot be downloaded, differ from the manifest's, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
+    given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    given = given if isinstance(given, dict) else {}
+    if pretrained and (entry := _entry_of_cfg(variant, given | overlay, cache_dir)):
+        overlay = given | overlay | dict.fromkeys(_SOURCES)
+        pretrained_cfg = entry.tag
     read: StateDict | None = None
     overwritten: tuple[Any, ...] = ()  # numbers of classes with which the checkpoint replaces every tensor
     ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; a dict is the caller's own source
     partial = False
     tag = pretrained_cfg
-    if pretrained and ours and not any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
+    if ours:
+        overlay = {key: value for key, value in overlay.items() if value or key not in _SOURCES}  # empty: not given
+    if ours and any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
+        overlay.setdefault("file", None)  # timm would prefer that of the tag
+    elif ours and pretrained:
         partial = loads_backbone_only(f"{variant}.{tag}" if tag or overlay.get("file") else variant)
         if overlay.get("file"):
-            _check_tag(variant, tag, Path(overlay["file"]))
+            _check_tag(variant, tag, Path(overlay["file"]), cache_dir)
             read, fields = read_described(Path(overlay["file"]))
             cfg = _cfg_of_file(variant, tag, Path(overlay["file"]), read, fields, pretrained_filter_fn, kwargs)
         elif mine := _imported_by_user(variant, tag, cache_dir):
@@ -178,7 +207,9 @@ def build(
             pretrained_cfg = None  # the manifest, and so timm, does not know the tag
         else:
             entry = _entry_of(variant, tag)
-            cfg = {"file": str(fetch(entry, cache_dir))}
+            fetched = fetch(entry, cache_dir)
+            read, _ = read_described(fetched)
+            cfg = {"file": str(fetched)}
             overwritten = (0, entry.num_classes)
         if "num_classes" in cfg:
             kwargs.setdefault("num_classes", overlay.get("num_classes", cfg["num_classes"]))
@@ -219,16 +250,17 @@ def build(
             cache_dir=cache_dir,
             **kwargs,
         )
-    except (FileNotFoundError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(
-            error
-        ):  # torch's, for a broken zip file
+    except (OSError, SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        has_code = re.search("weights.only", str(error), re.IGNORECASE)  # in the advice of torch and timm to run it
+        broken = "PytorchStreamReader" in str(error)  # a zip file
+        if isinstance(error, WeightsError) or (isinstance(error, RuntimeError) and not (has_code or broken)):
             raise
-        file = overlay.get("file") or (pretrained_cfg or {}).get("file")
-        reason = first_line(error)[:200]
+        merged = given | overlay
+        source = next((merged[key] for key in ("file", "hf_hub_id", "url") if merged.get(key)), "the checkpoint")
+        reason = "it holds more than tensors, or is damaged" if has_code else first_line(error)[:200]
         raise WeightsError(
-            f"timm cannot read the weights in {file} ({reason}); get them again, or convert them once: "
-            f"spd-zoo weights import {variant} {file}"
+            f"timm cannot read the weights in {source} ({reason}); get them again, or convert them once: "
+            f"spd-zoo weights import {variant} {merged.get('file') or 'FILE'}"
         ) from error
     if read is not None:
         del cfg_of(built)["state_dict"]
@@ -290,14 +322,46 @@ def create(entry: Entry, file: Path) -> nn.Module:
     Raises:
         WeightsError: If `file` is not the one that the manifest pins, or does not fit.
     """
-    name = entry.network if entry.group == "timm" else entry.name
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    if entry.group != "timm":
+        return timm.create_model(entry.name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    net: Any = timms_network(entry.network, file)
+    net.pretrained_cfg = net.pretrained_cfg | {"tag": entry.tag, "label_names": entry.label_names}
+    return cast("nn.Module", net)
 
 
-def _check_tag(variant: str, tag: str | None, file: Path) -> None:
+def timms_network(name: str, file: Path) -> nn.Module:
+    """Creates one of timm's networks with the weights in a file, for as many classes and image channels as these have.
+
+    Args:
+        name: The network. With a tag, timm's configuration describes its classes; otherwise nothing does.
+        file: The weights, in any form that `read_checkpoint` understands.
+
+    Returns:
+        The network.
+
+    Raises:
+        WeightsError: If `file` cannot be read, or does not fit.
+    """
+    tensors = read_checkpoint(file)
+    try:
+        made_for, tensors = converted(name, tensors, {})
+    except WeightsError as error:
+        raise WeightsError(f"{file} does not fit {name}: {error}") from error
+    net: Any = timm.create_model(name, **made_for)
+    net.load_state_dict(tensors)
+    input_size = (made_for["in_chans"], *net.pretrained_cfg["input_size"][1:])
+    net.pretrained_cfg = net.pretrained_cfg | {"num_classes": net.num_classes, "input_size": input_size}
+    if "." not in name:  # timm describes the classes of its default tag
+        net.pretrained_cfg = net.pretrained_cfg | {"tag": None, "label_names": None}
+    return cast("nn.Module", net)
+
+
+def _check_tag(variant: str, tag: str | None, file: Path, cache_dir: str | Path | None) -> None:
     """Refuses a file for a tag whose SHA-256 is not the manifest's."""
     entry = find_entry(f"{variant}.{tag}") if tag else None
-    if entry is not None and entry.sha256 is not None and file.is_file() and not is_right(entry, file):
+    if entry is None or entry.sha256 is None or not file.is_file():
+        return
+    if not is_right(entry, file, cache_dir):
         raise WeightsError(
             f"{file} has sha256 {sha256_of(file)}, the weights of {entry.name} have {entry.sha256}: it is truncated, "
             f"changed or another file. Get it again, or load it without the tag, as {variant}"
@@ -308,15 +372,12 @@ def _imported_by_user(variant: str, tag: str | None, cache_dir: str | Path | Non
     """The file that a user imported under a tag of their own, or without a tag if the network has no default.
 
     Raises:
-        WeightsError: If it is damaged.
+        WeightsError: As `verified_import`.
     """
     known = find_entry(f"{variant}.{tag}") if tag else _default_tag(variant)
     if known is not None:
         return None
-    found = find_imported(f"{variant}.{tag or UNTAGGED}", cache_dir)
-    if found is not None and sha256_of(found) != sha256_in_name(found):
-        raise WeightsError(f"{found} is damaged, its sha256 is not that of its name; import the weights again")
-    return found
+    return verified_import(f"{variant}.{tag or UNTAGGED}", cache_dir)
 
 
 def _cfg_of_file(
@@ -337,7 +398,7 @@ def _cfg_of_file(
     model_args = {name: value for name, value in model_args.items() if name not in _NOT_OF_WEIGHTS} | {"device": "meta"}
     meta = timm.create_model(f"{variant}.{tag}" if tag else variant, **model_args)
     chans, *size = entry.input_size if entry is not None else cfg_of(meta)["input_size"]
-    found = facts(filter_fn(read, meta), meta, chans)
+    found = facts(own_tensors(read, meta, filter_fn), meta, chans)
     cfg: dict[str, Any] = {}
     if entry is not None:
         if not tag:
@@ -355,6 +416,16 @@ def _cfg_of_file(
 def _default_tag(variant: str) -> str | None:
     cfg = get_pretrained_cfg(variant)
     return cfg.tag if cfg is not None and cfg.has_weights else None
+
+
+def _entry_of_cfg(variant: str, cfg: dict[str, Any], cache_dir: str | Path | None) -> Entry | None:
+    """The entry whose weights a configuration of timm's is about, as `timm.get_pretrained_cfg` returns it."""
+    entry = find_entry(f"{variant}.{cfg.get('tag')}") if cfg.get("url") else None
+    if entry is None or cfg["url"] != entry.source:
+        return None
+    if cfg.get("hf_hub_id") or cfg.get("state_dict") or cfg.get("file") not in (None, "", str(find(entry, cache_dir))):
+        return None
+    return entry
 
 
 def _entry_of(variant: str, tag: str | None) -> Entry:
@@ -388,14 +459,14 @@ def _checked(filter_fn: FilterFn, features_only: bool, read: StateDict | None, p
         cfg = cfg_of(model)
         state_dict = state_dict if read is None else read
         name = cfg.get("file") or "the checkpoint"
-        renamed = fit_image_channels(filter_fn(checked_tensors(state_dict, name), model), model)
-        if partial:
-            renamed = backbone_only(renamed, model)
+        tensors = fit_image_channels(own_tensors(checked_tensors(state_dict, name), model, filter_fn), model)
+        renamed = backbone_only(tensors, model) if partial else tensors
         same_classes = model.num_classes == cfg["num_classes"] and not features_only
         problem = misfit(renamed, model, with_classifier=same_classes)
         if problem:
             network = cfg["architecture"]
             raise WeightsError(f"{name} does not fit {network}: {problem}; {which_fits(state_dict, network)}")
+        check_finite(tensors, name)
         return renamed
 
     return checked

@@ -28,6 +28,7 @@ __all__ = [
     "sha256_in_name",
     "sha256_of",
     "sources",
+    "verified_import",
 ]
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -70,17 +71,21 @@ def find(entry: Entry, cache_dir: str | Path | None = None) -> Path | None:
         path = _installed_file(installed)
         return path if path is not None and path.is_file() else None
     imported = find_imported(entry.name, cache_dir)
-    if imported and (hub is None or sha256_in_name(imported) == entry.sha256):
+    if imported and (hub is None or entry.sha256 in (None, sha256_in_name(imported))):
         return imported
     return find_in_hub_cache(hub, cache_dir) if hub else None
 
 
-def is_right(entry: Entry, path: Path) -> bool | None:
-    """Whether a file that `find` or `fetch` returned has the expected SHA-256.
+def is_right(entry: Entry, path: Path, cache_dir: str | Path | None = None) -> bool | None:
+    """Whether a file has the SHA-256 that is expected of the weights of an entry.
+
+    That is the manifest's. Only an imported file that was converted has another one, which is in its name; its metadata
+    says from which file it was made.
 
     Args:
         entry: The weights.
         path: The file.
+        cache_dir: Where imported files are (default: next to the Hugging Face cache).
 
     Returns:
         True or False; None if no SHA-256 is known.
@@ -88,15 +93,14 @@ def is_right(entry: Entry, path: Path) -> bool | None:
     entry = original_of(entry)
     if not path.is_file():
         return False
-    imported = sha256_in_name(path)
-    expected = imported or entry.sha256
+    is_imported = path.parent.resolve() == import_folder(cache_dir).resolve()  # any other file may have any name
+    in_name = sha256_in_name(path) if is_imported and not entry.verified else None
+    expected = in_name or entry.sha256
     if expected is None:
         return None
     if sha256_of(path) != expected:
         return False
-    if imported and entry.source is None and entry.sha256 is not None:
-        return origin_of(path).get("original_sha256") == entry.sha256
-    return True
+    return in_name is None or entry.sha256 in (None, origin_of(path).get("original_sha256"))
 
 
 def sources(entry: Entry) -> tuple[re.Match[str] | None, re.Match[str] | None]:
@@ -172,8 +176,33 @@ def imported_names(cache_dir: str | Path | None = None) -> list[str]:
 
 def find_imported(name: str, cache_dir: str | Path | None = None) -> Path | None:
     """The file that was imported under this name last."""
-    files = imported_files(name, import_folder(cache_dir))
-    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+    return max(imported_files(name, import_folder(cache_dir)), key=_time, default=None)
+
+
+def _time(file: Path) -> int:
+    """When a file was written; 0 if another process has just deleted it."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def verified_import(name: str, cache_dir: str | Path | None = None) -> Path | None:
+    """The file that was imported under this name last, after checking its SHA-256.
+
+    Raises:
+        WeightsError: If it is damaged, or another process deletes it now.
+    """
+    found = find_imported(name, cache_dir)
+    try:
+        damaged = found is not None and sha256_of(found) != sha256_in_name(found)
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{found} is being deleted, because {name} is imported again or removed; run this again afterwards"
+        ) from error
+    if damaged:
+        raise WeightsError(f"{found} is damaged, its sha256 is not that of its name; import the weights again")
+    return found
 
 
 def imported_files(name: str, folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_zoo.files import exists, is_file
-from spd_zoo.weights.cache import find, find_imported, imported_names, is_right, origin_of, original_of
+from spd_zoo.weights.cache import find, find_imported, imported_names, is_right, origin_of, original_of, sha256_in_name
 from spd_zoo.weights.manifest import Entry, WeightsError, default_checkpoints, entries
 
 __all__ = [
@@ -291,7 +291,7 @@ def locate(entry: Entry, verify: bool = False) -> dict[str, Any]:
     return {
         "name": entry.name,
         "location": location,
-        "sha256": entry.sha256,
+        "sha256": entry.sha256 or (sha256_in_name(file) if file is not None and location == "imported" else None),
         "verified": is_right(entry, file) if verify and file is not None else None,
         "size": entry.size if file is None else file.stat().st_size,
         "licence": entry.license,

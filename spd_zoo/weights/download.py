@@ -42,6 +42,8 @@ class DownloadError(WeightsError):
 
 def page_or_pointer(start: bytes) -> str | None:
     """Describes a web page or git-lfs pointer by its first bytes; None for any other file."""
+    if start[7:9] == b"\0{":  # safetensors, which begin with the length of their header; its bytes may look like text
+        return None
     text = start.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").lstrip()
     if text.startswith(b"<"):
         return "a web page (a quota that is used up, a login, a question)"
@@ -160,6 +162,8 @@ def _download_from_drive(link: str, file: str | None, path: Path) -> None:
         if "/folders/" in link:
             listed: Any = gdown.download_folder(link, skip_download=True, quiet=True, timeout=timeout)
             ids = {Path(item.path).name: item.id for item in listed}
+            if file is None:
+                raise DownloadError(f"it is a folder with {', '.join(sorted(ids))}; give the link of one file in it")
             if file not in ids:
                 raise DownloadError(f"the folder holds {', '.join(sorted(ids)) or 'nothing'}, and no {file}")
             url = f"https://drive.google.com/uc?id={ids[file]}"

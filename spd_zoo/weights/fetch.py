@@ -31,7 +31,7 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
     entry = original_of(entry)
     installed, hub = sources(entry)
     path = find(entry, cache_dir)
-    right = None if path is None else is_right(entry, path)
+    right = None if path is None else is_right(entry, path, cache_dir)
     if path is None and installed:
         raise _missing(entry, installed)
     if path is not None and installed and not right:
@@ -40,7 +40,7 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
         raise _wrong(entry, path, again)
     if path is None or right is False:
         path = _get(entry, hub, path, cache_dir)
-        right = is_right(entry, path)
+        right = is_right(entry, path, cache_dir)
         if right is False:
             raise _wrong(
                 entry, path, "do not use it, and report that the server sends another file than the manifest pins"
@@ -84,14 +84,16 @@ def _get(entry: Entry, hub: re.Match[str] | None, damaged: Path | None, cache_di
         )
     with locked(entry.name, cache_dir) as folder:
         path = find(entry, cache_dir)
-        if path is not None and is_right(entry, path) is not False:
+        if path is not None and is_right(entry, path, cache_dir) is not False:
             return path
         downloaded = folder / f"{entry.name}.original"
         try:
             if hub:
                 if path is None:
                     path = download_from_hub(hub, cache_dir)
-                return path if is_right(entry, path) is not False else download_from_hub(hub, cache_dir, again=True)
+                if is_right(entry, path, cache_dir) is False:
+                    path = download_from_hub(hub, cache_dir, again=True)
+                return path
             download(str(entry.original_link), entry.original_file, downloaded)
             return _import(entry, downloaded, cache_dir)
         except DownloadError as error:
@@ -119,6 +121,11 @@ def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = N
     name = name if entry is None else original_of(entry).name
     hub = HUB_SOURCE.fullmatch(str(file))
     if hub is None and not re.match("https?://", str(file)):
+        if re.match(r"[\w+.-]+://", str(file)):
+            raise WeightsError(
+                f"{file} is no link that can be imported; give a path, https://..., or "
+                "hf://ORG/REPO@<40-digit commit>:FILE"
+            )
         return import_file(name, Path(file), cache_dir=cache_dir)
     with locked(name, cache_dir) as folder:
         downloaded = folder / f"{name}.original"

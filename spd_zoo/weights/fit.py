@@ -20,6 +20,7 @@ __all__ = [
     "StateDict",
     "backbone_only",
     "cfg_of",
+    "check_finite",
     "checked_tensors",
     "facts",
     "filter_of",
@@ -27,6 +28,7 @@ __all__ = [
     "fit_image_channels",
     "misfit",
     "own_networks",
+    "own_tensors",
     "rename",
     "which_fits",
 ]
@@ -72,8 +74,52 @@ def cfg_of(model: nn.Module) -> dict[str, Any]:
     return cast("dict[str, Any]", model.pretrained_cfg)
 
 
+def own_tensors(state_dict: StateDict, model: nn.Module, filter_fn: FilterFn) -> StateDict:
+    """A checkpoint under the network's own keys.
+
+    A prefix of all keys is removed if more of them are the network's without it. Missing counters of normalisation
+    layers, which old versions of torch did not write, become 0.
+
+    Args:
+        state_dict: The tensors under the authors' or our keys; at least one.
+        model: The network.
+        filter_fn: Renames the authors' keys to the network's.
+
+    Returns:
+        The tensors; if they do not fit, `misfit` says so.
+    """
+    forms = [state_dict]
+    prefix = next(iter(state_dict)).partition(".")[0] + "."
+    if all(key.startswith(prefix) for key in state_dict):
+        forms.append({key.removeprefix(prefix): tensor for key, tensor in state_dict.items()})
+    own = model.state_dict().keys()
+    tensors = max((filter_fn(form, model) for form in forms), key=lambda renamed: len(own & renamed.keys()))
+    counters = {key for key in own if key.endswith("num_batches_tracked")}
+    return tensors | {key: torch.zeros((), dtype=torch.int64) for key in counters - tensors.keys()}
+
+
+def check_finite(state_dict: StateDict, name: str) -> None:
+    """Refuses a checkpoint with a number that is not finite.
+
+    Args:
+        state_dict: The tensors.
+        name: The checkpoint's name in errors.
+
+    Raises:
+        WeightsError: If there is such a number.
+    """
+    wild = next((key for key, tensor in state_dict.items() if not tensor.float().isfinite().all()), None)
+    if wild:
+        raise WeightsError(f"{name} is damaged: {wild} holds a number that is not finite. Get it again")
+
+
 def fit_image_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """A checkpoint under the network's own keys, adapted to its image channels where timm's way would be wrong."""
+    """A checkpoint under the network's own keys, adapted to its image channels where timm's way would be wrong.
+
+    Half precision becomes float32 first, because here and in timm the sum of kernels has their type.
+    """
+    halves = (torch.float16, torch.bfloat16)
+    state_dict = {key: tensor.float() if tensor.dtype in halves else tensor for key, tensor in state_dict.items()}
     fit: Callable[[StateDict], StateDict] | None = getattr(model, "fit_image_channels", None)
     return state_dict if fit is None else fit(state_dict)
 
@@ -241,4 +287,4 @@ def _fits(state_dict: StateDict, name: str) -> bool:
     meta = timm.create_model(name, device="meta")
     if len(state_dict) > 3 * len(meta.state_dict()):  # renaming 10,000 keys would take long
         return False
-    return misfit(fit_image_channels(filter_of(meta)(state_dict, meta), meta), meta) is None
+    return misfit(fit_image_channels(own_tensors(state_dict, meta, filter_of(meta)), meta), meta) is None

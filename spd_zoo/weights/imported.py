@@ -25,7 +25,7 @@ from spd_zoo.files import whole
 from spd_zoo.weights.cache import import_folder, imported_files, sha256_of
 from spd_zoo.weights.checkpoint import read_described
 from spd_zoo.weights.described import check_task, described
-from spd_zoo.weights.fit import StateDict, cfg_of, facts, filter_of, misfit, which_fits
+from spd_zoo.weights.fit import StateDict, cfg_of, check_finite, facts, filter_of, misfit, own_tensors, which_fits
 from spd_zoo.weights.manifest import WeightsError, entries, find_entry
 
 __all__ = ["UNTAGGED", "converted", "import_file", "locked", "tagged"]
@@ -88,9 +88,7 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
         made_for, tensors = converted(network, state_dict, classes)
     except WeightsError as error:
         raise WeightsError(f"{label} does not fit {name}: {error}") from error
-    wild = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
-    if wild:
-        raise WeightsError(f"{label} is damaged: {wild} holds a number that is not finite. Get it again")
+    check_finite(tensors, label)
     net = timm.create_model(network, **made_for).eval()
     net.load_state_dict(tensors)
     about = described(fields, net, made_for["num_classes"], label) if detects else None
@@ -123,33 +121,25 @@ def import_file(name: str, file: Path, origin: str | None = None, cache_dir: str
 def converted(network: str, state_dict: StateDict, classes: dict[str, Any]) -> tuple[dict[str, Any], StateDict]:
     """The arguments to create the network for a checkpoint, and its tensors under the network's own keys.
 
-    A prefix of all keys is removed if they fit without it. Missing counters of normalisation layers, which old
-    versions of torch did not write, become 0.
-
     Args:
         network: The network's name in timm's registry.
         state_dict: The checkpoint.
         classes: `num_classes`, if it is known; otherwise the checkpoint's tensors tell it.
 
+    Returns:
+        The arguments `num_classes` and `in_chans`, and the tensors as `own_tensors` finds them.
+
     Raises:
         WeightsError: If the checkpoint does not fit.
     """
-    prefix = next(iter(state_dict)).partition(".")[0] + "."
-    forms = [state_dict]
-    if all(key.startswith(prefix) for key in state_dict):
-        forms.append({key.removeprefix(prefix): tensor for key, tensor in state_dict.items()})
-    problems = []
-    for form in forms:
-        meta: nn.Module = timm.create_model(network, device="meta")
-        made_for = facts(filter_of(meta)(form, meta), meta, cfg_of(meta)["input_size"][0]) | classes
-        meta = timm.create_model(network, device="meta", **made_for)
-        tensors = filter_of(meta)(form, meta)
-        counters = {key for key in meta.state_dict() if key.endswith("num_batches_tracked")}
-        tensors = tensors | {key: torch.zeros((), dtype=torch.int64) for key in counters - tensors.keys()}
-        problems.append(misfit(tensors, meta, with_classifier=True))
-        if problems[-1] is None:
-            return made_for, {key: tensors[key] for key in meta.state_dict()}
-    raise WeightsError(f"{problems[0]}; {which_fits(state_dict, other_than=network)}")
+    meta: nn.Module = timm.create_model(network, device="meta")
+    made_for = facts(own_tensors(state_dict, meta, filter_of(meta)), meta, cfg_of(meta)["input_size"][0]) | classes
+    meta = timm.create_model(network, device="meta", **made_for)
+    tensors = own_tensors(state_dict, meta, filter_of(meta))
+    problem = misfit(tensors, meta, with_classifier=True)
+    if problem:
+        raise WeightsError(f"{problem}; {which_fits(state_dict, other_than=network)}")
+    return made_for, {key: tensors[key] for key in meta.state_dict()}
 
 
 def _keep(write: Callable[[Path], object], name: str, cache_dir: str | Path | None) -> Path:

@@ -23,10 +23,11 @@ from spd_zoo.weights import (
     loads_backbone_only,
     read_checkpoint,
 )
+from spd_zoo.weights.build import timms_network
+from spd_zoo.weights.cache import verified_import
 from spd_zoo.weights.catalogue import ModelError, unknown_network
-from spd_zoo.weights.fit import backbone_only, filter_of, fit_image_channels, misfit
+from spd_zoo.weights.fit import backbone_only, check_finite, filter_of, fit_image_channels, misfit, own_tensors
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, check_config
-from spd_zoo.weights.imported import converted
 from spd_zoo.weights.manifest import tags_in_words
 
 __all__ = [
@@ -195,10 +196,12 @@ def load_network(model: str, device: str) -> nn.Module:
             f"the weights of {model} are a backbone without neck and head; fine-tune the network first: "
             f"spd-zoo finetune {model} --data DATA --out RUN" + (f"; or use, by name: {others}" if others else "")
         )
-    entry = entries().get(name)
+    entry, network = entries().get(name), name.partition(".")[0]
     try:
         if entry is not None and entry.group == "timm":
             net = create(entry, fetch(entry)).eval()
+        elif ":" not in name and network not in entries() and (file := verified_import(name)):  # a tag of the user's
+            net = timms_network(network, file).eval()
         else:
             net = timm.create_model(name, pretrained=True).eval()
     except WeightsError:
@@ -219,10 +222,11 @@ def load_backbone(net: nn.Module, source: str | Path) -> None:
         WeightsError: If the file cannot be read, or its backbone does not fit the network; `net` is then unchanged.
     """
     file = Path(source) / WEIGHTS if Path(source).is_dir() else Path(source)
-    tensors = backbone_only(fit_image_channels(filter_of(net)(read_checkpoint(file), net), net), net)
+    tensors = backbone_only(fit_image_channels(own_tensors(read_checkpoint(file), net, filter_of(net)), net), net)
     problem = misfit(tensors, net, with_classifier=True)
     if problem:
         raise WeightsError(f"the backbone in {file} does not fit {pretrained_cfg(net)['architecture']}: {problem}")
+    check_finite(tensors, str(file))
     net.load_state_dict(tensors)
 
 
@@ -247,14 +251,7 @@ def load_file(network: str, file: str | Path, device: str) -> nn.Module:
     if entry is not None and entry.group != "timm":
         net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     else:
-        try:
-            made_for, tensors = converted(name, read_checkpoint(Path(file)), {})
-        except WeightsError as error:
-            raise WeightsError(f"{file} does not fit {name}: {error}") from error
-        net = timm.create_model(name, **made_for)
-        net.load_state_dict(tensors)
-        if "." not in name:  # timm describes the classes of its default tag
-            net.pretrained_cfg = net.pretrained_cfg | {"tag": None, "label_names": None}
+        net = timms_network(name, Path(file))
     return net.eval().to(device).to(memory_format=torch.channels_last)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "entries_for_import",
     "find_entry",
     "manifest_path",
+    "schema_problem",
     "set_private",
     "tags_in_words",
     "write_manifest",
@@ -242,9 +243,28 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def schema_problem(groups: Any) -> str | None:
+    """How the content of a manifest contradicts `manifest.schema.json`.
+
+    Args:
+        groups: The content.
+
+    Returns:
+        The end of a sentence that begins with the manifest's name; None if there is no contradiction.
+    """
+    import jsonschema  # imported here, because it takes long and few users need it
+
+    schema = json.loads((Path(__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
+    problems = jsonschema.Draft202012Validator(schema).iter_errors(groups)
+    problem = jsonschema.exceptions.best_match(islice(problems, 20))  # a hostile manifest may have very many
+    if problem is None:
+        return None
+    where = "/".join(map(str, problem.absolute_path)) or "top level"
+    return f"is invalid at {where[:150]}: {problem.message[:200]}"
+
+
 def _read_private(path: Path) -> dict[str, Entry]:
     """The entries of a private manifest, after all checks that need no download."""
-    import jsonschema  # imported here, because it takes long and few users need it
 
     def refuse(reason: str, cause: BaseException | None = None) -> NoReturn:
         raise WeightsError(
@@ -272,12 +292,9 @@ def _read_private(path: Path) -> dict[str, Entry]:
         refuse(f"cannot be read ({error.strerror or error})", error)
     except (ValueError, RecursionError) as error:  # invalid encoding or JSON
         refuse(f"is no JSON ({str(error)[:150]})", error)
-    schema = json.loads((Path(__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
-    problems = jsonschema.Draft202012Validator(schema).iter_errors(groups)
-    problem = jsonschema.exceptions.best_match(islice(problems, 20))  # a hostile manifest may have very many
+    problem = schema_problem(groups)
     if problem is not None:
-        where = "/".join(map(str, problem.absolute_path)) or "top level"
-        refuse(f"is invalid at {where[:150]}: {problem.message[:200]}", problem)
+        refuse(problem)
     found = _entries_of(groups, path, _own())
     for entry in found.values():
         network = _own().get(entry.network)
@@ -290,8 +307,12 @@ def _read_private(path: Path) -> dict[str, Entry]:
             refuse(f"has {named} class names for the {entry.num_classes} classes of {entry.name}")
         if network is not None and network.group != entry.group:
             refuse(f"has {entry.name} in the group {entry.group}; it belongs to {network.group}")
-        original = {**_own(), **found}.get(entry.derived_from or entry.name)
+    merged = {**_own(), **found}
+    for entry in merged.values():
+        original = merged.get(entry.derived_from or entry.name)
         if original is None or (entry.derived_from and (original.derived_from or not original.tag)):
+            if entry.name not in found:
+                refuse(f"derives {entry.derived_from} from another entry, but {entry.name} is derived from it")
             refuse(f"derives {entry.name} from {entry.derived_from}, which has no weights or is itself derived")
     return found
 

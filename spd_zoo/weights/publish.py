@@ -13,9 +13,11 @@ from typing import Any, cast
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the Hub's client
+    HFValidationError,
     HTTPError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -26,7 +28,7 @@ from spd_zoo.weights.cache import sha256_of
 from spd_zoo.weights.card import TERMS, model_card
 from spd_zoo.weights.fetch import fetch
 from spd_zoo.weights.folder import CONFIG, WEIGHTS, config_of
-from spd_zoo.weights.manifest import PACKAGE, Entry, WeightsError, manifest_path, write_manifest
+from spd_zoo.weights.manifest import PACKAGE, Entry, WeightsError, manifest_path, schema_problem, write_manifest
 
 __all__ = [
     "LicenseError",
@@ -121,7 +123,7 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
     Raises:
         LicenseError: If they may not be redistributed.
         WeightsError: If they are derived from others, a backbone only, unavailable, do not fit the network, or give
-            outputs that are not finite.
+            outputs that are not finite; or if the Hub has no such names as `org`.
     """
     if entry.derived_from is not None:
         raise WeightsError(
@@ -134,9 +136,16 @@ def prepare(entry: Entry, org: str, file: Path | None = None, offline: bool = Fa
     if file is None and str(entry.source).startswith("package:"):
         raise WeightsError(f"{entry.name} is published already, as a package: {entry.source}; publish your own file")
     check_license(entry)
+    repo = f"{org}/{entry.name}"
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise WeightsError(
+            f"the Hub allows no repository {repo!r}; give the name of an organisation or user: --org"
+        ) from error
     if file is None:
         file = _fetch_offline(entry) if offline else fetch(entry)
-    net, repo, sha256 = _network(entry, file), f"{org}/{entry.name}", sha256_of(file)
+    net, sha256 = _network(entry, file), sha256_of(file)
     card = model_card(entry, net, repo, sha256, _still_true(entry.notes))
     return Publication(entry, repo, file, sha256, {"README.md": card.encode(), CONFIG: _config(entry, net)})
 
@@ -260,11 +269,14 @@ def _explained(publication: Publication) -> Iterator[None]:
 
 
 def _read(manifest: Path, entry: Entry) -> dict[str, Any]:
-    """The content of `manifest`, after checking that it has the entry and is writable."""
+    """The content of `manifest`, after checking that it is valid, has the entry and is writable."""
     try:
         content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{manifest} cannot be read as a manifest ({error})") from error
+    problem = schema_problem(content)
+    if problem is not None:
+        raise WeightsError(f"the manifest {manifest} {problem}. Correct it, or name another one: --manifest FILE")
     if entry.name not in content.get(entry.group, {}):
         raise WeightsError(f"{manifest} has no entry {entry.name} in {entry.group}; add it first")
     if not os.access(manifest.parent, os.W_OK):
