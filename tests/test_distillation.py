@@ -23,8 +23,7 @@ from spd_zoo.cli.main import main
 from spd_zoo.data.classes import NetworkClasses, network_classes, outputs_of
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.process import Process
-from spd_zoo.training import finetune as training
-from spd_zoo.training import memory
+from spd_zoo.training import memory, planning
 from spd_zoo.training.classification import distillation, report
 from spd_zoo.training.classification.distillation import DistilledTraining, Teacher, load_teacher
 from spd_zoo.training.classification.task import Classification, ClassifierTraining
@@ -502,7 +501,7 @@ def test_the_memory_of_a_step_counts_the_teacher(folders: Path, monkeypatch: pyt
     asked = config(folders, folders, teacher=taught, teacher_size="128", batch_size=16)
     net = timm.create_model(asked.model, device="meta")
     parts = [
-        training.plan(asked, Classification(), net, 24, ["a", "b", "c"], Process(CPU), teacher).micro_batches
+        planning.plan(asked, Classification(), net, 24, ["a", "b", "c"], Process(CPU), teacher).micro_batches
         for teacher in (None, load_teacher(asked, list(COLOURS), 3, CPU))
     ]
     assert parts[0] < parts[1]

@@ -30,7 +30,7 @@ from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.exporter import export, export_int8
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.process import Process, StopSignals
-from spd_zoo.training import call, memory
+from spd_zoo.training import call, memory, planning
 from spd_zoo.training import finetune as training
 from spd_zoo.training.classification import report
 from spd_zoo.training.classification.head import ridge_classifier
@@ -293,7 +293,7 @@ def test_deviations_from_the_options_are_reported(
     classes, process, name = ["a", "b", "c"], Process(torch.device("cpu")), "cifar_resnet110_bsconvu"
     for images, batch_size, said in ((24, 64, "24 training images: a step has 24, not 64"), (24, 8, "")):
         asked = config(folders, tmp_path / "run", batch_size=batch_size, pretrained=None, model=name)
-        training.plan(asked, Classification(), training._blank(name), images, classes, process)
+        planning.plan(asked, Classification(), planning.blank(name), images, classes, process)
         printed = capsys.readouterr().out
         assert said in printed and ("a step has" in printed) == bool(said)
         assert f"{name} has no pretrained weights: all weights begin at random" in printed
@@ -301,7 +301,7 @@ def test_deviations_from_the_options_are_reported(
 
 def test_a_run_from_scratch_names_weights_that_are_no_default(capsys: pytest.CaptureFixture[str]) -> None:
     asked, process = FinetuneConfig(model="resnet50_spd", data="data", out=Path("run")), Process(torch.device("cpu"))
-    training.plan(asked, Classification(), training._blank("resnet50_spd"), 24, ["a", "b", "c"], process)
+    planning.plan(asked, Classification(), planning.blank("resnet50_spd"), 24, ["a", "b", "c"], process)
     said = capsys.readouterr().out
     assert "resnet50_spd has no default weights: all weights begin at random" in said
     assert "resnet50_spd has weights for certain data, by name: resnet50_spd.spd_tiny_in200 (" in said
@@ -309,7 +309,7 @@ def test_a_run_from_scratch_names_weights_that_are_no_default(capsys: pytest.Cap
 
 def test_a_run_from_a_backbone_names_whole_networks(capsys: pytest.CaptureFixture[str]) -> None:
     asked, process = FinetuneConfig(model="yolov8n_spd", data="data", out=Path("run")), Process(torch.device("cpu"))
-    plan = training.plan(asked, Detection(), training._blank("yolov8n_spd"), 24, ["a", "b", "c"], process)
+    plan = planning.plan(asked, Detection(), planning.blank("yolov8n_spd"), 24, ["a", "b", "c"], process)
     said = capsys.readouterr().out
     assert "the weights of yolov8n_spd are a backbone: neck and head begin at random; whole networks" in said
     assert "by name: yolov8n_spd.bccd (BCCD, 3 classes: RBC, WBC, Platelets, 320 px)" in said
@@ -322,11 +322,11 @@ def test_a_network_that_knows_the_classes_gets_a_small_learning_rate(capsys: pyt
     model = "yolov8n_spd.bccd"
     for classes in (own, ["RBC", "cat"]):
         asked, process = FinetuneConfig(model=model, data="data", out=Path("run")), Process(torch.device("cpu"))
-        rates.append(training.plan(asked, Detection(), training._blank(model), 24, classes, process).lr)
+        rates.append(planning.plan(asked, Detection(), planning.blank(model), 24, classes, process).lr)
         assert ("was trained for exactly these classes" in capsys.readouterr().out) == (classes is own)
     assert rates[0] == pytest.approx(rates[1] / 30)
     asked = replace(asked, lr=0.1)
-    assert training.plan(asked, Detection(), training._blank(model), 24, own, process).lr == 0.1
+    assert planning.plan(asked, Detection(), planning.blank(model), 24, own, process).lr == 0.1
 
 
 def test_another_seed_is_another_run(folders: Path, tmp_path: Path) -> None:
@@ -1049,7 +1049,7 @@ def test_a_network_of_one_image_size_is_trained_at_the_size_asked_for(folders: P
 
 def chosen_for(asked: FinetuneConfig, images: int) -> Plan:
     net = timm.create_model(asked.model, device="meta")
-    return training.plan(asked, Classification(), net, images, ["a", "b", "c"], Process(torch.device("cpu")))
+    return planning.plan(asked, Classification(), net, images, ["a", "b", "c"], Process(torch.device("cpu")))
 
 
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
@@ -1085,7 +1085,7 @@ def started(folders: Path, out: Path, **changes: Any) -> training.Run:
     asked, process = config(folders, out, **changes), Process(torch.device("cpu"))
     task = Classification()
     splits = task.open_splits(asked, timm.create_model(asked.model, device="meta"), process, None)
-    plan = training.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, ["a", "b", "c"], process)
+    plan = planning.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, ["a", "b", "c"], process)
     return training.start(plan, task, splits, RunFolder(out), process)
 
 

@@ -31,6 +31,7 @@ import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import StopSignals, freed_memory_kept, join
 from spd_zoo.training import finetune as training
+from spd_zoo.training import planning
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.run import RunFolder
 from spd_zoo.training.task import task_of
@@ -113,7 +114,7 @@ def measure(config: FinetuneConfig) -> dict[str, float]:
     blank: Any = timm.create_model(config.model, device="meta")
     task = task_of(blank)
     splits = task.open_splits(config, blank, process, None)
-    chosen = training.plan(config, task, blank, len(splits.train), splits.train.class_names, process)
+    chosen = planning.plan(config, task, blank, len(splits.train), splits.train.class_names, process)
     run = training.start(chosen, task, splits, RunFolder(config.out), process)
     stages = Stages(process.device)
     for net in {id(net): net for net in (run.net, run.eval_net)}.values():

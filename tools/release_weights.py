@@ -4,8 +4,8 @@
 
 Each is downloaded from the authors' link, checked with its network, published and pinned, as by `spd-zoo weights
 publish`. After a failure run the tool again: pinned checkpoints are skipped. The exit status is 1 if a checkpoint is
-missing. Checkpoints whose licence forbids publishing are only listed. Derived and replaced ones, which
-have no file, and backbones are left out.
+missing. Checkpoints whose licence forbids publishing are only listed. Derived and replaced ones are left out, because
+they have no file.
 """
 
 import argparse
@@ -41,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"there are no weights called {', '.join(unknown)}")
     manifest = options.manifest or checkout_manifest()
     names = options.names or [
-        name
-        for name, entry in checkpoints.items()
-        if entry.derived_from is None and entry.replaced_by is None and entry.part is None
+        name for name, entry in checkpoints.items() if entry.derived_from is None and entry.replaced_by is None
     ]
     width = max(map(len, names))
     outcomes = []

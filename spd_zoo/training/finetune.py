@@ -5,17 +5,14 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_data_config
-from timm.layers import convert_sync_batchnorm, to_2tuple
-from timm.models import get_pretrained_cfg
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad, distribute_bn
@@ -25,11 +22,9 @@ from tqdm import tqdm
 
 from spd_zoo.console import bar_disabled
 from spd_zoo.data.check import in_words
-from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.notes import count
-from spd_zoo.data.reading import channel_mode, parse_size, per_channel, size_text, size_value
-from spd_zoo.errors import first_line
+from spd_zoo.data.reading import parse_size, size_text, size_value
 from spd_zoo.inference.images import as_html
 from spd_zoo.process import Process, Stopped, StopSignals, freed_memory_kept, join, ran_out_of_memory
 from spd_zoo.training.classification.distillation import DistilledTraining, Teacher, load_teacher
@@ -39,8 +34,6 @@ from spd_zoo.training.config import (
     merged,
     parse_epochs,
     parse_model_args,
-    parse_numbers,
-    parse_sizes,
     refuse_others,
 )
 from spd_zoo.training.continuing import Continuation
@@ -48,26 +41,23 @@ from spd_zoo.training.layers import (
     classifier_of,
     frozen_layers,
     lies_in,
-    mostly_depthwise,
     set_trainable,
     set_training_mode,
 )
 from spd_zoo.training.logs import Log, open_log, require
-from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
 from spd_zoo.training.messages import choices, next_commands, verdict
 from spd_zoo.training.page import plot_notes, short
+from spd_zoo.training.planning import blank, create, model_args_of, plan, preprocessing_of
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
 from spd_zoo.training.task import Task, names_other_task, task_of
-from spd_zoo.weights import BackboneWarning, WeightsError, loads_backbone_only
-from spd_zoo.weights.load import has_weights, is_network, timm_name
-from spd_zoo.weights.manifest import tags_in_words
+from spd_zoo.weights import BackboneWarning
+from spd_zoo.weights.load import is_network, timm_name
 
-__all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "plan", "start", "train_epoch"]
+__all__ = ["FinetuneConfig", "Result", "RunError", "Stopped", "finetune", "finish", "start", "train_epoch"]
 
-FAMILIAR = 30  # default learning rate for new classes, divided by that for the classes of the pretrained weights
 FUSED = ("adam", "adamw")  # torch's fused SGD fails when some weights get their first gradient later than others
 
 
@@ -138,18 +128,18 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
         timm_name(config.model)  # checks the folder
     if began is None and ":" not in str(config.out) and is_network(str(config.out)):
         raise ValueError(f"{config.out} is the name of a network, which would be taken for the run; give another --out")
-    blank = _blank(config.model)
-    task = task_of(blank)
+    structure = blank(config.model)
+    task = task_of(structure)
     if began is None:
         refuse_others(config, task.networks)
 
     with names_other_task(task, config.data, "finetune"):
-        splits = task.open_splits(config, blank, process, began.about_data if began is not None else None)
+        splits = task.open_splits(config, structure, process, began.about_data if began is not None else None)
     if continued is not None and continued.fingerprint != splits.about["fingerprint"]:
         raise DataError(f"{config.data} is not what {config.model.partition(':')[2]} was trained on; begin a new run")
     teacher = None
     if config.teacher:
-        channels = parse_model_args(config.model_args).get("in_chans", blank.in_chans)
+        channels = parse_model_args(config.model_args).get("in_chans", structure.in_chans)
         teacher = load_teacher(config, splits.train.class_names, channels, process.device)
         config = replace(config, **teacher.settings())
         notes = splits.about.setdefault("notes", [])
@@ -163,7 +153,7 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
     for note in plot_notes():
         process.print(f"note: {note}")
 
-    chosen = plan(config, task, blank, len(splits.train), splits.train.class_names, process, teacher)
+    chosen = plan(config, task, structure, len(splits.train), splits.train.class_names, process, teacher)
     process.print(choices(chosen, process, recipe), result=config.dry_run)
     if config.dry_run:
         return None
@@ -183,153 +173,6 @@ def finetune(config: FinetuneConfig, recipe: str | None = None, continued: Conti
         if process.first and ran_out_of_memory(error):
             folder.abandon()
         raise
-
-
-def plan(
-    config: FinetuneConfig,
-    task: Task[Any],
-    net: Any,
-    images: int,
-    class_names: Sequence[str],
-    process: Process,
-    teacher: Teacher | None = None,
-) -> Plan:
-    """Chooses all values that the configuration does not set.
-
-    Args:
-        config: The configuration.
-        task: The task of its network.
-        net: The network, on the meta device.
-        images: Number of training images.
-        class_names: The names of their classes.
-        process: This process, whose device and memory count.
-        teacher: The network that it also learns from, on that device.
-
-    Raises:
-        DataError: If there are too few images.
-        ValueError: If an option has no meaning for the network or the data.
-    """
-    pretrained = has_weights(config.model) if config.pretrained is None else config.pretrained
-    if config.pretrained is None and not pretrained:
-        tags = tags_in_words(config.model)
-        others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
-        which = "default" if tags else "pretrained"
-        process.print(f"note: {config.model} has no {which} weights: all weights begin at random{others}")
-    batch_size = _batch_size(config, images, process)
-    if config.batch_size is not None and min(batch_size, images) < config.batch_size:
-        process.print(f"note: {images} training images: a step has {min(batch_size, images)}, not {config.batch_size}")
-    late = [epoch for epoch in parse_epochs(config.decay_epochs) if epoch >= config.epochs]
-    if late:
-        process.print(f"note: {count(config.epochs, 'epoch')} end before the learning rate falls after epoch {late[0]}")
-    defaults = task.defaults(config, net, batch_size, pretrained)
-    only_backbone = pretrained and ":" not in config.model and loads_backbone_only(config.model)
-    if only_backbone:
-        others = tags_in_words(config.model.partition(".")[0])
-        process.print(
-            f"note: the weights of {config.model} are a backbone: neck and head begin at random"
-            + (f"; whole networks for certain data, by name: {others}" if others else "")
-        )
-    known = network_classes(net.pretrained_cfg, net.num_classes)
-    keeps_classes = pretrained and not only_backbone and config.head_init != "random"
-    if config.lr is None and keeps_classes and known.named and {*known.names} == {*class_names}:
-        defaults["lr"] /= FAMILIAR
-        process.print(
-            f"note: {config.model} was trained for exactly these classes: the learning rate is {FAMILIAR} times "
-            "smaller than for new ones (--lr sets another)"
-        )
-    bf16 = _has_bf16(process.device) and not (process.device.type == "cpu" and mostly_depthwise(net))
-    defaults = {"head_epochs": int(pretrained and not only_backbone), "freeze_bn": False} | defaults
-    defaults |= {"pretrained": pretrained, "bf16": bf16, "keep": "best"}
-    defaults |= {"warmup_epochs": min(2, config.epochs // 4)}
-    options = {name: value if (asked := getattr(config, name)) is None else asked for name, value in defaults.items()}
-    options |= {"batch_size": batch_size}  # Mixup may have made it smaller than what was asked for
-    if config.warmup_lr is None:
-        options["warmup_lr"] = options["lr"] / 100
-    config = replace(config, **options)
-
-    sizes = parse_sizes(options["image_size"])
-    net = _blank(config.model, **_model_args(config, len(class_names), sizes))
-    largest = max((size for size, _ in sizes), key=math.prod)
-    try:
-        per_image = bytes_per_image(net, largest, _preprocessing(net, config, process.device))
-    except RuntimeError as error:
-        reason = first_line(error)
-        raise ValueError(f"{config.model} cannot compute images of {size_text(largest)} pixels: {reason}") from error
-    if teacher is not None:
-        per_image += teacher.bytes_per_image  # its weights lie in memory already
-    weights, pairs = sum(parameter.nbytes for parameter in net.parameters()), bool(config.mixup or config.cutmix)
-    accumulate = config.accumulate or choose_micro_batches(weights, per_image, batch_size, pairs, process)
-    return Plan.of(replace(config, accumulate=accumulate))
-
-
-def _batch_size(config: FinetuneConfig, images: int, process: Process) -> int:
-    """Images per step: as asked for, or a power of two with which an epoch has about 20 steps."""
-    shares = process.world * (config.accumulate or 1)
-    if images < 2 * shares:
-        raise DataError(f"{images} training images are too few for {shares} micro-batches of a step: each needs two")
-    batch_size = config.batch_size
-    if batch_size is None:
-        batch_size = max(8, min(128, 2 ** int(math.log2(max(1, images / 20)))))
-        batch_size += -batch_size % (2 * shares)
-    if batch_size < 2 * shares:
-        raise ValueError(f"batch_size {batch_size} is too small for {shares} micro-batches: each needs two images")
-    if config.mixup or config.cutmix:
-        batch_size = min(batch_size, images - images % (2 * shares))
-        if batch_size % (2 * shares):
-            raise ValueError(
-                f"Mixup and CutMix need an even size of all {shares} micro-batches, got batch_size {batch_size}"
-            )
-    return batch_size
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; without them it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _model_args(config: FinetuneConfig, classes: int, sizes: list[tuple[tuple[int, int], int]]) -> dict[str, Any]:
-    """Arguments of `timm.create_model` for the network."""
-    arguments = parse_model_args(config.model_args) | {"num_classes": classes}
-    known = get_pretrained_cfg(config.model.partition(".")[0])
-    fixed_size = known is not None and known.fixed_input_size
-    size = sizes[0][0]
-    if fixed_size and (len(sizes) > 1 or to_2tuple(arguments.setdefault("img_size", size)) != size):
-        raise ValueError(f"{config.model} takes images of one size: give one --image-size, and no other img_size")
-    return arguments
-
-
-def _blank(model: str, **arguments: Any) -> Any:
-    """The network on torch's meta device: its structure without any numbers."""
-    with torch.device("meta"):
-        return _create(model, pretrained=False, **arguments)
-
-
-def _create(model: str, **arguments: Any) -> Any:
-    try:
-        return timm.create_model(model, **arguments)
-    except TypeError as error:
-        raise ValueError(f"{model} does not take these model_args: {error}") from error
-    except (RuntimeError, AssertionError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise ValueError(f"cannot make {model}: {error}") from error
-
-
-def _preprocessing(net: Any, config: FinetuneConfig, device: torch.device) -> Preprocessing:
-    """The preprocessing that the network's config and the run's configuration describe."""
-    channel_mode(net.in_chans, config.model)
-    cfg = resolve_data_config(model=net)
-    colours = []
-    for name in ("mean", "std"):
-        asked = parse_numbers(getattr(config, name))
-        if asked and len(asked) != net.in_chans:
-            raise ValueError(f"{name} has {len(asked)} numbers, but {config.model} takes {net.in_chans} channels")
-        colours.append(per_channel(asked or cfg[name], net.in_chans))
-    mean, std = colours
-    return Preprocessing(mean, std, device, bool(config.bf16), config.crop_pct, crop_mode=config.crop_mode)
 
 
 @dataclass
@@ -472,11 +315,11 @@ def start(
     seed_everything(config.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BackboneWarning)  # `plan` printed it
-        net = _create(config.model, pretrained=plan.pretrained, **_model_args(config, classes, plan.sizes))
+        net = create(config.model, pretrained=plan.pretrained, **model_args_of(config, classes, plan.sizes))
     net = net.to(process.device).to(memory_format=torch.channels_last)
     if process.world > 1 and process.device.type == "cuda":
         net = convert_sync_batchnorm(net)
-    preprocessing = _preprocessing(net, config, process.device)
+    preprocessing = preprocessing_of(net, config, process.device)
     frozen = frozen_layers(net, config.freeze)
     if plan.head_epochs and (not classifier_of(net) or any(lies_in(name, frozen) for name in classifier_of(net))):
         raise ValueError("the classifier cannot train alone, it is frozen or unknown; give --head-epochs 0")
