@@ -40,6 +40,7 @@ from spd_zoo.inference.exported import (
 )
 from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.trace import copy_network
 from spd_zoo.training.evaluate import Evaluation, evaluate
 from spd_zoo.weights.load import class_synonyms, is_network, load_network
 
@@ -84,8 +85,8 @@ def export(
     is loaded.
 
     Args:
-        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, or the
-            folder of a run.
+        model: A network, which stays as it is, or one with pretrained weights by its name, with or without a tag,
+            `local-dir:FOLDER`, or the folder of a run.
         to: "onnx" or "pt2".
         out: The file; by default `model.onnx` or `model.pt2` in the run's folder, or one named after the network.
         image_size: Height and width in pixels, or one number for both; by default the network's own input size.
@@ -107,7 +108,7 @@ def export(
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
     net: Any
     if isinstance(model, nn.Module):
-        name, net = str(vars(model)["pretrained_cfg"]["architecture"]), model.eval()
+        name, net = str(vars(model)["pretrained_cfg"]["architecture"]), copy_network(model).eval()
     else:
         name = os.fspath(model)
         net = load_network(name, "cpu")

@@ -94,6 +94,23 @@ def test_a_file_has_strided_convolutions_unless_asked_otherwise(fold: bool, tmp_
     torch.testing.assert_close(program.module()(images), expected(tmp_path / "spd", images), rtol=1e-4, atol=1e-4)
 
 
+def written(net: Any, example: Any, metadata: Any, file: Path) -> Any:
+    """Takes the place of a format, to test what `export` does around it."""
+    file.write_text(json.dumps(metadata))
+    return lambda images, score: (net(images),)
+
+
+@pytest.mark.slow
+def test_the_network_that_is_exported_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net: Any = timm.create_model("cifar_ghostnet_effdown").to(memory_format=torch.channels_last)
+    before = dict(net.named_parameters())
+    export(net, "pt2", tmp_path / "net.pt2", image_size=64, fold=False)
+    assert all(parameter is before[name] for name, parameter in net.named_parameters())
+    assert all(module.training for module in net.modules())
+    assert net.stem[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_file_with_other_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(net: Any, *arguments: Any) -> Any:
         arguments[-1].write_text("a file")
