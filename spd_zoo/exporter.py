@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
@@ -122,7 +123,7 @@ def export(
         if raw or (score_threshold, iou_threshold, max_detections) != (0.25, None, 300):
             raise ExportError(f"{name} is a classifier; thresholds and raw predictions are for detectors")
     channel_mode(net.in_chans, name)
-    own = resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][1:]
+    own = get_model_input_config(net)["input_size"][1:]
     size: tuple[int, int] = to_2tuple(image_size or tuple(own))
     if image_size and hasattr(net, "set_input_size"):
         net.set_input_size(size)

@@ -111,6 +111,16 @@ def test_the_network_that_is_exported_stays_as_it_was(tmp_path: Path, monkeypatc
     assert net.stem[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
+def test_a_network_is_exported_at_the_size_that_it_was_created_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net = timm.create_model("cifar_ghostnet_effdown", num_classes=3, img_size=64)
+    file = export(net, "pt2", tmp_path / "net.pt2", fold=False)
+    assert json.loads(file.read_text())["image_size"] == "64"
+
+
 def test_a_file_with_other_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(net: Any, *arguments: Any) -> Any:
         arguments[-1].write_text("a file")
