@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -28,7 +30,7 @@ from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import channel_mode, per_channel, size_text
-from spd_zoo.files import is_folder, whole
+from spd_zoo.files import exists, is_folder, whole
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import Classifier, check_classifier
 from spd_zoo.inference.detector import GREY, Detector, trained_on_tiles
@@ -89,7 +91,8 @@ def export(
         model: A network, which stays as it is, or one with pretrained weights by its name, with or without a tag,
             `local-dir:FOLDER`, or the folder of a run.
         to: "onnx" or "pt2".
-        out: The file; by default `model.onnx` or `model.pt2` in the run's folder, or one named after the network.
+        out: The file; by default `model.onnx` or `model.pt2` in the run's folder, or one named after the network. An
+            existing file is replaced only if it is an exported network.
         image_size: Height and width in pixels, or one number for both; by default the network's own input size.
         fold: Write the network folded by `fold_spd`, which has the same outputs with fewer and plainer operators.
         notes: Receives the assumptions that were made; the file's metadata contain them, too.
@@ -102,17 +105,14 @@ def export(
         The file.
 
     Raises:
-        ExportError: If the network cannot be exported, or its file computes something else.
+        ExportError: If the network cannot be exported, its file computes something else, or `out` must not be replaced.
         ModelError: If there is no such network, or it cannot be used.
     """
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
-    net: Any
-    if isinstance(model, nn.Module):
-        name, net = str(vars(model)["pretrained_cfg"]["architecture"]), copy_network(model).eval()
-    else:
-        name = os.fspath(model)
-        net = load_network(name, "cpu")
+    name = str(vars(model)["pretrained_cfg"]["architecture"]) if isinstance(model, nn.Module) else os.fspath(model)
+    path = _place(name, out, f".{to}")
+    net: Any = copy_network(model).eval() if isinstance(model, nn.Module) else load_network(name, "cpu")
     net = net.to(memory_format=torch.contiguous_format)
     if isinstance(net, DetectionNet):
         iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
@@ -132,8 +132,7 @@ def export(
     if not classes.named:
         last = len(classes.names) - 1
         notes.add(f"{name} does not name its classes: the file calls them by their numbers, 0 to {last}")
-    path = _place(name, out, f".{to}")
-    with whole(path) as temporary:
+    with _new_file(path) as temporary:
         form = _folded(net, size, name) if fold else net
         part: _Part
         if not isinstance(net, DetectionNet):
@@ -165,8 +164,22 @@ def _place(name: str, out: str | Path | None, suffix: str) -> Path:
     folder = Path(name) if not is_network(name) and is_folder(name) else None  # of a run
     file = f"{name.replace('/', '_').replace(':', '_')}{suffix}" if folder is None else f"model{suffix}"
     path = Path(out) if out is not None else (folder or Path()) / file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_folder(path):
+        raise ExportError(f"{path} is a folder; give the name of a file, such as {path / file}")
+    if exists(path) and not _EARLIER.search(path.read_bytes()):
+        raise ExportError(f"{path} exists already and is no exported network; remove it, or give another file")
     return path
+
+
+_EARLIER = re.compile(rb"made_by.{2,6}spd-zoo ", re.DOTALL)  # in the metadata of every file that `export` wrote
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """Like `whole`, but makes the folders of `path` once the file is complete."""
+    with whole(path, within=next(folder for folder in path.parents if folder.exists())) as temporary:
+        yield temporary
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 class _Part(nn.Module):
@@ -601,7 +614,7 @@ def export_int8(
     measure = partial(
         evaluate, data=data, workers=workers, image_column=image_column, label_column=label_column, run=model
     )
-    with tempfile.TemporaryDirectory() as folder, whole(path) as temporary:
+    with tempfile.TemporaryDirectory() as folder, _new_file(path) as temporary:
         plain = export(model, "onnx", Path(folder) / "float32.onnx", notes=notes, **options)
         before = measure(str(plain))[0]
         quantize(plain, temporary, _calibration(str(plain), data, image_column, label_column, notes))

@@ -197,6 +197,38 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
+def test_only_an_earlier_export_is_replaced(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    precious = tmp_path / "net.pt2"
+    precious.write_text("something else")
+    with pytest.raises(ExportError, match=r"net\.pt2 exists already and is no exported network; remove it, or give"):
+        export(str(run), "pt2", precious, fold=False)
+    with pytest.raises(ExportError, match=r"is a folder; give the name of a file, such as .*model\.pt2"):
+        export(str(run), "pt2", tmp_path, fold=False)
+    assert precious.read_text() == "something else"
+    for _ in range(2):
+        assert export(str(run), "pt2", tmp_path / "other.pt2", fold=False).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_an_exported_file_may_be_written_again(run: Path, tmp_path: Path, to: str) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
+    for _ in range(2):
+        assert export(str(run), to, tmp_path / f"net.{to}").is_file()
+
+
+def test_a_failed_export_makes_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(net: Any, example: Any, metadata: Any, file: Path) -> Any:
+        raise ExportError("failed")
+
+    monkeypatch.setitem(exporting.FORMATS, "pt2", fail)
+    with pytest.raises(ExportError, match="failed"):
+        export(str(run), "pt2", tmp_path / "new" / "net.pt2", fold=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_format_is_refused(run: Path) -> None:
     with pytest.raises(ExportError, match="the formats are onnx and pt2, got 'tflite'"):
         export(str(run), "tflite")
