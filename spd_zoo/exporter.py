@@ -23,8 +23,6 @@ from torchvision.ops import box_convert, nms
 
 import spd_zoo
 from spd_zoo.boxes import class_nms
-from spd_zoo.complexity import count_params
-from spd_zoo.convert import ConversionError
 from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError, open_data
@@ -43,6 +41,7 @@ from spd_zoo.inference.exported import (
 )
 from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.rewrite import ConversionError, max_difference
 from spd_zoo.trace import copy_network
 from spd_zoo.training.evaluate import Evaluation, evaluate
 from spd_zoo.weights.load import class_synonyms, is_network, load_network
@@ -113,7 +112,12 @@ def export(
     name = str(vars(model)["pretrained_cfg"]["architecture"]) if isinstance(model, nn.Module) else os.fspath(model)
     path = _place(name, out, f".{to}")
     net: Any = copy_network(model).eval() if isinstance(model, nn.Module) else load_network(name, "cpu")
-    net = net.to(memory_format=torch.contiguous_format)
+    if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
+        raise ExportError(f'{name} has no weights to export, because it is on the "meta" device; create it on the CPU')
+    notes = notes if notes is not None else Notes()
+    if others := {str(parameter.dtype) for parameter in net.parameters()} - {"torch.float32"}:
+        notes.add(f"{name} has weights of {' and '.join(sorted(others))}: the file computes in torch.float32")
+    net = net.float().to(memory_format=torch.contiguous_format)
     if isinstance(net, DetectionNet):
         iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
         if not (0 <= score_threshold <= 1 and 0 <= iou_threshold <= 1 and max_detections >= 1):
@@ -128,7 +132,6 @@ def export(
     if image_size and hasattr(net, "set_input_size"):
         net.set_input_size(size)
     classes = network_classes(net.pretrained_cfg, net.num_classes)
-    notes = notes if notes is not None else Notes()
     if not classes.named:
         last = len(classes.names) - 1
         notes.add(f"{name} does not name its classes: the file calls them by their numbers, 0 to {last}")
@@ -214,22 +217,16 @@ class _Part(nn.Module):
         for images in _noise(net, size, self.multiple):
             with torch.inference_mode():
                 expected = net(images)
-                expected = (expected,) if isinstance(expected, Tensor) else tuple(expected)
+                expected = [expected] if isinstance(expected, Tensor) else list(expected)
                 found = compute(images, 0.0)
-            same = [a.shape for a in found] == [a.shape for a in expected]
-            pairs = list(zip(found, expected, strict=False))
-            worst = max(_worst(*pair) for pair in pairs) if same else math.inf
-            if not worst <= TOLERANCE:
+            if any(tensor.isnan().any() for tensor in expected):
+                raise ExportError("the network computes NaN for noise, so its file cannot be checked; train it again")
+            worst = max_difference(list(found), expected)
+            if worst > TOLERANCE:
                 what = "logits" if self.outputs == ("logits",) else "raw predictions"
                 raise ExportError(
                     f"the exported network computes something else: {what} differ by {worst:.2g} of their std"
                 )
-
-
-def _worst(found: Tensor, expected: Tensor) -> float:
-    """The largest difference in standard deviations; infinite if it is no number."""
-    worst = ((found - expected).abs().max() / expected.std()).item()
-    return math.inf if math.isnan(worst) else worst
 
 
 def _noise(net: Any, size: tuple[int, int], multiple: int) -> Iterator[Tensor]:
@@ -420,7 +417,7 @@ def _metadata(net: Any, size: tuple[int, int], part: _Part) -> dict[str, str]:
     described = _boxes_metadata(net, size, part) if isinstance(net, DetectionNet) else _crop_metadata(net, size, config)
     return {
         "architecture": str(net.pretrained_cfg["architecture"]),
-        "parameters": str(count_params(net)),
+        "parameters": str(sum(parameter.numel() for parameter in net.parameters())),  # also frozen ones
         "channels": str(net.in_chans),
         "image_size": size_text(size),
         "mean": json.dumps(per_channel(config["mean"], net.in_chans)),

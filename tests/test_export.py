@@ -121,6 +121,52 @@ def test_a_network_is_exported_at_the_size_that_it_was_created_with(
     assert json.loads(file.read_text())["image_size"] == "64"
 
 
+@pytest.mark.parametrize("bias", [None, 0.0, 0.3])
+def test_a_network_with_one_output_or_constant_ones_is_exported(
+    bias: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net: Any = timm.create_model("cifar_resnet20", num_classes=1 if bias is None else 3)
+    if bias is not None:
+        torch.nn.init.zeros_(net.head.fc.weight)
+        torch.nn.init.constant_(net.head.fc.bias, bias)
+    assert export(net, "pt2", tmp_path / "net.pt2", fold=False).is_file()
+
+
+def test_a_network_that_computes_nan_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net: Any = timm.create_model("cifar_resnet20")
+    torch.nn.init.constant_(net.head.fc.bias, math.nan)
+    with pytest.raises(ExportError, match="computes NaN for noise, so its file cannot be checked"):
+        export(net, "pt2", tmp_path / "net.pt2", fold=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_another_precision_are_exported_in_float32_with_a_note(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net = timm.create_model("cifar_resnet20").to(dtype)
+    file = export(net, "pt2", tmp_path / "net.pt2", fold=False)
+    note = f"cifar_resnet20 has weights of {dtype}: the file computes in torch.float32"
+    assert note in json.loads(json.loads(file.read_text())["notes"])
+    assert {parameter.dtype for parameter in net.parameters()} == {dtype}
+
+
+def test_a_network_without_weights_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match='cifar_resnet20 has no weights to export, because it is on the "meta" device'
+    ):
+        export(timm.create_model("cifar_resnet20", device="meta"), "pt2", tmp_path / "net.pt2")
+
+
+def test_frozen_parameters_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net = timm.create_model("cifar_resnet20").requires_grad_(False)
+    file = export(net, "pt2", tmp_path / "net.pt2", fold=False)
+    assert json.loads(file.read_text())["parameters"] == "278330"
+
+
 def test_a_file_with_other_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(net: Any, *arguments: Any) -> Any:
         arguments[-1].write_text("a file")
