@@ -169,7 +169,8 @@ def convert_to_spd(
         The network, with an `SPDReport` in its attribute `spd_report`.
 
     Raises:
-        ValueError: If the size of the images is unknown, or a pattern in `include` names nothing that downsamples.
+        ValueError: If the size of the images is unknown, the network cannot compute `example_input`, or a pattern in
+            `include` names nothing that downsamples.
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation;
             `model` is then unchanged.
     """
