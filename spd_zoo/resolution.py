@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from spd_zoo.errors import first_line
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.models._registry import register_unlisted_model
+from spd_zoo.rewrite import move_hooks
 from spd_zoo.spd import MaxPool2d, PhaseMix, SPDConv2d, SPDMaxPool2d
 from spd_zoo.trace import OperatorMode, TraceError, copy_network, image_size, meta_copy, run_on_meta
 from spd_zoo.weights.fit import check_fit, filter_of, fit_image_channels
@@ -236,7 +237,7 @@ def _apply(net: nn.Module, name: str, planned: nn.Module) -> None:
         return
     for key, parameter in layer.named_parameters(recurse=False):
         setattr(planned, key, parameter)
-    planned._forward_hooks, planned._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
+    move_hooks(layer, planned)
     net.set_submodule(name, planned.train(layer.training))
 
 

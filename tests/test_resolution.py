@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from networks import noise, random_network
 from safetensors.torch import load_file, save_file
-from timm.layers import LayerNorm2d
+from timm.layers import Conv2dSame, LayerNorm2d
 from torch import Tensor, nn
 
 from spd_zoo import convert_to_spd, keep_resolution
@@ -122,6 +122,24 @@ def test_every_convolution_and_pooling_keeps_the_size_of_its_map(layer: Any, sma
     expected = net(noise(1, 3, 64, 48)).shape
     assert kept(noise(1, 3, 32, 24)).shape == expected
     assert kept[0].stride in (small, (small, small))
+
+
+def test_a_layer_that_is_replaced_keeps_its_hooks() -> None:
+    net = Plain(nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 2, 3, 2, 1))
+    calls: list[str] = []
+    handles = [
+        net[0].register_forward_pre_hook(lambda module, args, kwargs: calls.append("before"), with_kwargs=True),
+        net[0].register_forward_hook(lambda module, args, kwargs, output: calls.append("after"), with_kwargs=True),
+    ]
+    kept: Any = keep_resolution(net, inplace=True, example_input=noise(1, 3, 32, 32))
+    assert type(kept[0]) is Conv2dSame
+    calls.clear()
+    kept(noise(1, 3, 16, 16))
+    assert calls == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    kept(noise(1, 3, 16, 16))
+    assert calls == ["before", "after"]
 
 
 class Sliced(nn.Module):
