@@ -90,6 +90,8 @@ def _storage(tensor: Tensor) -> int:
 def trace(net: nn.Module, input_size: tuple[int, int, int]) -> list[Operation]:
     """Lists the operators that a network runs in evaluation for one image; for a detector, including `decode`.
 
+    The modes of its modules are restored.
+
     Args:
         net: The network, on the "meta" device: on a CPU, pyramids are computed packed, with more operations.
         input_size: Channels, height and width of the image in pixels.
@@ -102,13 +104,16 @@ def trace(net: nn.Module, input_size: tuple[int, int, int]) -> list[Operation]:
     """
     if any(parameter.device.type != "meta" for parameter in net.parameters()):
         raise ValueError('counting needs a network on the "meta" device: timm.create_model(name, device="meta")')
-    was_training = net.training
+    training = [module for module in net.modules() if module.training]
     recorder = _Recorder(net.parameters())
-    with OperatorMode(recorder.record), torch.no_grad():
-        result = run_on_meta(net.eval(), input_size)
-        if hasattr(net, "decode"):
-            cast("Any", net).decode(result, input_size[1:])
-    net.train(was_training)
+    try:
+        with OperatorMode(recorder.record), torch.no_grad():
+            result = run_on_meta(net.eval(), input_size)
+            if hasattr(net, "decode"):
+                cast("Any", net).decode(result, input_size[1:])
+    finally:
+        for module in training:
+            module.training = True
     return recorder.operations
 
 

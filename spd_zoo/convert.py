@@ -49,8 +49,8 @@ from spd_zoo.rewrite import (
 )
 from spd_zoo.spd import MaxPool2d, PhaseMix, SPDAvgPool2d, SPDConv2d, SPDMaxPool2d, SPDStdConv2d, adapt_image_channels
 from spd_zoo.trace import OperatorMode, copy_network, image_size, meta_copy
-from spd_zoo.weights import WeightsError, save_network
-from spd_zoo.weights.fit import filter_of, fit_image_channels, misfit, own_networks
+from spd_zoo.weights import save_network
+from spd_zoo.weights.fit import check_fit, filter_of, fit_image_channels, own_networks
 from spd_zoo.weights.load import load_network
 
 __all__ = [
@@ -169,7 +169,8 @@ def convert_to_spd(
         The network, with an `SPDReport` in its attribute `spd_report`.
 
     Raises:
-        ValueError: If the size of the images is unknown, or a pattern in `include` names nothing that downsamples.
+        ValueError: If the size of the images is unknown, the network cannot compute `example_input`, or a pattern in
+            `include` names nothing that downsamples.
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation;
             `model` is then unchanged.
     """
@@ -571,14 +572,7 @@ def spd_converted(
             conv, weight = net.get_submodule(name), state_dict.get(f"{name}.weight")
             if isinstance(conv, SPDConv2d) and weight is not None:
                 state_dict[f"{name}.weight"] = adapt_image_channels(weight, conv.in_channels, conv.cell)
-        cfg = net.pretrained_cfg
-        same_classes = net.num_classes == cfg["num_classes"] and not kwargs.get("features_only", False)
-        problem = misfit(state_dict, net, with_classifier=same_classes)
-        if problem:
-            raise WeightsError(
-                f"{cfg.get('file') or 'the checkpoint'} does not fit the converted {base}: {problem}. What to do: "
-                "convert the network again, and save it with the arguments that it was created with"
-            )
+        check_fit(state_dict, net, f"the converted {base}", kwargs.get("features_only", False))
         return state_dict
 
     feature_cfg: dict[str, Any] = {}

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -15,19 +17,18 @@ import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
 import spd_zoo
 from spd_zoo.boxes import class_nms
-from spd_zoo.complexity import count_params
-from spd_zoo.convert import ConversionError
 from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import channel_mode, per_channel, size_text
-from spd_zoo.files import is_folder, whole
+from spd_zoo.files import exists, is_folder, whole
 from spd_zoo.fold import fold_spd
 from spd_zoo.inference.classifier import Classifier, check_classifier
 from spd_zoo.inference.detector import GREY, Detector, trained_on_tiles
@@ -40,6 +41,8 @@ from spd_zoo.inference.exported import (
 )
 from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.rewrite import ConversionError, max_difference
+from spd_zoo.trace import copy_network
 from spd_zoo.training.evaluate import Evaluation, evaluate
 from spd_zoo.weights.load import class_synonyms, is_network, load_network
 
@@ -84,10 +87,11 @@ def export(
     is loaded.
 
     Args:
-        model: A network, or one with pretrained weights by its name, with or without a tag, `local-dir:FOLDER`, or the
-            folder of a run.
+        model: A network, which stays as it is, or one with pretrained weights by its name, with or without a tag,
+            `local-dir:FOLDER`, or the folder of a run.
         to: "onnx" or "pt2".
-        out: The file; by default `model.onnx` or `model.pt2` in the run's folder, or one named after the network.
+        out: The file; by default `model.onnx` or `model.pt2` in the run's folder, or one named after the network. An
+            existing file is replaced only if it is an exported network.
         image_size: Height and width in pixels, or one number for both; by default the network's own input size.
         fold: Write the network folded by `fold_spd`, which has the same outputs with fewer and plainer operators.
         notes: Receives the assumptions that were made; the file's metadata contain them, too.
@@ -100,18 +104,20 @@ def export(
         The file.
 
     Raises:
-        ExportError: If the network cannot be exported, or its file computes something else.
+        ExportError: If the network cannot be exported, its file computes something else, or `out` must not be replaced.
         ModelError: If there is no such network, or it cannot be used.
     """
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
-    net: Any
-    if isinstance(model, nn.Module):
-        name, net = str(vars(model)["pretrained_cfg"]["architecture"]), model.eval()
-    else:
-        name = os.fspath(model)
-        net = load_network(name, "cpu")
-    net = net.to(memory_format=torch.contiguous_format)
+    name = str(vars(model)["pretrained_cfg"]["architecture"]) if isinstance(model, nn.Module) else os.fspath(model)
+    path = _place(name, out, f".{to}")
+    net: Any = copy_network(model).eval() if isinstance(model, nn.Module) else load_network(name, "cpu")
+    if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
+        raise ExportError(f'{name} has no weights to export, because it is on the "meta" device; create it on the CPU')
+    notes = notes if notes is not None else Notes()
+    if others := {str(parameter.dtype) for parameter in net.parameters()} - {"torch.float32"}:
+        notes.add(f"{name} has weights of {' and '.join(sorted(others))}: the file computes in torch.float32")
+    net = net.float().to(memory_format=torch.contiguous_format)
     if isinstance(net, DetectionNet):
         iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
         if not (0 <= score_threshold <= 1 and 0 <= iou_threshold <= 1 and max_detections >= 1):
@@ -121,17 +127,15 @@ def export(
         if raw or (score_threshold, iou_threshold, max_detections) != (0.25, None, 300):
             raise ExportError(f"{name} is a classifier; thresholds and raw predictions are for detectors")
     channel_mode(net.in_chans, name)
-    own = resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][1:]
+    own = get_model_input_config(net)["input_size"][1:]
     size: tuple[int, int] = to_2tuple(image_size or tuple(own))
     if image_size and hasattr(net, "set_input_size"):
         net.set_input_size(size)
     classes = network_classes(net.pretrained_cfg, net.num_classes)
-    notes = notes if notes is not None else Notes()
     if not classes.named:
         last = len(classes.names) - 1
         notes.add(f"{name} does not name its classes: the file calls them by their numbers, 0 to {last}")
-    path = _place(name, out, f".{to}")
-    with whole(path) as temporary:
+    with _new_file(path) as temporary:
         form = _folded(net, size, name) if fold else net
         part: _Part
         if not isinstance(net, DetectionNet):
@@ -163,8 +167,22 @@ def _place(name: str, out: str | Path | None, suffix: str) -> Path:
     folder = Path(name) if not is_network(name) and is_folder(name) else None  # of a run
     file = f"{name.replace('/', '_').replace(':', '_')}{suffix}" if folder is None else f"model{suffix}"
     path = Path(out) if out is not None else (folder or Path()) / file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_folder(path):
+        raise ExportError(f"{path} is a folder; give the name of a file, such as {path / file}")
+    if exists(path) and not _EARLIER.search(path.read_bytes()):
+        raise ExportError(f"{path} exists already and is no exported network; remove it, or give another file")
     return path
+
+
+_EARLIER = re.compile(rb"made_by.{2,6}spd-zoo ", re.DOTALL)  # in the metadata of every file that `export` wrote
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """Like `whole`, but makes the folders of `path` once the file is complete."""
+    with whole(path, within=next(folder for folder in path.parents if folder.exists())) as temporary:
+        yield temporary
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 class _Part(nn.Module):
@@ -199,22 +217,16 @@ class _Part(nn.Module):
         for images in _noise(net, size, self.multiple):
             with torch.inference_mode():
                 expected = net(images)
-                expected = (expected,) if isinstance(expected, Tensor) else tuple(expected)
+                expected = [expected] if isinstance(expected, Tensor) else list(expected)
                 found = compute(images, 0.0)
-            same = [a.shape for a in found] == [a.shape for a in expected]
-            pairs = list(zip(found, expected, strict=False))
-            worst = max(_worst(*pair) for pair in pairs) if same else math.inf
-            if not worst <= TOLERANCE:
+            if any(tensor.isnan().any() for tensor in expected):
+                raise ExportError("the network computes NaN for noise, so its file cannot be checked; train it again")
+            worst = max_difference(list(found), expected)
+            if worst > TOLERANCE:
                 what = "logits" if self.outputs == ("logits",) else "raw predictions"
                 raise ExportError(
                     f"the exported network computes something else: {what} differ by {worst:.2g} of their std"
                 )
-
-
-def _worst(found: Tensor, expected: Tensor) -> float:
-    """The largest difference in standard deviations; infinite if it is no number."""
-    worst = ((found - expected).abs().max() / expected.std()).item()
-    return math.inf if math.isnan(worst) else worst
 
 
 def _noise(net: Any, size: tuple[int, int], multiple: int) -> Iterator[Tensor]:
@@ -405,7 +417,7 @@ def _metadata(net: Any, size: tuple[int, int], part: _Part) -> dict[str, str]:
     described = _boxes_metadata(net, size, part) if isinstance(net, DetectionNet) else _crop_metadata(net, size, config)
     return {
         "architecture": str(net.pretrained_cfg["architecture"]),
-        "parameters": str(count_params(net)),
+        "parameters": str(sum(parameter.numel() for parameter in net.parameters())),  # also frozen ones
         "channels": str(net.in_chans),
         "image_size": size_text(size),
         "mean": json.dumps(per_channel(config["mean"], net.in_chans)),
@@ -599,7 +611,7 @@ def export_int8(
     measure = partial(
         evaluate, data=data, workers=workers, image_column=image_column, label_column=label_column, run=model
     )
-    with tempfile.TemporaryDirectory() as folder, whole(path) as temporary:
+    with tempfile.TemporaryDirectory() as folder, _new_file(path) as temporary:
         plain = export(model, "onnx", Path(folder) / "float32.onnx", notes=notes, **options)
         before = measure(str(plain))[0]
         quantize(plain, temporary, _calibration(str(plain), data, image_column, label_column, notes))

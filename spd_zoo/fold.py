@@ -115,8 +115,8 @@ def fold_spd(model: nn.Module, example_input: Tensor | None = None) -> nn.Module
         The copy, in evaluation mode, with a `FoldReport` in its attribute `fold_report`.
 
     Raises:
-        ValueError: If the size of the images is unknown, if the network's weights are on the "meta" device, or if a
-            copy of it cannot run on that device.
+        ValueError: If the size of the images is unknown, if the network cannot compute `example_input`, if its weights
+            are on the "meta" device, or if a copy of it cannot run on that device.
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation, or if
             the network's code needs attributes of a layer that is folded away.
     """

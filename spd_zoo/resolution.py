@@ -15,16 +15,17 @@ import timm
 import torch
 from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, to_2tuple
 from timm.layers.pool2d_same import MaxPool2dSame
-from timm.models import build_model_with_cfg
-from timm.models._input import update_model_args
+from timm.models import build_model_with_cfg, get_model_traits
+from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from spd_zoo.errors import first_line
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.models._registry import register_unlisted_model
+from spd_zoo.rewrite import move_hooks
 from spd_zoo.spd import MaxPool2d, PhaseMix, SPDConv2d, SPDMaxPool2d
 from spd_zoo.trace import OperatorMode, TraceError, copy_network, image_size, meta_copy, run_on_meta
-from spd_zoo.weights.fit import filter_of
+from spd_zoo.weights.fit import check_fit, filter_of, fit_image_channels
 
 __all__ = ["keep_resolution"]
 
@@ -236,7 +237,7 @@ def _apply(net: nn.Module, name: str, planned: nn.Module) -> None:
         return
     for key, parameter in layer.named_parameters(recurse=False):
         setattr(planned, key, parameter)
-    planned._forward_hooks, planned._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
+    move_hooks(layer, planned)
     net.set_submodule(name, planned.train(layer.training))
 
 
@@ -249,6 +250,8 @@ def _describe(net: Any, sizes: list[tuple[int, int, int]]) -> None:
     cfg: dict[str, Any] | None = getattr(net, "pretrained_cfg", None)
     if not cfg:
         return
+    if get_model_traits(net).get("img_size"):  # the network was made for one size, which timm records apart from cfg
+        update_model_input_size(net, sizes[-1][1:])
     others = {key: cfg[key] for key in ("test_input_size", "min_input_size") if cfg.get(key)}
     halved = {key: (size[0], *(-(-side // 2**steps) for side in size[1:])) for key, size in others.items()}
     cfg = cfg | halved | {"input_size": sizes[-1]}
@@ -285,7 +288,8 @@ def resolution_kept(
         The network.
 
     Raises:
-        ValueError: If `network` is empty.
+        ValueError: If `network` is empty, or cannot be made for an `img_size` in the config.
+        WeightsError: If the weights are not those of the network that the config describes.
     """
     if not network:
         raise ValueError(
@@ -295,24 +299,40 @@ def resolution_kept(
     like: Any = timm.create_model(network, device="meta")
 
     def create(**kwargs: Any) -> nn.Module:
-        net = timm.create_model(network, **kwargs)
+        img_size = kwargs.get("img_size")  # of a network made for one size: that of the images after all steps
+        if img_size is not None and sizes:
+            kwargs["img_size"] = tuple(sizes[0][1:])
+        net: Any = timm.create_model(network, **kwargs)
         if not sizes:
             return keep_resolution(net, steps, inplace=True)
         for channels, *size in sizes:
             images = torch.empty(1, kwargs.get("in_chans", channels), *size, device="meta")
             net = keep_resolution(net, inplace=True, example_input=images)
+        if img_size is not None and to_2tuple(img_size) != image_size(net, None)[1:]:
+            if not hasattr(net, "set_input_size"):
+                raise ValueError(
+                    f"{network} cannot be changed to img_size={img_size}; create it with another size, and call "
+                    "spd_zoo.keep_resolution again"
+                )
+            net.set_input_size(img_size)
         return net
 
     feature_cfg: dict[str, Any] = {}
     if kwargs.get("features_only"):
         feature_cfg["out_indices"] = tuple(range(len(like.feature_info)))
         feature_cfg["feature_cls"] = "getter" if hasattr(like, "forward_intermediates") else "fx"
+
+    def fitting(state_dict: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+        state_dict = fit_image_channels(filter_of(like)(state_dict, net), net)
+        check_fit(state_dict, net, f"{network} after keep_resolution", kwargs.get("features_only", False))
+        return state_dict
+
     return build_model_with_cfg(
         create,
         resolution_kept.__name__,
         pretrained,
         pretrained_cfg=pretrained_cfg or like.pretrained_cfg | {"architecture": resolution_kept.__name__},
-        pretrained_filter_fn=filter_of(like),
+        pretrained_filter_fn=fitting,
         feature_cfg=feature_cfg,
         **kwargs,
     )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from spd_zoo.errors import first_line
+from spd_zoo.process import ran_out_of_memory
 from spd_zoo.trace import copy_network
 
 __all__ = [
@@ -235,9 +237,18 @@ def expected_outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
         Copies of the tensors.
 
     Raises:
-        ValueError: If there are none, or one has NaN.
+        ValueError: If the network cannot compute the images, there are no outputs, or one has NaN.
     """
-    outputs = outputs_of(net, images)
+    try:
+        outputs = outputs_of(net, images)
+    except RuntimeError as error:  # torch's, for other channels, another type or another device than the weights'
+        if ran_out_of_memory(error):
+            raise
+        given = f"{images.dtype} {list(images.shape)} on {images.device}"
+        raise ValueError(
+            f"{type(net).__name__} cannot compute example_input, {given}: {first_line(error)}. Give preprocessed "
+            "images as the network takes them"
+        ) from error
     if any(tensor.isnan().any() for tensor in outputs):
         raise ValueError("the network returns NaN for example_input, so nothing can be compared; give other images")
     return outputs

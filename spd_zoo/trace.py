@@ -55,6 +55,10 @@ def image_size(net: nn.Module, example_input: Tensor | None) -> tuple[int, int, 
             raise ValueError(
                 f"example_input must be a batch of images (N, C, H, W), got shape {list(example_input.shape)}"
             )
+        if 0 in example_input.shape:
+            raise ValueError(
+                f"example_input holds no images, its shape is {list(example_input.shape)}; give at least one"
+            )
         channels, height, width = example_input.shape[1:]
         return channels, height, width
     if not getattr(net, "pretrained_cfg", None):

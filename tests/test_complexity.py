@@ -1,6 +1,7 @@
 """Complexity of networks: the manifest has the measured numbers, which agree with recorded ones."""
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from spd_zoo.complexity import (
     fvcore,
     trace,
 )
+from spd_zoo.trace import TraceError
 from spd_zoo.weights import entries
 
 
@@ -148,6 +150,14 @@ def test_frozen_parameters_are_not_counted() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1, bias=False))
     net[0].requires_grad_(False)
     assert count_params(net) == 20
+
+
+@pytest.mark.parametrize("channels", [3, 4], ids=["runs", "fails"])
+def test_counting_leaves_every_module_in_its_mode(channels: int) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4).eval()).to("meta")
+    with nullcontext() if channels == 3 else pytest.raises(TraceError):
+        trace(net, (channels, 8, 8))
+    assert [module.training for module in net.modules()] == [True, True, False]
 
 
 def test_counting_needs_the_meta_device() -> None:

@@ -382,6 +382,36 @@ def test_a_network_of_unknown_image_size_needs_an_example() -> None:
         convert_to_spd(nn.Conv2d(3, 4, 3, 2), example_input=images(3, 8, 8))
 
 
+@pytest.mark.parametrize("function", [convert_to_spd, fold_spd])
+@pytest.mark.parametrize(
+    ("example", "why"),
+    [
+        (torch.zeros(0, 3, 8, 8), r"example_input holds no images, its shape is \[0, 3, 8, 8\]; give at least one"),
+        (
+            torch.zeros(1, 1, 8, 8),
+            r"Conv2d cannot compute example_input, torch.float32 \[1, 1, 8, 8\] on cpu: .*channels",
+        ),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"cannot compute example_input, torch.uint8 .*Give preprocessed"),
+    ],
+    ids=["empty", "channels", "uint8"],
+)
+def test_an_example_that_the_network_cannot_compute_is_refused(
+    function: Callable[..., nn.Module], example: Tensor, why: str
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        function(nn.Conv2d(3, 4, 3, 2), example_input=example)
+
+
+def test_missing_memory_for_the_example_stays_an_error_of_memory() -> None:
+    def fail(module: nn.Module, args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    net = nn.Conv2d(3, 4, 3, 2)
+    net.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        convert_to_spd(net, example_input=images(1, 3, 8, 8))
+
+
 class Branches(nn.Module):
     """Computes something else if its layer has another class."""
 

@@ -94,6 +94,79 @@ def test_a_file_has_strided_convolutions_unless_asked_otherwise(fold: bool, tmp_
     torch.testing.assert_close(program.module()(images), expected(tmp_path / "spd", images), rtol=1e-4, atol=1e-4)
 
 
+def written(net: Any, example: Any, metadata: Any, file: Path) -> Any:
+    """Takes the place of a format, to test what `export` does around it."""
+    file.write_text(json.dumps(metadata))
+    return lambda images, score: (net(images),)
+
+
+@pytest.mark.slow
+def test_the_network_that_is_exported_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net: Any = timm.create_model("cifar_ghostnet_effdown").to(memory_format=torch.channels_last)
+    before = dict(net.named_parameters())
+    export(net, "pt2", tmp_path / "net.pt2", image_size=64, fold=False)
+    assert all(parameter is before[name] for name, parameter in net.named_parameters())
+    assert all(module.training for module in net.modules())
+    assert net.stem[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+def test_a_network_is_exported_at_the_size_that_it_was_created_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net = timm.create_model("cifar_ghostnet_effdown", num_classes=3, img_size=64)
+    file = export(net, "pt2", tmp_path / "net.pt2", fold=False)
+    assert json.loads(file.read_text())["image_size"] == "64"
+
+
+@pytest.mark.parametrize("bias", [None, 0.0, 0.3])
+def test_a_network_with_one_output_or_constant_ones_is_exported(
+    bias: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net: Any = timm.create_model("cifar_resnet20", num_classes=1 if bias is None else 3)
+    if bias is not None:
+        torch.nn.init.zeros_(net.head.fc.weight)
+        torch.nn.init.constant_(net.head.fc.bias, bias)
+    assert export(net, "pt2", tmp_path / "net.pt2", fold=False).is_file()
+
+
+def test_a_network_that_computes_nan_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net: Any = timm.create_model("cifar_resnet20")
+    torch.nn.init.constant_(net.head.fc.bias, math.nan)
+    with pytest.raises(ExportError, match="computes NaN for noise, so its file cannot be checked"):
+        export(net, "pt2", tmp_path / "net.pt2", fold=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_another_precision_are_exported_in_float32_with_a_note(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net = timm.create_model("cifar_resnet20").to(dtype)
+    file = export(net, "pt2", tmp_path / "net.pt2", fold=False)
+    note = f"cifar_resnet20 has weights of {dtype}: the file computes in torch.float32"
+    assert note in json.loads(json.loads(file.read_text())["notes"])
+    assert {parameter.dtype for parameter in net.parameters()} == {dtype}
+
+
+def test_a_network_without_weights_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match='cifar_resnet20 has no weights to export, because it is on the "meta" device'
+    ):
+        export(timm.create_model("cifar_resnet20", device="meta"), "pt2", tmp_path / "net.pt2")
+
+
+def test_frozen_parameters_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    net = timm.create_model("cifar_resnet20").requires_grad_(False)
+    file = export(net, "pt2", tmp_path / "net.pt2", fold=False)
+    assert json.loads(file.read_text())["parameters"] == "278330"
+
+
 def test_a_file_with_other_outputs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(net: Any, *arguments: Any) -> Any:
         arguments[-1].write_text("a file")
@@ -168,6 +241,38 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_only_an_earlier_export_is_replaced(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporting.FORMATS, "pt2", written)
+    precious = tmp_path / "net.pt2"
+    precious.write_text("something else")
+    with pytest.raises(ExportError, match=r"net\.pt2 exists already and is no exported network; remove it, or give"):
+        export(str(run), "pt2", precious, fold=False)
+    with pytest.raises(ExportError, match=r"is a folder; give the name of a file, such as .*model\.pt2"):
+        export(str(run), "pt2", tmp_path, fold=False)
+    assert precious.read_text() == "something else"
+    for _ in range(2):
+        assert export(str(run), "pt2", tmp_path / "other.pt2", fold=False).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_an_exported_file_may_be_written_again(run: Path, tmp_path: Path, to: str) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
+    for _ in range(2):
+        assert export(str(run), to, tmp_path / f"net.{to}").is_file()
+
+
+def test_a_failed_export_makes_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(net: Any, example: Any, metadata: Any, file: Path) -> Any:
+        raise ExportError("failed")
+
+    monkeypatch.setitem(exporting.FORMATS, "pt2", fail)
+    with pytest.raises(ExportError, match="failed"):
+        export(str(run), "pt2", tmp_path / "new" / "net.pt2", fold=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_format_is_refused(run: Path) -> None:

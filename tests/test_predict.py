@@ -161,6 +161,19 @@ def test_a_network_made_for_other_channels_reads_images_with_its_own() -> None:
         Classifier(timm.create_model("cifar_resnet20", in_chans=4))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_ghostnet_effdown", "test_vit"])
+def test_a_network_reads_images_at_the_size_that_it_was_created_with_or_set_to(name: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    created = timm.create_model(name, num_classes=3, img_size=64)
+    changed: Any = timm.create_model(name, num_classes=3)
+    changed.set_input_size(64)
+    for net in (created, changed):
+        classifier = Classifier(net, device="cpu")
+        assert classifier.image_size == (64, 64)
+        assert len(classifier(image).probabilities) == 3
+
+
 def test_networks_that_cannot_classify_are_refused() -> None:
     with pytest.raises(ModelError, match=r"spd_zoo\.Detector"):
         Classifier(timm.create_model("yolov8n_spd"))

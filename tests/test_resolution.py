@@ -10,12 +10,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from networks import noise, random_network
-from timm.layers import LayerNorm2d
+from safetensors.torch import load_file, save_file
+from timm.layers import Conv2dSame, LayerNorm2d
 from torch import Tensor, nn
 
 from spd_zoo import convert_to_spd, keep_resolution
 from spd_zoo.spd import SPDConv2d
-from spd_zoo.weights import save_network
+from spd_zoo.trace import image_size
+from spd_zoo.weights import WeightsError, save_network
 
 STEMS = {  # network -> what its first downsampling is
     "resnet18": "a 7x7 convolution, then max-pooling",
@@ -122,6 +124,24 @@ def test_every_convolution_and_pooling_keeps_the_size_of_its_map(layer: Any, sma
     assert kept[0].stride in (small, (small, small))
 
 
+def test_a_layer_that_is_replaced_keeps_its_hooks() -> None:
+    net = Plain(nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 2, 3, 2, 1))
+    calls: list[str] = []
+    handles = [
+        net[0].register_forward_pre_hook(lambda module, args, kwargs: calls.append("before"), with_kwargs=True),
+        net[0].register_forward_hook(lambda module, args, kwargs, output: calls.append("after"), with_kwargs=True),
+    ]
+    kept: Any = keep_resolution(net, inplace=True, example_input=noise(1, 3, 32, 32))
+    assert type(kept[0]) is Conv2dSame
+    calls.clear()
+    kept(noise(1, 3, 16, 16))
+    assert calls == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    kept(noise(1, 3, 16, 16))
+    assert calls == ["before", "after"]
+
+
 class Sliced(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -193,6 +213,71 @@ def test_a_saved_network_keeps_the_size_that_it_was_changed_for(tmp_path: Path) 
     with torch.inference_mode():
         assert torch.equal(again(x), kept(x))
     assert size_of(again) == (3, 114, 114)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_parc_mobilenetv2", "cifar_ghostnet_effdown"])
+def test_a_network_made_for_one_size_is_then_made_for_the_smaller_one(name: str, tmp_path: Path) -> None:
+    kept: Any = keep_resolution(random_network(name, num_classes=3))
+    assert image_size(kept, None) == size_of(kept) == (3, 16, 16)
+    for saved in (kept, convert_to_spd(kept)):
+        save_network(saved, tmp_path)
+        again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        x = noise(2, 3, 16, 16)
+        with torch.inference_mode():
+            assert torch.equal(again(x), saved(x))
+        assert image_size(again, None) == size_of(again) == (3, 16, 16)
+
+
+@pytest.mark.slow
+def test_a_network_made_for_one_size_can_be_halved_again_or_made_for_another_size(tmp_path: Path) -> None:
+    kept: Any = keep_resolution(random_network("cifar_parc_mobilenetv2", num_classes=3))
+    changed: Any = copy.deepcopy(kept)
+    changed.set_input_size(24)
+    for net, side in ((keep_resolution(kept), 8), (changed, 24)):
+        save_network(net, tmp_path)
+        again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert image_size(again, None) == size_of(again) == (3, side, side)
+        x = noise(2, 3, side, side)
+        with torch.inference_mode():
+            assert torch.equal(again(x), net(x))
+
+
+@pytest.mark.slow
+def test_a_network_that_cannot_be_made_for_another_size_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("timm.models.maxxvit.MaxxVit.set_input_size")
+    save_network(keep_resolution(random_network("test_coatnet", num_classes=3)), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"test_coatnet cannot be changed to img_size=\(96, 96\); create it with another"
+    ):
+        timm.create_model(f"local-dir:{tmp_path}", img_size=(96, 96))
+
+
+@pytest.mark.slow
+def test_a_saved_network_is_adapted_to_other_image_channels_as_its_original(tmp_path: Path) -> None:
+    net: Any = random_network("cifar_resnet20", num_classes=3)
+    save_network(net, tmp_path / "original")
+    save_network(keep_resolution(net), tmp_path / "kept")
+    original, kept = (
+        timm.create_model(f"local-dir:{tmp_path / folder}", pretrained=True, in_chans=1).eval()
+        for folder in ("original", "kept")
+    )
+    x = noise(2, 1, *(side // 2 for side in size_of(net)[1:]))
+    with torch.inference_mode():
+        assert torch.equal(kept(x), keep_resolution(original)(x))
+
+
+@pytest.mark.slow
+def test_damaged_weights_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    save_network(keep_resolution(random_network("test_resnet", num_classes=3)), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"conv1.0.weight": noise(2, 3, 3, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"does not fit test_resnet after keep_resolution: conv1\.0\.weight has shape"
+    ):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
 def test_a_config_that_only_counts_steps_is_read(tmp_path: Path) -> None:

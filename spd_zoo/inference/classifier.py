@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from spd_zoo.data.classes import network_classes, renamed
@@ -220,10 +221,10 @@ class Classifier:
         self.batch_size = batch_size
         cfg = pretrained_cfg(self.net)
         self.names = tuple(renamed(network_classes(cfg, self.net.num_classes), class_map or {}))
-        config = resolve_data_config(pretrained_cfg=cfg)
-        self.image_size: tuple[int, int] = (config["input_size"][1], config["input_size"][2])
-        # timm's config has the channels of the weights, whatever the network was created with
-        channels = getattr(self.net, "in_chans", config["input_size"][0])
+        # timm's config has the channels and the size of the weights, whatever the network was created with
+        channels, height, width = get_model_input_config(self.net)["input_size"]
+        config = resolve_data_config({"input_size": (channels, height, width)}, pretrained_cfg=cfg)
+        self.image_size: tuple[int, int] = (height, width)
         mode = channel_mode(channels, self.name)
         config |= {name: per_channel(config[name], channels) for name in ("mean", "std")}
         never_larger = config["crop_mode"] in ("border", "squash")  # the resized image is never larger than the input

@@ -75,7 +75,7 @@ class Exported(nn.Module):
         pretrained_cfg: timm's configuration of the network it was exported from.
         num_classes: Number of classes.
         in_chans: Image channels.
-        param_count: Trainable parameters of the network.
+        param_count: Parameters of the network.
         fixed_size: The only height and width of its input; None if they are free.
     """
 

@@ -21,6 +21,7 @@ __all__ = [
     "backbone_only",
     "cfg_of",
     "check_finite",
+    "check_fit",
     "checked_tensors",
     "facts",
     "filter_of",
@@ -245,17 +246,41 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
     other = () if with_classifier else tuple(f"{name}." for name in classifiers(model))
     expected = {key: list(tensor.shape) for key, tensor in own.items() if not key.startswith(other)}
     found = {key: list(tensor.shape) for key, tensor in state_dict.items() if not key.startswith(other)}
-    adapted = f"{get_model_traits(model).get('first_conv')}.weight"  # timm adapts it to the image channels
+    first_convs = get_model_traits(model).get("first_conv") or ()
+    names = (first_convs,) if isinstance(first_convs, str) else first_convs
+    adapted = {f"{name}.weight" for name in names}  # timm adapts them to the image channels
     for key, shape in expected.items():
         if key not in found:
             missing = len(expected.keys() - found.keys())
             return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
-        if found[key] != shape and not (key == adapted and found[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
+        if found[key] != shape and not (key in adapted and found[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
             return f"{key} has shape {found[key]}, the network's has {shape}"
         if state_dict[key].dtype not in (_FLOATS if own[key].is_floating_point() else _FLOATS | _OTHERS):
             return f"{key} holds {state_dict[key].dtype}, the network's {own[key].dtype}"
     surplus = [key for key in found if key not in expected]
     return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
+
+
+def check_fit(state_dict: StateDict, model: nn.Module, words: str, features_only: bool) -> None:
+    """Checks that the weights in a saved folder fit the network that its config describes.
+
+    Args:
+        state_dict: The tensors under the network's own keys.
+        model: The network.
+        words: What it is called in the error.
+        features_only: Whether the network is created without its classifier.
+
+    Raises:
+        WeightsError: If they do not; the classifier may differ if the network has another number of classes.
+    """
+    cfg = cfg_of(model)
+    same_classes = cast("Any", model).num_classes == cfg["num_classes"] and not features_only
+    problem = misfit(state_dict, model, with_classifier=same_classes)
+    if problem:
+        raise WeightsError(
+            f"{cfg.get('file') or 'the checkpoint'} does not fit {words}: {problem}. What to do: make the network "
+            "again, and save it with the arguments that it was created with"
+        )
 
 
 def which_fits(state_dict: StateDict, other_than: str) -> str:
