@@ -22,7 +22,8 @@ from spd_zoo.cli.main import main
 from spd_zoo.data.reading import read_image
 from spd_zoo.inference.detector import Placement, postprocess, prepare
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.weights.load import ModelError
+from spd_zoo.weights import save_network
+from spd_zoo.weights.load import ModelError, load_network
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
@@ -382,6 +383,33 @@ def test_a_size_that_the_network_does_not_take_is_refused() -> None:
         Detector(timm.create_model("yolov8n_spd", num_classes=1), image_size=60)(picture((30, 30)))
 
 
+def broken_network(run: str) -> nn.Module:
+    net = load_network(run, "cpu")
+    with torch.no_grad():
+        next(net.parameters())[0] = torch.nan
+    return net
+
+
+def test_a_network_that_computes_nan_is_an_error(run: str) -> None:
+    message = r"YOLOv8 computes numbers that are not finite in torch\.float32: its weights are damaged, or need a wider"
+    with pytest.raises(ModelError, match=message):
+        Detector(broken_network(run))(picture((60, 40)))
+
+
+@pytest.mark.slow
+def test_a_network_that_computes_nan_is_one_error_for_all_images(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_network(broken_network(run), tmp_path / "broken")
+    for name in ("a.png", "b.png"):
+        picture((60, 40)).save(tmp_path / name)
+    broken, images = str(tmp_path / "broken"), (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    for options in ((), ("--out", str(tmp_path / "marked")), ("--results", str(tmp_path / "found.csv"))):
+        status, out, err = run_command(capsys, broken, *images, *options)
+        assert status == 1 and out == "" and err.count("\n") == 1 and "broken computes numbers that are not" in err
+    assert not (tmp_path / "marked").exists() and not (tmp_path / "found.csv").exists()
+
+
 def test_a_classifier_is_refused_with_the_command_for_it() -> None:
     with pytest.raises(ModelError, match="spd-zoo predict"):
         Detector(timm.create_model("cifar_resnet20"))
@@ -415,6 +443,10 @@ def test_detections_are_indexed_and_iterated_like_a_sequence() -> None:
     assert found[-1].to_dict() == found.to_dict()[2:] == found[2:].to_dict()
     for mask in (found.labels == 0, np.array([True, False, True]), [True, False, True], [0, 2]):
         assert found[mask].to_dict() == [found.to_dict()[0], found.to_dict()[2]]
+    for one in (np.int64(1), np.array(1), torch.tensor(1), found.scores[1:].argmax() + 1):
+        assert found[one].to_dict() == found.to_dict()[1:2] and repr(found[one]) == "Detections(1 nucleus)"
+    assert found[torch.tensor([1])].to_dict() == found.to_dict()[1:2]
+    assert found[:1][torch.tensor([False])].to_dict() == []  # a mask, not the number 0
     assert list(found[:0]) == []
     with pytest.raises(IndexError):
         found[3]

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import shutil
@@ -170,6 +171,15 @@ def test_networks_that_cannot_classify_are_refused() -> None:
         Classifier(timm.create_model("cifar_resnet20", num_classes=0))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Classifier("cifar_resnet20", batch_size=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_computes_no_finite_numbers_is_an_error(value: float, net: Any) -> None:
+    broken = copy.deepcopy(net)
+    broken.head.fc.bias.data[1] = value
+    message = r"PyConvResNet computes numbers that are not finite in torch\.float32: its weights are damaged, or need a"
+    with pytest.raises(ModelError, match=message):
+        Classifier(broken)(np.zeros((48, 48, 3), np.uint8))
 
 
 def test_more_classes_than_there_are_give_all_of_them(saved: str, tmp_path: Path) -> None:

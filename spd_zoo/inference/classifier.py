@@ -19,7 +19,7 @@ from spd_zoo.data.reading import channel_mode, per_channel, read_image, size_tex
 from spd_zoo.errors import first_line
 from spd_zoo.inference.exported import load_model
 from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package
-from spd_zoo.inference.loop import Files, Task, batches, run
+from spd_zoo.inference.loop import Files, Task, batches, check_finite, run
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError, pretrained_cfg, task_by_name
@@ -253,6 +253,7 @@ class Classifier:
             A `Classification`; for a list, a folder or a pattern, a list of them.
 
         Raises:
+            ModelError: If the network computes numbers that are not finite.
             ValueError: If an image cannot be read or is none of these.
         """
         sources, several = listed(images, self.colour)
@@ -265,11 +266,15 @@ class Classifier:
 
     @torch.inference_mode()
     def compute(self, inputs: Tensor) -> list[Classification]:
-        """Preprocessed inputs (N, C, H, W) -> the probabilities for each."""
+        """Preprocessed inputs (N, C, H, W) -> the probabilities for each.
+
+        Raises:
+            ModelError: If the network computes numbers that are not finite.
+        """
         weight = next(self.net.parameters())  # its device and precision are those of the inputs
-        images = inputs.to(weight, memory_format=torch.channels_last)
-        probabilities = self.net(images).float().softmax(1).cpu()
-        return [Classification(each, self.names) for each in probabilities]
+        logits = self.net(inputs.to(weight, memory_format=torch.channels_last))
+        check_finite(logits, self.name)
+        return [Classification(each, self.names) for each in logits.float().softmax(1).cpu()]
 
     @property
     def task(self) -> Task[Classification]:
@@ -297,7 +302,7 @@ def predict(
 
     Raises:
         DataError: If `class_map` names a class that the network does not have.
-        ModelError: If there is no such network, or it cannot be used.
+        ModelError: If there is no such network, it cannot be used, or it computes numbers that are not finite.
         ValueError: If there is no such device.
         WeightsError: If its weights are unavailable or must not be used.
     """

@@ -2,13 +2,13 @@
 
 import itertools
 import math
+import operator
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -28,6 +28,7 @@ from spd_zoo.data.regions import Box, Regions, open_regions, reduced
 from spd_zoo.files import read_yaml
 from spd_zoo.inference.exported import ExportedDetector, load_model
 from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package, show
+from spd_zoo.inference.loop import check_finite
 from spd_zoo.inference.scores import read_scores
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
@@ -104,8 +105,8 @@ class Detections:
         return len(self.labels)
 
     def __getitem__(self, index: Any) -> "Detections":
-        if isinstance(index, int):
-            index = [index]
+        if hasattr(index, "__index__") and getattr(index, "ndim", 0) == 0:  # also a number of NumPy or torch
+            index = [operator.index(index)]
         return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index])
 
     def __iter__(self) -> Iterator["Detections"]:
@@ -501,6 +502,7 @@ class Detector:
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
+            ModelError: If the network computes numbers that are not finite.
             ValueError: If an image cannot be read or is none of these.
         """
         sources, several = listed(images, self.colour)
@@ -524,6 +526,7 @@ class Detector:
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
+            ModelError: If the network computes numbers that are not finite.
         """
         return self.find((i, *view) for i, image in enumerate(images) for view in self.views(image))
 
@@ -538,9 +541,10 @@ class Detector:
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
+            ModelError: If the network computes numbers that are not finite.
         """
         found = []
-        for _, of_image in itertools.groupby(self._compute(views), itemgetter(0)):
+        for _, of_image in itertools.groupby(self._compute(views), operator.itemgetter(0)):
             _, placements, detections = zip(*of_image, strict=True)
             merged = merge_views(detections, placements, self.iou_threshold, self.agnostic)
             limited = any(each.limited for each in detections) or len(merged) > self.max_detections
@@ -570,6 +574,7 @@ class Detector:
             numbers, inputs, placements = zip(*batch, strict=True)
             with torch.inference_mode():
                 raw = self.net(torch.stack(inputs).to(weight, memory_format=torch.channels_last))
+            check_finite(raw, self.name)
             options = (self.thresholds, self.iou_threshold, None if self.tile else self.max_detections, self.agnostic)
             found = postprocess(self.net, raw, placements, self.image_size, *options)
             named = [replace(each, class_names=self.class_names) for each in found]
