@@ -41,7 +41,7 @@ from spd_zoo.inference.exported import (
 from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.training.evaluate import Evaluation, evaluate
-from spd_zoo.weights.load import class_synonyms, is_network, load_network
+from spd_zoo.weights.load import class_synonyms, is_network, load_network, pretrained_cfg
 
 __all__ = ["FORMATS", "ExportError", "export", "export_int8", "quantize"]
 
@@ -107,7 +107,7 @@ def export(
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
     net: Any
     if isinstance(model, nn.Module):
-        name, net = str(vars(model)["pretrained_cfg"]["architecture"]), model.eval()
+        name, net = str(pretrained_cfg(model)["architecture"]), model.eval()
     else:
         name = os.fspath(model)
         net = load_network(name, "cpu")

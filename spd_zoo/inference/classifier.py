@@ -336,13 +336,10 @@ def check_classifier(net: nn.Module, model: str) -> None:
     """Checks that a network, called `model` in the message, is a classifier.
 
     Raises:
-        ModelError: If it is a detector or has no classes.
+        ModelError: If it is a detector, none of timm's networks, or has no classes.
     """
     if isinstance(net, ObjectFinder):
         raise _no_classifier(model)
-    if not hasattr(net, "pretrained_cfg"):
-        raise ModelError(
-            f"{model} has no pretrained_cfg, which says how its images are prepared; use one of timm's networks"
-        )
+    pretrained_cfg(net)  # an error now, if it has none
     if not getattr(net, "num_classes", 0):
         raise ModelError(f"{model} has no classifier, only features")
