@@ -19,6 +19,7 @@ from PIL import Image
 from shared_data import shared
 from timm.layers import DropPath
 from timm.models import group_parameters, save_for_hf
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -631,6 +632,20 @@ def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> N
         assert len(groups) == count
         assert [key for group in groups for key in group] == names
         assert {key.partition(".")[0] for key in groups[-1]} == {"head"}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("cifar_resnet20", 0), ("cifar_ghostnet_effdown", 2), ("cifar_parc_mobilenetv2", 6)]
+)
+def test_attention_biases_and_position_embeddings_are_not_decayed(name: str, count: int) -> None:
+    net: Any = timm.create_model(name, device="meta")
+    exempt = net.no_weight_decay()
+    assert len(exempt) == count
+    for key in dict(net.named_parameters()):
+        assert (key in exempt) == (key.rpartition(".")[2] in ("attention_biases", "pe")), key
+    optimizer: Any = create_optimizer_v2(net, "sgd", 0.1, 0.01)
+    decayed = {id(each) for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
+    assert decayed == {id(each) for key, each in net.named_parameters() if each.ndim > 1 and key not in exempt}
 
 
 @pytest.mark.parametrize("name", ALL)

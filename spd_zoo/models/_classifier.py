@@ -164,6 +164,11 @@ class Classifier(Backbone):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
     @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that timm's optimizers do not decay: attention biases and position embeddings."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".attention_biases", ".pe"))}
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc
