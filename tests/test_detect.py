@@ -20,7 +20,7 @@ from spd_zoo import Detections, Detector
 from spd_zoo.blocks import ImageSizeError
 from spd_zoo.cli.main import main
 from spd_zoo.data.reading import read_image
-from spd_zoo.inference.detector import Placement, postprocess, prepare
+from spd_zoo.inference.detector import Placement, merge_views, postprocess, prepare
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import save_network
 from spd_zoo.weights.load import ModelError, load_network
@@ -250,6 +250,15 @@ def test_parts_and_objects_of_different_classes_do_not_suppress_each_other() -> 
     image = picture((200, 100), red=(60, 20, 160, 80), green=(90, 40, 100, 50))
     found = found_in(Detector(Finder(), image_size=(100, 200), tile=100, overlap=0.2)(image))
     assert found == {"red": [60, 20, 160, 80], "green": [90, 40, 100, 50]}
+
+
+@pytest.mark.parametrize("iou_threshold", [0.9, 0.4])
+def test_objects_of_one_view_are_one_on_tiles_above_an_iou_of_a_half(iou_threshold: float) -> None:
+    boxes = torch.tensor([[10.0, 10, 30, 30], [10, 10, 30, 24], [60, 60, 70, 70], [60, 60, 70, 64.5]])
+    view = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.zeros(4, dtype=torch.long), ("cell",))
+    placements = [Placement((100, 100), (1.0, 1.0), corner=(left, 0)) for left in (0, 60)]
+    merged = merge_views([view, view[:0]], placements, iou_threshold)
+    assert merged.scores.tolist() == pytest.approx([0.9, 0.7, 0.6] if iou_threshold == 0.9 else [0.9, 0.7])
 
 
 @pytest.mark.parametrize("size", [(90, 40), (100, 100), (30, 100)])

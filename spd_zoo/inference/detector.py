@@ -32,7 +32,7 @@ from spd_zoo.inference.loop import check_finite
 from spd_zoo.inference.scores import read_scores
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, task_by_name
+from spd_zoo.weights.load import ModelError, pretrained_cfg, task_by_name
 
 __all__ = ["Detections", "Detector", "Placement", "postprocess", "prepare"]
 
@@ -323,7 +323,8 @@ class Detector:
 
     1. A box that ends at an inner side of its tile may be cut off. It is dropped if a box of the same class that is not
        cut off, from another view, covers at least half of it.
-    2. Duplicates of one class are removed by NMS at an IoU of 0.5 (or `iou_threshold`, if that is less).
+    2. Duplicates of one class, also those from one view, are removed by NMS at an IoU of 0.5 (or `iou_threshold`, if
+       that is less).
 
     With `agnostic` both rules compare boxes of all classes. `max_detections` counts merged boxes, not those of a tile.
 
@@ -337,7 +338,7 @@ class Detector:
         image_size: Height and width of the network's input, or one number for both; by default those of its weights.
         score_threshold: Minimum score. "auto": of each class the one with the best F1 on the validation images of the
             run, as `scores.json` in its folder says; of classes without such a score 0.25.
-        iou_threshold: IoU threshold of NMS; None: the authors' value.
+        iou_threshold: IoU threshold of NMS, for images in tiles no more than 0.5; None: the authors' value.
         max_detections: Maximum number of objects per image; by default 300, or the limit of an exported file.
             Where the default leaves objects out, a warning says so; `Detections.limited` always does.
         batch_size: Images or tiles per batch.
@@ -396,6 +397,7 @@ class Detector:
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
         net = model if isinstance(model, nn.Module) else _load(name, device)
         if not isinstance(net, ObjectFinder):
+            pretrained_cfg(net)  # an error that says more, if it has none
             raise _no_detector(name)
         if device is not None:
             net.to(pick_device(device))
