@@ -61,7 +61,7 @@ class Finder(DetectionNet):
     def get_classifier(self) -> nn.ModuleList:
         raise NotImplementedError
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def replace_classifier(self, num_classes: int) -> None:
         raise NotImplementedError
 
     def num_classes_of(self, outputs: int) -> int:
