@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
 import spd_zoo
+from spd_zoo.arguments import height_and_width
 from spd_zoo.boxes import class_nms
 from spd_zoo.complexity import count_params
 from spd_zoo.convert import ConversionError
@@ -102,6 +102,7 @@ def export(
     Raises:
         ExportError: If the network cannot be exported, or its file computes something else.
         ModelError: If there is no such network, or it cannot be used.
+        ValueError: If `image_size` is no size.
     """
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
@@ -122,8 +123,8 @@ def export(
             raise ExportError(f"{name} is a classifier; thresholds and raw predictions are for detectors")
     channel_mode(net.in_chans, name)
     own = resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][1:]
-    size: tuple[int, int] = to_2tuple(image_size or tuple(own))
-    if image_size and hasattr(net, "set_input_size"):
+    size: tuple[int, int] = height_and_width("image_size", own if image_size is None else image_size)
+    if image_size is not None and hasattr(net, "set_input_size"):
         net.set_input_size(size)
     classes = network_classes(net.pretrained_cfg, net.num_classes)
     notes = notes if notes is not None else Notes()

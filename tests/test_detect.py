@@ -19,6 +19,7 @@ from torchvision.ops import box_convert
 from spd_zoo import Detections, Detector
 from spd_zoo.blocks import ImageSizeError
 from spd_zoo.cli.main import main
+from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import read_image
 from spd_zoo.inference.detector import Placement, merge_views, postprocess, prepare
 from spd_zoo.models._detector import DetectionNet
@@ -380,11 +381,26 @@ def test_an_invalid_image_gives_one_clear_sentence(image: Any, words: str) -> No
         {"image_size": (64, -32)},
         {"overlap": 1.0},
         {"overlap": -0.1},
+        {"max_detections": 2.5},
+        {"batch_size": 2.5},
+        {"tile": 300.0},
+        {"image_size": 320.0},
+        {"image_size": "320"},
+        {"image_size": (3, 320, 320)},
     ],
 )
 def test_options_without_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(options))} must be"):
         Detector(Finder(), **options)
+
+
+@pytest.mark.parametrize("wrong", [True, 1.5, None], ids=str)
+def test_a_class_that_is_neither_a_name_nor_a_number_is_refused(wrong: Any) -> None:
+    with pytest.raises(DataError, match=f"a class must be a name or a whole number, got {wrong}"):
+        Detector(Finder(), classes=[wrong])
+    with pytest.raises(DataError, match=f"a class must be a name or a whole number, got {wrong}"):
+        Detector(Finder(), class_scores={wrong: 0.5})
+    assert torch.equal(*(torch.as_tensor(Detector(Finder(), classes=[one]).thresholds) for one in (1, np.int64(1))))
 
 
 def test_a_size_that_the_network_does_not_take_is_refused() -> None:

@@ -170,6 +170,11 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
+def test_an_image_of_no_pixels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        export(timm.create_model("cifar_resnet20", num_classes=3), "pt2", tmp_path / "a.pt2", image_size=0)
+
+
 def test_another_format_is_refused(run: Path) -> None:
     with pytest.raises(ExportError, match="the formats are onnx and pt2, got 'tflite'"):
         export(str(run), "tflite")

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import golden
 import pytest
@@ -294,7 +294,7 @@ def test_a_network_of_one_image_size_can_be_given_another(name: str, save: Any, 
         save_for_hf(net, str(tmp_path), safe_serialization=True)
         again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         assert torch.equal(again(x), net(x))
-        for size, why in ((12, "3x3"), (0, "must be positive, got 0")):
+        for size, why in ((12, "3x3"), (0, "img_size must be at least 1, got 0")):
             if size == 0 or "_pfd" in name:
                 with pytest.raises(ValueError, match=why):
                     net.set_input_size(size)
@@ -314,6 +314,23 @@ def test_the_size_of_any_other_network_needs_no_setting() -> None:
 def test_networks_are_not_created_for_images_too_small_for_them() -> None:
     with pytest.raises(ImageSizeError, match="img_size is too small: a map of 1x1 pixels cannot be halved"):
         timm.create_model("cifar_parc_mobilenetv2_pfd", img_size=8)
+
+
+@pytest.mark.parametrize("name", ["cifar_parc_mobilenetv2", "cifar_shufflenetv2_effdown"])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (48.0, r"img_size must be a whole number, got 48\.0"),
+        ("64", "img_size must be a whole number, got '64'"),
+        ((3, 64, 64), r"img_size must be one number, or height and width, got \(3, 64, 64\)"),
+        (0, "img_size must be at least 1, got 0"),
+    ],
+)
+def test_an_image_size_that_is_none_is_refused(name: str, size: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, img_size=size, device="meta")
+    with pytest.raises(ValueError, match=message):
+        cast("Any", timm.create_model(name, device="meta")).set_input_size(size)
 
 
 def test_a_resampled_circular_convolution_treats_a_constant_map_as_before() -> None:

@@ -172,6 +172,8 @@ def test_networks_that_cannot_classify_are_refused() -> None:
         Classifier(timm.create_model("cifar_resnet20", num_classes=0))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Classifier("cifar_resnet20", batch_size=0)
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number, got 2\.5"):
+        Classifier("cifar_resnet20", batch_size=2.5)  # type: ignore[arg-type]
 
 
 WRAPPERS = [

@@ -195,6 +195,11 @@ def test_a_saved_network_keeps_the_size_that_it_was_changed_for(tmp_path: Path) 
     assert size_of(again) == (3, 114, 114)
 
 
+def test_half_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^steps, the number of times .*, must be a whole number, got 1\.5$"):
+        keep_resolution(timm.create_model("cifar_resnet20", device="meta"), 1.5)  # type: ignore[arg-type]
+
+
 def test_a_config_that_only_counts_steps_is_read(tmp_path: Path) -> None:
     net: Any = keep_resolution(random_network("test_resnet", num_classes=3), 2)
     save_network(net, tmp_path)

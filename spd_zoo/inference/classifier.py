@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from spd_zoo.arguments import positive_integer
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, per_channel, read_image, size_text
 from spd_zoo.errors import first_line
@@ -206,8 +207,7 @@ class Classifier:
         class_map: Mapping[str, str] | None = None,
         colour: str = "rgb",
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = positive_integer("batch_size", batch_size)
         check_colour(colour)
         self.colour = colour
         self.name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
@@ -217,7 +217,6 @@ class Classifier:
         else:
             self.net = load_classifier(self.name, device)
         self.net.eval()
-        self.batch_size = batch_size
         cfg = pretrained_cfg(self.net)
         self.names = tuple(renamed(network_classes(cfg, self.net.num_classes), class_map or {}))
         config = resolve_data_config(pretrained_cfg=cfg)

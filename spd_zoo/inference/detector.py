@@ -15,10 +15,10 @@ from typing import Any, cast, overload
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
+from spd_zoo.arguments import height_and_width, positive_integer
 from spd_zoo.boxes import MAX_CANDIDATES, as_float, compared_labels, labelled_nms, mostly_covered
 from spd_zoo.data.boxes.tiles import view_boxes
 from spd_zoo.data.classes import class_numbers, network_classes, renamed
@@ -389,9 +389,9 @@ class Detector:
         for name, value in (("score_threshold", self.score_threshold), ("iou_threshold", iou_threshold), *scores):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
-        for name, number in (("max_detections", max_detections), ("batch_size", batch_size), ("tile", tile)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        max_detections = None if max_detections is None else positive_integer("max_detections", max_detections)
+        self.batch_size = positive_integer("batch_size", batch_size)
+        self.tile = None if tile is None else positive_integer("tile", tile)
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
@@ -406,10 +406,8 @@ class Detector:
         channel_mode(net.in_chans, name)  # an error now, not at the first image
         self.class_map = dict(class_map or {})
         self.class_names = tuple(renamed(network_classes(net.pretrained_cfg, net.num_classes), self.class_map))
-        height, width = to_2tuple(tuple(net.pretrained_cfg["input_size"][1:]) if image_size is None else image_size)
-        if min(height, width) < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}")
-        self.image_size: tuple[int, int] = (height, width)
+        own = net.pretrained_cfg["input_size"][1:]
+        self.image_size = height_and_width("image_size", own if image_size is None else image_size)
         self.iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
         net.check_limit(max_detections, name)
         self.max_detections: int = max_detections or net.max_detections or 300
@@ -417,8 +415,7 @@ class Detector:
         self.agnostic = agnostic
         self.measured = self._measured() if score_threshold == "auto" else {}
         self.thresholds = self._thresholds(classes, class_scores or {})
-        self.batch_size = batch_size
-        self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
+        self.overlap, self.whole_image = overlap, whole_image
         self.max_pixels = max_pixels
 
     def _measured(self) -> dict[int, float]:

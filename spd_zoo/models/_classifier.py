@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, SelectAdaptivePool2d, get_device_dtype, to_2tuple
+from timm.layers import ClassifierHead, SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from spd_zoo.arguments import height_and_width
 from spd_zoo.models._backbone import Backbone
 
 __all__ = ["Classifier", "HiddenLayerHead", "last_of_each_reduction"]
@@ -183,11 +184,9 @@ class Classifier(Backbone):
             img_size: Height and width in pixels.
 
         Raises:
-            ValueError: If `img_size` is not positive or too small for the network. The network then stays unchanged.
+            ValueError: If `img_size` is no size, or too small for the network. The network then stays unchanged.
         """
-        height, width = to_2tuple(img_size)
-        if height < 1 or width < 1:
-            raise ValueError(f"the height and width of an image must be positive, got {img_size}")
+        height, width = height_and_width("img_size", img_size)
         trial: Any = copy.deepcopy(self).to("meta").eval()
         sizes: dict[str, tuple[int, int]] = {}
         for name, module in trial.named_modules():
