@@ -216,7 +216,7 @@ def ssd_decode(codes: Tensor, priors: Tensor, variances: Sequence[float] = (0.1,
 
 
 def labelled_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
-    """Non-maximum suppression within each class.
+    """Non-maximum suppression within each class. A box with a coordinate that is not finite is dropped.
 
     Args:
         boxes: (D, 4); coordinates may be negative.
@@ -227,20 +227,20 @@ def labelled_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: f
     Returns:
         Indices of the boxes that are kept, by descending score.
     """
-    if not len(boxes):
-        return torch.zeros(0, dtype=torch.long, device=boxes.device)
-    boxes = as_float(boxes)
+    finite = boxes.isfinite().all(1).nonzero().squeeze(1)
+    if not len(finite):
+        return finite
+    boxes, labels = as_float(boxes[finite]), labels[finite]
     # batched_nms shifts the boxes of each class, which needs coordinates that are not negative
-    boxes, scores = boxes - boxes.min(), scores.to(boxes.dtype)
-    comparable = boxes.device.type == "cpu" and iou_threshold >= 0.05 and bool(boxes.isfinite().all())
-    if len(boxes) <= FEW or not comparable:
-        return batched_nms(boxes, scores, labels, iou_threshold)
+    boxes, scores = boxes - boxes.min(), scores[finite].to(boxes.dtype)
+    if len(boxes) <= FEW or boxes.device.type != "cpu" or iou_threshold < 0.05:
+        return finite[batched_nms(boxes, scores, labels, iou_threshold)]
     kept = []
     for rows in _by_class(labels):
         rows = rows[scores[rows].sort(descending=True, stable=True).indices]
         kept.append(rows[_suppress(boxes[rows], iou_threshold)])
     rows = torch.cat(kept).sort().values
-    return rows[scores[rows].sort(descending=True).indices]
+    return finite[rows[scores[rows].sort(descending=True).indices]]
 
 
 def _by_class(labels: Tensor) -> tuple[Tensor, ...]:
@@ -371,7 +371,7 @@ def class_nms(
     """Non-maximum suppression within each class; a box may be a detection of several classes.
 
     Args:
-        boxes: (P, 4).
+        boxes: (P, 4); one with a coordinate that is not finite is no detection.
         scores: (P, classes).
         score_threshold: Lower scores, and equal ones, are ignored; one for all classes, or one for each (classes,).
         iou_threshold: Boxes whose IoU with a better box of their class is larger are dropped.

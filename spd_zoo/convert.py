@@ -170,21 +170,22 @@ def convert_to_spd(
 
     Raises:
         ValueError: If the size of the images is unknown, the network cannot compute `example_input`, or a pattern in
-            `include` names nothing that downsamples.
+            `include` or `exclude` names nothing that downsamples.
         ConversionError: If the outputs for `example_input` differ by more than 1e-4 of their standard deviation;
             `model` is then unchanged.
     """
     size = image_size(model, example_input)
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
+    patterns = [("include", pattern) for pattern in include or ()] + [("exclude", pattern) for pattern in exclude]
     expected = None if example_input is None else expected_outputs(model, example_input)
     net = model if inplace else copy_network(model)
     before = _trace(net, size)
     candidates = {name: module for name, module in net.named_modules() if _downsamples(module)}
-    for pattern in include or ():
+    for option, pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise ValueError(
-                f"include={pattern!r} names nothing that downsamples; there are: {', '.join(candidates) or 'none'}"
+                f"{option}={pattern!r} names nothing that downsamples; there are: {', '.join(candidates) or 'none'}"
             )
     numbers = (tensor for tensor in (*net.parameters(), *net.buffers()) if tensor.is_floating_point())
     like = next(numbers, torch.empty(0) if example_input is None else example_input)
@@ -609,7 +610,8 @@ def convert_checkpoint(
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.
         WeightsError: If its weights are unavailable or must not be used.
-        ValueError: If `out` exists, or a pattern in `include` names nothing that downsamples.
+        ValueError: If `out` exists, or a pattern in `include` or `exclude` names nothing
+            that downsamples.
         ConversionError: If the outputs differ.
     """
     if out.exists():

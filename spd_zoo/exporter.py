@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
-from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
 import spd_zoo
+from spd_zoo.arguments import height_and_width
 from spd_zoo.boxes import class_nms
 from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.classes import network_classes
@@ -44,7 +44,7 @@ from spd_zoo.models._detector import DetectionNet
 from spd_zoo.rewrite import ConversionError, max_difference
 from spd_zoo.trace import copy_network
 from spd_zoo.training.evaluate import Evaluation, evaluate
-from spd_zoo.weights.load import class_synonyms, is_network, load_network
+from spd_zoo.weights.load import class_synonyms, is_network, load_network, pretrained_cfg
 
 __all__ = ["FORMATS", "ExportError", "export", "export_int8", "quantize"]
 
@@ -106,10 +106,11 @@ def export(
     Raises:
         ExportError: If the network cannot be exported, its file computes something else, or `out` must not be replaced.
         ModelError: If there is no such network, or it cannot be used.
+        ValueError: If `image_size` is no size.
     """
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
-    name = str(vars(model)["pretrained_cfg"]["architecture"]) if isinstance(model, nn.Module) else os.fspath(model)
+    name = str(pretrained_cfg(model)["architecture"]) if isinstance(model, nn.Module) else os.fspath(model)
     path = _place(name, out, f".{to}")
     net: Any = copy_network(model).eval() if isinstance(model, nn.Module) else load_network(name, "cpu")
     if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
@@ -128,8 +129,8 @@ def export(
             raise ExportError(f"{name} is a classifier; thresholds and raw predictions are for detectors")
     channel_mode(net.in_chans, name)
     own = get_model_input_config(net)["input_size"][1:]
-    size: tuple[int, int] = to_2tuple(image_size or tuple(own))
-    if image_size and hasattr(net, "set_input_size"):
+    size: tuple[int, int] = height_and_width("image_size", own if image_size is None else image_size)
+    if image_size is not None and hasattr(net, "set_input_size"):
         net.set_input_size(size)
     classes = network_classes(net.pretrained_cfg, net.num_classes)
     if not classes.named:

@@ -60,9 +60,11 @@ def check_targets(
         The boxes (M, 4), float32, and labels (M,), int64, of each image.
 
     Raises:
-        ValueError: If targets and images differ in number, or a target has wrong shapes, an unknown class, or a box
-            that is not finite or has no width or height.
+        ValueError: If there are no images, targets and images differ in number, or a target has wrong shapes, an
+            unknown class, or a box that is not finite or has no width or height.
     """
+    if not batch:
+        raise ValueError("a batch without images has no loss; leave it out")
     if len(targets) != batch:
         raise ValueError(f"there are {batch} images and {len(targets)} targets: give one for each image")
     checked = []
@@ -76,6 +78,12 @@ def check_targets(
             raise ValueError(
                 f"target {i} must have boxes (M, 4) and integer labels (M,), got {list(boxes.shape)} and "
                 f"{labels.dtype} {list(labels.shape)}"
+            )
+        ignored, classes = target.get("ignored", ()), target.get("ignored_labels")
+        if classes is not None and len(classes) != len(ignored):
+            raise ValueError(
+                f"target {i} must have one of ignored_labels for each of its {len(ignored)} ignored boxes, "
+                f"got {len(classes)}"
             )
         checked.append((boxes.to(device, torch.float32), labels.to(device, torch.long)))
     every_box, every_label = (torch.cat(tensors) for tensors in zip(*checked, strict=True))

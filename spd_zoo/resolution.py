@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, get_model_traits
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
+from spd_zoo.arguments import positive_integer
 from spd_zoo.errors import first_line
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.models._registry import register_unlisted_model
@@ -76,8 +77,7 @@ def keep_resolution(
             convolution or pooling downsamples first, the network is a detector or converted, its maps do not halve with
             the images, or it cannot run on the "meta" device; `model` is then unchanged.
     """
-    if steps < 1:
-        raise ValueError(f"steps, the number of times to halve the images, must be at least 1, got {steps}")
+    steps = positive_integer("steps, the number of times to halve the images,", steps)
     if isinstance(model, DetectionNet):
         raise ValueError(
             f"{type(model).__name__} places its boxes by the strides of its maps, which would change; give it enlarged "

@@ -117,12 +117,22 @@ def test_suppression_in_grids_keeps_what_comparing_every_pair_keeps(
     assert len(kept) < shape[0] or iou_threshold == 1
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_box_without_a_size_suppresses_no_other(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spd_boxes, "FEW", 16)
+@pytest.mark.parametrize("few", [16, 4000])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_box_that_is_not_finite_is_dropped_and_changes_nothing_else(
+    value: float, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spd_boxes, "FEW", few)
     boxes, scores, labels = crowd(40, 1.0, 1.0)
+    boxes[10:20] = boxes[1]
     boxes[3, 2] = value
-    assert 3 in labelled_nms(boxes, scores, labels, 0.5)
+    others = torch.cat([torch.arange(3), torch.arange(4, 40)])
+    expected = others[labelled_nms(boxes[others], scores[others], labels[others], 0.5)]
+    assert torch.equal(labelled_nms(boxes, scores, labels, 0.5), expected) and len(expected) < 33
+    class_scores = torch.zeros(40, 3).scatter(1, labels[:, None], scores[:, None])
+    rows, found = class_nms(boxes, class_scores, 0.0, 0.5)
+    assert torch.equal(rows, expected) and torch.equal(found, labels[expected])
+    assert labelled_nms(boxes[3:4], scores[3:4], labels[3:4], 0.5).tolist() == []
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 1.0])

@@ -370,9 +370,12 @@ def test_excluded_layers_stay_and_are_reported() -> None:
     assert {row.reason for row in converted.spd_report.unchanged} == {"left out by include or exclude"}
 
 
-def test_a_pattern_that_names_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"include='layer9\*' names nothing that downsamples; there are: conv1\.0, "):
-        convert_to_spd(small_network(), include="layer9*")
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_names_nothing_is_refused(option: str) -> None:
+    message = rf"{option}='layer9\*' names nothing that downsamples; there are: conv1\.0, "
+    patterns: Any = {option: ["layer4.*", "layer9*"]}
+    with pytest.raises(ValueError, match=message):
+        convert_to_spd(small_network(), **patterns)
 
 
 def test_a_network_of_unknown_image_size_needs_an_example() -> None:

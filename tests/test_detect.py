@@ -19,10 +19,12 @@ from torchvision.ops import box_convert
 from spd_zoo import Detections, Detector
 from spd_zoo.blocks import ImageSizeError
 from spd_zoo.cli.main import main
+from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import read_image
-from spd_zoo.inference.detector import Placement, postprocess, prepare
+from spd_zoo.inference.detector import Placement, merge_views, postprocess, prepare
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.weights.load import ModelError
+from spd_zoo.weights import save_network
+from spd_zoo.weights.load import ModelError, load_network
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
@@ -60,7 +62,7 @@ class Finder(DetectionNet):
     def get_classifier(self) -> nn.ModuleList:
         raise NotImplementedError
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def replace_classifier(self, num_classes: int) -> None:
         raise NotImplementedError
 
     def num_classes_of(self, outputs: int) -> int:
@@ -251,6 +253,15 @@ def test_parts_and_objects_of_different_classes_do_not_suppress_each_other() -> 
     assert found == {"red": [60, 20, 160, 80], "green": [90, 40, 100, 50]}
 
 
+@pytest.mark.parametrize("iou_threshold", [0.9, 0.4])
+def test_objects_of_one_view_are_one_on_tiles_above_an_iou_of_a_half(iou_threshold: float) -> None:
+    boxes = torch.tensor([[10.0, 10, 30, 30], [10, 10, 30, 24], [60, 60, 70, 70], [60, 60, 70, 64.5]])
+    view = Detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.zeros(4, dtype=torch.long), ("cell",))
+    placements = [Placement((100, 100), (1.0, 1.0), corner=(left, 0)) for left in (0, 60)]
+    merged = merge_views([view, view[:0]], placements, iou_threshold)
+    assert merged.scores.tolist() == pytest.approx([0.9, 0.7, 0.6] if iou_threshold == 0.9 else [0.9, 0.7])
+
+
 @pytest.mark.parametrize("size", [(90, 40), (100, 100), (30, 100)])
 def test_an_image_that_fits_into_a_tile_gives_what_it_gives_without_tiles(size: tuple[int, int]) -> None:
     image = picture(size, red=(3, 3, 9, 12))
@@ -370,6 +381,12 @@ def test_an_invalid_image_gives_one_clear_sentence(image: Any, words: str) -> No
         {"image_size": (64, -32)},
         {"overlap": 1.0},
         {"overlap": -0.1},
+        {"max_detections": 2.5},
+        {"batch_size": 2.5},
+        {"tile": 300.0},
+        {"image_size": 320.0},
+        {"image_size": "320"},
+        {"image_size": (3, 320, 320)},
     ],
 )
 def test_options_without_meaning_are_refused(options: dict[str, Any]) -> None:
@@ -377,9 +394,45 @@ def test_options_without_meaning_are_refused(options: dict[str, Any]) -> None:
         Detector(Finder(), **options)
 
 
+@pytest.mark.parametrize("wrong", [True, 1.5, None], ids=str)
+def test_a_class_that_is_neither_a_name_nor_a_number_is_refused(wrong: Any) -> None:
+    with pytest.raises(DataError, match=f"a class must be a name or a whole number, got {wrong}"):
+        Detector(Finder(), classes=[wrong])
+    with pytest.raises(DataError, match=f"a class must be a name or a whole number, got {wrong}"):
+        Detector(Finder(), class_scores={wrong: 0.5})
+    assert torch.equal(*(torch.as_tensor(Detector(Finder(), classes=[one]).thresholds) for one in (1, np.int64(1))))
+
+
 def test_a_size_that_the_network_does_not_take_is_refused() -> None:
     with pytest.raises(ImageSizeError, match="multiples of 32"):
         Detector(timm.create_model("yolov8n_spd", num_classes=1), image_size=60)(picture((30, 30)))
+
+
+def broken_network(run: str) -> nn.Module:
+    net = load_network(run, "cpu")
+    with torch.no_grad():
+        next(net.parameters())[0] = torch.nan
+    return net
+
+
+def test_a_network_that_computes_nan_is_an_error(run: str) -> None:
+    message = r"YOLOv8 computes numbers that are not finite in torch\.float32: its weights are damaged, or need a wider"
+    with pytest.raises(ModelError, match=message):
+        Detector(broken_network(run))(picture((60, 40)))
+
+
+@pytest.mark.slow
+def test_a_network_that_computes_nan_is_one_error_for_all_images(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_network(broken_network(run), tmp_path / "broken")
+    for name in ("a.png", "b.png"):
+        picture((60, 40)).save(tmp_path / name)
+    broken, images = str(tmp_path / "broken"), (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    for options in ((), ("--out", str(tmp_path / "marked")), ("--results", str(tmp_path / "found.csv"))):
+        status, out, err = run_command(capsys, broken, *images, *options)
+        assert status == 1 and out == "" and err.count("\n") == 1 and "broken computes numbers that are not" in err
+    assert not (tmp_path / "marked").exists() and not (tmp_path / "found.csv").exists()
 
 
 def test_a_classifier_is_refused_with_the_command_for_it() -> None:
@@ -415,6 +468,10 @@ def test_detections_are_indexed_and_iterated_like_a_sequence() -> None:
     assert found[-1].to_dict() == found.to_dict()[2:] == found[2:].to_dict()
     for mask in (found.labels == 0, np.array([True, False, True]), [True, False, True], [0, 2]):
         assert found[mask].to_dict() == [found.to_dict()[0], found.to_dict()[2]]
+    for one in (np.int64(1), np.array(1), torch.tensor(1), found.scores[1:].argmax() + 1):
+        assert found[one].to_dict() == found.to_dict()[1:2] and repr(found[one]) == "Detections(1 nucleus)"
+    assert found[torch.tensor([1])].to_dict() == found.to_dict()[1:2]
+    assert found[:1][torch.tensor([False])].to_dict() == []  # a mask, not the number 0
     assert list(found[:0]) == []
     with pytest.raises(IndexError):
         found[3]

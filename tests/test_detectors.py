@@ -420,8 +420,13 @@ def test_the_loss_falls_where_the_network_is_trained(name: str) -> None:
         ([target(OBJECTS[0], labels=[-1]), target()], r"labels must be 0\.\.4, got -1"),
         ([target(), target([10, 20, 10, 30])], r"x2 > x1 and y2 > y1, got \[10\.0, 20\.0, 10\.0, 30\.0\]: leave out"),
         ([target(), target([10, 20, float("nan"), 30])], "boxes must be finite"),
+        (
+            [target(), {**target(), "ignored": torch.ones(2, 4), "ignored_labels": torch.zeros(1)}],
+            "target 1 must have one of ignored_labels for each of its 2 ignored boxes, got 1",
+        ),
+        ([{**target(), "ignored_labels": torch.zeros(1)}, target()], "each of its 0 ignored boxes, got 1"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_wrong_targets_are_refused_in_a_sentence(name: str, targets: Any, message: str) -> None:
     net: Any = timm.create_model(name, num_classes=5).eval()
@@ -429,6 +434,16 @@ def test_wrong_targets_are_refused_in_a_sentence(name: str, targets: Any, messag
         raw = net(noise(2, 3, *SIZE))
     with pytest.raises(ValueError, match=message):
         net.loss(raw, targets, image_size=SIZE)
+
+
+@pytest.mark.parametrize("name", ["yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1"])
+def test_a_batch_without_images_has_no_loss(name: str) -> None:
+    net: Any = timm.create_model(name, num_classes=5).eval()
+    with torch.no_grad():
+        raw = net(noise(1, 3, *SIZE))
+    none = tuple(part[:0] for part in raw)
+    with pytest.raises(ValueError, match=r"^a batch without images has no loss; leave it out$"):
+        net.loss(none, [], image_size=SIZE)
 
 
 def test_a_single_class_has_no_class_term_in_yolov5() -> None:
@@ -686,6 +701,16 @@ def test_the_layers_that_depend_on_classes_are_the_last_ones_and_narrow_branches
     narrow = depending_on_classes("yolov8n_spd", 80, 7)
     assert {".".join(key.split(".")[:2]) for key in narrow} == {"head.cv3"}
     assert "head.cv3.2.0.conv.weight" in narrow
+
+
+@pytest.mark.parametrize("name", ["yolov5n_spd", "yolov8n_spd", "ssd_mobilenetv1"])
+def test_reset_classifier_takes_timms_arguments_and_refuses_a_pooling(name: str) -> None:
+    net: Any = timm.create_model(name, num_classes=3, device="meta")
+    net.reset_classifier(5, global_pool=None)
+    assert net.num_classes == 5
+    with pytest.raises(ValueError, match="a detector has no global pooling; leave global_pool='avg' out"):
+        net.reset_classifier(7, "avg")
+    assert net.num_classes == 5
 
 
 @pytest.mark.slow

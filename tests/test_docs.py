@@ -45,7 +45,7 @@ NOT_RUN = {  # the first line of a block, or a command: why it is not run
     "here = Path.cwd()  # of the command: relative image paths in the file start there": "needs MongoDB",
     "tracked = found.to_supervision()  # needs the package supervision": "supervision",  # a package: run where it is
     "photos/train/apple/1.png   photos/train/bicycle/1.png   ...": "shows folders, not what is printed",
-    "spd-zoo finetune yolov8n_spd --no-pretrained --data BCCD --out RUN --image-size 320 --epochs 60": "takes 20 minutes",
+    "spd-zoo finetune yolov8n_spd --no-pretrained --data BCCD --out RUN --image-size 320 --epochs 60": "takes 20 min",
     "spd-zoo convert STRIDED --out CONVERTED": "belongs to the next",
     "spd-zoo finetune local-dir:STRIDED": "takes an hour",
     "spd-zoo finetune local-dir:CONVERTED": "takes an hour",

@@ -101,6 +101,13 @@ def test_a_stem_of_another_stride_is_refused() -> None:
         timm.create_model(LITE0, stem_stride=4)
 
 
+@pytest.mark.parametrize(("stem_stride", "output_stride"), [(1, 32), (2, 64), (2, 12), (2, 1)])
+def test_an_output_stride_that_cannot_be_built_is_refused(stem_stride: int, output_stride: int) -> None:
+    choices = "1, 2, 4, 8, 16" if stem_stride == 1 else "2, 4, 8, 16, 32"
+    with pytest.raises(ValueError, match=f"output_stride must be one of {choices}, got {output_stride}"):
+        timm.create_model(LITE0, stem_stride=stem_stride, output_stride=output_stride, device="meta")
+
+
 def test_creation_runs_no_image_through_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise AssertionError("a forward pass")

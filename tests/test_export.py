@@ -275,6 +275,11 @@ def test_a_failed_export_makes_no_folder(run: Path, tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_image_of_no_pixels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        export(timm.create_model("cifar_resnet20", num_classes=3), "pt2", tmp_path / "a.pt2", image_size=0)
+
+
 def test_another_format_is_refused(run: Path) -> None:
     with pytest.raises(ExportError, match="the formats are onnx and pt2, got 'tflite'"):
         export(str(run), "tflite")

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import golden
 import pytest
@@ -19,6 +19,7 @@ from PIL import Image
 from shared_data import shared
 from timm.layers import DropPath
 from timm.models import group_parameters, save_for_hf
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -293,7 +294,7 @@ def test_a_network_of_one_image_size_can_be_given_another(name: str, save: Any, 
         save_for_hf(net, str(tmp_path), safe_serialization=True)
         again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         assert torch.equal(again(x), net(x))
-        for size, why in ((12, "3x3"), (0, "must be positive, got 0")):
+        for size, why in ((12, "3x3"), (0, "img_size must be at least 1, got 0")):
             if size == 0 or "_pfd" in name:
                 with pytest.raises(ValueError, match=why):
                     net.set_input_size(size)
@@ -313,6 +314,23 @@ def test_the_size_of_any_other_network_needs_no_setting() -> None:
 def test_networks_are_not_created_for_images_too_small_for_them() -> None:
     with pytest.raises(ImageSizeError, match="img_size is too small: a map of 1x1 pixels cannot be halved"):
         timm.create_model("cifar_parc_mobilenetv2_pfd", img_size=8)
+
+
+@pytest.mark.parametrize("name", ["cifar_parc_mobilenetv2", "cifar_shufflenetv2_effdown"])
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (48.0, r"img_size must be a whole number, got 48\.0"),
+        ("64", "img_size must be a whole number, got '64'"),
+        ((3, 64, 64), r"img_size must be one number, or height and width, got \(3, 64, 64\)"),
+        (0, "img_size must be at least 1, got 0"),
+    ],
+)
+def test_an_image_size_that_is_none_is_refused(name: str, size: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, img_size=size, device="meta")
+    with pytest.raises(ValueError, match=message):
+        cast("Any", timm.create_model(name, device="meta")).set_input_size(size)
 
 
 def test_a_resampled_circular_convolution_treats_a_constant_map_as_before() -> None:
@@ -631,6 +649,20 @@ def test_parameter_groups_cover_the_network_from_input_to_output(name: str) -> N
         assert len(groups) == count
         assert [key for group in groups for key in group] == names
         assert {key.partition(".")[0] for key in groups[-1]} == {"head"}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("cifar_resnet20", 0), ("cifar_ghostnet_effdown", 2), ("cifar_parc_mobilenetv2", 6)]
+)
+def test_attention_biases_and_position_embeddings_are_not_decayed(name: str, count: int) -> None:
+    net: Any = timm.create_model(name, device="meta")
+    exempt = net.no_weight_decay()
+    assert len(exempt) == count
+    for key in dict(net.named_parameters()):
+        assert (key in exempt) == (key.rpartition(".")[2] in ("attention_biases", "pe")), key
+    optimizer: Any = create_optimizer_v2(net, "sgd", 0.1, 0.01)
+    decayed = {id(each) for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
+    assert decayed == {id(each) for key, each in net.named_parameters() if each.ndim > 1 and key not in exempt}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,8 +1,10 @@
+import copy
 import json
 import re
 import shutil
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from networks import config_of
 from PIL import Image
 from timm.models import save_for_hf
 
+from spd_zoo import Detector
 from spd_zoo.data.labelled import open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import find_images, read_image
+from spd_zoo.exporter import export
 from spd_zoo.inference.classifier import Classifier, predict
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.finetune import finetune
@@ -177,12 +181,41 @@ def test_a_network_reads_images_at_the_size_that_it_was_created_with_or_set_to(n
 def test_networks_that_cannot_classify_are_refused() -> None:
     with pytest.raises(ModelError, match=r"spd_zoo\.Detector"):
         Classifier(timm.create_model("yolov8n_spd"))
-    with pytest.raises(ModelError, match="pretrained_cfg"):
-        Classifier(torch.nn.Linear(3, 2))
     with pytest.raises(ModelError, match="only features"):
         Classifier(timm.create_model("cifar_resnet20", num_classes=0))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Classifier("cifar_resnet20", batch_size=0)
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number, got 2\.5"):
+        Classifier("cifar_resnet20", batch_size=2.5)  # type: ignore[arg-type]
+
+
+WRAPPERS = [
+    pytest.param(torch.nn.DataParallel, "DataParallel is a module around a network; .* its attribute module$"),
+    pytest.param(torch.compile, "OptimizedModule is .*; .* attribute _orig_mod$", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("wrapper", "message"), WRAPPERS, ids=["parallel", "compiled"])
+@pytest.mark.parametrize("use", [Classifier, Detector, partial(export, to="pt2")], ids=["classify", "detect", "export"])
+def test_a_module_around_a_network_is_refused(use: Any, wrapper: Any, message: str) -> None:
+    network = "yolov8n_spd" if use is Detector else "cifar_resnet20"
+    with pytest.raises(ModelError, match=message):
+        use(wrapper(timm.create_model(network, num_classes=3)))
+
+
+@pytest.mark.parametrize("use", [Classifier, Detector, partial(export, to="pt2")], ids=["classify", "detect", "export"])
+def test_a_module_of_unknown_images_is_refused(use: Any) -> None:
+    with pytest.raises(ModelError, match=r"Linear has no pretrained_cfg, which .*; use one of timm's networks"):
+        use(torch.nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_computes_no_finite_numbers_is_an_error(value: float, net: Any) -> None:
+    broken = copy.deepcopy(net)
+    broken.head.fc.bias.data[1] = value
+    message = r"PyConvResNet computes numbers that are not finite in torch\.float32: its weights are damaged, or need a"
+    with pytest.raises(ModelError, match=message):
+        Classifier(broken)(np.zeros((48, 48, 3), np.uint8))
 
 
 def test_more_classes_than_there_are_give_all_of_them(saved: str, tmp_path: Path) -> None:

@@ -280,6 +280,11 @@ def test_damaged_weights_are_refused_in_a_sentence(tmp_path: Path) -> None:
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
+def test_half_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^steps, the number of times .*, must be a whole number, got 1\.5$"):
+        keep_resolution(timm.create_model("cifar_resnet20", device="meta"), 1.5)  # type: ignore[arg-type]
+
+
 def test_a_config_that_only_counts_steps_is_read(tmp_path: Path) -> None:
     net: Any = keep_resolution(random_network("test_resnet", num_classes=3), 2)
     save_network(net, tmp_path)

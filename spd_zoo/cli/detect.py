@@ -56,7 +56,9 @@ def add(commands: Commands) -> None:
         metavar="X|auto",
         help="minimum score; auto: the best one of each class on the run's validation images (default: 0.25)",
     )
-    command.add_argument("--iou", type=threshold, metavar="X", help="IoU threshold of NMS (default: the authors')")
+    command.add_argument(
+        "--iou", type=threshold, metavar="X", help="IoU threshold of NMS, on tiles at most 0.5 (default: the authors')"
+    )
     command.add_argument(
         "--class-scores", type=class_scores, metavar="CLASS=X,...", help="minimum scores of single classes"
     )

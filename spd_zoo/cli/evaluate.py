@@ -42,7 +42,10 @@ def add(commands: Commands) -> None:
     command.add_argument("--overlap", type=float, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)")
     command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)
     command.add_argument(
-        "--iou", type=threshold, metavar="X", help="detectors: IoU threshold of NMS (default: the authors')"
+        "--iou",
+        type=threshold,
+        metavar="X",
+        help="detectors: IoU threshold of NMS, on tiles at most 0.5 (default: the authors')",
     )
     command.add_argument(
         "--max-detections",

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of `spd-zoo`.
 
     Returns:
-        The exit status: 0, 1 after an error, 2 without a command, 128 + N after the signal N.
+        The exit status: 0, 1 after an error, 2 without a command, 128 + N after the signal N. The parser itself ends
+        the program with 2 after an error in the options.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):

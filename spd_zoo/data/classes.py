@@ -1,6 +1,7 @@
 """Matches the classes of a data set with those of a network, by name."""
 
 import difflib
+import operator
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -325,11 +326,13 @@ def class_numbers(classes: Iterable[str | int], names: Sequence[str]) -> list[in
         The numbers, in order and each once; several for a name that several classes have.
 
     Raises:
-        DataError: If there is no such class.
+        DataError: If there is no such class, or one is neither a name nor a whole number.
     """
     found: set[int] = set()
     for each in classes:
-        name = clean_name(each) if isinstance(each, str) else each
+        if isinstance(each, bool) or not (isinstance(each, str) or hasattr(each, "__index__")):
+            raise DataError(f"a class must be a name or a whole number, got {each!r}")
+        name = clean_name(each) if isinstance(each, str) else operator.index(each)
         number = _number(name) if isinstance(name, str) else name
         same = [i for i, other in enumerate(names) if clean_name(other) == name]
         if not same and number is not None and 0 <= number < len(names):

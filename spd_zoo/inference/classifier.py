@@ -15,12 +15,13 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from spd_zoo.arguments import positive_integer
 from spd_zoo.data.classes import network_classes, renamed
 from spd_zoo.data.reading import channel_mode, per_channel, read_image, size_text
 from spd_zoo.errors import first_line
 from spd_zoo.inference.exported import load_model
 from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package
-from spd_zoo.inference.loop import Files, Task, batches, run
+from spd_zoo.inference.loop import Files, Task, batches, check_finite, run
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
 from spd_zoo.weights.load import ModelError, pretrained_cfg, task_by_name
@@ -207,8 +208,7 @@ class Classifier:
         class_map: Mapping[str, str] | None = None,
         colour: str = "rgb",
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = positive_integer("batch_size", batch_size)
         check_colour(colour)
         self.colour = colour
         self.name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
@@ -218,7 +218,6 @@ class Classifier:
         else:
             self.net = load_classifier(self.name, device)
         self.net.eval()
-        self.batch_size = batch_size
         cfg = pretrained_cfg(self.net)
         self.names = tuple(renamed(network_classes(cfg, self.net.num_classes), class_map or {}))
         # timm's config has the channels and the size of the weights, whatever the network was created with
@@ -254,6 +253,7 @@ class Classifier:
             A `Classification`; for a list, a folder or a pattern, a list of them.
 
         Raises:
+            ModelError: If the network computes numbers that are not finite.
             ValueError: If an image cannot be read or is none of these.
         """
         sources, several = listed(images, self.colour)
@@ -266,11 +266,15 @@ class Classifier:
 
     @torch.inference_mode()
     def compute(self, inputs: Tensor) -> list[Classification]:
-        """Preprocessed inputs (N, C, H, W) -> the probabilities for each."""
+        """Preprocessed inputs (N, C, H, W) -> the probabilities for each.
+
+        Raises:
+            ModelError: If the network computes numbers that are not finite.
+        """
         weight = next(self.net.parameters())  # its device and precision are those of the inputs
-        images = inputs.to(weight, memory_format=torch.channels_last)
-        probabilities = self.net(images).float().softmax(1).cpu()
-        return [Classification(each, self.names) for each in probabilities]
+        logits = self.net(inputs.to(weight, memory_format=torch.channels_last))
+        check_finite(logits, self.name)
+        return [Classification(each, self.names) for each in logits.float().softmax(1).cpu()]
 
     @property
     def task(self) -> Task[Classification]:
@@ -298,7 +302,7 @@ def predict(
 
     Raises:
         DataError: If `class_map` names a class that the network does not have.
-        ModelError: If there is no such network, or it cannot be used.
+        ModelError: If there is no such network, it cannot be used, or it computes numbers that are not finite.
         ValueError: If there is no such device.
         WeightsError: If its weights are unavailable or must not be used.
     """
@@ -332,13 +336,10 @@ def check_classifier(net: nn.Module, model: str) -> None:
     """Checks that a network, called `model` in the message, is a classifier.
 
     Raises:
-        ModelError: If it is a detector or has no classes.
+        ModelError: If it is a detector, none of timm's networks, or has no classes.
     """
     if isinstance(net, ObjectFinder):
         raise _no_classifier(model)
-    if not hasattr(net, "pretrained_cfg"):
-        raise ModelError(
-            f"{model} has no pretrained_cfg, which says how its images are prepared; use one of timm's networks"
-        )
+    pretrained_cfg(net)  # an error now, if it has none
     if not getattr(net, "num_classes", 0):
         raise ModelError(f"{model} has no classifier, only features")

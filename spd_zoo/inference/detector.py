@@ -2,23 +2,23 @@
 
 import itertools
 import math
+import operator
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast, overload
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
+from spd_zoo.arguments import height_and_width, positive_integer
 from spd_zoo.boxes import MAX_CANDIDATES, as_float, compared_labels, labelled_nms, mostly_covered
 from spd_zoo.data.boxes.tiles import view_boxes
 from spd_zoo.data.classes import class_numbers, network_classes, renamed
@@ -28,10 +28,11 @@ from spd_zoo.data.regions import Box, Regions, open_regions, reduced
 from spd_zoo.files import read_yaml
 from spd_zoo.inference.exported import ExportedDetector, load_model
 from spd_zoo.inference.images import ImageLike, as_html, check_colour, listed, open_image, optional_package, show
+from spd_zoo.inference.loop import check_finite
 from spd_zoo.inference.scores import read_scores
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.process import pick_device
-from spd_zoo.weights.load import ModelError, task_by_name
+from spd_zoo.weights.load import ModelError, pretrained_cfg, task_by_name
 
 __all__ = ["Detections", "Detector", "Placement", "postprocess", "prepare"]
 
@@ -104,8 +105,8 @@ class Detections:
         return len(self.labels)
 
     def __getitem__(self, index: Any) -> "Detections":
-        if isinstance(index, int):
-            index = [index]
+        if hasattr(index, "__index__") and getattr(index, "ndim", 0) == 0:  # also a number of NumPy or torch
+            index = [operator.index(index)]
         return replace(self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index])
 
     def __iter__(self) -> Iterator["Detections"]:
@@ -322,7 +323,8 @@ class Detector:
 
     1. A box that ends at an inner side of its tile may be cut off. It is dropped if a box of the same class that is not
        cut off, from another view, covers at least half of it.
-    2. Duplicates of one class are removed by NMS at an IoU of 0.5 (or `iou_threshold`, if that is less).
+    2. Duplicates of one class, also those from one view, are removed by NMS at an IoU of 0.5 (or `iou_threshold`, if
+       that is less).
 
     With `agnostic` both rules compare boxes of all classes. `max_detections` counts merged boxes, not those of a tile.
 
@@ -336,7 +338,7 @@ class Detector:
         image_size: Height and width of the network's input, or one number for both; by default those of its weights.
         score_threshold: Minimum score. "auto": of each class the one with the best F1 on the validation images of the
             run, as `scores.json` in its folder says; of classes without such a score 0.25.
-        iou_threshold: IoU threshold of NMS; None: the authors' value.
+        iou_threshold: IoU threshold of NMS, for images in tiles no more than 0.5; None: the authors' value.
         max_detections: Maximum number of objects per image; by default 300, or the limit of an exported file.
             Where the default leaves objects out, a warning says so; `Detections.limited` always does.
         batch_size: Images or tiles per batch.
@@ -387,14 +389,15 @@ class Detector:
         for name, value in (("score_threshold", self.score_threshold), ("iou_threshold", iou_threshold), *scores):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
-        for name, number in (("max_detections", max_detections), ("batch_size", batch_size), ("tile", tile)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        max_detections = None if max_detections is None else positive_integer("max_detections", max_detections)
+        self.batch_size = positive_integer("batch_size", batch_size)
+        self.tile = None if tile is None else positive_integer("tile", tile)
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
         name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
         net = model if isinstance(model, nn.Module) else _load(name, device)
         if not isinstance(net, ObjectFinder):
+            pretrained_cfg(net)  # an error that says more, if it has none
             raise _no_detector(name)
         if device is not None:
             net.to(pick_device(device))
@@ -403,10 +406,8 @@ class Detector:
         channel_mode(net.in_chans, name)  # an error now, not at the first image
         self.class_map = dict(class_map or {})
         self.class_names = tuple(renamed(network_classes(net.pretrained_cfg, net.num_classes), self.class_map))
-        height, width = to_2tuple(tuple(net.pretrained_cfg["input_size"][1:]) if image_size is None else image_size)
-        if min(height, width) < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}")
-        self.image_size: tuple[int, int] = (height, width)
+        own = net.pretrained_cfg["input_size"][1:]
+        self.image_size = height_and_width("image_size", own if image_size is None else image_size)
         self.iou_threshold = net.iou_threshold if iou_threshold is None else iou_threshold
         net.check_limit(max_detections, name)
         self.max_detections: int = max_detections or net.max_detections or 300
@@ -414,8 +415,7 @@ class Detector:
         self.agnostic = agnostic
         self.measured = self._measured() if score_threshold == "auto" else {}
         self.thresholds = self._thresholds(classes, class_scores or {})
-        self.batch_size = batch_size
-        self.tile, self.overlap, self.whole_image = tile, overlap, whole_image
+        self.overlap, self.whole_image = overlap, whole_image
         self.max_pixels = max_pixels
 
     def _measured(self) -> dict[int, float]:
@@ -501,6 +501,7 @@ class Detector:
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
+            ModelError: If the network computes numbers that are not finite.
             ValueError: If an image cannot be read or is none of these.
         """
         sources, several = listed(images, self.colour)
@@ -524,6 +525,7 @@ class Detector:
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
+            ModelError: If the network computes numbers that are not finite.
         """
         return self.find((i, *view) for i, image in enumerate(images) for view in self.views(image))
 
@@ -538,9 +540,10 @@ class Detector:
 
         Raises:
             ImageSizeError: If the network does not take inputs of `image_size`.
+            ModelError: If the network computes numbers that are not finite.
         """
         found = []
-        for _, of_image in itertools.groupby(self._compute(views), itemgetter(0)):
+        for _, of_image in itertools.groupby(self._compute(views), operator.itemgetter(0)):
             _, placements, detections = zip(*of_image, strict=True)
             merged = merge_views(detections, placements, self.iou_threshold, self.agnostic)
             limited = any(each.limited for each in detections) or len(merged) > self.max_detections
@@ -570,6 +573,7 @@ class Detector:
             numbers, inputs, placements = zip(*batch, strict=True)
             with torch.inference_mode():
                 raw = self.net(torch.stack(inputs).to(weight, memory_format=torch.channels_last))
+            check_finite(raw, self.name)
             options = (self.thresholds, self.iou_threshold, None if self.tile else self.max_detections, self.agnostic)
             found = postprocess(self.net, raw, placements, self.image_size, *options)
             named = [replace(each, class_names=self.class_names) for each in found]

@@ -215,6 +215,7 @@ class ExportedDetector(Exported, ObjectFinder):
             if not ((labels >= 0) & (labels < self.num_classes)).all():
                 raise ModelError(f"{self.name} finds classes beyond its {self.num_classes}")
             each = {"boxes": boxes[i, :number].float(), "scores": scores[i, :number].float(), "labels": labels}
+            each = _rows(each, each["boxes"].isfinite().all(1))  # as `labelled_nms` of a network
             if isinstance(score_threshold, Tensor):
                 each = _rows(each, each["scores"] > score_threshold[labels])
             if agnostic:

@@ -11,8 +11,10 @@ from spd_zoo.data.reading import collect_notes, is_url
 from spd_zoo.data.regions import PartError
 from spd_zoo.inference.sources import public
 from spd_zoo.process import leave_ctrl_c_to_parent
+from spd_zoo.rewrite import tensors_in
+from spd_zoo.weights.catalogue import ModelError
 
-__all__ = ["Files", "ImageFile", "Images", "Outcome", "Task", "batches", "run"]
+__all__ = ["Files", "ImageFile", "Images", "Outcome", "Task", "batches", "check_finite", "run"]
 
 ImageFile: TypeAlias = "str | BytesIO"  # a path or the bytes
 T = TypeVar("T")
@@ -78,6 +80,20 @@ class Outcome(Generic[T]):
 def batches(images: range, size: int) -> list[range]:
     """`images` cut into ranges of at most `size`."""
     return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def check_finite(outputs: Any, name: str) -> None:
+    """Checks what the network `name` computed for a batch.
+
+    Raises:
+        ModelError: If a number is NaN or infinite.
+    """
+    for tensor in tensors_in(outputs):
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{name} computes numbers that are not finite in {tensor.dtype}: its weights are damaged, or need a "
+                "wider type; get or train it again, or call .float()"
+            )
 
 
 def run(

@@ -39,6 +39,7 @@ def detect(
 
     Raises:
         ImageSizeError: If the network does not take inputs of the detector's size.
+        ModelError: If the network computes numbers that are not finite.
         OSError: If a file cannot be written.
         ValueError: If `out` is not an empty folder, two sources would have the same label file, or none could be read
             although there is `out`.

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, SelectAdaptivePool2d, get_device_dtype, to_2tuple
+from timm.layers import ClassifierHead, SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from spd_zoo.arguments import height_and_width
 from spd_zoo.models._backbone import Backbone
 
 __all__ = ["Classifier", "HiddenLayerHead", "last_of_each_reduction"]
@@ -164,6 +165,11 @@ class Classifier(Backbone):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
 
     @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that timm's optimizers do not decay: attention biases and position embeddings."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".attention_biases", ".pe"))}
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc
@@ -178,11 +184,9 @@ class Classifier(Backbone):
             img_size: Height and width in pixels.
 
         Raises:
-            ValueError: If `img_size` is not positive or too small for the network. The network then stays unchanged.
+            ValueError: If `img_size` is no size, or too small for the network. The network then stays unchanged.
         """
-        height, width = to_2tuple(img_size)
-        if height < 1 or width < 1:
-            raise ValueError(f"the height and width of an image must be positive, got {img_size}")
+        height, width = height_and_width("img_size", img_size)
         trial: Any = copy.deepcopy(self).to("meta").eval()
         sizes: dict[str, tuple[int, int]] = {}
         for name, module in trial.named_modules():

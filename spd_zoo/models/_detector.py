@@ -122,12 +122,24 @@ class DetectionNet(Backbone, ObjectFinder):
     def get_classifier(self) -> nn.ModuleList:
         """The layers that output class scores, one per map."""
 
-    @abstractmethod
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the layers that depend on the number of classes by new, untrained ones.
 
         Args:
             num_classes: New number of classes.
+            global_pool: None; timm's functions hand it on to any network, but detectors pool nothing.
+
+        Raises:
+            ValueError: If `num_classes` is less than one, or there is a `global_pool`.
+        """
+        if global_pool:
+            raise ValueError(f"a detector has no global pooling; leave global_pool={global_pool!r} out")
+        self.replace_classifier(num_classes)
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def replace_classifier(self, num_classes: int) -> None:
+        """Does what `reset_classifier` does to the layers.
 
         Raises:
             ValueError: If `num_classes` is less than one.
@@ -313,11 +325,10 @@ class YoloNet(DetectionNet):
         """The layers that output class scores, one per map."""
         return self.head.classifiers()
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the layers that depend on the number of classes by new, untrained ones.
+    def replace_classifier(self, num_classes: int) -> None:
+        """Does what `reset_classifier` does to the layers.
 
         Raises:
             ValueError: If `num_classes` is less than one.
         """
         self.head.reset_classes(num_classes, **get_device_dtype(self.head))
-        self.num_classes = num_classes

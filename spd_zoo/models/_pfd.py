@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from spd_zoo import weights
+from spd_zoo.arguments import height_and_width
 from spd_zoo.blocks import (
     AttentionDownsample,
     HybridStem,
@@ -17,7 +18,7 @@ from spd_zoo.blocks import (
 )
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
 
-__all__ = ["Downsampling", "block_names", "build_stages", "depthwise", "halved", "rename_shared", "stem"]
+__all__ = ["Downsampling", "block_names", "build_stages", "depthwise", "halved", "native_size", "rename_shared", "stem"]
 
 # The paper's baseline, its padding-free downsampling, and, for comparison, EfficientFormerV2's attention.
 Downsampling = Literal["padded", "pfd", "attention"]
@@ -71,8 +72,9 @@ def build_stages(
 
     Raises:
         ImageSizeError: If `img_size` is too small.
+        ValueError: If it is no size.
     """
-    size, reduction = to_2tuple(img_size or (32 if small else 224)), 1
+    size, reduction = native_size(img_size, small), 1
     if not small:
         size, reduction = halved(size, "padded"), 2
     drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(map(len, widths)), stagewise=True)
@@ -94,6 +96,15 @@ def build_stages(
     stages.append(nn.Sequential(conv_norm_act(in_chs, head_chs, act_layer=act_layer, norm_kwargs=norm_kwargs, **dd)))
     chs = [*(stage_widths[-1] for stage_widths in widths), head_chs]
     return stages, last_of_each_reduction(chs, [*reductions, reduction])
+
+
+def native_size(img_size: int | tuple[int, int] | None, small: bool) -> tuple[int, int]:
+    """Height and width of the images; without `img_size` 32 for a `small` network, else 224.
+
+    Raises:
+        ValueError: If `img_size` is no size.
+    """
+    return height_and_width("img_size", (32 if small else 224) if img_size is None else img_size)
 
 
 def depthwise(

@@ -72,7 +72,7 @@ class EfficientNetLiteSPD(EfficientNet):
         kwargs: Other arguments of timm's `EfficientNet`.
 
     Raises:
-        ValueError: If `stem_stride` is neither 1 nor 2.
+        ValueError: If `stem_stride` is neither 1 nor 2, or `output_stride` is not that times 1, 2, 4, 8 or 16.
     """
 
     def __init__(
@@ -80,6 +80,9 @@ class EfficientNetLiteSPD(EfficientNet):
     ) -> None:
         if stem_stride not in (1, 2):
             raise ValueError(f"stem_stride is 1 or 2, got {stem_stride}")
+        strides = [stem_stride * 2**i for i in range(5)]
+        if output_stride not in strides:
+            raise ValueError(f"output_stride must be one of {', '.join(map(str, strides))}, got {output_stride}")
         own: dict[str, Any] = {
             "block_args": decode_arch_def([list(stage) for stage in STAGES], depth, fix_first_last=True),
             "stem_size": 32,

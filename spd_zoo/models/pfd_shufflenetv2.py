@@ -8,13 +8,12 @@ Original code: https://github.com/xiaohe725/Padding-free-Downsampling-And-Hybrid
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from spd_zoo import weights
 from spd_zoo.blocks import AttentionDownsample, HybridStem, PaddingFreeDownsample, conv_norm_act
 from spd_zoo.models._classifier import Classifier, last_of_each_reduction
-from spd_zoo.models._pfd import Downsampling, halved, rename_shared
+from spd_zoo.models._pfd import Downsampling, halved, native_size, rename_shared
 from spd_zoo.models._registry import register_model
 from spd_zoo.spd import MaxPool2d
 
@@ -93,7 +92,7 @@ class PFDShuffleNetV2(Classifier):
         else:
             conv = conv_norm_act(in_chans, 24, 3, stride, act_layer=nn.ReLU, **dd)
             stem = nn.Sequential(conv, MaxPool2d(3, stride, 1))
-        size = to_2tuple(img_size or (32 if small else 224))
+        size = native_size(img_size, small)
         size = size if small else halved(halved(size, "padded"), "padded")
         stages, chs, reductions = nn.Sequential(), 24, []
         for i, (out_chs, depth) in enumerate(STAGES):

@@ -212,14 +212,13 @@ class SSD(DetectionNet):
         """The convolutions that output class logits, one per map."""
         return self.conf
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def replace_classifier(self, num_classes: int) -> None:
         """Replaces the convolutions for class logits by new, untrained ones.
 
         Raises:
             ValueError: If `num_classes` is less than one.
         """
         self.conf = self._new_classifier(num_classes, get_device_dtype(self)).train(self.training)
-        self.num_classes = num_classes
 
     def num_classes_of(self, outputs: int) -> int:
         """The number of classes of a network whose first class layer has `outputs` output channels."""

@@ -256,6 +256,18 @@ def load_file(network: str, file: str | Path, device: str) -> nn.Module:
 
 
 def pretrained_cfg(net: nn.Module) -> dict[str, Any]:
-    """timm's configuration of a network's weights and input."""
-    cfg: dict[str, Any] = vars(net)["pretrained_cfg"]
-    return cfg
+    """timm's configuration of a network's weights and input.
+
+    Raises:
+        ModelError: If it has none, because it is none of timm's networks, or another module around one.
+    """
+    cfg: dict[str, Any] | None = vars(net).get("pretrained_cfg")
+    if cfg is not None:
+        return cfg
+    name = type(net).__name__
+    for inner in ("_orig_mod", "module"):  # of torch.compile, and of modules that train in parallel
+        if isinstance(getattr(net, inner, None), nn.Module):
+            raise ModelError(f"{name} is a module around a network; give the network in its attribute {inner}")
+    raise ModelError(
+        f"{name} has no pretrained_cfg, which says how its images are prepared; use one of timm's networks"
+    )
