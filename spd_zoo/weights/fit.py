@@ -111,7 +111,9 @@ def check_finite(state_dict: StateDict, name: str) -> None:
     """
     wild = next((key for key, tensor in state_dict.items() if not tensor.float().isfinite().all()), None)
     if wild:
-        raise WeightsError(f"{name} is damaged: {wild} holds a number that is not finite. Get it again")
+        raise WeightsError(
+            f"{name} is damaged: {wild} holds a number that is not finite. Get it again, or train it again"
+        )
 
 
 def fit_image_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
