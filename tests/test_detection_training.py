@@ -148,7 +148,7 @@ def test_a_run_may_start_from_another_one_with_other_classes(
     for text in (other / "labels").rglob("*.txt"):
         text.write_text("\n".join("0" + line[1:] for line in text.read_text().splitlines()))
     (other / "data.yaml").write_text("names: [square]")
-    options = {"epochs": 1, "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0, "batch_size": 2}
+    options = {"epochs": 1, "lr": 1e-12, "weight_decay": 0.0, "ema": 0.0, "batch_size": 2, "pretrained": None}
     run(other, tmp_path / "second", model=f"local-dir:{first}", **options)
     assert make_config({}, tmp_path / "second" / "run.yaml").pretrained
     old, new = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "second"))
