@@ -495,6 +495,16 @@ def test_a_padded_crop_is_resized_as_asked() -> None:
     assert not torch.equal(made["bilinear"], made["bicubic"])
 
 
+@pytest.mark.parametrize(("mode", "step"), [("center", 4), (None, 4), ("squash", 8), ("border", 8)])
+def test_a_padded_crop_keeps_the_aspect_that_evaluation_keeps(mode: str | None, step: int) -> None:
+    pixels = torch.arange(0, 240, 4).byte().expand(3, 30, 60).permute(1, 2, 0)  # each column 4 brighter than the last
+    made = train_transform(30, crop_padding=1, crop_mode=mode, hflip=0.0, color_jitter=0.0)(
+        Image.fromarray(pixels.numpy())
+    )
+    steps = made[0, 15, 2:-2].int().diff()
+    assert made.shape == (3, 30, 30) and (steps == step).float().mean() > 0.8
+
+
 def test_an_archive_beside_its_class_folders_is_not_read(folders: Path) -> None:
     (folders / "train.tar").write_bytes(b"archive")
     data = opened(folders)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, create_dataset, create_transform
+from timm.data.transforms import ResizeKeepRatio
 from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -25,6 +26,7 @@ def train_transform(
     crop_scale: float = 0.5,
     crop_padding: int = 0,
     rotation: float = 0.0,
+    crop_mode: str | None = None,
     **options: Any,
 ) -> Transform:
     """Augmentation: an image to (C, height, width) uint8.
@@ -32,15 +34,19 @@ def train_transform(
     Args:
         image_size: Height and width in pixels, or one number for both.
         crop_scale: Smallest share of the image's area that timm's random resized crop keeps.
-        crop_padding: If not 0, a random crop after padding every side with so many black pixels replaces that crop.
+        crop_padding: If not 0, a random crop after padding every side with so many black pixels replaces that crop; the
+            image is resized before as for evaluation.
         rotation: Largest random rotation in degrees; corners are filled with black.
+        crop_mode: As for `eval_transform`.
         **options: Further arguments of timm's `create_transform`.
     """
     size: tuple[int, int] = to_2tuple(image_size)
     make = create_transform(size, is_training=True, use_prefetcher=True, scale=(crop_scale, 1.0), **options)
     if crop_padding:
         way = InterpolationMode.BICUBIC if options.get("interpolation") == "bicubic" else InterpolationMode.BILINEAR
-        make.transforms[0] = v2.Compose([v2.Resize(size, way), v2.RandomCrop(size, padding=crop_padding)])
+        keep_ratio = ResizeKeepRatio(size, longest=float(crop_mode == "border"), interpolation=way.value)
+        resize = v2.Resize(size, way) if crop_mode == "squash" else keep_ratio
+        make.transforms[0] = v2.Compose([resize, v2.RandomCrop(size, padding=crop_padding, pad_if_needed=True)])
     if rotation:
         make.transforms.insert(-1, v2.RandomRotation([-rotation, rotation]))
     return make

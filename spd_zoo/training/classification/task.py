@@ -270,6 +270,7 @@ class Classification:
             CROP_SCALE if config.crop_scale is None else config.crop_scale,
             config.crop_padding or 0,
             config.rotation,
+            preprocessing.crop_mode,
             interpolation=config.interpolation,
             hflip=config.hflip,
             vflip=config.vflip,
