@@ -42,7 +42,8 @@ def height_and_width(name: str, value: Any) -> tuple[int, int]:
     Raises:
         ValueError: If it is something else.
     """
-    sides = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value, value)
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
+    sides = tuple(value) if several else (value, value)
     if len(sides) != 2:
         raise ValueError(f"{name} must be one number, or height and width, got {value!r}")
     return positive_integer(name, sides[0]), positive_integer(name, sides[1])

@@ -181,7 +181,7 @@ _EARLIER = re.compile(rb"made_by.{2,6}spd-zoo ", re.DOTALL)  # in the metadata o
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
     """Like `whole`, but makes the folders of `path` once the file is complete."""
-    with whole(path, within=next(folder for folder in path.parents if folder.exists())) as temporary:
+    with whole(path, within=next((folder for folder in path.parents if exists(folder)), path.parent)) as temporary:
         yield temporary
         path.parent.mkdir(parents=True, exist_ok=True)
 

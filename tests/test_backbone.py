@@ -36,9 +36,8 @@ def classifier(detector: str, **kwargs: Any) -> Any:
 
 
 @pytest.fixture
-def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publish]:
+def publish(tmp_path: Path) -> Iterator[Publish]:
     """Publishes tensors, or a random backbone, as `DETECTOR.tiny_in200_backbone` of a private manifest."""
-    monkeypatch.setattr(cache, "BUNDLED", tmp_path)
 
     def publish(detector: str, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         if tensors is None:
@@ -59,8 +58,10 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Publish
         spd_zoo.use_manifest(manifest)
         return tensors
 
-    yield publish
-    spd_zoo.use_manifest(None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "BUNDLED", tmp_path)
+        yield publish
+    spd_zoo.use_manifest(None)  # after that, because it looks for the bundled files again
 
 
 @pytest.mark.slow

@@ -101,6 +101,11 @@ def test_a_stem_of_another_stride_is_refused() -> None:
         timm.create_model(LITE0, stem_stride=4)
 
 
+def test_the_output_stride_follows_that_of_the_stem() -> None:
+    net: Any = timm.create_model(LITE0, stem_stride=1, device="meta")
+    assert net.forward_features(torch.empty(1, 3, 64, 64, device="meta")).shape[-1] == 4
+
+
 @pytest.mark.parametrize(("stem_stride", "output_stride"), [(1, 32), (2, 64), (2, 12), (2, 1)])
 def test_an_output_stride_that_cannot_be_built_is_refused(stem_stride: int, output_stride: int) -> None:
     choices = "1, 2, 4, 8, 16" if stem_stride == 1 else "2, 4, 8, 16, 32"

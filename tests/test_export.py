@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 
 from spd_zoo import Classifier
 from spd_zoo import exporter as exporting
+from spd_zoo.arguments import height_and_width
 from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.exporter import ExportError, export
@@ -275,6 +276,11 @@ def test_a_failed_export_makes_no_folder(run: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ExportError, match="failed"):
         export(str(run), "pt2", tmp_path / "new" / "net.pt2", fold=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [torch.tensor(64), (64, torch.tensor(64)), torch.tensor([64, 64])])
+def test_numbers_of_torch_are_sizes(size: Any) -> None:
+    assert height_and_width("image_size", size) == (64, 64)
 
 
 def test_an_image_of_no_pixels_is_refused(tmp_path: Path) -> None:

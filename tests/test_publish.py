@@ -218,11 +218,12 @@ def test_several_weights_are_published_and_the_refused_are_named(
 
 @pytest.mark.slow
 def test_weights_of_the_package_stay_there_and_get_a_mirror(hub: HubDouble, checkout: Checkout) -> None:
-    checkout.monkeypatch.setattr(sys.modules["spd_zoo.weights.cache"], "BUNDLED", checkout.file.parent)
-    checkout.enter(source=f"bundled:{checkout.file.name}")
-    for _ in range(2):
-        assert main(COMMAND) == 0
-        checkout.read()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["spd_zoo.weights.cache"], "BUNDLED", checkout.file.parent)
+        checkout.enter(source=f"bundled:{checkout.file.name}")
+        for _ in range(2):
+            assert main(COMMAND) == 0
+            checkout.read()
     assert checkout.fields["source"] == f"bundled:{checkout.file.name}"
     assert checkout.fields["mirror"] == f"hf://{REPO}@{hub.repos[REPO][-1][0]}:model.safetensors"
     assert len(hub.repos[REPO]) == 2

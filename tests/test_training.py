@@ -280,6 +280,22 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 
 
 @pytest.mark.slow
+def test_a_run_whose_weight_decay_an_earlier_version_applied_to_more_is_not_resumed(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": "cifar_mobilenetv3_large_effdown", "image_size": "32", "epochs": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("spd_zoo.models._classifier.Classifier.no_weight_decay", lambda net: set())
+        stop_in(patch, 0, 1)
+        with pytest.raises(Stopped):
+            run(folders, tmp_path / "run", **options)
+    with pytest.raises(
+        RunError, match="begun by an earlier version of spd-zoo, in which weight decay applied to other"
+    ):
+        run(folders, tmp_path / "run", **options)
+
+
+@pytest.mark.slow
 def test_saving_within_an_epoch_changes_nothing(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "seldom")
     run(folders, tmp_path / "often", save_minutes=0)

@@ -68,7 +68,8 @@ class EfficientNetLiteSPD(EfficientNet):
         width: Factor of the number of channels, except in the stem and the head.
         depth: Factor of the number of blocks per stage, except in the first and the last stage.
         stem_stride: 2, or 1 for images of half the size.
-        output_stride: Total stride of the last map, at most 16 * stem_stride; further strides become dilations.
+        output_stride: Total stride of the last map, at most 16 * stem_stride, which is the default; further strides
+            become dilations.
         kwargs: Other arguments of timm's `EfficientNet`.
 
     Raises:
@@ -76,11 +77,17 @@ class EfficientNetLiteSPD(EfficientNet):
     """
 
     def __init__(
-        self, width: float = 1.0, depth: float = 1.0, stem_stride: int = 2, output_stride: int = 32, **kwargs: Any
+        self,
+        width: float = 1.0,
+        depth: float = 1.0,
+        stem_stride: int = 2,
+        output_stride: int | None = None,
+        **kwargs: Any,
     ) -> None:
         if stem_stride not in (1, 2):
             raise ValueError(f"stem_stride is 1 or 2, got {stem_stride}")
         strides = [stem_stride * 2**i for i in range(5)]
+        output_stride = strides[-1] if output_stride is None else output_stride
         if output_stride not in strides:
             raise ValueError(f"output_stride must be one of {', '.join(map(str, strides))}, got {output_stride}")
         own: dict[str, Any] = {

@@ -260,7 +260,17 @@ class Run:
         self.saved = time.monotonic()
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continues from the contents of `last.pt`."""
+        """Continues from the contents of `last.pt`.
+
+        Raises:
+            RunError: If an earlier version of spd-zoo began the run, whose optimizer has other groups of parameters.
+        """
+        saved, own = state["optimizer"]["param_groups"], self.optimizer.param_groups
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+            raise RunError(
+                "the run was begun by an earlier version of spd-zoo, in which weight decay applied to other parameters "
+                "of this network; finish it with that version, or begin another run"
+            )
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.plan.ema:
@@ -529,7 +539,10 @@ def finish(run: Run) -> Result:
             **run.task.pretrained_cfg(run.preprocessing),
             "label_names": val.class_names,
         }
-        run.folder.write_network(net, cfg, parse_model_args(config.model_args))
+        arguments = parse_model_args(config.model_args)
+        if "img_size" in arguments:  # it is created for the size that it was evaluated at
+            arguments["img_size"] = size
+        run.folder.write_network(net, cfg, arguments)
         notes = [*run.splits.about.get("notes", []), *plot_notes(), *missed]
         run.task.write_report(run.folder, config, run.history, predictions, val, notes)
     process.print(

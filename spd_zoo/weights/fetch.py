@@ -121,7 +121,7 @@ def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = N
     name = name if entry is None else original_of(entry).name
     hub = HUB_SOURCE.fullmatch(str(file))
     if hub is None and not re.match("https?://", str(file)):
-        if re.match(r"[\w+.-]+://", str(file)):
+        if re.match(r"[\w+.-]{2,}://", str(file)):
             raise WeightsError(
                 f"{file} is no link that can be imported; give a path, https://..., or "
                 "hf://ORG/REPO@<40-digit commit>:FILE"

@@ -35,7 +35,7 @@ def train_transform(
         image_size: Height and width in pixels, or one number for both.
         crop_scale: Smallest share of the image's area that timm's random resized crop keeps.
         crop_padding: If not 0, a random crop after padding every side with so many black pixels replaces that crop; the
-            image is resized before as for evaluation.
+            image is resized to `image_size` before, in the aspect that evaluation keeps.
         rotation: Largest random rotation in degrees; corners are filled with black.
         crop_mode: As for `eval_transform`.
         **options: Further arguments of timm's `create_transform`.
