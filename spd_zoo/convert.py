@@ -610,8 +610,7 @@ def convert_checkpoint(
     Raises:
         ModelError: If there is no such network, or it cannot be loaded.
         WeightsError: If its weights are unavailable or must not be used.
-        ValueError: If `out` exists, or a pattern in `include` or `exclude` names nothing
-            that downsamples.
+        ValueError: If `out` exists, or a pattern in `include` or `exclude` names nothing that downsamples.
         ConversionError: If the outputs differ.
     """
     if out.exists():

@@ -164,6 +164,9 @@ def export(
     return path
 
 
+_EARLIER = re.compile(rb"made_by.{2,6}spd-zoo ", re.DOTALL)  # in the metadata of every file that `export` wrote
+
+
 def _place(name: str, out: str | Path | None, suffix: str) -> Path:
     folder = Path(name) if not is_network(name) and is_folder(name) else None  # of a run
     file = f"{name.replace('/', '_').replace(':', '_')}{suffix}" if folder is None else f"model{suffix}"
@@ -173,9 +176,6 @@ def _place(name: str, out: str | Path | None, suffix: str) -> Path:
     if exists(path) and not _EARLIER.search(path.read_bytes()):
         raise ExportError(f"{path} exists already and is no exported network; remove it, or give another file")
     return path
-
-
-_EARLIER = re.compile(rb"made_by.{2,6}spd-zoo ", re.DOTALL)  # in the metadata of every file that `export` wrote
 
 
 @contextmanager

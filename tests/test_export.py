@@ -262,8 +262,6 @@ def test_only_an_earlier_export_is_replaced(run: Path, tmp_path: Path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", "pt2"])
 def test_an_exported_file_may_be_written_again(run: Path, tmp_path: Path, to: str) -> None:
-    if to == "onnx":
-        pytest.importorskip("onnxruntime", reason="ONNX needs the extra `export`")
     for _ in range(2):
         assert export(str(run), to, tmp_path / f"net.{to}").is_file()
 

@@ -185,8 +185,9 @@ def test_networks_that_cannot_classify_are_refused() -> None:
         Classifier(timm.create_model("cifar_resnet20", num_classes=0))
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Classifier("cifar_resnet20", batch_size=0)
+    no_integer: Any = 2.5
     with pytest.raises(ValueError, match=r"batch_size must be a whole number, got 2\.5"):
-        Classifier("cifar_resnet20", batch_size=2.5)  # type: ignore[arg-type]
+        Classifier("cifar_resnet20", batch_size=no_integer)
 
 
 WRAPPERS = [

@@ -44,7 +44,8 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
     best = checkpoints[0] if checkpoints else described
     family = next(family for family in FAMILIES.values() if described["group"] in family.groups)
     detects = described["task"] == "detection"
-    trained = f", {best['part'] or ''} trained on {best['dataset']}".replace("  ", " ") if best["dataset"] else ""
+    trained_part = f"{best['part']} " if best["part"] else ""
+    trained = f", {trained_part}trained on {best['dataset']}" if best["dataset"] else ""
     yield "name", f"{name}: {described['task']}, {best['num_classes']:,} {'classes' if detects else 'outputs'}{trained}"
     yield "family", f"{family.title}: {family.text}"
     size = "x".join(map(str, best["input_size"][1:]))

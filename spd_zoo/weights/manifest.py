@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from spd_zoo.files import whole
@@ -195,7 +194,7 @@ def tags_in_words(network: str) -> str:
 
 @cache
 def _own() -> dict[str, Entry]:
-    return _entries_of(json.loads(manifest_path().read_text(encoding="utf-8")), manifest_path())
+    return _entries_of(json.loads(manifest_path().read_text(encoding="utf-8")), manifest_path(), {})
 
 
 def _derived(found: dict[str, Entry]) -> dict[str, Entry]:
@@ -211,9 +210,7 @@ def _derived(found: dict[str, Entry]) -> dict[str, Entry]:
     }
 
 
-def _entries_of(
-    groups: dict[str, dict[str, Any]], path: Path, networks: Mapping[str, Entry] = MappingProxyType({})
-) -> dict[str, Entry]:
+def _entries_of(groups: dict[str, dict[str, Any]], path: Path, networks: Mapping[str, Entry]) -> dict[str, Entry]:
     """The entries of a manifest; a checkpoint has those fields of its network in `networks` that it leaves out."""
     found: dict[str, Entry] = {}
     for group, members in groups.items():

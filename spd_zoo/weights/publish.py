@@ -17,7 +17,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     HTTPError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not marked as such
 from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 from torch import nn

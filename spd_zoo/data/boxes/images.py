@@ -46,7 +46,7 @@ EVERY_CLASS = -1  # the label of a region in which objects of all classes are ig
 CLIPPED = "boxes extend beyond their image by more than half a pixel and are clipped"
 UNUSABLE = 0.01  # share of lines that may be unusable, from `UNUSABLE_LINES` of them on
 UNUSABLE_LINES = 10
-FAR, FAR_OUT = 0.1, 0.2  # share of the boxes that may reach out of their image by more than this share of its side
+FAR, FAR_OUT = 0.1, 0.2  # share of the boxes that may extend beyond their image by more than this share of its side
 _REGIONS = {"ignore", "ignored", "ignore region", "ignore regions", "ignored region", "ignored regions"}
 _REGIONS |= {"dontcare", "dont care", "don't care"}
 
