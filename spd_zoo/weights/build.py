@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -180,48 +181,10 @@ def build(
         WeightsError: If the weights do not exist, cannot be downloaded, differ from the manifest's, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
-    given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
-    given = given if isinstance(given, dict) else {}
-    if pretrained and (entry := _entry_of_cfg(variant, given | overlay, cache_dir)):
-        overlay = given | overlay | dict.fromkeys(_SOURCES)
-        pretrained_cfg = entry.tag
-    read: StateDict | None = None
-    overwritten: tuple[Any, ...] = ()  # numbers of classes with which the checkpoint replaces every tensor
-    ours = pretrained_cfg is None or isinstance(pretrained_cfg, str)  # a tag; a dict is the caller's own source
-    partial = False
-    tag = pretrained_cfg
-    if ours:
-        overlay = {key: value for key, value in overlay.items() if value or key not in _SOURCES}  # empty: not given
-    if ours and any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
-        overlay.setdefault("file", None)  # timm would prefer that of the tag
-    elif ours and pretrained:
-        partial = loads_backbone_only(f"{variant}.{tag}" if tag or overlay.get("file") else variant)
-        if overlay.get("file"):
-            _check_tag(variant, tag, Path(overlay["file"]), cache_dir)
-            read, fields = read_described(Path(overlay["file"]))
-            cfg = _cfg_of_file(variant, tag, Path(overlay["file"]), read, fields, pretrained_filter_fn, kwargs)
-        elif mine := _imported_by_user(variant, tag, cache_dir):
-            read, fields = read_described(mine)
-            cfg = _cfg_of_file(variant, None, mine, read, fields, pretrained_filter_fn, kwargs)
-            cfg |= {"file": str(mine), "tag": tag or UNTAGGED}
-            pretrained_cfg = None  # the manifest, and so timm, does not know the tag
-        else:
-            entry = _entry_of(variant, tag)
-            fetched = fetch(entry, cache_dir)
-            read, _ = read_described(fetched)
-            cfg = {"file": str(fetched)}
-            overwritten = (0, entry.num_classes)
-        if "num_classes" in cfg:
-            kwargs.setdefault("num_classes", overlay.get("num_classes", cfg["num_classes"]))
-            overlay["num_classes"] = cfg["num_classes"]
-            overwritten = (0, cfg["num_classes"])
-        overlay = cfg | overlay
-    elif ours and tag and (mine := _imported_by_user(variant, tag, cache_dir)):  # their structure without their numbers
-        read, fields = read_described(mine)
-        overlay = _cfg_of_file(variant, None, mine, read, fields, pretrained_filter_fn, kwargs) | {"tag": tag} | overlay
-        pretrained_cfg, read = None, None
-    if partial:
-        overwritten = ()  # the head keeps its random weights
+    weights = _weights(variant, pretrained, pretrained_cfg, overlay, pretrained_filter_fn, kwargs, cache_dir)
+    pretrained_cfg, overlay, read, partial = weights.cfg, weights.overlay, weights.read, weights.partial
+    if weights.num_classes is not None:
+        kwargs.setdefault("num_classes", weights.num_classes)
     if read is not None:  # timm copies a state dict instead of opening the file; `_checked` adds the tensors
         overlay["state_dict"] = {"": ""}
     feature_cfg: dict[str, Any] = {"flatten_sequential": True}
@@ -230,7 +193,7 @@ def build(
     def make(**model_args: Any) -> Network:
         nonlocal first_conv
         _refuse_unknown(variant, cls, model_args)
-        with _Undrawn() if model_args.get("num_classes") in overwritten else nullcontext():
+        with _Undrawn() if model_args.get("num_classes") in weights.overwritten else nullcontext():
             net: Any = cls(**model_args)
         first_conv = first_conv_name(net)
         net._traits = {"first_conv": first_conv} | getattr(net, "_traits", {})
@@ -255,7 +218,7 @@ def build(
         broken = "PytorchStreamReader" in str(error)  # a zip file
         if isinstance(error, WeightsError) or (isinstance(error, RuntimeError) and not (has_code or broken)):
             raise
-        merged = given | overlay
+        merged = _fields_of(pretrained_cfg) | overlay
         source = next((merged[key] for key in ("file", "hf_hub_id", "url") if merged.get(key)), "the checkpoint")
         reason = "it holds more than tensors, or is damaged" if has_code else first_line(error)[:200]
         raise WeightsError(
@@ -273,6 +236,84 @@ def build(
             stacklevel=2,
         )
     return built
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What timm is told about the weights of a network, and what is known of them before.
+
+    Attributes:
+        cfg: A tag, the caller's own configuration, or None: the default.
+        overlay: Fields that replace those of the configuration.
+        read: The tensors, if they are read already.
+        num_classes: The number of classes to build the network with, if the weights decide it.
+        overwritten: Numbers of classes with which the weights replace every tensor of the network.
+        partial: Whether they are only a backbone.
+    """
+
+    cfg: Any
+    overlay: dict[str, Any]
+    read: StateDict | None = None
+    num_classes: int | None = None
+    overwritten: tuple[int, ...] = ()
+    partial: bool = False
+
+
+def _weights(
+    variant: str,
+    pretrained: bool,
+    cfg: Any,
+    overlay: dict[str, Any],
+    filter_fn: FilterFn,
+    kwargs: dict[str, Any],
+    cache_dir: str | Path | None,
+) -> _Weights:
+    """Finds the weights that `build` was asked for, and reads those that timm must not read unverified.
+
+    Raises:
+        WeightsError: If they do not exist, cannot be downloaded, or differ from the manifest's.
+    """
+    given = _fields_of(cfg)
+    if pretrained and (entry := _entry_of_cfg(variant, given | overlay, cache_dir)):
+        cfg, overlay = entry.tag, given | overlay | dict.fromkeys(_SOURCES)
+    if not (cfg is None or isinstance(cfg, str)):  # the caller's own source
+        return _Weights(cfg, overlay)
+    tag = cfg
+    overlay = {key: value for key, value in overlay.items() if value or key not in _SOURCES}  # empty: not given
+    if any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict")):
+        return _Weights(tag, {"file": None} | overlay)  # timm would prefer the file of the tag
+    if not pretrained:
+        mine = _imported_by_user(variant, tag, cache_dir) if tag else None
+        if mine is None:
+            return _Weights(tag, overlay)
+        fields = _cfg_of_file(variant, None, mine, *read_described(mine), filter_fn, kwargs)
+        return _Weights(None, fields | {"tag": tag} | overlay)  # the structure of their network, without their numbers
+    partial = loads_backbone_only(f"{variant}.{tag}" if tag or overlay.get("file") else variant)
+    if overlay.get("file"):
+        file = Path(overlay["file"])
+        _check_tag(variant, tag, file, cache_dir)
+        read, about = read_described(file)
+        fields = _cfg_of_file(variant, tag, file, read, about, filter_fn, kwargs)
+    elif mine := _imported_by_user(variant, tag, cache_dir):
+        read, about = read_described(mine)
+        fields = _cfg_of_file(variant, None, mine, read, about, filter_fn, kwargs)
+        fields |= {"file": str(mine), "tag": tag or UNTAGGED}
+        cfg = None  # the manifest, and so timm, does not know the tag
+    else:
+        entry = _entry_of(variant, tag)
+        fetched = fetch(entry, cache_dir)
+        read, _ = read_described(fetched)
+        overwritten = () if partial else (0, entry.num_classes)
+        return _Weights(tag, {"file": str(fetched)} | overlay, read, None, overwritten, partial)
+    classes = fields["num_classes"]
+    overwritten = () if partial else (0, classes)  # a head that the file lacks keeps its random weights
+    built_with = overlay.get("num_classes", classes)
+    return _Weights(cfg, fields | overlay | {"num_classes": classes}, read, built_with, overwritten, partial)
+
+
+def _fields_of(cfg: Any) -> dict[str, Any]:
+    """The fields of a configuration that the caller gave; none of a tag."""
+    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg if isinstance(cfg, dict) else {}
 
 
 def _refuse_unknown(variant: str, cls: type[nn.Module], model_args: dict[str, Any]) -> None:
