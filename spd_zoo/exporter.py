@@ -4,11 +4,9 @@ import json
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -23,19 +21,15 @@ from torchvision.ops import box_convert, nms
 import spd_zoo
 from spd_zoo.arguments import height_and_width
 from spd_zoo.boxes import class_nms
-from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.classes import network_classes
-from spd_zoo.data.labelled import DataError, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import channel_mode, per_channel, size_text
 from spd_zoo.files import exists, is_folder, whole
 from spd_zoo.fold import fold_spd
-from spd_zoo.inference.classifier import Classifier, check_classifier
-from spd_zoo.inference.detector import GREY, Detector, trained_on_tiles
+from spd_zoo.inference.classifier import check_classifier
+from spd_zoo.inference.detector import GREY, trained_on_tiles
 from spd_zoo.inference.exported import (
     THRESHOLDS,
-    ExportedDetector,
-    read_exported,
     start_session,
     with_threshold_inputs,
 )
@@ -43,10 +37,10 @@ from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.rewrite import ConversionError, max_difference
 from spd_zoo.trace import copy_network
-from spd_zoo.training.evaluate import Evaluation, evaluate
-from spd_zoo.weights.load import class_synonyms, is_network, load_network, pretrained_cfg
+from spd_zoo.weights.class_names import class_synonyms
+from spd_zoo.weights.load import is_network, load_network, pretrained_cfg
 
-__all__ = ["FORMATS", "ExportError", "export", "export_int8", "quantize"]
+__all__ = ["FORMATS", "ExportError", "export", "new_file", "output_file"]
 
 Outputs = tuple[Tensor, ...]
 # Images and a detector's minimum score -> the outputs; of a detector with NMS then also what NMS chose from
@@ -55,7 +49,6 @@ Computation = Callable[[Tensor, float], Outputs]
 TOLERANCE = 1e-3  # largest difference, as a share of the outputs' standard deviation, of the image's side, or of 1
 MISSED = 0.02  # share of boxes that NMS may keep differently, because their IoU is next to the threshold
 CANDIDATES = ("nms_boxes", "nms_compared", "nms_scores")
-CALIBRATION = 128  # images from which the ranges of int8 are taken
 
 
 class ExportError(ValueError):
@@ -111,7 +104,7 @@ def export(
     if to not in FORMATS:
         raise ExportError(f"the formats are {' and '.join(FORMATS)}, got {to!r}")
     name = str(pretrained_cfg(model)["architecture"]) if isinstance(model, nn.Module) else os.fspath(model)
-    path = _place(name, out, f".{to}")
+    path = output_file(name, out, f".{to}")
     net: Any = copy_network(model).eval() if isinstance(model, nn.Module) else load_network(name, "cpu")
     if any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
         raise ExportError(f'{name} has no weights to export, because it is on the "meta" device; create it on the CPU')
@@ -136,7 +129,7 @@ def export(
     if not classes.named:
         last = len(classes.names) - 1
         notes.add(f"{name} does not name its classes: the file calls them by their numbers, 0 to {last}")
-    with _new_file(path) as temporary:
+    with new_file(path) as temporary:
         form = _folded(net, size, name) if fold else net
         part: _Part
         if not isinstance(net, DetectionNet):
@@ -167,7 +160,12 @@ def export(
 _EARLIER = re.compile(rb"made_by.{2,6}spd-zoo ", re.DOTALL)  # in the metadata of every file that `export` wrote
 
 
-def _place(name: str, out: str | Path | None, suffix: str) -> Path:
+def output_file(name: str, out: str | Path | None, suffix: str) -> Path:
+    """The file to export a network to: `out`, or one in the folder of a run or named after the network.
+
+    Raises:
+        ExportError: If it is a folder, or a file that was not exported.
+    """
     folder = Path(name) if not is_network(name) and is_folder(name) else None  # of a run
     file = f"{name.replace('/', '_').replace(':', '_')}{suffix}" if folder is None else f"model{suffix}"
     path = Path(out) if out is not None else (folder or Path()) / file
@@ -179,7 +177,7 @@ def _place(name: str, out: str | Path | None, suffix: str) -> Path:
 
 
 @contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path) -> Iterator[Path]:
     """Like `whole`, but makes the folders of `path` once the file is complete."""
     with whole(path, within=next((folder for folder in path.parents if exists(folder)), path.parent)) as temporary:
         yield temporary
@@ -571,116 +569,3 @@ FORMATS: dict[str, Callable[[_Part, Tensor, dict[str, str], Path], Computation]]
 
 def _images(net: Any, count: int, size: tuple[int, int]) -> Tensor:
     return torch.randn(count, net.in_chans, *size, generator=torch.Generator().manual_seed(count))
-
-
-def export_int8(
-    model: str,
-    data: str | Path,
-    out: str | Path | None = None,
-    image_column: str = "",
-    label_column: str = "",
-    notes: Notes | None = None,
-    workers: int = 2,
-    **options: Any,
-) -> tuple[Path, Evaluation, Evaluation]:
-    """Writes a network into an ONNX file that computes convolutions and linear layers in int8, and measures the loss.
-
-    ONNX Runtime's static quantisation, with scales per channel of weights; the ranges of activations are those on 128
-    training images. Decoding and suppression of boxes stay in float32. The network's accuracy is measured on the
-    test images (or val, or train) before and after, as ONNX Runtime computes it.
-
-    Args:
-        model: A network with pretrained weights, with or without a tag, `local-dir:FOLDER`, or the folder of a run.
-        data: The data set, as `evaluate` takes it.
-        out: The file; by default `model_int8.onnx` in the run's folder, or one named after the network.
-        image_column: As for `evaluate`.
-        label_column: As for `evaluate`.
-        notes: Receives the assumptions that were made.
-        workers: Processes that read images for the evaluation.
-        options: Other arguments of `export`.
-
-    Returns:
-        The file, and the evaluations in float32 and in int8.
-
-    Raises:
-        DataError: If the data cannot be used, or its classes are not the network's.
-        ExportError: If the network cannot be exported.
-        ModelError: If there is no such network, or it cannot be used.
-    """
-    notes = notes if notes is not None else Notes()
-    path = _place(model, out, "_int8.onnx")
-    measure = partial(
-        evaluate, data=data, workers=workers, image_column=image_column, label_column=label_column, run=model
-    )
-    with tempfile.TemporaryDirectory() as folder, _new_file(path) as temporary:
-        plain = export(model, "onnx", Path(folder) / "float32.onnx", notes=notes, **options)
-        before = measure(str(plain))[0]
-        quantize(plain, temporary, _calibration(str(plain), data, image_column, label_column, notes))
-        after = measure(str(temporary))[0]
-    return path, before, after
-
-
-def quantize(file: Path, out: Path, images: Iterator[Tensor]) -> None:
-    """Writes an exported ONNX file again, with convolutions and linear layers in int8.
-
-    Args:
-        file: What `export` wrote.
-        out: The new file.
-        images: Inputs (C, H, W), from which the ranges of activations are taken.
-    """
-    import onnx
-    from onnxruntime import quantization
-
-    class Images(quantization.CalibrationDataReader):
-        """The images one by one, as ONNX Runtime asks for them."""
-
-        def get_next(self) -> Any:
-            image = next(images, None)
-            return None if image is None else {"images": image[None].numpy()}
-
-    with tempfile.TemporaryDirectory() as folder:
-        described = onnx.shape_inference.infer_shapes(onnx.load(file))
-        # ONNX Runtime's own mark that the shapes are inferred, without which it warns
-        described.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
-        onnx.save(described, Path(folder) / "described.onnx")
-        quantization.quantize_static(
-            Path(folder) / "described.onnx",
-            out,
-            Images(),
-            op_types_to_quantize=QUANTIZED[isinstance(read_exported(file), ExportedDetector)],
-            per_channel=True,
-            reduce_range=True,  # 7 bits of weights: processors without VNNI add pairs of products in 16 bits
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-        )
-
-
-# Operators in int8, for detectors and for classifiers: decoding boxes needs the precision of float32
-QUANTIZED = {True: ["Conv"], False: ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"]}
-
-
-def _calibration(file: str, data: str | Path, image_column: str, label_column: str, notes: Notes) -> Iterator[Tensor]:
-    """Inputs (C, H, W) of an exported file: images spread evenly over the training images."""
-    net = read_exported(Path(file))
-    detector = None
-    if isinstance(net, ExportedDetector):
-        tile, overlap = net.tiles or (None, 0.2)
-        detector = Detector(net, tile=tile, overlap=overlap)
-    opened = (
-        open_boxes(data, split) if detector else open_data(data, split, image_column, label_column)
-        for split in ("train", "val", "test")
-    )
-    images: Any = next((images for images in opened if images), None)
-    if images is None:
-        raise DataError(f"{data} has no images to take the ranges of int8 from")
-    reader = Classifier(net).reader if detector is None else None
-    count = min(CALIBRATION, len(images))
-    for i in (i * len(images) // count for i in range(count)):
-        try:
-            if reader is not None:
-                yield reader(images.file(i))
-            elif detector is not None:
-                views = list(detector.views(images.image(i)))
-                yield views[i % len(views)][0]
-        except ValueError as error:
-            notes.add(f"left out of the calibration: {error}", images.name(i))

@@ -15,8 +15,8 @@ from runs import finetune_in_processes, rows_of, same_run, stop_in
 from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, Objects, Tiling, open_boxes
 from spd_zoo.data.boxes.tiles import cut, objects_inside, tile_boxes
-from spd_zoo.exporter import export_int8
 from spd_zoo.inference.detector import Detector, trained_on_tiles
+from spd_zoo.quantization import export_int8
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.detection import report as box_report
 from spd_zoo.training.evaluate import evaluate

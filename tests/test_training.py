@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError, open_data
-from spd_zoo.exporter import export, export_int8
+from spd_zoo.exporter import export
 from spd_zoo.models.bsconv_mobilenetv3 import BSConvMobileNetV3
 from spd_zoo.process import Process, StopSignals
+from spd_zoo.quantization import export_int8
 from spd_zoo.training import call, memory, planning
 from spd_zoo.training import finetune as training
 from spd_zoo.training.classification import report

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spd_zoo.exporter import export, quantize
+from spd_zoo.exporter import export
 from spd_zoo.inference.exported import read_exported
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.quantization import quantize
 
 EXPORTED = {  # network: image size
     "yolov8n": 320,

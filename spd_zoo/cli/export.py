@@ -52,7 +52,8 @@ def _run(options: argparse.Namespace) -> int:
         raise CommandError("--data and its columns are for --int8; add it, or leave them out")
     with explained("use a smaller --image-size, or a machine with more memory"):
         from spd_zoo.data.notes import Notes
-        from spd_zoo.exporter import export, export_int8
+        from spd_zoo.exporter import export
+        from spd_zoo.quantization import export_int8
 
         notes = Notes()
         settings = {"image_size": options.image_size, "fold": not options.no_fold, "notes": notes}
