@@ -208,6 +208,13 @@ def test_info_is_a_card_whose_figures_say_who_measured_them(name: str, capsys: C
     assert ("pretrained=True" in snippet) == bool(own)
 
 
+def test_info_about_weights_for_one_of_timms_networks_gives_a_call_that_timm_knows(capsys: Capture) -> None:
+    assert main(["info", "resnet50.pyconv_in1k"]) == 0
+    printed = capsys.readouterr().out
+    assert 'timm.create_model("resnet50", pretrained=True, pretrained_cfg_overlay={"file": "FILE"})' in printed
+    assert "get       spd-zoo weights pull resnet50.pyconv_in1k  (prints FILE)" in printed
+
+
 def test_info_as_json_has_every_field_of_the_manifest(capsys: Capture) -> None:
     assert main(["info", "pyconvresnet50.in1k", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
