@@ -250,6 +250,13 @@ def test_an_unknown_network_gives_the_nearest_names(arguments: list[str], tmp_pa
     assert "pyconvresnet50" in error
 
 
+@pytest.mark.parametrize("option", ["--workers", "--tile"])
+def test_numbers_of_evaluate_are_checked_before_anything_is_read(option: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "cifar_resnet20", "--data", "photos", option, "-1"])
+    assert capsys.readouterr().err.startswith(f"spd-zoo: error: argument {option}: must be at least 0, got -1; see")
+
+
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the Hugging Face libraries that nobody else uses."""
