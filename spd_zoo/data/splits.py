@@ -51,7 +51,7 @@ def split_notes(where: object, split: str, found: Sequence[str]) -> list[str]:
 
 def no_split(data: object, split: str, opened: Callable[[str], object]) -> str:
     """A sentence: the data set has no `split`, and which of train, val and test it has, as `opened` finds them."""
-    there = []
+    there: list[str] = []
     for name in _NAMES:
         with suppress(ValueError):  # what is wrong with a split that nobody asked for
             there += [name] if opened(name) else []
