@@ -20,6 +20,7 @@ from torchvision.ops import box_convert, nms
 
 import spd_zoo
 from spd_zoo.arguments import height_and_width
+from spd_zoo.blocks import ImageSizeError
 from spd_zoo.boxes import class_nms
 from spd_zoo.data.classes import network_classes
 from spd_zoo.data.notes import Notes
@@ -130,7 +131,7 @@ def export(
         last = len(classes.names) - 1
         notes.add(f"{name} does not name its classes: the file calls them by their numbers, 0 to {last}")
     with new_file(path) as temporary:
-        form = _folded(net, size, name) if fold else net
+        form = _folded(net, size, name) if fold else _of_size(net, size, name)
         part: _Part
         if not isinstance(net, DetectionNet):
             part = _Part(form, ("logits",))
@@ -406,8 +407,20 @@ def _folded(net: nn.Module, size: tuple[int, int], model: str) -> nn.Module:
     """`fold_spd`, whose errors name the network and what the command can do."""
     try:
         return fold_spd(net, _images(net, 1, size))
+    except ImageSizeError as error:  # nor would it export without folding
+        raise ExportError(f"{model}: {error}") from error
     except (ConversionError, ValueError) as error:
         raise ExportError(f"{model} cannot be folded: {error}. --no-fold exports it as it is") from error
+
+
+def _of_size(net: nn.Module, size: tuple[int, int], model: str) -> nn.Module:
+    """The network, after one image: torch's exporters answer sizes that it does not take with errors of their own."""
+    try:
+        with torch.inference_mode():
+            net(_images(net, 1, size))
+    except ImageSizeError as error:
+        raise ExportError(f"{model}: {error}") from error
+    return net
 
 
 def _metadata(net: Any, size: tuple[int, int], part: _Part) -> dict[str, str]:

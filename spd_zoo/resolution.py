@@ -83,11 +83,11 @@ def keep_resolution(
             f"{type(model).__name__} places its boxes by the strides of its maps, which would change; give it enlarged "
             "images, or call keep_resolution with its backbone (features_only=True)"
         )
+    sizes = [image_size(model, example_input)]
     if any(isinstance(module, SPDConv2d | SPDMaxPool2d | PhaseMix) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has space-to-depth layers; call keep_resolution before convert_to_spd"
         )
-    sizes = [image_size(model, example_input)]
     trial = meta_copy(model)
     changed: dict[str, None] = {}  # an ordered set
     for _ in range(steps):

@@ -37,7 +37,7 @@ class OperatorMode(TorchDispatchMode):
         return result
 
 
-def image_size(net: nn.Module, example_input: Tensor | None) -> tuple[int, int, int]:
+def image_size(net: Any, example_input: Tensor | None) -> tuple[int, int, int]:
     """Channels, height and width of the images that a network takes.
 
     Args:
@@ -61,6 +61,8 @@ def image_size(net: nn.Module, example_input: Tensor | None) -> tuple[int, int, 
             )
         channels, height, width = example_input.shape[1:]
         return channels, height, width
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"give a network, such as timm.create_model returns, got {type(net).__name__}")
     if not getattr(net, "pretrained_cfg", None):
         raise ValueError(
             "the size of the images is unknown, because the network has no pretrained_cfg like timm's networks; "

@@ -208,6 +208,13 @@ def test_info_is_a_card_whose_figures_say_who_measured_them(name: str, capsys: C
     assert ("pretrained=True" in snippet) == bool(own)
 
 
+def test_info_about_weights_for_one_of_timms_networks_gives_a_call_that_timm_knows(capsys: Capture) -> None:
+    assert main(["info", "resnet50.pyconv_in1k"]) == 0
+    printed = capsys.readouterr().out
+    assert 'timm.create_model("resnet50", pretrained=True, pretrained_cfg_overlay={"file": "FILE"})' in printed
+    assert "get       spd-zoo weights pull resnet50.pyconv_in1k  (prints FILE)" in printed
+
+
 def test_info_as_json_has_every_field_of_the_manifest(capsys: Capture) -> None:
     assert main(["info", "pyconvresnet50.in1k", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -241,6 +248,13 @@ def test_an_unknown_network_gives_the_nearest_names(arguments: list[str], tmp_pa
     what = "network, file or folder" if arguments[0] == "predict" else "network"
     assert error.startswith(f"spd-zoo: error: there is no {what} 'pyconvresnet51'; the nearest names are")
     assert "pyconvresnet50" in error
+
+
+@pytest.mark.parametrize("option", ["--workers", "--tile"])
+def test_numbers_of_evaluate_are_checked_before_anything_is_read(option: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "cifar_resnet20", "--data", "photos", option, "-1"])
+    assert capsys.readouterr().err.startswith(f"spd-zoo: error: argument {option}: must be at least 0, got -1; see")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from spd_zoo import WeightsError, convert_to_spd, fold_spd
+from spd_zoo import WeightsError, convert_to_spd, fold_spd, keep_resolution
 from spd_zoo.cli.main import main
 from spd_zoo.convert import ConversionError, convert_checkpoint
 from spd_zoo.fold import fold_batchnorm
@@ -984,6 +984,12 @@ def test_folding_includes_batchnorm() -> None:
     assert norms[1] == 0
     weights = [sum(p.numel() for p in other.parameters()) for other in (net, folded)]
     assert weights[1] < weights[0]  # not trained since, it has the strided kernels again
+
+
+@pytest.mark.parametrize("change", [convert_to_spd, fold_spd, keep_resolution])
+def test_a_name_in_place_of_a_network_is_refused_in_a_sentence(change: Any) -> None:
+    with pytest.raises(ValueError, match=r"give a network, such as timm.create_model returns, got str"):
+        change("cifar_resnet20")
 
 
 def test_a_convolution_that_runs_twice_keeps_its_batchnorms_apart() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def run(data: Path, out: Path, **changes: Any) -> Result:
     result = finetune(config(data, out, **changes))
     assert result is not None
     return result
+
+
+def test_without_the_package_that_computes_ap_no_time_is_spent(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    for measured in (lambda: run(folder, tmp_path / "run", dry_run=True), lambda: evaluate("yolov8n_spd.bccd", folder)):
+        with pytest.raises(ModuleNotFoundError, match="faster_coco_eval"):
+            measured()
 
 
 @pytest.mark.slow

@@ -187,6 +187,14 @@ def assert_cannot_be_folded(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not list(run.glob("*.pt2*"))
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_an_image_size_that_the_network_does_not_take_is_refused(fold: bool, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"yolov8n_spd: .* must be multiples of 32, got 40x40") as refused:
+        export(timm.create_model("yolov8n_spd"), "pt2", tmp_path / "net.pt2", image_size=40, fold=fold)
+    assert "--no-fold" not in str(refused.value)  # which would not help
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_with_weights_that_are_not_finite_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

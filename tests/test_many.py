@@ -587,6 +587,8 @@ def test_a_data_set_is_read_by_its_only_split_or_the_one_asked_for(folder: Path,
     (tmp_path / "images.csv").write_text("\n".join(["path,label,split", *lines]))
     with pytest.raises(DataError, match="train, val; choose one with --split"):
         open_split(str(tmp_path / "images.csv"))
+    with pytest.raises(DataError, match=r"images.csv has no split tset; it has train, val$"):
+        open_split(str(tmp_path / "images.csv"), "tset")
     images = open_split(str(tmp_path / "images.csv"), "val")
     write_results(images, colours(tmp_path / "log"), tmp_path / "results.jsonl", ALONE, workers=0)
     assert [Path(row["path"]).name for row in rows_of(tmp_path / "results.jsonl")] == [

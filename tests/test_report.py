@@ -216,7 +216,7 @@ def test_evaluation_leaves_out_and_names_unreadable_images(saved: Path, folders:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split", "extra"], "has no split extra"),
+        (["--split", "extra"], "has no split extra; it has train, val, test"),
         (["--device", "abacus"], "cannot use device 'abacus'"),
     ],
 )

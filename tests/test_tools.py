@@ -11,6 +11,7 @@ import benchmark_steps
 import bundle_weights
 import compare_starts
 import convert_experiment
+import example_picture
 import latency
 import linear_probe
 import plain_networks
@@ -33,6 +34,13 @@ from spd_zoo.weights.manifest import manifest_path
 EVERY = timm_contract.own_networks(Classifier)
 STEPS = ("inference", "train")
 NETWORKS = plain_networks.with_plain_version(timm_contract.one_per_architecture(EVERY))
+
+
+def test_the_help_of_the_picture_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example_picture, "cells", None)  # cannot be called
+    for option in ("--help", "--bogus"):
+        with pytest.raises(SystemExit):
+            example_picture.main([option])
 
 
 @pytest.mark.slow

@@ -1069,6 +1069,35 @@ def chosen_for(asked: FinetuneConfig, images: int) -> Plan:
     return planning.plan(asked, Classification(), net, images, ["a", "b", "c"], Process(torch.device("cpu")))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"opt": "adamww", "lr": 0.1}, "there is no optimiser 'adamww'; did you mean adamw?"),
+        ({"opt": "step_adamw", "lr": 0.1}, "there is no optimiser 'step_adamw'; did you mean adamw?"),
+        ({"freeze": "stm"}, "freeze names 'stm', which the network does not have; its modules are stem, stages, head"),
+        ({"freeze": "stem,stages,head"}, "freeze stem,stages,head leaves nothing to train; name fewer modules"),
+        ({"freeze": "head.fc", "head_epochs": 1}, "the classifier cannot train alone, it is frozen or unknown"),
+        ({"model": "resnet18_spd", "pretrained": True}, "resnet18_spd has no pretrained weights; leave --pre"),
+        ({"model": "resnet50_spd", "pretrained": True}, "no default weights; select some by name: resnet50_spd.spd_"),
+        ({"model": "resnet50_spd.spd_cifar10"}, "the weights resnet50_spd.spd_cifar10 are not verified: give --pretra"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(options: dict[str, Any], said: str) -> None:
+    asked = FinetuneConfig(**{"model": "cifar_resnet20", "data": "data", "out": Path("run"), "lr": None, **options})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        chosen_for(asked, 24)
+
+
+def test_a_lookahead_optimizer_and_unverified_weights_that_are_asked_for_are_planned() -> None:
+    options: dict[str, Any] = {"data": "data", "out": Path("run"), "opt": "lookahead_sgd", "lr": 0.1}
+    assert chosen_for(FinetuneConfig(model="resnet50_spd.spd_cifar10", pretrained=True, **options), 24).pretrained
+
+
+def test_class_weights_are_checked_with_the_data(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="class_weights must be 3 numbers from 0 up, inv_freq or effective_num"):
+        run(folders, tmp_path / "run", class_weights="1,2", dry_run=True)
+
+
 def test_networks_with_weights_start_from_them_and_the_others_from_scratch(folders: Path) -> None:
     for name, expected in (("pyconvresnet50_spd", True), ("pyconvresnet50", False)):
         asked = config(folders, folders, model=name, lr=None, pretrained=None)

@@ -4,7 +4,9 @@ On the left what `yolov8n_spd.bccd` finds in the test image of blood cells in `e
 pixels of `examples/images/rocket.jpg` that `cifar_resnet20_pfd` sees. Both networks come with the package.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -42,8 +44,10 @@ def rocket() -> tuple[Image.Image, str]:
     return seen, f"{best.name}, {100 * best.probability:.0f} %"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Writes the picture; returns the exit status."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(argv)
     panels = [cells(), rocket()]
     sheet = Image.new("RGB", (sum(image.width for image, _ in panels) + GAP, HEIGHT + LINE), "white")
     pen, left = ImageDraw.Draw(sheet), 0

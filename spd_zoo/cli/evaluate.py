@@ -12,6 +12,7 @@ from spd_zoo.cli.common import (
     complain,
     explained,
     image_size,
+    non_negative,
     positive,
     print_notes,
     threshold,
@@ -35,7 +36,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
     command.add_argument(
         "--tile",
-        type=int,
+        type=non_negative,
         metavar="N",
         help="detectors: also cut larger images into squares of N pixels; 0: never (default: as the run was trained)",
     )
@@ -61,7 +62,9 @@ def add(commands: Commands) -> None:
     command.add_argument("--flip", action="store_true", help="average over every image and its mirror image")
     command.add_argument("--out", type=Path, help="folder for results.csv and tables per class")
     command.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images per batch (default: 64)")
-    command.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read images (default: 2)")
+    command.add_argument(
+        "--workers", type=non_negative, default=2, metavar="N", help="processes that read images (default: 2)"
+    )
     command.add_argument("--device", help=DEVICE)
     command.add_argument("--bf16", action="store_true", help="compute in bfloat16 where autocast allows it")
     command.add_argument("--image-column", default="", help="as for finetune")

@@ -43,7 +43,7 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
     checkpoints = sorted(described.get("checkpoints", [described] if "." in name else []), key=_rank)
     best = checkpoints[0] if checkpoints else described
     family = next(family for family in FAMILIES.values() if described["group"] in family.groups)
-    detects = described["task"] == "detection"
+    detects, timms = described["task"] == "detection", described["group"] == "timm"
     trained_part = f"{best['part']} " if best["part"] else ""
     trained = f", {trained_part}trained on {best['dataset']}" if best["dataset"] else ""
     yield "name", f"{name}: {described['task']}, {best['num_classes']:,} {'classes' if detects else 'outputs'}{trained}"
@@ -64,14 +64,16 @@ def _card(described: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "train", best["train_again"]
     elif checkpoints:
         if best["weights"] == "unverified":
-            yield "get", f"spd-zoo weights pull {best['name']}"
+            yield "get", f"spd-zoo weights pull {best['name']}" + ("  (prints FILE)" if timms else "")
         if best["part"]:
             yield "use", f"spd-zoo finetune {best['name']} --data DIR --out RUN"
         else:
             yield "use", f"spd-zoo {'detect' if detects else 'predict'} {best['name']} IMAGES"
             yield "", f'spd_zoo.{"Detector" if detects else "Classifier"}("{best["name"]}")("IMAGE")'
     pretrained = ", pretrained=True" if checkpoints and not replaced else ""
-    yield "", f'timm.create_model("{best["name"]}"{pretrained})'
+    if timms:  # timm does not know the tag
+        pretrained += ', pretrained_cfg_overlay={"file": "FILE"}'
+    yield "", f'timm.create_model("{network if timms else best["name"]}"{pretrained})'
     yield "more", f"spd-zoo info {name} --all"
 
 

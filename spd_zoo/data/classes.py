@@ -281,7 +281,7 @@ def _pairs(names: Sequence[str], outputs: Sequence[str], values: Sequence[int], 
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({some(names, LISTED)})"
+    return f"{count(len(names), 'class', 'classes')} ({some(names, LISTED)})"
 
 
 def load_class_map(file: str | Path) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """Recognises the splits of a data set by their usual names, in any case."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from spd_zoo.data.notes import some
 
-__all__ = ["find_split", "looks_like_split", "split_notes", "split_of"]
+__all__ = ["find_split", "looks_like_split", "no_split", "split_notes", "split_of"]
 
 _NAMES = {
     "train": ("train", "training", "trn"),
@@ -46,3 +47,12 @@ def split_notes(where: object, split: str, found: Sequence[str]) -> list[str]:
     if len(found) < 2:
         return []
     return [f"{where} has {len(found)} names for the split {split}: {found[0]} is read, {some(found[1:])} not"]
+
+
+def no_split(data: object, split: str, opened: Callable[[str], object]) -> str:
+    """A sentence: the data set has no `split`, and which of train, val and test it has, as `opened` finds them."""
+    there: list[str] = []
+    for name in _NAMES:
+        with suppress(ValueError):  # what is wrong with a split that nobody asked for
+            there += [name] if opened(name) else []
+    return f"{data} has no split {split}" + (f"; it has {some(there)}" if there else "")

@@ -34,6 +34,7 @@ from spd_zoo.data.labelled import DataError, LabelledImages, open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import MAX_PIXELS
 from spd_zoo.data.regions import Regions
+from spd_zoo.data.splits import no_split
 from spd_zoo.errors import first_line
 from spd_zoo.files import is_leftover, remove_leftovers, whole
 from spd_zoo.inference.classifier import Classification, Classifier, transform_errors
@@ -87,7 +88,7 @@ def open_split(
         return next(iter(found.values()))
     if found:
         raise DataError(f"{data} has the splits {', '.join(found)}; choose one with --split")
-    raise DataError(f"{data} has no split {' or '.join(names)}")
+    raise DataError(no_split(data, " or ".join(names), opening))
 
 
 def _opening(

@@ -494,7 +494,8 @@ def parse_model_args(text: str) -> dict[str, Any]:
             arguments[name.strip()] = json.loads(value)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
-                f"model_args {argument[:80]!r} is not like zero_init_residual=true or drop_rate=0.1"
+                f"model_args {argument[:80]!r} is not like zero_init_residual=true, drop_rate=0.1, or for text "
+                'detector="yolov8n"'
             ) from error
     return arguments
 

@@ -19,6 +19,7 @@ from spd_zoo.data.classes import match_classes, network_classes
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.notes import count
 from spd_zoo.data.reading import channel_mode, refuse_among, size_value
+from spd_zoo.data.splits import no_split
 from spd_zoo.files import is_file, read_yaml, write_csv
 from spd_zoo.inference.detector import trained_on_tiles
 from spd_zoo.inference.exported import Exported, load_model
@@ -248,7 +249,7 @@ def evaluate_network(
     with names_other_task(task, data, "evaluate"):
         split, images = next(((name, found) for name, found in opened if found), ("", None))
         if images is None:
-            raise DataError(f"{data} has no split {' or '.join(splits)}")
+            raise DataError(no_split(data, " or ".join(splits), lambda name: task.open_split(data, name, *columns)))
         if split == "train" and len(splits) > 1:
             split, images = _held_out(task, run or model, data, process) or (split, images)
             which = f"the {count(len(images), 'image')} that {run or model} held out for validation"

@@ -40,7 +40,6 @@ from spd_zoo.training.continuing import Continuation
 from spd_zoo.training.layers import (
     classifier_of,
     frozen_layers,
-    lies_in,
     set_trainable,
     set_training_mode,
 )
@@ -318,7 +317,7 @@ def start(
 
     Raises:
         RunError: If the folder cannot be written, or its state is damaged.
-        ValueError: If `freeze` names no module, or leaves nothing to train.
+        ValueError: If `freeze` names no module.
         WeightsError: If pretrained weights are unavailable or must not be used.
     """
     config, classes = plan.config, len(splits.train.class_names)
@@ -331,8 +330,6 @@ def start(
         net = convert_sync_batchnorm(net)
     preprocessing = preprocessing_of(net, config, process.device)
     frozen = frozen_layers(net, config.freeze)
-    if plan.head_epochs and (not classifier_of(net) or any(lies_in(name, frozen) for name in classifier_of(net))):
-        raise ValueError("the classifier cannot train alone, it is frozen or unknown; give --head-epochs 0")
     set_trainable(net, [""], frozen)
     state = process.broadcast(folder.load() if process.first else None)
     knows_classes = state is None and task.init_head(net, plan, splits.train, process, preprocessing)

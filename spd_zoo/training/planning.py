@@ -1,5 +1,6 @@
 """The plan of a run: the values that its configuration does not set, chosen by network, data and hardware."""
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
+from timm.optim import list_optimizers
 
 from spd_zoo.data.classes import network_classes
 from spd_zoo.data.labelled import DataError
@@ -26,13 +28,13 @@ from spd_zoo.training.config import (
     parse_numbers,
     parse_sizes,
 )
-from spd_zoo.training.layers import mostly_depthwise
+from spd_zoo.training.layers import classifier_of, frozen_layers, lies_in, mostly_depthwise
 from spd_zoo.training.memory import bytes_per_image, choose_micro_batches
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.task import Task
 from spd_zoo.weights import WeightsError, loads_backbone_only
 from spd_zoo.weights.load import has_weights
-from spd_zoo.weights.manifest import tags_in_words
+from spd_zoo.weights.manifest import find_entry, tags_in_words
 
 __all__ = ["blank", "create", "model_args_of", "plan", "preprocessing_of"]
 
@@ -65,10 +67,22 @@ def plan(
     """
     pretrained = has_weights(config.model) if config.pretrained is None else config.pretrained
     if config.pretrained is None and not pretrained:
+        if "." in config.model and find_entry(config.model) is not None:
+            raise ValueError(
+                f"the weights {config.model} are not verified: give --pretrained to begin with them, or "
+                "--no-pretrained to begin at random"
+            )
         tags = tags_in_words(config.model)
         others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
         which = "default" if tags else "pretrained"
         process.print(f"note: {config.model} has no {which} weights: all weights begin at random{others}")
+    if config.pretrained and not {".", ":"} & {*config.model} and not has_weights(config.model):
+        tags = tags_in_words(config.model)
+        raise ValueError(
+            f"{config.model} has no default weights; select some by name: {tags}"
+            if tags
+            else f"{config.model} has no pretrained weights; leave --pretrained out to begin at random"
+        )
     batch_size = _batch_size(config, images, process)
     if config.batch_size is not None and min(batch_size, images) < config.batch_size:
         process.print(f"note: {images} training images: a step has {min(batch_size, images)}, not {config.batch_size}")
@@ -103,6 +117,7 @@ def plan(
 
     sizes = parse_sizes(options["image_size"])
     net = blank(config.model, **model_args_of(config, len(class_names), sizes))
+    _check_training(net, config)
     largest = max((size for size, _ in sizes), key=math.prod)
     try:
         per_image = bytes_per_image(net, largest, preprocessing_of(net, config, process.device))
@@ -114,6 +129,25 @@ def plan(
     weights, pairs = sum(parameter.nbytes for parameter in net.parameters()), bool(config.mixup or config.cutmix)
     accumulate = config.accumulate or choose_micro_batches(weights, per_image, batch_size, pairs, process)
     return Plan.of(replace(config, accumulate=accumulate))
+
+
+def _check_training(net: Any, config: FinetuneConfig) -> None:
+    """Checks what else `start` needs: an optimiser, and something that it trains.
+
+    Raises:
+        ValueError: If timm has no such optimiser, `freeze` names no module, or nothing is left to train.
+    """
+    opt = f"{config.opt}".lower().rpartition("_")
+    if opt[0] not in ("", "lookahead") or opt[2] not in list_optimizers():
+        nearest = difflib.get_close_matches(opt[2], list_optimizers(), n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else "give one of timm's, such as adamw, lamb or sgd"
+        raise ValueError(f"there is no optimiser {config.opt!r}; {advice}")
+    frozen = frozen_layers(net, config.freeze)
+    classifier = classifier_of(net)
+    if config.head_epochs and (not classifier or any(lies_in(name, frozen) for name in classifier)):
+        raise ValueError("the classifier cannot train alone, it is frozen or unknown; give --head-epochs 0")
+    if all(lies_in(name, frozen) for name, _ in net.named_parameters()):
+        raise ValueError(f"freeze {config.freeze} leaves nothing to train; name fewer modules")
 
 
 def _batch_size(config: FinetuneConfig, images: int, process: Process) -> int:

@@ -95,7 +95,10 @@ def hold_out(
     if val is not None:
         return train, val
     if config.val_name != "val":
-        raise DataError(f"{config.data} has no split {config.val_name}")
+        raise DataError(
+            f"{config.data} has no split {config.val_name}; without --val-name, its split val or training images that "
+            "are held out are evaluated"
+        )
     share, images = 0.2 if config.val_split is None else config.val_split, len(train)
     train, val = split(train, config.val_size or max(1, round(share * images)), config.seed)
     held_out = f"{len(val)} of {count(images, 'training image')} are held out for validation, drawn by the seed"

@@ -155,6 +155,8 @@ class Classification:
         elif began_with is None:
             about |= {"notes": notes_on([train, val])}
         train, val = without_unreadable(train, val, about, "image")
+        if config.class_weights:
+            _class_weights(config.class_weights, train, torch.device("cpu"))  # an error here, before anything is made
         return Splits(train, val, about)
 
     def write_data_report(self, folder: RunFolder, config: FinetuneConfig, net: Any, splits: Splits[Images]) -> None:

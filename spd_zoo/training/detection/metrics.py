@@ -1,6 +1,7 @@
 """Metrics of a detector: COCO's average precision, for all classes and for each, and the time of each stage."""
 
 import contextlib
+import importlib
 import io
 import itertools
 import math
@@ -35,7 +36,7 @@ from spd_zoo.training.detection.sheets import IMAGES, box_sheet, false_positives
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.steps import Batches, read
 
-__all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "score"]
+__all__ = ["AREAS", "BoxPredictions", "Suppression", "coco_precision", "mean_terms", "predict", "require_coco", "score"]
 
 AREAS = ("all", "small", "medium", "large")  # of objects: up to 32^2 pixels, up to 96^2, larger
 SCORES = np.linspace(0, 1, 101)  # minimum scores in the table of curves
@@ -67,6 +68,11 @@ class Suppression:
         most = f"; up to {self.max_detections} boxes count in an image" if self.max_detections else ""
         iou = f"; NMS at an IoU of {self.iou_threshold:g}" if self.iou_threshold is not None else ""
         return most + iou + ("; boxes suppress boxes of other classes" if self.agnostic else "")
+
+
+def require_coco() -> None:
+    """Raises ModuleNotFoundError if the package that computes AP is missing, before any time is spent."""
+    importlib.import_module("faster_coco_eval")
 
 
 def coco_precision(

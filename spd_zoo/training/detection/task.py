@@ -108,6 +108,7 @@ class Detection:
             DataError: If there are no training images, or no validation box of a class that is trained.
             ImageSizeError: If the network does not take inputs of a size.
         """
+        metrics.require_coco()
         sizes = _input_sizes(config, net)
         for size in sizes:
             net.check_size(*size)
@@ -307,6 +308,7 @@ class Detection:
         """
         if only_classifiers:
             raise ValueError("flip, image_column and label_column are options for classifiers; leave them out")
+        metrics.require_coco()
         net.check_limit(suppression and suppression.max_detections, model)
 
     def result_columns(self, preprocessing: Preprocessing) -> dict[str, Any]:
