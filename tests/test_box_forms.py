@@ -498,24 +498,27 @@ def test_addresses_of_images_are_refused_by_name(tmp_path: Path) -> None:
         open_boxes(root, "train")
 
 
-def rotated(root: Path, orientation: int, size: tuple[int, int], labelled: tuple[int, int]) -> BoxImages:
+def rotated(
+    root: Path, orientation: int, size: tuple[int, int], labelled: tuple[int, int], name: str = "a.png"
+) -> BoxImages:
     """A data set of one image that is stored with `size`, with a box at 2 3 of 10 x 5 pixels of the labelled one."""
     (root / "images").mkdir(parents=True)
     image = Image.new("RGB", size)
     image.paste((255, 0, 0), (2, 3, 12, 8))
     exif = image.getexif()
     exif[0x0112] = orientation
-    image.save(root / "images" / "a.png", exif=exif)
+    image.save(root / "images" / name, exif=exif)
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 3, 10, 5]}
-    content = {"images": [{"id": 1, "file_name": "a.png", "width": labelled[0], "height": labelled[1]}]}
+    content = {"images": [{"id": 1, "file_name": name, "width": labelled[0], "height": labelled[1]}]}
     content |= {"annotations": [annotation], "categories": [{"id": 1, "name": "cat"}]}
     (root / "instances_train.json").write_text(json.dumps(content))
     return opened(root)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_boxes_of_the_stored_pixels_are_turned_with_them(orientation: int, tmp_path: Path) -> None:
-    data = rotated(tmp_path, orientation, (40, 30), (40, 30))
+def test_boxes_of_the_stored_pixels_are_turned_with_them(orientation: int, name: str, tmp_path: Path) -> None:
+    data = rotated(tmp_path, orientation, (40, 30), (40, 30), name)
     image = data.image(0)
     assert image.size == (30, 40) == data.sizes[0]
     x1, y1, x2, y2 = map(int, data.objects_in(0).boxes[0].tolist())
@@ -523,8 +526,9 @@ def test_boxes_of_the_stored_pixels_are_turned_with_them(orientation: int, tmp_p
     assert list(data.problems()) == ["images are labelled as they are stored; their boxes are turned as EXIF says"]
 
 
-def test_boxes_of_the_upright_image_stay(tmp_path: Path) -> None:
-    data = rotated(tmp_path, 6, (40, 30), (30, 40))
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_boxes_of_the_upright_image_stay(name: str, tmp_path: Path) -> None:
+    data = rotated(tmp_path, 6, (40, 30), (30, 40), name)
     assert data.objects_in(0).boxes[0].tolist() == [2, 3, 12, 8] and data.image(0) and not data.defects
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,44 @@ def test_a_folder_that_an_archive_was_unpacked_into_is_opened(make: Any, tmp_pat
     assert boxes_of(opened(tmp_path / "cells")) == truth()
 
 
+@pytest.mark.parametrize("file", ["classes.txt", "obj.data"])
+def test_a_list_of_classes_with_an_empty_line_is_refused(file: str, tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    (root / "data.yaml").unlink()
+    names = root / ("obj.names" if file == "obj.data" else file)
+    if file == "obj.data":
+        (root / file).write_text("train = images/train\nnames = obj.names\n")
+    names.write_text("blue\ngreen\nred\n\n")
+    assert boxes_of(opened(root)) == truth() and opened(root).class_names == NAMES
+    names.write_text("blue\n\ngreen\nred\n")
+    with pytest.raises(DataError, match=rf"line 2 of .*{names.name} is empty, so that the numbers of the classes"):
+        opened(root)
+
+
+@pytest.mark.parametrize("points", [".45 .5 2 .55 .5 1", ".45 .5 2", ".45 .5 2 0 0 0 .5 .5 1"])
+def test_boxes_with_keypoints_are_not_read_as_polygons(points: str, tmp_path: Path) -> None:
+    root = one_image(tmp_path, f"0 .5 .5 .2 .4 {points}\n")
+    with pytest.raises(DataError, match=r"look like boxes with keypoints, and not like polygons.*kpt_shape: \[17, 3\]"):
+        opened(root)
+    (root / "data.yaml").write_text(f"names: [cat, dog]\nkpt_shape: [{len(points.split()) // 3}, 3]\n")
+    assert opened(root).objects_in(0).boxes[0].tolist() == pytest.approx([40, 15, 60, 35])
+
+
+@pytest.mark.parametrize("polygon", ["0 0 1 0 1 1 0 1 0 0", ".1 .1 .3 .1 .3 .3 .1 .3 .1 .1", ".1 .2 .3 .2 .3 .4 .93"])
+def test_polygons_are_not_taken_for_keypoints(polygon: str, tmp_path: Path) -> None:
+    assert len(opened(one_image(tmp_path, f"0 {polygon}\n")).objects_in(0).labels) == 1
+
+
+@pytest.mark.parametrize("name", ["classes", "Notes"])
+def test_an_image_may_be_called_like_a_file_of_a_tool(name: str, tmp_path: Path) -> None:
+    one_image(tmp_path, "0 .5 .5 .2 .4\n")
+    data = opened(one_image(tmp_path, "1 .5 .5 .2 .4\n", name))
+    assert [objects.labels.tolist() for objects in data.objects] in ([[0], [1]], [[1], [0]])
+    (tmp_path / "labels" / "train" / f"{name}.txt").write_text("cat\ndog\n")
+    data = opened(tmp_path)
+    assert sorted(len(objects.labels) for objects in data.objects) == [0, 1] and not data.defects
+
+
 # COCO
 
 
@@ -153,6 +192,27 @@ def test_ids_that_are_neither_numbers_nor_texts_are_refused(tmp_path: Path) -> N
         change_coco(root, partial(lists_as_ids, key))
         with pytest.raises(DataError, match="is not in COCO's format for objects"):
             opened(root)
+
+
+@pytest.mark.parametrize("counts", ["garbage!!", [-1, 2], ["x"], [10**30], {"a": 1}])
+def test_a_damaged_mask_is_counted(counts: Any, tmp_path: Path) -> None:
+    mask = {"counts": counts, "size": [SIZE[1], SIZE[0]]}
+    root = make_coco(tmp_path)
+    change_coco(root, lambda content: content["annotations"][0].update(segmentation=mask, bbox=[]))
+    assert [len(found) for found in opened(root).problems().values()] == [1]
+
+
+@pytest.mark.parametrize(("flag", "ignored"), [("0", 0), ("False", 0), ("", 0), (None, 0), ("1", 1), (True, 1)])
+def test_crowds_may_be_written_as_text(flag: Any, ignored: int, tmp_path: Path) -> None:
+    root = change_coco(make_coco(tmp_path), lambda content: content["annotations"][0].update(iscrowd=flag))
+    assert sum(int(objects.ignored.sum()) for objects in opened(root).objects) == ignored
+
+
+def test_an_image_that_is_listed_twice_is_counted(tmp_path: Path) -> None:
+    root = change_coco(make_coco(tmp_path), lambda content: content["images"][1].update(file_name="./train_0.png"))
+    ((sort, (where,)),) = opened(root).problems().items()
+    assert sort.startswith("images are listed again with other boxes")
+    assert Path(where) == root / "images" / "train_0.png"
 
 
 def test_a_class_name_that_no_file_can_hold_is_refused(tmp_path: Path) -> None:
@@ -277,6 +337,28 @@ def test_names_that_xml_cannot_hold_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "voc").exists()
 
 
+@pytest.mark.parametrize("to", ["yolo", "coco", "voc"])
+def test_names_that_some_systems_take_for_one_stay_apart(to: str, tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    for i, name in enumerate(["Cell", "cell", "\u00e9", "e\u0301"]):
+        for kind, suffix in (("images", "png"), ("labels", "txt")):
+            folder = root / kind / "train"
+            (folder / str(i)).mkdir()
+            (folder / f"train_{i}.{suffix}").rename(folder / str(i) / f"{name}.{suffix}")
+    convert_data(root, to, tmp_path / "out")
+    data = opened(tmp_path / "out")
+    stems = {unicodedata.normalize("NFC", Path(data.name(i)).stem).casefold() for i in range(len(data))}
+    assert len(stems) == 8 and sorted(boxes_of(data).values()) == sorted(truth().values())
+
+
+def test_classes_that_pascal_voc_cannot_hold_are_noted(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    (root / "data.yaml").write_text(f"names: {[*NAMES, 'grey']}\n")
+    (note,) = (line for line in convert_data(root, "voc", tmp_path / "voc") if line.startswith("note"))
+    assert note.startswith("note: 1 class without a box not in the new data set") and note.endswith(": grey")
+    assert not any(line.startswith("note") for line in convert_data(root, "coco", tmp_path / "coco"))
+
+
 def test_a_data_set_is_not_written_among_its_own_images(tmp_path: Path) -> None:
     root = make_yolo(tmp_path / "data")
     with pytest.raises(ValueError, match="lies among the images of"):
@@ -353,7 +435,33 @@ def test_an_xml_file_whose_image_is_gone_keeps_its_own_name_for_it(tmp_path: Pat
     assert opened(root).name(3).endswith("train_3.png")
 
 
-# LabelMe and the library datasets
+def test_an_xml_file_in_an_unknown_encoding_is_counted_with_the_reason(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    files = sorted((root / "Annotations").glob("train_*.xml"))
+    for number, encoding in enumerate(("foo", "gb2312")):
+        files[number].write_text(f'<?xml version="1.0" encoding="{encoding}"?>{files[number].read_text()}')
+    data = opened(root)
+    assert len(data) == 6
+    ((first, second),) = data.problems().values()
+    assert "unknown encoding" in first and "multi-byte encodings are not supported" in second
+    for file in files:
+        file.write_text("<annotation>")
+    with pytest.raises(DataError, match=r"none of the XML files of .*train\.txt can be read, such as .* \(no element"):
+        opened(root)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"train\.txt lists no image"):
+        opened(root)
+
+
+# tables, LabelMe and the library datasets
+
+
+def test_a_table_with_two_columns_of_a_name_is_refused(tmp_path: Path) -> None:
+    file = make_csv(tmp_path, "train.csv") / "train.csv"
+    header, _, rows = file.read_text().partition("\n")
+    file.write_text(f"{header},Class\n{rows}")
+    with pytest.raises(DataError, match=r"train\.csv has the column class twice"):
+        opened(file)
 
 
 def make_labelme(root: Path) -> Path:

@@ -134,6 +134,12 @@ def test_images_without_a_class_and_images_in_inner_folders_are_noted(folders: P
     assert any("only in inner folders" in note and note.endswith("red") for note in data.notes)
 
 
+def test_a_class_folder_whose_name_no_file_can_hold_is_refused(folders: Path) -> None:
+    os.rename(folders / "train" / "red", os.fsencode(folders / "train") + b"/r\xff")  # noqa: PTH104
+    with pytest.raises(DataError, match=r"class folder '.*r\\udcff' has a name that is no Unicode; rename it"):
+        open_data(folders, "train")
+
+
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "tst")])
 def test_splits_inside_of_class_folders_are_not_mixed(folders: Path, names: tuple[str, str]) -> None:
     for old, new in zip(("train", "val"), names, strict=True):

@@ -256,6 +256,9 @@ def _open_classes(folder: Path, notes: Sequence[str] = ()) -> LabelledImages:
     classes = [entry for entry in entries if entry.is_dir()]
     if not classes:
         raise DataError(f"{folder} has no class folders; put the images of each class into {folder}/<class name>/")
+    broken = next((entry for entry in classes if any("\ud800" <= each <= "\udfff" for each in entry.name)), None)
+    if broken is not None:  # which no file of results could hold
+        raise DataError(f"class folder {os.fspath(broken)!r} has a name that is no Unicode; rename it")
     class_names = list(dict.fromkeys(clean_name(entry.name) for entry in classes))
     is_image = ImageFilter()
     files: list[str] = []

@@ -22,7 +22,7 @@ from spd_zoo.data.boxes.folders import (
     split_folders,
     text_of,
 )
-from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
+from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, is_set
 from spd_zoo.data.classes import DataError
 from spd_zoo.data.notes import some
 from spd_zoo.data.reading import is_url
@@ -182,7 +182,7 @@ def _boxes(
             x, y, width, height = _bbox(annotation)
             label = number.get(annotation["category_id"])
             area = annotation.get("area")
-            ignored = bool(annotation.get("iscrowd", 0)) or bool(annotation.get("ignore", 0))
+            ignored = is_set(annotation.get("iscrowd")) or is_set(annotation.get("ignore"))
             box = Box(label, x, y, x + width, y + height, where, None if area is None else float(area), ignored)
             boxes[annotation["image_id"]].append(box)
         except _NoBoxError:
@@ -209,8 +209,11 @@ def _bbox(annotation: dict[str, Any]) -> Sequence[float]:
         from faster_coco_eval import mask as masks
 
         height, width = mask["size"]
-        encoded = masks.frPyObjects(mask, height, width) if isinstance(mask["counts"], list) else mask
-        x, y, width, height = map(float, masks.toBbox(encoded))
+        try:
+            encoded = masks.frPyObjects(mask, height, width) if isinstance(mask["counts"], list) else mask
+            x, y, width, height = map(float, masks.toBbox(encoded))
+        except RuntimeError as error:
+            raise ValueError("the RLE is damaged") from error
         return x, y, width, height
     points = [float(value) for polygon in mask or () for value in polygon] if isinstance(mask, list) else []
     if not points:

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, upright_size
+from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, is_set, upright_size
 from spd_zoo.data.classes import DataError, in_order
 from spd_zoo.data.labelled import load_hugging_face
 from spd_zoo.data.notes import some
@@ -83,7 +83,7 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
             try:
                 x, y, width, height = map(float, objects["bbox"][j])
                 value = objects[category][j]
-                ignored = any(bool(objects[key][j]) for key in ("iscrowd", "ignore", "difficult") if key in keys)
+                ignored = any(is_set(objects[key][j]) for key in ("iscrowd", "ignore", "difficult") if key in keys)
                 area = float(objects["area"][j]) if "area" in keys and objects["area"][j] is not None else None
             except (IndexError, TypeError, ValueError):
                 collected.leave_out(

@@ -7,6 +7,7 @@ class is left out.
 
 import hashlib
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
 from spd_zoo.data.classes import UNUSED, DataError, clean_name
@@ -38,12 +39,14 @@ __all__ = [
     "UnlabelledError",
     "found_in_words",
     "hold_out",
+    "is_set",
     "with_names",
 ]
 
 AnyRegions = TypeVar("AnyRegions", bound=Regions)
 EVERY_CLASS = -1  # the label of a region in which objects of all classes are ignored
 CLIPPED = "boxes extend beyond their image by more than half a pixel and are clipped"
+TWICE = "images are listed again with other boxes, each time as an image of its own with only those boxes"
 UNUSABLE = 0.01  # share of lines that may be unusable, from `UNUSABLE_LINES` of them on
 UNUSABLE_LINES = 10
 FAR, FAR_OUT = 0.1, 0.2  # share of the boxes that may extend beyond their image by more than this share of its side
@@ -238,6 +241,11 @@ class BoxImages:
         return digest.hexdigest()
 
 
+def is_set(value: object) -> bool:
+    """Whether a flag such as `iscrowd` or `difficult` is set: true, a number but 0, or a text that says so."""
+    return value.strip().lower() not in ("", "0", "0.0", "false", "no") if isinstance(value, str) else bool(value)
+
+
 class Source(NamedTuple):
     """A data set that was found but not read: its format, what opens each split, and what was guessed."""
 
@@ -303,6 +311,7 @@ class Collector:
         self.objects: list[Objects] = []
         self.encoded: list[Any] = []
         self.defects: dict[str, list[Defect]] = defaultdict(list)
+        self._added: dict[str, Objects] = {}
         self.lines, self.far_out, self.unusable = 0, 0, Counter[str]()
 
     def defect(self, sort: str, where: str, image: object = "", times: int = 1) -> None:
@@ -349,14 +358,17 @@ class Collector:
         self.files.append(str(file))
         self.sizes.append(size)
         self.encoded.append(encoded)
-        self.objects.append(
-            Objects(
-                torch.from_numpy(table[:, :4].astype(np.float32)),
-                torch.from_numpy(table[:, 4].astype(np.int64)),
-                torch.from_numpy(table[:, 5].astype(np.float32)),
-                torch.from_numpy(table[:, 6].astype(bool)),
-            )
+        objects = Objects(
+            torch.from_numpy(table[:, :4].astype(np.float32)),
+            torch.from_numpy(table[:, 4].astype(np.int64)),
+            torch.from_numpy(table[:, 5].astype(np.float32)),
+            torch.from_numpy(table[:, 6].astype(bool)),
         )
+        self.objects.append(objects)
+        if encoded is None:
+            first = self._added.setdefault(os.path.normpath(str(file)), objects)
+            if not all(map(torch.equal, first, objects)):
+                self.defect(TWICE, str(file), file)
 
     def _different(self, boxes: Iterable[Box], image: str) -> Iterator[Box]:
         """The boxes of an image, each once."""
@@ -448,7 +460,10 @@ def stored_size(file: str | BytesIO) -> tuple[tuple[int, int], int]:
     try:
         with opened(file, any_size=True) as image:
             orientation = image.getexif().get(0x0112, 1)
-            return image.size, orientation if orientation in range(1, 9) else 1
+            size = image.size
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow's size of a TIFF is that of the upright image
+                size = image.tag_v2[256], image.tag_v2[257]
+            return size, orientation if orientation in range(1, 9) else 1
     except ValueError:  # reading the image says what is wrong
         return (0, 0), 1
 

@@ -19,7 +19,7 @@ from spd_zoo.data.boxes.folders import (
     text_of,
     without_annotation,
 )
-from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source
+from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, is_set
 from spd_zoo.data.boxes.voc import image_of
 from spd_zoo.data.classes import clean_name
 from spd_zoo.data.splits import split_of
@@ -66,7 +66,7 @@ def _open(root: Path, folder: Path) -> BoxImages:
         for i, shape in enumerate(content["shapes"], 1):
             where = f"{file} shape {i}"
             try:
-                box = Box(number[_name(shape)], *_extent(shape), where=where, ignored=bool(shape.get("difficult")))
+                box = Box(number[_name(shape)], *_extent(shape), where=where, ignored=is_set(shape.get("difficult")))
                 boxes.append(box)
             except (KeyError, TypeError, ValueError, IndexError, AttributeError):
                 collected.leave_out("shapes lack a label or enclose nothing and are left out", where, image)

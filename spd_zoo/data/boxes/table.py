@@ -75,7 +75,10 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, skipinitialspace=True)
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+            reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or []]
+            twice = next((name for name in (*COLUMNS, "width", "height") if columns.count(name) > 1), None)
+            if twice is not None:
+                raise DataError(f"{file} has the column {twice} twice; rename or remove one of them")
             for row in reader:
                 values = {name: (value or "").strip() for name, value in row.items() if isinstance(name, str)}
                 rows[values["filename"]].append((f"{file} line {reader.line_num}", values))

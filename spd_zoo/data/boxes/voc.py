@@ -25,6 +25,7 @@ from spd_zoo.data.classes import DataError, clean_name
 from spd_zoo.data.notes import some
 from spd_zoo.data.reading import SUFFIXES
 from spd_zoo.data.splits import split_of
+from spd_zoo.errors import first_line
 
 __all__ = ["find", "image_of"]
 
@@ -93,7 +94,7 @@ def _is_annotation(file: Path) -> bool:
     """Whether an XML file has the root element of Pascal VOC's, or is damaged, which opening it says."""
     try:
         return ElementTree.parse(file).getroot().tag == "annotation"
-    except (OSError, ElementTree.ParseError, ValueError):
+    except (OSError, ElementTree.ParseError, ValueError, LookupError):  # LookupError: an unknown encoding
         return True
 
 
@@ -117,24 +118,25 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
     else:
         files = files_with(folder.annotations, ".xml")
     where = listed or folder.annotations
+    if not files:
+        raise DataError(f"{where} lists no image")
     read: list[tuple[Path, _Annotation]] = []
-    damaged: list[tuple[str, Path]] = []
+    damaged: list[tuple[str, str]] = []
     for file in files:
         try:
             read.append((file, _read(file)))
         except OSError:
-            damaged.append(("images have no XML file and are left out", file))
-        except (ElementTree.ParseError, ValueError):
-            damaged.append(("XML files are not in Pascal VOC's format; their images are left out", file))
+            damaged.append(("images have no XML file and are left out", str(file)))
+        except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
+            sort = "XML files are not in Pascal VOC's format; their images are left out"
+            damaged.append((sort, f"{file} ({first_line(error)})"))
     if not read:
-        raise DataError(
-            f"none of the XML files of {where} can be read, such as {some([str(file) for file in files], 1)}"
-        )
+        raise DataError(f"none of the XML files of {where} can be read, such as {damaged[0][1]}")
     names = sorted({box.name for _, annotation in read for box in annotation.boxes})
     collected = Collector(names, where)
     number = {name: i for i, name in enumerate(names)}
-    for sort, file in damaged:
-        collected.leave_out(sort, str(file))
+    for sort, lost in damaged:
+        collected.leave_out(sort, lost)
     used = set()
     for file, annotation in read:
         below = file.parent.relative_to(folder.annotations)
@@ -201,7 +203,7 @@ class _Annotation(NamedTuple):
 def _read(file: Path) -> _Annotation:
     tree = ElementTree.parse(file).getroot()
     if tree.tag != "annotation":
-        raise ValueError(f"{file} is another XML file")
+        raise ValueError(f"its root is {tree.tag}, not annotation")
     width, height = (_side(tree.findtext(f"size/{side}")) for side in ("width", "height"))
     boxes, problems = [], []
     for i, item in enumerate(tree.iter("object"), 1):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,6 +75,13 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
     if copied:
         lines.append(f"note: {count(len(copied), 'image')} copied, because links to them cannot be made")
     ignored = sum(int(split.data.objects_in(i).ignored.sum()) for split in made for i in range(len(split.data)))
+    used_classes = {label for split in made for i in range(len(split.data)) for _, label, _, _ in split.rows(i)}
+    unused = [name for i, name in enumerate(names) if i not in used_classes]
+    if to == "voc" and unused:
+        lines.append(
+            f"note: {count(len(unused), 'class', 'classes')} without a box not in the new data set, because Pascal VOC "
+            f"only has the names of objects: {some(unused)}"
+        )
     if to == "yolo" and ignored:
         lines.append(f"note: {ignored} crowds, difficult objects or regions to ignore left out: YOLO's format has none")
     return lines
@@ -129,7 +137,7 @@ def _common_names(splits: dict[str, BoxImages]) -> list[str]:
 
 
 def _file_names(data: BoxImages, used: set[str]) -> list[str]:
-    """A name for each image whose stem no other image of the data set has."""
+    """A name for each image whose stem no other image of the data set has, nor one that some systems take for it."""
     names = []
     for i in range(len(data)):
         path = Path(data.name(i))
@@ -140,11 +148,16 @@ def _file_names(data: BoxImages, used: set[str]) -> list[str]:
         stem, number = path.stem.replace(" ", "_") if data.encoded is not None else path.stem, 2
         stem = re.sub("[\ud800-\udfff]", "_", stem)  # what is no Unicode in the name of a file
         unique = stem
-        while unique in used:
+        while _as_one_file(unique) in used:
             unique, number = f"{stem}_{number}", number + 1
-        used.add(unique)
+        used.add(_as_one_file(unique))
         names.append(f"{unique}{suffix}")
     return names
+
+
+def _as_one_file(name: str) -> str:
+    """The same text for names that are one file on macOS or Windows: in either case, and in either Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _put_images(split: _Split, folder: Path) -> set[str]:

@@ -7,7 +7,7 @@ The layout is that of `data.yaml` (or darknet's `obj.data`), or else recognised 
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,7 @@ def _read_config(file: Path) -> Config | None:
             values: Any = {key.strip(): value.strip() for key, _, value in pairs}
             names = values.pop("names", "")
             found = find_moved(names, [file.parent]) if names else None
-            values["names"] = _lines(found) if found else None
+            values["names"] = _class_lines(found) if found else None
         else:
             values = read_yaml(file)
             if isinstance(values, dict) and values.get("names") is not None:  # as text: YAML makes False of no
@@ -233,6 +233,21 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in text_of(file).splitlines() if line.strip()]
 
 
+def _class_lines(file: Path) -> list[str]:
+    """The names of classes, whose numbers are those of the lines.
+
+    Raises:
+        DataError: If there is an empty line above a name.
+    """
+    lines = [line.strip() for line in text_of(file).rstrip().splitlines()]
+    if "" in lines:
+        raise DataError(
+            f"line {lines.index('') + 1} of {file} is empty, so that the numbers of the classes below it are unclear; "
+            "remove it, or write a name there"
+        )
+    return lines
+
+
 def _is_list(file: Path) -> bool:
     """Whether the first line of a text file is the path of an image."""
     try:
@@ -249,19 +264,29 @@ def _has_labels_beside(folder: Path) -> bool:
     if not texts:
         return False
     names = {clean_name(file.stem) for file in map(Path, files_in(folder)) if file.suffix.lower() in SUFFIXES}
-    for text in texts:
-        if clean_name(text.stem) in names and _is_label(text):
-            try:
-                first = next(iter(_lines(text)), "0 0 0 0 0").split()
-                if len(first) > 4 and list(map(float, first)):
-                    return True
-            except (OSError, ValueError):
-                continue
-    return False
+    return any(clean_name(text.stem) in names and _is_label(text) and _begins_with_box(text) for text in texts)
+
+
+def _begins_with_box(text: Path) -> bool:
+    """Whether the first line of a text file is a box; True for an empty file, the label of an image without any."""
+    try:
+        first = next(iter(_lines(text)), "0 0 0 0 0").split()
+        return len(first) > 4 and bool(list(map(float, first)))
+    except (OSError, ValueError):
+        return False
 
 
 def _is_label(text: Path) -> bool:
     return text.stem.lower() not in _NO_LABELS and not text.stem.lower().startswith("readme") and not _is_list(text)
+
+
+def _is_pose(values: Sequence[float]) -> bool:
+    """Whether the values after a class are a box in the image and keypoints of x, y and a visibility of 0, 1 or 2."""
+    if len(values) < 7 or len(values) % 3 != 1 or not all(value in (0, 1, 2) for value in values[6::3]):
+        return False
+    x, y, width, height = values[:4]
+    inside = min(x - width / 2, y - height / 2, 1 - x - width / 2, 1 - y - height / 2) > -0.01
+    return inside and width > 0 and height > 0
 
 
 # names of classes
@@ -289,7 +314,7 @@ def _names_of_file(root: Path, places: list[Path]) -> Names:
         files = {file.name.lower(): file for file in folder.glob("*") if not file.name.startswith("._")}
         others = sorted(name for name in files if name.endswith(".names"))
         for file in (files[name] for name in (*_CLASS_FILES, *others) if name in files):
-            return Names(dict(enumerate(_lines(file))), file)
+            return Names(dict(enumerate(_class_lines(file))), file)
     raise DataError(
         f"{root} does not name its classes; add data.yaml with names, or classes.txt with one name per line"
     )
@@ -366,8 +391,10 @@ class _Labels:
         if folder not in self.files:
             labels = _label_folder(folder)
             texts = files_with(labels, ".txt", deep=False) if labels else []
-            self.files[folder] = {clean_name(text.stem): text for text in texts if text.stem.lower() not in _NO_LABELS}
+            self.files[folder] = {clean_name(text.stem): text for text in texts}
         text = self.files[folder].get(clean_name(image.stem))
+        if text is not None and text.stem.lower() in _NO_LABELS and not _begins_with_box(text):
+            return None  # a tool's list of classes, and an image of that name
         if text is not None:
             self.used.setdefault(text, image)
         return text
@@ -404,7 +431,7 @@ def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
     if collected.files and not labels.used:
         image = Path(collected.files[0])
         raise UnlabelledError(f"no image of {where} has a label file; {image} needs {_usual_label(image)}")
-    collected.refuse_pixels(where)
+    collected.refuse_misread(where)
     return collected.images(where, some([relative_to(place, root) for place in places], 3), notes)
 
 
@@ -431,6 +458,7 @@ class _Lines(Collector):
         self.place = {number: i for i, number in enumerate(names.by_number)}
         self.keypoints = names.keypoints
         self.pixels: list[str] = []
+        self.poses: list[str] = []
 
     def boxes(self, text: Path, image: Path, size: tuple[int, int]) -> Iterator[Box]:
         """The boxes of a label file in pixels of its image of a width and height."""
@@ -448,6 +476,8 @@ class _Lines(Collector):
                 label, *values = map(float, line.split())
             except ValueError:
                 label, values = math.nan, []
+            if not self.keypoints and _is_pose(values):
+                self.poses.append(f"{where}: {line.strip()!r}")
             box = self._box(values, where, image)
             if box is None or not label.is_integer():
                 self.leave_out("lines are not class, x, y, width and height, and are left out", where, image)
@@ -475,12 +505,17 @@ class _Lines(Collector):
         xs, ys = values[::2], values[1::2]
         return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
 
-    def refuse_pixels(self, where: Path) -> None:
-        """Refuses lines most of which are in pixels.
+    def refuse_misread(self, where: Path) -> None:
+        """Refuses lines most of which are in pixels, or boxes with keypoints that would be taken for polygons.
 
         Raises:
             DataError: If they are.
         """
+        if 2 * len(self.poses) > self.lines:
+            raise DataError(
+                f"the lines of {where} look like boxes with keypoints, and not like polygons, such as {self.poses[0]}; "
+                "say how many there are in data.yaml, such as kpt_shape: [17, 3]"
+            )
         if 2 * len(self.pixels) > self.lines:
             raise DataError(
                 f"the lines of {where} look like pixels, and not like fractions of the image, such as "
