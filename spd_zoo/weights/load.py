@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
 from spd_zoo.errors import first_line
-from spd_zoo.files import exists, is_file
+from spd_zoo.files import exists, is_file, is_folder
 from spd_zoo.weights import (
     WeightsError,
     create,
@@ -103,7 +103,7 @@ def timm_name(name: str) -> str:
                 "network with its tag"
             )
         return name
-    if Path(name).is_dir():
+    if is_folder(name):
         _check_folder(Path(name))
         return f"local-dir:{name}"
     raise unknown_network(name)
