@@ -9,11 +9,12 @@ another resolution: Touvron et al., Fixing the train-test resolution discrepancy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, to_2tuple
+from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, PatchEmbed, to_2tuple
 from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models import build_model_with_cfg, get_model_traits
 from timm.models._input import update_model_args, update_model_input_size
@@ -136,7 +137,22 @@ def _step(net: nn.Module, size: tuple[int, int, int]) -> list[str]:
             f"without the stride of {', '.join(first)}, images of {half[1]}x{half[2]} pixels give maps {new_shapes} "
             f"instead of {shapes}: the maps of {type(net).__name__} do not halve with the image"
         )
+    if any(isinstance(net.get_submodule(name.rpartition(".")[0]), PatchEmbed) for name in first):
+        _check_maps(net, half)
     return list(first)
+
+
+def _check_maps(net: Any, size: tuple[int, int, int]) -> None:
+    """Refuses a network whose `forward_intermediates` cuts tokens into maps by its patches' former size."""
+    if not hasattr(net, "forward_intermediates"):
+        return
+    meta: Any = copy_network(net)
+    meta.forward = partial(meta.forward_intermediates, intermediates_only=True)
+    if [fmap.shape[1] for fmap in run_on_meta(meta, size)] != [info["num_chs"] for info in net.feature_info]:
+        raise ValueError(
+            f"{type(net).__name__} counts its maps in patches of a fixed size, so forward_intermediates would return "
+            "wrong maps; create it with a smaller patch_size, or give it smaller images as it is"
+        )
 
 
 def _run(net: nn.Module, size: tuple[int, int, int]) -> tuple[list[_Downsampling], list[list[int]]]:

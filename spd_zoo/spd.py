@@ -279,7 +279,10 @@ class SPDConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_chs, H, W) -> (N, out_chs, H', W'), the size of the strided convolution's output."""
-        x = input
+        return self._convolve(input)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """`forward`, for subclasses: TorchScript has no `super`."""
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         weight = F.pixel_shuffle(self.spd_kernel(), self.cell)
@@ -405,27 +408,22 @@ class SPDAvgPool2d(SPDConv2d):
         x = input
         height, width = x.shape[-2], x.shape[-1]
         if self.same:
-            return super().forward(x)
-        sizes = [
-            _windows(size, reach, self.cell, pad, self.ceil_mode)
-            for size, reach, pad in zip((height, width), self.reach, self.own_padding, strict=True)
-        ]
+            return self._convolve(x)
+        rows = _windows(height, self.reach[0], self.cell, self.own_padding[0], self.ceil_mode)
+        columns = _windows(width, self.reach[1], self.cell, self.own_padding[1], self.ceil_mode)
         if self.ceil_mode:
-            missing = [
-                _missing(size, out, reach, self.cell, pad)
-                for size, out, reach, pad in zip((height, width), sizes, self.reach, self.own_padding, strict=True)
-            ]
-            x = F.pad(x, [0, missing[1], 0, missing[0]])
-        y = super().forward(x)
+            bottom = _missing(height, rows, self.reach[0], self.cell, self.own_padding[0])
+            right = _missing(width, columns, self.reach[1], self.cell, self.own_padding[1])
+            x = F.pad(x, [0, right, 0, bottom])
+        y = self._convolve(x)
         if self.ceil_mode or not (self.count_include_pad or self.own_padding == (0, 0)):
             # nn.AvgPool2d divides a window at the border by the number of its pixels inside the map
-            y = y * self._border_factors(height, sizes[0], 0, y)[:, None]
-            y = y * self._border_factors(width, sizes[1], 1, y)
+            y = y * self._border_factors(height, rows, self.kernel_size[0], self.own_padding[0], y)[:, None]
+            y = y * self._border_factors(width, columns, self.kernel_size[1], self.own_padding[1], y)
         return y
 
-    def _border_factors(self, size: int, windows: int, axis: int, like: Tensor) -> Tensor:
+    def _border_factors(self, size: int, windows: int, kernel: int, pad: int, like: Tensor) -> Tensor:
         """Kernel size divided by each window's number of pixels that nn.AvgPool2d counts along an axis, (windows,)."""
-        kernel, pad = self.kernel_size[axis], self.own_padding[axis]
         first, last = (-pad, size + pad) if self.count_include_pad else (0, size)
         start = torch.arange(windows, device=like.device) * self.cell - pad
         return kernel / ((start + kernel).clamp(max=last) - start.clamp(min=first)).to(like.dtype)
@@ -449,7 +447,11 @@ def _missing(size: int, windows: int, reach: int, stride: int, padding: int) -> 
 
 def _at_least_zero(n: int) -> int:
     """`max(n, 0)`, recorded without a branch by `torch.export` and `torch.jit.trace`."""
-    return (n + abs(n)) // 2 if torch.jit.is_tracing() else cast("int", torch.sym_max(n, 0))
+    if torch.jit.is_scripting():
+        positive = (n + abs(n)) // 2
+    else:
+        positive = (n + abs(n)) // 2 if torch.jit.is_tracing() else cast("int", torch.sym_max(n, 0))
+    return positive
 
 
 @register_notrace_module
@@ -562,6 +564,21 @@ class MaxPool2d(nn.MaxPool2d):
         return pooled
 
 
+def _lowest(x: Tensor) -> float:
+    """The lowest number of a map's type."""
+    if not torch.jit.is_scripting():
+        lowest = torch.finfo(x.dtype).min
+    elif x.dtype == torch.float16:  # TorchScript has no finfo
+        lowest = -65504.0
+    elif x.dtype == torch.bfloat16:
+        lowest = -3.3895313892515355e38
+    elif x.dtype == torch.float64:
+        lowest = -1.7976931348623157e308
+    else:
+        lowest = -3.4028234663852886e38
+    return lowest
+
+
 @register_notrace_module
 class SPDMaxPool2d(nn.Module):
     """Max-pooling with stride 1 followed by a `PhaseMix`; starts as the strided max-pooling that it replaces.
@@ -602,7 +619,7 @@ class SPDMaxPool2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(N, chs, H, W) -> (N, chs, H', W'), the size of the strided pooling's output."""
         x = input
-        lowest = torch.finfo(x.dtype).min
+        lowest = _lowest(x)
         x = x.clamp(min=lowest)  # -inf times a weight of zero is NaN
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             return self.mix(x)

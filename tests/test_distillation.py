@@ -230,6 +230,18 @@ def test_padding_keeps_its_share_of_the_image(folders: Path, tmp_path: Path, col
     assert 6 < black.max().item() <= 12  # pixels of 48, as 4 of 16
 
 
+def test_views_of_a_square_teacher_keep_the_aspect_of_a_student_that_is_not_square(
+    folders: Path, tmp_path: Path, colour_net: ColourNet
+) -> None:
+    for file in (folders / "train").rglob("*.png"):  # the left half is white
+        Image.fromarray(np.tile(np.repeat(np.array([255, 0], np.uint8), 32), (32, 1))).convert("RGB").save(file)
+    run(folders, tmp_path / "run", epochs=1, image_size="16x32", crop_padding=1, teacher="colour", teacher_size="48")
+    views = torch.cat([images for images in colour_net.seen if images.shape[-2:] == (48, 48)])
+    white = views.mean((1, 2, 3)) * 0.2 + 0.3
+    assert len(white) == 24
+    assert white.sub(0.5).abs().max() < 0.1  # every view shows both halves
+
+
 @pytest.mark.slow
 def test_a_student_follows_its_teacher_where_labels_are_noise(
     folders: Path, tmp_path: Path, colour_net: ColourNet
@@ -268,6 +280,8 @@ def test_classes_are_found_by_name_or_wordnet_id(names: list[str], outputs: list
 @pytest.mark.parametrize(
     ("names", "network", "message"),
     [
+        (["cat", "crane"], NetworkClasses(["crane", "cat", "crane"]), "the teacher has several classes 'crane'. The"),
+        (["crane", "tabby"], IMAGENET, "the teacher has several classes 'crane'. The data has 2 classes"),
         (
             ["cat", "yak"],
             NetworkClasses(["dog", "cat", "cow"]),
@@ -276,7 +290,7 @@ def test_classes_are_found_by_name_or_wordnet_id(names: list[str], outputs: list
         (["tabby", "n02123045", "tiger cat"], IMAGENET, "'tabby' and 'n02123045' are one class of the teacher"),
         (["cat", "dog"], NetworkClasses(["0", "1", "2"], named=False), "the teacher has no class 'cat'"),
     ],
-    ids=["unknown", "one-class", "unnamed"],
+    ids=["two-of-a-name", "two-of-imagenet", "unknown", "one-class", "unnamed"],
 )
 def test_classes_that_the_teacher_does_not_tell_apart_are_refused(
     names: list[str], network: NetworkClasses, message: str
@@ -358,6 +372,9 @@ def test_a_file_of_another_network_is_refused(save: Any, network: str) -> None:
         ({"teacher": "resnet50_spd"}, "resnet50_spd has no default weights; select some by name: resnet50_spd.spd_"),
         ({"teacher": "detector"}, "the teacher detector is a detector; choose a classifier"),
         ({"teacher": "taught/model.safetensors"}, "does not say of which network it is: give --teacher-model NETWORK"),
+        ({"teacher": "x" * 300}, "the teacher: there is no network 'xxx"),
+        ({"teacher": "taught.onnx"}, "the teacher: taught.onnx is an exported file, which predict"),
+        ({"teacher": "damaged"}, "the teacher damaged is damaged: fc.weight holds a number that is not finite"),
         ({"teacher": "taught", "teacher_model": "cifar_resnet20"}, "teacher_model is for a teacher that is a file"),
         ({"teacher": "taught", "model_args": "in_chans=1"}, "takes images of 3 channels, cifar_resnet20 of 1"),
         ({"teacher": "taught", "teacher_digest": "00"}, "is not what it was when the run began"),
@@ -379,6 +396,11 @@ def test_what_cannot_teach_is_refused_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     write_teacher(tmp_path / "taught", seed=1)
     write_teacher(tmp_path / "other", seed=1, label_names=["a", "b", "c", "d"])
+    Path("taught.onnx").touch()
+    if options["teacher"] == "damaged":
+        net: Any = timm.create_model("test_resnet", num_classes=4)
+        net.fc.weight.data[0] = float("nan")
+        save_network(net, tmp_path / "damaged", {"label_names": NAMES, "num_classes": 4})
     if options["teacher"] == "vit.pth":
         torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), "vit.pth")
     if options["teacher"] == "detector":
@@ -398,7 +420,8 @@ def test_what_cannot_teach_is_refused_in_one_sentence(
         ({"distill_weight": 0.5}, "distill_weight is for a teacher; give --teacher, too"),
         ({"teacher_size": "32"}, "teacher_size is for a teacher; give --teacher, too"),
         ({"teacher": "x", "distill_weight": 1.5}, "distill_weight must be above 0 and at most 1, got 1.5"),
-        ({"teacher": "x", "distill_temperature": 0.0}, "distill_temperature must be positive, got 0.0"),
+        ({"teacher": "x", "distill_temperature": 0.0}, "distill_temperature must be positive and finite, got 0.0"),
+        ({"teacher": "x", "distill_temperature": float("inf")}, "distill_temperature must be positive and finite, got"),
         ({"teacher": "x", "teacher_size": "big"}, "image size 'big' is not like 64"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -406,6 +429,13 @@ def test_what_cannot_teach_is_refused_in_one_sentence(
 def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, tmp_path / "run", **options)
+
+
+def test_the_own_size_of_a_teacher_is_the_one_that_it_was_made_for(folders: Path, tmp_path: Path) -> None:
+    net = timm.create_model("test_vit", num_classes=4, img_size=64)  # timm's config of it says 160
+    save_network(net, tmp_path / "taught", {"label_names": NAMES, "num_classes": 4})
+    teacher = load_teacher(config(folders, folders, teacher=str(tmp_path / "taught")), list(COLOURS), 3, CPU)
+    assert teacher.size == (64, 64)
 
 
 def test_a_missing_teacher_file_is_an_error(folders: Path, tmp_path: Path) -> None:

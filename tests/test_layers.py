@@ -513,11 +513,26 @@ def test_an_exported_layer_is_right_at_other_sizes_than_the_exported_one(name: s
             torch.testing.assert_close(exported(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_scripted_layer_is_right_where_padding_depends_on_the_size() -> None:
-    layer, x = SPDConv2d(4, 8, 1, padding="same"), torch.randn(2, 4, 9, 8)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        SPDConv2d(4, 8, 1, padding="same"),
+        SPDMaxPool2d(4, 3, padding=1),
+        SPDMaxPool2d(4, 2, ceil_mode=True),
+        SPDMaxPool2d(4, 3, padding="same"),
+        SPDAvgPool2d(4, 2),
+        SPDAvgPool2d(4, 3, padding="same"),
+        SPDAvgPool2d(4, 3, padding=1, count_include_pad=False),
+        SPDAvgPool2d(4, 2, ceil_mode=True),
+    ],
+    ids=str,
+)
+def test_a_scripted_layer_is_right_where_padding_depends_on_the_size(layer: nn.Module) -> None:
     with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):  # by torch's version
         scripted = torch.jit.script(layer)
-    torch.testing.assert_close(scripted(x), layer(x))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x = torch.randn(2, 4, 9, 8).to(dtype)
+        torch.testing.assert_close(scripted.to(dtype)(x), layer.to(dtype)(x))
 
 
 # SPDConv2d instead of nn.Conv2d

@@ -180,6 +180,8 @@ def test_what_depends_on_the_size_of_the_images_is_refused() -> None:
     net = timm.create_model("vit_tiny_patch16_224", device="meta")
     with pytest.raises(ValueError, match="VisionTransformer does not accept images of 112x112 pixels"):
         keep_resolution(net)
+    with pytest.raises(ValueError, match="VisionTransformer counts its maps in patches of a fixed size"):
+        keep_resolution(timm.create_model("test_vit", device="meta"))  # takes images of any size
     with pytest.raises(ValueError, match="places its boxes by the strides of its maps"):
         keep_resolution(timm.create_model("yolov8n", device="meta"))
     with pytest.raises(ValueError, match="at least 1, got 0"):

@@ -165,7 +165,7 @@ def match_classes(data: _T, network: NetworkClasses, class_map: Mapping[str, str
     missing = next((data.class_names[i] for i in used if i not in numbers), None)
     if missing is not None:
         raise DataError(
-            f"the network has no class {missing!r}. The data has {_listed(data.class_names)}; the network has "
+            f"{_lacking('the network', missing, outputs)}. The data has {_listed(data.class_names)}; the network has "
             f"{_listed(outputs)}. Give --class-map FILE with a line `NAME IN THE DATA: NAME IN THE NETWORK` for each "
             "class that is called differently"
         )
@@ -197,8 +197,9 @@ def outputs_of(class_names: Sequence[str], network: NetworkClasses, network_name
     missing = next((class_names[i] for i in range(len(names)) if i not in numbers), None)
     if missing is not None:
         raise DataError(
-            f"{network_name} has no class {missing!r}. The data has {_listed(class_names)}; {network_name} has "
-            f"{_listed(network.names)}. Each class of the data must be one of them, by its name or WordNet id"
+            f"{_lacking(network_name, missing, network.names)}. The data has {_listed(class_names)}; "
+            f"{network_name} has {_listed(network.names)}. Each class of the data must be one of "
+            "them, by its name or WordNet id"
         )
     outputs = [numbers[i] for i in range(len(names))]
     twice = next((output for output, count in Counter(outputs).items() if count > 1), None)
@@ -278,6 +279,12 @@ def _guessed(names: Sequence[str], network: NetworkClasses) -> tuple[Sequence[in
 
 def _pairs(names: Sequence[str], outputs: Sequence[str], values: Sequence[int], output_values: Sequence[int]) -> str:
     return some([f"{name} = {outputs[output_values.index(value)]}" for name, value in zip(names, values, strict=True)])
+
+
+def _lacking(network_name: str, name: str, outputs: Sequence[str]) -> str:
+    """Why a class of the data is no output."""
+    several = Counter(map(clean_name, outputs))[clean_name(name)] > 1
+    return f"{network_name} has {'several classes' if several else 'no class'} {name!r}"
 
 
 def _listed(names: Sequence[str]) -> str:

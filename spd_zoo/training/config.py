@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import reprlib
 import types
@@ -294,8 +295,8 @@ class FinetuneConfig:
         for item in fields(self):
             if item.name in DISTILLATION and not self.teacher and getattr(self, item.name) != item.default:
                 raise ValueError(f"{item.name} is for a teacher; give --teacher, too")
-        if not self.distill_temperature > 0:
-            raise ValueError(f"distill_temperature must be positive, got {self.distill_temperature}")
+        if not 0 < self.distill_temperature < math.inf:
+            raise ValueError(f"distill_temperature must be positive and finite, got {self.distill_temperature}")
         for name in ("crop_scale", "layer_decay", "crop_pct", "decay_rate", "distill_weight"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")

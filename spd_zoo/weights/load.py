@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from spd_zoo.errors import first_line
-from spd_zoo.files import exists, is_file
+from spd_zoo.files import exists, is_file, is_folder
 from spd_zoo.weights import (
     WeightsError,
     create,
@@ -99,7 +99,7 @@ def timm_name(name: str) -> str:
                 "network with its tag"
             )
         return name
-    if Path(name).is_dir():
+    if is_folder(name):
         _check_folder(Path(name))
         return f"local-dir:{name}"
     raise unknown_network(name)

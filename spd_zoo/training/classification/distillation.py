@@ -5,13 +5,12 @@ Paper: Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg
+from timm.models import get_model_input_config, get_pretrained_cfg
 from timm.task import DistillationTeacher, LogitDistillationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from spd_zoo.data.classes import NetworkClasses, network_classes, outputs_of
 from spd_zoo.data.reading import parse_size, per_channel, size_text
 from spd_zoo.errors import first_line
+from spd_zoo.files import is_file
 from spd_zoo.inference.classifier import check_classifier
 from spd_zoo.models._detector import ObjectFinder
 from spd_zoo.training.classification.task import ClassifierTraining
@@ -26,6 +26,7 @@ from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.memory import forward_bytes_per_image
 from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.weights import WeightsError
+from spd_zoo.weights.fit import check_finite
 from spd_zoo.weights.load import ModelError, load_file, load_network
 from spd_zoo.weights.manifest import tags_in_words
 
@@ -139,9 +140,13 @@ class DistilledTraining(LogitDistillationTask):
         self.image_size: tuple[int, int] | None = None
 
     def set_image_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Sets the student's height and width in pixels; returns those of the views for `forward`."""
+        """Sets the student's height and width in pixels; returns those of the views for `forward`.
+
+        Views have the aspect of the student's images, so that they are cropped as without a teacher.
+        """
         self.image_size = size
-        return max(size[0], self.teacher.size[0]), max(size[1], self.teacher.size[1])
+        scale = max(1.0, *(seen / own for seen, own in zip(self.teacher.size, size, strict=True)))
+        return round(size[0] * scale), round(size[1] * scale)
 
     def forward(self, images: Tensor, targets: Tensor) -> dict[str, Any]:
         """(N, C, H, W) and (N,) classes or (N, classes) probabilities -> `loss`, its `terms`, and `output`."""
@@ -168,13 +173,14 @@ def load_teacher(config: FinetuneConfig, class_names: Sequence[str], channels: i
         DataError: If the teacher does not know all classes.
         ModelError: If there is no such network, or it is no classifier.
         ValueError: If it takes other images, or is not the one that `config.teacher_digest` pins.
-        WeightsError: If its weights cannot be had or do not fit.
+        WeightsError: If its weights cannot be had, do not fit or are not finite.
     """
     label = f"the teacher {config.teacher}"
     net = _load(config, device)
     if isinstance(net, ObjectFinder):
         raise ModelError(f"{label} is a detector; choose a classifier")
     check_classifier(net, label)
+    check_finite(net.state_dict(), label)
     if net.in_chans != channels:
         raise ValueError(
             f"{label} takes images of {net.in_chans} channels, {config.model} of {channels}; choose a "
@@ -189,7 +195,7 @@ def load_teacher(config: FinetuneConfig, class_names: Sequence[str], channels: i
             "--teacher-digest"
         )
     outputs, note = outputs_of(class_names, classes, label)
-    own: tuple[int, int] = tuple(resolve_data_config(pretrained_cfg=net.pretrained_cfg)["input_size"][1:])
+    own: tuple[int, int] = tuple(get_model_input_config(net)["input_size"][1:])
     size = own if config.teacher_size is None else parse_size(config.teacher_size)
     notes = [f"{label}: {note}"] if note else []
     try:
@@ -205,8 +211,8 @@ def load_teacher(config: FinetuneConfig, class_names: Sequence[str], channels: i
 
 def _load(config: FinetuneConfig, device: torch.device) -> Any:
     """The teacher's network with its weights."""
-    if not Path(config.teacher).is_file():
-        if config.teacher_model:
+    if config.teacher.endswith(".onnx") or not is_file(config.teacher):
+        if config.teacher_model and not is_file(config.teacher):
             raise ValueError(f"teacher_model is for a teacher that is a file, and there is no file {config.teacher}")
         try:
             return load_network(config.teacher, str(device))
