@@ -27,8 +27,7 @@ from spd_zoo.models._detector import DetectionNet
 from spd_zoo.process import pick_device
 from spd_zoo.weights import WeightsError, entries, original_of
 from spd_zoo.weights.catalogue import local_checkpoints
-from spd_zoo.weights.class_names import class_names
-from spd_zoo.weights.load import ModelError, load_network, pretrained_cfg, timm_name
+from spd_zoo.weights.load import ModelError, class_names, load_network, pretrained_cfg, timm_name
 from spd_zoo.weights.manifest import default_checkpoints
 
 if TYPE_CHECKING:

@@ -38,8 +38,7 @@ from spd_zoo.inference.scores import read_scores, scores_file
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.rewrite import ConversionError, max_difference
 from spd_zoo.trace import copy_network
-from spd_zoo.weights.class_names import class_synonyms
-from spd_zoo.weights.load import is_network, load_network, pretrained_cfg
+from spd_zoo.weights.load import class_synonyms, is_network, load_network, pretrained_cfg
 
 __all__ = ["FORMATS", "ExportError", "export", "new_file", "output_file"]
 

@@ -17,7 +17,7 @@ from spd_zoo.data.reading import read_image
 from spd_zoo.models.efficientnet_lite_spd import EfficientNetLiteSPD
 from spd_zoo.spd import SPDConv2d
 from spd_zoo.weights import WeightsError, entries, fetch, find, import_weights, remove
-from spd_zoo.weights.class_names import class_names
+from spd_zoo.weights.load import class_names
 
 CASES = golden.cases("efficientnet_lite")
 STRIDED = ["tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"]

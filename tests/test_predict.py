@@ -25,8 +25,7 @@ from spd_zoo.inference.classifier import Classifier, predict
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.finetune import finetune
 from spd_zoo.weights import WeightsError
-from spd_zoo.weights.class_names import class_names
-from spd_zoo.weights.load import ModelError, timm_name
+from spd_zoo.weights.load import ModelError, class_names, timm_name
 
 NAMES = ["cat", "dog", "owl"]
 

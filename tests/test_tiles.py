@@ -286,9 +286,13 @@ def test_detect_and_finetune_take_no_overlap_without_tiles(capsys: Capture) -> N
         (["--overlap", "0.3"], "overlap is for tiles; give tile"),
         (["--tile", "0", "--overlap", "0.3"], "overlap is for tiles; give tile"),
         (["--tile", "32", "--overlap", "1"], "overlap from 0 to below 1"),
-        (["--tile", "-1"], "must not be negative"),
     ],
 )
 def test_evaluate_refuses_meaningless_tiles(arguments: list[str], message: str, folder: Path, capsys: Capture) -> None:
     assert main(["evaluate", "yolov8n_spd.bccd", "--data", str(folder), *arguments]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_a_negative_tile_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="tile must not be negative"):
+        evaluate("yolov8n_spd.bccd", str(folder), tile=-1)

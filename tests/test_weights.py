@@ -33,8 +33,8 @@ from spd_zoo.models._detector import DetectionNet
 from spd_zoo.weights import entries, fetch, fit, save_network, sha256_of
 from spd_zoo.weights.cache import BUNDLED
 from spd_zoo.weights.catalogue import ModelError, locate
-from spd_zoo.weights.class_names import class_names
 from spd_zoo.weights.fit import own_networks
+from spd_zoo.weights.load import class_names
 from spd_zoo.weights.manifest import Entry, manifest_path
 
 MANIFEST = json.loads(manifest_path().read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from timm.utils.misc import natural_key
 
 from spd_zoo.data.notes import count, some
 from spd_zoo.files import compose_yaml
-from spd_zoo.weights.class_names import class_names, class_synonyms
+from spd_zoo.weights.load import class_names, class_synonyms
 
 __all__ = [
     "UNUSED",
