@@ -620,6 +620,25 @@ def test_a_link_is_imported_over_http(
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
 
 
+def test_passwords_of_links_are_neither_kept_nor_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = "http://me:secret@127.0.0.1:9/a.pth"
+    monkeypatch.setattr("spd_zoo.weights.download._TRIES", 1)
+    with pytest.raises(WeightsError, match=r"cannot download http://127.0.0.1:9/a.pth \(ConnectError"):
+        import_weights(NAME, link, tmp_path)
+    origins: list[str] = []
+    module = sys.modules["spd_zoo.weights.fetch"]  # the package has a function of this name
+    monkeypatch.setattr(module, "download", lambda *_: None)
+    monkeypatch.setattr(module, "import_file", lambda name, file, origin, _: origins.append(origin))
+    import_weights(NAME, link, tmp_path)
+    assert origins == ["http://127.0.0.1:9/a.pth"]
+
+
+@pytest.mark.parametrize("link", ["http://127.0.0.1:port/a.pth", "http://[::1/a.pth"])
+def test_a_link_that_is_no_address_is_refused_in_a_sentence(link: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="InvalidURL: Invalid port|is no address"):
+        import_weights(NAME, link, tmp_path)
+
+
 @pytest.mark.slow
 def test_timms_own_network_loads_what_is_pulled_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs: Any = timm.create_model("resnet50")

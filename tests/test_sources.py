@@ -314,6 +314,24 @@ def test_a_server_that_is_not_there_is_an_error_of_that_image(monkeypatch: pytes
         read_source("http://127.0.0.1:9/a.png")
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:port/a.png", "http://127.0.0.1\a/a.png"], ids=["port", "host"])
+def test_what_is_no_address_is_an_error_of_that_image(address: str) -> None:
+    with pytest.raises(ValueError, match="cannot download this image: InvalidURL"):
+        read_source(address)
+
+
+def test_an_address_that_cannot_be_parsed_is_named_without_its_password() -> None:
+    with pytest.raises(ValueError, match=r"http://\[::1/a.png is no address: Invalid IPv6 URL"):
+        find_sources(["http://me:secret@[::1/a.png"], Notes())
+
+
+def test_the_error_of_a_server_does_not_repeat_the_password(server: tuple[str, dict[str, Any]]) -> None:
+    address = f"{server[0]}/none.png"
+    with pytest.raises(ValueError, match=f"404.*'{address}'") as caught:
+        read_source(address.replace("://", "://me:secret@"))
+    assert "secret" not in str(caught.value)
+
+
 # what is written
 
 
