@@ -1,6 +1,7 @@
 """The authors' checkpoints: reading, refusing, storing and downloading them."""
 
 import argparse
+import ast
 import errno
 import hashlib
 import json
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import spd_zoo
+from spd_zoo.cli.weights import _timms_overlay
 from spd_zoo.weights import (
     WeightsError,
     create,
@@ -635,8 +637,15 @@ def test_passwords_of_links_are_neither_kept_nor_printed(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("link", ["http://127.0.0.1:port/a.pth", "http://[::1/a.pth"])
 def test_a_link_that_is_no_address_is_refused_in_a_sentence(link: str, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="InvalidURL: Invalid port|is no address"):
+    with pytest.raises(WeightsError, match=r"InvalidURL: Invalid port|is no address"):
         import_weights(NAME, link, tmp_path)
+
+
+def test_the_call_for_one_of_timms_networks_quotes_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = 'C:\\Users\\a "b" ü.safetensors'
+    module = sys.modules["spd_zoo.weights.build"]  # the package has a function of this name
+    monkeypatch.setattr(module, "timms_network", lambda name, _: timm.create_model(name, device="meta"))
+    assert ast.literal_eval(_timms_overlay("resnet18", Path(path))) == {"file": path}
 
 
 @pytest.mark.slow
