@@ -26,6 +26,7 @@ from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import find_images
 from spd_zoo.inference import sources
+from spd_zoo.inference.images import open_image
 from spd_zoo.inference.output import Saved
 from spd_zoo.inference.sources import Frames, Video, find_sources, read_source
 from spd_zoo.inference.stream import detect
@@ -469,6 +470,12 @@ def test_grey_arrays_and_tensors_are_taken() -> None:
         for same in (grey, grey[..., None], tensor, tensor / 255):
             assert torch.equal(classifier(same).probabilities, expected)
     assert len(Detector(Finder())(grey)) == 0
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_an_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"an image must have pixels, got {size[0]} x {size[1]}"):
+        open_image(Image.new("RGB", size))
 
 
 def test_a_list_may_have_comments(tmp_path: Path) -> None:
