@@ -60,8 +60,11 @@ def whole(path: str | Path, within: str | Path | None = None) -> Iterator[Path]:
 
     Raises:
         OSError: If it cannot be written; `path` is then unchanged.
+        ValueError: If `path` is the current folder, which cannot be replaced.
     """
     path = Path(path)
+    if path.is_dir() and path.samefile(Path()):
+        raise ValueError(f"{path} is the current folder, which cannot be replaced; give the name of a new folder")
     folder = Path(within or path.parent) / f".writing-{os.urandom(6).hex()}.tmp"
     folder.mkdir()
     try:

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import typing
@@ -20,6 +21,7 @@ from timm.models import save_for_hf
 import spd_zoo
 from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import DataError
+from spd_zoo.files import whole
 from spd_zoo.inference.classifier import DEFAULT_CLASSIFIER
 from spd_zoo.training.config import DISTILLATION, FinetuneConfig
 from spd_zoo.weights import Entry, entries, sha256_of
@@ -452,8 +454,10 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, saved: str) -> list[t
         Path(file).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(file, format="PNG")
     Path("run").symlink_to(saved.removeprefix("local-dir:"))
-    for folder in ("stopped", "empty"):
+    for folder in ("stopped", "empty", "linked"):
         Path(folder).mkdir()
+    Path("linked", "photos").symlink_to(Path("photos").resolve())
+    Path("mine.pt2").write_bytes(b"PK")
     Path("stopped", "run.yaml").touch()
     torch.save({}, "mine.pth")
     return found
@@ -470,6 +474,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, saved: str) -> list[t
         (["photos", "a.png"], None, ["photos/c.png", "a.png"]),
         (["[ab].*"], None, ["a.png", "b.jpg"]),
         (["./vgg11"], None, ["vgg11/d.png"]),
+        (["linked"], None, ["linked/photos/c.png"]),
         (["resnet34", "a.png"], "resnet34", ["a.png"]),
         (["resnet34.a1_in1k", "a.png"], "resnet34.a1_in1k", ["a.png"]),
         (["pyconvresnet50_spd.tiny_in200", "a.png"], "pyconvresnet50_spd.tiny_in200", ["a.png"]),
@@ -498,6 +503,7 @@ def test_the_first_argument_of_predict_is_a_network_or_an_image(
         (["a.png", "cifar_resnet20"], "cifar_resnet20 is a network; give it before the images"),
         (["empty", "a.png"], "empty is a folder without images, and without the config.json of a finished run"),
         (["mine.pth", "a.png"], "mine.pth is a file, but no network; to use a checkpoint, run `spd-zoo weights"),
+        (["mine.pt2", "a.png"], "mine.pt2 is an exported file for other programs, and no network"),
         (["https://example.org/a", "a.png"], "https://example.org/a is an address, which is not read; download"),
         ([], "give IMAGES"),
         (["resnet34"], "give IMAGES"),
@@ -753,6 +759,29 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("spd_zoo.weights.catalogue.entries", interrupt)
     assert main(["list"]) == 130
+
+
+def test_sigterm_ends_with_143_and_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def be_terminated() -> None:
+        with whole(tmp_path / "out") as temporary:
+            temporary.mkdir()
+            signal.raise_signal(signal.SIGTERM)
+
+    usual = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("spd_zoo.weights.catalogue.entries", be_terminated)
+    with pytest.raises(SystemExit, match="143"):
+        main(["list"])
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == usual
+
+
+def test_a_command_without_standard_output_and_error_ends_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    assert main(["list"]) == 0
+    assert main(["info", "nonsense"]) == 1
+    sys.stdout.close()
+    sys.stderr.close()
 
 
 @pytest.mark.slow

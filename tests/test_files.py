@@ -44,6 +44,16 @@ def test_a_folder_appears_complete_and_replaces_an_empty_one_only(tmp_path: Path
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "a"]
 
 
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for path in (Path(), folder):
+        with pytest.raises(ValueError, match="is the current folder, which cannot be replaced"), whole(path):
+            pass
+    assert [file.name for file in tmp_path.rglob("*")] == ["here"]
+
+
 def test_leftovers_of_killed_processes_are_recognised_and_deleted(tmp_path: Path) -> None:
     with whole(tmp_path / "a") as temporary:
         temporary.touch()

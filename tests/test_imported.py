@@ -1,6 +1,7 @@
 """The authors' checkpoints: reading, refusing, storing and downloading them."""
 
 import argparse
+import ast
 import errno
 import hashlib
 import json
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import spd_zoo
+from spd_zoo.cli.weights import _timms_overlay
 from spd_zoo.weights import (
     WeightsError,
     create,
@@ -618,6 +620,32 @@ def test_a_link_is_imported_over_http(
         with pytest.raises(WeightsError, match="answered with a web page"):
             import_weights(NAME, link, tmp_path)
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
+
+
+def test_passwords_of_links_are_neither_kept_nor_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = "http://me:secret@127.0.0.1:9/a.pth"
+    monkeypatch.setattr("spd_zoo.weights.download._TRIES", 1)
+    with pytest.raises(WeightsError, match=r"cannot download http://127.0.0.1:9/a.pth \(ConnectError"):
+        import_weights(NAME, link, tmp_path)
+    origins: list[str] = []
+    module = sys.modules["spd_zoo.weights.fetch"]  # the package has a function of this name
+    monkeypatch.setattr(module, "download", lambda *_: None)
+    monkeypatch.setattr(module, "import_file", lambda name, file, origin, _: origins.append(origin))
+    import_weights(NAME, link, tmp_path)
+    assert origins == ["http://127.0.0.1:9/a.pth"]
+
+
+@pytest.mark.parametrize("link", ["http://127.0.0.1:port/a.pth", "http://[::1/a.pth"])
+def test_a_link_that_is_no_address_is_refused_in_a_sentence(link: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"InvalidURL: Invalid port|is no address"):
+        import_weights(NAME, link, tmp_path)
+
+
+def test_the_call_for_one_of_timms_networks_quotes_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = 'C:\\Users\\a "b" ü.safetensors'
+    module = sys.modules["spd_zoo.weights.build"]  # the package has a function of this name
+    monkeypatch.setattr(module, "timms_network", lambda name, _: timm.create_model(name, device="meta"))
+    assert ast.literal_eval(_timms_overlay("resnet18", Path(path))) == {"file": path}
 
 
 @pytest.mark.slow

@@ -329,6 +329,13 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_resumes(images: Files,
     assert results.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_results_that_are_a_folder_are_refused_before_anything_is_computed(images: Files, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").mkdir()
+    with pytest.raises(ResultsError, match=r"results\.csv is a folder; choose another file"):
+        run(images, colours(tmp_path / "log"), tmp_path / "results.csv", overwrite=True)
+    assert Colours(tmp_path / "log").computed() == []
+
+
 def test_a_folder_with_other_files_is_left_alone(images: Files, tmp_path: Path) -> None:
     for name in ("results.jsonl.parts", "results.jsonl.merging"):
         precious = tmp_path / name / "precious.txt"

@@ -1,5 +1,7 @@
 import copy
+import errno
 import json
+import os
 import re
 import shutil
 import struct
@@ -19,7 +21,7 @@ from timm.models import save_for_hf
 from spd_zoo import Detector
 from spd_zoo.data.labelled import open_data
 from spd_zoo.data.notes import Notes
-from spd_zoo.data.reading import find_images, read_image
+from spd_zoo.data.reading import files_in, find_images, read_image
 from spd_zoo.exporter import export
 from spd_zoo.inference.classifier import Classifier, predict
 from spd_zoo.training.config import FinetuneConfig
@@ -353,6 +355,30 @@ def test_a_folder_without_images_beside_others_is_left_out(tmp_path: Path) -> No
     notes = Notes()
     assert find_images([str(tmp_path / "empty"), str(tmp_path / "full")], notes) == [image]
     assert notes.lines() == [f"the folder {tmp_path / 'empty'} holds no image"]
+
+
+def test_an_exported_file_in_upper_case_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.ONNX").write_bytes(b"\x08")
+    with pytest.raises(ModelError, match=r"a\.ONNX is no network; .* rename it to end in \.onnx"):
+        timm_name(str(tmp_path / "a.ONNX"))
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open", "secret", ".Trash"):
+        (tmp_path / name).mkdir()
+    image, scandir = write_image(tmp_path / "open" / "a.png"), os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name in ("secret", ".Trash"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert find_images([str(tmp_path)]) == [image, tmp_path / "secret"]
+    with pytest.raises(ValueError, match="this folder cannot be read: Permission denied"):
+        read_image(tmp_path / "secret")
+    with pytest.raises(PermissionError, match="secret"):
+        list(files_in(tmp_path))
 
 
 @pytest.mark.parametrize(

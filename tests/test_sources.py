@@ -26,6 +26,7 @@ from spd_zoo.data.boxes import open_boxes
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import find_images
 from spd_zoo.inference import sources
+from spd_zoo.inference.images import open_image
 from spd_zoo.inference.output import Saved
 from spd_zoo.inference.sources import Frames, Video, find_sources, read_source
 from spd_zoo.inference.stream import detect
@@ -314,6 +315,24 @@ def test_a_server_that_is_not_there_is_an_error_of_that_image(monkeypatch: pytes
         read_source("http://127.0.0.1:9/a.png")
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:port/a.png", "http://127.0.0.1\a/a.png"], ids=["port", "host"])
+def test_what_is_no_address_is_an_error_of_that_image(address: str) -> None:
+    with pytest.raises(ValueError, match="cannot download this image: InvalidURL"):
+        read_source(address)
+
+
+def test_an_address_that_cannot_be_parsed_is_named_without_its_password() -> None:
+    with pytest.raises(ValueError, match=r"http://\[::1/a.png is no address: Invalid IPv6 URL"):
+        find_sources(["http://me:secret@[::1/a.png"], Notes())
+
+
+def test_the_error_of_a_server_does_not_repeat_the_password(server: tuple[str, dict[str, Any]]) -> None:
+    address = f"{server[0]}/none.png"
+    with pytest.raises(ValueError, match=f"404.*'{address}'") as caught:
+        read_source(address.replace("://", "://me:secret@"))
+    assert "secret" not in str(caught.value)
+
+
 # what is written
 
 
@@ -451,6 +470,12 @@ def test_grey_arrays_and_tensors_are_taken() -> None:
         for same in (grey, grey[..., None], tensor, tensor / 255):
             assert torch.equal(classifier(same).probabilities, expected)
     assert len(Detector(Finder())(grey)) == 0
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_an_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"an image must have pixels, got {size[0]} x {size[1]}"):
+        open_image(Image.new("RGB", size))
 
 
 def test_a_list_may_have_comments(tmp_path: Path) -> None:

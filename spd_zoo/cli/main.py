@@ -4,8 +4,12 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 from spd_zoo.cli import (
     completion,
@@ -41,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         the program with 2 after an error in the options.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed, as by `>&-`
+            setattr(sys, stream, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be valid Unicode
     try:
@@ -49,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         options = parser.parse_args(arguments)
-        with quiet_if(options.quiet), warnings_as_notes():
+        with quiet_if(options.quiet), warnings_as_notes(), _sigterm_as_exit():
             if options.needs_networks:
                 with explained():
                     load_networks()
@@ -68,6 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         complain(str(error))
         return 1
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Lets SIGTERM end the program as an exception, so that files and folders that are half written are deleted."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    usual = signal.getsignal(signal.SIGTERM)
+    handles = usual == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if handles:
+        signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        if handles:
+            signal.signal(signal.SIGTERM, usual)
 
 
 def make_parser(finetune_options: bool = True) -> Parser:

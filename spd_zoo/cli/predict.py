@@ -117,7 +117,7 @@ def _set_model(options: argparse.Namespace) -> None:
 
 def _is_model(first: str) -> bool:
     """Whether the first argument is a network or the folder of a run; otherwise it names images."""
-    from spd_zoo.data.reading import SUFFIXES, ImageFilter
+    from spd_zoo.data.reading import SUFFIXES, ImageFilter, files_in
     from spd_zoo.files import exists, is_folder
     from spd_zoo.weights.catalogue import CHECKPOINTS, unknown_network
     from spd_zoo.weights.folder import CONFIG, WEIGHTS
@@ -137,10 +137,10 @@ def _is_model(first: str) -> bool:
             )
         return True
     if folder:
-        is_image, inside = ImageFilter(), Path(first)
+        is_image, inside, unreadable = ImageFilter(), Path(first), list[str]()
         if any((inside / name).exists() for name in (CONFIG, WEIGHTS, "run.yaml")):
             return True
-        if not any(is_image(file, inside) for file in inside.rglob("*")):
+        if not any(is_image(file, inside) for file in files_in(inside, unreadable)) and not unreadable:
             raise CommandError(f"{first} is a folder without images, and without the {CONFIG} of a finished run")
     elif suffix in CHECKPOINTS and there:
         raise unknown_network(first)

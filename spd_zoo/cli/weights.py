@@ -97,7 +97,8 @@ def _timms_overlay(network: str, file: Path) -> str:
 
     cfg, own = cfg_of(timms_network(network, file)), cfg_of(timm.create_model(network, device="meta"))
     other = [name for name in ("num_classes", "input_size") if cfg[name] != own[name]]
-    fields = ", ".join([f'"file": "{file}"', *(f'"{name}": {cfg[name]}' for name in other)])
+    path = json.dumps(str(file), ensure_ascii=False)  # with quotes, and two backslashes for each
+    fields = ", ".join([f'"file": {path}', *(f'"{name}": {cfg[name]}' for name in other)])
     return f"{{{fields}}}"
 
 

@@ -110,10 +110,27 @@ class ImageFilter:
         return [f"{left_out} in {where} left out, because the suffix is not that of an image: {suffixes}{heic}"]
 
 
-def files_in(folder: str | Path) -> Iterator[str]:
-    """The paths of all files in a folder and its subfolders; links are followed, but circles of links only once."""
+def files_in(folder: str | Path, unreadable: list[str] | None = None) -> Iterator[str]:
+    """The paths of all files in a folder and its subfolders; links are followed, but circles of links only once.
+
+    Args:
+        folder: The folder.
+        unreadable: Receives folders that must not or cannot be read, except hidden ones; None: such a one is an error.
+
+    Raises:
+        OSError: If a folder cannot be read.
+    """
+
+    def note(error: OSError) -> None:
+        parts = Path(error.filename).relative_to(folder).parts
+        if any(part.startswith(".") for part in parts) or isinstance(error, FileNotFoundError | NotADirectoryError):
+            return
+        if unreadable is None:
+            raise error
+        unreadable.append(error.filename)
+
     around = {os.fspath(folder): {os.path.realpath(folder)}}
-    for inside, folders, names in os.walk(folder, followlinks=True):
+    for inside, folders, names in os.walk(folder, onerror=note, followlinks=True):
         yield from (os.path.join(inside, name) for name in names)
         above = around.pop(inside)
         real = {name: os.path.realpath(os.path.join(inside, name)) for name in folders}
@@ -136,7 +153,7 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None, others: tup
     """The files named by files, folders (with the folders in them) and globs, in order.
 
     Folders without images are left out if anything else is found. Other paths stay in the list even if they are not
-    images, so that reading them gives an error.
+    images, and so do folders that cannot be read, so that reading them gives an error.
 
     Args:
         patterns: Files, folders and globs.
@@ -159,8 +176,9 @@ def find_images(patterns: Iterable[str], notes: Notes | None = None, others: tup
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for path in map(Path, matches or [pattern]):
             if os.path.isdir(path):
-                is_image = ImageFilter(others)
-                inside = [file for file in sorted(map(Path, files_in(path))) if is_image(file, path)]
+                is_image, unreadable = ImageFilter(others), list[str]()
+                inside = [file for file in sorted(map(Path, files_in(path, unreadable))) if is_image(file, path)]
+                inside += map(Path, unreadable)  # reading them gives an error
                 found += inside
                 empty += [] if inside else [path]
                 if notes is not None:
@@ -225,6 +243,10 @@ def opened(file: Path | str | BytesIO, any_size: bool = False) -> Iterator[Image
                 raise ValueError("this link leads to no file")
             raise ValueError("there is no such file, nor does a file match it as a pattern")
         if os.path.isdir(file):
+            try:
+                os.scandir(file).close()
+            except OSError as error:
+                raise ValueError(f"this folder cannot be read: {error.strerror or error}") from error
             raise ValueError(f"this folder holds no image ({' '.join(SUFFIXES)})")
     try:
         with warnings.catch_warnings(), ExitStack() as stack:

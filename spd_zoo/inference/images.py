@@ -102,6 +102,8 @@ def _opened(image: Any, mode: str, read: Callable[[str, str], Any]) -> Any:
                 raise
             raise ValueError(f"{os.fspath(image)}: {error}") from error
     if isinstance(image, Image.Image):
+        if not all(image.size):  # cut out of another one by an empty box
+            raise ValueError(f"an image must have pixels, got {image.width} x {image.height}")
         return upright(image, mode)
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image

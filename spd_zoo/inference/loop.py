@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from spd_zoo.data.reading import collect_notes, is_url
 from spd_zoo.data.regions import PartError
-from spd_zoo.inference.sources import public
 from spd_zoo.process import leave_ctrl_c_to_parent
 from spd_zoo.rewrite import tensors_in
 from spd_zoo.weights.catalogue import ModelError
+from spd_zoo.weights.download import public
 
 __all__ = ["Files", "ImageFile", "Images", "Outcome", "Task", "batches", "check_finite", "run"]
 

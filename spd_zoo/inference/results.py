@@ -445,7 +445,9 @@ class _Parts:
                 )
 
     def _refuse_results(self) -> None:
-        """Raises ResultsError if there are results that must not be replaced."""
+        """Raises ResultsError if there are results that must not be replaced, or a folder, which cannot be."""
+        if self.results.is_dir():
+            raise ResultsError(f"{self.results} is a folder; choose another file")
         if self.results.exists() and not self.overwrite:
             raise ResultsError(f"{self.results} exists already; choose another file, or --overwrite to replace it")
 

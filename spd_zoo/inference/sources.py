@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from PIL import Image
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import SUFFIXES, find_images, is_comment, is_identified, is_url, read_image
 from spd_zoo.files import exists, is_file
-from spd_zoo.weights.download import DownloadError, download_bytes
+from spd_zoo.weights.download import DownloadError, download_bytes, public
 
 __all__ = [
     "USUAL_RATE",
@@ -26,7 +26,6 @@ __all__ = [
     "VideoFile",
     "find_sources",
     "name_of_address",
-    "public",
     "read_source",
 ]
 
@@ -116,12 +115,12 @@ def _listed(file: Path) -> list[str]:
 
 
 def _at_address(address: str) -> Source:
-    parts = urlsplit(address)
+    shown, parts = public(address), urlsplit(address)
     if parts.scheme.lower() not in ("http", "https", "rtsp", "rtsps", "rtmp", "udp", "tcp", "srt"):
-        raise ValueError(f"{public(address)} is no address of an image (http, https) or of a stream (rtsp, rtmp, ...)")
+        raise ValueError(f"{shown} is no address of an image (http, https) or of a stream (rtsp, rtmp, ...)")
     if parts.scheme.lower() in ("http", "https") and not parts.path.lower().endswith(_STREAM_SUFFIXES):
         return address
-    return Video(public(address), address)
+    return Video(shown, address)
 
 
 def _image_or_video(path: Path) -> Source:
@@ -135,12 +134,6 @@ def _image_or_video(path: Path) -> Source:
 
 def _has_opencv() -> bool:
     return importlib.util.find_spec("cv2") is not None
-
-
-def public(address: str) -> str:
-    """An address without user and password."""
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def name_of_address(address: str) -> str:

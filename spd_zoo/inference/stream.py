@@ -13,7 +13,8 @@ from spd_zoo.data.regions import Regions
 from spd_zoo.inference.detector import Detections, Detector
 from spd_zoo.inference.loop import Files, Task, batches, run
 from spd_zoo.inference.output import ImageDetections, Saved, new_folder
-from spd_zoo.inference.sources import USUAL_RATE, Frames, Source, Video, public, read_source
+from spd_zoo.inference.sources import USUAL_RATE, Frames, Source, Video, read_source
+from spd_zoo.weights.download import public
 
 __all__ = ["detect"]
 

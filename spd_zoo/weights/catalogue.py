@@ -46,6 +46,13 @@ def unknown_network(name: str, what: str = "network") -> ModelError:
         The error.
     """
     suffix = Path(name).suffix.lower()
+    if is_file(name) and suffix == ".pt2":
+        return ModelError(
+            f"{name} is an exported file for other programs, and no {what}; give the network or the run that it was "
+            "exported from, or export that with --to onnx"
+        )
+    if is_file(name) and suffix == ".onnx" and not name.endswith(".onnx"):
+        return ModelError(f"{name} is no {what}; if it is an exported file, rename it to end in .onnx")
     if is_file(name) and suffix in CHECKPOINTS:
         return ModelError(
             f"{name} is a file, but no {what}; to use a checkpoint, run `spd-zoo weights import NETWORK.TAG {name}` "

@@ -10,8 +10,10 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
 
 from huggingface_hub import (
     constants,
@@ -26,11 +28,13 @@ from tqdm import tqdm
 from spd_zoo.console import bar_disabled, is_quiet
 from spd_zoo.weights.manifest import WeightsError
 
-__all__ = ["DownloadError", "download", "download_bytes", "download_from_hub", "hub_url", "page_or_pointer"]
+__all__ = ["DownloadError", "download", "download_bytes", "download_from_hub", "hub_url", "page_or_pointer", "public"]
 
 _TRIES = 4
 _TIMEOUT = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 4))  # seconds to wait for a server's first answer
 _PAUSES = (_TIMEOUT, float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 60.0, _TIMEOUT)  # connect, read, write, pool
+# what the Hub's client raises for an address that is none; it does not belong to its other errors
+_InvalidURL: type[Exception] = import_module(HTTPError.__module__.partition(".")[0]).InvalidURL
 _LONGEST_PAUSE = 30.0  # seconds, if the server asks for one
 
 T = TypeVar("T")
@@ -50,6 +54,24 @@ def page_or_pointer(start: bytes) -> str | None:
     if text.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, which only refers to a file"
     return None
+
+
+def public(address: str) -> str:
+    """An address without user and password.
+
+    Raises:
+        ValueError: If it is no address.
+    """
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:  # such as a bracket that is not closed
+        raise ValueError(f"{_without_password(address)} is no address: {error}") from error
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _without_password(text: str) -> str:
+    """A text that may contain addresses, without users and passwords in them."""
+    return re.sub(r"(?<=://)[^\s/?#]*@", "", text)
 
 
 def hub_url(source: re.Match[str]) -> str:
@@ -104,7 +126,7 @@ def download(link: str, file: str | None, path: Path) -> None:
     with path.open("rb") as content:
         what = page_or_pointer(content.read(512))
     if what:
-        raise DownloadError(f"{link} answered with {what}, instead of the file")
+        raise DownloadError(f"{public(link)} answered with {what}, instead of the file")
 
 
 def download_bytes(address: str, most: int, seconds: float) -> bytes:
@@ -178,7 +200,7 @@ def _with_retries(get: Callable[[], T], vague: type[Exception] = ConnectionError
     while True:
         try:
             return get()
-        except (HTTPError, OSError, ValueError, vague) as error:
+        except (HTTPError, _InvalidURL, OSError, ValueError, vague) as error:
             pause = 0.5 * 2**attempt if isinstance(error, vague) else _pause(error, attempt)
             attempt += 1
             if attempt == _TRIES or pause is None:
@@ -211,5 +233,5 @@ _BROKEN_CONNECTIONS = {
 
 def _reason(error: Exception) -> str:
     """An error in one line, for use inside a sentence."""
-    text = " ".join(str(error).split()).rstrip(".")
+    text = _without_password(" ".join(str(error).split()).rstrip("."))
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

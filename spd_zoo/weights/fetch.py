@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 from spd_zoo.weights.cache import BUNDLED, HUB_SOURCE, find, is_right, original_of, sha256_of, sources
-from spd_zoo.weights.download import DownloadError, download, download_from_hub, hub_url
+from spd_zoo.weights.download import DownloadError, download, download_from_hub, hub_url, public
 from spd_zoo.weights.imported import import_file, locked, tagged
 from spd_zoo.weights.manifest import Entry, WeightsError, find_entry
 
@@ -127,16 +127,20 @@ def import_weights(name: str, file: str | Path, cache_dir: str | Path | None = N
                 "hf://ORG/REPO@<40-digit commit>:FILE"
             )
         return import_file(name, Path(file), cache_dir=cache_dir)
+    try:
+        origin = str(file) if hub else public(str(file))
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
     with locked(name, cache_dir) as folder:
         downloaded = folder / f"{name}.original"
         try:
             if hub:
-                return import_file(name, download_from_hub(hub, cache_dir), str(file), cache_dir)
+                return import_file(name, download_from_hub(hub, cache_dir), origin, cache_dir)
             download(str(file), None, downloaded)
-            return import_file(name, downloaded, str(file), cache_dir)
+            return import_file(name, downloaded, origin, cache_dir)
         except DownloadError as error:
             raise WeightsError(
-                f"cannot download {file} ({error}). What to do: try again online, or get the file by hand and run: "
+                f"cannot download {origin} ({error}). What to do: try again online, or get the file by hand and run: "
                 f"spd-zoo weights import {name} FILE"
             ) from error
         finally:
