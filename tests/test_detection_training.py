@@ -396,6 +396,19 @@ def test_boxes_are_right_wrong_or_missed() -> None:
     assert outcome(boxes, shown, matches, [0.75, 0.05]).boxes.tolist() == [0, 1]  # a minimum for each class
 
 
+def test_a_box_in_what_is_ignored_is_neither_correct_nor_wrong() -> None:
+    shown = truth([(0, 0, 0, 40, 40), (0, 100, 0, 140, 40)]).objects_in(0)
+    shown.ignored[1] = True
+    boxes = found((0, 0.9, 100, 0, 120, 20), (0, 0.8, 120, 20, 140, 40))
+    result = outcome(boxes, shown, match(boxes, shown), [0.25])
+    assert result.correct.tolist() == result.wrong.tolist() == [False, False] and result.f1() == 0
+    predictions = predictions_of(truth([(0, 0, 0, 40, 40), (0, 100, 0, 140, 40)]), boxes)
+    predictions.data.objects[0].ignored[1] = True
+    assert box_report._errors(predictions, [0]) == (
+        "With the best minimum scores: 0 correct boxes, 0 wrong boxes, 1 missed object."
+    )
+
+
 # evaluation
 
 
