@@ -257,7 +257,7 @@ def test_options_without_meaning_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("hsv", ["0.1", "a,b,c"])
+@pytest.mark.parametrize("hsv", ["0.1", "a,b,c", "0.7,0,0", "-0.1,0.7,0.4", "0.1,nan,0.4", "0.1,0.7,inf"])
 def test_colour_changes_are_three_numbers(hsv: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hsv must be three numbers|is not like"):
         config(tmp_path, tmp_path, hsv=hsv)

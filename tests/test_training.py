@@ -927,6 +927,7 @@ def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> 
         ({"sched": "multistep", "decay_epochs": "2,2"}, "rising whole numbers"),
         ({"crop_padding": -1}, "crop_padding must not be negative"),
         ({"hflip": 2.0}, "hflip must be from 0 to 1"),
+        ({"zoom": 1.0}, "zoom must be from 0 to 0.9, which shrinks images to a tenth, got 1.0"),
         ({"ema": 1.0}, "ema must be from 0 to below 1"),
         ({"resume": "maybe"}, "resume is auto or never"),
         ({"model_args": "drop_rate"}, "model_args 'drop_rate' is not like"),
