@@ -46,6 +46,7 @@ from spd_zoo.training.config import (
     make_config,
     to_yaml,
 )
+from spd_zoo.training.continuing import continuation
 from spd_zoo.training.detection.task import Detection
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
@@ -1223,6 +1224,28 @@ def test_what_a_run_cannot_continue_is_an_error(
     save_network(timm.create_model("cifar_resnet20"), tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         call.finetune(model, epochs=epochs, **options)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        ({"sched": "multistep", "decay_epochs": "1", "decay_rate": 0.5}, {}),
+        ({"mixup": 0.2, "mix_prob": 0.5}, {"mixup": 0.0}),
+        ({"teacher": "cifar_resnet20", "distill_weight": 0.5, "distill_temperature": 2.0}, {"teacher": ""}),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_a_run_is_continued_without_options_that_only_others_gave_a_meaning(
+    tmp_path: Path, stored: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    finished = config(tmp_path, tmp_path / "run", **stored)
+    save_network(timm.create_model("cifar_resnet20"), finished.out)
+    (finished.out / "run.yaml").write_text(to_yaml(finished))
+    (finished.out / "data.json").write_text('{"fingerprint": "f"}')
+    (finished.out / "metrics.csv").write_text("epoch,lr,val_top1\n1,0.001,50\n")
+    options = continuation(str(finished.out), "+1", {"data": str(tmp_path), **asked}).options
+    made = make_config(options)
+    assert (made.decay_rate, made.mix_prob, made.distill_weight, made.distill_temperature) == (0.1, 1.0, 0.9, 4.0)
 
 
 def test_an_unfinished_or_damaged_run_cannot_be_continued(tmp_path: Path) -> None:
