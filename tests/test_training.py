@@ -615,6 +615,21 @@ def test_a_loss_of_nan_ends_the_run(folders: Path, tmp_path: Path) -> None:
         run(folders, tmp_path / "run", opt="momentum", lr=1e30)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_network_that_is_not_finite_is_never_the_result(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: str
+) -> None:
+    options = {"epochs": 1, "batch_size": 24, "opt": "momentum", "lr": 1e30, "keep": keep}  # one step
+    with pytest.raises(RunError, match="is not finite after epoch 1: there is no network to write; begin another"):
+        run(folders, tmp_path / "scratch", **options)
+    assert not (tmp_path / "scratch" / "model.safetensors").exists()
+    if keep == "best":
+        run(folders, tmp_path / "run", **options, model="cifar_resnet20.cifar100", pretrained=True)
+        assert all(bool(tensor.isfinite().all()) for tensor in weights_of(tmp_path / "run").values())
+        assert "is not finite after epoch 1, the last one; try a smaller learning rate" in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folders / "train" / "red" / "torn.png").write_text("no image")
     assert finetune(config(folders, tmp_path / "run", dry_run=True)) is None
@@ -1149,6 +1164,27 @@ def test_an_epoch_is_trained_evaluated_and_finished_alone(folders: Path, tmp_pat
     assert started(folders, tmp_path / "run", epochs=1).history == run.history  # resumed
     result = training.finish(run)
     assert result.metrics["images"] == 6 and (tmp_path / "run" / "report.html").exists()
+
+
+def test_speed_and_time_left_count_what_was_trained_since_the_run_was_resumed(folders: Path, tmp_path: Path) -> None:
+    run = started(folders, tmp_path / "run", epochs=3, batch_size=10, drop_last=False)
+    run.history.append({"epoch": 1})
+    run.began, run.saved = 0.0, 150.0  # 120 s for training and 30 s for the rest
+    assert run.steps.per_epoch == 3 and training._pace(run, 120.0) == ", 0 images/s, 5 min left"
+    assert training._pace(run, 2.0).startswith(", 12 images/s")  # 24 images, of which the last step has 4
+    run.began_at = 1
+    assert training._pace(run, 120.0) == ", 0 images/s, 7 min left"  # an epoch takes 180 s and 30 s
+    run.began_at = 3
+    assert training._pace(run, 0.001) == ""
+
+
+def test_a_process_without_a_step_in_an_epoch_adds_nothing_to_its_loss(folders: Path, tmp_path: Path) -> None:
+    run = started(folders, tmp_path / "run", epochs=1)
+    training.train_epoch(run, StopSignals(), tqdm(disable=True))
+    mine = run.gathered_losses()
+    run.gathered_losses = lambda: [*mine, {}]  # type: ignore[method-assign]  # resumed after the last step
+    training.end_epoch(run, StopSignals())
+    assert run.history[0]["train_loss"] == mine[0]["loss"] / 3
 
 
 def test_a_signal_before_the_first_step_saves_the_untrained_network(folders: Path, tmp_path: Path) -> None:
