@@ -289,6 +289,8 @@ class FinetuneConfig:
             value = getattr(self, item.name)
             if isinstance(value, int | float) and value < 0 and item.name != "seed":
                 raise ValueError(f"{item.name} must not be negative, got {value}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be a number of 64 bits, got {self.seed}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.lr is None and self.opt not in (None, "lamb", "adamw"):
@@ -362,6 +364,8 @@ class FinetuneConfig:
                 raise ValueError(
                     f"hsv must be three numbers like 0.015,0.7,0.4, from 0 up, the first at most 0.5, got {self.hsv!r}"
                 )
+        if self.stream and not self.drop_last:
+            raise ValueError("a stream fills every step; leave --no-drop-last out")
         if (self.mixup or self.cutmix) and not self.drop_last:
             raise ValueError("Mixup and CutMix pair the images of a full step; they need drop_last")
         if (self.mixup or self.cutmix) and (self.batch_size or 0) % 2:

@@ -341,6 +341,9 @@ def start(
     eval_net = training.trainable_module_ema.module if plan.ema else net
     batch_size, micro_batches = plan.batch_size, plan.micro_batches
     drop_last, rank, world = config.drop_last, process.rank, process.world
+    if config.stream:  # whose batches have one size
+        batch_size = min(batch_size, len(splits.train))
+        batch_size -= batch_size % (world * micro_batches)
     steps = Steps(len(splits.train), batch_size, micro_batches, rank, world, drop_last, config.seed)
     optimizer = _optimizer(net, plan)
     scheduler = _scheduler(optimizer, plan, steps.per_epoch)
@@ -488,7 +491,8 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
     losses = run.gathered_losses()
     row: dict[str, Any] = {"epoch": epoch + 1, "image_size": size_value(run.image_size)}
     row |= {"lr": max(group["lr"] for group in run.optimizer.param_groups)}
-    row |= {f"train_{name}": sum(sums.get(name, 0.0) for sums in losses) / run.steps.per_epoch for name in losses[0]}
+    trained = max(run.steps.per_epoch, run.began_at)  # fewer processes may have had a last step of fewer images
+    row |= {f"train_{name}": sum(sums.get(name, 0.0) for sums in losses) / trained for name in losses[0]}
     row |= {f"val_{name}": value for name, value in metrics.items()}
     _keep_if_best(run, row)
     run.history.append(row)
@@ -515,7 +519,7 @@ def _pace(run: Run, train_seconds: float) -> str:
     """Images per second and the time left after an epoch; empty if no step of it was done since the run was resumed."""
     steps, epochs = run.steps, run.plan.config.epochs - len(run.history)
     done = steps.per_epoch - run.began_at
-    if not done:
+    if done < 1:
         return ""
     speed = (steps.images - run.began_at * steps.batch_size) / train_seconds
     epoch_seconds = train_seconds * steps.per_epoch / done + (run.saved - run.began - train_seconds)
