@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -293,6 +294,12 @@ def test_curves_are_commented() -> None:
     assert comments.on_training(rising, "val_top1").startswith("No overfitting, and a gain of 20.0 points")
     flat = curve(1.0, 0.9, 0.8, 0.8, 0.81, train=0.1, scores=(50, 80))
     assert comments.on_training(flat, "val_top1").startswith("No overfitting: the validation loss stayed near")
+    diverged = comments.on_training(curve(math.nan, 1.0, 0.8, 1.0, 2.0, train=-0.1), "val_top1")
+    assert diverged.startswith(
+        "The validation loss was lowest in epoch 3 (0.8) and rose to 2, and the training loss is"
+    )
+    ended = comments.on_training(curve(1.0, 0.9, 0.8, 0.8, math.nan, train=0.1), "val_top1")
+    assert ended.startswith("The validation loss is not finite after the last epoch")
 
 
 def test_confusion_and_calibration_are_commented() -> None:

@@ -12,6 +12,7 @@ import bundle_weights
 import compare_starts
 import convert_experiment
 import example_picture
+import finetune_sweep
 import latency
 import linear_probe
 import plain_networks
@@ -224,6 +225,20 @@ def test_every_box_becomes_an_image_of_its_class(tmp_path: Path) -> None:
     assert {read_image(image).size for image in images} == {(4, 5)}
 
 
+LOG = (
+    "2026-01-01T00:00:00.000+00:00 before the first epoch: val top-1 50.00 %\n",
+    "2026-01-01T00:02:00.000+00:00 epoch 1/2 at 48 px: train loss 1.0\n",
+    "2026-01-01T00:04:00.000+00:00 epoch 2/2 at 48 px: train loss 0.9\n",
+    "2026-01-01T00:04:00.001+00:00 note: a note\n",
+)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_minutes_of_a_run_are_those_of_its_epochs(tmp_path: Path, first: int) -> None:
+    (tmp_path / "log.txt").write_text("".join(LOG[first:]))
+    assert compare_starts.minutes_of(tmp_path) == pytest.approx(4)
+
+
 @pytest.mark.slow
 def test_starts_are_compared_on_the_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = []
@@ -238,7 +253,7 @@ def test_starts_are_compared_on_the_test_images(tmp_path: Path, monkeypatch: pyt
             safe_serialization=True,
         )
         (config.out / "data.json").write_text('{"train": {"images": 3}}')
-        (config.out / "log.txt").write_text("2026-01-01T00:00:00.000+00:00 a\n2026-01-01T00:02:00.000+00:00 b\n")
+        (config.out / "log.txt").write_text("".join(LOG))
 
     monkeypatch.setattr(compare_starts, "finetune", train)
     data = make_folders(tmp_path / "data", train=1, val=1, test=2)
@@ -321,6 +336,27 @@ def test_latency_compares_the_runtimes_of_an_exported_file() -> None:
 
 
 @pytest.mark.slow
+def test_probes_of_other_classes_are_of_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(options: Any, data: Path, pixels: int, seed: int) -> dict[str, float]:
+        return {"ridge probe": 10.0 * len(list((data / "train").iterdir()))}
+
+    monkeypatch.setattr(linear_probe, "probe", probe)
+    data = make_folders(tmp_path / "data", train=2, val=1)
+    command = ["--train", str(data / "train"), "--test", str(data / "val"), "--out", str(tmp_path), "--seeds", "1"]
+    command += ["--sizes", "--probe-sizes", "16", "--images", "1", "--record", str(tmp_path / "record")]
+    tables: list[Any] = []
+    monkeypatch.setattr(linear_probe, "print_table", lambda _, rows: tables.append(rows))
+    for classes in ("2", "3"):
+        linear_probe.main([*command, "--classes", classes])
+    assert [[row[2] for row in rows] for rows in tables] == [["20.0 %"], ["30.0 %"]]
+
+
+def test_sizes_of_a_sweep_are_not_averaged() -> None:
+    row = {"data": "d", "network": "n", "classes": 2, "images": 5, "epochs": 1, "method": "defaults"}
+    rows = [row | {"pixels": pixels, "end": float(pixels)} for pixels in (32, 64)]
+    assert [line[-2:] for line in finetune_sweep.summary(rows)] == [("32.0", "1"), ("64.0", "1")]
+
+
 def test_linear_probes_choose_a_penalty_and_classify_features_that_they_have_not_seen() -> None:
     generator = torch.Generator().manual_seed(0)
     centres, labels = torch.randn(4, 200, generator=generator), torch.arange(480) % 4

@@ -46,6 +46,7 @@ from spd_zoo.training.config import (
     make_config,
     to_yaml,
 )
+from spd_zoo.training.continuing import continuation
 from spd_zoo.training.detection.task import Detection
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import Result, RunError, Stopped, finetune
@@ -614,6 +615,21 @@ def test_a_loss_of_nan_ends_the_run(folders: Path, tmp_path: Path) -> None:
         run(folders, tmp_path / "run", opt="momentum", lr=1e30)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_network_that_is_not_finite_is_never_the_result(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: str
+) -> None:
+    options = {"epochs": 1, "batch_size": 24, "opt": "momentum", "lr": 1e30, "keep": keep}  # one step
+    with pytest.raises(RunError, match="is not finite after epoch 1: there is no network to write; begin another"):
+        run(folders, tmp_path / "scratch", **options)
+    assert not (tmp_path / "scratch" / "model.safetensors").exists()
+    if keep == "best":
+        run(folders, tmp_path / "run", **options, model="cifar_resnet20.cifar100", pretrained=True)
+        assert all(bool(tensor.isfinite().all()) for tensor in weights_of(tmp_path / "run").values())
+        assert "is not finite after epoch 1, the last one; try a smaller learning rate" in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folders / "train" / "red" / "torn.png").write_text("no image")
     assert finetune(config(folders, tmp_path / "run", dry_run=True)) is None
@@ -760,6 +776,13 @@ def test_micro_batches_are_used_if_memory_is_short(
     assert "each step is computed in" in capsys.readouterr().out
 
 
+def test_a_step_of_few_images_has_no_empty_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2.0**20)
+    asked, net = config(tmp_path, tmp_path / "run", batch_size=64), timm.create_model("cifar_resnet20", device="meta")
+    plan = planning.plan(asked, Classification(), net, 6, ["a", "b", "c"], Process(torch.device("cpu")))
+    assert plan.micro_batches == 2
+
+
 def test_the_memory_of_a_step_is_about_what_is_measured() -> None:
     net = timm.create_model("cifar_resnet20")
     preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
@@ -772,10 +795,8 @@ def test_the_memory_of_a_step_is_about_what_is_measured() -> None:
     assert next(net.parameters()).device.type == "cpu"
 
 
-@pytest.mark.slow
-def test_a_stopped_stream_resumes_to_the_same_bits(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def make_stream(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The images as parquet files."""
     datasets = pytest.importorskip("datasets", reason="streams need the extra `train`")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
@@ -787,6 +808,37 @@ def test_a_stopped_stream_resumes_to_the_same_bits(
         features = datasets.Features({"image": datasets.Image(), "label": names})
         columns = {"image": [found.image(i) for i in range(len(found))], "label": found.labels}
         datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "stream" / f"{split}.parquet")
+    return tmp_path / "stream"
+
+
+def test_a_step_of_a_stream_is_split_into_equal_parts(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 7, "accumulate": 2}
+    process = Process(torch.device("cpu"))
+    assert planning._batch_size(config(tmp_path, tmp_path, **options), 24, process) == 7
+    with pytest.raises(
+        ValueError, match="a step of a stream has 2 equal micro-batches, which batch_size 7 cannot be divided"
+    ):
+        planning._batch_size(config(tmp_path, tmp_path, stream=True, **options), 24, process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "accumulate"), [(24, 1), (5, 2)])
+def test_the_images_of_a_stream_have_a_weight_of_one_in_all(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, accumulate: int
+) -> None:
+    stream = {"stream": True, "stream_length": length, "accumulate": accumulate, "seed": -1}
+    run = started(make_stream(folders, tmp_path, monkeypatch), tmp_path / "run", lr=1e-12, **stream)
+    torch.nn.init.zeros_(run.net.head.fc.weight)
+    torch.nn.init.zeros_(run.net.head.fc.bias)
+    training.train_epoch(run, StopSignals(), tqdm(disable=True))
+    assert run.gathered_losses()[0]["loss"] / run.steps.per_epoch == pytest.approx(math.log(3), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_stopped_stream_resumes_to_the_same_bits(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_stream(folders, tmp_path, monkeypatch)
     options = {"stream": True, "stream_length": 24, "workers": 1, "auto_augment": "rand-m6-n2"}
     run(tmp_path / "stream", tmp_path / "whole", **options)
     stop_in(monkeypatch, 1, 1)
@@ -927,6 +979,8 @@ def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> 
         ({"sched": "multistep", "decay_epochs": "2,2"}, "rising whole numbers"),
         ({"crop_padding": -1}, "crop_padding must not be negative"),
         ({"hflip": 2.0}, "hflip must be from 0 to 1"),
+        ({"seed": 2**64}, "seed must be a number of 64 bits, got 18446744073709551616"),
+        ({"zoom": 1.0}, "zoom must be from 0 to 0.9, which shrinks images to a tenth, got 1.0"),
         ({"ema": 1.0}, "ema must be from 0 to below 1"),
         ({"resume": "maybe"}, "resume is auto or never"),
         ({"model_args": "drop_rate"}, "model_args 'drop_rate' is not like"),
@@ -937,6 +991,7 @@ def test_image_sizes_without_meaning_are_refused(sizes: str, tmp_path: Path) -> 
         ({"mix_prob": 0.5}, "mix_prob is for Mixup and CutMix; give mixup or cutmix, too"),
         ({"decay_rate": 0.5}, "decay_rate is for sched multistep; give it, too"),
         ({"stream_length": 5}, "stream_length is for a streamed data set; give stream, too"),
+        ({"stream": True, "drop_last": False}, "a stream fills every step; leave --no-drop-last out"),
         ({"model_args": "num_classes=7"}, "num_classes follows from the data; leave it out of model_args"),
         ({"epochs": 2, "image_size": "32,48@2"}, "the 2 epochs of the run end before image size 48@2 begins"),
     ],
@@ -1131,7 +1186,8 @@ def started(folders: Path, out: Path, **changes: Any) -> training.Run:
     asked, process = config(folders, out, **changes), Process(torch.device("cpu"))
     task = Classification()
     splits = task.open_splits(asked, timm.create_model(asked.model, device="meta"), process, None)
-    plan = planning.plan(asked, task, timm.create_model(asked.model, device="meta"), 24, ["a", "b", "c"], process)
+    images = len(splits.train)
+    plan = planning.plan(asked, task, timm.create_model(asked.model, device="meta"), images, ["a", "b", "c"], process)
     return training.start(plan, task, splits, RunFolder(out), process)
 
 
@@ -1147,6 +1203,28 @@ def test_an_epoch_is_trained_evaluated_and_finished_alone(folders: Path, tmp_pat
     assert started(folders, tmp_path / "run", epochs=1).history == run.history  # resumed
     result = training.finish(run)
     assert result.metrics["images"] == 6 and (tmp_path / "run" / "report.html").exists()
+
+
+def test_speed_and_time_left_count_what_was_trained_since_the_run_was_resumed(folders: Path, tmp_path: Path) -> None:
+    run = started(folders, tmp_path / "run", epochs=3, batch_size=10, drop_last=False)
+    run.history.append({"epoch": 1})
+    run.began, run.saved = 0.0, 150.0  # 120 s for training and 30 s for the rest
+    assert run.steps.per_epoch == 3 and training._pace(run, 120.0) == ", 0 images/s, 5 min left"
+    assert training._pace(run, 2.0).startswith(", 12 images/s")  # 24 images, of which the last step has 4
+    run.began_at = 1
+    assert training._pace(run, 120.0) == ", 0 images/s, 7 min left"  # an epoch takes 180 s and 30 s
+    run.began_at = 3
+    assert training._pace(run, 0.001) == ""
+
+
+def test_a_process_without_a_step_in_an_epoch_adds_nothing_to_its_loss(folders: Path, tmp_path: Path) -> None:
+    run = started(folders, tmp_path / "run", epochs=1)
+    training.train_epoch(run, StopSignals(), tqdm(disable=True))
+    mine = run.gathered_losses()
+    run.gathered_losses = lambda: [*mine, {}]  # type: ignore[method-assign]  # resumed after the last step
+    run.began_at = 4  # with one step fewer
+    training.end_epoch(run, StopSignals())
+    assert run.history[0]["train_loss"] == mine[0]["loss"] / 4
 
 
 def test_a_signal_before_the_first_step_saves_the_untrained_network(folders: Path, tmp_path: Path) -> None:
@@ -1222,6 +1300,28 @@ def test_what_a_run_cannot_continue_is_an_error(
     save_network(timm.create_model("cifar_resnet20"), tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         call.finetune(model, epochs=epochs, **options)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        ({"sched": "multistep", "decay_epochs": "1", "decay_rate": 0.5}, {}),
+        ({"mixup": 0.2, "mix_prob": 0.5}, {"mixup": 0.0}),
+        ({"teacher": "cifar_resnet20", "distill_weight": 0.5, "distill_temperature": 2.0}, {"teacher": ""}),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_a_run_is_continued_without_options_that_only_others_gave_a_meaning(
+    tmp_path: Path, stored: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    finished = config(tmp_path, tmp_path / "run", **stored)
+    save_network(timm.create_model("cifar_resnet20"), finished.out)
+    (finished.out / "run.yaml").write_text(to_yaml(finished))
+    (finished.out / "data.json").write_text('{"fingerprint": "f"}')
+    (finished.out / "metrics.csv").write_text("epoch,lr,val_top1\n1,0.001,50\n")
+    options = continuation(str(finished.out), "+1", {"data": str(tmp_path), **asked}).options
+    made = make_config(options)
+    assert (made.decay_rate, made.mix_prob, made.distill_weight, made.distill_temperature) == (0.1, 1.0, 0.9, 4.0)
 
 
 def test_an_unfinished_or_damaged_run_cannot_be_continued(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
 def minutes_of(run: Path) -> float:
     """Time between the ends of the first and last epoch, scaled to all epochs; only for an uninterrupted run."""
     lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
-    ends = [datetime.fromisoformat(line.split()[0]).timestamp() for line in lines]
+    words = [line.split() for line in lines]
+    ends = [datetime.fromisoformat(time).timestamp() for time, first, *_ in words if first == "epoch"]
     return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * len(ends) / 60
 
 

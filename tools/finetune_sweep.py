@@ -71,7 +71,7 @@ def epochs(options: argparse.Namespace, method: str) -> int:
 
 def train(options: argparse.Namespace, data: Path, method: str, seed: int) -> dict[str, float]:
     """Top-1 in per cent before the first epoch, if it was evaluated, and after the last one."""
-    run = options.out / f"{options.name}_{options.model}_{options.images}_{epochs(options, method)}_{method}_{seed}"
+    run = options.out / f"{data.name}_{options.model}_{options.size}_{epochs(options, method)}_{method}_{seed}"
     command = ["finetune", options.model, "--data", str(data), "--out", str(run), "--image-size", str(options.size)]
     command += ["--seed", str(seed), "--keep", "last", "--workers", "1", "--no-bf16"]
     command += ["--recipe", method] if method in GENERAL else ["--epochs", str(options.epochs)]
@@ -91,7 +91,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A line for each setting and method: mean top-1 over the seeds at the start and at the end, and the seeds."""
     found = defaultdict(list)
     for row in rows:
-        settings = ("data", "network", "classes", "images", "epochs", "method")
+        settings = ("data", "network", "classes", "images", "pixels", "epochs", "method")
         found[tuple(str(row[name]) for name in settings)].append((row.get("start"), row["end"]))
     table = []
     for key, results in sorted(found.items()):
@@ -135,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             row = facts | {name: round(top1, 2) for name, top1 in train(options, data, method, seed).items()}
             with options.record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-    header = ("data", "network", "classes", "images", "epochs", "method", "start", "end", "seeds")
-    print_table(header, summary(read(options.record)), right=(2, 3, 4, 6, 7, 8))
+    header = ("data", "network", "classes", "images", "pixels", "epochs", "method", "start", "end", "seeds")
+    print_table(header, summary(read(options.record)), right=(2, 3, 4, 5, 7, 8, 9))
     return 0
 
 

@@ -133,7 +133,7 @@ def probe(options: argparse.Namespace, data: Path, pixels: int, seed: int) -> di
 
 def fine_tune(options: argparse.Namespace, data: Path, pixels: int, seed: int) -> dict[str, float]:
     """Top-1 in per cent after `spd-zoo finetune`, with the weights of the last epoch, on the images in `data/val`."""
-    run = options.out / "_".join([f"run_{seed}_{pixels}", *options.option])
+    run = options.out / "_".join([f"run_{options.model}_{data.name}_{pixels}", *options.option])
     command = ["finetune", options.model, "--data", str(data), "--out", str(run), "--image-size", str(pixels)]
     command += ["--keep", "last"]  # the test images must not choose the epoch
     if cli.main([*command, "--seed", str(seed), *(f"--{option}" for option in options.option)]):
@@ -146,7 +146,7 @@ def compare(options: argparse.Namespace) -> None:
     """Appends to the record what it lacks, as soon as it is computed."""
     known = read(options.record)
     for seed in range(options.seeds):
-        data = options.out / f"images_{seed}"
+        data = options.out / f"images_{options.classes}_{options.images}_{seed}"
         draw(options.train, options.test, data, seed, options.classes, options.images)
         tasks: list[tuple[Callable[..., dict[str, float]], int, list[str]]]
         tasks = [(fine_tune, pixels, options.option) for pixels in options.sizes]
@@ -198,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--option", nargs="*", default=[], help="options of finetune without --, such as epochs=10")
     options = parser.parse_args(argv)
     compare(options)
-    print_table(("pixels", "method", "top-1", "each seed"), summary(read(options.record)))
+    facts = {"network": options.model, "classes": options.classes, "images": options.images}
+    rows = [row for row in read(options.record) if row | facts == row]
+    print_table(("pixels", "method", "top-1", "each seed"), summary(rows))
     return 0
 
 

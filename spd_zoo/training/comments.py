@@ -23,7 +23,10 @@ def on_training(history: Sequence[dict[str, Any]], metric: str) -> str:
     """
     if len(history) < FEW:
         return f"Fewer than {FEW} epochs show no trend."
-    loss, lowest = history[-1]["val_loss"], min(history, key=lambda row: row["val_loss"])
+    loss = history[-1]["val_loss"]
+    if not math.isfinite(loss):
+        return "The validation loss is not finite after the last epoch; a smaller learning rate may help."
+    lowest = min((row for row in history if math.isfinite(row["val_loss"])), key=lambda row: row["val_loss"])
     if loss > RISE * lowest["val_loss"] and history[-1]["train_loss"] < lowest["train_loss"]:
         return (
             f"Overfitting: the validation loss was lowest in epoch {lowest['epoch']} ({lowest['val_loss']:.3g}) and "
@@ -35,6 +38,11 @@ def on_training(history: Sequence[dict[str, Any]], metric: str) -> str:
     if max(scores) > earlier + GAIN:
         gain = f"{max(scores) - earlier:.1f} points in the last quarter of the epochs"
         return f"No overfitting, and a gain of {gain}: more of them may help (--epochs +{len(history)})."
+    if loss > RISE * lowest["val_loss"]:
+        return (
+            f"The validation loss was lowest in epoch {lowest['epoch']} ({lowest['val_loss']:.3g}) and rose to "
+            f"{loss:.3g}, and the training loss is not lower than then, either; a smaller learning rate may help."
+        )
     return "No overfitting: the validation loss stayed near its lowest value; longer training would change little."
 
 

@@ -42,6 +42,7 @@ RECIPES = Path(__file__).parent / "recipes"
 SEPARATORS = {"image_size": "x", "teacher_size": "x", "mean": ",", "std": ",", "hsv": ",", "decay_epochs": ","}
 GENERAL = ("quick", "best")  # recipes for any data
 DISTILLATION = ("teacher_model", "teacher_size", "teacher_digest", "distill_weight", "distill_temperature")
+MAX_ZOOM = 0.9  # near 1, images shrink to nothing on a grey area that no memory holds
 UNKNOWN = "unknown"  # in a recipe: its source does not give the value
 
 
@@ -229,7 +230,7 @@ class FinetuneConfig:
         None, "epochs at the end without mosaic (default: 10; in short runs a fifth)", only="detectors"
     )
     zoom: float | None = _option(
-        None, "largest change of scale: 0.5 means 0.5 to 1.5 times (default: 0.5 for YOLO)", only="detectors"
+        None, "largest change of scale, up to 0.9: 0.5 means 0.5 to 1.5 times (default: 0.5 for YOLO)", only="detectors"
     )
     shift: float | None = _option(
         None, "largest shift as a share of the image (default: 0.1 for YOLO)", only="detectors"
@@ -288,6 +289,8 @@ class FinetuneConfig:
             value = getattr(self, item.name)
             if isinstance(value, int | float) and value < 0 and item.name != "seed":
                 raise ValueError(f"{item.name} must not be negative, got {value}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be a number of 64 bits, got {self.seed}")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.lr is None and self.opt not in (None, "lamb", "adamw"):
@@ -311,9 +314,11 @@ class FinetuneConfig:
         ):
             if not there and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} is for {owner}, too")
-        for name in ("hflip", "vflip", "erase", "mix_prob", "mosaic", "zoom", "shift"):
+        for name in ("hflip", "vflip", "erase", "mix_prob", "mosaic", "shift"):
             if (getattr(self, name) or 0) > 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if (self.zoom or 0) > MAX_ZOOM:
+            raise ValueError(f"zoom must be from 0 to {MAX_ZOOM}, which shrinks images to a tenth, got {self.zoom}")
         if self.val_split and self.val_size:
             raise ValueError("val_split and val_size both set how much to hold out; give only one")
         if self.sched not in ("cosine", "multistep") or (self.sched == "multistep") != bool(self.decay_epochs):
@@ -353,8 +358,14 @@ class FinetuneConfig:
         parse_numbers(self.mean)
         if not all(value > 0 for value in parse_numbers(self.std)):
             raise ValueError(f"std must be positive, got {self.std}")
-        if self.hsv is not None and len(parse_numbers(self.hsv)) != 3:
-            raise ValueError(f"hsv must be three numbers like 0.015,0.7,0.4, got {self.hsv!r}")
+        if self.hsv is not None:
+            hsv = parse_numbers(self.hsv)
+            if len(hsv) != 3 or not all(0 <= value < math.inf for value in hsv) or hsv[0] > 0.5:
+                raise ValueError(
+                    f"hsv must be three numbers like 0.015,0.7,0.4, from 0 up, the first at most 0.5, got {self.hsv!r}"
+                )
+        if self.stream and not self.drop_last:
+            raise ValueError("a stream fills every step; leave --no-drop-last out")
         if (self.mixup or self.cutmix) and not self.drop_last:
             raise ValueError("Mixup and CutMix pair the images of a full step; they need drop_last")
         if (self.mixup or self.cutmix) and (self.batch_size or 0) % 2:

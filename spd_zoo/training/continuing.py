@@ -28,6 +28,14 @@ _FIXED = (
     "stream",
 )
 
+_OWNERS = {
+    "decay_rate": ("decay_epochs",),
+    "mix_prob": ("mixup", "cutmix"),
+    "overlap": ("tile",),
+    "distill_weight": ("teacher",),
+    "distill_temperature": ("teacher",),
+}  # options that are refused without one of these
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -88,6 +96,9 @@ def continuation(run: str, epochs: str, asked: dict[str, Any]) -> Continuation:
     if "teacher" in asked:  # what was measured or chosen for the former one does not hold for it
         options |= {"teacher_digest": None, "teacher_size": None, "teacher_model": ""}
     options |= {"out": f"{folder}{epochs}"} | asked | {"model": model, "epochs": int(epochs)}
+    for name, owners in _OWNERS.items():  # an option of the finished run without what it is for
+        if name not in asked and not any(map(options.get, owners)):
+            del options[name]
     rate = f"the last learning rate of {folder}"
     if options["lr"] > last:
         rate = f"a tenth of the peak of {folder}, whose last one was {last:.2g}"

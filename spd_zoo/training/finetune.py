@@ -51,7 +51,7 @@ from spd_zoo.training.preprocessing import Preprocessing
 from spd_zoo.training.run import RunError, RunFolder
 from spd_zoo.training.splits import Splits
 from spd_zoo.training.steps import Batches, Steps, read, seed_everything
-from spd_zoo.training.task import Task, names_other_task, task_of
+from spd_zoo.training.task import Task, names_other_task, score_of, task_of
 from spd_zoo.weights import BackboneWarning
 from spd_zoo.weights.load import is_network, timm_name
 
@@ -341,6 +341,9 @@ def start(
     eval_net = training.trainable_module_ema.module if plan.ema else net
     batch_size, micro_batches = plan.batch_size, plan.micro_batches
     drop_last, rank, world = config.drop_last, process.rank, process.world
+    if config.stream:  # whose batches have one size
+        batch_size = min(batch_size, len(splits.train))
+        batch_size -= batch_size % (world * micro_batches)
     steps = Steps(len(splits.train), batch_size, micro_batches, rank, world, drop_last, config.seed)
     optimizer = _optimizer(net, plan)
     scheduler = _scheduler(optimizer, plan, steps.per_epoch)
@@ -488,7 +491,8 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
     losses = run.gathered_losses()
     row: dict[str, Any] = {"epoch": epoch + 1, "image_size": size_value(run.image_size)}
     row |= {"lr": max(group["lr"] for group in run.optimizer.param_groups)}
-    row |= {f"train_{name}": sum(sums[name] for sums in losses) / run.steps.per_epoch for name in losses[0]}
+    trained = max(run.steps.per_epoch, run.began_at)  # fewer processes may have had a last step of fewer images
+    row |= {f"train_{name}": sum(sums.get(name, 0.0) for sums in losses) / trained for name in losses[0]}
     row |= {f"val_{name}": value for name, value in metrics.items()}
     _keep_if_best(run, row)
     run.history.append(row)
@@ -496,11 +500,9 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
     if process.first:
         run.folder.write_history([*_before_in_columns(run), *run.history])
     run.save()
-    speed = (run.steps.per_epoch - run.began_at) * run.steps.batch_size / train_seconds
-    minutes = (epochs - epoch - 1) * (run.saved - run.began) / 60
     line = (
         f"epoch {epoch + 1}/{epochs} at {size_text(run.image_size)} px: train loss {row['train_loss']:.3f}, "
-        f"{task.epoch_in_words(row)}, {speed:.0f} images/s, {minutes:.0f} min left"
+        f"{task.epoch_in_words(row)}{_pace(run, train_seconds)}"
     )
     for each in (line, *(f"note: {note}" for note in task.epoch_notes(row))):
         process.print(each)
@@ -513,13 +515,29 @@ def end_epoch(run: Run, signals: StopSignals) -> None:
         raise Stopped(number, f"stopped after epoch {epoch + 1}")
 
 
+def _pace(run: Run, train_seconds: float) -> str:
+    """Images per second and the time left after an epoch; empty if no step of it was done since the run was resumed."""
+    steps, epochs = run.steps, run.plan.config.epochs - len(run.history)
+    done = steps.per_epoch - run.began_at
+    if done < 1:
+        return ""
+    speed = (steps.images - run.began_at * steps.batch_size) / train_seconds
+    epoch_seconds = train_seconds * steps.per_epoch / done + (run.saved - run.began - train_seconds)
+    return f", {speed:.0f} images/s, {epochs * epoch_seconds / 60:.0f} min left"
+
+
 def finish(run: Run) -> Result:
     """Evaluates the network that training leaves, and writes it and its report.
 
     Raises:
         DataError: If an image cannot be read.
-        RunError: If a file cannot be written.
+        RunError: If the network is not finite, or a file cannot be written.
     """
+    if not run.best and not math.isfinite(run.history[-1]["val_loss"]):
+        raise RunError(
+            f"the loss on the validation images is not finite after epoch {len(run.history)}: there is no network to "
+            "write; begin another run with a smaller --lr"
+        )
     config, process, net, val = run.plan.config, run.process, run.eval_net, run.splits.val
     if run.best:
         net.load_state_dict(run.best["net"])
@@ -568,13 +586,13 @@ def _score(run: Run, signals: StopSignals, stopped: str) -> dict[str, float]:
 
 def _scores(run: Run) -> list[float]:
     """The metric that counts, before the first epoch if it is known, then after each one."""
-    return [row[run.task.metric] for row in run.evaluations]
+    return [score_of(run.task, row) for row in run.evaluations]
 
 
 def _keep_if_best(run: Run, row: dict[str, Any]) -> None:
     """Copies the network if `row`, the newest metrics, is the best so far and the best one is to be kept."""
-    earlier = [old for old in run.evaluations if old is not row]
-    if run.plan.keep == "best" and row[run.task.metric] > max((old[run.task.metric] for old in earlier), default=-1):
+    earlier = [score_of(run.task, old) for old in run.evaluations if old is not row]
+    if run.plan.keep == "best" and score_of(run.task, row) > max(earlier, default=-1):
         run.best = {"net": copy.deepcopy(run.eval_net.state_dict()), "image_size": size_value(run.image_size)}
 
 

@@ -10,7 +10,7 @@ from spd_zoo.data.notes import count
 from spd_zoo.data.reading import size_text
 from spd_zoo.process import Process
 from spd_zoo.training.config import FinetuneConfig, Plan
-from spd_zoo.training.task import Task
+from spd_zoo.training.task import Task, score_of
 
 __all__ = ["choices", "next_commands", "verdict"]
 
@@ -63,12 +63,17 @@ def verdict(plan: Plan, task: Task[Any], rows: Sequence[dict[str, Any]]) -> list
         task: Its task.
         rows: The metrics before the first epoch, if they are known, then those of each epoch.
     """
-    scores = [row[task.metric] for row in rows]
+    scores = [score_of(task, row) for row in rows]
     best, kept = scores.index(max(scores)), plan.keep == "best"
     lines = []
     if kept and rows[best]["epoch"] and best < len(rows) - 1:
         lines.append(f"kept: the network of epoch {rows[best]['epoch']}, which had the best {task.metric}")
-    if not rows[0]["epoch"] and scores[-1] < scores[0]:
+    if scores[-1] < 0:
+        lines.append(
+            f"note: the loss on the validation images is not finite after epoch {rows[-1]['epoch']}, the last one; try "
+            f"a smaller learning rate (--lr {plan.lr / 4:.1g})"
+        )
+    elif not rows[0]["epoch"] and scores[-1] < scores[0]:
         lower = f"--lr {plan.lr / 4:.1g}"
         frozen = "" if plan.freeze_bn else ", --freeze-bn"
         at_start = "; the network is kept as it began" if kept and best == 0 else ""

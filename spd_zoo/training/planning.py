@@ -127,7 +127,8 @@ def plan(
     if teacher is not None:
         per_image += teacher.bytes_per_image  # its weights lie in memory already
     weights, pairs = sum(parameter.nbytes for parameter in net.parameters()), bool(config.mixup or config.cutmix)
-    accumulate = config.accumulate or choose_micro_batches(weights, per_image, batch_size, pairs, process)
+    step = min(batch_size, images)
+    accumulate = config.accumulate or choose_micro_batches(weights, per_image, step, pairs, process)
     return Plan.of(replace(config, accumulate=accumulate))
 
 
@@ -161,6 +162,10 @@ def _batch_size(config: FinetuneConfig, images: int, process: Process) -> int:
         batch_size += -batch_size % (2 * shares)
     if batch_size < 2 * shares:
         raise ValueError(f"batch_size {batch_size} is too small for {shares} micro-batches: each needs two images")
+    if config.stream and batch_size % shares:
+        raise ValueError(
+            f"a step of a stream has {shares} equal micro-batches, which batch_size {batch_size} cannot be divided into"
+        )
     if config.mixup or config.cutmix:
         batch_size = min(batch_size, images - images % (2 * shares))
         if batch_size % (2 * shares):

@@ -1,5 +1,6 @@
 """The interface of the tasks, classification and detection, for training and evaluation."""
 
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from spd_zoo.training.run import RunFolder
 from spd_zoo.training.splits import DataT, Splits
 from spd_zoo.training.steps import Batches, Steps
 
-__all__ = ["Predictions", "Task", "names_other_task", "task_of"]
+__all__ = ["Predictions", "Task", "names_other_task", "score_of", "task_of"]
 
 
 class Predictions(Protocol):
@@ -290,6 +291,12 @@ class Task(Protocol[DataT]):
 def task_of(net: nn.Module) -> Task[Any]:
     """The task of a network."""
     return Detection() if isinstance(net, ObjectFinder) else Classification()
+
+
+def score_of(task: Task[Any], row: dict[str, Any]) -> float:
+    """The metric that counts, of a row of `metrics.csv`; -1 if the network of then is not finite or found nothing."""
+    score: float = row[task.metric]
+    return score if math.isfinite(score) and math.isfinite(row["val_loss"]) else -1.0
 
 
 @contextmanager

@@ -106,7 +106,7 @@ class _Stream(IterableDataset[tuple[Tensor, int]]):
             is_training=training,
             batch_size=batch_size,
             num_samples=data.length or 1,
-            seed=seed,
+            seed=seed % 2**64,  # NumPy, which shuffles, takes no negative seed
             input_img_mode="",
             input_key=data.image_column,
             target_key=data.label_column,

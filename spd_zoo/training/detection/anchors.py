@@ -59,7 +59,7 @@ def fit_anchors(net: YOLOv5SPD, data: BoxImages, image_size: int | tuple[int, in
     Returns:
         A sentence that says what was done.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed % 2**64)  # NumPy takes no negative seed
     sizes, jittered = [], []
     for i in range(len(data)):
         boxes = data.objects_in(i).counted().boxes.double().numpy()

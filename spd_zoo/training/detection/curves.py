@@ -146,14 +146,18 @@ class Outcome:
     detected: Tensor
 
     @property
+    def correct(self) -> Tensor:
+        """Which boxes detect an object, (D,)."""
+        return self.matches >= 0
+
+    @property
     def wrong(self) -> Tensor:
         """Which boxes are false positives, (D,)."""
         return self.matches == FALSE_POSITIVE
 
     def f1(self) -> float:
         """F1 of the image; 1 if there are neither boxes nor objects."""
-        wrong, missed = int(self.wrong.sum()), int((~self.detected).sum())
-        right = len(self.boxes) - wrong
+        right, wrong, missed = (int(each.sum()) for each in (self.correct, self.wrong, ~self.detected))
         return 2 * right / (2 * right + wrong + missed) if right + wrong + missed else 1.0
 
 

@@ -105,7 +105,7 @@ def _errors(predictions: BoxPredictions, indices: Sequence[int]) -> str:
     right, wrong, missed = (
         sum(int(number) for number in numbers)
         for numbers in zip(
-            *((len(each.boxes) - each.wrong.sum(), each.wrong.sum(), (~each.detected).sum()) for each in outcomes),
+            *((each.correct.sum(), each.wrong.sum(), (~each.detected).sum()) for each in outcomes),
             strict=True,
         )
     )

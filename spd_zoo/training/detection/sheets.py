@@ -42,8 +42,8 @@ def box_sheet(
         scale = TILE / max(width, height)
         tile = data.part(i, None, (max(1, round(width * scale)), max(1, round(height * scale))))
         _draw(tile, data, detections[i], result, i, scale)
-        wrong, missed = int(result.wrong.sum()), int((~result.detected).sum())
-        pictures.append((tile, f"{len(result.boxes) - wrong} correct, {wrong} wrong, {missed} missed"))
+        correct, wrong, missed = (int(each.sum()) for each in (result.correct, result.wrong, ~result.detected))
+        pictures.append((tile, f"{correct} correct, {wrong} wrong, {missed} missed"))
     return _sheet(pictures, TILE, COLUMNS)
 
 
