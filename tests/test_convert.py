@@ -643,6 +643,15 @@ def test_new_layers_of_a_frozen_network_are_frozen(frozen: bool) -> None:
     assert trained == (set() if frozen else {"1.mix.weight", "2.weight", "3.weight", "3.bias"})
 
 
+def test_a_pooling_that_is_reset_pools_again() -> None:
+    pool, x = nn.AvgPool2d(3, 2, 1), images(2, 3, 9, 12)
+    converted: Any = convert_to_spd(pool, example_input=x)
+    with torch.no_grad():
+        converted.weight.normal_()
+    converted.reset_parameters()
+    torch.testing.assert_close(converted(x), pool(x), check_dtype=False)
+
+
 def test_the_original_stays_as_it_is_unless_asked_otherwise() -> None:
     net = small_network()
     x = images(2, 3, 65, 63)
