@@ -231,10 +231,13 @@ def labelled_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: f
     if not len(finite):
         return finite
     boxes, labels = as_float(boxes[finite]), labels[finite]
-    # batched_nms shifts the boxes of each class, which needs coordinates that are not negative
-    boxes, scores = boxes - boxes.min(), scores[finite].to(boxes.dtype)
+    scores = scores[finite].to(boxes.dtype)
     if len(boxes) <= FEW or boxes.device.type != "cpu" or iou_threshold < 0.05:
-        return finite[batched_nms(boxes, scores, labels, iou_threshold)]
+        # batched_nms shifts the boxes of each class by the largest coordinate times the class. This needs coordinates
+        # that are not negative, and float64, which MPS lacks: float32 would round off the pixels of small boxes.
+        shifted = boxes if boxes.device.type == "mps" else boxes.double()
+        shifted = shifted.clamp(-1e8, 1e8)
+        return finite[batched_nms(shifted - shifted.min(), scores.to(shifted.dtype), labels, iou_threshold)]
     kept = []
     for rows in _by_class(labels):
         rows = rows[scores[rows].sort(descending=True, stable=True).indices]

@@ -158,7 +158,8 @@ def convert_to_spd(
     `timm.create_model("local-dir:...")` creates the converted network again.
 
     Args:
-        model: The network; hooks of replaced layers move to the new layers.
+        model: The network; hooks of replaced layers move to the new layers. If all its parameters are frozen, those of
+            the new layers are frozen, too.
         include: Patterns of module names, such as `layer4.*`; None: all.
         exclude: Patterns of module names to leave unchanged.
         inplace: Change and return `model` itself instead of a copy.
@@ -187,6 +188,8 @@ def convert_to_spd(
             raise ValueError(
                 f"{option}={pattern!r} names nothing that downsamples; there are: {', '.join(candidates) or 'none'}"
             )
+    trained = [parameter.requires_grad for parameter in net.parameters()]
+    frozen = bool(trained) and not any(trained)
     numbers = (tensor for tensor in (*net.parameters(), *net.buffers()) if tensor.is_floating_point())
     like = next(numbers, torch.empty(0) if example_input is None else example_input)
     shared = with_shared_parameters(net)
@@ -213,7 +216,7 @@ def convert_to_spd(
         if isinstance(new_layer, str):
             reasons[name] = new_layer
         else:
-            replacements[name] = new_layer
+            replacements[name] = new_layer.requires_grad_(False) if frozen else new_layer
     converted = net
     try:
         converted = _replace(net, {candidates[name]: new for name, new in replacements.items()})

@@ -61,7 +61,8 @@ def check_targets(
 
     Raises:
         ValueError: If there are no images, targets and images differ in number, or a target has wrong shapes, an
-            unknown class, or a box that is not finite or has no width or height.
+            unknown class, or a box that is not finite or has no width or height; or one of its regions to ignore is
+            wrong.
     """
     if not batch:
         raise ValueError("a batch without images has no loss; leave it out")
@@ -79,12 +80,7 @@ def check_targets(
                 f"target {i} must have boxes (M, 4) and integer labels (M,), got {list(boxes.shape)} and "
                 f"{labels.dtype} {list(labels.shape)}"
             )
-        ignored, classes = target.get("ignored", ()), target.get("ignored_labels")
-        if classes is not None and len(classes) != len(ignored):
-            raise ValueError(
-                f"target {i} must have one of ignored_labels for each of its {len(ignored)} ignored boxes, "
-                f"got {len(classes)}"
-            )
+        _check_ignored(i, target, num_classes)
         checked.append((boxes.to(device, torch.float32), labels.to(device, torch.long)))
     every_box, every_label = (torch.cat(tensors) for tensors in zip(*checked, strict=True))
     if len(every_box):  # checked once for the whole batch, because every read value waits for the GPU
@@ -99,6 +95,27 @@ def check_targets(
                 "leave out boxes without width or height"
             )
     return checked
+
+
+def _check_ignored(i: int, target: Target, num_classes: int) -> None:
+    """Checks what the target of image `i` says about regions to ignore."""
+    wanted = f"target {i} must have ignored boxes (K, 4) of finite numbers"
+    if target.get("ignored", ()) is None:
+        raise ValueError(f"{wanted}, got None: leave the key out")
+    boxes, labels = torch.as_tensor(target.get("ignored", ())), target.get("ignored_labels")
+    if labels is not None and len(labels) != len(boxes):
+        raise ValueError(
+            f"target {i} must have one of ignored_labels for each of its {len(boxes)} ignored boxes, got {len(labels)}"
+        )
+    if not boxes.numel():
+        return
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not bool(boxes.isfinite().all()):
+        raise ValueError(f"{wanted}, got {boxes.tolist()}")
+    if labels is not None and not all(-1 <= label < num_classes for label in torch.as_tensor(labels).tolist()):
+        raise ValueError(
+            f"target {i} must have ignored_labels 0..{num_classes - 1}, or -1 for all classes, got "
+            f"{torch.as_tensor(labels).tolist()}"
+        )
 
 
 def ignored_regions(target: Target, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -382,8 +399,9 @@ def _counted_scores(targets: Sequence[Target], centres: Tensor, wanted: Tensor) 
 def ssd_matches(boxes: Tensor, labels: Tensor, priors: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
     """Assigns one image's objects to priors: Liu et al., https://arxiv.org/abs/1512.02325, section 2.2.
 
-    A prior is assigned to the object that it overlaps most. Each object is also assigned to its best prior, whatever
-    their IoU; if several objects have the same best prior, the last one is assigned to it.
+    A prior is assigned to the object that it overlaps most. Each object is also assigned to its best prior, however
+    small their IoU, unless it overlaps none; if several objects have the same best prior, the last one is assigned to
+    it.
 
     Args:
         boxes: Boxes of the objects in fractions of the image, (M, 4).
@@ -396,7 +414,8 @@ def ssd_matches(boxes: Tensor, labels: Tensor, priors: Tensor, threshold: float 
     """
     iou = box_iou(as_float(boxes), box_convert(priors, "cxcywh", "xyxy"))  # (M, P)
     largest, found = iou.max(0)
-    best_for = _last_writer(iou.argmax(1), len(priors))
+    overlap, best = iou.max(1)
+    best_for = _last_writer(torch.where(overlap > 0, best, len(priors)), len(priors) + 1)[:-1]
     found = torch.where(best_for >= 0, best_for, found)
     return torch.where((largest >= threshold) | (best_for >= 0), labels[found] + 1, 0), found
 

@@ -399,6 +399,14 @@ class SPDAvgPool2d(SPDConv2d):
         with torch.no_grad():
             self.weight.copy_(self.initial_weight())
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Averages every window, as a new layer does."""
+        if hasattr(self, "count_include_pad"):
+            self.weight.copy_(self.initial_weight())
+        else:  # called by the constructor of nn.Conv2d, before the layer knows its padding
+            super().reset_parameters()
+
     def initial_weight(self) -> Tensor:
         """The weights that average every window, (chs, stride**2, KH, KW)."""
         return self.from_strided(torch.full_like(self.new_strided_weight(), 1 / math.prod(self.kernel_size)))

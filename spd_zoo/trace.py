@@ -94,7 +94,17 @@ def meta_copy(net: nn.Module) -> nn.Module:
 
     Returns:
         The copy.
+
+    Raises:
+        TraceError: If TorchScript compiled the network or a part of it.
     """
+    for name, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            part = f"the part {name} of {type(net).__name__}" if name else "the network"
+            raise TraceError(
+                f"{part} was compiled by TorchScript, whose layers cannot be replaced; give the network as it was "
+                "before torch.jit.script or torch.jit.trace"
+            )
     meta = copy_network(net).to("meta").float().eval()
     for module in meta.modules():
         for name, value in list(vars(module).items()):

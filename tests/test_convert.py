@@ -623,6 +623,35 @@ def test_a_detector_whose_shapes_depend_on_values_is_refused_in_a_sentence() -> 
             function(net, example_input=x)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_a_network_of_torchscript_is_refused_in_a_sentence() -> None:
+    layer = nn.Conv2d(3, 4, 3, 2, 1)
+    x = images(1, 3, 8, 8).float()
+    for net in (torch.jit.script(layer), torch.jit.trace(layer, x), nn.Sequential(torch.jit.script(layer))):
+        for function in (convert_to_spd, fold_spd, keep_resolution):
+            with pytest.raises(ValueError, match=r"was compiled by TorchScript, .* as it was before torch\.jit"):
+                function(net, example_input=x)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_new_layers_of_a_frozen_network_are_frozen(frozen: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.MaxPool2d(2), nn.AvgPool2d(2)).requires_grad_(not frozen)
+    net[0].requires_grad_(False)
+    net.append(nn.Conv2d(4, 4, 1).requires_grad_(not frozen))
+    converted = convert_to_spd(net, example_input=images(1, 3, 16, 16).float())
+    trained = {name for name, parameter in converted.named_parameters() if parameter.requires_grad}
+    assert trained == (set() if frozen else {"1.mix.weight", "2.weight", "3.weight", "3.bias"})
+
+
+def test_a_pooling_that_is_reset_pools_again() -> None:
+    pool, x = nn.AvgPool2d(3, 2, 1), images(2, 3, 9, 12)
+    converted: Any = convert_to_spd(pool, example_input=x)
+    with torch.no_grad():
+        converted.weight.normal_()
+    converted.reset_parameters()
+    torch.testing.assert_close(converted(x), pool(x), check_dtype=False)
+
+
 def test_the_original_stays_as_it_is_unless_asked_otherwise() -> None:
     net = small_network()
     x = images(2, 3, 65, 63)

@@ -425,8 +425,14 @@ def test_the_loss_falls_where_the_network_is_trained(name: str) -> None:
             "target 1 must have one of ignored_labels for each of its 2 ignored boxes, got 1",
         ),
         ([{**target(), "ignored_labels": torch.zeros(1)}, target()], "each of its 0 ignored boxes, got 1"),
+        ([target(), {**target(), "ignored": None}], "target 1 .* of finite numbers, got None: leave the key out"),
+        ([target(), {**target(), "ignored": torch.ones(2, 5)}], r"target 1 must have ignored boxes \(K, 4\) of finite"),
+        ([target(), {**target(), "ignored": torch.ones(2, 2)}], r"ignored boxes \(K, 4\) .* got \[\[1\.0, 1\.0\], \["),
+        ([target(), {**target(), "ignored": [[0, 0, float("nan"), 9]]}], r"ignored boxes \(K, 4\) of finite numbers"),
+        ([{**target(), "ignored": torch.ones(1, 4), "ignored_labels": [5]}, target()], r"0\.\.4, or -1 .* got \[5\]"),
+        ([{**target(), "ignored": torch.ones(1, 4), "ignored_labels": [-2]}, target()], r"0\.\.4, or -1 .* got \[-2\]"),
     ],
-    ids=range(12),
+    ids=range(18),
 )
 def test_wrong_targets_are_refused_in_a_sentence(name: str, targets: Any, message: str) -> None:
     net: Any = timm.create_model(name, num_classes=5).eval()
