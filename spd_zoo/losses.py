@@ -399,9 +399,8 @@ def _counted_scores(targets: Sequence[Target], centres: Tensor, wanted: Tensor) 
 def ssd_matches(boxes: Tensor, labels: Tensor, priors: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
     """Assigns one image's objects to priors: Liu et al., https://arxiv.org/abs/1512.02325, section 2.2.
 
-    A prior is assigned to the object that it overlaps most. Each object is also assigned to its best prior, however
-    small their IoU, unless it overlaps none; if several objects have the same best prior, the last one is assigned to
-    it.
+    A prior is assigned to the object that it overlaps most. Each object is also assigned to its best prior, whatever
+    their IoU; if several objects have the same best prior, the last one is assigned to it.
 
     Args:
         boxes: Boxes of the objects in fractions of the image, (M, 4).
@@ -414,8 +413,7 @@ def ssd_matches(boxes: Tensor, labels: Tensor, priors: Tensor, threshold: float 
     """
     iou = box_iou(as_float(boxes), box_convert(priors, "cxcywh", "xyxy"))  # (M, P)
     largest, found = iou.max(0)
-    overlap, best = iou.max(1)
-    best_for = _last_writer(torch.where(overlap > 0, best, len(priors)), len(priors) + 1)[:-1]
+    best_for = _last_writer(iou.argmax(1), len(priors))
     found = torch.where(best_for >= 0, best_for, found)
     return torch.where((largest >= threshold) | (best_for >= 0), labels[found] + 1, 0), found
 

@@ -135,15 +135,6 @@ def test_a_box_that_is_not_finite_is_dropped_and_changes_nothing_else(
     assert labelled_nms(boxes[3:4], scores[3:4], labels[3:4], 0.5).tolist() == []
 
 
-def test_an_object_that_overlaps_no_prior_of_ssd_trains_nothing() -> None:
-    boxes = torch.tensor([[-500.0, -500, -400, -400], [20, 30, 120, 110]]) / 128
-    classes, found = ssd_matches(boxes, torch.tensor([2, 1]), PRIORS / 128)
-    assert classes.tolist() == [0, 0, 2] and found[2] == 1
-    loc, logits = noise(1, 3, 4), noise(1, 3, 4)
-    outside: Any = {"boxes": 128 * boxes[:1], "labels": torch.tensor([2])}
-    assert ssd_loss(loc, logits, [outside], PRIORS / 128, (128, 128)) == {"location": 0, "class": 0}
-
-
 @pytest.mark.parametrize("label", [0, 80, 1200])
 @pytest.mark.parametrize("corner", [0.0, 50_000.0])
 def test_small_boxes_of_many_classes_in_large_images_are_compared_exactly(label: int, corner: float) -> None:
