@@ -94,9 +94,9 @@ class HiddenLayerHead(nn.Module):
 
         Raises:
             AssertionError: As in timm's heads, if the hidden layer cannot read the output of `pool_type`, or if
-                there is no pooling and `num_classes` is not 0.
+                `pool_type` is "" and `num_classes` is not 0.
         """
-        if num_classes and (self.global_pool.is_identity() if pool_type is None else not pool_type):
+        if num_classes and pool_type == "":
             raise AssertionError('a classifier needs pooling: global_pool="" works with num_classes=0 only')
         dd = get_device_dtype(self, device=device, dtype=dtype)
         pool = self.global_pool if pool_type is None else SelectAdaptivePool2d(pool_type=pool_type)
