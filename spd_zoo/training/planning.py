@@ -76,7 +76,8 @@ def plan(
         others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
         which = "default" if tags else "pretrained"
         process.print(f"note: {config.model} has no {which} weights: all weights begin at random{others}")
-    if config.pretrained and not {".", ":"} & {*config.model} and not has_weights(config.model):
+    plain = not any(sign in config.model for sign in ".:")  # neither a tag nor an address
+    if config.pretrained and plain and not has_weights(config.model):
         tags = tags_in_words(config.model)
         raise ValueError(
             f"{config.model} has no default weights; select some by name: {tags}"
@@ -138,9 +139,9 @@ def _check_training(net: Any, config: FinetuneConfig) -> None:
     Raises:
         ValueError: If timm has no such optimiser, `freeze` names no module, or nothing is left to train.
     """
-    opt = f"{config.opt}".lower().rpartition("_")
-    if opt[0] not in ("", "lookahead") or opt[2] not in list_optimizers():
-        nearest = difflib.get_close_matches(opt[2], list_optimizers(), n=1)
+    wrapper, _, name = str(config.opt).lower().rpartition("_")
+    if wrapper not in ("", "lookahead") or name not in list_optimizers():
+        nearest = difflib.get_close_matches(name, list_optimizers(), n=1)
         advice = f"did you mean {nearest[0]}?" if nearest else "give one of timm's, such as adamw, lamb or sgd"
         raise ValueError(f"there is no optimiser {config.opt!r}; {advice}")
     frozen = frozen_layers(net, config.freeze)
