@@ -135,7 +135,7 @@ def test_images_without_a_class_and_images_in_inner_folders_are_noted(folders: P
 
 
 def test_a_class_folder_whose_name_no_file_can_hold_is_refused(folders: Path) -> None:
-    os.rename(folders / "train" / "red", os.fsencode(folders / "train") + b"/r\xff")  # noqa: PTH104
+    (folders / "train" / "red").rename(folders / "train" / os.fsdecode(b"r\xff"))
     with pytest.raises(DataError, match=r"class folder '.*r\\udcff' has a name that is no Unicode; rename it"):
         open_data(folders, "train")
 

@@ -1217,11 +1217,13 @@ def test_speed_and_time_left_count_what_was_trained_since_the_run_was_resumed(fo
     assert training._pace(run, 0.001) == ""
 
 
-def test_a_process_without_a_step_in_an_epoch_adds_nothing_to_its_loss(folders: Path, tmp_path: Path) -> None:
+def test_a_process_without_a_step_in_an_epoch_adds_nothing_to_its_loss(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = started(folders, tmp_path / "run", epochs=1)
     training.train_epoch(run, StopSignals(), tqdm(disable=True))
     mine = run.gathered_losses()
-    run.gathered_losses = lambda: [*mine, {}]  # type: ignore[method-assign]  # resumed after the last step
+    monkeypatch.setattr(run, "gathered_losses", lambda: [*mine, {}])  # the second was resumed after the last step
     run.began_at = 4  # with one step fewer
     training.end_epoch(run, StopSignals())
     assert run.history[0]["train_loss"] == mine[0]["loss"] / 4

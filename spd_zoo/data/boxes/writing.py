@@ -75,9 +75,8 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
     if copied:
         lines.append(f"note: {count(len(copied), 'image')} copied, because links to them cannot be made")
     ignored = sum(int(split.data.objects_in(i).ignored.sum()) for split in made for i in range(len(split.data)))
-    used_classes = {label for split in made for i in range(len(split.data)) for _, label, _, _ in split.rows(i)}
-    unused = [name for i, name in enumerate(names) if i not in used_classes]
-    if to == "voc" and unused:
+    unused = _without_box(names, made) if to == "voc" else []
+    if unused:
         lines.append(
             f"note: {count(len(unused), 'class', 'classes')} without a box not in the new data set, because Pascal VOC "
             f"only has the names of objects: {some(unused)}"
@@ -85,6 +84,11 @@ def convert_data(data: str | Path, to: str, out: str | Path) -> list[str]:
     if to == "yolo" and ignored:
         lines.append(f"note: {ignored} crowds, difficult objects or regions to ignore left out: YOLO's format has none")
     return lines
+
+
+def _without_box(names: list[str], made: list[_Split]) -> list[str]:
+    labels = {label for split in made for i in range(len(split.data)) for _, label, _, _ in split.rows(i)}
+    return [name for i, name in enumerate(names) if i not in labels]
 
 
 def _open_splits(data: str | Path) -> tuple[dict[str, BoxImages], list[str]]:
