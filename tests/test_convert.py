@@ -623,7 +623,7 @@ def test_a_detector_whose_shapes_depend_on_values_is_refused_in_a_sentence() -> 
             function(net, example_input=x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")  # of two classes, by torch's version
 def test_a_network_of_torchscript_is_refused_in_a_sentence() -> None:
     layer = nn.Conv2d(3, 4, 3, 2, 1)
     x = images(1, 3, 8, 8).float()
