@@ -25,6 +25,7 @@ from networks import config_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import spd_zoo
 from spd_zoo.cli.weights import _timms_overlay
@@ -43,6 +44,7 @@ from spd_zoo.weights import (
     sha256_of,
 )
 from spd_zoo.weights.download import page_or_pointer
+from spd_zoo.weights.fit import filter_of
 from spd_zoo.weights.manifest import Entry, entries, manifest_path
 from spd_zoo.weights.publish import prepare
 
@@ -102,6 +104,13 @@ def test_a_full_disk_leaves_the_weights_that_were_imported_before(
 # Forms of checkpoints
 
 
+def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of torch's `AveragedModel` around a network."""
+    net = timm.create_model("cifar_resnet20")
+    net.load_state_dict(filter_of(net)(tensors, net))
+    return dict(AveragedModel(net).state_dict())
+
+
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize(
     "wrap",
@@ -110,8 +119,11 @@ def test_a_full_disk_leaves_the_weights_that_were_imported_before(
         lambda tensors: {"state_dict": {f"module.{key}": tensor for key, tensor in tensors.items()}, "epoch": 7},
         lambda tensors: {"model": {"x": torch.zeros(1)}, "ema": None, "state_dict": tensors, "args": object},
         lambda tensors: {"state_dict": {"x": torch.zeros(1)}, "model_ema": tensors, "optimizer": {"state": [1, 2.5]}},
+        lambda tensors: {"model": {"x": torch.zeros(1)}, "model_ema": averaged(tensors)},
+        lambda tensors: {"model": tensors, "ema": {}},
+        lambda tensors: {"module": {f"module.model.net.{key}": tensor for key, tensor in tensors.items()}},
     ],
-    ids=["state dict", "data parallel", "unknown class", "averaged"],
+    ids=["state dict", "data parallel", "unknown class", "averaged", "torch's average", "no average", "wrapped often"],
 )
 def test_a_checkpoint_gives_the_recorded_outputs_after_import(
     tensors: dict[str, Tensor], tmp_path: Path, wrap: Callable[[Any], Any], old_format: bool

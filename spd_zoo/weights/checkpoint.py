@@ -26,7 +26,11 @@ from spd_zoo.weights.unpickle import Unknown, Unpickler
 
 __all__ = ["read_checkpoint", "read_described", "read_saved"]
 
-_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "model_state_dict", "net")  # in order of priority
+_KEYS = (  # of dicts that hold the weights, in order of priority: first the averaged ones
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    *("state_dict", "model", "model_state_dict", "net", "module"),
+)
+_COUNTER = "n_averaged"  # beside the tensors that torch's `AveragedModel` averages
 _LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle or safetensors' header, which hold names and shapes
 _LARGEST_NETWORK = 10_000_000  # characters in the names of its modules and tensors, plus 50 for each
 _LARGEST_NUMBER = 2**62
@@ -42,8 +46,8 @@ def read_checkpoint(file: Path, name: str = "") -> StateDict:
     """Reads the tensors of a checkpoint, without running code in it.
 
     It reads safetensors and files of `torch.save`: a state dict, also under `state_dict`, `model` or another usual key,
-    also with `module.` before each name; or a whole pickled network, whose classes need not be installed. Averaged
-    weights (`ema`) have priority.
+    also with `module.` before each name, or of torch's `AveragedModel`; or a whole pickled network, whose classes need
+    not be installed. Averaged weights (`ema`) have priority.
 
     Args:
         file: The checkpoint.
@@ -74,6 +78,7 @@ def read_described(file: Path, name: str = "") -> tuple[StateDict, dict[str, Any
     name = name or str(file)
     found, fields = _found(file, name, _weights_in)
     checked = checked_tensors(found, name)
+    checked = {key: tensor for key, tensor in checked.items() if key != _COUNTER} or checked
     tensors: StateDict = clean_state_dict(checked)
     if len(tensors) != len(checked):
         raise WeightsError(f"{name} holds two tensors of one name, with and without `module.`; take one of them out")
@@ -159,12 +164,16 @@ def _weights_in(content: Any) -> tuple[Any, dict[str, Any]]:
     while len(places) <= _DEEPEST and not _is_network(places[-1]):
         last: Any = places[-1].items if isinstance(places[-1], Unknown) else places[-1]
         keys = _KEYS if isinstance(last, dict) else ()
-        inner = next((last[key] for key in keys if isinstance(last.get(key), dict | Unknown)), None)
+        inner = next((last[key] for key in keys if _may_hold_weights(last.get(key))), None)
         if inner is None:
             return last, fields_in(places[-2::-1])  # a state dict has names of tensors only
         places.append(inner)
     found = _tensors_of_module(places[-1]) if _is_network(places[-1]) else places[-1]
     return found, fields_in(places[::-1])
+
+
+def _may_hold_weights(value: Any) -> bool:
+    return isinstance(value, Unknown) or (isinstance(value, dict) and bool(value))
 
 
 def _is_network(value: Any) -> bool:

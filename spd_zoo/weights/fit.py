@@ -38,6 +38,7 @@ StateDict = dict[str, Tensor]
 FilterFn = Callable[[StateDict, Any], StateDict]
 MOST_TENSORS, MOST_DIMENSIONS = 10_000, 64  # largest number of tensors, and of a tensor's dimensions (as in torch)
 _LONGEST_NAME = 1_000  # characters
+_MOST_PREFIXES = 4  # of wrapped networks, one around the other
 BACKBONE = ("stem.", "stages.")  # prefixes of every network that `spd_zoo.models` builds on `Backbone`
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _OTHERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
@@ -78,7 +79,7 @@ def cfg_of(model: nn.Module) -> dict[str, Any]:
 def own_tensors(state_dict: StateDict, model: nn.Module, filter_fn: FilterFn) -> StateDict:
     """A checkpoint under the network's own keys.
 
-    A prefix of all keys is removed if more of them are the network's without it. Missing counters of normalisation
+    Prefixes of all keys are removed if more of them are the network's without these. Missing counters of normalisation
     layers, which old versions of torch did not write, become 0.
 
     Args:
@@ -90,9 +91,11 @@ def own_tensors(state_dict: StateDict, model: nn.Module, filter_fn: FilterFn) ->
         The tensors; if they do not fit, `misfit` says so.
     """
     forms = [state_dict]
-    prefix = next(iter(state_dict)).partition(".")[0] + "."
-    if all(key.startswith(prefix) for key in state_dict):
-        forms.append({key.removeprefix(prefix): tensor for key, tensor in state_dict.items()})
+    while len(forms) <= _MOST_PREFIXES:
+        prefix = next(iter(forms[-1])).partition(".")[0] + "."
+        if not all(key.startswith(prefix) for key in forms[-1]):
+            break
+        forms.append({key.removeprefix(prefix): tensor for key, tensor in forms[-1].items()})
     own = model.state_dict().keys()
     tensors = max((filter_fn(form, model) for form in forms), key=lambda renamed: len(own & renamed.keys()))
     counters = {key for key in own if key.endswith("num_batches_tracked")}
