@@ -14,7 +14,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
 from spd_zoo.data.reading import upright
-from spd_zoo.training.steps import Batches, Steps, seed_everything, worker_options
+from spd_zoo.process import worker_options
+from spd_zoo.training.steps import Batches, Steps, seed_everything
 
 __all__ = ["eval_loader", "eval_transform", "train_loader", "train_transform"]
 
