@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from spd_zoo import complexity
 from spd_zoo.files import whole
-from spd_zoo.models._registry import register_unlisted_model
+from spd_zoo.models._registry import all_maps, register_unlisted_model
 from spd_zoo.rewrite import (
     ConversionError,
     Unchanged,
@@ -197,22 +197,13 @@ def convert_to_spd(
     replacements: dict[str, nn.Module] = {}
     for name, module in candidates.items():
         included = include is None or any(fnmatchcase(name, pattern) for pattern in include)
-        channels = before.channels.get(name, set())
         new_layer: nn.Module | str
         if not included or any(fnmatchcase(name, pattern) for pattern in exclude):
             new_layer = "left out by include or exclude"
-        elif not channels:
-            new_layer = "not called in evaluation, so nothing could be compared"
-        elif len(channels) > 1:
-            new_layer = "called with maps that differ in their number of channels"
-        elif attached := what_is_attached(module):
-            new_layer = attached
-        elif module in shared:
-            new_layer = "it shares a parameter with another module"
-        elif name in before.parameters_read_elsewhere:
-            new_layer = "its parameters are also read outside of it"
+        elif obstacle := _obstacle(name, module, before, shared):
+            new_layer = obstacle
         else:
-            new_layer = _replacement(module, next(iter(channels)), like)
+            new_layer = _replacement(module, next(iter(before.channels[name])), like)
         if isinstance(new_layer, str):
             reasons[name] = new_layer
         else:
@@ -424,6 +415,22 @@ def _replace(net: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Mod
     return replace_modules(net, replacements)
 
 
+def _obstacle(name: str, module: nn.Module, trace: _Trace, shared: set[nn.Module]) -> str | None:
+    """Why a layer cannot be replaced, whatever its class; `shared` are the modules that share a parameter."""
+    channels = trace.channels.get(name, set())
+    if not channels:
+        return "not called in evaluation, so nothing could be compared"
+    if len(channels) > 1:
+        return "called with maps that differ in their number of channels"
+    if attached := what_is_attached(module):
+        return attached
+    if module in shared:
+        return "it shares a parameter with another module"
+    if name in trace.parameters_read_elsewhere:
+        return "its parameters are also read outside of it"
+    return None
+
+
 @torch.no_grad()
 def _replacement(module: Any, chs: int, like: Tensor) -> nn.Module | str:
     """The space-to-depth layer with the same output as a strided convolution or pooling, or why there is none.
@@ -579,17 +586,13 @@ def spd_converted(
         check_fit(state_dict, net, f"the converted {base}", kwargs.get("features_only", False))
         return state_dict
 
-    feature_cfg: dict[str, Any] = {}
-    if kwargs.get("features_only"):
-        feature_cfg["out_indices"] = tuple(range(len(like.feature_info)))
-        feature_cfg["feature_cls"] = "getter" if hasattr(like, "forward_intermediates") else "fx"
     net: Any = build_model_with_cfg(
         create,
         spd_converted.__name__,
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_filter_fn=fitting,
-        feature_cfg=feature_cfg,
+        feature_cfg=all_maps(like) if kwargs.get("features_only") else {},
         **kwargs,
     )
     net._traits["first_conv"] = net.pretrained_cfg["first_conv"] = first_convs

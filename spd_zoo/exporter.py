@@ -125,10 +125,6 @@ def export(
     size: tuple[int, int] = height_and_width("image_size", own if image_size is None else image_size)
     if image_size is not None and hasattr(net, "set_input_size"):
         net.set_input_size(size)
-    classes = network_classes(net.pretrained_cfg, net.num_classes)
-    if not classes.named:
-        last = len(classes.names) - 1
-        notes.add(f"{name} does not name its classes: the file calls them by their numbers, 0 to {last}")
     with new_file(path) as temporary:
         form = _folded(net, size, name) if fold else _of_size(net, size, name)
         part: _Part
@@ -139,18 +135,8 @@ def export(
             part = _Raw(form, tuple(f"raw_{i}" for i in range(count)), net.size_multiple)
         else:
             part = _Boxes(form, score_threshold, cast("float", iou_threshold), max_detections)
-        metadata = _metadata(net, size, part) | {
-            "class_names": json.dumps(list(classes.names), ensure_ascii=False),
-            "notes": json.dumps(notes.lines(), ensure_ascii=False),
-        }
-        if classes.named:
-            labels = [names[0] for names in class_synonyms(net.pretrained_cfg) or ()]
-            metadata["label_names"] = json.dumps(labels, ensure_ascii=False)
-        if isinstance(net, DetectionNet) and (tiles := trained_on_tiles(name)) is not None:
-            metadata |= {"tile": str(tiles[0]), "overlap": repr(tiles[1])}
-        if isinstance(part, _Boxes) and scores_file(name).is_file():
-            measured = read_scores(name, classes.names)
-            metadata["class_scores"] = json.dumps([measured.get(i) for i in range(len(classes.names))])
+        metadata = _metadata(net, name, size, part) | _classes_metadata(net, name, notes)
+        metadata["notes"] = json.dumps(notes.lines(), ensure_ascii=False)
         example = _images(net, 2, (size[0], size[1] + part.multiple))  # sides that differ are not taken for one
         compute = FORMATS[to](part, example, metadata, temporary)
         part.check(net, size, compute)
@@ -422,10 +408,11 @@ def _of_size(net: nn.Module, size: tuple[int, int], model: str) -> nn.Module:
     return net
 
 
-def _metadata(net: Any, size: tuple[int, int], part: _Part) -> dict[str, str]:
+def _metadata(net: Any, name: str, size: tuple[int, int], part: _Part) -> dict[str, str]:
     """How to use the file, in words and numbers."""
     config = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
-    described = _boxes_metadata(net, size, part) if isinstance(net, DetectionNet) else _crop_metadata(net, size, config)
+    detects = isinstance(net, DetectionNet)
+    described = _boxes_metadata(net, name, size, part) if detects else _crop_metadata(net, size, config)
     return {
         "architecture": str(net.pretrained_cfg["architecture"]),
         "parameters": str(sum(parameter.numel() for parameter in net.parameters())),  # also frozen ones
@@ -437,6 +424,18 @@ def _metadata(net: Any, size: tuple[int, int], part: _Part) -> dict[str, str]:
         "output": part.words,
         "made_by": f"spd-zoo {spd_zoo.__version__}, torch {torch.__version__}",
     }
+
+
+def _classes_metadata(net: Any, name: str, notes: Notes) -> dict[str, str]:
+    """The names of the classes; a note if they are only numbers."""
+    classes = network_classes(net.pretrained_cfg, net.num_classes)
+    found = {"class_names": json.dumps(list(classes.names), ensure_ascii=False)}
+    if not classes.named:
+        last = len(classes.names) - 1
+        notes.add(f"{name} does not name its classes: the file calls them by their numbers, 0 to {last}")
+        return found
+    labels = [names[0] for names in class_synonyms(net.pretrained_cfg) or ()]
+    return found | {"label_names": json.dumps(labels, ensure_ascii=False)}
 
 
 _NORMALISED = (
@@ -471,8 +470,8 @@ def _crop_metadata(net: Any, size: tuple[int, int], config: dict[str, Any]) -> d
     }
 
 
-def _boxes_metadata(net: DetectionNet, size: tuple[int, int], part: _Part) -> dict[str, str]:
-    """How a detector's images are resized, and its thresholds."""
+def _boxes_metadata(net: DetectionNet, name: str, size: tuple[int, int], part: _Part) -> dict[str, str]:
+    """How a detector's images are cut and resized, and its thresholds."""
     cut = f"{size[0]}x{size[1]}"
     way = f"to {cut} pixels (height x width), whatever its shape"
     if net.keeps_aspect:
@@ -482,13 +481,18 @@ def _boxes_metadata(net: DetectionNet, size: tuple[int, int], part: _Part) -> di
         )
     colours = "RGB" if net.in_chans == 3 else "grey"
     order = "; reverse the channels to BGR" if net.in_chans == 3 and net.channel_order == "BGR" else ""
-    thresholds = {}
+    own: dict[str, str] = {}
+    if (tiles := trained_on_tiles(name)) is not None:
+        own |= {"tile": str(tiles[0]), "overlap": repr(tiles[1])}
     if isinstance(part, _Boxes):
-        thresholds = {
+        own |= {
             "score_threshold": repr(round(part.score_threshold.item(), 6)),
             "iou_threshold": repr(part.iou_threshold),
             "max_detections": str(part.max_detections),
         }
+        if scores_file(name).is_file():
+            measured = read_scores(name, network_classes(net.pretrained_cfg, net.num_classes).names)
+            own["class_scores"] = json.dumps([measured.get(i) for i in range(net.num_classes)])
     return {
         "preprocessing": (
             f"Turn the image upright, make it {colours} with 8 bits; resize it (bilinear, antialiased) {way}{order}; "
@@ -500,7 +504,7 @@ def _boxes_metadata(net: DetectionNet, size: tuple[int, int], part: _Part) -> di
         "size_multiple": str(net.size_multiple),
         "evaluation_score": repr(net.evaluation_score),
         "evaluation_boxes": str(net.evaluation_boxes),
-        **thresholds,
+        **own,
     }
 
 

@@ -380,13 +380,9 @@ class _Folding:
             return obstacle
         if norm.running_mean is None or norm.running_var is None or norm.training:
             return "it normalises by the statistics of each batch"
-        writer = self.writers.get(self.flow.inputs[norm]) if norm in self.flow.inputs else None
+        writer = self.writers.get(self.flow.inputs[norm])
         if writer is None:
-            return (
-                "its input is not the output of a convolution"
-                if norm in self.flow.inputs
-                else "it is not called in evaluation by its name"
-            )
+            return "its input is not the output of a convolution"
         convs = list(writer.children()) if isinstance(writer, PyConv2d) else [writer]
         for layer in dict.fromkeys([writer, *convs]):
             if obstacle := self._obstacle(layer, (PyConv2d, *_PLAIN_CONVS, *_SPD_LAYERS)):

@@ -29,10 +29,10 @@ __all__ = [
     "Stopped",
     "freed_memory_kept",
     "join",
-    "leave_ctrl_c_to_parent",
     "out_of_memory",
     "pick_device",
     "ran_out_of_memory",
+    "worker_options",
 ]
 
 # Messages of out-of-memory errors without their own type: CPU (Linux, Windows), MPS, CUDA's libraries, ONNX Runtime.
@@ -93,8 +93,13 @@ class StopSignals(AbstractContextManager["StopSignals"]):
         self._usual.clear()
 
 
-def leave_ctrl_c_to_parent(_: int) -> None:
-    """The `worker_init_fn` of data loaders, which ignores Ctrl-C: the parent process ends its workers."""
+def worker_options(workers: int) -> dict[str, Any]:
+    """Arguments of a `DataLoader` that reads with `workers` processes."""
+    return {"num_workers": workers, "worker_init_fn": _leave_ctrl_c_to_parent}
+
+
+def _leave_ctrl_c_to_parent(_: int) -> None:
+    """Ignores Ctrl-C in a worker: the parent process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

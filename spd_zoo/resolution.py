@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from spd_zoo.arguments import positive_integer
 from spd_zoo.errors import first_line
 from spd_zoo.models._detector import DetectionNet
-from spd_zoo.models._registry import register_unlisted_model
+from spd_zoo.models._registry import all_maps, register_unlisted_model
 from spd_zoo.rewrite import move_hooks
 from spd_zoo.spd import MaxPool2d, PhaseMix, SPDConv2d, SPDMaxPool2d
 from spd_zoo.trace import OperatorMode, TraceError, copy_network, image_size, meta_copy, run_on_meta
@@ -333,11 +333,6 @@ def resolution_kept(
             net.set_input_size(img_size)
         return net
 
-    feature_cfg: dict[str, Any] = {}
-    if kwargs.get("features_only"):
-        feature_cfg["out_indices"] = tuple(range(len(like.feature_info)))
-        feature_cfg["feature_cls"] = "getter" if hasattr(like, "forward_intermediates") else "fx"
-
     def fitting(state_dict: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
         state_dict = fit_image_channels(filter_of(like)(state_dict, net), net)
         check_fit(state_dict, net, f"{network} after keep_resolution", kwargs.get("features_only", False))
@@ -349,6 +344,6 @@ def resolution_kept(
         pretrained,
         pretrained_cfg=pretrained_cfg or like.pretrained_cfg | {"architecture": resolution_kept.__name__},
         pretrained_filter_fn=fitting,
-        feature_cfg=feature_cfg,
+        feature_cfg=all_maps(like) if kwargs.get("features_only") else {},
         **kwargs,
     )

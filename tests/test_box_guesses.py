@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from box_pictures import NAMES, SIZE, make_coco, make_voc, make_yolo, scenes
 from PIL import Image
@@ -500,6 +501,24 @@ def test_objects_of_hugging_face_with_lists_of_different_lengths_are_counted(tmp
         data = opened(tmp_path / folder)
         assert data.counts() == [1, 1] and data.class_names == ["cat", "dog"]
         assert [len(where) for where in data.problems().values()] == [1]
+
+
+@pytest.mark.slow
+def test_a_row_of_hugging_face_without_an_image_is_counted_and_left_out(tmp_path: Path) -> None:
+    import datasets
+
+    first, last = (image for image, _ in scenes(2))
+    objects = [{"bbox": [[1.0, 1.0, 9.0, 9.0]], "category": [name]} for name in ("cat", "dog", "cow")]
+    columns: Any = {"image": datasets.Image()}
+    boxes = datasets.List(datasets.List(datasets.Value("float32")))
+    columns["objects"] = {"bbox": boxes, "category": datasets.List(datasets.Value("string"))}
+    rows = {"image": [first, None, last], "objects": objects}
+    datasets.Dataset.from_dict(rows, datasets.Features(columns)).save_to_disk(tmp_path / "data")
+    data = opened(tmp_path / "data")
+    assert [data.name(i) for i in range(len(data))] == ["train row 0", "train row 2"]
+    assert data.problems() == {"rows hold no image and are left out": ["train row 1"]}
+    assert data.class_names == ["cat", "cow", "dog"] and data.counts() == [1, 1, 0]
+    np.testing.assert_array_equal(data.image(1), last)
 
 
 def test_the_xml_files_of_a_damaged_data_set_are_named(tmp_path: Path) -> None:

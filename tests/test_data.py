@@ -31,6 +31,7 @@ from spd_zoo.process import Process
 from spd_zoo.training.classification.augment import eval_loader, eval_transform, train_loader, train_transform
 from spd_zoo.training.preprocessing import normalize
 from spd_zoo.training.steps import Steps
+from spd_zoo.training.steps import read as read_batches
 
 ALONE = Process(torch.device("cpu"))
 
@@ -656,6 +657,29 @@ def test_a_stream_gives_every_image_once_and_the_same_ones_in_an_epoch(hugging_f
         training.dataset.epoch = epoch  # type: ignore[attr-defined]
         epochs.append(torch.cat([images for images, _ in training]))
     assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        (None, "row 2 of the stream holds no image"),
+        ({"bytes": b"no image"}, "an image of the stream after the first [01] cannot be read: cannot identify image"),
+    ],
+)
+def test_an_image_of_a_stream_that_cannot_be_read_is_one_sentence(
+    hugging_face: Path, second: object, sentence: str, workers: int
+) -> None:
+    import datasets
+
+    hugging_face.mkdir()
+    kinds: Any = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    rows = {"image": [picture(COLOURS["red"], 0), second], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(hugging_face / "train.parquet")
+    data = open_stream(hugging_face, "train", length=2)
+    assert data is not None
+    with pytest.raises(DataError, match=rf"\A{sentence}.*\Z"):
+        list(read_batches(eval_loader(data, eval_transform(16, 1.0, "bilinear"), 2, workers)))
 
 
 def test_held_out_images_are_the_same_share_of_every_class_and_the_same_every_time(folders: Path) -> None:

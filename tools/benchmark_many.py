@@ -70,7 +70,7 @@ def plain(model: str, folder: str, out: str, workers: int) -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds of a command, and the peak memory of its main process in MiB."""
+    """Wall seconds of a command, and the peak memory of its main process in MiB."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0.0

@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
             class_map=load_class_map(options.class_map) if options.class_map is not None else None,
             out=options.out,
         )
-    for line in evaluations[0].complaints():
+    for line in evaluations[0].warnings:
         complain(line)
     print_notes(evaluations[0].notes)
     if options.json:

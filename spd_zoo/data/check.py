@@ -18,7 +18,7 @@ from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
 from spd_zoo.data.notes import Notes, count, some
 from spd_zoo.data.reading import collect_notes, opened
 from spd_zoo.data.regions import bands
-from spd_zoo.process import Process, leave_ctrl_c_to_parent
+from spd_zoo.process import Process, worker_options
 
 __all__ = ["check", "defects_in_words", "in_words", "notes_on"]
 
@@ -126,10 +126,9 @@ def notes_on(splits: Iterable[LabelledImages | BoxImages | StreamedImages]) -> l
 
 def _read_all(data: LabelledImages | BoxImages, workers: int, process: Process, split: str) -> list[_Fact]:
     mine = range(process.rank, len(data), process.world)
-    options: dict[str, Any] = {"num_workers": workers, "collate_fn": list, "worker_init_fn": leave_ctrl_c_to_parent}
     facts: list[_Fact] = []
     with tqdm(total=len(mine), desc=f"checking {split}", leave=False, disable=bar_disabled(not process.first)) as bar:
-        for batch in DataLoader(_Facts(data), 32, sampler=mine, **options):
+        for batch in DataLoader(_Facts(data), 32, sampler=mine, collate_fn=list, **worker_options(workers)):
             facts += batch
             bar.update(len(batch))
     return sorted((fact for found in process.all_gather(facts) for fact in found), key=lambda fact: fact.index)

@@ -22,6 +22,7 @@ from spd_zoo.errors import first_line
 
 __all__ = [
     "DataError",
+    "EncodedColumn",
     "LabelledImages",
     "StreamedImages",
     "load_hugging_face",
@@ -37,8 +38,8 @@ _DATASET_FILES = (
 )
 
 
-class _EncodedColumn:
-    """The images of a Hugging Face data set, not decoded."""
+class EncodedColumn:
+    """The images of a Hugging Face data set, not decoded; a row without one raises ValueError."""
 
     def __init__(self, dataset: Any, column: str) -> None:
         import datasets
@@ -69,7 +70,7 @@ class LabelledImages:
         folder: That of the class folders; None if the classes come from a table.
     """
 
-    files: list[str] | _EncodedColumn
+    files: list[str] | EncodedColumn
     labels: list[int]
     class_names: list[str]
     rows: Sequence[int]
@@ -403,7 +404,7 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     number = {class_name: i for i, class_name in enumerate(class_names)}
     labels = [number[text] for text in texts]
     notes += look_alikes(class_names)
-    return LabelledImages(_EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)), tuple(notes))
+    return LabelledImages(EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)), tuple(notes))
 
 
 def _class_name(value: Any, declared: Sequence[str] | None) -> str:

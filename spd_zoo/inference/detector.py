@@ -23,7 +23,7 @@ from spd_zoo.boxes import MAX_CANDIDATES, as_float, compared_labels, labelled_nm
 from spd_zoo.data.boxes.tiles import view_boxes
 from spd_zoo.data.classes import class_numbers, network_classes, renamed
 from spd_zoo.data.notes import count, some
-from spd_zoo.data.reading import MAX_PIXELS, channel_mode, read_image, size_text, upright
+from spd_zoo.data.reading import MAX_PIXELS, channel_mode, per_channel, read_image, size_text, upright
 from spd_zoo.data.regions import Box, Regions, open_regions, reduced
 from spd_zoo.files import read_yaml
 from spd_zoo.inference.exported import ExportedDetector, load_model
@@ -242,8 +242,8 @@ def prepare(image: Image.Image, net: ObjectFinder, image_size: tuple[int, int]) 
     pixels = torch.from_numpy(np.array(image)).reshape(height, width, net.in_chans).permute(2, 0, 1)
     if net.in_chans == 3 and net.channel_order == "BGR":
         pixels = pixels.flip(0)
-    mean, std = (_per_channel(net, name) for name in ("mean", "std"))
-    return (pixels / 255 - mean) / std, placement
+    mean, std = (torch.tensor(per_channel(net.pretrained_cfg[name], net.in_chans)) for name in ("mean", "std"))
+    return (pixels / 255 - mean[:, None, None]) / std[:, None, None], placement
 
 
 def prepare_part(
@@ -261,12 +261,6 @@ def prepare_part(
     pixels, placement = prepare(small, net, image_size)
     scale = (placement.scale[0] * small.width / width, placement.scale[1] * small.height / height)
     return pixels, replace(placement, size=(height, width), scale=scale)
-
-
-def _per_channel(net: ObjectFinder, name: str) -> Tensor:
-    """`mean` or `std` of the network's configuration, (in_chans, 1, 1)."""
-    values = torch.tensor(net.pretrained_cfg[name])
-    return (values if len(values) == net.in_chans else values.mean().expand(net.in_chans))[:, None, None]
 
 
 def postprocess(

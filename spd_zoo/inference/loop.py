@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spd_zoo.data.reading import collect_notes, is_url
 from spd_zoo.data.regions import PartError
-from spd_zoo.process import leave_ctrl_c_to_parent
+from spd_zoo.process import worker_options
 from spd_zoo.rewrite import tensors_in
 from spd_zoo.weights.catalogue import ModelError
 from spd_zoo.weights.download import public
@@ -110,13 +110,7 @@ def run(
     Yields:
         A batch and the outcome for each of its images.
     """
-    loader: DataLoader[Any] = DataLoader(
-        _Batches(images, task),
-        batch_size=None,
-        sampler=todo,
-        num_workers=workers,
-        worker_init_fn=leave_ctrl_c_to_parent,
-    )
+    loader: DataLoader[Any] = DataLoader(_Batches(images, task), None, sampler=todo, **worker_options(workers))
     for batch, (inputs, errors, notes) in zip(todo, loader, strict=True):
         try:
             results = iter(task.compute(inputs) if inputs is not None else [])

@@ -283,20 +283,7 @@ def write_results(
     notes = Notes(images.notes if isinstance(images, LabelledImages | BoxImages) else ())
     lock = FileLock(parts.folder.with_name(f".{results.name}.lock"))
     try:
-        complaint, missing = "", []
-        if process.first:
-            try:
-                parts.begin(settings, lock)
-                missing = parts.missing()
-            except (ResultsError, OSError) as error:
-                complaint = str(error)
-        complaint, missing, settings_of_first = process.broadcast((complaint, missing, settings))
-        if complaint:
-            raise ResultsError(complaint)
-        if settings != settings_of_first:
-            difference = _differences(settings, settings_of_first)
-            raise ResultsError(f"the processes differ in {difference}; start all with the same command")
-        todo = [part for part in missing if part % process.world == process.rank]
+        todo = [part for part in _begin(parts, settings, lock, process) if part % process.world == process.rank]
         share = range(process.rank, parts.count, process.world)
         total = sum(len(parts.rows(part)) for part in share)
         done = total - sum(len(parts.rows(part)) for part in todo)
@@ -329,6 +316,24 @@ def write_results(
                 ) from error
     finally:
         lock.release()  # never delete the lock file: a newcomer would lock a different inode
+
+
+def _begin(parts: "_Parts", settings: dict[str, Any], lock: FileLock, process: Process) -> list[int]:
+    """The missing parts of all processes, after the first one has made or checked the folder."""
+    complaint, missing = "", []
+    if process.first:
+        try:
+            parts.begin(settings, lock)
+            missing = parts.missing()
+        except (ResultsError, OSError) as error:
+            complaint = str(error)
+    complaint, missing, settings_of_first = process.broadcast((complaint, missing, settings))
+    if complaint:
+        raise ResultsError(complaint)
+    if settings != settings_of_first:
+        difference = _differences(settings, settings_of_first)
+        raise ResultsError(f"the processes differ in {difference}; start all with the same command")
+    return missing
 
 
 def _wait_for_all(process: Process) -> None:

@@ -1,4 +1,4 @@
-"""Registers networks with timm; a name that timm uses already is an error."""
+"""Registers networks with timm, where a used name is an error, and what those rebuilt from a saved config share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import timm
 from timm.models import register_model as timm_register_model
 from timm.models._registry import _deprecated_models, _module_to_models
 
-__all__ = ["register_model", "register_unlisted_model"]
+__all__ = ["all_maps", "register_model", "register_unlisted_model"]
 
 
 def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,3 +51,15 @@ def register_unlisted_model(fn: Callable[..., Any]) -> Callable[..., Any]:
     if not _module_to_models[module]:
         del _module_to_models[module]
     return fn
+
+
+def all_maps(like: Any) -> dict[str, Any]:
+    """timm's `feature_cfg` with which `features_only` gives every map of a network that is rebuilt from its config.
+
+    Args:
+        like: The network that it is made of.
+    """
+    return {
+        "out_indices": tuple(range(len(like.feature_info))),
+        "feature_cls": "getter" if hasattr(like, "forward_intermediates") else "fx",
+    }

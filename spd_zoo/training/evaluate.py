@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,6 @@ class Evaluation:
         predictions: Predictions = self.predictions
         images = predictions.summary()["images"]
         return f"{self.row['img_size']} px: {predictions.in_words()}; {images} images of {self.split}"
-
-    def complaints(self) -> Iterator[str]:
-        """The warnings, one by one."""
-        yield from self.warnings
 
 
 def evaluate(
@@ -145,13 +141,27 @@ def evaluate(
     asked = Suppression(max_detections, agnostic, iou_threshold)
     suppression = None if asked == Suppression() else asked
     task_of(net).check_evaluation(net, model, bool(flip or image_column or label_column), suppression)
-    reading = _reading(net, model, tile, overlap, max_pixels)
     sizes = image_size if isinstance(image_size, list) else [] if image_size is None else [image_size]
-    columns = (image_column, label_column)
     place: torch.device = next(net.parameters()).device
-    options = (flip, batch_size, workers, place, bf16, columns, class_map, suppression, reading, out, run)
     with freed_memory_kept(place):
-        return evaluate_network(net, model, data, split, sizes, *options)
+        return evaluate_network(
+            net,
+            model,
+            data,
+            split,
+            sizes,
+            flip,
+            batch_size,
+            workers,
+            place,
+            bf16=bf16,
+            columns=(image_column, label_column),
+            class_map=class_map,
+            suppression=suppression,
+            reading=_reading(net, model, tile, overlap, max_pixels),
+            out=out,
+            run=run,
+        )
 
 
 def _held_out(task: Any, model: str, data: str | Path, process: Process) -> tuple[str, Any] | None:

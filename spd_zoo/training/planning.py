@@ -65,25 +65,7 @@ def plan(
         DataError: If there are too few images.
         ValueError: If an option has no meaning for the network or the data.
     """
-    pretrained = has_weights(config.model) if config.pretrained is None else config.pretrained
-    if config.pretrained is None and not pretrained:
-        if "." in config.model and find_entry(config.model) is not None:
-            raise ValueError(
-                f"the weights {config.model} are not verified: give --pretrained to begin with them, or "
-                "--no-pretrained to begin at random"
-            )
-        tags = tags_in_words(config.model)
-        others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
-        which = "default" if tags else "pretrained"
-        process.print(f"note: {config.model} has no {which} weights: all weights begin at random{others}")
-    plain = not any(sign in config.model for sign in ".:")  # neither a tag nor an address
-    if config.pretrained and plain and not has_weights(config.model):
-        tags = tags_in_words(config.model)
-        raise ValueError(
-            f"{config.model} has no default weights; select some by name: {tags}"
-            if tags
-            else f"{config.model} has no pretrained weights; leave --pretrained out to begin at random"
-        )
+    pretrained = _starts_pretrained(config, process)
     batch_size = _batch_size(config, images, process)
     if config.batch_size is not None and min(batch_size, images) < config.batch_size:
         process.print(f"note: {images} training images: a step has {min(batch_size, images)}, not {config.batch_size}")
@@ -131,6 +113,37 @@ def plan(
     step = min(batch_size, images)
     accumulate = config.accumulate or choose_micro_batches(weights, per_image, step, pairs, process)
     return Plan.of(replace(config, accumulate=accumulate))
+
+
+def _starts_pretrained(config: FinetuneConfig, process: Process) -> bool:
+    """Whether training starts from pretrained weights: as asked for, or if there are verified ones.
+
+    Raises:
+        ValueError: If there are no weights of that name, or nobody asked for those of a tag that are not verified.
+    """
+    model = config.model
+    named = any(sign in model for sign in ".:")  # by a tag or an address
+    if config.pretrained is False or (config.pretrained and named):
+        return bool(config.pretrained)
+    if has_weights(model):
+        return True
+    tags = tags_in_words(model)
+    if config.pretrained:
+        raise ValueError(
+            f"{model} has no default weights; select some by name: {tags}"
+            if tags
+            else f"{model} has no pretrained weights; leave --pretrained out to begin at random"
+        )
+    if "." in model and find_entry(model) is not None:
+        raise ValueError(
+            f"the weights {model} are not verified: give --pretrained to begin with them, or --no-pretrained to begin "
+            "at random"
+        )
+    others = f"; {model} has weights for certain data, by name: {tags}" if tags else ""
+    process.print(
+        f"note: {model} has no {'default' if tags else 'pretrained'} weights: all weights begin at random{others}"
+    )
+    return False
 
 
 def _check_training(net: Any, config: FinetuneConfig) -> None:

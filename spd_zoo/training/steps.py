@@ -14,9 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from spd_zoo.data.labelled import DataError
-from spd_zoo.process import leave_ctrl_c_to_parent
 
-__all__ = ["Batches", "Steps", "read", "seed_everything", "worker_options"]
+__all__ = ["Batches", "Steps", "read", "seed_everything"]
 
 Batches = DataLoader[Any]
 
@@ -91,11 +90,6 @@ class Steps(Sampler[list[tuple[int, int]]]):
             for i in range(self.micro_batches):
                 mine = images[self.rank + self.world * i :: self.world * self.micro_batches]
                 yield [(self.epoch, index) for index in mine]
-
-
-def worker_options(workers: int) -> dict[str, Any]:
-    """Arguments of a `DataLoader` that reads with `workers` processes."""
-    return {"num_workers": workers, "worker_init_fn": leave_ctrl_c_to_parent}
 
 
 def read(batches: Batches) -> Iterator[Any]:

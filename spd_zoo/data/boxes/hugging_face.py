@@ -6,13 +6,12 @@ That is the convention of Hugging Face for object detection; `metadata.jsonl` be
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, is_set, upright_size
 from spd_zoo.data.classes import DataError, in_order
-from spd_zoo.data.labelled import load_hugging_face
+from spd_zoo.data.labelled import EncodedColumn, load_hugging_face
 from spd_zoo.data.notes import some
 
 __all__ = ["find", "find_named"]
@@ -40,20 +39,6 @@ def find_named(name: str) -> Source:
     return Source("data set of Hugging Face", {str(s): partial(_open, name, str(s), splits[s]) for s in splits})
 
 
-class _Rows:
-    """The images of a data set, not decoded."""
-
-    def __init__(self, dataset: Any, column: str) -> None:
-        import datasets
-
-        self.dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        self.column = column
-
-    def __getitem__(self, index: int) -> str | BytesIO:
-        image = self.dataset[index][self.column]
-        return BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-
-
 def _open(name: str, split: str, dataset: Any) -> BoxImages:
     import datasets
 
@@ -73,9 +58,15 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
     declared = getattr(described, "names", None)
     class_names = declared or in_order(str(value) for value in values)
     number = {i if declared else class_name: i for i, class_name in enumerate(class_names)}
-    collected, images = Collector(class_names, name), _Rows(dataset, columns[0])
+    collected, images, present = Collector(class_names, name), EncodedColumn(dataset, columns[0]), []
     for i, objects in enumerate(rows):
-        image = images[i]
+        try:
+            image = images[i]
+        except ValueError:  # the row stays, so that the others keep their numbers
+            collected.leave_out("rows hold no image and are left out", f"{split} row {i}")
+            collected.add(f"{split} row {i}", None, ())
+            continue
+        present.append(i)
         image_name = image if isinstance(image, str) else f"{split} row {i}"
         boxes = []
         for j in range(max(len(objects["bbox"]), len(objects[category]))):
@@ -93,7 +84,7 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
             label = number.get(value if declared else str(value))
             boxes.append(Box(label, x, y, x + width, y + height, where, area, ignored))
         collected.add(image_name, upright_size(image), boxes)
-    return replace(collected.images(f"{name} {split}", split), encoded=images)
+    return replace(collected.images(f"{name} {split}", split), encoded=images, rows=present)
 
 
 def _by_key(objects: Any, keys: Sequence[str]) -> dict[str, list[Any]]:

@@ -399,11 +399,6 @@ class _Labels:
             self.used.setdefault(text, image)
         return text
 
-    def unused(self) -> Iterator[Path]:
-        """Label files in these folders that belong to no image."""
-        for texts in self.files.values():
-            yield from (text for text in texts.values() if text not in self.used and _is_label(text))
-
 
 def _open(root: Path, places: list[Path], config: Config | None) -> BoxImages:
     """The images of folders and lists, with the boxes of their label files."""

@@ -14,7 +14,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from spd_zoo.data.labelled import DataError, LabelledImages, StreamedImages
 from spd_zoo.data.reading import upright
-from spd_zoo.training.steps import Batches, Steps, seed_everything, worker_options
+from spd_zoo.errors import first_line
+from spd_zoo.process import worker_options
+from spd_zoo.training.steps import Batches, Steps, seed_everything
 
 __all__ = ["eval_loader", "eval_transform", "train_loader", "train_transform"]
 
@@ -117,12 +119,23 @@ class _Stream(IterableDataset[tuple[Tensor, int]]):
         reader.set_epoch(self.epoch)
         worker = get_worker_info()
         process = (reader.dist_rank, worker.id if worker is not None else 0)
-        for position, (image, label) in enumerate(reader):
-            if label not in self.classes:
-                raise DataError(f"image {position + 1} of the stream has no label of a class: {label!r}")
-            if self.training:
-                seed_everything(self.seed, self.epoch, *process, position)
-            yield self.transform(upright(image, self.mode)), label
+        done = 0
+        try:
+            for image, label in reader:
+                if image is None:
+                    raise DataError(f"row {done + 1} of the stream holds no image")
+                if label not in self.classes:
+                    raise DataError(f"image {done + 1} of the stream has no label of a class: {label!r}")
+                if self.training:
+                    seed_everything(self.seed, self.epoch, *process, done)
+                yield self.transform(upright(image, self.mode)), label
+                done += 1
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            # the library decodes several images at once
+            reason = f"an image of the stream after the first {done} cannot be read: {first_line(error)}"
+            raise DataError(reason) from error
 
 
 def train_loader(

@@ -20,8 +20,9 @@ from spd_zoo.data.regions import Box
 from spd_zoo.inference.detector import GREY, Placement, prepare_part
 from spd_zoo.losses import Target
 from spd_zoo.models._detector import DetectionNet
+from spd_zoo.process import worker_options
 from spd_zoo.training.config import FinetuneConfig, parse_numbers
-from spd_zoo.training.steps import Batches, Steps, seed_everything, worker_options
+from spd_zoo.training.steps import Batches, Steps, seed_everything
 
 __all__ = [
     "Augmentation",

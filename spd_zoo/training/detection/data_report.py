@@ -1,7 +1,6 @@
 """What a detector is trained on, in one picture: sizes and positions of the boxes, and some images with their boxes."""
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,11 @@ from spd_zoo.data.boxes import BoxImages
 from spd_zoo.data.boxes.sizes import sides_in_input
 from spd_zoo.data.labelled import DataError
 from spd_zoo.data.reading import size_text
+from spd_zoo.training.detection.sheets import COLUMNS, IMAGES, TILE, arranged
 from spd_zoo.training.page import fitting, image_png, new_figure, png
 
 __all__ = ["data_picture"]
 
-TILE, COLUMNS, IMAGES = 320, 3, 9  # of the contact sheet: pixels of an image, images in a row, images in all
 COLOURS = ("lime", "red", "deepskyblue", "yellow", "magenta", "orange", "cyan", "white")
 
 
@@ -29,7 +28,7 @@ def data_picture(data: BoxImages, image_size: tuple[int, int], keeps_aspect: boo
         keeps_aspect: Whether an image is scaled to fit into the input, or stretched to it.
         seed: Of the choice of images.
     """
-    sheet = _sheet(data, _chosen(data, seed))
+    sheet = arranged([_picture(data, i) for i in _chosen(data, seed)], TILE, COLUMNS)
     content = _histograms(data, image_size, keeps_aspect)
     if not content:
         return image_png(sheet)
@@ -76,28 +75,23 @@ def _centres(data: BoxImages) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _sheet(data: BoxImages, indices: Sequence[int]) -> Image.Image:
-    """Images with their boxes drawn, a colour for each class; what is ignored is grey."""
-    rows = -(-len(indices) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (TILE + 8), rows * (TILE + 22)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for position, index in enumerate(indices):
-        left, top = position % COLUMNS * (TILE + 8), position // COLUMNS * (TILE + 22)
-        try:
-            image = data.image(index)
-        except DataError as error:
-            draw.text((left, top), fitting(draw, str(error), TILE), fill="red")
-            continue
-        scale = TILE / max(image.size)
-        tile = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-        pen, objects = ImageDraw.Draw(tile), data.objects_in(index)
-        for box, label, ignored in zip(objects.boxes, objects.labels.tolist(), objects.ignored.tolist(), strict=True):
-            x1, y1, x2, y2 = (box * scale).tolist()
-            colour = "grey" if ignored else COLOURS[label % len(COLOURS)]
-            pen.rectangle((x1, y1, x2, y2), outline=colour)
-            name = "ignored" if ignored else data.class_names[label]
-            pen.text((x1 + 2, y1), fitting(pen, name, max(x2 - x1, 40)), fill=colour)
-        sheet.paste(tile, (left, top))
-        words = f"{len(objects.labels)} boxes: {Path(data.name(index)).name}"
-        draw.text((left, top + TILE + 4), fitting(draw, words, TILE), fill="black")
-    return sheet
+def _picture(data: BoxImages, index: int) -> tuple[Image.Image, str]:
+    """An image with its boxes drawn, a colour for each class and grey for what is ignored; and a line about it."""
+    name = Path(data.name(index)).name
+    try:
+        image = data.image(index)
+    except DataError as error:
+        tile = Image.new("RGB", (TILE, TILE), "white")
+        pen = ImageDraw.Draw(tile)
+        pen.text((0, 0), fitting(pen, str(error), TILE), fill="red")
+        return tile, name
+    scale = TILE / max(image.size)
+    tile = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    pen, objects = ImageDraw.Draw(tile), data.objects_in(index)
+    for box, label, ignored in zip(objects.boxes, objects.labels.tolist(), objects.ignored.tolist(), strict=True):
+        x1, y1, x2, y2 = (box * scale).tolist()
+        colour = "grey" if ignored else COLOURS[label % len(COLOURS)]
+        pen.rectangle((x1, y1, x2, y2), outline=colour)
+        words = "ignored" if ignored else data.class_names[label]
+        pen.text((x1 + 2, y1), fitting(pen, words, max(x2 - x1, 40)), fill=colour)
+    return tile, f"{len(objects.labels)} boxes: {name}"

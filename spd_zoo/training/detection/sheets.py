@@ -16,7 +16,7 @@ from spd_zoo.inference.detector import Detections
 from spd_zoo.training.detection.curves import FALSE_POSITIVE, IN_IGNORED, IOU, Outcome
 from spd_zoo.training.page import fitting, image_png
 
-__all__ = ["IMAGES", "box_sheet", "false_positives", "missed_objects"]
+__all__ = ["COLUMNS", "IMAGES", "TILE", "arranged", "box_sheet", "false_positives", "missed_objects"]
 
 TILE, COLUMNS, IMAGES = 320, 3, 9  # sheet of images: pixels per image, images per row, number of images
 CROP, CROP_COLUMNS, CROPS = 240, 2, 12  # the same for a sheet of boxes
@@ -153,9 +153,12 @@ def _scaled(box: Tensor, scale: float, corner: tuple[int, int]) -> tuple[float, 
 
 
 def _sheet(pictures: Sequence[tuple[Image.Image, str]], side: int, columns: int) -> bytes:
-    """A PNG of pictures in rows, each in a square of `side` pixels with a line of text below; empty without any."""
-    if not pictures:
-        return b""
+    """`arranged` as PNG; empty without pictures."""
+    return image_png(arranged(pictures, side, columns)) if pictures else b""
+
+
+def arranged(pictures: Sequence[tuple[Image.Image, str]], side: int, columns: int) -> Image.Image:
+    """Pictures in rows, each in a square of `side` pixels with a line of text below."""
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (side + _GAP), rows * (side + _LINE + _GAP // 2)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -164,4 +167,4 @@ def _sheet(pictures: Sequence[tuple[Image.Image, str]], side: int, columns: int)
         left, top = position % columns * (side + _GAP), position // columns * (side + _LINE + _GAP // 2)
         sheet.paste(picture, (left, top))
         draw.text((left, top + side + 1), fitting(draw, text, side), fill="black")
-    return image_png(sheet)
+    return sheet
