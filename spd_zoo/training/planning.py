@@ -73,7 +73,7 @@ def plan(
                 "--no-pretrained to begin at random"
             )
         tags = tags_in_words(config.model)
-        others = f"; {config.model} has weights for certain data, by name: {tags}" if tags else ""
+        others = f"; {config.model} has weights for particular data, selected by name: {tags}" if tags else ""
         which = "default" if tags else "pretrained"
         process.print(f"note: {config.model} has no {which} weights: all weights begin at random{others}")
     plain = not any(sign in config.model for sign in ".:")  # neither a tag nor an address
@@ -96,7 +96,7 @@ def plan(
         others = tags_in_words(config.model.partition(".")[0])
         process.print(
             f"note: the weights of {config.model} are a backbone: neck and head begin at random"
-            + (f"; whole networks for certain data, by name: {others}" if others else "")
+            + (f"; whole networks for particular data, selected by name: {others}" if others else "")
         )
     known = network_classes(net.pretrained_cfg, net.num_classes)
     keeps_classes = pretrained and not only_backbone and config.head_init != "random"
