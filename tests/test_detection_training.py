@@ -87,7 +87,7 @@ def test_a_run_leaves_a_detector_that_timm_loads_with_the_class_names(folder: Pa
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert state["class_names"] == NAMES
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "AP of small objects, at the network's input" in page and page.count("data:image/png;base64,") >= 7
+    assert "AP of small objects, at the network&#x27;s input" in page and page.count("data:image/png;base64,") >= 7
     assert [row["class"] for row in rows_of(tmp_path / "run" / "per_class.csv")] == NAMES
 
 
