@@ -303,7 +303,7 @@ def test_a_repeated_line_counts_once(tmp_path: Path) -> None:
     data = opened(one_image(tmp_path, "0 .5 .5 .2 .4\n0 .5 .5 .2 .4\n1 .5 .5 .2 .4\n"))
     assert data.objects_in(0).labels.tolist() == [0, 1]
     assert data.problems() == {
-        "boxes are there twice and count once": [f"{tmp_path / 'labels' / 'train' / 'a.txt'} line 2"]
+        "boxes are annotated twice and count once": [f"{tmp_path / 'labels' / 'train' / 'a.txt'} line 2"]
     }
 
 
@@ -523,7 +523,7 @@ def test_boxes_of_the_stored_pixels_are_turned_with_them(orientation: int, name:
     assert image.size == (30, 40) == data.sizes[0]
     x1, y1, x2, y2 = map(int, data.objects_in(0).boxes[0].tolist())
     assert image.getbbox() == (x1, y1, x2, y2)  # all that is not black
-    assert list(data.problems()) == ["images are labelled as they are stored; their boxes are turned as EXIF says"]
+    assert list(data.problems()) == ["images are labelled as stored, without EXIF rotation; their boxes are rotated"]
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -538,7 +538,7 @@ def test_boxes_of_a_rotated_image_that_fit_both_ways_are_reported(
 ) -> None:
     data = rotated(tmp_path, orientation, size, size)
     assert data.objects_in(0).boxes[0].tolist() == [2, 3, 12, 8]
-    assert [sort.endswith("which cannot be known") for sort in data.problems()] == [True]
+    assert [sort.endswith("assumed to be those of the rotated image") for sort in data.problems()] == [True]
 
 
 # Pascal VOC
@@ -622,7 +622,7 @@ def test_the_id_decides_which_image_an_annotation_belongs_to(tmp_path: Path) -> 
     data = opened(root)
     assert boxes_of(data) == truth()
     assert data.problems() == {
-        "XML files name another image than they are called after, which is read": [
+        "XML files name another image in <filename>; the one with the file's own name is read": [
             str(root / "Annotations" / "train_3.xml")
         ]
     }

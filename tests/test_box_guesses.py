@@ -303,7 +303,9 @@ def test_a_box_that_is_annotated_twice_counts_once(form: str, tmp_path: Path) ->
         (root / "train.csv").write_text("\n".join([*lines, lines[1]]))
     data = opened(root)
     assert boxes_of(data) == truth()
-    assert {sort: len(where) for sort, where in data.problems().items()} == {"boxes are there twice and count once": 1}
+    assert {sort: len(where) for sort, where in data.problems().items()} == {
+        "boxes are annotated twice and count once": 1
+    }
 
 
 @pytest.mark.parametrize("make", [make_coco, make_voc])

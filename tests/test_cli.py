@@ -319,7 +319,7 @@ def test_an_import_says_what_it_replaces(own_cache: Path, checkpoint: Path, tmp_
     torch.save(timm.create_model("cifar_resnet20").state_dict(), other)
     for file in (checkpoint, checkpoint, other):
         assert main(["weights", "import", "cifar_resnet20.mine", str(file)]) == 0
-    assert capsys.readouterr().err == f"note: it replaces cifar_resnet20.mine from {checkpoint.as_uri()}\n"
+    assert capsys.readouterr().err == f"note: this replaces cifar_resnet20.mine, imported from {checkpoint.as_uri()}\n"
 
 
 @pytest.mark.slow

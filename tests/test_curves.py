@@ -314,10 +314,10 @@ def test_auto_takes_the_minimum_scores_of_the_run(own: Path, capsys: Capture) ->
     assert main(["detect", str(own), str(image), "--score", "auto", "--device", "cpu"]) == 0
     note = capsys.readouterr().err
     assert "dog 1.00" in note and "0.25 for eel, of which no box was correct" in note
-    assert "measurement" not in detector.scores_in_words()
+    assert "measured" not in detector.scores_in_words()
     other = Detector(own, device="cpu", score_threshold="auto", tile=48, iou_threshold=0.3)
-    settings = "it is on tiles of 48 px, with an IoU threshold of 0.3"
-    assert other.scores_in_words().endswith(f"; this detection differs from their measurement: {settings}")
+    settings = "this detection runs on tiles of 48 px, with an IoU threshold of 0.3"
+    assert other.scores_in_words().endswith(f"; they were measured with other settings: {settings}")
     some = Detector(own, device="cpu", score_threshold="auto", classes=["dog", "eel"], class_scores={"dog": 0.3})
     assert "cat" not in some.scores_in_words() and "dog 0.30" in some.scores_in_words()
 

@@ -87,7 +87,7 @@ def test_a_run_leaves_a_detector_that_timm_loads_with_the_class_names(folder: Pa
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert state["class_names"] == NAMES
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "AP of small objects, in what the network sees" in page and page.count("data:image/png;base64,") >= 7
+    assert "AP of small objects, at the network&#x27;s input" in page and page.count("data:image/png;base64,") >= 7
     assert [row["class"] for row in rows_of(tmp_path / "run" / "per_class.csv")] == NAMES
 
 
@@ -431,7 +431,7 @@ def test_evaluate_prints_and_writes_the_figures_of_the_run(
     options = ["--image-size", "64", "32", "--out", str(tmp_path / "out"), "--device", "cpu", "--workers", "0"]
     assert main(["evaluate", str(folder), "--data", str(data), *options]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2 and printed[0].startswith("64 px: AP ") and "as the network sees them: small" in printed[0]
+    assert len(printed) == 2 and printed[0].startswith("64 px: AP ") and "at the network's input: small" in printed[0]
     rows = rows_of(tmp_path / "out" / "results.csv")
     assert [row["img_size"] for row in rows] == ["64", "32"]
     history = rows_of(folder / "metrics.csv")

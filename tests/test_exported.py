@@ -327,7 +327,7 @@ def test_a_file_has_the_networks_ap(run: Path, cells: Path) -> None:
     for model in (run, run / "model.onnx"):
         (evaluation,) = evaluate(str(model), cells, workers=0)
         figures.append(evaluation.predictions.summary() | {"params": evaluation.row["param_count"]})
-        assert "to decode and suppress boxes" in evaluation.in_words()
+        assert "decoding and NMS" in evaluation.in_words()
     for name in ("ap", "ap50", "input_ap_small", "objects", "images", "params"):
         assert figures[0][name] == pytest.approx(figures[1][name], abs=1e-3), name
     assert figures[0]["loss"] > 0 and figures[1]["loss"] is None and "ms_boxes" not in figures[1]

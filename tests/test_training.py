@@ -147,7 +147,7 @@ def test_a_new_classifier_starts_as_a_linear_probe_and_is_evaluated_before_the_f
     assert (first["epoch"], first["train_loss"], float(first["val_top1"])) == ("0", "", 100)
     assert second["epoch"] == "1" and first["val_loss"] == str(result.before["val_loss"])
     printed = capsys.readouterr().out
-    assert "the classifier starts as a linear probe of 24 training images, 100.0 % right" in printed
+    assert "the classifier starts as a linear probe of 24 training images, leave-one-out accuracy 100.0 %" in printed
     assert "before the first epoch: val top-1 100.00 %" in printed
     (chosen,) = (line for line in printed.splitlines() if line.startswith("chosen: "))
     assert "weights cifar_resnet20.cifar100, 1 epoch at 16 px, batch 8, adamw" in chosen and "float32 on cpu" in chosen
@@ -178,7 +178,7 @@ def test_the_pretrained_outputs_of_known_classes_are_used_where_they_are_better(
         (folders / split / "green").rename(tmp_path / f"green_{split}")
     capsys.readouterr()
     run(folders, tmp_path / "second", model=f"local-dir:{tmp_path / 'first'}", **options)
-    assert "the classifier starts as the pretrained outputs of these classes, 100.0 % right" in capsys.readouterr().out
+    assert "starts as the pretrained outputs of these classes, accuracy 100.0 %" in capsys.readouterr().out
     other: Any = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True)
     assert torch.allclose(other.get_classifier().weight, net.get_classifier().weight[[0, 2]], atol=1e-6)
 
@@ -322,7 +322,7 @@ def test_a_run_from_scratch_names_weights_that_are_no_default(capsys: pytest.Cap
     planning.plan(asked, Classification(), planning.blank("resnet50_spd"), 24, ["a", "b", "c"], process)
     said = capsys.readouterr().out
     assert "resnet50_spd has no default weights: all weights begin at random" in said
-    assert "resnet50_spd has weights for certain data, by name: resnet50_spd.spd_tiny_in200 (" in said
+    assert "resnet50_spd has weights for particular data, selected by name: resnet50_spd.spd_tiny_in200 (" in said
 
 
 def test_a_run_from_a_backbone_names_whole_networks(capsys: pytest.CaptureFixture[str]) -> None:

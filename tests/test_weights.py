@@ -180,7 +180,7 @@ def test_only_verified_weights_are_a_default(network: str) -> None:
 def test_a_network_without_default_weights_says_what_each_of_its_weights_is_for() -> None:
     with pytest.raises(ModelError, match=r"a backbone .*, by name: yolov8n_spd\.bccd \(BCCD, 3 classes: RBC, .* px\)"):
         Detector("yolov8n_spd")
-    with pytest.raises(WeightsError, match=r"spd_cifar10 \(.*, at their authors': spd-zoo info resnet50_spd\."):
+    with pytest.raises(WeightsError, match=r"spd_cifar10 \(.*, not verified: spd-zoo info resnet50_spd\."):
         timm.create_model("resnet50_spd", pretrained=True)
 
 

@@ -204,7 +204,8 @@ def conversions() -> str:
         rows.append(
             [row["module"], f"`{row['network']}`", str(sum(row["replaced"].values())), unchanged, sizes, *worst, *more]
         )
-    head = ("file", "network", "replaced", "unchanged", "sizes", "difference", "folded", "more parameters", "more MACs")
+    differences = ("difference, converted", "difference, folded")
+    head = ("file", "network", "replaced", "unchanged", "sizes", *differences, "more parameters", "more MACs")
     count = f"{len(compared)} networks of {len({row['module'] for row in compared})} files"
     return f"{count}:\n\n{table(head, rows)}"
 

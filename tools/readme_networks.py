@@ -28,12 +28,12 @@ def families(pages: str) -> str:
 
 
 OVERVIEW = {  # weights: what they are for
-    "tf_efficientnet_lite0_spd.in1k": "photos",
-    "tf_efficientnet_lite1_spd.in1k": "photos, more accurate",
-    "tf_efficientnet_lite0_spd_lowres.tiny_in200": "64 px, 200 classes of ImageNet",
-    "pyconvresnet50_spd.tiny_in200": "the same, with pyramids",
-    "cifar_resnet20.cifar100": "32 px",
-    "yolov8n_spd.bccd": "blood cells",
+    "tf_efficientnet_lite0_spd.in1k": "photos, 1,000 classes",
+    "tf_efficientnet_lite1_spd.in1k": "the same, more accurate",
+    "tf_efficientnet_lite0_spd_lowres.tiny_in200": "photos of 64 px, 200 classes",
+    "pyconvresnet50_spd.tiny_in200": "the same, with pyramidal convolutions",
+    "cifar_resnet20.cifar100": "photos of 32 px, 100 classes",
+    "yolov8n_spd.bccd": "detecting blood cells",
 }
 
 
@@ -46,7 +46,7 @@ def overview() -> str:
         time, size = times[entry.network, entry.input_size[1]], f"{(entry.size or 0) / 2**20:.1f}"
         command = f"`spd-zoo {'detect' if entry.metrics[0]['metric'] == 'ap' else 'predict'} {name} IMAGE`"
         rows.append([task, _accuracy(entry), f"{time:.1f}", size, command])
-    return table(["task", "accuracy", "ms", "MiB", "command"], rows)
+    return table(["task", "accuracy", "ms per image", "MiB", "command"], rows)
 
 
 def recommended() -> str:
@@ -61,7 +61,7 @@ def recommended() -> str:
         entry = tagged.get(network)
         accuracy = "no weights" if entry is None else _accuracy(entry)
         rows.append([f"`{entry.name if entry else network}`", accuracy, f"{time:.1f}", f"{size} px"])
-    return table(["network", "accuracy", "ms", "input"], rows)
+    return table(["network", "accuracy", "ms per image", "input"], rows)
 
 
 def _accuracy(entry: Entry) -> str:

@@ -13,6 +13,7 @@ from spd_zoo.weights.manifest import PACKAGE, WeightsError
 
 __all__ = [
     "DEVICE",
+    "IMAGE_SIZE",
     "MAX_PIXELS",
     "CommandError",
     "Parser",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 DEVICE = "torch device, such as cpu, cuda:1 or mps (default: cuda if available, else cpu)"
+IMAGE_SIZE = "size of the network's input in pixels (default: the network's own)"
 MAX_PIXELS = "largest image that may be read as a whole, in pixels; with --tile, a TIFF is read in parts"
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"

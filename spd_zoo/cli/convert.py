@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
     text = "remove strides and pooling from a network without changing its predictions"
     command = add_command(commands, "convert", _run, text)
     command.add_argument(
-        "model", metavar="MODEL", help="network of this zoo or of timm, with or without a tag, or the folder of a run"
+        "model", metavar="MODEL", help="NETWORK or NETWORK.TAG of this zoo or of timm, or the folder of a run"
     )
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="new folder, which the other commands take as MODEL"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from spd_zoo.cli import results
 from spd_zoo.cli.common import (
     DEVICE,
+    IMAGE_SIZE,
     MAX_PIXELS,
     CommandError,
     Commands,
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "detect", _run, "detect objects in images")
     command.add_argument(
-        "model", metavar="MODEL", help="detector, with or without a tag, a run, or an exported .onnx file"
+        "model", metavar="MODEL", help="DETECTOR or DETECTOR.TAG, the folder of a run, or an exported .onnx file"
     )
     command.add_argument(
         "images",
@@ -57,7 +58,10 @@ def add(commands: Commands) -> None:
         help="minimum score; auto: the best one of each class on the run's validation images (default: 0.25)",
     )
     command.add_argument(
-        "--iou", type=threshold, metavar="X", help="IoU threshold of NMS, on tiles at most 0.5 (default: the authors')"
+        "--iou",
+        type=threshold,
+        metavar="X",
+        help="IoU threshold of NMS, on tiles at most 0.5 (default: that of the network's authors)",
     )
     command.add_argument(
         "--class-scores", type=class_scores, metavar="CLASS=X,...", help="minimum scores of single classes"
@@ -72,7 +76,7 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="maximum number of objects per image (default: 300, or an exported file's)",
     )
-    command.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the network's)")
+    command.add_argument("--image-size", type=image_size, metavar="N|HxW", help=IMAGE_SIZE)
     command.add_argument("--tile", type=positive, metavar="N", help="also cut large images into squares of N pixels")
     command.add_argument("--overlap", type=float, metavar="X", help="overlap of tiles, as a share of N (default: 0.2)")
     command.add_argument("--max-pixels", type=positive, metavar="N", help=MAX_PIXELS)

@@ -25,15 +25,22 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "evaluate", _run, "measure a network on labelled images")
     command.add_argument(
-        "model", metavar="MODEL", help="network, with or without a tag, a run, or an exported .onnx file"
+        "model", metavar="MODEL", help="NETWORK or NETWORK.TAG, the folder of a run, or an exported .onnx file"
     )
-    command.add_argument("--data", required=True, help="as for finetune")
+    command.add_argument("--data", required=True, help="labelled images, as for finetune")
     command.add_argument(
         "--split",
         default="",
         help="split of the data (default: test, else val, else what the run held out, else train)",
     )
-    command.add_argument("--image-size", type=image_size, nargs="+", default=(), metavar="N|HxW", help="pixels")
+    command.add_argument(
+        "--image-size",
+        type=image_size,
+        nargs="+",
+        default=(),
+        metavar="N|HxW",
+        help="sizes of the network's input in pixels, each evaluated (default: the network's own)",
+    )
     command.add_argument(
         "--tile",
         type=non_negative,
@@ -46,13 +53,14 @@ def add(commands: Commands) -> None:
         "--iou",
         type=threshold,
         metavar="X",
-        help="detectors: IoU threshold of NMS, on tiles at most 0.5 (default: the authors')",
+        help="detectors: IoU threshold of NMS, on tiles at most 0.5 (default: that of the network's authors)",
     )
     command.add_argument(
         "--max-detections",
         type=positive,
         metavar="N",
-        help="detectors: boxes that count, per image and per class in it (default: the authors' limit, and COCO's 100)",
+        help="detectors: boxes that count per image, and per class in an image (default: the authors' limit per image, "
+        "and COCO's 100 per class)",
     )
     command.add_argument(
         "--agnostic",
@@ -70,7 +78,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--image-column", default="", help="as for finetune")
     command.add_argument("--label-column", default="", help="as for finetune")
     command.add_argument(
-        "--class-map", metavar="FILE", help="YAML with lines like `name in the data: name in the network`"
+        "--class-map", metavar="FILE", help="YAML file with lines like `name in the data: name in the network`"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from spd_zoo.cli.common import (
+    IMAGE_SIZE,
     CommandError,
     Commands,
     add_command,
@@ -21,15 +22,17 @@ __all__ = ["add"]
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "export", _run, "export a network to one file for other runtimes")
-    command.add_argument("model", metavar="MODEL", help="network, with or without a tag, or the folder of a run")
+    command.add_argument("model", metavar="MODEL", help="NETWORK or NETWORK.TAG, or the folder of a run")
     command.add_argument("--to", choices=("onnx", "pt2"), required=True, help="ONNX, or torch.export's format")
-    command.add_argument("--out", type=Path, metavar="FILE", help="the file (default: in the run, or here)")
-    command.add_argument("--image-size", type=image_size, metavar="N|HxW", help="pixels (default: the network's)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: in the run, or here)")
+    command.add_argument("--image-size", type=image_size, metavar="N|HxW", help=IMAGE_SIZE)
     command.add_argument("--no-fold", action="store_true", help="keep space-to-depth and BatchNorm as layers")
     group = command.add_argument_group("detectors")
     group.add_argument("--raw", action="store_true", help="raw predictions, without decoding and NMS")
     group.add_argument("--score", type=threshold, default=0.25, metavar="X", help="minimum score (default: 0.25)")
-    group.add_argument("--iou", type=threshold, metavar="X", help="IoU threshold of NMS (default: the authors')")
+    group.add_argument(
+        "--iou", type=threshold, metavar="X", help="IoU threshold of NMS (default: that of the network's authors)"
+    )
     group.add_argument(
         "--max-detections",
         type=positive,
@@ -42,7 +45,9 @@ def add(commands: Commands) -> None:
     group.add_argument("--data", help="with --int8: data set for calibration and for the measurement, as for finetune")
     group.add_argument("--image-column", default="", help="as for finetune")
     group.add_argument("--label-column", default="", help="as for finetune")
-    group.add_argument("--workers", type=non_negative, default=2, metavar="N", help="processes that read images")
+    group.add_argument(
+        "--workers", type=non_negative, default=2, metavar="N", help="processes that read images (default: 2)"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ _WIDTH = 100
 def add(commands: Commands) -> None:
     """Adds the command."""
     command = add_command(commands, "info", _run, "print what is known about a network or its weights", networks=False)
-    command.add_argument("model", metavar="MODEL", help="network, with or without a tag")
+    command.add_argument("model", metavar="MODEL", help="NETWORK or NETWORK.TAG")
     command.add_argument("--all", action="store_true", help="print the whole manifest entry instead of a card")
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -98,7 +98,7 @@ def _place(checkpoint: dict[str, Any]) -> str:
         "bundled": "in this package",
         "package": f"in the extra {checkpoint['extra']}",
         "hub": "downloaded when used",
-        "unverified": "at its authors'",
+        "unverified": "from its authors, not verified",
         "replaced": f"replaced by {checkpoint['replaced_by']}",
     }[checkpoint["weights"]]
     return f"{place} ({checkpoint['license'] or 'licence unknown'})"

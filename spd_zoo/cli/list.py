@@ -15,8 +15,9 @@ _COMMANDS = {"classification": "predict", "detection": "detect"}
 _WEIGHTS = {"unverified": "import", "none": "-"}
 
 _LEGEND = """
-* loaded by pretrained=True; import: `spd-zoo weights pull NAME` reads the file
-of the authors. `spd-zoo info NAME` tells who measured the figure, and where."""
+weights: * is loaded by pretrained=True; import: get the authors' file with
+`spd-zoo weights pull NAME`; -: train the network with `spd-zoo finetune NAME`.
+`spd-zoo info NAME` tells who measured the accuracy."""
 
 
 def add(commands: Commands) -> None:

@@ -34,8 +34,8 @@ def add(commands: Commands) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="network, with or without a tag, a run, or an ONNX file (default: tf_efficientnet_lite0_spd, which knows "
-        "the 1,000 classes of ImageNet)",
+        help="NETWORK or NETWORK.TAG, the folder of a run, or an exported .onnx file (default: "
+        "tf_efficientnet_lite0_spd, which knows the 1,000 classes of ImageNet)",
     )
     command.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or globs")
     command.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes per image (default: 5)")

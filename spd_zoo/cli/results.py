@@ -21,7 +21,9 @@ _OF_DATA = {"split": "", "image_column": "", "label_column": ""}
 def add_options(command: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     """Adds the options for a file of results, and returns their group."""
     command.add_argument(
-        "--class-map", metavar="FILE", help="other names for the classes: a YAML file with lines like `mine: network's`"
+        "--class-map",
+        metavar="FILE",
+        help="your own names for classes: a YAML file with lines like `your name: name in the network`",
     )
     group = command.add_argument_group("many images", "one file of results, in bounded memory, that can be resumed")
     group.add_argument(
@@ -35,7 +37,7 @@ def add_options(command: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         "--workers", type=non_negative, default=2, metavar="N", help="processes that read images (default: 2)"
     )
     group.add_argument(
-        "--save-every", type=positive, default=512, metavar="N", help="save after so many images (default: 512)"
+        "--save-every", type=positive, default=512, metavar="N", help="save after every N images (default: 512)"
     )
     group.add_argument("--overwrite", action="store_true", help="replace an existing FILE once the new one is complete")
     return group

@@ -73,7 +73,7 @@ def _import(options: argparse.Namespace) -> int:
     print(file)
     digest = origin_of(file).get("original_sha256")
     replaced = [about for each, about in before.items() if not each.exists() and about.get("original_sha256") != digest]
-    print_notes([f"it replaces {name} from {about.get('origin', 'another file')}" for about in replaced])
+    print_notes([f"this replaces {name}, imported from {about.get('origin', 'another file')}" for about in replaced])
     network = name.partition(".")[0]
     if network not in entries():  # one of timm's, which does not know our tags
         call = f'"{network}", pretrained=True, pretrained_cfg_overlay={_timms_overlay(network, file)}'

@@ -457,7 +457,7 @@ class Detector:
                 f"{self.score_threshold:g} for {unmeasured}, of which no box was correct when the run was validated"
             )
         settings = ", ".join(self._other_settings())
-        words += [f"this detection differs from their measurement: it is {settings}"] if settings else []
+        words += [f"they were measured with other settings: this detection runs {settings}"] if settings else []
         return f"minimum scores: {'; '.join(words)}"
 
     def _other_settings(self) -> Iterator[str]:

@@ -414,7 +414,10 @@ class _Parts:
         self._refuse_foreign_files()
         if self.merging.exists():
             if self.folder.exists():
-                raise ResultsError(f"{self.merging} and {self.folder} are both there; delete one of them")
+                raise ResultsError(
+                    f"{self.merging} has all results of an earlier command, and {self.folder} those of another; delete "
+                    "the folder that you do not need"
+                )
             self.merging.rename(self.folder)
         begun = self._begun()
         if begun is not None and self._is_whole():  # killed between the last rename and this removal

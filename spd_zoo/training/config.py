@@ -63,7 +63,7 @@ class FinetuneConfig:
     """
 
     model: str = field(
-        metadata={"help": "network, with or without a tag, or local-dir:FOLDER; with --epochs +N: a finished run"}
+        metadata={"help": "NETWORK, NETWORK.TAG or local-dir:FOLDER; with --epochs +N: the folder of a finished run"}
     )
     data: str = field(
         metadata={
@@ -104,7 +104,7 @@ class FinetuneConfig:
     freeze: str = _option("", "modules that are not trained, for example stem,stages.0")
     head_init: str | None = _option(
         None,
-        "first weights of the classifier of a pretrained network: probe (a linear probe of the training images, or the "
+        "initial weights of a pretrained network's classifier: probe (a linear probe of the training images, or the "
         "pretrained outputs of the same classes, whichever is better), zero, or random (default: probe; zero with "
         "--stream)",
         only="classifiers",

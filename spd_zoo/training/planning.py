@@ -78,7 +78,7 @@ def plan(
         others = tags_in_words(config.model.partition(".")[0])
         process.print(
             f"note: the weights of {config.model} are a backbone: neck and head begin at random"
-            + (f"; whole networks for certain data, by name: {others}" if others else "")
+            + (f"; whole networks for particular data, selected by name: {others}" if others else "")
         )
     known = network_classes(net.pretrained_cfg, net.num_classes)
     keeps_classes = pretrained and not only_backbone and config.head_init != "random"
@@ -139,7 +139,7 @@ def _starts_pretrained(config: FinetuneConfig, process: Process) -> bool:
             f"the weights {model} are not verified: give --pretrained to begin with them, or --no-pretrained to begin "
             "at random"
         )
-    others = f"; {model} has weights for certain data, by name: {tags}" if tags else ""
+    others = f"; {model} has weights for particular data, selected by name: {tags}" if tags else ""
     process.print(
         f"note: {model} has no {'default' if tags else 'pretrained'} weights: all weights begin at random{others}"
     )

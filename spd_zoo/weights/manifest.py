@@ -187,7 +187,7 @@ def tags_in_words(network: str) -> str:
         if entry.class_names and entry.num_classes <= 5:
             classes += f": {', '.join(entry.class_names)}"
         facts = [entry.dataset, classes, f"{'x'.join(map(str, dict.fromkeys(entry.input_size[1:])))} px"]
-        facts += [] if entry.verified else [f"at their authors': spd-zoo info {entry.name}"]
+        facts += [] if entry.verified else [f"from their authors, not verified: spd-zoo info {entry.name}"]
         found.append(f"{entry.name} ({', '.join(filter(None, facts))})")
     return "; ".join(found)
 

@@ -133,7 +133,10 @@ def _open(root: Path, split: str, file: Path) -> BoxImages:
             "annotations and categories"
         ) from error
     if _has_scores(annotations):
-        raise DataError(f"{file} has the results of a detector, and no annotations; correct them and remove the scores")
+        raise DataError(
+            f"{file} has the results of a detector, and no annotations; give annotations, or correct these boxes and "
+            "remove their scores"
+        )
     collected = Collector(class_names, file)
     for list_name, keys in (("categories", category_ids), ("images", image_ids)):
         twice = next((key for key, number in Counter(map(repr, keys)).items() if number > 1), None)

@@ -35,7 +35,8 @@ def find_named(name: str) -> Source:
     splits = load_hugging_face(name)
     for split in splits:
         if "objects" not in splits[split].features:
-            raise DataError(f"{name} has no feature objects with bbox, but {', '.join(splits[split].features)}")
+            columns = ", ".join(splits[split].features)
+            raise DataError(f"{name} has no column `objects` with bbox and category; its columns are {columns}")
     return Source("data set of Hugging Face", {str(s): partial(_open, name, str(s), splits[s]) for s in splits})
 
 
@@ -50,7 +51,7 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
     keys = list(feature)
     category = next((key for key in CATEGORIES if key in keys), None)
     if "bbox" not in keys or category is None:
-        raise DataError(f"{name}: the feature objects needs bbox and category, and has {some(keys)}")
+        raise DataError(f"{name}: the column `objects` needs bbox and category, and has {some(keys)}")
     described = feature[category]
     described = described[0] if isinstance(described, list) else getattr(described, "feature", described)
     rows = [_by_key(objects, keys) for objects in dataset.select_columns(["objects"])[:]["objects"]]

@@ -346,11 +346,11 @@ class Collector:
             boxes = list(boxes)
             if size == stored != turned:
                 boxes = [_turned(box, size, orientation) for box in boxes]
-                self.defect("images are labelled as they are stored; their boxes are turned as EXIF says", str(file))
+                self.defect("images are labelled as stored, without EXIF rotation; their boxes are rotated", str(file))
                 size = turned
             elif boxes and stored == turned == size:
-                sort = "images are rotated by EXIF without another size: their boxes are taken to be those of the "
-                self.defect(f"{sort}upright image, which cannot be known", str(file))
+                sort = "images keep their size when EXIF rotates them: their boxes are assumed to be those of the "
+                self.defect(f"{sort}rotated image", str(file))
         size = size or turned
         different = self._different(boxes, str(file)) if size[0] else ()
         kept = [row for box in different if (row := self._checked(box, size, str(file))) is not None]
@@ -376,7 +376,7 @@ class Collector:
         for box in boxes:
             same = (*box[:5], box.ignored)
             if same in seen and box.label is not None:
-                self.defect("boxes are there twice and count once", box.where, image)
+                self.defect("boxes are annotated twice and count once", box.where, image)
             else:
                 seen.add(same)
                 yield box

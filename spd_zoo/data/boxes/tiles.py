@@ -221,7 +221,8 @@ def tiles_in_words(about: dict[str, Any]) -> Iterator[str]:
     yield f"tiles of {about['side']} px that overlap by {about['overlap']:g} at least:"
     yield (
         f"  train: {count(train['images'], 'image')} in {count(train['with objects'], 'tile')} with objects{whole} and "
-        f"{train['without objects']} without; an epoch trains on {train['in an epoch']}, those without newly drawn; "
+        f"{train['without objects']} without; an epoch trains on {train['in an epoch']} (those without drawn anew); "
         f"{count(train['objects'], 'object')} seen {train['objects in tiles']} times"
     )
-    yield f"  val: {count(val['images'], 'image')} in {count(val['views'], 'view')}, whose boxes are merged"
+    seen = f"{count(val['images'], 'image')} in {count(val['views'], 'view')} (tiles and whole images)"
+    yield f"  val: {seen}, whose boxes are merged"

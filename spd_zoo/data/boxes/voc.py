@@ -144,7 +144,8 @@ def _open(root: Path, folder: _Folder, listed: Path | None) -> BoxImages:
         if image is None:  # only now does the name in the file matter
             image = folder.images / (annotation.file_name or f"{file.stem}.jpg")
         elif annotation.file_name and _last_part(annotation.file_name) not in map(clean_name, (image.name, image.stem)):
-            collected.defect("XML files name another image than they are called after, which is read", str(file), image)
+            other = "XML files name another image in <filename>; the one with the file's own name is read"
+            collected.defect(other, str(file), image)
         for problem, where_it_is in annotation.problems:
             collected.leave_out(problem, where_it_is, image)
         used.add(image)

@@ -94,7 +94,7 @@ def find(root: Path) -> Source | None:
         return Source("YOLO", {name: partial(_open, root, [path], config) for name, path in inside.items()}, notes)
     if images and (labels or _has_labels_beside(images)):
         texts = [file.name for file in files_with(root, ".txt", deep=False) if split_of(file.stem)]
-        notes += [f"{some(texts)} in {root} not read, because no list of images"] if texts else []
+        notes += [f"{some(texts)} in {root} not read, because they do not list images"] if texts else []
         return Source("YOLO", {"train": partial(_open, root, [images], config)}, notes)
     beside = _splits_with_labels_beside(root)
     if beside:

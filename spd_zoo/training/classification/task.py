@@ -210,7 +210,8 @@ class Classification:
         trained = outputs == list(range(len(known.names)))
         probe = config.head_init == "probe"
         if probe and (layer is None or isinstance(data, StreamedImages)):
-            process.print("note: no linear probe of a stream, or of more than one layer: a new classifier is zero")
+            reason = "the data is a stream" if layer is not None else "the classifier has more than one layer"
+            process.print(f"note: {reason}, so there is no linear probe: the weights of a new classifier start at zero")
             probe = False
         if not probe and config.head_init != "random" and not trained:
             zero_classifier(net)
@@ -222,14 +223,14 @@ class Classification:
         batches = self.eval_batches(net, probed, size, batch_size, config.workers, preprocessing, process)
         inputs, labels = features(net, layer, batches, preprocessing, process)
         weight, bias, right = ridge_classifier(inputs, labels, len(classes))
-        text = f"a linear probe of {len(probed)} training images, {100 * right:.1f} % right with each image left out"
+        text = f"a linear probe of {len(probed)} training images, leave-one-out accuracy {100 * right:.1f} %"
         if outputs is not None:
             arguments = parse_model_args(config.model_args)
             arguments.pop("num_classes", None)
             old = pretrained_classifier(config.model, arguments, outputs)
             share = (inputs @ old[0].T + old[1]).argmax(1).eq(labels).double().mean().item()
             if share >= right:
-                (weight, bias), text = old, f"the pretrained outputs of these classes, {100 * share:.1f} % right"
+                (weight, bias), text = old, f"the pretrained outputs of these classes, accuracy {100 * share:.1f} %"
         weight, bias = process.broadcast((weight, bias))
         set_classifier(layer, weight, bias)
         process.print(f"the classifier starts as {text}")

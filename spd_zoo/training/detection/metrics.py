@@ -293,7 +293,7 @@ class BoxPredictions:
         by_area = ", ".join(f"{area} {_words(row[f'ap_{area}'])}" for area in AREAS[1:])
         in_input = ", ".join(f"{area} {_words(row[f'input_ap_{area}'])}" for area in AREAS[1:])
         classes = ", ".join(f"{row['class']} {_words(row['ap'])}" for row in self.per_class())
-        boxes = f"{row['ms_boxes']:.1f} ms" if "ms_boxes" in row else "in it"
+        boxes = f", {row['ms_boxes']:.1f} ms for" if "ms_boxes" in row else ", including"
         tiling = self.data.tiling
         tiles = "" if tiling is None else f"; on tiles of {tiling.side} px that overlap by {tiling.overlap:g}"
         scores = zip(self.data.class_names, self.best_scores, strict=True)
@@ -302,8 +302,8 @@ class BoxPredictions:
             f"AP {_words(row['ap'])}, AP50 {_words(row['ap50'])}, AP75 {_words(row['ap75'])}; precision "
             f"{_words(row['precision'])}, recall {_words(row['recall'])}, F1 {_words(row['f1'])} at the minimum score "
             f"with the best F1 of each class ({best or 'no box is correct'}); "
-            f"{by_area} (as the network sees them: {in_input}); {classes}; per image {row['ms_prepare']:.1f} ms to "
-            f"read and preprocess, {row['ms_network']:.1f} ms in the network, {boxes} to decode and suppress boxes"
+            f"{by_area} (at the network's input: {in_input}); {classes}; per image {row['ms_prepare']:.1f} ms to "
+            f"read and preprocess, {row['ms_network']:.1f} ms in the network{boxes} decoding and NMS"
             f"{tiles}{self.suppression.in_words()}"
         )
 

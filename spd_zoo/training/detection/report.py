@@ -36,7 +36,7 @@ def write(
     summary |= {f"AP{name[2:]}": _percent(numbers[name]) for name in ("ap", "ap50", "ap75")}
     for name, title in (("precision", "precision"), ("recall", "recall"), ("f1", "F1")):
         summary[f"{title} at the best minimum scores, mean of the classes"] = _percent(numbers[name])
-    for prefix, where in (("", "in the image's pixels"), ("input_", "in what the network sees")):
+    for prefix, where in (("", "in the image's pixels"), ("input_", "at the network's input")):
         for area in ("small", "medium", "large"):
             summary[f"AP of {area} objects, {where}"] = _percent(numbers[f"{prefix}ap_{area}"])
     stages = {
@@ -62,7 +62,7 @@ def write(
     sizes = [[row["size"], row["objects"], row["detected"], _percent(row["recall"])] for row in by_size]
     classes += (
         "<p>score: the minimum score with the best F1, at which precision, recall and F1 are measured (IoU 0.5). "
-        "Small, medium and large: AP by size in what the network sees</p><h2>Recall by size in the network's input</h2>"
+        "Small, medium and large: AP by size at the network's input</p><h2>Recall by size at the network's input</h2>"
         + table(["root of the area", "objects", "detected", "recall"], sizes)
     )
     colours = "correct boxes are green, wrong ones red, missed objects yellow"
