@@ -18,8 +18,10 @@ from spd_zoo.cli.main import main
 from spd_zoo.data.boxes import BoxImages, found_in_words, open_boxes, with_names
 from spd_zoo.data.boxes.sizes import describe_sizes, sizes_in_words
 from spd_zoo.data.boxes.writing import convert_data
+from spd_zoo.data.check import check
 from spd_zoo.data.classes import without_unused
 from spd_zoo.data.labelled import DataError
+from spd_zoo.process import Process
 
 Lines = dict[str, str]
 
@@ -789,6 +791,39 @@ def test_data_sets_of_hugging_face_have_objects(named: bool, tmp_path: Path) -> 
     assert list(boxes_of(data).values()) == list(truth().values()) and data.class_names == NAMES
     assert data.image(3).tobytes() == scenes(4)[3][0].tobytes()
     assert "data set of Hugging Face: train 8 images" in found_in_words({"train": data})
+
+
+def parquet_with(objects: list[Any], feature: Any, images: list[Any], root: Path) -> Path:
+    """A data set of Hugging Face in a parquet file."""
+    import datasets
+
+    columns: Any = {"image": datasets.Image(), "objects": feature}
+    root.mkdir()
+    rows = {"image": images, "objects": objects}
+    datasets.Dataset.from_dict(rows, datasets.Features(columns)).to_parquet(root / "train.parquet")
+    return root
+
+
+@pytest.mark.slow
+def test_a_row_of_hugging_face_without_an_image_is_unreadable(tmp_path: Path) -> None:
+    import datasets
+
+    kind: Any = datasets.List({"bbox": datasets.List(datasets.Value("float32")), "category": datasets.Value("binary")})
+    rows = [[{"bbox": [1, 1, 4, 4], "category": b"cat"}], [], [None], []]
+    images = [scenes(1)[0][0], None, scenes(1)[0][0], None]
+    data = opened(parquet_with(rows, kind, images, tmp_path / "data"))
+    assert data.class_names == ["cat"] and list(map(len, boxes_of(data).values())) == [1, 0, 0, 0]
+    assert list(data.defects) == ["objects lack four numbers of a box or a category and are left out"]
+    about = check({"train": data}, 0, Process(torch.device("cpu")))
+    assert list(about["train"]["unreadable"]) == ["train row 1", "train row 3"]
+
+
+@pytest.mark.slow
+def test_objects_of_hugging_face_that_are_no_boxes_are_refused(tmp_path: Path) -> None:
+    import datasets
+
+    with pytest.raises(DataError, match=r"the feature objects needs bbox and category, and has Value\('string'\)"):
+        opened(parquet_with(["{}"], datasets.Value("string"), [scenes(1)[0][0]], tmp_path / "data"))
 
 
 @pytest.mark.slow

@@ -578,6 +578,7 @@ def test_a_local_hugging_face_data_set_is_read(hugging_face: Path, form: str) ->
         ([1, -1], "int64", ([1, 0], ["-1", "1"])),
         ([2.0, 0.0, 10.0], "float64", ([1, 0, 2], ["0", "2", "10"])),
         ([True, False], "bool", ([1, 0], ["0", "1"])),
+        ([b"dog", b"cat"], "binary", ([1, 0], ["cat", "dog"])),
     ],
 )
 def test_labels_need_no_names(hugging_face: Path, labels: list[object], kind: str, expected: object) -> None:
@@ -611,6 +612,21 @@ def test_rows_without_one_label_are_refused(
     dataset_of(label, labels).to_parquet(hugging_face / "train.parquet")
     with pytest.raises(DataError, match=message):
         open_data(hugging_face, "train", label_column="kind")
+
+
+@pytest.mark.parametrize("number", [2, -2])
+def test_a_number_that_is_no_class_is_refused(hugging_face: Path, number: int) -> None:
+    import datasets
+    from pyarrow import parquet
+
+    hugging_face.mkdir()
+    file = hugging_face / "train.parquet"
+    dataset_of(datasets.ClassLabel(names=["red", "blue"]), [0, 1]).to_parquet(file)
+    with_names = parquet.read_schema(file).metadata
+    dataset_of(datasets.Value("int64"), [0, number]).to_parquet(file)  # `datasets` itself does not write such a row
+    parquet.write_table(parquet.read_table(file).replace_schema_metadata(with_names), file)
+    with pytest.raises(DataError, match=f"row 1 of the split train has {number} .* numbered from 0 to 1; correct it"):
+        open_data(hugging_face, "train")
 
 
 def test_a_row_without_an_image_is_unreadable(hugging_face: Path) -> None:
