@@ -346,7 +346,13 @@ def test_labels_with_leading_zeros_have_one_order_in_every_process(tmp_path: Pat
         found.add(done.stdout)
     assert found == {"['001', '01', '1', '2', '10']\n"}
     (note,) = opened(tmp_path / "list.csv").notes
-    assert note == "classes that differ only in case or leading zeros are kept apart: 001 and 01 and 1"
+    assert note == "classes that differ only in case or zeros around a number are kept apart: 001 and 01 and 1"
+
+
+def test_numbers_with_and_without_a_decimal_point_are_named(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{i}.png,{i}\n" for i in ("1", "1.0", "2.5", "v1.0")))
+    (note,) = opened(tmp_path / "list.csv").notes
+    assert note == "classes that differ only in case or zeros around a number are kept apart: 1 and 1.0"
 
 
 @pytest.mark.parametrize("address", ["https://example.org/data", "http://example.org/a.csv", "s3://bucket/data"])
