@@ -24,7 +24,7 @@ from spd_zoo.arguments import positive_integer
 from spd_zoo.errors import first_line
 from spd_zoo.models._detector import DetectionNet
 from spd_zoo.models._registry import all_maps, register_unlisted_model
-from spd_zoo.rewrite import move_hooks
+from spd_zoo.rewrite import move_hooks, what_is_attached
 from spd_zoo.spd import MaxPool2d, PhaseMix, SPDConv2d, SPDMaxPool2d
 from spd_zoo.trace import OperatorMode, TraceError, copy_network, image_size, meta_copy, run_on_meta
 from spd_zoo.weights.fit import check_fit, filter_of, fit_image_channels
@@ -234,6 +234,8 @@ def _same(module: Any, name: str) -> nn.Module:
         return MaxPool2dSame(module.kernel_size, 1, dilation=module.dilation)
     if type(module) is nn.AvgPool2d:
         return AvgPool2dSame(module.kernel_size, 1, count_include_pad=module.count_include_pad)
+    if attached := what_is_attached(module):
+        raise ValueError(f"{name} has an even kernel and needs a new layer for its padding at stride 1, but {attached}")
     if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
         raise ValueError(
             f"{name}, a {type(module).__name__}, has an even kernel, for which there is no padding at stride 1"

@@ -791,6 +791,36 @@ def test_data_sets_of_hugging_face_have_objects(named: bool, tmp_path: Path) -> 
     assert "data set of Hugging Face: train 8 images" in found_in_words({"train": data})
 
 
+def parquet_with(objects: list[Any], feature: Any, images: list[Any], root: Path) -> Path:
+    """A data set of Hugging Face in a parquet file."""
+    import datasets
+
+    columns: Any = {"image": datasets.Image(), "objects": feature}
+    root.mkdir()
+    rows = {"image": images, "objects": objects}
+    datasets.Dataset.from_dict(rows, datasets.Features(columns)).to_parquet(root / "train.parquet")
+    return root
+
+
+@pytest.mark.slow
+def test_categories_of_hugging_face_may_be_bytes_and_an_object_null(tmp_path: Path) -> None:
+    import datasets
+
+    kind: Any = datasets.List({"bbox": datasets.List(datasets.Value("float32")), "category": datasets.Value("binary")})
+    rows = [[{"bbox": [1, 1, 4, 4], "category": b"cat"}], [], [None]]
+    data = opened(parquet_with(rows, kind, [scenes(1)[0][0]] * 3, tmp_path / "data"))
+    assert data.class_names == ["cat"] and list(map(len, boxes_of(data).values())) == [1, 0, 0]
+    assert list(data.defects) == ["objects lack four numbers of a box or a category and are left out"]
+
+
+@pytest.mark.slow
+def test_objects_of_hugging_face_that_are_no_boxes_are_refused(tmp_path: Path) -> None:
+    import datasets
+
+    with pytest.raises(DataError, match=r"the column `objects` needs bbox and category, and has Value\('string'\)"):
+        opened(parquet_with(["{}"], datasets.Value("string"), [scenes(1)[0][0]], tmp_path / "data"))
+
+
 @pytest.mark.slow
 def test_images_with_metadata_are_a_data_set_of_hugging_face(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()

@@ -52,3 +52,13 @@ def test_three_combinations_are_recorded_once(tmp_path: Path, capsys: pytest.Cap
     assert compare_tiles.main([*command, "--images", "64", "--workers", "0"]) == 0
     assert "| whole | tiles |" in capsys.readouterr().out
     assert len((tmp_path / "runs" / "tiles.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("line", ['{"seed": 0, "trai', '{"seed": 0}', "[]"])
+def test_a_file_of_other_records_is_refused_in_a_sentence(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiles.jsonl").write_text(f"{line}\n")
+    assert compare_tiles.main(["--data", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "tiles.jsonl, line 1 " in capsys.readouterr().err
+    assert (tmp_path / "tiles.jsonl").read_text() == f"{line}\n"

@@ -347,7 +347,13 @@ def test_labels_with_leading_zeros_have_one_order_in_every_process(tmp_path: Pat
         found.add(done.stdout)
     assert found == {"['001', '01', '1', '2', '10']\n"}
     (note,) = opened(tmp_path / "list.csv").notes
-    assert note == "classes that differ only in case or leading zeros are kept apart: 001 and 01 and 1"
+    assert note == "classes that differ only in case or zeros around a number are kept apart: 001 and 01 and 1"
+
+
+def test_numbers_with_and_without_a_decimal_point_are_named(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{i}.png,{i}\n" for i in ("1", "1.0", "2.5", "v1.0")))
+    (note,) = opened(tmp_path / "list.csv").notes
+    assert note == "classes that differ only in case or zeros around a number are kept apart: 1 and 1.0"
 
 
 @pytest.mark.parametrize("address", ["https://example.org/data", "http://example.org/a.csv", "s3://bucket/data"])
@@ -579,6 +585,7 @@ def test_a_local_hugging_face_data_set_is_read(hugging_face: Path, form: str) ->
         ([1, -1], "int64", ([1, 0], ["-1", "1"])),
         ([2.0, 0.0, 10.0], "float64", ([1, 0, 2], ["0", "2", "10"])),
         ([True, False], "bool", ([1, 0], ["0", "1"])),
+        ([b"dog", b"cat"], "binary", ([1, 0], ["cat", "dog"])),
     ],
 )
 def test_labels_need_no_names(hugging_face: Path, labels: list[object], kind: str, expected: object) -> None:
@@ -612,6 +619,21 @@ def test_rows_without_one_label_are_refused(
     dataset_of(label, labels).to_parquet(hugging_face / "train.parquet")
     with pytest.raises(DataError, match=message):
         open_data(hugging_face, "train", label_column="kind")
+
+
+@pytest.mark.parametrize("number", [2, -2])
+def test_a_number_that_is_no_class_is_refused(hugging_face: Path, number: int) -> None:
+    import datasets
+    from pyarrow import parquet
+
+    hugging_face.mkdir()
+    file = hugging_face / "train.parquet"
+    dataset_of(datasets.ClassLabel(names=["red", "blue"]), [0, 1]).to_parquet(file)
+    with_names = parquet.read_schema(file).metadata
+    dataset_of(datasets.Value("int64"), [0, number]).to_parquet(file)  # `datasets` itself does not write such a row
+    parquet.write_table(parquet.read_table(file).replace_schema_metadata(with_names), file)
+    with pytest.raises(DataError, match=f"row 1 of the split train has {number} .* numbered from 0 to 1; correct it"):
+        open_data(hugging_face, "train")
 
 
 def test_a_row_without_an_image_is_unreadable(hugging_face: Path) -> None:

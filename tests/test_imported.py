@@ -45,6 +45,7 @@ from spd_zoo.weights import (
 )
 from spd_zoo.weights.download import page_or_pointer
 from spd_zoo.weights.fit import filter_of
+from spd_zoo.weights.imported import converted
 from spd_zoo.weights.manifest import Entry, entries, manifest_path
 from spd_zoo.weights.publish import prepare
 
@@ -120,7 +121,7 @@ def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         lambda tensors: {"model": {"x": torch.zeros(1)}, "ema": None, "state_dict": tensors, "args": object},
         lambda tensors: {"state_dict": {"x": torch.zeros(1)}, "model_ema": tensors, "optimizer": {"state": [1, 2.5]}},
         lambda tensors: {"model": {"x": torch.zeros(1)}, "model_ema": averaged(tensors)},
-        lambda tensors: {"model": tensors, "ema": {}},
+        lambda tensors: {"model": tensors, "ema": {"decay": 0.99, "steps": 3}, "model_ema": {}},
         lambda tensors: {"module": {f"module.model.net.{key}": tensor for key, tensor in tensors.items()}},
     ],
     ids=["state dict", "data parallel", "unknown class", "averaged", "torch's average", "no average", "wrapped often"],
@@ -338,6 +339,15 @@ def test_the_error_for_a_misfit_names_the_network_that_it_fits(tensors: dict[str
     wrong.pop(next(iter(tensors)))
     with pytest.raises(WeightsError, match=r"1 of .* tensors are missing"):
         import_weights(NAME, save(wrong, tmp_path / "b.pth"), tmp_path)
+
+
+def test_the_error_for_tensors_beside_the_networks_own_says_what_to_save(tensors: dict[str, Tensor]) -> None:
+    training = {f"model.{key}": tensor for key, tensor in tensors.items()} | {"criterion.weight": torch.ones(3)}
+    with pytest.raises(WeightsError, match=r"; those under model\. fit; save these .* such as criterion\.weight$"):
+        converted("cifar_resnet20", training, {})
+    both = {f"{part}.{key}": tensor for key, tensor in tensors.items() for part in ("model", "ema")}
+    with pytest.raises(WeightsError, match=r"; model\. and ema\. each hold tensors that fit; save those of one"):
+        converted("cifar_resnet20", both, {})
 
 
 @pytest.mark.parametrize("name", ["no_network", "../cifar_resnet20", "cifar_resnet20.../x", "cifar_resnet20.A", ""])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from networks import noise, random_network
 from safetensors.torch import load_file, save_file
 from timm.layers import Conv2dSame, LayerNorm2d
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from spd_zoo import convert_to_spd, keep_resolution
 from spd_zoo.spd import SPDConv2d
@@ -331,3 +333,23 @@ def test_a_network_that_takes_no_smaller_images_stays_as_it_was() -> None:
     with pytest.raises(ValueError, match=reason):
         keep_resolution(net, inplace=True, example_input=torch.zeros(1, 3, 32, 32))
     assert net.conv.stride == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("attach", "message"),
+    [
+        (nn.utils.weight_norm, "remove_weight_norm"),
+        (nn.utils.parametrizations.weight_norm, "remove_parametrizations"),
+        (lambda conv: prune.identity(conv, "weight"), r"prune\.remove"),
+    ],
+    ids=["weight_norm", "parametrization", "prune"],
+)
+def test_an_even_kernel_that_is_computed_is_refused(attach: Callable[[nn.Module], object], message: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2)).eval()
+    attach(net[0])
+    images = torch.randn(1, 3, 8, 8)
+    before = net(images)
+    with pytest.raises(ValueError, match=rf"0 has an even kernel .*make (it|the weight) permanent first .*{message}"):
+        keep_resolution(net, example_input=images, inplace=True)
+    assert torch.equal(net(images), before)

@@ -236,7 +236,24 @@ LOG = (
 @pytest.mark.parametrize("first", [0, 1])
 def test_the_minutes_of_a_run_are_those_of_its_epochs(tmp_path: Path, first: int) -> None:
     (tmp_path / "log.txt").write_text("".join(LOG[first:]))
-    assert compare_starts.minutes_of(tmp_path) == pytest.approx(4)
+    starts = [{"time": f"2026-01-01T00:0{minute}:00.000+00:00"} for minute in (0, 3, 5)]
+    for again, minutes in ((), 4), ((starts[2],), 4), ((starts[1],), None):  # in between, it was stopped
+        (tmp_path / "environment.json").write_text(json.dumps([starts[0], *again]))
+        assert compare_starts.minutes_of(tmp_path) == minutes
+    (tmp_path / "log.txt").write_text("".join(LOG[first:2]))  # one epoch, whose beginning is unknown
+    assert compare_starts.minutes_of(tmp_path) is None
+
+
+def test_starts_without_data_or_seeds_are_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--out", str(tmp_path / "runs"), "--workers", "0"]
+    assert compare_starts.main([*command, "--coco", str(tmp_path / "none")]) == 1
+    error = capsys.readouterr().err
+    assert "No such file" in error and "instances_train.json" in error and len(error.splitlines()) == 1
+    with pytest.raises(SystemExit, match="2"):
+        compare_starts.main([*command, "--data", str(tmp_path), "--seeds", "0"])
+    assert "--seeds must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -254,6 +271,7 @@ def test_starts_are_compared_on_the_test_images(tmp_path: Path, monkeypatch: pyt
         )
         (config.out / "data.json").write_text('{"train": {"images": 3}}')
         (config.out / "log.txt").write_text("".join(LOG))
+        (config.out / "environment.json").write_text("[{}]")
 
     monkeypatch.setattr(compare_starts, "finetune", train)
     data = make_folders(tmp_path / "data", train=1, val=1, test=2)

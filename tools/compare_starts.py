@@ -6,8 +6,8 @@
 Trains `--model` from its pretrained weights and from scratch, and timm's resnet50 from scratch (with
 `--timm-pretrained`, from its weights on the Hub). Each is trained with several seeds, with the defaults of `spd-zoo
 finetune` and the same number of epochs, and evaluated on the split test, or val if there is none. Interrupted runs are
-resumed. With `--coco`, a folder with `images/` and `instances_{train,val,test}.json`, every annotated box becomes an
-image.
+resumed; their minutes do not count. With `--coco`, a folder with `images/` and `instances_{train,val,test}.json`, every
+annotated box becomes an image.
 """
 
 import argparse
@@ -25,8 +25,10 @@ from PIL import Image
 
 import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo.files import whole
+from spd_zoo.process import Stopped
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import FinetuneConfig, finetune
+from spd_zoo.weights import WeightsError
 
 
 def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
@@ -48,12 +50,16 @@ def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
                 image.crop((left, top, left + width, top + height)).save(folder / f"{box['id']}.png")
 
 
-def minutes_of(run: Path) -> float:
-    """Time between the ends of the first and last epoch, scaled to all epochs; only for an uninterrupted run."""
+def minutes_of(run: Path) -> float | None:
+    """Time between the ends of the first and last epoch, scaled to all epochs; None of one epoch, or if interrupted."""
     lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
     words = [line.split() for line in lines]
     ends = [datetime.fromisoformat(time).timestamp() for time, first, *_ in words if first == "epoch"]
-    return (ends[-1] - ends[0]) / max(1, len(ends) - 1) * len(ends) / 60
+    starts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    again = [datetime.fromisoformat(start["time"]).timestamp() for start in starts[1:]]
+    if len(ends) < 2 or any(time < ends[-1] for time in again):
+        return None
+    return (ends[-1] - ends[0]) / (len(ends) - 1) * len(ends) / 60
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -93,8 +99,9 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         row |= {"epochs": options.epochs, "image_size": options.image_size, "seeds": options.seeds}
         for key in ("top1", "macro_f1", "minutes"):
-            row[key] = round(statistics.mean(figures[key] for figures in found), 4)
-        row["top1_std"] = round(statistics.stdev([figures["top1"] for figures in found]), 4) if len(found) > 1 else 0.0
+            values = [figures[key] for figures in found if figures[key] is not None]
+            row[key] = round(statistics.mean(values), 4) if values else None
+        row["top1_std"] = round(statistics.stdev([figures["top1"] for figures in found]), 4) if len(found) > 1 else None
         rows.append(row)
     return rows
 
@@ -118,13 +125,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     options = parser.parse_args(argv)
-    if options.coco:
-        options.data = options.out / f"images_{options.largest_class or 'all'}"
-        if not options.data.is_dir():
-            options.out.mkdir(parents=True, exist_ok=True)
-            with whole(options.data) as folder:  # all images, or none
-                crop_boxes(options.coco, folder, options.largest_class)
-    for row in compare(options):
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    try:
+        if options.coco:
+            options.data = options.out / f"images_{options.coco.resolve().name}_{options.largest_class or 'all'}"
+            if not options.data.is_dir():
+                options.out.mkdir(parents=True, exist_ok=True)
+                with whole(options.data) as folder:  # all images, or none
+                    crop_boxes(options.coco, folder, options.largest_class)
+        rows = compare(options)
+    except Stopped as stopped:
+        print(stopped or "stopped; the same command resumes", file=sys.stderr)
+        return 128 + stopped.number
+    except (ValueError, OSError, WeightsError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for row in rows:
         print(json.dumps(row) if options.json else ", ".join(f"{key} {value}" for key, value in row.items()))
     return 0
 

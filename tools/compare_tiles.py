@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from twins_config import read_records
 
 from spd_zoo.data.boxes import Tiling, open_boxes
 from spd_zoo.data.boxes.tiles import cut
@@ -32,6 +33,7 @@ from spd_zoo.process import Stopped
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import finetune
+from spd_zoo.weights import WeightsError
 
 SOURCES = (  # frames of one video or flight, by file name; the two crops of MOS74 to MOS93 show the same flight
     r"(MunichStreet02-)?MOS[789]\d\.",
@@ -44,6 +46,7 @@ SOURCES = (  # frames of one video or flight, by file name; the two crops of MOS
     r"DJI_\d+\.",
 )
 COMBINATIONS = (("whole", "whole"), ("whole", "tiles"), ("tiles", "tiles"))  # training, evaluation
+_FIELDS = ("seed", "trained", "evaluated", "inputs", "metrics")  # of a record
 BATCH = 16
 VALIDATION = 0.2  # minimum share of the images
 
@@ -160,9 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(argv)
     file = options.records or options.out / "tiles.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    records = [each for each in map(json.loads, lines) if key(options).items() <= each.items()]
     try:
+        records = [each for each in read_records(file, _FIELDS) if key(options).items() <= each.items()]
         for seed in range(options.seeds):
             if not any(each["seed"] == seed for each in records):
                 found = run_seed(options, seed)
@@ -173,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped or "stopped; the same command resumes", file=sys.stderr)
         return 128 + stopped.number
-    except ValueError as error:
+    except (ValueError, OSError, WeightsError) as error:
         print(error, file=sys.stderr)
         return 1
     text = table(records)

@@ -157,7 +157,7 @@ def starts() -> str:
         [
             str(row["train_images"]),
             row["start"],
-            f"{row['top1']:.2f} % ± {row['top1_std']:.2f}",
+            f"{row['top1']:.2f} % " + ("(one seed)" if row["top1_std"] is None else f"± {row['top1_std']:.2f}"),
             f"{row['macro_f1']:.3f}",
         ]
         for row in records("starts.jsonl")

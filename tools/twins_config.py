@@ -97,20 +97,23 @@ def digest(config: dict[str, Any], network: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """The runs that a file of JSON lines records; none without a file.
+def read_records(file: Path, fields: Sequence[str] = ("digest", "seed", "metrics")) -> list[dict[str, Any]]:
+    """The runs that a file of JSON lines records, each with these fields; none without a file.
 
     Raises:
-        ConfigError: If a line is no JSON.
+        ConfigError: If a line is no JSON, or records something else.
     """
     if not file.exists():
         return []
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"{file}, line {number} is no JSON ({error}); remove it to repeat its run") from error
+        if not isinstance(record, dict) or not record.keys() >= set(fields):
+            raise ConfigError(f"{file}, line {number} records no run with {', '.join(fields)}; give another file")
+        records.append(record)
     return records
 
 

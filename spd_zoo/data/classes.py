@@ -2,6 +2,7 @@
 
 import difflib
 import operator
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,12 +66,13 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def look_alikes(names: Iterable[str]) -> list[str]:
-    """A note if classes differ only in case or leading zeros, which may be an accident."""
+    """A note if classes differ only in case or zeros around a number, which may be an accident."""
     groups = defaultdict(list)
     for name in names:
-        groups[name.lstrip("0") or "0" if name.isdecimal() else name.casefold()].append(name)
+        number = re.sub(r"(?<=\d)\.0*$", "", name)  # 1.0, as tables write whole numbers where one is missing
+        groups[number.lstrip("0") or "0" if number.isdecimal() else name.casefold()].append(name)
     alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
-    return [f"classes that differ only in case or leading zeros are kept apart: {some(alike)}"] if alike else []
+    return [f"classes that differ only in case or zeros around a number are kept apart: {some(alike)}"] if alike else []
 
 
 @dataclass(frozen=True)

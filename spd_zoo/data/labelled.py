@@ -52,7 +52,7 @@ class EncodedColumn:
 
     def __getitem__(self, index: int) -> str | BytesIO:
         image = self.dataset[index][self.column]
-        if image is None:
+        if image is None or (image["bytes"] is None and not image["path"]):
             raise ValueError("this row holds no image")
         return BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
 
@@ -396,6 +396,12 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     several = next((value for value in values if isinstance(value, list | dict)), None)
     if several is not None:
         raise DataError(f"{name}: the column {label_column} holds values such as {several!r}; an image needs one class")
+    unknown = next((i for i, value in enumerate(values) if declared and not _is_class(value, len(declared))), None)
+    if unknown is not None:
+        raise DataError(
+            f"{name}: row {unknown} of the split {dataset.split} has {values[unknown]} in the column {label_column}, "
+            f"whose classes are numbered from 0 to {len(declared) - 1}; correct it"
+        )
     texts = [_class_name(value, declared) for value in values]
     if not all(texts):
         raise DataError(f"{name}: {texts.count('')} rows of the split {dataset.split} have no label")
@@ -407,12 +413,19 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     return LabelledImages(EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)), tuple(notes))
 
 
+def _is_class(value: Any, classes: int) -> bool:
+    """Whether a row's value is the number of one of some classes, or none."""
+    return value is None or -1 <= value < classes
+
+
 def _class_name(value: Any, declared: Sequence[str] | None) -> str:
     """The class of a row, by its number in `declared` if there is that; "" without a label."""
     if value is None or value != value or (declared is not None and value == -1):
         return ""
     if declared is not None:
         return clean_name(declared[value])
+    if isinstance(value, bytes):  # text in a binary column
+        return clean_name(value.decode("utf-8", "backslashreplace"))
     whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())  # a column of 0.0 and 1.0
     return clean_name(str(int(value) if whole else value))
 

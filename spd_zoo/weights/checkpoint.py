@@ -173,7 +173,9 @@ def _weights_in(content: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _may_hold_weights(value: Any) -> bool:
-    return isinstance(value, Unknown) or (isinstance(value, dict) and bool(value))
+    """Whether a value is an object, or a dict with a tensor, a dict or an object in it, and not only with settings."""
+    inner = value.values() if isinstance(value, dict) else ()
+    return isinstance(value, Unknown) or any(isinstance(each, Tensor | dict | Unknown) for each in inner)
 
 
 def _is_network(value: Any) -> bool:

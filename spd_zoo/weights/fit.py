@@ -254,16 +254,18 @@ def misfit(state_dict: StateDict, model: nn.Module, with_classifier: bool = Fals
     first_convs = get_model_traits(model).get("first_conv") or ()
     names = (first_convs,) if isinstance(first_convs, str) else first_convs
     adapted = {f"{name}.weight" for name in names}  # timm adapts them to the image channels
+    surplus = [key for key in found if key not in expected]
+    without_place = f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else ""
     for key, shape in expected.items():
         if key not in found:
             missing = len(expected.keys() - found.keys())
-            return f"{missing} of {len(expected)} tensors are missing, the first is {key}"
+            also = f"; {without_place}" if surplus else ""
+            return f"{missing} of {len(expected)} tensors are missing, the first is {key}{also}"
         if found[key] != shape and not (key in adapted and found[key] == [shape[0], cfg["input_size"][0], *shape[2:]]):
             return f"{key} has shape {found[key]}, the network's has {shape}"
         if state_dict[key].dtype not in (_FLOATS if own[key].is_floating_point() else _FLOATS | _OTHERS):
             return f"{key} holds {state_dict[key].dtype}, the network's {own[key].dtype}"
-    surplus = [key for key in found if key not in expected]
-    return f"{len(surplus)} tensors have no place, the first is {surplus[0]}" if surplus else None
+    return without_place or None
 
 
 def check_fit(state_dict: StateDict, model: nn.Module, words: str, features_only: bool) -> None:
@@ -289,15 +291,21 @@ def check_fit(state_dict: StateDict, model: nn.Module, words: str, features_only
 
 
 def which_fits(state_dict: StateDict, other_than: str) -> str:
-    """Finds the networks of the zoo that a checkpoint fits.
+    """Finds what a checkpoint fits that does not fit a network: the network without others' tensors, or other networks.
 
     Args:
         state_dict: The tensors under the authors' or our keys.
-        other_than: A network to leave out.
+        other_than: The network that it does not fit.
 
     Returns:
         A clause for an error.
     """
+    if parts := _parts_that_fit(state_dict, other_than):
+        others = [key for key in state_dict if not key.startswith(tuple(parts))]
+        without = f", without the others, such as {others[0]}" if others else ""
+        if len(parts) == 1:
+            return f"those under {parts[0]} fit; save these in a file of their own{without}"
+        return f"{' and '.join(parts)} each hold tensors that fit; save those of one of them in a file of their own"
     numbers = sum(tensor.numel() for tensor in state_dict.values())
     similar = [
         name
@@ -306,6 +314,18 @@ def which_fits(state_dict: StateDict, other_than: str) -> str:
     ]
     fitting = [name for name in similar if _fits(state_dict, name)]  # comparing with all networks would take long
     return f"it fits {' and '.join(fitting)}" if fitting else "it fits no other network of the zoo"
+
+
+def _parts_that_fit(state_dict: StateDict, network: str) -> list[str]:
+    """The prefixes of a checkpoint's tensors, such as `model.`, of which one's tensors alone fit a network."""
+    parts: dict[str, StateDict] = {}
+    for key, tensor in state_dict.items():
+        prefix, _, name = key.partition(".")
+        parts.setdefault(f"{prefix}.", {})[name] = tensor
+    if len(parts) == 1:
+        return []
+    fewest = len(list(timm.create_model(network, device="meta").parameters())) // 2
+    return [prefix for prefix, part in parts.items() if len(part) >= fewest and _fits(part, network)]
 
 
 def own_networks() -> list[str]:

@@ -48,16 +48,16 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
         raise DataError(f"{name} needs one column of images, and has {some(columns) or 'none'}")
     feature = dataset.features["objects"]
     feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-    keys = list(feature)
+    keys = list(feature) if isinstance(feature, dict) else []
     category = next((key for key in CATEGORIES if key in keys), None)
     if "bbox" not in keys or category is None:
-        raise DataError(f"{name}: the column `objects` needs bbox and category, and has {some(keys)}")
+        raise DataError(f"{name}: the column `objects` needs bbox and category, and has {some(keys) or feature}")
     described = feature[category]
     described = described[0] if isinstance(described, list) else getattr(described, "feature", described)
     rows = [_by_key(objects, keys) for objects in dataset.select_columns(["objects"])[:]["objects"]]
     values = [value for objects in rows for value in objects[category] if value is not None]
     declared = getattr(described, "names", None)
-    class_names = declared or in_order(str(value) for value in values)
+    class_names = declared or in_order(map(_text, values))
     number = {i if declared else class_name: i for i, class_name in enumerate(class_names)}
     collected, images, present = Collector(class_names, name), EncodedColumn(dataset, columns[0]), []
     for i, objects in enumerate(rows):
@@ -82,7 +82,7 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
                     "objects lack four numbers of a box or a category and are left out", where, image_name
                 )
                 continue
-            label = number.get(value if declared else str(value))
+            label = number.get(value if declared else _text(value))
             boxes.append(Box(label, x, y, x + width, y + height, where, area, ignored))
         collected.add(image_name, upright_size(image), boxes)
     return replace(collected.images(f"{name} {split}", split), encoded=images, rows=present)
@@ -92,4 +92,8 @@ def _by_key(objects: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
     """The objects of an image as a list for each key, in either representation of the library."""
     if isinstance(objects, dict):
         return {key: list(objects.get(key) or ()) for key in keys}
-    return {key: [each[key] for each in objects or ()] for key in keys}
+    return {key: [(each or {}).get(key) for each in objects or ()] for key in keys}
+
+
+def _text(category: Any) -> str:
+    return category.decode("utf-8", "backslashreplace") if isinstance(category, bytes) else str(category)
