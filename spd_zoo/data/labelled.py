@@ -396,12 +396,12 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     several = next((value for value in values if isinstance(value, list | dict)), None)
     if several is not None:
         raise DataError(f"{name}: the column {label_column} holds values such as {several!r}; an image needs one class")
-    unknown = next((i for i, value in enumerate(values) if declared and not _is_class(value, len(declared))), None)
-    if unknown is not None:
-        raise DataError(
-            f"{name}: row {unknown} of the split {dataset.split} has {values[unknown]} in the column {label_column}, "
-            f"whose classes are numbered from 0 to {len(declared) - 1}; correct it"
-        )
+    for row, value in enumerate(values):
+        if declared is not None and value is not None and not -1 <= value < len(declared):
+            raise DataError(
+                f"{name}: row {row} of the split {dataset.split} has {value} in the column {label_column}, whose "
+                f"classes are numbered from 0 to {len(declared) - 1}; correct it"
+            )
     texts = [_class_name(value, declared) for value in values]
     if not all(texts):
         raise DataError(f"{name}: {texts.count('')} rows of the split {dataset.split} have no label")
@@ -411,11 +411,6 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     labels = [number[text] for text in texts]
     notes += look_alikes(class_names)
     return LabelledImages(EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)), tuple(notes))
-
-
-def _is_class(value: Any, classes: int) -> bool:
-    """Whether a row's value is the number of one of some classes, or none."""
-    return value is None or -1 <= value < classes
 
 
 def _class_name(value: Any, declared: Sequence[str] | None) -> str:
