@@ -21,14 +21,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from exit_status import explained
 from PIL import Image
 
 import spd_zoo  # noqa: F401  (registers the networks)
 from spd_zoo.files import whole
-from spd_zoo.process import Stopped
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import FinetuneConfig, finetune
-from spd_zoo.weights import WeightsError
 
 
 def crop_boxes(coco: Path, target: Path, largest_class: int) -> None:
@@ -106,6 +105,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+@explained
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line per start; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,20 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
-    try:
-        if options.coco:
-            options.data = options.out / f"images_{options.coco.resolve().name}_{options.largest_class or 'all'}"
-            if not options.data.is_dir():
-                options.out.mkdir(parents=True, exist_ok=True)
-                with whole(options.data) as folder:  # all images, or none
-                    crop_boxes(options.coco, folder, options.largest_class)
-        rows = compare(options)
-    except Stopped as stopped:
-        print(stopped or "stopped; the same command resumes", file=sys.stderr)
-        return 128 + stopped.number
-    except (ValueError, OSError, WeightsError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    if options.coco:
+        options.data = options.out / f"images_{options.coco.resolve().name}_{options.largest_class or 'all'}"
+        if not options.data.is_dir():
+            options.out.mkdir(parents=True, exist_ok=True)
+            with whole(options.data) as folder:  # all images, or none
+                crop_boxes(options.coco, folder, options.largest_class)
+    rows = compare(options)
     for row in rows:
         print(json.dumps(row) if options.json else ", ".join(f"{key} {value}" for key, value in row.items()))
     return 0

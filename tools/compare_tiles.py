@@ -23,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from exit_status import explained
 from twins_config import read_records
 
 from spd_zoo.data.boxes import Tiling, open_boxes
 from spd_zoo.data.boxes.tiles import cut
 from spd_zoo.data.labelled import DataError
 from spd_zoo.files import whole
-from spd_zoo.process import Stopped
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.evaluate import evaluate
 from spd_zoo.training.finetune import finetune
-from spd_zoo.weights import WeightsError
 
 SOURCES = (  # frames of one video or flight, by file name; the two crops of MOS74 to MOS93 show the same flight
     r"(MunichStreet02-)?MOS[789]\d\.",
@@ -152,6 +151,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@explained
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the seeds without a record and writes the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,21 +163,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(argv)
     file = options.records or options.out / "tiles.jsonl"
-    try:
-        records = [each for each in read_records(file, _FIELDS) if key(options).items() <= each.items()]
-        for seed in range(options.seeds):
-            if not any(each["seed"] == seed for each in records):
-                found = run_seed(options, seed)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with file.open("a", encoding="utf-8") as records_file:
-                    records_file.write("".join(f"{json.dumps(record)}\n" for record in found))
-                records += found
-    except Stopped as stopped:
-        print(stopped or "stopped; the same command resumes", file=sys.stderr)
-        return 128 + stopped.number
-    except (ValueError, OSError, WeightsError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    records = [each for each in read_records(file, _FIELDS) if key(options).items() <= each.items()]
+    for seed in range(options.seeds):
+        if not any(each["seed"] == seed for each in records):
+            found = run_seed(options, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as records_file:
+                records_file.write("".join(f"{json.dumps(record)}\n" for record in found))
+            records += found
     text = table(records)
     with whole(options.out / "tiles.md") as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 import twins_report
+from exit_status import explained
 from figures_common import Drawing, render
 from twins_config import ConfigError, digest, find_record, read_config, read_records
 from twins_run import files_of, request, run, write_subset
 
-from spd_zoo.data.labelled import DataError
 from spd_zoo.files import whole
 from spd_zoo.process import Stopped, StopSignals
 from spd_zoo.weights import WeightsError
@@ -128,6 +128,7 @@ def missing(config: dict[str, Any], records: Sequence[dict[str, Any]], data: Pat
     return runs
 
 
+@explained
 def main(argv: Sequence[str] | None = None) -> int:
     """Does the missing runs and writes the tables and the figure; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,36 +144,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: list[tuple[Any, ...]] = []
     folders: set[Path] = set()
     status = 0
-    try:
-        configs = [read_config(path) for path in options.configs]
-        records = read_records(file)
-        for config in configs:
-            data = options.data_root / config["data"]
-            try:
-                if not data.exists():
-                    raise ConfigError(f"there is no {data}; put the data set there")
-                for spec in config["networks"]:
-                    files_of(spec)
-            except (ConfigError, WeightsError) as error:
-                print(f"skipped {config['name']}: {error}", file=sys.stderr)
-                status = 1
-                continue
-            runs += [
-                arguments for arguments in missing(config, records, data, options.out) if arguments[-1] not in folders
-            ]
-            folders |= {arguments[-1] for arguments in runs}
-        print(f"{len(runs)} runs to do, {options.jobs} at once", flush=True)
-        status |= int(run_all(runs, options.jobs, file) > 0)
-        records = read_records(file)
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = twins_report.tables(configs, records)
-        panels = twins_report.panels(configs, records)
-    except Stopped as stopped:
-        print(stopped or "stopped; the same command resumes", file=sys.stderr)
-        return 128 + stopped.number
-    except (ConfigError, DataError, WeightsError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    configs = [read_config(path) for path in options.configs]
+    records = read_records(file)
+    for config in configs:
+        data = options.data_root / config["data"]
+        try:
+            if not data.exists():
+                raise ConfigError(f"there is no {data}; put the data set there")
+            for spec in config["networks"]:
+                files_of(spec)
+        except (ConfigError, WeightsError) as error:
+            print(f"skipped {config['name']}: {error}", file=sys.stderr)
+            status = 1
+            continue
+        runs += [arguments for arguments in missing(config, records, data, options.out) if arguments[-1] not in folders]
+        folders |= {arguments[-1] for arguments in runs}
+    print(f"{len(runs)} runs to do, {options.jobs} at once", flush=True)
+    status |= int(run_all(runs, options.jobs, file) > 0)
+    records = read_records(file)
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = twins_report.tables(configs, records)
+    panels = twins_report.panels(configs, records)
     with whole(options.out / "twins.md") as table, whole(options.out / "twins.svg") as figure:
         table.write_text(f"{text}\n", encoding="utf-8")
         figure.write_text(render(Drawing(twins_report.TITLE, lambda: panels, twins_report.draw)), encoding="utf-8")
