@@ -1,9 +1,11 @@
 import hashlib
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -36,6 +38,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _digest(seed: str, item: pytest.Item) -> bytes:
     return hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Makes random weights and images the same in every run, whichever tests ran before in this process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    pytest_fixture_setup()
 
 
 @pytest.fixture

@@ -803,13 +803,18 @@ def parquet_with(objects: list[Any], feature: Any, images: list[Any], root: Path
 
 
 @pytest.mark.slow
-def test_categories_of_hugging_face_may_be_bytes_and_an_object_null(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "category", "name"), [("binary", b"cat", "cat"), ("float64", 1.0, "1"), ("bool", True, "1")]
+)
+def test_categories_of_hugging_face_may_be_bytes_or_numbers_and_an_object_null(
+    kind: str, category: Any, name: str, tmp_path: Path
+) -> None:
     import datasets
 
-    kind: Any = datasets.List({"bbox": datasets.List(datasets.Value("float32")), "category": datasets.Value("binary")})
-    rows = [[{"bbox": [1, 1, 4, 4], "category": b"cat"}], [], [None]]
-    data = opened(parquet_with(rows, kind, [scenes(1)[0][0]] * 3, tmp_path / "data"))
-    assert data.class_names == ["cat"] and list(map(len, boxes_of(data).values())) == [1, 0, 0]
+    feature: Any = datasets.List({"bbox": datasets.List(datasets.Value("float32")), "category": datasets.Value(kind)})
+    rows = [[{"bbox": [1, 1, 4, 4], "category": category}], [], [None]]
+    data = opened(parquet_with(rows, feature, [scenes(1)[0][0]] * 3, tmp_path / "data"))
+    assert data.class_names == [name] and list(map(len, boxes_of(data).values())) == [1, 0, 0]
     assert list(data.defects) == ["objects lack four numbers of a box or a category and are left out"]
 
 

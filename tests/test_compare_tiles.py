@@ -29,19 +29,33 @@ def test_sources_are_either_trained_on_or_validated_with() -> None:
     assert len(seen) > 1
 
 
-@pytest.mark.slow
-def test_three_combinations_are_recorded_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = tmp_path / "data"
+def write_aerial(data: Path, images: int) -> None:
+    """Writes a data set like aerial-cars, of three sources."""
     data.mkdir()
     (data / "aerial.names").write_text("car\ntruck\nbus\n")
-    for i, start in enumerate(("harlem-0", "harlem-1", "DJI_0005-", "MOS10", "MOS11", "MOS12") * 6):
+    for i in range(images):
         image, boxes = scene(i, (160, 120))
-        image.save(data / f"{start}{i // 6}.png")
+        name = f"{('harlem-0', 'harlem-1', 'DJI_0005-', 'MOS10', 'MOS11', 'MOS12')[i % 6]}{i // 6}"
+        image.save(data / f"{name}.png")
         lines = (
             f"{label} {(x1 + x2) / 320} {(y1 + y2) / 240} {(x2 - x1) / 160} {(y2 - y1) / 120}"
             for label, x1, y1, x2, y2 in boxes
         )
-        (data / f"{start}{i // 6}.txt").write_text("\n".join(lines))
+        (data / f"{name}.txt").write_text("\n".join(lines))
+
+
+def test_too_few_images_for_a_batch_are_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_aerial(tmp_path / "data", 12)
+    assert compare_tiles.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--tile", "64"]) == 1
+    assert "training images; a batch needs 16" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_three_combinations_are_recorded_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    write_aerial(data, 36)
     command = ["--data", str(data), "--out", str(tmp_path / "runs"), "--seeds", "1"]
     command += ["--image-size", "64", "--tile", "64"]
     assert compare_tiles.main([*command, "--images", "64", "--workers", "0"]) == 0

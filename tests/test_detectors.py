@@ -251,7 +251,10 @@ def test_objects_of_a_few_pixels_are_matched_only_at_stride_4() -> None:
     assert found.tolist() == [0, 1] and (score > 0).all()
 
     x, targets = noise(1, 3, *SIZE), [{"boxes": boxes, "labels": torch.tensor([0, 1])}]
-    raw = [level.detach().requires_grad_() for level in net(x)]
+    raw = [torch.zeros_like(level) for level in net(x)]
+    for level in raw:
+        level[:, 1:64:16] = 8  # each side one cell from the centre, so that every match overlaps its box
+        level.requires_grad_()
     net.loss(raw, targets)["box"].backward()
     moved = [gradient(level).abs().sum(1).gt(0).sum().item() for level in raw]
     assert moved == [2, 0, 0, 0]

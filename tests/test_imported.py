@@ -123,8 +123,13 @@ def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         lambda tensors: {"model": {"x": torch.zeros(1)}, "model_ema": averaged(tensors)},
         lambda tensors: {"model": tensors, "ema": {"decay": 0.99, "steps": 3}, "model_ema": {}},
         lambda tensors: {"module": {f"module.model.net.{key}": tensor for key, tensor in tensors.items()}},
+        lambda tensors: {"params": Config(tensors), "rng": torch.zeros(5), "optimizer": {"state": {0: {"a": tensors}}}},
+        lambda tensors: {"ema": {"shadow": tensors, "decay": 0.99}, "model": {"x": torch.zeros(1)}},
     ],
-    ids=["state dict", "data parallel", "unknown class", "averaged", "torch's average", "no average", "wrapped often"],
+    ids=[
+        *("state dict", "data parallel", "unknown class", "averaged", "torch's average", "no average", "wrapped often"),
+        *("another key", "averaged under another key"),
+    ],
 )
 def test_a_checkpoint_gives_the_recorded_outputs_after_import(
     tensors: dict[str, Tensor], tmp_path: Path, wrap: Callable[[Any], Any], old_format: bool
@@ -193,6 +198,12 @@ def test_prefixes_and_missing_counters_do_not_matter(tensors: dict[str, Tensor],
     golden.assert_matches(outputs(NAME, tmp_path), CASE["outputs"][0])
     golden.assert_matches(outputs("cifar_resnet20", tmp_path, original), CASE["outputs"][0])
     assert load_file(file).keys() == timm.create_model("cifar_resnet20").state_dict().keys()
+
+
+def test_a_file_of_two_networks_is_an_error_that_names_both(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    file = save({"student": tensors, "teacher": tensors}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="It has 'student', 'teacher'; if one of them is the network's, save"):
+        read_checkpoint(file)
 
 
 @pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {(1, 2): torch.zeros(1)}, [], 3, {"a": torch.zeros(1), 5: 1}])

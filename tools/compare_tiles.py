@@ -104,6 +104,8 @@ def run_seed(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     tiled = replace(train, tiling=Tiling(options.tile, 0.2))
     tiles = cut(tiled, (options.image_size, options.image_size), seed)
     numbers = {"whole": len(train), "tiles": len(tiles)}
+    if len(train) < BATCH:
+        raise DataError(f"{data} has {len(train)} training images; a batch needs {BATCH}")
     for training, number in numbers.items():
         config = FinetuneConfig(
             options.model,

@@ -16,6 +16,7 @@ import readme_networks
 from readme_command_line import command_line
 from readme_common import ROOT
 
+from spd_zoo.files import whole
 from spd_zoo.training.config import GENERAL
 from spd_zoo.weights.families import FAMILIES
 
@@ -96,13 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     stale = False
     for file in SECTIONS:
-        text = (ROOT / file).read_text(encoding="utf-8")
-        current = render(file, text)
-        if options.check and text != current:
-            stale = True
-            print(f"{file} is not current: run python tools/make_readme.py", file=sys.stderr)
-        elif not options.check:
-            (ROOT / file).write_text(current, encoding="utf-8")
+        try:
+            text = (ROOT / file).read_text(encoding="utf-8")
+            current = render(file, text)
+            if options.check and text != current:
+                stale = True
+                print(f"{file} is not current: run python tools/make_readme.py", file=sys.stderr)
+            elif not options.check:
+                with whole(ROOT / file) as temporary:
+                    temporary.write_text(current, encoding="utf-8")
+        except (OSError, ValueError) as error:
+            print(f"{file} cannot be written: {error}", file=sys.stderr)
+            return 1
     return int(stale)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "EncodedColumn",
     "LabelledImages",
     "StreamedImages",
+    "label_text",
     "load_hugging_face",
     "open_data",
     "open_stream",
@@ -402,7 +403,7 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
                 f"{name}: row {row} of the split {dataset.split} has {value} in the column {label_column}, whose "
                 f"classes are numbered from 0 to {len(declared) - 1}; correct it"
             )
-    texts = [_class_name(value, declared) for value in values]
+    texts = [label_text(value, declared) for value in values]
     if not all(texts):
         raise DataError(f"{name}: {texts.count('')} rows of the split {dataset.split} have no label")
     class_names = in_order(texts) if declared is None else list(dict.fromkeys(map(clean_name, declared)))
@@ -413,8 +414,8 @@ def _open_hugging_face(name: str, split: str, image_column: str, label_column: s
     return LabelledImages(EncodedColumn(dataset, image_column), labels, class_names, range(len(labels)), tuple(notes))
 
 
-def _class_name(value: Any, declared: Sequence[str] | None) -> str:
-    """The class of a row, by its number in `declared` if there is that; "" without a label."""
+def label_text(value: Any, declared: Sequence[str] | None = None) -> str:
+    """The class of a row or an object, by its number in `declared` if there is that; "" without a label."""
     if value is None or value != value or (declared is not None and value == -1):
         return ""
     if declared is not None:

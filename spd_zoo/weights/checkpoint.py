@@ -7,7 +7,7 @@ unpacks tar files.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +46,8 @@ def read_checkpoint(file: Path, name: str = "") -> StateDict:
     """Reads the tensors of a checkpoint, without running code in it.
 
     It reads safetensors and files of `torch.save`: a state dict, also under `state_dict`, `model` or another usual key,
-    also with `module.` before each name, or of torch's `AveragedModel`; or a whole pickled network, whose classes need
-    not be installed. Averaged weights (`ema`) have priority.
+    or under any other if only one holds tensors, also with `module.` before each name, or of torch's `AveragedModel`;
+    or a whole pickled network, whose classes need not be installed. Averaged weights (`ema`) have priority.
 
     Args:
         file: The checkpoint.
@@ -165,6 +165,8 @@ def _weights_in(content: Any) -> tuple[Any, dict[str, Any]]:
         last: Any = places[-1].items if isinstance(places[-1], Unknown) else places[-1]
         keys = _KEYS if isinstance(last, dict) else ()
         inner = next((last[key] for key in keys if _may_hold_weights(last.get(key))), None)
+        if inner is None and isinstance(last, dict):
+            inner = _only_weights(last)
         if inner is None:
             return last, fields_in(places[-2::-1])  # a state dict has names of tensors only
         places.append(inner)
@@ -176,6 +178,22 @@ def _may_hold_weights(value: Any) -> bool:
     """Whether a value is an object, or a dict with a tensor, a dict or an object in it, and not only with settings."""
     inner = value.values() if isinstance(value, dict) else ()
     return isinstance(value, Unknown) or any(isinstance(each, Tensor | dict | Unknown) for each in inner)
+
+
+def _only_weights(values: dict[Any, Any]) -> Any:
+    """The network or dict with tensors among the values, whatever its key; None if there are several, or none."""
+    found = [value for value in values.values() if _is_network(value) or any(map(_is_part, _items(value)))]
+    return found[0] if len(found) == 1 else None
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """The values of a dict, also of one whose class is not known; nothing of others."""
+    items = value.items if isinstance(value, Unknown) else value
+    return items.values() if isinstance(items, dict) else ()
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Tensor) or _is_network(value)
 
 
 def _is_network(value: Any) -> bool:

@@ -149,6 +149,14 @@ def first_conv_name(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
 
 
+def _keys_of(content: Any) -> str:
+    keys = [key for key in content if isinstance(key, str)] if isinstance(content, dict) else []
+    if not keys:
+        return ""
+    shown = ", ".join(repr(key[:40]) for key in keys[:8]) + (" and others" if len(keys) > 8 else "")
+    return f". It has {shown}; if one of them is the network's, save its state dict alone"
+
+
 def checked_tensors(state_dict: Any, name: str) -> StateDict:
     """Checks that a state dict is a dict of tensors that can be compared with a network, and printed.
 
@@ -167,7 +175,8 @@ def checked_tensors(state_dict: Any, name: str) -> StateDict:
         or not state_dict
         or not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state_dict.items())
     ):
-        raise WeightsError(f"{name} holds no network weights: neither a dict of tensors, nor one under 'state_dict'")
+        what = "neither a dict of tensors, nor one under 'state_dict'"
+        raise WeightsError(f"{name} holds no network weights: {what}{_keys_of(state_dict)}")
     if len(state_dict) > MOST_TENSORS:
         raise WeightsError(f"{name} holds {len(state_dict)} tensors, more than any network has")
     if not all(key.isprintable() and len(key) <= _LONGEST_NAME for key in state_dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 from spd_zoo.data.boxes.images import Box, BoxImages, Collector, Source, is_set, upright_size
 from spd_zoo.data.classes import DataError, in_order
-from spd_zoo.data.labelled import EncodedColumn, load_hugging_face
+from spd_zoo.data.labelled import EncodedColumn, label_text, load_hugging_face
 from spd_zoo.data.notes import some
 
 __all__ = ["find", "find_named"]
@@ -55,9 +55,8 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
     described = feature[category]
     described = described[0] if isinstance(described, list) else getattr(described, "feature", described)
     rows = [_by_key(objects, keys) for objects in dataset.select_columns(["objects"])[:]["objects"]]
-    values = [value for objects in rows for value in objects[category] if value is not None]
     declared = getattr(described, "names", None)
-    class_names = declared or in_order(map(_text, values))
+    class_names = declared or in_order(filter(None, (label_text(value) for each in rows for value in each[category])))
     number = {i if declared else class_name: i for i, class_name in enumerate(class_names)}
     collected, images, present = Collector(class_names, name), EncodedColumn(dataset, columns[0]), []
     for i, objects in enumerate(rows):
@@ -82,7 +81,7 @@ def _open(name: str, split: str, dataset: Any) -> BoxImages:
                     "objects lack four numbers of a box or a category and are left out", where, image_name
                 )
                 continue
-            label = number.get(value if declared else _text(value))
+            label = number.get(value if declared else label_text(value))
             boxes.append(Box(label, x, y, x + width, y + height, where, area, ignored))
         collected.add(image_name, upright_size(image), boxes)
     return replace(collected.images(f"{name} {split}", split), encoded=images, rows=present)
@@ -93,7 +92,3 @@ def _by_key(objects: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
     if isinstance(objects, dict):
         return {key: list(objects.get(key) or ()) for key in keys}
     return {key: [(each or {}).get(key) for each in objects or ()] for key in keys}
-
-
-def _text(category: Any) -> str:
-    return category.decode("utf-8", "backslashreplace") if isinstance(category, bytes) else str(category)
