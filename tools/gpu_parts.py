@@ -51,7 +51,9 @@ def unpack(parts: Path, target: Path, _: float) -> str:
     for part in sorted(parts.iterdir()):
         if part.suffix == ".tar":
             with tarfile.open(part) as archive:
-                archive.extractall(target, filter="data")
+                # not extractall's argument `filter`, which Python 3.11.2 and 3.10.11 do not have yet
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)
+                archive.extractall(target)
         elif part.is_dir():
             shutil.copytree(part, target, dirs_exist_ok=True)
         else:
