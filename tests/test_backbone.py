@@ -114,6 +114,11 @@ def test_only_yolos_have_such_a_backbone(detector: str) -> None:
         classifier(detector, device="meta")
 
 
+def test_the_classifier_has_no_weights_of_its_own() -> None:
+    with pytest.raises(WeightsError, match="there are no weights for backbone_classifier; create it with pretrained=F"):
+        timm.create_model("backbone_classifier", pretrained=True)
+
+
 @pytest.mark.parametrize("classes", [None, 3], ids=["own classes", "3 classes"])
 def test_pretrained_loads_the_backbone_and_says_that_the_rest_is_random(publish: Publish, classes: int | None) -> None:
     tensors = publish("yolov8n")

@@ -501,6 +501,7 @@ def test_the_first_argument_of_predict_is_a_network_or_an_image(
         (["photo", "a.png"], "there is no network, file or folder 'photo'; `spd-zoo list` shows all networks"),
         (["runs/mine", "a.png"], "there is no network, file or folder 'runs/mine'"),
         (["a.png", "cifar_resnet20"], "cifar_resnet20 is a network; give it before the images"),
+        (["a.png", "run"], "run is the folder of a network; give it before the images: `spd-zoo predict run IMAGES`"),
         (["empty", "a.png"], "empty is a folder without images, and without the config.json of a finished run"),
         (["mine.pth", "a.png"], "mine.pth is a file, but no network; to use a checkpoint, run `spd-zoo weights"),
         (["mine.pt2", "a.png"], "mine.pt2 is an exported file for other programs, and no network"),

@@ -474,6 +474,8 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     tag = tag or _default_tag(variant)
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
     tags = [other.name for other in entries().values() if other.network == variant and other.tag]
+    if entry is None and not tag:
+        raise WeightsError(f"there are no weights for {variant}; create it with pretrained=False, and train it")
     if entry is None:
         raise WeightsError(f"there are no weights called {variant}.{tag}; there are: {', '.join(tags) or 'none'}")
     if not tag and not entry.verified and (tags or entry.source):
