@@ -87,7 +87,7 @@ def _check_order(options: argparse.Namespace) -> None:
         usage = f"spd-zoo {options.command} {image} IMAGES"
         if ":" not in image and not exists(image) and is_network(image):
             raise CommandError(f"{image} is a network; give it before the images: `{usage}`")
-        if image and all(is_file(Path(image, name)) for name in (CONFIG, WEIGHTS)):  # a run's figures are no images to classify
+        if image and all(is_file(Path(image, name)) for name in (CONFIG, WEIGHTS)):  # its figures are no images
             raise CommandError(f"{image} is the folder of a network; give it before the images: `{usage}`")
 
 
