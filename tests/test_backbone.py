@@ -196,6 +196,18 @@ def test_a_backbone_that_does_not_fit_is_refused(publish: Publish, tmp_path: Pat
     assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
 
 
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_a_backbone_is_adapted_to_image_channels_as_with_pretrained(
+    publish: Publish, tmp_path: Path, in_chans: int
+) -> None:
+    publish("yolov8n")
+    net: Any = timm.create_model("yolov8n", in_chans=in_chans)
+    load_backbone(net, tmp_path / "backbone.safetensors")
+    with pytest.warns(BackboneWarning):
+        other: Any = timm.create_model("yolov8n", in_chans=in_chans, pretrained=True)
+    assert torch.equal(net.stem[0].conv.weight, other.stem[0].conv.weight)
+
+
 @pytest.mark.slow
 def test_a_detector_begins_with_the_backbone_of_a_run(tmp_path: Path) -> None:
     data = make_folders(tmp_path / "colours", train=6, val=2)
