@@ -649,6 +649,7 @@ def test_the_function_finetune_takes_lists_and_tuples(configs: list[FinetuneConf
         ({"image_size": (32, 48, 3)}, "image_size '32x48x3' is not like 64, 32x48"),
         ({"image_size": ()}, "finetune: image_size is (), not of the type str"),
         ({"epochs": [3]}, "finetune: epochs is [3], not of the type int"),
+        ({"teacher": torch.nn.Sequential(torch.nn.ReLU())}, "finetune: teacher is Sequential( (0): ReLU() ), not"),
         ({"epoch": 3}, "finetune has an unknown option 'epoch'; did you mean epochs?"),
         ({"epochs": "many"}, "finetune: epochs is 'many', not of the type int"),
         ({"data": ""}, "give --data"),

@@ -688,7 +688,7 @@ def test_the_advice_about_a_folder_that_timm_cannot_read_does_not_import_the_fol
     save_network(timm.create_model("cifar_resnet20"), tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"garbage")
-    with pytest.raises(WeightsError, match="get them again, or .*: spd-zoo weights import cifar_resnet20 FILE$"):
+    with pytest.raises(WeightsError, match=r"get them again, or .*: spd-zoo weights import cifar_resnet20 FILE$"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
