@@ -221,6 +221,14 @@ def test_a_file_of_two_networks_is_an_error_that_names_both(
         read_checkpoint(file)
 
 
+def test_averaged_weights_without_names_are_left_out_with_a_warning(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    averages = {"decay": 0.9, "shadow_params": [tensor + 1 for tensor in tensors.values()]}
+    file = save({"model": tensors, "ema": averages}, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="the averaged weights under 'ema' have no names, so others are read"):
+        found = read_checkpoint(file)
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {(1, 2): torch.zeros(1)}, [], 3, {"a": torch.zeros(1), 5: 1}])
 def test_a_file_without_weights_is_an_error(tmp_path: Path, content: Any) -> None:
     with pytest.raises(WeightsError, match="holds no network weights"):

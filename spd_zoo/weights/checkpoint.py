@@ -8,6 +8,7 @@ unpacks tar files.
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
@@ -182,6 +183,9 @@ def _weights_among(values: dict[Any, Any]) -> Any:
     ]
     if averages:
         return averages[0] if len(averages) == 1 else None
+    nameless = next((key for key, value in values.items() if _is_averaged(key) and _holds_list(value)), None)
+    if nameless is not None:
+        warnings.warn(f"the averaged weights under {nameless!r} have no names, so others are read", stacklevel=2)
     known = next((values[key] for key in _KEYS if _may_hold_weights(values.get(key))), None)
     return _only_weights(values) if known is None else known
 
@@ -215,6 +219,11 @@ def _only_weights(values: dict[Any, Any]) -> Any:
 def _holds_tensors(value: Any) -> bool:
     """Whether a value is a network, or a dict with a tensor or a network in it."""
     return _is_network(value) or any(map(_is_part, _items(value).values()))
+
+
+def _holds_list(value: Any) -> bool:
+    """Whether a value is a dict with a list of tensors in it."""
+    return any(isinstance(each, list) and any(map(_is_part, each)) for each in _items(value).values())
 
 
 def _items(value: Any) -> dict[Any, Any]:
