@@ -213,6 +213,10 @@ def test_a_network_that_could_not_be_loaded_again_is_refused_before_it_is_saved(
     for net in (timm.create_model("test_resnet", features_only=True), nn.DataParallel(random_network("test_resnet"))):
         with pytest.raises(WeightsError, match="is not a whole network of timm"):
             save_network(net, tmp_path / "folded")
+    changed: Any = random_network("test_resnet")
+    changed.fc = nn.Linear(changed.num_features, 5)
+    with pytest.raises(WeightsError, match="the classifier fc has 5 outputs, but the network's num_classes is 1000"):
+        save_network(changed, tmp_path / "folded")
     for net in (folded, keep_resolution(folded)):
         with pytest.raises(WeightsError, match="a folded network cannot be loaded again, and so is not saved"):
             save_network(net, tmp_path / "folded")
