@@ -87,7 +87,8 @@ def keep_resolution(
     sizes = [image_size(model, example_input)]
     if any(isinstance(module, SPDConv2d | SPDMaxPool2d | PhaseMix) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} has space-to-depth layers; call keep_resolution before convert_to_spd"
+            f"{type(model).__name__} has space-to-depth layers; call keep_resolution before convert_to_spd, or, "
+            "for use without training, on spd_zoo.fold_spd(net)"
         )
     trial = meta_copy(model)
     changed: dict[str, None] = {}  # an ordered set

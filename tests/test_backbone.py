@@ -114,13 +114,18 @@ def test_only_yolos_have_such_a_backbone(detector: str) -> None:
         classifier(detector, device="meta")
 
 
+def test_the_classifier_has_no_weights_of_its_own() -> None:
+    with pytest.raises(WeightsError, match="there are no weights for backbone_classifier; create it with pretrained=F"):
+        timm.create_model("backbone_classifier", pretrained=True)
+
+
 @pytest.mark.parametrize("classes", [None, 3], ids=["own classes", "3 classes"])
 def test_pretrained_loads_the_backbone_and_says_that_the_rest_is_random(publish: Publish, classes: int | None) -> None:
     tensors = publish("yolov8n")
     arguments: Any = {} if classes is None else {"num_classes": classes}
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     fresh = timm.create_model("yolov8n", **arguments).state_dict()
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     with pytest.warns(BackboneWarning, match="yolov8n.tiny_in200_backbone are a backbone without neck and head"):
         loaded = timm.create_model("yolov8n", pretrained=True, **arguments).state_dict()
     assert not torch.equal(fresh["stem.0.conv.weight"], loaded["stem.0.conv.weight"])
@@ -189,6 +194,18 @@ def test_a_backbone_that_does_not_fit_is_refused(publish: Publish, tmp_path: Pat
     with pytest.raises(WeightsError, match=r"the first is stem\.0\.conv\.weight"):
         load_backbone(net, tmp_path / "backbone.safetensors")
     assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_a_backbone_is_adapted_to_image_channels_as_with_pretrained(
+    publish: Publish, tmp_path: Path, in_chans: int
+) -> None:
+    publish("yolov8n")
+    net: Any = timm.create_model("yolov8n", in_chans=in_chans)
+    load_backbone(net, tmp_path / "backbone.safetensors")
+    with pytest.warns(BackboneWarning):
+        other: Any = timm.create_model("yolov8n", in_chans=in_chans, pretrained=True)
+    assert torch.equal(net.stem[0].conv.weight, other.stem[0].conv.weight)
 
 
 @pytest.mark.slow

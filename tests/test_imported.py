@@ -125,10 +125,12 @@ def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         lambda tensors: {"module": {f"module.model.net.{key}": tensor for key, tensor in tensors.items()}},
         lambda tensors: {"params": Config(tensors), "rng": torch.zeros(5), "optimizer": {"state": {0: {"a": tensors}}}},
         lambda tensors: {"ema": {"shadow": tensors, "decay": 0.99}, "model": {"x": torch.zeros(1)}},
+        lambda tensors: {"net": {"x": torch.zeros(1)}, "ema_net": tensors, "ema_decay": 0.99},
+        lambda tensors: {"ema_state_dict": {"steps": torch.zeros(1), "module.x": torch.ones(1)}, "state_dict": tensors},
     ],
     ids=[
         *("state dict", "data parallel", "unknown class", "averaged", "torch's average", "no average", "wrapped often"),
-        *("another key", "averaged under another key"),
+        *("another key", "averaged under another key", "averaged beside", "mmengine's average"),
     ],
 )
 def test_a_checkpoint_gives_the_recorded_outputs_after_import(
@@ -200,10 +202,31 @@ def test_prefixes_and_missing_counters_do_not_matter(tensors: dict[str, Tensor],
     assert load_file(file).keys() == timm.create_model("cifar_resnet20").state_dict().keys()
 
 
-def test_a_file_of_two_networks_is_an_error_that_names_both(tensors: dict[str, Tensor], tmp_path: Path) -> None:
-    file = save({"student": tensors, "teacher": tensors}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="It has 'student', 'teacher'; if one of them is the network's, save"):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: {"a": tensors, "b": tensors},
+        lambda tensors: {"a": {"state_dict": tensors, "epoch": 3}, "b": tensors},
+        lambda tensors: {"a_ema": tensors, "b_ema": tensors, "model": tensors},
+        lambda tensors: {**tensors, "best": tensors},
+    ],
+    ids=["two keys", "one deeper", "two averages", "beside tensors"],
+)
+def test_a_file_of_two_networks_is_an_error_that_names_both(
+    tensors: dict[str, Tensor], tmp_path: Path, wrap: Callable[[Any], dict[str, Any]]
+) -> None:
+    content = wrap(tensors)
+    file = save(content, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=f"It has '{next(iter(content))}', '.*if one of them is the network's, save"):
         read_checkpoint(file)
+
+
+def test_averaged_weights_without_names_are_left_out_with_a_warning(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    averages = {"decay": 0.9, "shadow_params": [tensor + 1 for tensor in tensors.values()]}
+    file = save({"model": tensors, "ema": averages}, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="the averaged weights under 'ema' have no names, so others are read"):
+        found = read_checkpoint(file)
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {(1, 2): torch.zeros(1)}, [], 3, {"a": torch.zeros(1), 5: 1}])

@@ -19,6 +19,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from spd_zoo import Detector
+from spd_zoo.cli.main import main
 from spd_zoo.data.labelled import open_data
 from spd_zoo.data.notes import Notes
 from spd_zoo.data.reading import files_in, find_images, read_image
@@ -26,7 +27,7 @@ from spd_zoo.exporter import export
 from spd_zoo.inference.classifier import Classifier, predict
 from spd_zoo.training.config import FinetuneConfig
 from spd_zoo.training.finetune import finetune
-from spd_zoo.weights import WeightsError
+from spd_zoo.weights import WeightsError, save_network
 from spd_zoo.weights.load import ModelError, class_names, timm_name
 
 NAMES = ["cat", "dog", "owl"]
@@ -482,6 +483,16 @@ def test_the_folder_of_a_run_is_a_network(saved: str, tmp_path: Path) -> None:
     assert timm_name(saved.removeprefix("local-dir:")) == saved
     with pytest.raises(ModelError, match=r"is a folder without config\.json"):
         timm_name(str(tmp_path))
+
+
+def test_class_names_do_not_control_the_terminal(
+    net: torch.nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["\x1b[2Jcat\x07", "d\nog", "o\u202ewl 👩\u200d🔬"]
+    save_network(net, tmp_path / "net", {"input_size": (3, 32, 32), "label_names": names})
+    assert main(["predict", str(tmp_path / "net"), str(write_image(tmp_path / "a.png"))]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.partition("%  ")[2] for line in lines) == ["[2Jcat", "d og", "o wl 👩\u200d🔬"]
 
 
 def test_a_name_that_is_a_network_and_a_run_is_refused(

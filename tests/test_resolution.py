@@ -16,7 +16,7 @@ from timm.layers import Conv2dSame, LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from spd_zoo import convert_to_spd, keep_resolution
+from spd_zoo import convert_to_spd, fold_spd, keep_resolution
 from spd_zoo.spd import SPDConv2d
 from spd_zoo.trace import image_size
 from spd_zoo.weights import WeightsError, save_network
@@ -167,7 +167,7 @@ class Sliced(nn.Module):
             Plain(nn.Conv2d(3, 4, 3, 1, 1)),
             "there is no stride to remove",
         ),
-        (Plain(SPDConv2d(3, 4, 3)), "call keep_resolution before convert_to_spd"),
+        (Plain(SPDConv2d(3, 4, 3)), r"call keep_resolution before convert_to_spd, or, .*, on spd_zoo\.fold_spd"),
     ],
     ids=["function", "space-to-depth", "rows", "three", "none", "converted"],
 )
@@ -206,6 +206,21 @@ def test_a_saved_network_is_what_it_was(convert: bool, tmp_path: Path) -> None:
         assert torch.equal(maps[-1], net.forward_intermediates(x, intermediates_only=True)[-1])
     assert size_of(again) == size_of(net) and again._model_args["sizes"] == net._model_args["sizes"]
     assert len(net._model_args["sizes"]) == 2
+
+
+def test_a_network_that_could_not_be_loaded_again_is_refused_before_it_is_saved(tmp_path: Path) -> None:
+    folded = fold_spd(convert_to_spd(random_network("test_resnet", num_classes=3)))
+    for net in (timm.create_model("test_resnet", features_only=True), nn.DataParallel(random_network("test_resnet"))):
+        with pytest.raises(WeightsError, match="is not a whole network of timm"):
+            save_network(net, tmp_path / "folded")
+    changed: Any = random_network("test_resnet")
+    changed.fc = nn.Linear(changed.num_features, 5)
+    with pytest.raises(WeightsError, match="the classifier fc has 5 outputs, but the network's num_classes is 1000"):
+        save_network(changed, tmp_path / "folded")
+    for net in (folded, keep_resolution(folded)):
+        with pytest.raises(WeightsError, match="a folded network cannot be loaded again, and so is not saved"):
+            save_network(net, tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()
 
 
 def test_a_saved_network_keeps_the_size_that_it_was_changed_for(tmp_path: Path) -> None:

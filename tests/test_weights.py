@@ -684,6 +684,14 @@ def test_weights_that_timm_cannot_read_are_named(tmp_path: Path, monkeypatch: py
     assert "weights_only" not in str(error.value)
 
 
+def test_the_advice_about_a_folder_that_timm_cannot_read_does_not_import_the_folder(tmp_path: Path) -> None:
+    save_network(timm.create_model("cifar_resnet20"), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"garbage")
+    with pytest.raises(WeightsError, match=r"get them again, or .*: spd-zoo weights import cifar_resnet20 FILE$"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
 def test_a_row_of_the_catalogue_says_where_the_weights_are() -> None:
     bundled = next(entry for entry in CHECKPOINTS if "bundled:" in str(entry.source))
     row = locate(bundled, verify=True)

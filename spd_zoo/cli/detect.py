@@ -22,7 +22,7 @@ from spd_zoo.cli.common import (
     print_notes,
     threshold,
 )
-from spd_zoo.console import bar_disabled
+from spd_zoo.console import bar_disabled, cleaned
 from spd_zoo.files import is_folder
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _run(options: argparse.Namespace) -> int:
                 coco.add(image)
             elif image.detections is not None:
                 found = image.detections
-                objects = zip(found.names, found.scores, found.boxes.tolist(), strict=True)
+                objects = zip(map(cleaned, found.names), found.scores, found.boxes.tolist(), strict=True)
                 lines = (f"  {score:.2f}  {name}  {' '.join(f'{x:.0f}' for x in box)}" for name, score, box in objects)
                 least = (
                     "the minimum scores" if options.class_scores or options.score == "auto" else f"{options.score:g}"

@@ -17,7 +17,7 @@ from spd_zoo.cli.common import (
     positive,
     print_notes,
 )
-from spd_zoo.console import bar_disabled
+from spd_zoo.console import bar_disabled, cleaned
 
 if TYPE_CHECKING:
     from spd_zoo.inference.classifier import Prediction
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
                 tqdm.write(separator + json.dumps(_as_json(prediction)), end="")
                 separator = ",\n"
             elif prediction.error is None:
-                lines = (f"  {100 * each.probability:6.2f} %  {each.name}" for each in prediction.top)
+                lines = (f"  {100 * each.probability:6.2f} %  {cleaned(each.name)}" for each in prediction.top)
                 tqdm.write("\n".join((str(prediction.path), *lines)))
     if options.json:
         print("\n]")

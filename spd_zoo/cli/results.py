@@ -78,14 +78,17 @@ def _refuse(options: argparse.Namespace, owner: str, **defaults: Any) -> None:
 
 
 def _check_order(options: argparse.Namespace) -> None:
-    """Raises CommandError if one of the images is the name of a network, which comes first."""
-    from spd_zoo.files import exists
+    """Raises CommandError if one of the images is the name or the folder of a network, which comes first."""
+    from spd_zoo.files import exists, is_file
+    from spd_zoo.weights.folder import CONFIG, WEIGHTS
     from spd_zoo.weights.load import is_network
 
     for image in options.images:
+        usage = f"spd-zoo {options.command} {image} IMAGES"
         if ":" not in image and not exists(image) and is_network(image):
-            usage = f"spd-zoo {options.command} {image} IMAGES"
             raise CommandError(f"{image} is a network; give it before the images: `{usage}`")
+        if image and all(is_file(Path(image, name)) for name in (CONFIG, WEIGHTS)):  # its figures are no images
+            raise CommandError(f"{image} is the folder of a network; give it before the images: `{usage}`")
 
 
 def class_map(options: argparse.Namespace) -> dict[str, str]:

@@ -116,7 +116,7 @@ def _verify(options: argparse.Namespace) -> int:
         rows.append((entry.name, verdict, str(file or "-")))
     print_table(("name", "sha256", "file"), rows)
     if damaged:
-        complain("a file is damaged; `spd-zoo weights pull NAME` gets it again, `spd-zoo weights rm NAME` deletes it")
+        complain("a file is damaged; `spd-zoo weights pull NAME` gets it again, or says how you can")
     return int(damaged)
 
 

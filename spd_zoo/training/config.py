@@ -614,7 +614,8 @@ def _as(hint: Any, value: Any, where: str) -> Any:
             raise ValueError
         return wanted(value)
     except ValueError as error:
-        raise ValueError(f"{where} is {reprlib.repr(value)}, not of the type {wanted.__name__}") from error
+        shown = " ".join(reprlib.repr(value).split())  # that of a network has several lines
+        raise ValueError(f"{where} is {shown}, not of the type {wanted.__name__}") from error
 
 
 def to_yaml(config: FinetuneConfig) -> str:

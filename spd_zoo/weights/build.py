@@ -221,9 +221,11 @@ def build(
         merged = _fields_of(pretrained_cfg) | overlay
         source = next((merged[key] for key in ("file", "hf_hub_id", "url") if merged.get(key)), "the checkpoint")
         reason = "it holds more than tensors, or is damaged" if has_code else first_line(error)[:200]
+        file = merged.get("file")
+        named = file if file and not Path(file).is_dir() else "FILE"  # a folder's file is timm's choice
         raise WeightsError(
             f"timm cannot read the weights in {source} ({reason}); get them again, or convert them once: "
-            f"spd-zoo weights import {variant} {merged.get('file') or 'FILE'}"
+            f"spd-zoo weights import {variant} {named}"
         ) from error
     if read is not None:
         del cfg_of(built)["state_dict"]
@@ -474,6 +476,8 @@ def _entry_of(variant: str, tag: str | None) -> Entry:
     tag = tag or _default_tag(variant)
     entry = find_entry(f"{variant}.{tag}" if tag else variant)
     tags = [other.name for other in entries().values() if other.network == variant and other.tag]
+    if entry is None and not tag:
+        raise WeightsError(f"there are no weights for {variant}; create it with pretrained=False, and train it")
     if entry is None:
         raise WeightsError(f"there are no weights called {variant}.{tag}; there are: {', '.join(tags) or 'none'}")
     if not tag and not entry.verified and (tags or entry.source):

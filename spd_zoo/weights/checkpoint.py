@@ -6,8 +6,10 @@ unpacks tar files.
 """
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +28,8 @@ from spd_zoo.weights.unpickle import Unknown, Unpickler
 
 __all__ = ["read_checkpoint", "read_described", "read_saved"]
 
-_KEYS = (  # of dicts that hold the weights, in order of priority: first the averaged ones
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
-    *("state_dict", "model", "model_state_dict", "net", "module"),
-)
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")  # keys of averaged weights, in order of priority
+_KEYS = ("state_dict", "model", "model_state_dict", "net", "module")  # of others, which count if there are no averages
 _COUNTER = "n_averaged"  # beside the tensors that torch's `AveragedModel` averages
 _LARGEST_INDEX = 8 * 2**20  # bytes of a checkpoint's pickle or safetensors' header, which hold names and shapes
 _LARGEST_NETWORK = 10_000_000  # characters in the names of its modules and tensors, plus 50 for each
@@ -47,7 +47,8 @@ def read_checkpoint(file: Path, name: str = "") -> StateDict:
 
     It reads safetensors and files of `torch.save`: a state dict, also under `state_dict`, `model` or another usual key,
     or under any other if only one holds tensors, also with `module.` before each name, or of torch's `AveragedModel`;
-    or a whole pickled network, whose classes need not be installed. Averaged weights (`ema`) have priority.
+    or a whole pickled network, whose classes need not be installed. Averaged weights (any key with the word `ema`) have
+    priority.
 
     Args:
         file: The checkpoint.
@@ -163,15 +164,30 @@ def _weights_in(content: Any) -> tuple[Any, dict[str, Any]]:
     places = [content]  # from the whole file to the weights in it
     while len(places) <= _DEEPEST and not _is_network(places[-1]):
         last: Any = places[-1].items if isinstance(places[-1], Unknown) else places[-1]
-        keys = _KEYS if isinstance(last, dict) else ()
-        inner = next((last[key] for key in keys if _may_hold_weights(last.get(key))), None)
-        if inner is None and isinstance(last, dict):
-            inner = _only_weights(last)
+        inner = _weights_among(last) if isinstance(last, dict) else None
         if inner is None:
             return last, fields_in(places[-2::-1])  # a state dict has names of tensors only
         places.append(inner)
     found = _tensors_of_module(places[-1]) if _is_network(places[-1]) else places[-1]
     return found, fields_in(places[::-1])
+
+
+def _weights_among(values: dict[Any, Any]) -> Any:
+    """The value that holds the weights: averaged ones, those under a usual key, or the only ones; None if unclear."""
+    swapped = "steps" in _items(values.get("ema_state_dict"))  # by mmengine, which averages into `state_dict`
+    for key in () if swapped else _AVERAGED:
+        if _may_hold_weights(values.get(key)):
+            return values[key]
+    averages = [
+        value for key, value in values.items() if key not in _AVERAGED and _is_averaged(key) and _holds_tensors(value)
+    ]
+    if averages:
+        return averages[0] if len(averages) == 1 else None
+    nameless = next((key for key, value in values.items() if _is_averaged(key) and _holds_list(value)), None)
+    if nameless is not None:
+        warnings.warn(f"the averaged weights under {nameless!r} have no names, so others are read", stacklevel=2)
+    known = next((values[key] for key in _KEYS if _may_hold_weights(values.get(key))), None)
+    return _only_weights(values) if known is None else known
 
 
 def _may_hold_weights(value: Any) -> bool:
@@ -180,16 +196,40 @@ def _may_hold_weights(value: Any) -> bool:
     return isinstance(value, Unknown) or any(isinstance(each, Tensor | dict | Unknown) for each in inner)
 
 
+def _is_averaged(key: Any) -> bool:
+    """Whether "ema" is a word of a key, as in `ema_net` or `params_ema`."""
+    return isinstance(key, str) and "ema" in re.split("[^a-z]+", key.lower())
+
+
 def _only_weights(values: dict[Any, Any]) -> Any:
-    """The network or dict with tensors among the values, whatever its key; None if there are several, or none."""
-    found = [value for value in values.values() if _is_network(value) or any(map(_is_part, _items(value)))]
+    """The network or dict with tensors among the values, whatever its key; None if there are several, or none.
+
+    Values with weights under a usual key count, too. Beside tensors of a state dict, with dotted names, there are none.
+    """
+    if any(isinstance(value, Tensor) and "." in str(key) for key, value in values.items()):
+        return None
+    found = []
+    for value in values.values():
+        inner = _items(value)
+        if _holds_tensors(value) or any(_holds_tensors(inner.get(key)) for key in (*_AVERAGED, *_KEYS)):
+            found.append(value)
     return found[0] if len(found) == 1 else None
 
 
-def _items(value: Any) -> Iterable[Any]:
-    """The values of a dict, also of one whose class is not known; nothing of others."""
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a network, or a dict with a tensor or a network in it."""
+    return _is_network(value) or any(map(_is_part, _items(value).values()))
+
+
+def _holds_list(value: Any) -> bool:
+    """Whether a value is a dict with a list of tensors in it."""
+    return any(isinstance(each, list) and any(map(_is_part, each)) for each in _items(value).values())
+
+
+def _items(value: Any) -> dict[Any, Any]:
+    """A dict, also one whose class is not known; an empty one for others."""
     items = value.items if isinstance(value, Unknown) else value
-    return items.values() if isinstance(items, dict) else ()
+    return items if isinstance(items, dict) else {}
 
 
 def _is_part(value: Any) -> bool:

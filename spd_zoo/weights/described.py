@@ -5,7 +5,6 @@ checked before it is used, and text is cleaned before it is printed.
 """
 
 import json
-import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spd_zoo.console import cleaned
 from spd_zoo.weights.manifest import WeightsError
 from spd_zoo.weights.unpickle import Unknown
 
@@ -25,7 +25,6 @@ _DETECTION = ("detect", "detection", "object-detection")
 _LONGEST = 200  # maximum number of characters of a class name or another text
 _LARGEST_IMAGE = 2**24  # pixels
 _MOST_STRIDES = 16
-_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reverse the text after them
 _ADVICE = "To import the weights without these fields, save only the state dict: torch.save(net.state_dict(), FILE)"
 
 
@@ -136,7 +135,7 @@ def described(fields: Mapping[str, Any], net: nn.Module, num_classes: int, check
         names,
         image_size,
         strides,
-        {name: _clean(text)[:_LONGEST] for name, text in texts.items() if isinstance(text, str) and text},
+        {name: cleaned(text)[:_LONGEST] for name, text in texts.items() if isinstance(text, str) and text},
     )
 
 
@@ -162,16 +161,10 @@ def check_task(fields: Mapping[str, Any], network: str, checkpoint: str) -> None
 def _printable(value: Any) -> str:
     """A value of an untrusted file, shortened and cleaned for printing."""
     if isinstance(value, str):
-        return repr(_clean(value[: _LONGEST // 4]))
+        return repr(cleaned(value[: _LONGEST // 4]))
     if type(value) in (int, float) and abs(value) < 1e15:
         return repr(value)
     return f"of type {type(value).__name__}"
-
-
-def _clean(text: str) -> str:
-    """Text without characters that control a terminal or reverse what follows, and without surrounding blanks."""
-    unsafe = (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _BIDI for char in text)
-    return "".join(" " if bad else char for char, bad in zip(text, unsafe, strict=True)).strip()
 
 
 def _names(value: Any, checkpoint: str) -> tuple[str, ...]:
@@ -196,7 +189,7 @@ def _names(value: Any, checkpoint: str) -> tuple[str, ...]:
             raise ValueError(f"the name of its class {i} is not text")
         if len(name) > _LONGEST:
             raise ValueError(f"the name of its class {i} has {len(name)} characters, more than {_LONGEST}")
-        names.append(_clean(name) or str(i))
+        names.append(cleaned(name) or str(i))
     changed = [new for old, new in zip(value, names, strict=True) if isinstance(old, str) and old.strip() != new]
     if changed:
         warnings.warn(

@@ -23,6 +23,7 @@ __all__ = [
     "check_finite",
     "check_fit",
     "checked_tensors",
+    "classifiers",
     "facts",
     "filter_of",
     "first_conv_name",

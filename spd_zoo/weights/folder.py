@@ -10,6 +10,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from spd_zoo.files import whole
+from spd_zoo.weights.fit import classifiers
 from spd_zoo.weights.manifest import WeightsError
 
 __all__ = ["CONFIG", "WEIGHTS", "check_config", "config_of", "save_network"]
@@ -83,14 +84,34 @@ def save_network(
     Both need `import spd_zoo` first, which registers the network.
 
     Args:
-        net: A network that timm created.
+        net: A network that timm created; not one that `fold_spd` changed, which timm could not create again.
         folder: Created if it does not exist.
         cfg: Fields that differ from `net.pretrained_cfg`: input, normalisation, `label_names`, ...
         model_args: Arguments of `timm.create_model` for this network, if its `pretrained_cfg` does not have them.
 
     Raises:
         OSError: If a file cannot be written.
+        WeightsError: If the network is folded, was created with `features_only`, is a module around one, or has
+            another number of outputs than its `num_classes`.
     """
+    if "pretrained_cfg" not in vars(net) or not hasattr(net, "num_classes"):
+        raise WeightsError(
+            f"{type(net).__name__} is not a whole network of timm.create_model, and so is not saved; give the network "
+            "itself: without features_only, and of torch.compile its _orig_mod, of parallel training its module"
+        )
+    if getattr(getattr(net, "fold_report", None), "folded", None):
+        raise WeightsError(
+            "a folded network cannot be loaded again, and so is not saved; save the network as it was before fold_spd, "
+            "and fold it after it is loaded, or export it with spd_zoo.export"
+        )
+    layers, classes = dict(net.named_modules()), net.num_classes
+    for name in classifiers(net):
+        outputs = getattr(layers.get(name), "out_features", classes)
+        if outputs != classes:
+            raise WeightsError(
+                f"the classifier {name} has {outputs} outputs, but the network's num_classes is {classes}, so it would "
+                f"be loaded without its classifier; set num_classes of the network to {outputs}"
+            )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / WEIGHTS) as weights, whole(folder / CONFIG) as config:

@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.data import CustomDatasetInfo, DatasetInfo, ImageNetInfo
-from timm.models import get_pretrained_cfg
+from timm.models import adapt_input_conv, get_pretrained_cfg
 from torch import nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
 
@@ -214,6 +214,8 @@ def load_network(model: str, device: str) -> nn.Module:
 def load_backbone(net: nn.Module, source: str | Path) -> None:
     """Gives a detector the stem and the stages of a checkpoint; its neck and head stay as they are.
 
+    A stem for three image channels is adapted to others as in timm.
+
     Args:
         net: A detector of this zoo.
         source: A file that `read_checkpoint` understands, or the folder of a run, for example of `backbone_classifier`.
@@ -227,6 +229,9 @@ def load_backbone(net: nn.Module, source: str | Path) -> None:
     if problem:
         raise WeightsError(f"the backbone in {file} does not fit {pretrained_cfg(net)['architecture']}: {problem}")
     check_finite(tensors, str(file))
+    shapes = {key: tensor.shape for key, tensor in net.state_dict().items()}
+    for key in [key for key, tensor in tensors.items() if tensor.shape != shapes[key]]:  # of other image channels
+        tensors[key] = adapt_input_conv(shapes[key][1], tensors[key])
     net.load_state_dict(tensors)
 
 

@@ -192,7 +192,7 @@ def load_teacher(config: FinetuneConfig, class_names: Sequence[str], channels: i
         raise ValueError(
             f"{label} is not what it was when the run began: the digest of its weights, normalisation and classes is "
             f"{digest}, not {config.teacher_digest}; give the former one, or begin another run with --out and without "
-            "--teacher-digest"
+            "teacher_digest, an option or a line of the --config file"
         )
     outputs, note = outputs_of(class_names, classes, label)
     own: tuple[int, int] = tuple(get_model_input_config(net)["input_size"][1:])
