@@ -127,10 +127,11 @@ def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         lambda tensors: {"ema": {"shadow": tensors, "decay": 0.99}, "model": {"x": torch.zeros(1)}},
         lambda tensors: {"net": {"x": torch.zeros(1)}, "ema_net": tensors, "ema_decay": 0.99},
         lambda tensors: {"ema_state_dict": {"steps": torch.zeros(1), "module.x": torch.ones(1)}, "state_dict": tensors},
+        lambda tensors: {"weights": tensors, "ema_loss": {"value": torch.zeros(1)}, "top1": {"sum": torch.zeros(1)}},
     ],
     ids=[
         *("state dict", "data parallel", "unknown class", "averaged", "torch's average", "no average", "wrapped often"),
-        *("another key", "averaged under another key", "averaged beside", "mmengine's average"),
+        *("another key", "averaged under another key", "averaged beside", "mmengine's average", "measurements"),
     ],
 )
 def test_a_checkpoint_gives_the_recorded_outputs_after_import(

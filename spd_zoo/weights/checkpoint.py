@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,23 +218,22 @@ def _only_weights(values: dict[Any, Any]) -> Any:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether a value is a network, or a dict with a tensor or a network in it."""
-    return _is_network(value) or any(map(_is_part, _items(value).values()))
+    """Whether a value is a network, or a dict with one or with a tensor that has a layer's name (`conv.weight`)."""
+    return _is_network(value) or any(
+        _is_network(each) or (isinstance(each, Tensor) and "." in str(key)) for key, each in _items(value).items()
+    )
 
 
 def _holds_list(value: Any) -> bool:
     """Whether a value is a dict with a list of tensors in it."""
-    return any(isinstance(each, list) and any(map(_is_part, each)) for each in _items(value).values())
+    lists = [each for each in _items(value).values() if isinstance(each, list)]
+    return any(isinstance(each, Tensor) for each in chain.from_iterable(lists))
 
 
 def _items(value: Any) -> dict[Any, Any]:
     """A dict, also one whose class is not known; an empty one for others."""
     items = value.items if isinstance(value, Unknown) else value
     return items if isinstance(items, dict) else {}
-
-
-def _is_part(value: Any) -> bool:
-    return isinstance(value, Tensor) or _is_network(value)
 
 
 def _is_network(value: Any) -> bool:
