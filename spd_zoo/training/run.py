@@ -206,5 +206,5 @@ def _processor() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    instructions = torch.backends.cpu.get_cpu_capability()  # which a name such as AMD EPYC leaves open; they round apart
+    instructions = torch.backends.cpu.get_cpu_capability()  # they round apart, and AMD EPYC names none
     return f"{name}, {os.cpu_count()} cores, {instructions}"
