@@ -12,6 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+# What these are elsewhere changes no result, here or in the processes that tests start: the width of the terminal, a
+# proxy before the servers that tests run, and a setting that forbids to ask them.
+os.environ |= {"COLUMNS": "80", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+os.environ.pop("HF_HUB_OFFLINE", None)
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per process, because pytest runs one process per core
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
@@ -49,15 +53,15 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
+    """The same for the test, with other numbers: a fixture's weights must not be those of a network made here."""
     _seed(item.nodeid)
 
 
 def _seed(name: str) -> None:
-    """Seeds by the name of a fixture or test: weights of both differ, so a test sees if they were not loaded."""
-    number = zlib.crc32(name.encode())
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
+    seed = zlib.crc32(name.encode())  # not 0, with which tests seed themselves
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from spd_zoo.training.config import FinetuneConfig, to_yaml
 from spd_zoo.training.steps import seed_everything
 
+PATIENCE = 500  # seconds; more than a process takes on a busy machine, so only one that waits for ever is given up
 USED = "spd_zoo.training.finetune.seed_everything"  # called before each step
 
 
@@ -38,14 +39,14 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int) -> None:
     monkeypatch.setattr(USED, seed_and_stop)
 
 
-def finetune_in_processes(config: FinetuneConfig, processes: int = 2, timeout: int = 300) -> None:
+def finetune_in_processes(config: FinetuneConfig, processes: int = 2) -> None:
     """Runs `spd-zoo finetune` by torchrun."""
     file = config.out.with_suffix(".yaml")
     file.write_text(to_yaml(config))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*launch, "-m", "spd_zoo", "finetune", "--config", str(file)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run(command, check=True, timeout=timeout, env=environment)
+    subprocess.run(command, check=True, timeout=PATIENCE, env=environment)
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

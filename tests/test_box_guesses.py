@@ -50,6 +50,18 @@ def test_nc_must_agree_with_a_file_of_names(tmp_path: Path) -> None:
         open_boxes(root, "train")
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_which_file_names_the_classes_does_not_depend_on_the_order_in_which_the_system_lists_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    root, glob = make_yolo(tmp_path), Path.glob
+    (root / "data.yaml").unlink()
+    (root / "Classes.txt").write_text("\n".join(NAMES[::-1]))
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: sorted(glob(folder, pattern), reverse=backwards))
+    assert list(opened(root).class_names) == NAMES
+
+
 @pytest.mark.parametrize("names", ["[[cat], [dog]]", "[{0: cat}, {1: dog}]", "\n- cat\n-\n", "{0: cat, 1: {dog: 2}}"])
 def test_names_that_are_no_texts_are_refused(names: str, tmp_path: Path) -> None:
     root = one_image(tmp_path, "0 .5 .5 .2 .2")

@@ -1,8 +1,11 @@
-"""The options of this folder's conftest.py, which draw the tests that CI runs of many."""
+"""What this folder's conftest.py draws: the tests that CI runs of many, and the random numbers of each test."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 pytest_plugins = ["pytester"]
 
@@ -21,6 +24,21 @@ def test_of_one_case(): pass
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", range(64))
 def test_every_network(case): pass
+"""
+
+DRAWS = """
+import json, random, numpy, pytest, torch
+
+def draw(): return [random.random(), numpy.random.rand(), torch.rand(1).item()]
+
+@pytest.fixture(scope="module")
+def before(): return draw()
+
+def test_before(before): draw()
+
+def test_that_draws(before):
+    with open("drawn", "a") as file:
+        print(json.dumps([before, draw()]), file=file)
 """
 
 
@@ -56,3 +74,15 @@ def test_a_sixteenth_of_the_exhaustive_tests_is_drawn_by_the_seed(drawn: pytest.
     assert first == again != other
     assert 1 <= sum("every_network" in name for name in first) <= 20
     assert sum("every_network" not in name for name in first) == 11
+
+
+def test_a_test_draws_the_same_numbers_after_others_and_no_numbers_of_its_fixtures(drawn: pytest.Pytester) -> None:
+    drawn.makepyfile(DRAWS)
+    run(drawn, "-k", "draws")
+    run(drawn, "-k", "draw or before")
+    alone, after = (json.loads(line) for line in (drawn.path / "drawn").read_text().splitlines())
+    assert alone == after
+    np.random.seed(0)
+    torch.manual_seed(0)
+    numbers = [*alone[0], *alone[1], np.random.rand(), torch.rand(1).item()]
+    assert len(set(numbers)) == len(numbers)

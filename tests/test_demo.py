@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -199,7 +200,7 @@ def test_without_gradio_the_command_says_what_to_install(capsys: Capture, monkey
         (["--port", "100000"], "there is no port 100000"),
         (["--host", "no.host.invalid"], "cannot serve at no.host.invalid, port 7860: "),
         (["--allow-host", "https://a.example"], "'https://a.example' is not a host name"),
-        (["--host", "127.0.0.2", "--models", "cifar_resnet21"], "there is no network 'cifar_resnet21'"),
+        (["--host", "127.0.0.2", "--port", "{taken}", "--models", "cifar_resnet20_"], "no network 'cifar_resnet20_'"),
     ],
 )
 def test_errors_of_the_command_are_one_sentence(port: int, options: list[str], sentence: str, capsys: Capture) -> None:
@@ -237,6 +238,7 @@ sys.exit(main(["demo", "--port", "{port}", "--models", "{STRIDED}", "--allow-hos
         try:
             while "Running on" not in (folder / "log").read_text():
                 assert page.poll() is None, (folder / "log").read_text()
+                time.sleep(0.1)
             yield f"http://127.0.0.1:{port}", went
             assert "Traceback" not in (folder / "log").read_text()
         finally:

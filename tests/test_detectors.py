@@ -399,7 +399,7 @@ def test_the_loss_falls_where_the_network_is_trained(name: str) -> None:
     trained = {key: parameter for key, parameter in net.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr=1e-3)
     totals = []
-    for _ in range(8):
+    for _ in range(16):  # after 8, the loss of YOLOv5 is 0.74 to 0.88 of the first by processor and seed, now below 0.7
         total = sum(net.loss(net(x), targets, image_size=SIZE).values())
         totals.append(total.item())
         optimizer.zero_grad()

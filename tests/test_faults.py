@@ -1,7 +1,9 @@
 """Every fault ends with the right network or one clear error; `tools/fault_report.py` lists them."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,27 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
+@contextmanager
+def opened() -> Iterator[Bench]:
     before = dict(os.environ)
     with open_bench() as bench:
         yield bench
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    with opened() as bench:
+        yield bench
+
+
+@pytest.mark.slow
+def test_processes_of_later_tests_have_their_own_environment() -> None:  # the first test here: it opens its own bench
+    with opened():
+        pass
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        assert pool.apply(os.getenv, ("SPD_ZOO_MANIFEST",)) == os.getenv("SPD_ZOO_MANIFEST")
 
 
 def bad(outcomes: list[Outcome]) -> list[Outcome]:

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from networks import random_network
 from PIL import Image
+from runs import PATIENCE
 
 from spd_zoo import Detector
 from spd_zoo.cli.main import main
@@ -221,7 +222,7 @@ def test_kill_9_at_any_moment_neither_loses_nor_repeats_a_finished_chunk(
     for at in ("job.json", "00000000.jsonl", "00000002.jsonl", "results.csv.merging", "results.csv"):
         process = FORKS.Process(target=_killed, args=(folder, results, log, at))
         process.start()
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, f"it was not stopped at {at}"
         assert not results.exists()
         computed.append(len(Colours(log).computed()))
@@ -241,7 +242,7 @@ def test_kill_9_after_the_last_step_leaves_complete_results(
     results = tmp_path / "results.csv"
     process = FORKS.Process(target=_killed, args=(folder, results, tmp_path / "log", "results.csv.merging deleted"))
     process.start()
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     assert results.read_bytes() == (whole / "whole.csv").read_bytes()
     with pytest.raises(ResultsError, match="exists already"):
@@ -454,7 +455,7 @@ def _stopped_in_the_middle(folder: Path, results: Path, log: Path) -> None:
 def test_a_signal_ends_a_process_that_cannot_finish_an_image(folder: Path, tmp_path: Path) -> None:
     process = FORKS.Process(target=_stopped_in_the_middle, args=(folder, tmp_path / "results.jsonl", tmp_path / "log"))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     code = process.exitcode
     process.kill()
     assert code == 7
@@ -624,7 +625,7 @@ def test_the_example_for_ray_gives_the_same_answers(folder: Path, tmp_path: Path
     command: list[str | Path] = [sys.executable, ROOT / "examples" / "ray" / "predict.py", MODEL]
     command += [folder, tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    subprocess.run(command, env=environment, check=True, timeout=500)
+    subprocess.run(command, env=environment, check=True, timeout=PATIENCE)
     rows = sorted(parquet.read_table(tmp_path / "out").to_pylist(), key=lambda row: row["path"])
     answers = list(predict(MODEL, sorted(folder.glob("*.png")), top_k=1, device="cpu"))
     for row, answer in zip(rows, answers, strict=True):

@@ -43,6 +43,13 @@ def computes_alike(start: dict[str, Any]) -> bool:
     return all(same) and start["processor"] == now["processor"]
 
 
+def test_processors_with_other_instructions_do_not_compute_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = environment()
+    assert computes_alike(start)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")  # under the same model name
+    assert not computes_alike(start)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(old_runs.RUNS))
 def test_a_run_that_older_code_stopped_ends_as_if_it_had_not_been_stopped(name: str, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
     with hub_double() as server, server.replace(monkeypatch):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))  # none that is imported here
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
 
@@ -632,7 +633,6 @@ def test_a_release_goes_from_the_authors_link_to_a_pinned_manifest(
     hub: HubDouble, checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Their file is a pickle on Google Drive, with names of its own; what is pinned is ours, and loads."""
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     link = f"https://drive.google.com/uc?export=download&id={'1' * 30}"
     checkout.enter(source=None, sha256=None, size=None, original_link=link, notes=publish.UNSEEN)
     with drive_double(monkeypatch) as drive:

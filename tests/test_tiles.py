@@ -129,7 +129,7 @@ def test_a_stopped_run_on_tiles_resumes_to_the_same_bits(
 def test_two_processes_train_on_tiles_as_one(folder: Path, tmp_path: Path) -> None:
     shared = {"opt": "momentum", "lr": 0.01}
     one, two = config(folder, tmp_path / "one", **shared, accumulate=2), config(folder, tmp_path / "two", **shared)
-    finetune_in_processes(two, timeout=500)
+    finetune_in_processes(two)
     finetune(one)
     alone, together = (rows_of(run / "metrics.csv") for run in (one.out, two.out))
     for a, b in zip(alone, together, strict=True):

@@ -21,7 +21,7 @@ import timm
 import torch
 from box_pictures import make_coco, make_yolo
 from pictures import make_folders
-from runs import finetune_in_processes, rows_of, same_run, stop_in
+from runs import PATIENCE, finetune_in_processes, rows_of, same_run, stop_in
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -391,7 +391,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(folders: Path, tmp_
     moments = [("data.json", 0), ("run.yaml", 0), ("last.pt", 1), ("metrics.csv", 0), ("last.pt", 4)]
     for name, after in [*moments, ("model.safetensors", 0), ("report.html", 0)]:
         process = start(killed, name, after)
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, f"it was not stopped at {name}"
     run(folders, killed.out, **options)
     assert same_run(tmp_path / "whole", killed.out)
@@ -406,11 +406,11 @@ def test_a_signal_to_the_whole_group_saves_and_ends(folders: Path, tmp_path: Pat
     for _ in range(3):
         process = start(config(folders, out, **options))
         epochs = lines_of(out / "metrics.csv")
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while process.is_alive() and lines_of(out / "metrics.csv") == epochs and time.monotonic() < deadline:
             time.sleep(0.01)
         os.killpg(process.pid, number)  # as a terminal or a job scheduler does: all processes get it
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == 128 + number, (tmp_path / "printed.txt").read_text()
     assert "Traceback" not in (tmp_path / "printed.txt").read_text()
     state = torch.load(out / "last.pt", weights_only=True)

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import yaml
 from pictures import make_folders
 
 from spd_zoo.data.labelled import open_data
-from spd_zoo.process import Stopped
+from spd_zoo.process import Stopped, StopSignals
 from spd_zoo.weights import entries, save_network
 
 CONFIGS = twins_config.read_configs() + twins_config.read_configs(twins_config.CONFIGS / "imported")
@@ -235,3 +238,24 @@ def test_several_processes_report_a_failed_run(read: Any, tmp_path: Path, capsys
     assert "failed, see" in capsys.readouterr().err
     assert "missing" in (tmp_path / "run" / "output.txt").read_text()
     assert not (tmp_path / "twins.jsonl").exists()
+
+
+def _saves_slowly(arguments: tuple[Path], file: Path, quiet: bool) -> None:
+    """Like `work`, a run that stops its sweep, as Ctrl-C does, and takes long to save its state."""
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getppid(), signal.SIGINT)
+        while not signals.number:
+            time.sleep(0.01)
+        time.sleep(2.5)  # `run_all` looks every second
+        file.write_text("saved")
+    sys.exit(128 + signals.number)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_a_stopped_run_has_the_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(twins, "work", _saves_slowly)
+    with pytest.raises(Stopped):
+        twins.run_all([(tmp_path / "run",)], 2, tmp_path / "state")
+    assert (tmp_path / "state").read_text() == "saved"

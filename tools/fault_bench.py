@@ -145,4 +145,7 @@ def open_bench() -> Iterator[Bench]:
         }
         os.environ.update(server.environment | added)
         os.environ.pop("HF_HUB_CACHE", None)
-        yield Bench(server, folder, content, tags[1:])
+        try:
+            yield Bench(server, folder, content, tags[1:])
+        finally:  # or else what is started later would use this Hub and this manifest, which are gone then
+            forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -18,8 +18,9 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -71,6 +72,13 @@ def work(arguments: tuple[Any, ...], file: Path, quiet: bool) -> None:
         torch.set_num_threads(threads)
 
 
+def _in_process(do: Callable[..., None], *arguments: Any) -> None:
+    """Calls `do` in a process of `run_all`, which alone tells it to stop: Ctrl-C in a terminal goes to all of them."""
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    do(*arguments)
+
+
 def run_all(runs: Sequence[tuple[Any, ...]], jobs: int, file: Path) -> int:
     """Does all runs, `jobs` at once; returns how many failed.
 
@@ -81,14 +89,14 @@ def run_all(runs: Sequence[tuple[Any, ...]], jobs: int, file: Path) -> int:
         for arguments in runs:
             work(arguments, file, quiet=False)
         return 0
-    waiting, failed = list(runs), 0
+    waiting, failed, told = list(runs), 0, False
     running: dict[Any, tuple[Any, Any]] = {}
     processes = multiprocessing.get_context("spawn")
     with StopSignals() as signals:
         while running or (waiting and not signals.number):
             while waiting and len(running) < jobs and not signals.number:
                 arguments = waiting.pop(0)
-                process = processes.Process(target=work, args=(arguments, file, True))
+                process = processes.Process(target=_in_process, args=(work, arguments, file, True))
                 process.start()
                 running[process.sentinel] = (process, arguments)
             for sentinel in wait(list(running), timeout=1):
@@ -99,9 +107,10 @@ def run_all(runs: Sequence[tuple[Any, ...]], jobs: int, file: Path) -> int:
                     print(f"failed, see {arguments[-1] / 'output.txt'}", file=sys.stderr)
                 elif not process.exitcode:
                     print(f"{len(waiting) + len(running)} runs left, finished {arguments[-1].name}", flush=True)
-            if signals.number:
+            if signals.number and not told:
+                told = True
                 for process, _ in running.values():
-                    process.terminate()  # SIGTERM, after which a run saves its state
+                    process.terminate()  # SIGTERM, after which a run saves its state; a second one would end it at once
     if signals.number:
         raise Stopped(signals.number, "stopped; the same command resumes")
     return failed

@@ -206,4 +206,5 @@ def _processor() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    instructions = torch.backends.cpu.get_cpu_capability()  # they round apart, and AMD EPYC names none
+    return f"{name}, {os.cpu_count()} cores, {instructions}"

@@ -311,7 +311,7 @@ def _names_of_file(root: Path, places: list[Path]) -> Names:
     folders = [root, root / "labels", *(place if place.is_dir() else place.parent for place in places)]
     folders += [folder for place in places for folder in (_label_folder(place), place.parent) if folder is not None]
     for folder in dict.fromkeys(folders):
-        files = {file.name.lower(): file for file in folder.glob("*") if not file.name.startswith("._")}
+        files = {file.name.lower(): file for file in sorted(folder.glob("*")) if not file.name.startswith("._")}
         others = sorted(name for name in files if name.endswith(".names"))
         for file in (files[name] for name in (*_CLASS_FILES, *others) if name in files):
             return Names(dict(enumerate(_class_lines(file))), file)
