@@ -243,7 +243,8 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_a_step_is_split_until_it_fits(
-    monkeypatch: pytest.MonkeyPatch, free: float, batch_size: int, pairs: bool, count: int
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, free: float, batch_size: int, pairs: bool, count: int
 ) -> None:
     monkeypatch.setattr("spd_zoo.training.memory.free_memory", lambda _: free)
     assert choose_micro_batches(0, 30, batch_size, pairs, Process(torch.device("cpu"))) == count
+    assert ("memory may run out: even " in capsys.readouterr().out) == (free == 10)

@@ -48,6 +48,11 @@ def choose_micro_batches(weights: int, per_image: float, batch_size: int, pairs:
             f"each step is computed in {count} micro-batches: {share} images need {per_image * share / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free"
         )
+    if (needed := fixed + per_image * share / count) > free:
+        process.print(
+            f"memory may run out: even {math.ceil(share / count)} images at once need {needed / 2**30:.1f} GiB; give a "
+            "smaller --image-size or --batch-size"
+        )
     return count
 
 
