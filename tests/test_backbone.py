@@ -123,9 +123,9 @@ def test_the_classifier_has_no_weights_of_its_own() -> None:
 def test_pretrained_loads_the_backbone_and_says_that_the_rest_is_random(publish: Publish, classes: int | None) -> None:
     tensors = publish("yolov8n")
     arguments: Any = {} if classes is None else {"num_classes": classes}
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     fresh = timm.create_model("yolov8n", **arguments).state_dict()
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     with pytest.warns(BackboneWarning, match="yolov8n.tiny_in200_backbone are a backbone without neck and head"):
         loaded = timm.create_model("yolov8n", pretrained=True, **arguments).state_dict()
     assert not torch.equal(fresh["stem.0.conv.weight"], loaded["stem.0.conv.weight"])

@@ -17,6 +17,7 @@ import timm
 import torch
 from pictures import make_folders
 from PIL import Image
+from runs import PATIENCE
 from timm.models import save_for_hf
 
 from spd_zoo.cli.main import main
@@ -276,7 +277,7 @@ def test_a_browser_without_network_shows_all_of_the_report(folders: Path, tmp_pa
     looked_at.write_text(f"{page}<script>onload = () => {{ {title} }}</script>", encoding="utf-8")
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", looked_at.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert "<title>shown 5 of 5</title>" in done.stdout
     assert "cifar_resnet20" in done.stdout and "calibration" in done.stdout.lower()
 

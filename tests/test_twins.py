@@ -23,6 +23,8 @@ from spd_zoo.data.labelled import open_data
 from spd_zoo.process import Stopped, StopSignals
 from spd_zoo.weights import entries, save_network
 
+# there, os.kill and Process.terminate end a process at once, so no handler of a signal can run
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send a signal to a process")
 CONFIGS = twins_config.read_configs() + twins_config.read_configs(twins_config.CONFIGS / "imported")
 NETWORKS: list[dict[str, Any]] = [
     {"name": "strided", "model": "resnet10t"},
@@ -231,7 +233,7 @@ def test_twins_are_trained_evaluated_and_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+@needs_signals
 def test_several_processes_report_a_failed_run(read: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell = (read(), NETWORKS[0], 0, tmp_path / "missing", tmp_path / "run")
     assert twins.run_all([cell], 2, tmp_path / "twins.jsonl") == 1
@@ -253,7 +255,7 @@ def _saves_slowly(arguments: tuple[Path], file: Path, quiet: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+@needs_signals
 def test_a_stopped_run_has_the_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(twins, "work", _saves_slowly)
     with pytest.raises(Stopped):

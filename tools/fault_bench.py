@@ -49,6 +49,15 @@ class Case:
     inject: Callable[["Case", str], Outcome]
 
 
+def stop_forkserver() -> None:
+    """Ends the process from which others are forked; the next one begins with the environment of that moment.
+
+    Otherwise it would keep the first one as long as this process runs. Only its private `_stop` ends it, which typeshed
+    does not list.
+    """
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
 class Bench:
     """A Hub, a place for caches, and fresh processes that have imported everything already."""
 
@@ -58,7 +67,7 @@ class Bench:
         self.checkpoint.write_bytes(content)
         self.content = content
         self.tags = iter(tags)
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # another one would not know this environment
+        stop_forkserver()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["fault_entry_points", "spd_zoo.inference.classifier"])
         self.active: dict[str, NetworkFault] = {}  # by repository
@@ -148,4 +157,4 @@ def open_bench() -> Iterator[Bench]:
         try:
             yield Bench(server, folder, content, tags[1:])
         finally:  # or else what is started later would use this Hub and this manifest, which are gone then
-            forkserver._forkserver._stop()  # type: ignore[attr-defined]
+            stop_forkserver()
